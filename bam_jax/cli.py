@@ -1,0 +1,68 @@
+"""What every command line shares: flags in, exit status and one table or one JSON object out."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags, logging
+
+from bam_jax.errors import UserError
+
+USER_ERROR = 2  # exit status of a user's mistake
+
+_JSON = flags.DEFINE_string(
+  'json', None, 'Also write the facts as one JSON object to this file; "-" is standard output.'
+)
+
+
+def run(main: Callable[[], dict[str, Any] | None]) -> None:
+  """Parses the flags, calls `main`, and writes what it returns where `--json` says.
+
+  Args:
+    main: the command; returns the facts of its `--json` object, or None. Raises UserError for a
+      user's mistake.
+  """
+
+  def guarded(argv: Sequence[str]) -> int:
+    if not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.WARNING)  # the libraries' commentary is for --verbosity=0
+    try:
+      if len(argv) > 1:
+        raise UserError(f'Unexpected argument {argv[1]!r}: every option is a --flag=value.')
+      facts = main()
+      if _JSON.value and facts is not None:
+        write_json(_JSON.value, facts)
+    except UserError as error:
+      print(f'{app_name()}: {error}', file=sys.stderr)
+      return USER_ERROR
+    return 0
+
+  app.run(guarded, flags_parser=_parse)
+
+
+def app_name() -> str:
+  """The command as the user typed it: `bam_jax.prepare`."""
+  return 'bam_jax.' + os.path.splitext(os.path.basename(sys.argv[0]))[0]
+
+
+def write_json(path: str, facts: dict[str, Any]) -> None:
+  """Writes one JSON object to `path`, or to standard output when it is "-"."""
+  text = json.dumps(facts, indent=1, sort_keys=True) + '\n'
+  if path == '-':
+    sys.stdout.write(text)
+    return
+  try:
+    with open(path, 'w', encoding='utf-8') as file:
+      file.write(text)
+  except OSError as error:
+    raise UserError(f'--json={path} cannot be written: {error.strerror}.') from error
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    print(f'{app_name()}: {error}\nTry --help.', file=sys.stderr)
+    sys.exit(USER_ERROR)

@@ -1,0 +1,229 @@
+"""Batches from weighted domains: batch `n` is a pure function of the seed and `n`.
+
+Nothing is carried from one batch to the next, so a run resumes at any step, on any number of
+hosts, with the very batches that it would have seen. The documents of a domain are packed into
+sequences of one length, hence a domain's share of the sequences is its share of the tokens.
+
+Legend: B batch, T sequence.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import grain
+import numpy as np
+from grain.experimental import set_next_index
+
+from bam_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+class Documents(Protocol):
+  """What this module asks of one domain's documents; `shards.Documents` is one."""
+
+  lengths: np.ndarray
+
+  def read(self, i: int, start: int, stop: int) -> np.ndarray:
+    """Tokens `start` to `stop` of document `i`."""
+
+
+class PackedSequences(grain.sources.RandomAccessDataSource):
+  """One domain's documents, laid end to end and cut into sequences of length T.
+
+  The concatenation is virtual: only the documents' offsets are held. A window is T + 1 tokens and
+  the next one starts T later, so that a window's last target is the next one's first input and
+  every (input, next token) pair of the corpus is in exactly one window.
+
+  Item `i` is a dict of arrays of length T:
+    tokens: int32, the inputs.
+    targets: int32, the token after each input.
+    segments: int32, 1, 2, ... by document in order of appearance; 0 is padding, which only the
+      tail of the last item has.
+    positions: int32, counted from 0 at the start of each document's piece in the window.
+    weights: float32, 1 where input and target lie in the same document, else 0.
+
+  Args:
+    documents: the domain's documents, each `[bos] + tokens + [eos]`.
+    sequence_length: T.
+    seed: shuffles the documents; None keeps them in order.
+  """
+
+  def __init__(self, documents: Documents, sequence_length: int, seed: int | None):
+    order = np.arange(len(documents.lengths))
+    self._documents = documents
+    self._sequence_length = sequence_length
+    self._order = order if seed is None else np.random.default_rng(seed).permutation(order)
+    self._bounds = np.concatenate([[0], np.cumsum(documents.lengths[self._order], dtype=np.int64)])
+
+  def __len__(self) -> int:
+    return math.ceil(max(int(self._bounds[-1]) - 1, 0) / self._sequence_length)
+
+  def __getitem__(self, record_key: int) -> Batch:
+    begin = record_key * self._sequence_length
+    end = min(begin + self._sequence_length + 1, int(self._bounds[-1]))
+    first, last = np.searchsorted(self._bounds, (begin, end - 1), side='right') - 1
+    cuts = np.clip(self._bounds[first : last + 2], begin, end)
+    sizes = np.diff(cuts)
+    skipped = cuts[:-1] - self._bounds[first : last + 1]
+
+    tokens, segments, positions = np.zeros((3, self._sequence_length + 1), np.int32)
+    size = end - begin
+    segments[:size] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
+    positions[:size] = np.arange(size) - np.repeat(cuts[:-1] - begin, sizes)
+    pieces = zip(self._order[first : last + 1].tolist(), skipped.tolist(), sizes.tolist())
+    filled = 0
+    for document, start, length in pieces:
+      tokens[filled : filled + length] = self._documents.read(document, start, start + length)
+      filled += length
+    same_document = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
+    return {
+      'tokens': tokens[:-1],
+      'targets': tokens[1:],
+      'segments': segments[:-1],
+      'positions': positions[:-1],
+      'weights': same_document.astype(np.float32),
+    }
+
+
+def batches(
+  documents: Mapping[str, Documents],
+  weights: Mapping[str, float],
+  *,
+  sequence_length: int,
+  batch_size: int,
+  seed: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> grain.MapDataset[Batch]:
+  """The endless training batches of a mixture of domains, by step.
+
+  Each domain repeats for ever and is shuffled anew in every epoch. The shares are kept by
+  counting, not by chance: over any stretch a domain is never more than a few sequences off, with
+  weights rounded to a hundredth of the smallest one.
+
+  Args:
+    documents: the documents of each domain.
+    weights: the share of the tokens of each domain, in any unit; 0 leaves a domain out.
+    sequence_length: T.
+    batch_size: B, the sequences of one step over all processes.
+    seed: of both shuffles; a domain's order depends on it and on the domain's name alone.
+    process_index: which process this is.
+    process_count: how many processes share each batch.
+
+  Returns:
+    A random-access dataset. Its item `n` is this process's part of the batch of step `n`: the
+    arrays of `PackedSequences`, [B / process_count, T], and `domains`, int32 [B / process_count],
+    the place of each sequence's domain in `sorted(weights)`. The parts, joined in the order of the
+    processes, are the same batch whatever their number.
+
+  Raises:
+    UserError: for weights that are not a mixture of the domains there are, or a batch that does
+      not divide among the processes.
+  """
+  local_size = _local_size(batch_size, process_count)
+  names = _mixed_domains(documents, weights)
+  domains = sorted(weights)
+  sequences = []
+  for name in names:
+    entropy = np.random.SeedSequence([seed, *name.encode()])
+    document_seed, sequence_seed = entropy.generate_state(2).tolist()
+    packed = PackedSequences(documents[name], sequence_length, document_seed)
+    if not len(packed):
+      raise UserError(f'The domain {name!r} has no text to train on: prepare it again or drop it.')
+    label = functools.partial(_label, domain=domains.index(name))
+    sequences.append(grain.MapDataset.source(packed).map(label).shuffle(sequence_seed).repeat())
+
+  smallest = min(weights[name] for name in names)
+  # Grain scales the smallest weight to 100 and truncates the others: round them before it does.
+  shares = [round(100 * weights[name] / smallest) for name in names]
+  mixed = grain.MapDataset.mix(sequences, shares)
+  # Sliced after batching, a process holds consecutive rows of each global batch; it reads no more
+  # than those, because items are made only when asked for.
+  return mixed.batch(local_size, drop_remainder=True)[process_index::process_count]
+
+
+def iterate(
+  batches: grain.MapDataset[Batch], start_step: int, prefetch: int
+) -> grain.DatasetIterator[Batch]:
+  """Iterates from `start_step`, with `prefetch` batches made ahead in a thread (0: none).
+
+  The iterator's `get_state()` is a small dict for a checkpoint, and `set_state()` resumes from it
+  exactly, on any number of processes.
+  """
+  # One thread: more of them only fight for the interpreter's lock, and are slower.
+  options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
+  iterator = iter(batches.to_iter_dataset(options))
+  set_next_index(iterator, start_step)
+  return iterator
+
+
+def model_inputs(batch: Batch) -> Batch:
+  """A batch without what only the host wants to know of it."""
+  return {name: array for name, array in batch.items() if name != 'domains'}
+
+
+def heldout(
+  documents: Documents,
+  *,
+  sequence_length: int,
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[Batch]:
+  """One pass over one domain's held-out documents, in order.
+
+  Args:
+    documents: the documents to evaluate on.
+    sequence_length: T.
+    batch_size: B, the sequences of one batch over all processes.
+    process_index: which process this is.
+    process_count: how many processes share each batch.
+
+  Yields:
+    This process's rows of each batch: the arrays of `PackedSequences`, [B / process_count, T]. The
+    last batch is filled up with padding, so that all have one shape and every process has as many.
+    The weights add up to the number of targets: that of all tokens less one a document.
+
+  Raises:
+    UserError: when the batch does not divide among the processes.
+  """
+  local_size = _local_size(batch_size, process_count)
+  packed = PackedSequences(documents, sequence_length, None)
+  for begin in range(0, len(packed), batch_size):
+    begin += process_index * local_size
+    rows = [packed[i] for i in range(begin, min(begin + local_size, len(packed)))]
+    rows = rows or [{key: np.zeros_like(value) for key, value in packed[0].items()}]
+    fill = ((0, local_size - len(rows)), (0, 0))
+    yield {key: np.pad(np.stack([row[key] for row in rows]), fill) for key in rows[0]}
+
+
+def _label(sequence: Batch, domain: int) -> Batch:
+  return sequence | {'domains': np.int32(domain)}
+
+
+def _local_size(batch_size: int, process_count: int) -> int:
+  if batch_size % process_count:
+    raise UserError(
+      f'The batch of {batch_size} sequences cannot be divided among {process_count} processes:'
+      ' choose a multiple.'
+    )
+  return batch_size // process_count
+
+
+def _mixed_domains(documents: Mapping[str, Documents], weights: Mapping[str, float]) -> list[str]:
+  """The domains of positive weight, sorted."""
+  for name, weight in weights.items():
+    if name not in documents:
+      raise UserError(
+        f'The mixture names the domain {name!r}, which is not in the data: it has'
+        f' {", ".join(sorted(documents))}.'
+      )
+    if not (math.isfinite(weight) and weight >= 0):
+      raise UserError(f'The weight of the domain {name!r} is {weight}: give a finite number >= 0.')
+  names = sorted(name for name, weight in weights.items() if weight > 0)
+  if not names:
+    raise UserError('The mixture has no domain of positive weight: give at least one.')
+  return names

@@ -1,0 +1,274 @@
+"""Documents to token shards: parallel, restartable, and the same bytes whatever the workers.
+
+One process reads the sources and cuts them into chunks of about `CHUNK_BYTES` of text; workers
+turn chunks into files under `DIR.partial`. A rerun skips the chunks that are there. When all are,
+they are packed into shards, and one rename makes `DIR` appear, whole.
+"""
+
+import collections
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+import bam_jax.data.shards as shards_lib
+from bam_jax.data.encode import encoder, read_chunk
+from bam_jax.data.sources import TRAIN, VALID, Domain
+from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.errors import UserError
+
+CHUNK_BYTES = 2**21
+VALID_FRACTION = 0.02
+SHARD_TOKENS = 2**27
+TOKENIZER_BYTES = 2**23
+
+
+def prepare(
+  inputs: Mapping[str, str | os.PathLike],
+  output: str | os.PathLike,
+  *,
+  tokenizer: Tokenizer | None = None,
+  train_tokenizer: int | None = None,
+  valid_fraction: float = VALID_FRACTION,
+  text_field: str = 'text',
+  shard_tokens: int = SHARD_TOKENS,
+  tokenizer_bytes: int = TOKENIZER_BYTES,
+  workers: int = 1,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+  """Prepares a dataset, or returns at once when `output` already holds this very dataset.
+
+  Files marked train, valid (validation, heldout) or test by name go to that split, test files are
+  left out. Where a domain has no valid file, a document goes to valid by a hash of its text, so
+  that copies of it never lie on both sides. Where it has some, a train document whose exact text
+  is also in valid is dropped and counted; copies within train are kept.
+
+  Args:
+    inputs: the file or folder of each domain, by name.
+    output: the folder to make; `output`.partial holds unfinished work.
+    tokenizer: the tokenizer to use, or None to train one.
+    train_tokenizer: the vocabulary size of the tokenizer to train, or None when one is given.
+    valid_fraction: share of documents held out where no file is; 0 holds none out.
+    text_field: the JSON field or Parquet column that holds the text.
+    shard_tokens: the most tokens of a shard.
+    tokenizer_bytes: a tokenizer is trained on the first so many bytes of each domain's train split.
+    workers: processes that tokenise; 1 stays in this process.
+    progress: called with the bytes of the sources read so far, and all of them.
+
+  Returns:
+    The manifest.
+
+  Raises:
+    UserError: the inputs or options are unfit; `output` is then not there.
+  """
+  output, inputs = Path(output), {name: Path(path) for name, path in inputs.items()}
+  _check_options(tokenizer, train_tokenizer, valid_fraction, shard_tokens, tokenizer_bytes, workers)
+  for path in inputs.values():
+    if output.resolve().is_relative_to(path.resolve()):
+      raise UserError(f'--output={output} lies inside the input {path}: choose a folder beside it.')
+  domains = [Domain.find(name, path, text_field) for name, path in sorted(inputs.items())]
+  plan = {
+    'format': shards_lib.FORMAT,
+    'sources': [source for domain in domains for source in domain.sources()],
+    'left_out': [path for domain in domains for path in domain.left_out],
+    'text_field': text_field,
+    'valid_fraction': valid_fraction,
+    'shard_tokens': shard_tokens,
+    'tokenizer_from': _tokenizer_facts(tokenizer)
+    if tokenizer
+    else {'vocab_size': train_tokenizer, 'bytes_per_domain': tokenizer_bytes},
+  }
+  partial = output.with_name(output.name + '.partial')
+  if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if not (output / shards_lib.MANIFEST).is_file():
+      raise UserError(f'{output} exists and is no prepared dataset: choose another --output.')
+    manifest = shards_lib.open_dataset(output).manifest
+    if any(manifest.get(key) != value for key, value in plan.items()):
+      raise UserError(
+        f'{output} was prepared from other inputs or options: choose another --output or remove it.'
+      )
+    shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+  with _workplace(partial, plan):
+    if tokenizer is None:
+      tokenizer = _trained(partial, domains, train_tokenizer, valid_fraction, tokenizer_bytes)
+    skipped = _encode_all(partial, domains, tokenizer, valid_fraction, workers, progress)
+    manifest = _assemble(partial, plan, skipped, tokenizer, shard_tokens)
+    (partial / 'dataset').rename(output)
+    shutil.rmtree(partial)
+  return manifest
+
+
+def _encode_all(
+  partial: Path,
+  domains: list[Domain],
+  tokenizer: Tokenizer,
+  valid_fraction: float,
+  workers: int,
+  progress: Callable[[int, int], None],
+) -> collections.Counter:
+  """Leaves a file for every chunk of every domain; returns what was passed over."""
+  skipped = collections.Counter()
+  total = sum(domain.size for domain in domains)
+  with encoder(tokenizer, workers) as submit:
+    before = 0
+    for domain in domains:
+      folder = partial / 'chunks' / domain.name
+      folder.mkdir(parents=True, exist_ok=True)
+      report = functools.partial(lambda before, done: progress(before + done, total), before)
+      for split, index, texts in _chunks(domain.read(valid_fraction, skipped, report)):
+        path = folder / f'{split}-{index:06}.npz'
+        if not path.exists():
+          submit(path, texts)
+      before += domain.size
+  progress(total, total)
+  return skipped
+
+
+def _chunks(texts: Iterator[tuple[str, str]]) -> Iterator[tuple[str, int, list[str]]]:
+  """Cuts each split's texts into chunks: (split, index, texts)."""
+  held = collections.defaultdict(list)
+  sizes, counts = collections.Counter(), collections.Counter()
+  for split, text in texts:
+    held[split].append(text)
+    sizes[split] += len(text)
+    if sizes[split] >= CHUNK_BYTES:
+      yield split, counts[split], held.pop(split)
+      counts[split] += 1
+      sizes[split] = 0
+  for split, rest in held.items():
+    yield split, counts[split], rest
+
+
+def _assemble(
+  partial: Path,
+  plan: dict[str, Any],
+  skipped: collections.Counter,
+  tokenizer: Tokenizer,
+  shard_tokens: int,
+) -> dict[str, Any]:
+  dataset = partial / 'dataset'
+  shutil.rmtree(dataset, ignore_errors=True)
+  dtype = shards_lib.token_dtype(tokenizer.vocab_size)
+  domains = {}
+  for chunks in sorted((partial / 'chunks').iterdir()):
+    (dataset / chunks.name).mkdir(parents=True)
+    domains[chunks.name] = {}
+    for split in (TRAIN, VALID):
+      paths = sorted(chunks.glob(f'{split}-*.npz'))
+      if not paths:
+        continue
+      pieces = (read_chunk(path) for path in paths)
+      shards = shards_lib.write_split(dataset / chunks.name, split, pieces, dtype, shard_tokens)
+      domains[chunks.name][split] = {
+        **{key: sum(s[key] for s in shards) for key in ('documents', 'tokens', 'bytes')},
+        'skipped': {
+          reason: skipped[chunks.name, split, reason] for reason in ('empty', 'in_valid')
+        },
+        'shards': shards,
+      }
+    _check_domain(chunks.name, domains[chunks.name], plan)
+  tokenizer.save(dataset)
+  manifest = {
+    **plan,
+    'created_by': f'bam_jax.prepare, tokenizers {tokenizers.__version__}',
+    'tokenizer': _tokenizer_facts(tokenizer),
+    'domains': domains,
+  }
+  text = json.dumps(manifest, indent=1) + '\n'
+  (dataset / shards_lib.MANIFEST).write_text(text, encoding='utf-8')
+  return manifest
+
+
+def _check_domain(name: str, splits: dict[str, Any], plan: dict[str, Any]) -> None:
+  marked = {s['split'] for s in plan['sources'] if s['path'].startswith(f'{name}/')}
+  if TRAIN not in splits and marked != {VALID}:
+    raise UserError(f'The domain {name} has no document left for train: give it more text.')
+  if VALID not in splits and (VALID in marked or plan['valid_fraction'] > 0):
+    raise UserError(
+      f'The domain {name} has no document for valid: add a valid file, or raise'
+      f' --valid_fraction={plan["valid_fraction"]:g} (0 holds nothing out).'
+    )
+
+
+def _trained(
+  partial: Path, domains: list[Domain], vocab_size: int, valid_fraction: float, bytes_each: int
+) -> Tokenizer:
+  """The tokenizer of an earlier attempt, or a new one from the head of every domain's train."""
+  folder = partial / 'tokenizer'
+  if folder.exists():
+    return Tokenizer.load(folder)
+
+  def texts() -> Iterator[str]:
+    for domain in domains:
+      room = bytes_each
+      for split, text in domain.read(valid_fraction, collections.Counter(), lambda done: None):
+        if split == TRAIN:
+          yield text[:room]
+          room -= len(text.encode())
+          if room <= 0:
+            break
+
+  tokenizer = Tokenizer.train(texts(), vocab_size)
+  unfinished = partial / 'tokenizer.unfinished'
+  unfinished.mkdir(exist_ok=True)
+  tokenizer.save(unfinished)
+  unfinished.rename(folder)
+  return tokenizer
+
+
+@contextlib.contextmanager
+def _workplace(partial: Path, plan: dict[str, Any]) -> Iterator[None]:
+  """Locks `partial`, and empties it unless it holds unfinished work of this very plan."""
+  try:
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = open(partial / 'lock', 'wb')
+  except OSError as error:
+    raise UserError(f'{partial} cannot be written: {error.strerror}.') from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UserError(f'Another prepare is at work in {partial}: wait for it to end.') from error
+    wanted = json.dumps({**plan, 'chunk_bytes': CHUNK_BYTES}, indent=1)
+    file = partial / 'plan.json'
+    if not file.exists() or file.read_text(encoding='utf-8') != wanted:
+      for entry in partial.iterdir():
+        if entry.is_dir():
+          shutil.rmtree(entry)
+        elif entry.name != 'lock':
+          entry.unlink()
+      file.write_text(wanted, encoding='utf-8')
+    yield
+
+
+def _tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
+  keys = ('hash', 'vocab_size', 'bos_token', 'bos_id', 'eos_token', 'eos_id')
+  return {'file': tokenizer.file_name, **{key: getattr(tokenizer, key) for key in keys}}
+
+
+def _check_options(
+  tokenizer: Tokenizer | None,
+  train_tokenizer: int | None,
+  valid_fraction: float,
+  shard_tokens: int,
+  tokenizer_bytes: int,
+  workers: int,
+) -> None:
+  if (tokenizer is None) == (train_tokenizer is None):
+    raise UserError('Give either --tokenizer=PATH or --train_tokenizer=SIZE, and not both.')
+  if not 0 <= valid_fraction < 1:
+    raise UserError(f'--valid_fraction={valid_fraction:g} must be at least 0 and less than 1.')
+  for flag, value in dict(
+    shard_tokens=shard_tokens, tokenizer_bytes=tokenizer_bytes, workers=workers
+  ).items():
+    if value < 1:
+      raise UserError(f'--{flag}={value} must be at least 1.')

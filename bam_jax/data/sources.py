@@ -1,0 +1,205 @@
+"""What a dataset is made from: domains, their files, and the split of every document."""
+
+import collections
+import concurrent.futures
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bam_jax.data.documents import EXTENSIONS, extension, read_documents
+from bam_jax.data.shards import DOMAIN_NAME, file_hash
+from bam_jax.errors import UserError
+
+TRAIN, VALID, TEST = 'train', 'valid', 'test'
+
+_MARKS = {
+  **dict.fromkeys(['train', 'training'], TRAIN),
+  **dict.fromkeys(['valid', 'validation', 'val', 'heldout', 'held_out'], VALID),
+  TEST: TEST,
+}
+# A whole word at the start: testimony.txt is no test set.
+_MARK = re.compile(f'({"|".join(_MARKS)})(?![a-z])', re.IGNORECASE)
+_ABOUT = ('readme', 'notice', 'license', 'licence', 'copying')
+
+
+@dataclass(frozen=True)
+class Domain:
+  """The files of one domain, in order, valid ones first, each with the split it is marked with."""
+
+  name: str
+  root: Path
+  files: tuple[tuple[Path, str | None], ...]
+  left_out: tuple[str, ...]
+  text_field: str
+
+  @classmethod
+  def find(cls, name: str, path: Path, text_field: str) -> 'Domain':
+    if not DOMAIN_NAME.fullmatch(name):
+      raise UserError(f'{name!r} cannot name a domain: use letters, digits, "_", "-" and ".".')
+    readable, others = find_files(path)
+    root = path if path.is_dir() else path.parent
+    marked = [(file, find_split(file.relative_to(root))) for file in readable]
+    tests = [file for file, split in marked if split == TEST]
+    # Valid first: what is held out must be known before train is read.
+    files = sorted(
+      ((file, split) for file, split in marked if split != TEST), key=lambda f: f[1] != VALID
+    )
+    if not files:
+      raise UserError(f'{path} holds only test files: name those for training train*.')
+    left_out = tuple(f'{name}/{file.relative_to(root).as_posix()}' for file in others + tests)
+    return cls(name, root, tuple(files), left_out, text_field)
+
+  @property
+  def has_valid(self) -> bool:
+    return any(split == VALID for _, split in self.files)
+
+  @property
+  def size(self) -> int:
+    return sum(file.stat().st_size for file, _ in self.files)
+
+  def sources(self) -> list[dict[str, Any]]:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      hashes = pool.map(file_hash, [file for file, _ in self.files])
+      return [
+        {
+          'path': f'{self.name}/{file.relative_to(self.root).as_posix()}',
+          'split': split,
+          'bytes': file.stat().st_size,
+          'sha256': sha256,
+        }
+        for (file, split), sha256 in zip(self.files, hashes)
+      ]
+
+  def read(
+    self, valid_fraction: float, skipped: collections.Counter, progress: Callable[[int], None]
+  ) -> Iterator[tuple[str, str]]:
+    """Yields (split, text) and counts in `skipped[domain, split, reason]` what it passes over."""
+    held_out = set()
+    before = 0
+    for file, mark in self.files:
+      for text, position in read_documents(file, self.text_field):
+        progress(before + position)
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        if self.has_valid:
+          split = mark or TRAIN
+        else:
+          share = int.from_bytes(digest[:8], 'big') / 2**64
+          split = VALID if share < valid_fraction else TRAIN
+        if not text:
+          skipped[self.name, split, 'empty'] += 1
+        elif split == VALID:
+          held_out.add(digest)
+          yield VALID, text
+        elif digest in held_out:
+          skipped[self.name, TRAIN, 'in_valid'] += 1
+        else:
+          yield TRAIN, text
+      before += file.stat().st_size
+
+
+def find_files(path: Path) -> tuple[list[Path], list[Path]]:
+  """The readable files of a domain, and those that are left out for their unknown kind.
+
+  Args:
+    path: a file, or a folder that is walked whole; names that begin with a dot are passed over.
+
+  Returns:
+    Two lists, sorted by the path inside the folder.
+
+  Raises:
+    UserError: the path is missing, of an unknown kind, or a folder with no readable file.
+  """
+  if path.is_file():
+    if extension(path) is None:
+      raise UserError(f'{path} is of an unknown kind: only {", ".join(EXTENSIONS)} can be read.')
+    return [path], []
+  if not path.is_dir():
+    raise UserError(f'{path} does not exist: mend the path.')
+  files = []
+  for folder, folders, names in os.walk(path, followlinks=True):
+    folders[:] = [name for name in folders if not name.startswith('.')]
+    files += [Path(folder, name) for name in names if not name.startswith('.')]
+  files.sort(key=lambda file: file.relative_to(path).parts)
+  readable = [file for file in files if extension(file)]
+  if not readable:
+    raise UserError(f'{path} holds no file that can be read: put {", ".join(EXTENSIONS)} there.')
+  return readable, [file for file in files if not extension(file)]
+
+
+def find_split(relative: Path) -> str | None:
+  """The split that a file's name, or that of a folder above it, is marked with.
+
+  A name is marked by its first word: `train-00001.parquet`, `validation/a.txt`, `test.jsonl`.
+
+  Args:
+    relative: the file's path inside its domain.
+
+  Returns:
+    'train', 'valid', 'test', or None when nothing is marked.
+  """
+  for part in relative.parts:
+    if mark := _MARK.match(part):
+      return _MARKS[mark[1].lower()]
+  return None
+
+
+def find_domains(inputs: Sequence[str]) -> dict[str, Path]:
+  """Reads `--input`: either some `domain=path`, or one folder whose entries are the domains.
+
+  Raises:
+    UserError: a name is unfit or given twice, a path is missing, or the folder is no set of
+      domains.
+  """
+  if not inputs:
+    raise UserError('Nothing to prepare: give --input=DOMAIN=PATH or --input=FOLDER.')
+  if len(inputs) == 1 and Path(inputs[0]).is_dir():
+    return _domains_of_folder(Path(inputs[0]))
+  domains = {}
+  for given in inputs:
+    name, equals, path = given.partition('=')
+    if not equals:
+      raise UserError(
+        f'--input={given} names no domain: write --input=DOMAIN={given},'
+        ' or give one folder whose sub-folders are the domains.'
+      )
+    if not DOMAIN_NAME.fullmatch(name):
+      raise UserError(f'--input={given}: a domain is named with letters, digits, "_", "-" and ".".')
+    if name in domains:
+      raise UserError(f'--input={given}: the domain {name} is given twice; put both in one folder.')
+    if not Path(path).exists():
+      raise UserError(f'--input={given}: {path} does not exist.')
+    domains[name] = Path(path)
+  return domains
+
+
+def _domains_of_folder(folder: Path) -> dict[str, Path]:
+  domains = {}
+  for entry in sorted(folder.iterdir()):
+    kind = extension(entry) if entry.is_file() else ''
+    about = entry.is_file() and entry.name.lower().startswith(_ABOUT)
+    if entry.name.startswith('.') or about:
+      continue
+    if kind is None:
+      raise UserError(
+        f'{entry} is neither a folder nor one of {", ".join(EXTENSIONS)}: move it out, or name'
+        ' the domains one by one with --input=DOMAIN=PATH.'
+      )
+    name = entry.name[: len(entry.name) - len(kind)]
+    if find_split(Path(name)):
+      raise UserError(
+        f'{entry} is a split, not a domain: if the folder is one, --input=DOMAIN={folder}.'
+      )
+    if not DOMAIN_NAME.fullmatch(name):
+      raise UserError(
+        f'{entry} cannot name a domain: rename it with letters, digits, "_", "-" and ".".'
+      )
+    if name in domains:
+      raise UserError(f'{entry} and {domains[name]} name the same domain: move one into the other.')
+    domains[name] = entry
+  if not domains:
+    raise UserError(f'{folder} holds no domain: put a folder or file for each domain into it.')
+  return domains

@@ -1,0 +1,145 @@
+"""The graph of a recipe's runs, resolved and checked whole before anything is computed."""
+
+import graphlib
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from bam_jax import checkpoint, config, sharding
+from bam_jax.data import shards
+from bam_jax.errors import UserError
+from bam_jax.model import transformer
+from bam_jax.upcycle import rules
+
+# What may change between two attempts at one run: none of it changes the parameters.
+INCIDENTAL = ('label', 'mesh', 'every')
+
+
+@dataclass(frozen=True)
+class Node:
+  """One run, resolved: its model is known, and what its identity is."""
+
+  name: str
+  run: config.Run
+  model: config.Model
+  identity: dict[str, Any]  # equal for two attempts that end in the same parameters
+
+  @property
+  def upcycle(self) -> config.Upcycle | None:
+    return self.run.init if isinstance(self.run.init, config.Upcycle) else None
+
+  @property
+  def kind(self) -> str:
+    if self.upcycle:
+      return 'mixture'
+    return 'specialist' if isinstance(self.run.init, config.FromRun) else 'seed'
+
+
+def resolve(recipe: config.Recipe, data_hash: str = '') -> dict[str, Node]:
+  """The runs in an order in which every run comes after those that it starts from.
+
+  Raises:
+    UserError: a cycle, a mixture of mixtures, or sources that differ in their model.
+  """
+  graph = {name: config.parents(run) for name, run in recipe.runs.items()}
+  try:
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+  except graphlib.CycleError as error:
+    raise UserError(f'config.runs has a cycle: {" <- ".join(error.args[1])}.') from None
+  # Among the orders that the graph allows, the one closest to how the recipe is written.
+  depth: dict[str, int] = {}
+  for name in order:
+    depth[name] = 1 + max((depth[parent] for parent in graph[name]), default=0)
+  written = list(recipe.runs)
+  order = sorted(order, key=lambda name: (depth[name], written.index(name)))
+
+  nodes: dict[str, Node] = {}
+  for name in order:
+    run = recipe.runs[name]
+    model = _model(recipe, name, nodes)
+    kept = {k: v for k, v in config.to_dict(run).items() if k not in INCIDENTAL}
+    identity = {
+      'model': config.to_dict(model),
+      'total_steps': recipe.total_steps(name),
+      'sequence_length': recipe.data.sequence_length,
+      'seed': recipe.seed,
+      'data_hash': data_hash,
+      'sources': {parent: digest(nodes[parent].identity) for parent in graph[name]},
+      **kept,
+    }
+    nodes[name] = Node(name, run, model, identity)
+  return nodes
+
+
+def digest(identity: dict[str, Any]) -> str:
+  """A short hash of JSON-ready facts."""
+  return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check(
+  recipe: config.Recipe, nodes: dict[str, Node], dataset: shards.Dataset, asked: Sequence[str]
+) -> tuple[str, ...]:
+  """UserError for whatever the data, the devices or the mesh cannot give; the tables' domains."""
+  vocabulary = dataset.manifest['tokenizer']['vocab_size']
+  domains = recipe.evaluation.domains or dataset.domains
+  for domain in domains:
+    if 'valid' not in dataset.splits(domain):
+      raise UserError(f'{dataset.path} has no held-out documents of the domain {domain!r}.')
+  for name in asked:
+    node = nodes[name]
+    if node.model.vocab_size < vocabulary:
+      raise UserError(
+        f'config.model.vocab_size={node.model.vocab_size} is below the {vocabulary} tokens of the '
+        f'tokenizer in {dataset.path}: raise it to {vocabulary}.'
+      )
+    for domain in node.run.data:
+      if domain not in dataset.domains:
+        raise UserError(
+          f'config.runs.{name}.data names the domain {domain!r}; {dataset.path} has '
+          f'{", ".join(dataset.domains)}.'
+        )
+    if node.run.mesh.size > jax.device_count():
+      raise UserError(
+        f'config.runs.{name}.mesh needs {node.run.mesh.size} devices and there are '
+        f'{jax.device_count()}: make its axes smaller.'
+      )
+    if recipe.evaluation.batch_size % node.run.mesh.batch_shards:
+      raise UserError(
+        f'config.evaluation.batch_size={recipe.evaluation.batch_size} is not a multiple of the '
+        f'{node.run.mesh.batch_shards} parts that config.runs.{name}.mesh cuts a batch into.'
+      )
+    abstract = transformer.Network(node.model, node.run.compute).abstract()
+    sharding.check(abstract, node.run.mesh, f'config.runs.{name}')
+  return domains
+
+
+def _model(recipe: config.Recipe, name: str, nodes: dict[str, Node]) -> config.Model:
+  match recipe.runs[name].init:
+    case 'scratch':
+      return recipe.model
+    case config.FromCheckpoint(path):
+      return checkpoint.read_meta(path).model
+    case config.FromRun(parent):
+      return nodes[parent].model
+    case config.Upcycle() as upcycle:
+      first = upcycle.sources[0]
+      for source in upcycle.sources:
+        if nodes[source].model != nodes[source].model.dense():
+          raise UserError(
+            f'config.runs.{name}.init.upcycle.from names {source!r}, which is a mixture: only '
+            'dense models can be mixed.'
+          )
+        if nodes[source].model != nodes[first].model:
+          raise UserError(
+            f'config.runs.{name}.init.upcycle.from mixes {first!r} and {source!r}, whose models '
+            'differ.'
+          )
+      try:
+        return rules.mixture_model(nodes[first].model, upcycle)
+      except UserError as error:
+        raise UserError(f'config.runs.{name}.init.upcycle: {error}') from None
+  raise AssertionError(recipe.runs[name].init)

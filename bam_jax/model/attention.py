@@ -1,0 +1,140 @@
+"""Causal attention with rotary positions and grouped queries, dense and as a mixture of experts.
+
+Legend: B batch, T and S sequence, D model, H query heads, G key-value heads, K head, E experts.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bam_jax import config
+from bam_jax.model import parameters, router
+
+# (query BTHK, key BTGK, value BTGK) -> BTHK, for the segments it was made for.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def plain(segments_BT: jax.Array) -> Attend:
+  """Attention by two einsums; scores and softmax in float32.
+
+  Args:
+    segments_BT: a token sees itself and what stands before it in its own segment.
+  """
+  length = segments_BT.shape[1]
+  causal_TS = jnp.tril(jnp.ones((length, length), bool))
+  visible_BTS = causal_TS & (segments_BT[:, :, None] == segments_BT[:, None, :])
+
+  def attend(query_BTHK, key_BSGK, value_BSGK):
+    B, T, H, K = query_BTHK.shape
+    G = key_BSGK.shape[2]
+    dtype = jnp.promote_types(query_BTHK.dtype, jnp.float32)
+    query_BTGRK = query_BTHK.reshape(B, T, G, H // G, K) * K**-0.5
+    scores_BGRTS = jnp.einsum(
+      'btgrk,bsgk->bgrts', query_BTGRK, key_BSGK, preferred_element_type=dtype
+    )
+    scores_BGRTS = jnp.where(visible_BTS[:, None, None], scores_BGRTS, jnp.finfo(dtype).min)
+    weights_BGRTS = jax.nn.softmax(scores_BGRTS).astype(value_BSGK.dtype)
+    return jnp.einsum('bgrts,bsgk->btgrk', weights_BGRTS, value_BSGK).reshape(B, T, H, K)
+
+  return attend
+
+
+def rotary(positions_BT: jax.Array, head_dim: int, theta: float, dtype: jnp.dtype) -> Callable:
+  """Rotary position embedding of interleaved pairs over the whole head; arXiv 2104.09864, eq. 34.
+
+  Returns:
+    The function that turns (B, T, heads, K) to the given positions; it computes in float32.
+  """
+  dtype = jnp.promote_types(dtype, jnp.float32)
+  frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=dtype) / head_dim)
+  angles = positions_BT[:, :, None, None].astype(dtype) * frequencies
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+
+  def turn(x_BTHK):
+    pairs = x_BTHK.reshape(*x_BTHK.shape[:-1], head_dim // 2, 2).astype(dtype)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x_BTHK.shape).astype(x_BTHK.dtype)
+
+  return turn
+
+
+class Attention(nnx.Module):
+  """Dense attention."""
+
+  def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
+    """Parameters of all the layers: `query` LDHK, `key` and `value` LDGK, `out` LHKD."""
+    L, D, H, G, K = _sizes(model)
+    self.query = parameters.normal(rngs, (L, D, H, K), D)
+    self.key = parameters.normal(rngs, (L, D, G, K), D)
+    self.value = parameters.normal(rngs, (L, D, G, K), D)
+    self.out = parameters.normal(rngs, (L, H, K, D), H * K, (2 * L) ** -0.5)
+
+  def __call__(self, y_BTD, turn: Callable, attend: Attend, real_BT) -> tuple[jax.Array, None]:
+    """One layer's attention of normalised tokens (B, T, D), and no statistics."""
+    y_BTD = y_BTD.astype(self.query.dtype)
+    key, value = _key_value(y_BTD, self.key[...], self.value[...], turn)
+    heads_BTHK = _heads(y_BTD, self.query[...], key, value, turn, attend)
+    return jnp.einsum('bthk,hkd->btd', heads_BTHK, self.out[...]), None
+
+
+class MixtureOfAttention(nnx.Module):
+  """`sum_j g_j MHA_j(y)` with the gates of the query's token; paper section 3."""
+
+  def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
+    """Parameters of all the layers: `query` LEDHK, `key` and `value` L[E]DGK, `out` LEHKD."""
+    L, D, H, G, K = _sizes(model)
+    self.options = model.attention_experts
+    E = self.options.num_experts
+    key_value = (L, D, G, K) if self.options.shared_kv else (L, E, D, G, K)
+    self.query = parameters.normal(rngs, (L, E, D, H, K), D)
+    self.key = parameters.normal(rngs, key_value, D)
+    self.value = parameters.normal(rngs, key_value, D)
+    self.out = parameters.normal(rngs, (L, E, H, K, D), H * K, (2 * L) ** -0.5)
+    self.router = parameters.normal(rngs, (L, D, E), D)
+
+  def __call__(
+    self, y_BTD, turn: Callable, attend: Attend, real_BT
+  ) -> tuple[jax.Array, router.Statistics]:
+    """One layer's mixture of normalised tokens (B, T, D); `real_BT` is false on padding."""
+    gates_BTE, logits_BTE = router.gates(y_BTD, self.router[...])
+    mixed_BTE, load_BTE = gates_BTE, gates_BTE
+    if self.options.top_k:
+      gates_BTk, experts_BTk, chosen_BTE = router.choose(
+        gates_BTE, self.options.top_k, self.options.renormalize
+      )
+      mixed_BTE = jnp.einsum(
+        'btk,btke->bte', gates_BTk, jax.nn.one_hot(experts_BTk, gates_BTE.shape[-1])
+      )
+      load_BTE = chosen_BTE / self.options.top_k
+    stats = router.statistics(gates_BTE, logits_BTE, load_BTE, real_BT)
+
+    y_BTD = y_BTD.astype(self.query.dtype)
+    mixed_BTE = mixed_BTE.astype(self.query.dtype)
+    output_BTD = 0
+    # A loop is the fastest form on CPU (folding the experts into the batch costs 6%, vmap 34%) and
+    # leaves every expert a plain attention that a kernel can take.
+    for expert in range(self.options.num_experts):
+      if expert == 0 or not self.options.shared_kv:
+        which = ... if self.options.shared_kv else expert
+        key, value = _key_value(y_BTD, self.key[which], self.value[which], turn)
+      heads_BTHK = _heads(y_BTD, self.query[expert], key, value, turn, attend)
+      heads_BTHK = heads_BTHK * mixed_BTE[:, :, expert, None, None]
+      output_BTD += jnp.einsum('bthk,hkd->btd', heads_BTHK, self.out[expert])
+    return output_BTD, stats
+
+
+def _key_value(y_BTD, key_DGK, value_DGK, turn):
+  key_BTGK = turn(jnp.einsum('btd,dgk->btgk', y_BTD, key_DGK))
+  return key_BTGK, jnp.einsum('btd,dgk->btgk', y_BTD, value_DGK)
+
+
+def _heads(y_BTD, query_DHK, key_BTGK, value_BTGK, turn, attend):
+  query_BTHK = turn(jnp.einsum('btd,dhk->bthk', y_BTD, query_DHK))
+  return attend(query_BTHK, key_BTGK, value_BTGK)
+
+
+def _sizes(model: config.Model) -> tuple[int, int, int, int, int]:
+  return model.num_layers, model.d_model, model.num_heads, model.num_kv_heads, model.head_dim

@@ -1,0 +1,131 @@
+"""SwiGLU, dense and as a mixture of routed experts.
+
+Legend: B batch, T sequence, D model, F hidden, E experts, k experts a token visits, P = BTk pairs,
+S rows of the experts' buffer, R rows of one part of it.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bam_jax import config
+from bam_jax.model import dispatch, parameters, router
+
+BLOCK_ROWS = 256  # of a part of a dropless buffer: large enough for a matmul to run at speed
+
+
+def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
+  """`(silu(x W_gate) * (x W_up)) W_down` of (..., D); arXiv 2002.05202."""
+  return (jax.nn.silu(x @ gate_DF) * (x @ up_DF)) @ down_FD
+
+
+class FFN(nnx.Module):
+  """Dense SwiGLU."""
+
+  def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
+    """Parameters of all the layers: `gate` and `up` LDF, `down` LFD."""
+    L, D, F = model.num_layers, model.d_model, model.ffn_dim
+    self.gate = parameters.normal(rngs, (L, D, F), D)
+    self.up = parameters.normal(rngs, (L, D, F), D)
+    self.down = parameters.normal(rngs, (L, F, D), F, (2 * L) ** -0.5)
+
+  def __call__(self, y_BTD, real_BT) -> tuple[jax.Array, None]:
+    """One layer's FFN of normalised tokens (B, T, D), and no statistics."""
+    return swiglu(y_BTD.astype(self.gate.dtype), self.gate[...], self.up[...], self.down[...]), None
+
+
+class MixtureOfFFN(nnx.Module):
+  """`sum over the top-k of p_i FFN_i(y)` with p the softmax over all the experts."""
+
+  def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
+    """Parameters of all the layers: `gate` and `up` LEDF, `down` LEFD, `router` LDE."""
+    L, D, F = model.num_layers, model.d_model, model.ffn_dim
+    self.options = model.ffn_experts
+    E = self.options.num_experts
+    self.gate = parameters.normal(rngs, (L, E, D, F), D)
+    self.up = parameters.normal(rngs, (L, E, D, F), D)
+    self.down = parameters.normal(rngs, (L, E, F, D), F, (2 * L) ** -0.5)
+    self.router = parameters.normal(rngs, (L, D, E), D)
+    self.experts = _experts(self.options)
+
+  def __call__(self, y_BTD, real_BT) -> tuple[jax.Array, router.Statistics]:
+    """One layer's mixture of normalised tokens (B, T, D).
+
+    Padding, where `real_BT` is false, visits no expert and takes no room in a buffer.
+    """
+    E, k = self.options.num_experts, self.options.top_k
+    gates_BTE, logits_BTE = router.gates(y_BTD, self.router[...])
+    gates_BTk, experts_BTk, chosen_BTE = router.choose(gates_BTE, k, self.options.renormalize)
+    stats = router.statistics(gates_BTE, logits_BTE, chosen_BTE / k, real_BT)
+
+    experts_P = jnp.where(real_BT[..., None], experts_BTk, E).reshape(-1)
+    x_PD = jnp.repeat(y_BTD.astype(self.gate.dtype).reshape(-1, y_BTD.shape[-1]), k, axis=0)
+    weights = self.gate[...], self.up[...], self.down[...]
+    output_PD, dropped = self.experts(x_PD, experts_P, weights)
+    output_BTkD = output_PD.reshape(*gates_BTk.shape, -1)
+    output_BTD = jnp.einsum('btkd,btk->btd', output_BTkD, gates_BTk.astype(output_PD.dtype))
+    return output_BTD, stats._replace(dropped=dropped.astype(stats.dropped.dtype))
+
+
+def _experts(options: config.FFNExperts) -> Callable:
+  """How the experts compute: (rows PD, expert of each P, weights) -> (rows PD, dropped pairs)."""
+  if options.buffer_factor:
+    return _buffered(options.num_experts, options.buffer_factor)
+  if jax.default_backend() == 'cpu':
+    return _blocked(options.num_experts)
+  return _ragged(options.num_experts)
+
+
+def _buffered(num_experts: int, factor: float) -> Callable:
+  """One buffer an expert, `factor` times its even share; pairs that do not fit are dropped."""
+
+  def run(x_PD, experts_P, weights):
+    rows = min(math.ceil(factor * experts_P.size / num_experts), experts_P.size)
+    slots = dispatch.buffers(experts_P, num_experts, rows)
+    x_SD = dispatch.move(x_PD, slots.pair_of_slot, slots.slot_of_pair)
+    x_ERD = x_SD.reshape(num_experts, rows, -1)
+    gate_EDF, up_EDF, down_EFD = weights
+    hidden_ERF = jax.nn.silu(jnp.einsum('erd,edf->erf', x_ERD, gate_EDF))
+    hidden_ERF *= jnp.einsum('erd,edf->erf', x_ERD, up_EDF)
+    output_SD = jnp.einsum('erf,efd->erd', hidden_ERF, down_EFD).reshape(x_SD.shape)
+    dropped = jnp.sum(jnp.maximum(slots.sizes - rows, 0))
+    return dispatch.move(output_SD, slots.slot_of_pair, slots.pair_of_slot), dropped
+
+  return run
+
+
+def _blocked(num_experts: int) -> Callable:
+  """Dropless, for CPU: a scan over blocks of rows, each with the weights of its expert."""
+
+  def run(x_PD, experts_P, weights):
+    slots = dispatch.blocks(experts_P, num_experts, min(BLOCK_ROWS, experts_P.size))
+    x_SD = dispatch.move(x_PD, slots.pair_of_slot, slots.slot_of_pair)
+    x_NRD = x_SD.reshape(slots.expert_of_part.size, -1, x_SD.shape[-1])
+
+    def block(carry, part):
+      x_RD, expert = part
+      return carry, swiglu(x_RD, *(weight[expert] for weight in weights))
+
+    _, output_NRD = jax.lax.scan(block, None, (x_NRD, slots.expert_of_part))
+    output_SD = output_NRD.reshape(x_SD.shape)
+    return dispatch.move(output_SD, slots.slot_of_pair, slots.pair_of_slot), jnp.zeros(())
+
+  return run
+
+
+def _ragged(num_experts: int) -> Callable:
+  """Dropless, for GPU and TPU: a grouped matmul over rows sorted by expert."""
+
+  def run(x_PD, experts_P, weights):
+    slots = dispatch.blocks(experts_P, num_experts, 1)
+    gate_EDF, up_EDF, down_EFD = weights
+    x_SD = dispatch.move(x_PD, slots.pair_of_slot, slots.slot_of_pair)
+    hidden_SF = jax.nn.silu(jax.lax.ragged_dot(x_SD, gate_EDF, slots.sizes))
+    hidden_SF *= jax.lax.ragged_dot(x_SD, up_EDF, slots.sizes)
+    output_SD = jax.lax.ragged_dot(hidden_SF, down_EFD, slots.sizes)
+    return dispatch.move(output_SD, slots.slot_of_pair, slots.pair_of_slot), jnp.zeros(())
+
+  return run

@@ -1,0 +1,84 @@
+"""The linear router, its gates, and what its losses and its pictures need to know.
+
+Legend: B batch, T sequence, D model, E experts (the N of formulas), k experts a token visits.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Statistics(NamedTuple):
+  """Sums over the real tokens of a batch; adding two batches' gives those of their union.
+
+  All are float32. After the scan over layers each has a leading axis L.
+  """
+
+  tokens: jax.Array  # (): real tokens
+  load: jax.Array  # (E,): share of the token that went to expert i: gates if soft, else choices / k
+  gate: jax.Array  # (E,): gates before the top-k
+  z: jax.Array  # (): logsumexp(logits)^2
+  entropy: jax.Array  # (): entropy of the gates before the top-k, nats
+  dropped: jax.Array  # (): choices that found their expert's buffer full
+
+
+def gates(y_BTD: jax.Array, router_DE: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Softmax gates over all the experts, in float32 whatever `y_BTD` is.
+
+  Returns:
+    Gates and logits, both (B, T, E).
+  """
+  dtype = jnp.promote_types(y_BTD.dtype, jnp.float32)
+  logits_BTE = jnp.einsum(
+    'btd,de->bte', y_BTD.astype(dtype), router_DE, precision=jax.lax.Precision.HIGHEST
+  )
+  return jax.nn.softmax(logits_BTE), logits_BTE
+
+
+def choose(
+  gates_BTE: jax.Array, top_k: int, renormalize: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The k largest gates of each token; ties go to the lower expert.
+
+  Returns:
+    Gates (B, T, k), expert numbers (B, T, k) int32, and the choices as a mask (B, T, E).
+  """
+  gates_BTk, experts_BTk = jax.lax.top_k(gates_BTE, top_k)
+  if renormalize:
+    gates_BTk = gates_BTk / gates_BTk.sum(-1, keepdims=True)
+  chosen_BTE = jax.nn.one_hot(experts_BTk, gates_BTE.shape[-1], dtype=gates_BTE.dtype).sum(-2)
+  return gates_BTk, experts_BTk, chosen_BTE
+
+
+def statistics(
+  gates_BTE: jax.Array, logits_BTE: jax.Array, load_BTE: jax.Array, real_BT: jax.Array
+) -> Statistics:
+  """Statistics over the tokens that `real_BT` marks; padding counts for nothing."""
+  real = real_BT.astype(gates_BTE.dtype)
+
+  def total(x_BT):
+    return jnp.sum(x_BT * real)
+
+  return Statistics(
+    tokens=real.sum(),
+    load=jax.lax.stop_gradient(jnp.einsum('bte,bt->e', load_BTE, real)),
+    gate=jnp.einsum('bte,bt->e', gates_BTE, real),
+    z=total(jax.nn.logsumexp(logits_BTE, axis=-1) ** 2),
+    entropy=jax.lax.stop_gradient(
+      total(-jnp.sum(gates_BTE * jax.nn.log_softmax(logits_BTE), axis=-1))
+    ),
+    dropped=jnp.zeros((), gates_BTE.dtype),
+  )
+
+
+def load_balance(stats: Statistics) -> jax.Array:
+  """`L_LB = N sum_i f_i P_i`, summed over layers; Switch Transformers, arXiv 2101.03961."""
+  tokens = jnp.maximum(stats.tokens, 1)[..., None]
+  num_experts = stats.load.shape[-1]
+  return num_experts * jnp.sum((stats.load / tokens) * (stats.gate / tokens))
+
+
+def router_z(stats: Statistics) -> jax.Array:
+  """`L_z`, the mean of logsumexp(logits)^2, summed over layers; ST-MoE, arXiv 2202.08906."""
+  return jnp.sum(stats.z / jnp.maximum(stats.tokens, 1))

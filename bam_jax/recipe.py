@@ -1,0 +1,229 @@
+"""Runs what is asked for of a recipe: in order, skipping what is finished, each from its init."""
+
+import dataclasses
+import functools
+import json
+import zlib
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bam_jax import checkpoint, config, graph, strict
+from bam_jax.data import shards
+from bam_jax.errors import UserError
+from bam_jax.model import arithmetic, transformer
+from bam_jax.train import loop, stop
+from bam_jax.train.progress import Progress
+from bam_jax.upcycle import merge
+
+LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
+
+
+def execute(
+  recipe: config.Recipe,
+  workdir: Path,
+  dataset: shards.Dataset,
+  only: Sequence[str] = (),
+  progress_enabled: bool = True,
+) -> list[str]:
+  """Trains the runs that are asked for and not finished, in order; their names, in order.
+
+  Args:
+    recipe: the graph.
+    workdir: every run has a folder in it.
+    dataset: the token shards.
+    only: names of runs; empty is all.
+    progress_enabled: whether to show progress on standard error.
+
+  Raises:
+    UserError: before anything is trained, for a recipe that cannot run here or does not match the
+      workdir; while training, for a loss that is not a number.
+    stop.Stopped: a signal came, and the run's state is saved.
+  """
+  nodes = graph.resolve(recipe, graph.digest(dataset.manifest['domains']))
+  asked = _asked(nodes, only, workdir)
+  domains = graph.check(recipe, nodes, dataset, asked)
+  for name in asked:
+    _check_identity(workdir / name, nodes[name])
+
+  steps = {name: recipe.total_steps(name) for name in asked}
+  with stop.catch() as stopping, Progress(steps, enabled=progress_enabled) as progress:
+    for name in asked:
+      node, folder = nodes[name], workdir / name
+      if finished(folder, node, steps[name]):
+        progress.skip(name)
+        continue
+      _write_json(folder / 'config.json', _record(recipe, node))
+      job = loop.Job(
+        name=name,
+        run=node.run,
+        model=node.model,
+        recipe=recipe,
+        dataset=dataset,
+        domains=tuple(domains),
+        folder=folder,
+        init=functools.partial(initial_params, recipe, nodes, node, workdir),
+        meta=functools.partial(_meta, recipe, node, dataset),
+      )
+      facts = loop.train(job, progress, stopping)
+      loss = facts.pop('loss')
+      _write_json(folder / 'result.json', _result(recipe, node) | facts)
+      progress.finish(name, loss)
+  return asked
+
+
+def finished(folder: Path, node: graph.Node, total_steps: int) -> bool:
+  """Whether a run has its last checkpoint and its result, by the present configuration."""
+  step = checkpoint.finished_step(folder / 'checkpoints')
+  recorded = _read_json(folder / 'config.json')
+  return (
+    step == total_steps
+    and (folder / 'result.json').exists()
+    and recorded is not None
+    and recorded['hash'] == graph.digest(node.identity)
+  )
+
+
+def initial_params(
+  recipe: config.Recipe,
+  nodes: dict[str, graph.Node],
+  node: graph.Node,
+  workdir: Path,
+  shardings: Any,
+) -> transformer.Params:
+  """The parameters that a run starts from, laid out by `shardings`."""
+  network = transformer.Network(node.model, node.run.compute)
+  # Every run draws its own numbers, whatever other runs the recipe has.
+  key = jax.random.fold_in(jax.random.key(recipe.seed), zlib.crc32(node.name.encode()))
+  match node.run.init:
+    case 'scratch':
+      return jax.jit(network.init, out_shardings=shardings)(key)
+    case config.FromRun(parent):
+      path = workdir / parent
+      return checkpoint.restore_params(path, checkpoint.abstract(network.abstract(), shardings))
+    case config.FromCheckpoint(path):
+      return checkpoint.restore_params(path, checkpoint.abstract(network.abstract(), shardings))
+    case config.Upcycle() as upcycle:
+      # The dense sources pass through host memory: a mixture's mesh need not suit them.
+      dense = transformer.Network(nodes[upcycle.sources[0]].model, node.run.compute).abstract()
+      sources = [checkpoint.restore_host_params(workdir / name, dense) for name in upcycle.sources]
+      params = merge.merge(sources, network.abstract(), node.model, upcycle, key)
+      return jax.device_put(params, shardings)
+  raise AssertionError(node.run.init)
+
+
+def _asked(nodes: dict[str, graph.Node], only: Sequence[str], workdir: Path) -> list[str]:
+  for name in only:
+    if name not in nodes:
+      raise UserError(f'--runs names {name!r}; the recipe has {", ".join(nodes)}.')
+  asked = [name for name in nodes if not only or name in only]
+  for name in asked:
+    for parent in config.parents(nodes[name].run):
+      if parent not in asked and not _has_result(workdir / parent, nodes[parent]):
+        raise UserError(
+          f'--runs asks for {name!r}, which starts from {parent!r}, and {workdir / parent} does '
+          f'not hold it finished by this configuration: add {parent!r} to --runs.'
+        )
+  return asked
+
+
+def _has_result(folder: Path, node: graph.Node) -> bool:
+  return finished(folder, node, node.identity['total_steps'])
+
+
+def _check_identity(folder: Path, node: graph.Node) -> None:
+  recorded = _read_json(folder / 'config.json')
+  if recorded is None or recorded['hash'] == graph.digest(node.identity):
+    return
+  changes = strict.differences(recorded['identity'], json.loads(json.dumps(node.identity)))
+  shown = '; '.join(changes[:3]) + (f'; and {len(changes) - 3} more' if len(changes) > 3 else '')
+  raise UserError(
+    f'{folder} was begun with another configuration of {node.name!r} ({shown}): undo the change, '
+    'choose another --workdir, or delete that folder.'
+  )
+
+
+def _record(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:
+  return {
+    'recipe': recipe.name,
+    'run': config.to_dict(node.run),
+    'identity': node.identity,
+    'hash': graph.digest(node.identity),
+  }
+
+
+def _meta(
+  recipe: config.Recipe, node: graph.Node, dataset: shards.Dataset, step: int
+) -> checkpoint.Meta:
+  return checkpoint.Meta(
+    format=checkpoint.FORMAT,
+    model=node.model,
+    sequence_length=recipe.data.sequence_length,
+    tokenizer_hash=dataset.tokenizer_hash,
+    tokenizer_path=str(dataset.path.absolute()),
+    run=node.name,
+    step=step,
+    method=node.upcycle.method if node.upcycle else None,
+    sources=_experts(node),
+    versions=versions(),
+  )
+
+
+def _experts(node: graph.Node) -> tuple[str, ...]:
+  if not node.upcycle:
+    return ()
+  sources = node.upcycle.sources
+  return sources + sources[:1] * (node.upcycle.experts - len(sources))
+
+
+def _result(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:
+  counts = arithmetic.parameters(node.model)
+  return {
+    'run': node.name,
+    'label': node.run.label,
+    'kind': node.kind,
+    'method': node.upcycle.method if node.upcycle else None,
+    'sources': list(_experts(node)),
+    'parameters': counts.total,
+    'active_parameters': counts.active,
+    'flops_per_token': arithmetic.training_flops(node.model, recipe.data.sequence_length),
+  }
+
+
+def versions() -> dict[str, str]:
+  """Versions of the libraries that decide a run's numbers."""
+  return {library: metadata.version(library) for library in LIBRARIES}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    return None
+  except ValueError:
+    raise UserError(f'{path} is damaged: delete its folder and train the run again.') from None
+
+
+def _write_json(path: Path, facts: dict[str, Any]) -> None:
+  """Writes a file that is either whole or not there."""
+  if jax.process_index():
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  beside = path.with_suffix('.partial')
+  beside.write_text(json.dumps(facts, indent=1) + '\n', encoding='utf-8')
+  beside.replace(path)
+
+
+def write_command(workdir: Path, recipe: config.Recipe, command: str) -> None:
+  """Records what made this workdir, for the report."""
+  facts = {'name': recipe.name, 'command': command, 'seed': recipe.seed, 'versions': versions()}
+  _write_json(workdir / 'recipe.json', facts)
+
+
+def with_workdir(recipe: config.Recipe, workdir: Path) -> config.Recipe:
+  """The recipe with "{workdir}" in its data path replaced."""
+  path = recipe.data.path.replace('{workdir}', str(workdir))
+  return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=path))

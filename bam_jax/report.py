@@ -1,0 +1,264 @@
+"""The report of a recipe: what its runs reached, what they cost, and what can be read from that.
+
+`write` reads what each run left in its folder and writes `WORKDIR/report/`: `report.json` for a
+program, `report.md` and its pictures for a person.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from bam_jax import figures, readings
+from bam_jax.errors import UserError
+from bam_jax.train.progress import duration
+
+Row = dict[str, Any]
+
+COPIED = (
+  'run',
+  'label',
+  'kind',
+  'method',
+  'sources',
+  'step',
+  'tokens',
+  'wall_seconds',
+  'parameters',
+  'active_parameters',
+  'flops_per_token',
+)
+BEST = '★'
+
+
+def write(workdir: Path, runs: Sequence[str]) -> dict[str, Any]:
+  """Writes the report of the runs of a recipe.
+
+  Args:
+    workdir: holds `<run>/result.json` and `<run>/metrics.jsonl` of each finished run, and
+      `recipe.json` with the name, command, seed and versions, where there is one.
+    runs: the rows, in order. A run without a result is listed as not finished.
+
+  Returns:
+    What `report.json` holds:
+      name: of the recipe.
+      recipe: `recipe.json`, or None.
+      domains: the columns.
+      rows: one object a finished run: facts copied from its result, `training_flops`,
+        `perplexity` and `bits_per_byte` by domain, `average_perplexity` and
+        `average_bits_per_byte` (arithmetic means over the domains), `experts` (their names) and
+        `routing` (router -> domain -> load [L][E]).
+      not_finished: names of runs.
+      readings: what the numbers say; see `readings.compute`.
+      pictures: file names.
+
+  Raises:
+    UserError: when a result cannot be read.
+  """
+  workdir = Path(workdir)
+  recipe = _read(workdir / 'recipe.json')
+  results = {run: _read(workdir / run / 'result.json') for run in runs}
+  finished = {run: result for run, result in results.items() if result is not None}
+  domains = list(dict.fromkeys(d for result in finished.values() for d in result['domains']))
+  rows = [_row(result, domains) for result in finished.values()]
+  report = {
+    'name': recipe['name'] if recipe else workdir.resolve().name,
+    'recipe': recipe,
+    'domains': domains,
+    'rows': rows,
+    'not_finished': [run for run in runs if results[run] is None],
+    'readings': readings.compute(rows),
+    'pictures': [],
+  }
+  folder = workdir / 'report'
+  folder.mkdir(parents=True, exist_ok=True)
+  if rows:
+    report['pictures'] = _draw(workdir, folder, rows, domains)
+  (folder / 'report.json').write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
+  (folder / 'report.md').write_text(markdown(report), encoding='utf-8')
+  return report
+
+
+def table(report: Mapping[str, Any]) -> Table:
+  """The perplexities for a terminal: best mixture in bold, best run of all with a star."""
+  result = Table(title=f'{report["name"]}: held-out perplexity', title_justify='left', box=None)
+  result.add_column('run', no_wrap=True)
+  for name in (*report['domains'], 'average'):
+    result.add_column(name, justify='right')
+  marks = _marks(report, 'perplexity')
+  for row in report['rows']:
+    cells = (
+      f'[bold]{text}[/bold]' if bold else text for text, bold in _cells(row, 'perplexity', marks)
+    )
+    result.add_row(row['label'], *cells)
+  for run in report['not_finished']:
+    result.add_row(f'{run}: not finished', style='dim')
+  return result
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+  """The report as a page of Markdown, given what `write` returns."""
+  parts = [f'# {report["name"]}']
+  recipe = report['recipe']
+  if recipe:
+    parts.append(f'```\n{recipe["command"]}\n```')
+    versions = [f'{name} {version}' for name, version in recipe.get('versions', {}).items()]
+    parts.append(', '.join([f'Seed {recipe["seed"]}', *versions]) + '.')
+  if not report['rows']:
+    return '\n\n'.join([*parts, 'No run is finished.']) + '\n'
+  parts += [
+    '## Perplexity',
+    _score_table(report, 'perplexity'),
+    f'Held-out text; lower is better. Bold: the best mixture. {BEST}: the best of all runs.'
+    ' The average is the arithmetic mean over the domains.',
+    '![Perplexity by run and domain](perplexity.png)',
+    '## Readings',
+    '\n'.join(f'- {reading["sentence"]}' for reading in report['readings']),
+    'Each row is one run from one random seed, so small differences may be chance.',
+    '## Bits per byte',
+    _score_table(report, 'bits_per_byte'),
+    'The same losses for each byte of text, which do not depend on the tokenizer.',
+    '## Cost',
+    _cost_table(report),
+    'Each row is that run alone: a mixture also rests on the runs that it was made from.',
+    '## Loss',
+    '![Loss by step](loss_curves.png)',
+    'Lines: training loss, smoothed. Dots: held-out loss, of its own domain for a specialist and'
+    ' the mean over the domains for the others.',
+  ]
+  routed = [row for row in report['rows'] if row['routing']]
+  if routed:
+    parts.append('## Routing')
+    parts += [f'![Routing of {row["label"]}](routing_{row["run"]}.png)' for row in routed]
+  return '\n\n'.join(part.strip() for part in parts) + '\n'
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+  if not path.exists():
+    return None
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise UserError(f'{path} is not JSON ({error}): delete it and train that run again.') from error
+
+
+def _row(result: Mapping[str, Any], domains: Sequence[str]) -> Row:
+  # A domain without held-out text has no score.
+  scored = {d: v for d, v in result['domains'].items() if v['tokens']}
+  perplexity = {d: math.exp(v['nll'] / v['tokens']) for d, v in scored.items()}
+  bits_per_byte = {d: v['nll'] / (math.log(2) * v['bytes']) for d, v in scored.items()}
+  routing = {}
+  for domain, scores in scored.items():
+    for router, statistics in scores['routing'].items():
+      routing.setdefault(router, {})[domain] = statistics['load']
+  num_experts = len(next(iter(next(iter(routing.values())).values()))[0]) if routing else 0
+  sources = result['sources']
+  named = sources if len(sources) == num_experts else [str(i) for i in range(num_experts)]
+  return {
+    **{key: result[key] for key in COPIED},
+    'training_flops': result['flops_per_token'] * result['tokens'],
+    'perplexity': perplexity,
+    'average_perplexity': _average(perplexity, domains),
+    'bits_per_byte': bits_per_byte,
+    'average_bits_per_byte': _average(bits_per_byte, domains),
+    'experts': named if routing else [],
+    'routing': routing,
+  }
+
+
+def _average(scores: Mapping[str, float], domains: Sequence[str]) -> float | None:
+  """None where a domain is missing, as the mean of fewer domains compares with no other."""
+  if not domains or any(domain not in scores for domain in domains):
+    return None
+  return sum(scores[domain] for domain in domains) / len(domains)
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+  """One line a step, in order: a resumed run writes some steps again, and the last word counts."""
+  lines = {}
+  if path.exists():
+    for text in path.read_text(encoding='utf-8').splitlines():
+      try:
+        line = json.loads(text)
+      except ValueError:
+        continue  # a run that is killed may leave half a line; it then writes that step again
+      lines[line['step']] = lines.get(line['step'], {}) | line
+  return [lines[step] for step in sorted(lines)]
+
+
+def _draw(workdir: Path, folder: Path, rows: Sequence[Row], domains: Sequence[str]) -> list[str]:
+  metrics = {row['run']: _metrics(workdir / row['run'] / 'metrics.jsonl') for row in rows}
+  figures.loss_curves(folder / 'loss_curves.png', rows, metrics)
+  figures.perplexity(folder / 'perplexity.png', rows, domains)
+  pictures = ['loss_curves.png', 'perplexity.png']
+  for row in rows:
+    if row['routing']:
+      pictures.append(f'routing_{row["run"]}.png')
+      figures.routing(folder / pictures[-1], row)
+  return pictures
+
+
+def _scores(row: Row, score: str, domains: Sequence[str]) -> list[float | None]:
+  return [*(row[score].get(domain) for domain in domains), row[f'average_{score}']]
+
+
+def _marks(report: Mapping[str, Any], score: str) -> tuple[list, list, Sequence[str]]:
+  """By column, the best score of the mixtures and that of all runs; and the domains."""
+
+  def best(rows):
+    columns = zip(*(_scores(row, score, report['domains']) for row in rows))
+    return [min((v for v in column if v is not None), default=None) for column in columns]
+
+  mixtures = [row for row in report['rows'] if row['kind'] == 'mixture']
+  none = [None] * (len(report['domains']) + 1)
+  return best(mixtures) or none, best(report['rows']), report['domains']
+
+
+def _cells(row: Row, score: str, marks: tuple[list, list, Sequence[str]]) -> list[tuple[str, bool]]:
+  """The text of each cell of a row, and whether it is bold."""
+  mixture_best, best, domains = marks
+  cells = []
+  for value, best_mixture, best_of_all in zip(_scores(row, score, domains), mixture_best, best):
+    if value is None:
+      cells.append(('–', False))
+      continue
+    text = readings.number(value) if score == 'perplexity' else f'{value:.3f}'
+    star = f' {BEST}' if value == best_of_all else ''
+    cells.append((text + star, row['kind'] == 'mixture' and value == best_mixture))
+  return cells
+
+
+def _score_table(report: Mapping[str, Any], score: str) -> str:
+  marks = _marks(report, score)
+  lines = [
+    [row['label'], *(f'**{text}**' if bold else text for text, bold in _cells(row, score, marks))]
+    for row in report['rows']
+  ]
+  blanks = [''] * (len(report['domains']) + 1)
+  lines += [[f'{run}: not finished', *blanks] for run in report['not_finished']]
+  return _markdown_table(['run', *report['domains'], 'average'], lines)
+
+
+def _cost_table(report: Mapping[str, Any]) -> str:
+  header = ['run', 'parameters', 'active', 'steps', 'tokens', 'training FLOPs', 'wall time']
+  lines = [
+    [
+      row['label'],
+      f'{row["parameters"]:,}',
+      f'{row["active_parameters"]:,}',
+      f'{row["step"]:,}',
+      f'{row["tokens"]:,}',
+      f'{row["training_flops"]:.3g}',
+      duration(row['wall_seconds']),
+    ]
+    for row in report['rows']
+  ]
+  return _markdown_table(header, lines)
+
+
+def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+  rule = ['---', *['---:'] * (len(header) - 1)]
+  return '\n'.join(f'| {" | ".join(line)} |' for line in (header, rule, *lines))

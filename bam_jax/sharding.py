@@ -1,0 +1,114 @@
+"""The device mesh, and where every array lies on it.
+
+Parameters are matched by path, most of the table once for dense models and once for mixtures, whose
+expert axis takes the mesh's. An unmatched path raises: nothing is replicated by accident.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bam_jax import config
+from bam_jax.errors import UserError
+
+AXES = ('data', 'fsdp', 'expert', 'tensor')
+BATCH = P(('data', 'fsdp', 'expert'))
+FSDP = ('fsdp', 'expert')  # without experts of its own, an array is sharded over that axis as well
+
+# Output projections are sharded on their second-to-last dimension: a slice of D need not be a
+# multiple of the hardware's tile, and then a reduce-scatter becomes an all-reduce.
+DENSE = {
+  'embed/table': P(FSDP, None),
+  'unembed/kernel': P(None, FSDP),
+  'final_norm/scale': P(),
+  'blocks/norm/scale': P(),
+  'blocks/attention/query': P(None, FSDP, 'tensor', None),
+  'blocks/attention/key': P(None, FSDP, 'tensor', None),
+  'blocks/attention/value': P(None, FSDP, 'tensor', None),
+  'blocks/attention/out': P(None, 'tensor', FSDP, None),
+  'blocks/attention/router': P(),
+  'blocks/ffn/gate': P(None, FSDP, 'tensor'),
+  'blocks/ffn/up': P(None, FSDP, 'tensor'),
+  'blocks/ffn/down': P(None, ('tensor', *FSDP), None),
+  'blocks/ffn/router': P(),
+}
+EXPERTS = {
+  'blocks/attention/query': P(None, 'expert', 'fsdp', 'tensor', None),
+  'blocks/attention/key': P(None, 'expert', 'fsdp', 'tensor', None),
+  'blocks/attention/value': P(None, 'expert', 'fsdp', 'tensor', None),
+  'blocks/attention/out': P(None, 'expert', 'tensor', 'fsdp', None),
+  'blocks/ffn/gate': P(None, 'expert', 'fsdp', 'tensor'),
+  'blocks/ffn/up': P(None, 'expert', 'fsdp', 'tensor'),
+  'blocks/ffn/down': P(None, 'expert', ('tensor', 'fsdp'), None),
+}
+
+
+def make_mesh(mesh: config.Mesh) -> jax.sharding.Mesh:
+  """The mesh over the first devices; UserError when there are too few."""
+  devices = jax.devices()
+  if mesh.size > len(devices):
+    raise UserError(
+      f'mesh {config.to_dict(mesh)} needs {mesh.size} devices and there are {len(devices)}: '
+      'shrink mesh.'
+    )
+  shape = (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)
+  grid = np.asarray(devices[: mesh.size]).reshape(shape)
+  return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def path_of(key_path: tuple) -> str:
+  """The dictionary keys of a JAX key path, joined by "/"; what an optimizer adds is left out."""
+  return '/'.join(key.key for key in key_path if isinstance(key, jax.tree_util.DictKey))
+
+
+def spec_of(path: str, ndim: int) -> P:
+  """The PartitionSpec of a parameter; ValueError for one that no rule names."""
+  for table in (DENSE, EXPERTS):
+    spec = table.get(path)
+    if spec is not None and (spec == P() or len(spec) == ndim):
+      return spec
+  raise ValueError(f'No sharding rule for {path} with {ndim} dimensions.')
+
+
+def tree(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Shardings of a tree that holds parameters, or optimizer state shaped like them.
+
+  Args:
+    abstract: leaves have `shape`; a leaf with no dictionary key in its path is a counter.
+  """
+
+  def one(key_path, leaf):
+    path = path_of(key_path)
+    spec = spec_of(path, len(leaf.shape)) if path else P()
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(one, abstract)
+
+
+def check(abstract: Any, mesh: config.Mesh, where: str) -> None:
+  """UserError when an axis of the mesh does not divide a parameter's dimension."""
+  sizes = dict(zip(AXES, (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)))
+  for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+    path = path_of(key_path)
+    for dimension, axes in zip(leaf.shape, spec_of(path, len(leaf.shape))):
+      names = (axes,) if isinstance(axes, str) else axes or ()
+      parts = int(np.prod([sizes[name] for name in names], initial=1))
+      if dimension % parts:
+        raise UserError(
+          f'{where}.mesh cuts {path} of shape {tuple(leaf.shape)} into {parts} parts along '
+          f'{" and ".join(names)}, which do not divide {dimension}: choose other mesh sizes.'
+        )
+
+
+def batch(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """The sharding of a batch's arrays, cut along their first axis."""
+  return NamedSharding(mesh, BATCH)
+
+
+def put_batch(arrays: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+  """This process's rows of a batch, as its part of the global arrays."""
+  sharding = batch(mesh)
+  return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in arrays.items()}

@@ -1,0 +1,137 @@
+"""Plain dictionaries to frozen dataclasses and back, refusing whatever does not fit."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from bam_jax.errors import UserError
+
+T = TypeVar('T')
+
+
+def from_dict(cls: type[T], value: Any, key: str) -> T:
+  """Builds the dataclass `cls` from nested mappings.
+
+  Args:
+    cls: a frozen dataclass whose annotations are scalars, literals, tuples, mappings, unions or
+      other dataclasses. A field's metadata 'key' is its name in the mapping.
+    value: the mapping.
+    key: the dotted name of `value`, for messages.
+
+  Raises:
+    UserError: one sentence that names the key: unknown, missing, of a wrong type or value.
+  """
+  if not isinstance(value, Mapping):
+    raise UserError(f'{key} must be a group of keys, not {value!r}.')
+  hints = typing.get_type_hints(cls)
+  fields = {_name(f): f for f in dataclasses.fields(cls)}
+  for name in value:
+    if name not in fields:
+      near = difflib.get_close_matches(str(name), fields, n=1)
+      hint = f'did you mean {near[0]!r}?' if near else f'it has {", ".join(fields)}.'
+      raise UserError(f'{key}.{name} does not exist; {hint}')
+  arguments = {}
+  for name, f in fields.items():
+    if name in value:
+      arguments[f.name] = _value(hints[f.name], value[name], f'{key}.{name}')
+    elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+      raise UserError(f'{key}.{name} is missing.')
+  try:
+    return cls(**arguments)
+  except UserError as error:
+    raise UserError(f'{key}: {error}') from None
+
+
+def to_dict(value: Any) -> Any:
+  """The nested dict, list and scalar form that `from_dict` reads back."""
+  if dataclasses.is_dataclass(value):
+    return {_name(f): to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+  if isinstance(value, Mapping):
+    return {name: to_dict(item) for name, item in value.items()}
+  if isinstance(value, tuple | list):
+    return [to_dict(item) for item in value]
+  return value
+
+
+def differences(old: Any, new: Any, key: str = '') -> list[str]:
+  """What differs between two nested dicts, as `key: old -> new`."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    names = [*old, *(name for name in new if name not in old)]
+    found = []
+    for name in names:
+      if name not in old or name not in new or old[name] != new[name]:
+        dotted = f'{key}.{name}' if key else str(name)
+        found += differences(old.get(name), new.get(name), dotted)
+    return found
+  return [f'{key}: {old!r} -> {new!r}']
+
+
+def _name(f: dataclasses.Field) -> str:
+  return f.metadata.get('key', f.name)
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+  origin = typing.get_origin(hint)
+  if origin in (typing.Union, types.UnionType):
+    return _union(typing.get_args(hint), value, key)
+  if origin is Literal:
+    choices = typing.get_args(hint)
+    if not isinstance(value, str) or value not in choices:
+      raise UserError(f'{key}={value!r} is not one of {", ".join(map(repr, choices))}.')
+    return value
+  if origin is tuple:
+    if isinstance(value, str) or not isinstance(value, list | tuple):
+      raise UserError(f'{key} must be a list, not {value!r}.')
+    return tuple(_value(typing.get_args(hint)[0], v, f'{key}[{i}]') for i, v in enumerate(value))
+  if origin is not None and issubclass(origin, Mapping):
+    if not isinstance(value, Mapping):
+      raise UserError(f'{key} must be a group of keys, not {value!r}.')
+    return {
+      str(name): _value(typing.get_args(hint)[1], item, f'{key}.{name}')
+      for name, item in value.items()
+    }
+  if dataclasses.is_dataclass(hint):
+    return from_dict(hint, value, key)
+  return _scalar(hint, value, key)
+
+
+def _union(hints: tuple, value: Any, key: str) -> Any:
+  """None, a literal, or the one dataclass whose keys the mapping has."""
+  if value is None and type(None) in hints:
+    return None
+  groups = [hint for hint in hints if dataclasses.is_dataclass(hint)]
+  if not isinstance(value, Mapping):
+    for hint in hints:
+      if typing.get_origin(hint) is Literal:
+        return _value(hint, value, key)
+  if len(groups) == 1:
+    return from_dict(groups[0], value, key)
+  # `{'upcycle': {...}}` reads better in a recipe than a group told apart by its keys.
+  named = {group.__name__.lower(): group for group in groups}
+  if isinstance(value, Mapping) and len(value) == 1:
+    (name, inner), *_ = value.items()
+    if name in named:
+      return from_dict(named[name], inner, f'{key}.{name}')
+  for group in groups:
+    if isinstance(value, Mapping) and set(value) & {_name(f) for f in dataclasses.fields(group)}:
+      return from_dict(group, value, key)
+  raise UserError(
+    f"{key}={value!r} is none of 'scratch', {{'run': ...}}, {{'checkpoint': ...}} and "
+    "{'upcycle': {...}}."
+  )
+
+
+_NAMES = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'a string'}
+
+
+def _scalar(hint: type, value: Any, key: str) -> Any:
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if hint is int and isinstance(value, float) and value.is_integer():
+    return int(value)
+  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    raise UserError(f'{key} must be {_NAMES[hint]}, not {value!r}.')
+  return value

@@ -1,0 +1,147 @@
+"""Trains one run from its first step, or its newest checkpoint, to its last."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bam_jax import checkpoint, config, sharding
+from bam_jax.data import mixture, shards
+from bam_jax.model import arithmetic, transformer
+from bam_jax.train import evaluation, metrics, optimizer, record, stop
+from bam_jax.train import step as step_lib
+from bam_jax.train.progress import Progress
+
+PREFETCH = 4  # batches made ahead
+
+
+@dataclass(frozen=True)
+class Job:
+  """One run with everything decided that its recipe decides."""
+
+  name: str
+  run: config.Run
+  model: config.Model
+  recipe: config.Recipe
+  dataset: shards.Dataset
+  domains: tuple[str, ...]  # to evaluate
+  folder: Path  # of the run
+  init: Callable[[Any], transformer.Params]  # from the parameters' shardings
+  meta: Callable[[int], checkpoint.Meta]  # of a step
+
+
+def train(job: Job, progress: Progress, stopping: stop.Flag) -> dict[str, Any]:
+  """Trains to the budget, saves, evaluates.
+
+  Returns:
+    `step`, `tokens`, `wall_seconds`, `loss` of the last step and `domains`, the held-out results.
+
+  Raises:
+    record.Diverged: the loss or its gradient is not a number any more.
+    stop.Stopped: a signal came; the state is saved.
+  """
+  run, recipe, options = job.run, job.recipe, job.recipe.evaluation
+  total_steps, step_tokens = recipe.total_steps(job.name), recipe.step_tokens(job.name)
+  learning_rate = optimizer.learning_rate(run.schedule, recipe.warmup_steps(job.name), total_steps)
+  mesh = sharding.make_mesh(run.mesh)
+  train_step = step_lib.train_step(
+    job.model, run.compute, run.loss, run.optimizer, run.accumulate, mesh
+  )
+  evaluate = step_lib.evaluation_step(job.model, run.compute, mesh)
+
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(mesh))
+    checkpoints = checkpoint.Checkpoints(job.folder / 'checkpoints', run.every.keep)
+    stack.callback(checkpoints.close)
+    batches = mixture.iterate(_batches(job), 0, PREFETCH)
+    first_step, state, seconds = _start(job, mesh, checkpoints, batches)
+    writer = metrics.Writer(job.folder, first_step)
+    stack.callback(writer.close)
+    recorder = record.Recorder(
+      job.name,
+      writer,
+      progress,
+      first_step=first_step,
+      total_steps=total_steps,
+      seconds=seconds,
+      step_tokens=step_tokens,
+      flops_per_token=arithmetic.training_flops(job.model, recipe.data.sequence_length),
+      num_devices=mesh.size,
+      log_every=run.every.log,
+      learning_rate=learning_rate,
+      last_good=checkpoints.newest_folder,
+    )
+
+    def save(step: int) -> None:
+      recorder.settle()
+      data = {'iterator': batches.get_state(), 'seconds': recorder.seconds}
+      checkpoints.save(step, state.params, state.opt_state, data, job.meta(step))
+
+    def heldout(tokens: int | None) -> dict[str, Any]:
+      recorder.settle()
+      return evaluation.heldout_nll(
+        evaluate, state.params, job.dataset, job.domains, options,
+        recipe.data.sequence_length, mesh, tokens,
+      )  # fmt: skip
+
+    for step in range(first_step + 1, total_steps + 1):
+      batch = sharding.put_batch(mixture.model_inputs(next(batches)), mesh)
+      state, step_metrics = train_step(state, batch, learning_rate(step - 1))
+      recorder.step(step, step_metrics)
+      if step == total_steps:
+        break
+      if _due(step, run.every.evaluate):
+        recorder.valid(step, evaluation.nats_per_token(heldout(options.tokens)))
+      if _due(step, run.every.checkpoint) or stopping.signum:
+        save(step)
+      if stopping.signum:
+        raise stop.Stopped(stopping.signum)
+
+    if checkpoints.latest() != total_steps:
+      save(total_steps)
+    domains = heldout(None)
+    recorder.valid(total_steps, evaluation.nats_per_token(domains))
+    return {
+      'step': total_steps,
+      'tokens': total_steps * step_tokens,
+      'wall_seconds': recorder.seconds,
+      'loss': recorder.loss,
+      'domains': domains,
+    }
+
+
+def _start(
+  job: Job, mesh: jax.sharding.Mesh, checkpoints: checkpoint.Checkpoints, batches: Any
+) -> tuple[int, step_lib.State, float]:
+  """Steps done before, the state after them, and the seconds they took."""
+  abstract = step_lib.abstract_state(job.model, job.run.optimizer, mesh)
+  first_step = checkpoints.latest()
+  if first_step is None:
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    params = job.init(shardings.params)
+    adamw = optimizer.adamw(job.run.optimizer)
+    opt_state = jax.jit(adamw.init, out_shardings=shardings.opt_state)(params)
+    return 0, step_lib.State(params, opt_state), 0.0
+  params, opt_state, data = checkpoints.restore(first_step, abstract.params, abstract.opt_state)
+  batches.set_state(data['iterator'])
+  return first_step, step_lib.State(params, opt_state), data['seconds']
+
+
+def _batches(job: Job):
+  return mixture.batches(
+    {domain: job.dataset.documents(domain, 'train') for domain in job.run.data},
+    job.run.data,
+    sequence_length=job.recipe.data.sequence_length,
+    batch_size=job.run.batch_size,
+    # One number from both: runs of one recipe with one data seed read alike.
+    seed=job.recipe.seed * 1_000_003 + job.run.data_seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+
+
+def _due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0

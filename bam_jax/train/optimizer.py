@@ -1,0 +1,52 @@
+"""AdamW and its learning rate.
+
+The learning rate is an input of the train step and not a part of the optimizer: runs that differ
+only in their schedule then share one compiled step.
+"""
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+from bam_jax import config, sharding
+
+
+def adamw(options: config.Optimizer) -> optax.GradientTransformation:
+  """Clipping, Adam's moments and decoupled weight decay; the step scales by -learning rate.
+
+  Weight decay spares the scales of norms (arXiv 1711.05101; the paper decays by 0.1).
+  """
+  clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
+  return optax.chain(
+    clip,
+    optax.scale_by_adam(options.b1, options.b2, options.epsilon),
+    optax.add_decayed_weights(options.weight_decay, mask=decayed),
+  )
+
+
+def decayed(params) -> dict:
+  """True for the parameters that decay."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: not sharding.path_of(path).endswith('/scale'), params
+  )
+
+
+def learning_rate(
+  schedule: config.Schedule, warmup_steps: int, total_steps: int
+) -> Callable[[int], float]:
+  """The learning rate of step n = 0, 1, ...: the peak at `warmup_steps`, the end after the last."""
+  peak, end = schedule.peak_learning_rate, schedule.final_fraction * schedule.peak_learning_rate
+  cosine = optax.cosine_decay_schedule(
+    peak, max(total_steps - warmup_steps, 1), schedule.final_fraction
+  )
+  warm = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
+
+  def at(step: int) -> float:
+    # Step 0 already learns: the update after n steps of warm-up has seen n + 1 batches.
+    count = step + 1
+    if count >= total_steps:
+      return end
+    return float(warm(count) if count < warmup_steps else cosine(count - warmup_steps))
+
+  return at

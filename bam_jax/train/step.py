@@ -1,0 +1,101 @@
+"""One optimizer step and one evaluation step, jitted and sharded."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bam_jax import config, sharding
+from bam_jax.model import transformer
+from bam_jax.train import loss as loss_lib
+from bam_jax.train import optimizer as optimizer_lib
+
+
+class State(NamedTuple):
+  """What a step reads and replaces; its buffers are donated."""
+
+  params: transformer.Params
+  opt_state: Any
+
+
+class StepMetrics(NamedTuple):
+  """What a step reports."""
+
+  loss: jax.Array  # the objective, nats and routers' losses
+  gradient_norm: jax.Array  # before clipping
+  sums: loss_lib.Metrics
+
+
+def abstract_state(
+  model: config.Model, optimizer: config.Optimizer, mesh: jax.sharding.Mesh
+) -> State:
+  """Shapes, dtypes and shardings of a run's state."""
+  params = transformer.Network(model, config.Compute()).abstract()
+  state = State(params, jax.eval_shape(optimizer_lib.adamw(optimizer).init, params))
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    state,
+    sharding.tree(state, mesh),
+  )
+
+
+@functools.lru_cache(maxsize=8)
+def train_step(
+  model: config.Model,
+  compute: config.Compute,
+  loss: config.Loss,
+  optimizer: config.Optimizer,
+  accumulate: int,
+  mesh: jax.sharding.Mesh,
+) -> Callable[[State, dict, float], tuple[State, StepMetrics]]:
+  """The jitted step `(state, batch, learning_rate) -> (state, metrics)`.
+
+  Cached, so that runs which differ in data, schedule or initial parameters compile once.
+  """
+  objective = loss_lib.objective(transformer.Network(model, compute), loss)
+  gradient = jax.value_and_grad(objective, has_aux=True)
+  gradients = gradient if accumulate == 1 else _accumulated(gradient, accumulate)
+  adamw = optimizer_lib.adamw(optimizer)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, mesh))
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, everywhere))
+  def step(state: State, batch: dict, learning_rate) -> tuple[State, StepMetrics]:
+    (loss_value, sums), grads = gradients(state.params, batch)
+    updates, opt_state = adamw.update(grads, state.opt_state, state.params)
+    updates = jax.tree.map(lambda u: -learning_rate * u, updates)
+    params = optax.apply_updates(state.params, updates)
+    return State(params, opt_state), StepMetrics(loss_value, optax.global_norm(grads), sums)
+
+  return step
+
+
+@functools.lru_cache(maxsize=8)
+def evaluation_step(
+  model: config.Model, compute: config.Compute, mesh: jax.sharding.Mesh
+) -> Callable[[transformer.Params, dict], loss_lib.Metrics]:
+  """The jitted `(params, batch) -> sums of the batch`."""
+  network = transformer.Network(model, compute)
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return jax.jit(functools.partial(loss_lib.nll, network), out_shardings=everywhere)
+
+
+def _accumulated(gradient: Callable, accumulate: int) -> Callable:
+  """`gradient` over micro-batches: sums over the step's targets, divided once."""
+
+  def run(params, batch):
+    targets = batch['weights'].sum()
+    # Micro-batch i takes every row i modulo `accumulate`: each device keeps the rows it has.
+    micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def body(total, part):
+      return jax.tree.map(jnp.add, total, gradient(params, part, targets)), None
+
+    first = gradient(params, jax.tree.map(lambda x: x[0], micro), targets)
+    total, _ = jax.lax.scan(body, first, jax.tree.map(lambda x: x[1:], micro))
+    return total
+
+  return run

@@ -1,0 +1,65 @@
+"""What becomes of every array when dense models are mixed: one row for each target path."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+from bam_jax import config
+
+How = Literal['mean', 'stack', 'router']
+
+
+class Rule(NamedTuple):
+  """`target` is made from the sources' `source` by `how`."""
+
+  target: str  # path in the mixture
+  how: How  # 'mean' over the sources, 'stack' on axis 1, or 'router': drawn at random
+  source: str | None  # path in every dense model; None for a router
+
+
+def mixture_model(dense: config.Model, upcycle: config.Upcycle) -> config.Model:
+  """The model that a method makes of dense ones."""
+  attention = ffn = None
+  if upcycle.method in ('bam_kv_experts', 'bam_shared_kv'):
+    attention = config.AttentionExperts(
+      num_experts=upcycle.experts,
+      top_k=upcycle.attention_top_k,
+      shared_kv=upcycle.method == 'bam_shared_kv',
+      renormalize=upcycle.renormalize,
+    )
+  if upcycle.method != 'average':
+    ffn = config.FFNExperts(
+      num_experts=upcycle.experts,
+      top_k=upcycle.top_k,
+      renormalize=upcycle.renormalize,
+      buffer_factor=upcycle.buffer_factor,
+    )
+  return dataclasses.replace(dense, attention_experts=attention, ffn_experts=ffn)
+
+
+def rules(mixture: config.Model) -> tuple[Rule, ...]:
+  """The table for a mixture, in the order of its parameters.
+
+  Experts are stacked; norms, embeddings and whatever has no experts are averaged; paper section 3.
+  """
+  attention, ffn = mixture.attention_experts, mixture.ffn_experts
+  key_value = 'stack' if attention and not attention.shared_kv else 'mean'
+  hows: dict[str, How] = {
+    'embed/table': 'mean',
+    'blocks/norm/scale': 'mean',
+    'blocks/attention/query': 'stack' if attention else 'mean',
+    'blocks/attention/key': key_value,
+    'blocks/attention/value': key_value,
+    'blocks/attention/out': 'stack' if attention else 'mean',
+    'blocks/ffn/gate': 'stack' if ffn else 'mean',
+    'blocks/ffn/up': 'stack' if ffn else 'mean',
+    'blocks/ffn/down': 'stack' if ffn else 'mean',
+    'final_norm/scale': 'mean',
+  }
+  if not mixture.tied_embeddings:
+    hows['unembed/kernel'] = 'mean'
+  table = [Rule(path, how, path) for path, how in hows.items()]
+  if attention:
+    table.append(Rule('blocks/attention/router', 'router', None))
+  if ffn:
+    table.append(Rule('blocks/ffn/router', 'router', None))
+  return tuple(table)

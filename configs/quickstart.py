@@ -1,0 +1,93 @@
+"""BAM in minutes on two CPU cores: branch, attend, mix, on the sample text shipped with bam_jax.
+
+    python -m bam_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+A seed is trained on mixed text that is mostly general. Three copies of it are trained on, each on
+its own domain with a tenth of general text, at half the seed's learning rate. Seed and specialists
+are then mixed three ways, and the mixtures are trained on the same batches, a quarter from each
+domain: BTX (FFN experts, averaged attention), BAM with shared keys and values, and BAM with
+attention experts that own theirs. `:smoke` runs the same graph for a few steps.
+"""
+
+from ml_collections import ConfigDict
+
+SPECIALTIES = ('code', 'law', 'math')
+EXPERTS = ('seed', *SPECIALTIES)
+
+
+def get_config(argument: str = '') -> ConfigDict:
+  """The recipe; `argument` is empty or "smoke"."""
+  if argument not in ('', 'smoke'):
+    raise ValueError(f'quickstart.py has no argument {argument!r}: use none, or smoke.')
+
+  config = ConfigDict()
+  config.name = 'quickstart'
+  config.seed = 0
+  config.steps = 4 if argument == 'smoke' else 0
+  config.data = dict(
+    path='{workdir}/data',
+    sequence_length=128,
+    prepare=dict(input='sample', train_tokenizer=2048),
+  )
+  config.model = dict(
+    vocab_size=2048,
+    d_model=128,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    ffn_dim=384,
+    tied_embeddings=True,
+  )
+  config.evaluation = dict(batch_size=32, tokens=8_192, domains=('general', *SPECIALTIES))
+
+  config.runs = ConfigDict(dict(seed=seed()), sort_keys=False)  # tables keep this order
+  for domain in SPECIALTIES:
+    config.runs[domain] = specialist(domain)
+  config.runs.btx = mixture('BTX', 'btx')
+  config.runs.bam_shared_kv = mixture('BAM, shared KV', 'bam_shared_kv')
+  config.runs.bam_kv = mixture('BAM, KV experts', 'bam_kv_experts')
+  return config
+
+
+def seed() -> dict:
+  """The dense model that everything starts from."""
+  return dict(
+    label='seed',
+    init='scratch',
+    data=dict(general=0.7, code=0.1, law=0.1, math=0.1),
+    tokens=2_000_000,
+    schedule=dict(peak_learning_rate=4e-3, warmup_steps=40),
+    **batches(),
+  )
+
+
+def specialist(domain: str) -> dict:
+  """Branch: the seed, trained on with one domain and a tenth of general text."""
+  return dict(
+    label=f'{domain} specialist',
+    init=dict(run='seed'),
+    data={domain: 0.9, 'general': 0.1},
+    data_seed=1,
+    tokens=800_000,
+    schedule=dict(peak_learning_rate=2e-3, warmup_steps=20),
+    **batches(),
+  )
+
+
+def mixture(label: str, method: str) -> dict:
+  """Mix: the seed and the three specialists in one model; equal data for every method."""
+  return dict(
+    label=label,
+    init=dict(upcycle={'from': EXPERTS, 'method': method}),
+    data=dict(general=0.25, code=0.25, law=0.25, math=0.25),
+    data_seed=2,
+    tokens=500_000,
+    schedule=dict(peak_learning_rate=2e-3, warmup_steps=20),
+    **batches(),
+  )
+
+
+def batches() -> dict:
+  """4,096 tokens a step, and how often a run looks up from its work."""
+  return dict(batch_size=32, every=dict(log=5, evaluate=50, checkpoint=50))

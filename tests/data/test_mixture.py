@@ -1,0 +1,246 @@
+"""Packing loses nothing, and the batch of a step depends on the seed and the step alone."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bam_jax.data import mixture
+from bam_jax.errors import UserError
+
+ARRAYS = {
+  'tokens': np.int32,
+  'targets': np.int32,
+  'segments': np.int32,
+  'positions': np.int32,
+  'weights': np.float32,
+}
+
+
+class Documents:
+  """Documents in memory, no token twice, so that a pair of tokens names one place."""
+
+  def __init__(self, lengths, first_token=1):
+    self.lengths = np.asarray(lengths, np.int64)
+    ends = first_token + np.cumsum(self.lengths)
+    self.arrays = [np.arange(end - n, end, dtype=np.uint32) for n, end in zip(lengths, ends)]
+
+  def read(self, i, start, stop):
+    assert 0 <= start < stop <= self.lengths[i]
+    return self.arrays[i][start:stop]
+
+  def pairs(self):
+    return Counter(pair for array in self.arrays for pair in zip(array[:-1], array[1:]))
+
+
+def pairs(items):
+  """The (input, target) pairs that count, and how often each."""
+  return Counter(
+    pair
+    for item in items
+    for pair in zip(item['tokens'][item['weights'] == 1], item['targets'][item['weights'] == 1])
+  )
+
+
+def domains(sizes=(40, 60, 50), seed=0):
+  rng = np.random.default_rng(seed)
+  return {
+    name: Documents(rng.integers(2, 30, count), 100_000 * (i + 1))
+    for i, (name, count) in enumerate(zip(('code', 'general', 'law'), sizes))
+  }
+
+
+def make(weights=None, **options):
+  weights = {'general': 0.5, 'code': 0.25, 'law': 0.25} if weights is None else weights
+  defaults = dict(sequence_length=16, batch_size=8, seed=7)
+  return mixture.batches(domains(), weights, **(defaults | options))
+
+
+def same(left, right):
+  return left.keys() == right.keys() and all(np.array_equal(left[k], right[k]) for k in left)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+  lengths=st.lists(st.integers(2, 20), min_size=1, max_size=12),
+  sequence_length=st.integers(1, 25),
+  seed=st.none() | st.integers(0, 5),
+)
+def test_every_pair_once(lengths, sequence_length, seed):
+  documents = Documents(lengths)
+  packed = mixture.PackedSequences(documents, sequence_length, seed)
+  items = [packed[i] for i in range(len(packed))]
+  assert pairs(items) == documents.pairs()
+  for item in items:
+    assert {key: value.dtype for key, value in item.items()} == ARRAYS
+    assert all(value.shape == (sequence_length,) for value in item.values())
+  assert all((item['segments'] > 0).all() for item in items[:-1])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+  lengths=st.lists(st.integers(2, 9), min_size=1, max_size=9), sequence_length=st.integers(2, 20)
+)
+def test_segments_and_positions(lengths, sequence_length):
+  documents = Documents(lengths)
+  owner = {token: i for i, array in enumerate(documents.arrays) for token in array}
+  packed = mixture.PackedSequences(documents, sequence_length, 3)
+  for item in (packed[i] for i in range(len(packed))):
+    pieces = []
+    for token, segment, position in zip(item['tokens'], item['segments'], item['positions']):
+      if segment == 0:
+        assert (token, position) == (0, 0)
+        continue
+      if not pieces or pieces[-1][0] != owner[token]:
+        pieces.append((owner[token], 0))
+      assert (segment, position) == (len(pieces), pieces[-1][1])
+      pieces[-1] = (pieces[-1][0], position + 1)
+    padding = item['segments'] == 0
+    assert np.array_equal(padding, np.sort(padding))
+
+
+def test_seed_orders_documents():
+  documents = Documents([5] * 20)
+  in_order, shuffled, again, other = (
+    mixture.PackedSequences(documents, 99, seed)[0]['tokens'] for seed in (None, 1, 1, 2)
+  )
+  assert np.array_equal(in_order, np.arange(1, 100))
+  assert np.array_equal(shuffled, again)
+  assert not np.array_equal(shuffled, in_order) and not np.array_equal(shuffled, other)
+
+
+def test_an_epoch_is_each_sequence_once_and_the_next_is_shuffled_anew():
+  documents = domains()['code']
+  count = len(mixture.PackedSequences(documents, 16, None))
+  stream = mixture.batches(
+    {'code': documents}, {'code': 2.0}, sequence_length=16, batch_size=1, seed=0
+  )
+  epochs = [[stream[n] for n in range(e * count, (e + 1) * count)] for e in range(2)]
+  assert pairs(epochs[0]) == pairs(epochs[1]) == documents.pairs()
+  assert not all(same(left, right) for left, right in zip(*epochs))
+
+
+@pytest.mark.parametrize(
+  'weights', [{'general': 2, 'code': 1, 'law': 1}, {'general': 0.1, 'code': 0.9}, {'law': 3.0}]
+)
+def test_shares_are_exact(weights):
+  stream = make(weights, batch_size=20)
+  seen = np.concatenate([stream[n]['domains'] for n in range(50)])
+  total = sum(weights.values())
+  for i, name in enumerate(sorted(weights)):
+    counts = np.cumsum(seen == i)
+    expected = np.arange(1, len(seen) + 1) * weights[name] / total
+    assert np.abs(counts - expected).max() < len(weights)
+    assert counts[-1] == pytest.approx(1000 * weights[name] / total, abs=1)
+
+
+def test_domains_names_where_each_sequence_came_from():
+  batch = make({'law': 1, 'general': 0, 'code': 1})[3]
+  assert set(batch['domains']) == {0, 2}
+  assert batch['domains'].dtype == np.int32
+  first_token = {0: 100_000, 2: 300_000}
+  for domain, tokens in zip(batch['domains'], batch['tokens']):
+    assert np.all(tokens[tokens > 0] // 100_000 * 100_000 == first_token[domain])
+
+
+def test_a_domain_keeps_its_order_when_others_change():
+  alone = make({'law': 1.0})
+  mixed = make({'law': 0.5, 'code': 0.5})
+  from_law = np.concatenate([b['tokens'][b['domains'] == 1] for b in (mixed[0], mixed[1])])
+  assert np.array_equal(from_law, alone[0]['tokens'])
+
+
+def test_seed_changes_the_batches():
+  assert same(make()[5], make()[5])
+  assert not same(make()[5], make(seed=8)[5])
+
+
+@pytest.mark.parametrize('processes', [1, 2, 4])
+def test_processes_join_to_the_same_batch(processes):
+  whole = make()
+  parts = [make(process_index=i, process_count=processes) for i in range(processes)]
+  for step in (0, 1, 17, 1_000_000):
+    batches = [part[step] for part in parts]
+    joined = {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
+    assert same(joined, whole[step])
+    assert joined['tokens'].shape == (8, 16)
+
+
+@pytest.mark.parametrize('prefetch', [0, 2])
+def test_resume_is_exact(prefetch):
+  stream = make()
+  expected = [stream[n] for n in range(12)]
+  iterator = mixture.iterate(stream, 0, prefetch)
+  assert all(same(next(iterator), expected[n]) for n in range(5))
+  state = iterator.get_state()
+
+  restored = mixture.iterate(stream, 0, prefetch)
+  next(restored)
+  restored.set_state(state)
+  started = mixture.iterate(stream, 5, prefetch)
+  assert started.get_state() == state
+  for n in range(5, 12):
+    assert same(next(iterator), expected[n])
+    assert same(next(restored), expected[n])
+    assert same(next(started), expected[n])
+
+
+def test_the_state_serves_another_number_of_processes():
+  iterator = mixture.iterate(make(), 0, 2)
+  for _ in range(3):
+    next(iterator)
+  halves = [mixture.iterate(make(process_index=i, process_count=2), 0, 2) for i in range(2)]
+  for half in halves:
+    half.set_state(iterator.get_state())
+  joined = np.concatenate([next(half)['tokens'] for half in halves])
+  assert np.array_equal(joined, next(iterator)['tokens'])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+  lengths=st.lists(st.integers(2, 20), min_size=1, max_size=12),
+  sequence_length=st.integers(1, 16),
+  processes=st.sampled_from([1, 2]),
+)
+def test_heldout_counts_every_target_once(lengths, sequence_length, processes):
+  documents = Documents(lengths)
+  options = dict(sequence_length=sequence_length, batch_size=4, process_count=processes)
+  parts = [list(mixture.heldout(documents, process_index=i, **options)) for i in range(processes)]
+  assert len({len(part) for part in parts}) == 1
+  everything = [batch for part in parts for batch in part]
+  assert all(b[k].shape == (4 // processes, sequence_length) for b in everything for k in ARRAYS)
+  assert all({k: v.dtype for k, v in b.items()} == ARRAYS for b in everything)
+  assert pairs(everything) == documents.pairs()
+  assert sum(b['weights'].sum() for b in everything) == sum(lengths) - len(lengths)
+
+
+def test_heldout_keeps_the_order_and_pads_the_end():
+  first, last = mixture.heldout(Documents([6, 7]), sequence_length=4, batch_size=2)
+  assert np.array_equal(first['tokens'], [[1, 2, 3, 4], [5, 6, 7, 8]])
+  assert np.array_equal(first['weights'], [[1, 1, 1, 1], [1, 0, 1, 1]])
+  assert np.array_equal(last['tokens'], [[9, 10, 11, 12], [0, 0, 0, 0]])
+  assert np.array_equal(last['segments'], [[1, 1, 1, 1], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+  'weights, options, words',
+  [
+    ({'maths': 1.0}, {}, ["'maths'", 'code, general, law']),
+    ({'code': -1.0}, {}, ["'code'", '-1.0']),
+    ({'code': float('nan')}, {}, ["'code'", 'nan']),
+    ({'code': 0.0}, {}, ['positive']),
+    ({}, {}, ['positive']),
+    ({'code': 1.0}, {'process_count': 3}, ['8 sequences', '3 processes']),
+  ],
+)
+def test_mistakes_are_explained(weights, options, words):
+  with pytest.raises(UserError) as caught:
+    make(weights, **options)
+  assert all(word in str(caught.value) for word in words)
+
+
+def test_an_empty_domain_is_explained():
+  with pytest.raises(UserError, match="'code' has no text"):
+    mixture.batches({'code': Documents([])}, {'code': 1.0}, sequence_length=4, batch_size=1, seed=0)

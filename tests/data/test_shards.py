@@ -1,0 +1,226 @@
+"""The prepared dataset: what is written is what is read, and damage is named."""
+
+import json
+import pickle
+import shutil
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from bam_jax.data import shards
+from bam_jax.data.prepare import prepare
+from bam_jax.data.shards import Encoded, open_dataset
+from bam_jax.errors import UserError
+
+TEXTS = [f'Document {i} of the law: {"word " * (i % 7)}é' for i in range(60)]
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+  root = tmp_path_factory.mktemp('made')
+  (root / 'law').mkdir()
+  for split, texts in (('train', TEXTS[:50]), ('valid', TEXTS[50:])):
+    lines = ''.join(json.dumps({'text': text}) + '\n' for text in texts)
+    (root / 'law' / f'{split}.jsonl').write_text(lines)
+  prepare({'law': root / 'law'}, root / 'data', train_tokenizer=270, shard_tokens=300)
+  return root / 'data'
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+  return shutil.copytree(made, tmp_path / 'data')
+
+
+def edit_manifest(folder, change):
+  path = folder / 'manifest.json'
+  manifest = json.loads(path.read_text())
+  change(manifest)
+  path.write_text(json.dumps(manifest))
+
+
+def test_documents_come_back(made):
+  dataset = open_dataset(made)
+  assert dataset.domains == ('law',) and dataset.splits('law') == ('train', 'valid')
+  tokenizer = dataset.tokenizer()
+  assert tokenizer.hash == dataset.tokenizer_hash == dataset.manifest['tokenizer']['hash']
+  for split, texts in (('train', TEXTS[:50]), ('valid', TEXTS[50:])):
+    documents = dataset.documents('law', split)
+    assert len(documents) == len(texts)
+    wanted = [[tokenizer.bos_id, *tokenizer.encode(t), tokenizer.eos_id] for t in texts]
+    for document, ids in zip(documents, wanted, strict=True):
+      assert document.dtype == np.uint16 and document.tolist() == ids
+    np.testing.assert_array_equal(documents.lengths, [len(ids) for ids in wanted])
+    np.testing.assert_array_equal(documents.byte_counts, [len(t.encode()) for t in texts])
+    assert documents.lengths.dtype == documents.byte_counts.dtype == np.int64
+    assert documents.num_tokens == sum(map(len, wanted))
+    entry = dataset.manifest['domains']['law'][split]
+    assert entry['tokens'] == documents.num_tokens and entry['documents'] == len(texts)
+    assert entry['bytes'] == documents.byte_counts.sum()
+  assert len(dataset.manifest['domains']['law']['train']['shards']) > 2
+  dataset.verify()
+
+
+def test_read_is_a_slice(made):
+  documents = open_dataset(made).documents('law', 'train')
+  for index in (0, 17, 49):
+    whole = documents[index]
+    np.testing.assert_array_equal(documents.read(index, 2, 5), whole[2:5])
+    assert documents.read(index, 3, 3).size == 0
+    for start, stop in ((-1, 2), (3, 2), (0, len(whole) + 1)):
+      with pytest.raises(IndexError):
+        documents.read(index, start, stop)
+  for index in (-1, 50):
+    with pytest.raises(IndexError):
+      documents[index]
+
+
+def test_documents_pickle_small_and_are_read_only(made):
+  documents = open_dataset(made).documents('law', 'train')
+  first, lengths = documents[0], documents.lengths
+  pickled = pickle.dumps(documents)
+  assert len(pickled) < 8_000 and first.tobytes() not in pickled
+  again = pickle.loads(pickled)
+  np.testing.assert_array_equal(again[0], first)
+  np.testing.assert_array_equal(again.lengths, lengths)
+  with pytest.raises(ValueError):
+    first[0] = 1
+
+
+@hypothesis.settings(
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], max_examples=60
+)
+@hypothesis.given(
+  lengths=st.lists(st.integers(2, 40), min_size=1, max_size=30),
+  cuts=st.lists(st.integers(0, 30), max_size=4),
+  shard_tokens=st.integers(1, 100),
+)
+@hypothesis.example(lengths=[5, 5, 5], cuts=[], shard_tokens=10)
+def test_shards_do_not_depend_on_the_pieces(tmp_path, lengths, cuts, shard_tokens):
+  lengths = np.array(lengths)
+  tokens, starts = np.arange(lengths.sum()), np.cumsum([0, *lengths])
+  bounds = sorted({0, len(lengths), *(cut for cut in cuts if cut < len(lengths))})
+  pieces = [
+    Encoded(tokens[starts[a] : starts[b]], lengths[a:b], lengths[a:b] * 3)
+    for a, b in zip(bounds, bounds[1:])
+  ]
+  folder = tmp_path / 'law'
+  shutil.rmtree(folder, ignore_errors=True)
+  folder.mkdir()
+  entries = shards.write_split(folder, 'train', pieces, np.dtype(np.uint16), shard_tokens)
+  # The oracle: a shard closes when the next document would not fit.
+  wanted, held = [], []
+  for length in lengths.tolist():
+    if held and sum(held) + length > shard_tokens:
+      wanted, held = [*wanted, held], []
+    held.append(length)
+  wanted.append(held)
+  assert [(e['documents'], e['tokens']) for e in entries] == [(len(w), sum(w)) for w in wanted]
+  documents = shards.Documents(folder, entries, np.dtype(np.uint16))
+  np.testing.assert_array_equal(np.concatenate(list(documents)), tokens)
+  np.testing.assert_array_equal(documents.lengths, lengths)
+  np.testing.assert_array_equal(documents.byte_counts, lengths * 3)
+  assert len(list(folder.iterdir())) == 3 * len(wanted)
+
+
+def test_token_dtype():
+  assert shards.token_dtype(2**16) == np.uint16
+  assert shards.token_dtype(2**16 + 1) == np.uint32
+
+
+def test_unknown_domain_and_split(made):
+  dataset = open_dataset(made)
+  with pytest.raises(UserError, match="has no domain 'code': it has law"):
+    dataset.documents('code', 'train')
+  with pytest.raises(UserError, match="has no split 'test' of the domain law: it has train, valid"):
+    dataset.documents('law', 'test')
+
+
+def shard_file(folder, part):
+  return sorted((folder / 'law').glob(f'train-00000-*.{part}.npy'))[0]
+
+
+@pytest.mark.parametrize('part', shards.PARTS)
+def test_damaged_files(copy, part):
+  path = shard_file(copy, part)
+  whole = path.read_bytes()
+  array = np.load(path)
+
+  path.write_bytes(whole[:-8])
+  with pytest.raises(UserError, match=f'{path.name} is cut short'):
+    open_dataset(copy)
+  np.save(path, array[:-1])
+  with pytest.raises(UserError, match=f'{path.name} holds .* promises'):
+    open_dataset(copy)
+  np.save(path, array.astype(np.int32))
+  with pytest.raises(UserError, match=f'{path.name} holds int32.* promises'):
+    open_dataset(copy)
+  np.save(path, np.array([{'evil': 1}], dtype=object), allow_pickle=True)
+  with pytest.raises(UserError, match=f'{path.name} is cut short or no array'):
+    open_dataset(copy)
+  path.unlink()
+  with pytest.raises(UserError, match=f'{path.name} is missing'):
+    open_dataset(copy)
+
+  changed = bytearray(whole)
+  changed[-1] ^= 1
+  path.write_bytes(changed)
+  if part != 'ends':  # the wrong end is noticed without checksums
+    open_dataset(copy)
+    with pytest.raises(UserError, match=f'{path.name} has changed'):
+      open_dataset(copy).verify()
+
+
+def test_ends_must_divide_the_tokens(copy):
+  path = shard_file(copy, 'ends')
+  ends = np.load(path)
+  for wrong in (np.where(ends == ends[-1], ends[-1] + 1, ends), np.roll(ends, 1), ends[::-1]):
+    np.save(path, wrong)
+    with pytest.raises(UserError, match='does not divide .* into documents'):
+      open_dataset(copy)
+
+
+def test_tokenizer_must_be_the_same(copy):
+  path = copy / 'tokenizer.json'
+  path.write_text(path.read_text() + '\n')
+  with pytest.raises(UserError, match='tokenizer.json is missing or not the tokenizer of'):
+    open_dataset(copy)
+  path.unlink()
+  with pytest.raises(UserError, match='tokenizer.json is missing or not the tokenizer of'):
+    open_dataset(copy)
+
+
+def rename_shard(manifest):
+  manifest['domains']['law']['train']['shards'][0]['name'] = '../../etc/passwd'
+
+
+def rename_domain(manifest):
+  manifest['domains']['../law'] = manifest['domains'].pop('law')
+
+
+@pytest.mark.parametrize(
+  'change, sentence',
+  [
+    (lambda m: m.update(format=2), 'has format 2, newer than 1: upgrade'),
+    (lambda m: m.pop('format'), 'is no manifest'),
+    (lambda m: m.pop('domains'), 'is damaged'),
+    (lambda m: m['tokenizer'].update(vocab_size='270'), 'is damaged'),
+    (lambda m: m['tokenizer'].update(file='/etc/passwd'), 'is damaged'),
+    (lambda m: m['domains']['law']['train']['shards'][0].pop('tokens'), 'is damaged'),
+    (rename_shard, 'is damaged'),
+    (rename_domain, 'is damaged'),
+  ],
+)
+def test_damaged_manifest(copy, change, sentence):
+  edit_manifest(copy, change)
+  with pytest.raises(UserError, match=f'manifest.json {sentence}'):
+    open_dataset(copy)
+
+
+def test_no_manifest(tmp_path, copy):
+  with pytest.raises(UserError, match='is no prepared dataset .*bam_jax.prepare'):
+    open_dataset(tmp_path / 'gone')
+  (copy / 'manifest.json').write_text('{"format": 1')
+  with pytest.raises(UserError, match='manifest.json cannot be read'):
+    open_dataset(copy)

@@ -1,0 +1,136 @@
+"""Tokenizers: lossless, deterministic, the same interface over both file formats."""
+
+import io
+import pickle
+import subprocess
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import sentencepiece
+import tokenizers
+
+from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.errors import UserError
+
+TEXTS = [f'The {i}th whale swam; def f(x): return x + {i}\n' for i in range(200)]
+BYTE_LEVEL = Tokenizer.train(TEXTS, 280)
+
+
+@pytest.fixture(scope='module')
+def sentence_piece():
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=60, minloglevel=2
+  )
+  return model.getvalue()
+
+
+@hypothesis.given(st.text())
+@hypothesis.example('<|bos|>a<|eos|>')
+@hypothesis.example(' \t\r\n  ١٢٣ é é \x00 🧬\u2028')
+def test_byte_level_round_trip(text):
+  ids = BYTE_LEVEL.encode(text)
+  assert BYTE_LEVEL.decode(ids) == text
+  assert BYTE_LEVEL.bos_id not in ids and BYTE_LEVEL.eos_id not in ids
+
+
+def test_training_is_deterministic_across_processes():
+  code = (
+    'from bam_jax.data.tokenizer import Tokenizer;'
+    'texts = [f"The {i}th whale swam; def f(x): return x + {i}\\n" for i in range(200)];'
+    'print(Tokenizer.train(texts, 280).hash)'
+  )
+  other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert other.stdout.strip() == BYTE_LEVEL.hash
+
+
+def test_trained_vocabulary():
+  assert (BYTE_LEVEL.bos_id, BYTE_LEVEL.eos_id, BYTE_LEVEL.vocab_size) == (0, 1, 280)
+  assert len(BYTE_LEVEL.encode(TEXTS[0])) < len(TEXTS[0]) / 2
+  assert len(BYTE_LEVEL.encode('1234')) == 4
+  with pytest.raises(UserError, match='--train_tokenizer=257 .* at least 258'):
+    Tokenizer.train(TEXTS, 257)
+
+
+def test_special_tokens_are_skipped_when_decoding():
+  assert BYTE_LEVEL.decode([0, *BYTE_LEVEL.encode('whale'), 1]) == 'whale'
+
+
+def test_batch_is_one_by_one():
+  assert BYTE_LEVEL.encode_batch(TEXTS[:5]) == [BYTE_LEVEL.encode(text) for text in TEXTS[:5]]
+
+
+def test_save_and_load_are_exact(tmp_path, sentence_piece):
+  (tmp_path / 'm.model').write_bytes(sentence_piece)
+  for tokenizer in (BYTE_LEVEL, Tokenizer.load(tmp_path / 'm.model')):
+    folder = tmp_path / tokenizer.file_name.split('.')[1]
+    folder.mkdir()
+    path = tokenizer.save(folder)
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    for again in (Tokenizer.load(folder), Tokenizer.load(path), copy):
+      assert again.hash == tokenizer.hash
+      assert again.encode(TEXTS[3]) == tokenizer.encode(TEXTS[3])
+
+
+def test_sentence_piece(sentence_piece):
+  tokenizer = Tokenizer(sentence_piece, 'tokenizer.model')
+  assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.vocab_size) == ('<s>', '</s>', 60)
+  ids = tokenizer.encode('The whale swam')
+  assert tokenizer.bos_id not in ids
+  assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == 'The whale swam'
+
+
+def hugging_face(*specials):
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={'a': 0, 'b': 1}, merges=[]))
+  tokenizer.add_special_tokens(list(specials))
+  return tokenizer
+
+
+@pytest.mark.parametrize(
+  'specials, names',
+  [
+    (
+      ['<EOS_TOKEN>', '<BOS_TOKEN>', '<|END_OF_TURN_TOKEN|>'],
+      ('<BOS_TOKEN>', '<|END_OF_TURN_TOKEN|>'),
+    ),
+    (['<|endoftext|>'], ('<|endoftext|>', '<|endoftext|>')),
+    (['<|begin_of_text|>', '<|end_of_text|>'], ('<|begin_of_text|>', '<|end_of_text|>')),
+  ],
+)
+def test_well_known_tokens(specials, names):
+  tokenizer = Tokenizer(hugging_face(*specials).to_str().encode(), 'tokenizer.json')
+  assert (tokenizer.bos_token, tokenizer.eos_token) == names
+
+
+def test_truncation_and_padding_of_the_file_do_not_cut_documents():
+  file = hugging_face('<s>', '</s>')
+  file.enable_truncation(2)
+  file.enable_padding(length=9)
+  tokenizer = Tokenizer(file.to_str().encode(), 'tokenizer.json')
+  assert tokenizer.encode('abab') == [0, 1, 0, 1]
+
+
+def test_errors(tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  with pytest.raises(UserError, match='holds no tokenizer.json'):
+    Tokenizer.load(tmp_path)
+  with pytest.raises(UserError, match='cannot be read'):
+    Tokenizer.load(path)
+  with pytest.raises(UserError, match='is no tokenizer'):
+    Tokenizer.load(tmp_path / 'vocab.bin')
+  path.write_text('{}')
+  with pytest.raises(UserError, match=f'{path} is not a tokenizer.json'):
+    Tokenizer.load(path)
+  (tmp_path / 'x.model').write_bytes(b'nonsense')
+  with pytest.raises(UserError, match='is not a SentencePiece model'):
+    Tokenizer.load(tmp_path / 'x.model')
+  path.write_text(hugging_face('<begin>').to_str())
+  with pytest.raises(UserError, match='well-known tokens .*: name its --bos_token'):
+    Tokenizer.load(path)
+  with pytest.raises(UserError, match='well-known tokens .*: name its --eos_token'):
+    Tokenizer.load(path, bos_token='<begin>')
+  with pytest.raises(UserError, match="no token '<end>': mend --eos_token"):
+    Tokenizer.load(path, bos_token='<begin>', eos_token='<end>')
+  assert Tokenizer.load(path, bos_token='<begin>', eos_token='a').eos_id == 0

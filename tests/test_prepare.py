@@ -1,0 +1,344 @@
+"""Preparation end to end: deterministic, restartable, and nothing lost without a word."""
+
+import collections
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bam_jax.data
+from bam_jax.data import encode
+from bam_jax.data import prepare as prepare_lib
+from bam_jax.data.prepare import prepare
+from bam_jax.data.shards import open_dataset
+from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.errors import UserError
+
+SAMPLE = Path(bam_jax.data.__file__).parent / 'sample'
+DOMAINS = ('code', 'general', 'law', 'math')
+
+
+def write_lines(path, texts):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+  return path
+
+
+def contents(folder):
+  files = sorted(path for path in folder.rglob('*') if path.is_file())
+  return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def texts_of(folder, domain, split):
+  dataset = open_dataset(folder)
+  tokenizer = dataset.tokenizer()
+  return [tokenizer.decode(ids) for ids in dataset.documents(domain, split)]
+
+
+def command(*arguments):
+  return [sys.executable, '-m', 'bam_jax.prepare', *map(str, arguments)]
+
+
+def run(*arguments):
+  return subprocess.run(command(*arguments), capture_output=True, text=True)
+
+
+@pytest.fixture(scope='module')
+def sources(tmp_path_factory):
+  root = tmp_path_factory.mktemp('sources')
+  for domain in 'abc':
+    texts = [f'{domain}{i}: ' + f'the {i % 97} whale, {i} ' * 30 for i in range(4_000)]
+    write_lines(root / domain / 'part-1.jsonl', texts[:3_000])
+    write_lines(root / domain / 'part-2.jsonl', texts[3_000:])
+  return root
+
+
+@pytest.fixture(scope='module')
+def undisturbed(sources, tmp_path_factory):
+  output = tmp_path_factory.mktemp('undisturbed') / 'data'
+  prepare(
+    {domain: sources / domain for domain in 'abc'},
+    output,
+    train_tokenizer=400,
+    shard_tokens=200_000,
+  )
+  return output
+
+
+FLAGS = ('--train_tokenizer=400', '--shard_tokens=200000')
+
+
+def test_output_does_not_depend_on_the_workers(sources, undisturbed, tmp_path):
+  result = run(f'--input={sources}', f'--output={tmp_path}/data', '--workers=2', *FLAGS)
+  assert result.returncode == 0, result.stderr
+  assert contents(tmp_path / 'data') == contents(undisturbed)
+  assert not (tmp_path / 'data.partial').exists()
+  for splits in open_dataset(undisturbed).manifest['domains'].values():
+    assert sum(entry['documents'] for entry in splits.values()) == 4_000
+    assert len(splits['train']['shards']) > 1
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_killed_and_rerun_gives_the_same_bytes(sources, undisturbed, tmp_path, workers):
+  output, partial = tmp_path / 'data', tmp_path / 'data.partial'
+  flags = [f'--input={sources}', f'--output={output}', f'--workers={workers}', *FLAGS]
+  # A session of its own: its workers are killed by nobody, and must notice by themselves.
+  process = subprocess.Popen(command(*flags), stderr=subprocess.DEVNULL, start_new_session=True)
+  while len(list(partial.glob('chunks/*/*.npz'))) < 2:
+    assert process.poll() is None, 'finished before it could be killed'
+    time.sleep(0.002)
+  os.kill(process.pid, signal.SIGKILL)
+  process.wait()
+  assert not output.exists()
+  deadline = time.monotonic() + 20
+  while group_lives(process.pid):
+    assert time.monotonic() < deadline, 'workers outlive their parent'
+    time.sleep(0.02)
+
+  result = run(*flags)
+  assert result.returncode == 0, result.stderr
+  assert contents(output) == contents(undisturbed)
+  assert not partial.exists()
+
+
+def group_lives(group):
+  try:
+    os.killpg(group, 0)
+  except ProcessLookupError:
+    return False
+  return True
+
+
+def test_finished_chunks_and_tokenizer_are_taken_over(sources, tmp_path, monkeypatch):
+  inputs = {'a': sources / 'a'}
+  monkeypatch.setattr(prepare_lib, '_assemble', lambda *args: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    prepare(inputs, tmp_path / 'data', train_tokenizer=300)
+  monkeypatch.undo()
+  missing = max(tmp_path.glob('data.partial/chunks/a/train-*.npz'))
+  missing.unlink()
+  encoded = []
+  real = encode._encode_chunk
+  monkeypatch.setattr(Tokenizer, 'train', lambda *args: 1 / 0)
+  monkeypatch.setattr(encode, '_encode_chunk', lambda *a: (encoded.append(a[1].name), real(*a)))
+  prepare(inputs, tmp_path / 'data', train_tokenizer=300)
+  assert encoded == [missing.name]
+  monkeypatch.undo()
+  prepare(inputs, tmp_path / 'fresh', train_tokenizer=300)
+  assert contents(tmp_path / 'data') == contents(tmp_path / 'fresh')
+
+
+def test_unfinished_work_of_another_plan_is_dropped(sources, tmp_path, monkeypatch):
+  inputs = {'a': sources / 'a'}
+  monkeypatch.setattr(prepare_lib, '_assemble', lambda *args: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    prepare(inputs, tmp_path / 'data', train_tokenizer=300)
+  assert list((tmp_path / 'data.partial').glob('chunks/a/*.npz'))
+  assert not (tmp_path / 'data').exists()
+  monkeypatch.undo()
+  prepare(inputs, tmp_path / 'data', train_tokenizer=300, valid_fraction=0.5)
+  prepare(inputs, tmp_path / 'fresh', train_tokenizer=300, valid_fraction=0.5)
+  assert contents(tmp_path / 'data') == contents(tmp_path / 'fresh')
+
+
+def test_two_at_once_are_refused(sources, tmp_path, monkeypatch):
+  inputs = {'a': sources / 'a'}
+
+  def second(*args):
+    with pytest.raises(UserError, match='Another prepare is at work in .*data.partial'):
+      prepare(inputs, tmp_path / 'data', train_tokenizer=300)
+    raise ZeroDivisionError
+
+  monkeypatch.setattr(prepare_lib, '_assemble', second)
+  with pytest.raises(ZeroDivisionError):
+    prepare(inputs, tmp_path / 'data', train_tokenizer=300)
+
+
+def test_already_prepared(sources, undisturbed):
+  before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob('*')}
+  inputs = {domain: sources / domain for domain in 'abc'}
+  manifest = prepare(inputs, undisturbed, train_tokenizer=400, shard_tokens=200_000)
+  assert manifest == open_dataset(undisturbed).manifest
+  assert before == {p: p.stat().st_mtime_ns for p in undisturbed.rglob('*')}
+  for changed in (
+    dict(train_tokenizer=401),
+    dict(valid_fraction=0.5),
+    dict(shard_tokens=10),
+    dict(train_tokenizer=None, tokenizer=Tokenizer.load(undisturbed)),
+  ):
+    with pytest.raises(UserError, match='from other inputs or options: choose another --output'):
+      prepare(inputs, undisturbed, **dict(train_tokenizer=400, shard_tokens=200_000) | changed)
+  with pytest.raises(UserError, match='from other inputs or options'):
+    prepare({'a': sources / 'a'}, undisturbed, train_tokenizer=400, shard_tokens=200_000)
+
+
+def test_valid_by_hash_is_stable_and_keeps_copies_together(tmp_path):
+  texts = [f'text number {i}' for i in range(500)]
+  sources = write_lines(tmp_path / 'a.jsonl', texts + texts[:100])
+  prepare({'a': sources}, tmp_path / 'data', train_tokenizer=300, valid_fraction=0.1)
+  train, valid = (texts_of(tmp_path / 'data', 'a', split) for split in ('train', 'valid'))
+  assert sorted(train + valid) == sorted(texts + texts[:100])
+  assert not set(train) & set(valid)
+  assert 20 < len(set(valid)) < 90
+  # Other documents beside it do not move a document to the other side.
+  more = write_lines(tmp_path / 'b.jsonl', ['new'] * 5 + texts[::-1])
+  prepare({'a': more}, tmp_path / 'more', train_tokenizer=300, valid_fraction=0.1)
+  assert set(texts_of(tmp_path / 'more', 'a', 'valid')) - {'new'} == set(valid)
+
+
+def test_marked_files_copies_empty_texts_and_what_is_left_out(tmp_path):
+  write_lines(tmp_path / 'a/train.jsonl', ['one', 'held', 'two', '', 'two'])
+  write_lines(tmp_path / 'a/valid.jsonl', ['held', ''])
+  write_lines(tmp_path / 'a/test.jsonl', ['secret'])
+  (tmp_path / 'a/odd.csv').write_text('x')
+  manifest = prepare({'a': tmp_path / 'a'}, tmp_path / 'data', train_tokenizer=300)
+  assert texts_of(tmp_path / 'data', 'a', 'train') == ['one', 'two', 'two']
+  assert texts_of(tmp_path / 'data', 'a', 'valid') == ['held']
+  splits = manifest['domains']['a']
+  assert splits['train']['skipped'] == {'empty': 1, 'in_valid': 1}
+  assert splits['valid']['skipped'] == {'empty': 1, 'in_valid': 0}
+  assert manifest['left_out'] == ['a/odd.csv', 'a/test.jsonl']
+  assert [source['path'] for source in manifest['sources']] == ['a/valid.jsonl', 'a/train.jsonl']
+
+
+def test_given_tokenizer_and_its_tokens(tmp_path, undisturbed):
+  sources = write_lines(tmp_path / 'a.jsonl', [f'text {i}' for i in range(50)])
+  tokenizer = Tokenizer.load(undisturbed, bos_token='a', eos_token='b')
+  prepare({'a': sources}, tmp_path / 'data', tokenizer=tokenizer, valid_fraction=0)
+  dataset = open_dataset(tmp_path / 'data')
+  assert dataset.splits('a') == ('train',)
+  assert dataset.tokenizer().bos_id == tokenizer.bos_id
+  document = dataset.documents('a', 'train')[7]
+  assert document.tolist() == [tokenizer.bos_id, *tokenizer.encode('text 7'), tokenizer.eos_id]
+
+
+def test_only_held_out_text_may_be_prepared(tmp_path, undisturbed):
+  write_lines(tmp_path / 'a/valid.jsonl', ['held'])
+  prepare({'a': tmp_path / 'a'}, tmp_path / 'data', tokenizer=Tokenizer.load(undisturbed))
+  assert open_dataset(tmp_path / 'data').splits('a') == ('valid',)
+
+
+@pytest.mark.parametrize(
+  'options, sentence',
+  [
+    (dict(), 'either --tokenizer=PATH or --train_tokenizer=SIZE'),
+    (dict(train_tokenizer=100), '--train_tokenizer=100 is too small'),
+    (dict(train_tokenizer=300, valid_fraction=1.0), '--valid_fraction=1 must be'),
+    (dict(train_tokenizer=300, shard_tokens=0), '--shard_tokens=0 must be at least 1'),
+    (dict(train_tokenizer=300, workers=0), '--workers=0 must be at least 1'),
+    (dict(train_tokenizer=300, text_field='body'), "line 1 has no field 'body'"),
+    (dict(train_tokenizer=300, valid_fraction=1e-9), 'no document for valid: add a valid file'),
+    (dict(train_tokenizer=300, valid_fraction=1 - 1e-9), 'no document left for train'),
+  ],
+)
+def test_option_errors_leave_no_output(tmp_path, options, sentence):
+  sources = write_lines(tmp_path / 'a.jsonl', ['one', 'two'])
+  with pytest.raises(UserError, match=sentence):
+    prepare({'a': sources}, tmp_path / 'data', **options)
+  assert not (tmp_path / 'data').exists()
+
+
+def test_path_errors(tmp_path):
+  sources = write_lines(tmp_path / 'a' / 'x.jsonl', ['one', 'two']).parent
+  with pytest.raises(UserError, match='lies inside the input'):
+    prepare({'a': sources}, sources / 'data', train_tokenizer=300)
+  (tmp_path / 'mine').mkdir()
+  (tmp_path / 'mine/precious.txt').write_text('x')
+  with pytest.raises(UserError, match='exists and is no prepared dataset'):
+    prepare({'a': sources}, tmp_path / 'mine', train_tokenizer=300)
+  with pytest.raises(UserError, match='cannot be written'):
+    prepare({'a': sources}, '/proc/nowhere/data', train_tokenizer=300)
+  write_lines(tmp_path / 'b' / 'test.jsonl', ['one'])
+  with pytest.raises(UserError, match='holds only test files'):
+    prepare({'b': tmp_path / 'b'}, tmp_path / 'data', train_tokenizer=300)
+
+
+def test_a_broken_line_late_in_a_source_leaves_no_output(tmp_path):
+  for workers in (1, 2):
+    path = write_lines(tmp_path / 'a.jsonl', [f'text {i}' for i in range(300)])
+    path.write_text(path.read_text() + '{"text": \n')
+    flags = (f'--input=a={path}', '--train_tokenizer=300', '--tokenizer_bytes=1000')
+    result = run(*flags, f'--output={tmp_path}/data', f'--workers={workers}')
+    assert result.returncode == 2
+    assert 'a.jsonl, line 301 is not JSON' in result.stderr
+    assert 'Traceback' not in result.stderr
+    assert not (tmp_path / 'data').exists()
+
+
+def test_command_line(tmp_path):
+  write_lines(tmp_path / 'in/a/x.jsonl', [f'text {i}' for i in range(300)])
+  write_lines(tmp_path / 'in/a/test.jsonl', ['secret'])
+  flags = (f'--input={tmp_path}/in', f'--output={tmp_path}/data', '--train_tokenizer=300')
+  for already in (False, True):
+    result = run(*flags, '--json=-')
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts['already_prepared'] is already
+    assert facts['domains'] == open_dataset(tmp_path / 'data').manifest['domains']
+    assert 'bytes/token' in result.stderr and 'a/test.jsonl' in result.stderr
+  for wrong, sentence in (
+    (flags[1:], 'Nothing to prepare'),
+    ((flags[0], flags[2]), 'Give --output=FOLDER'),
+    ((*flags, '--bos_token=x'), 'go with --tokenizer=PATH only'),
+    ((*flags[:2], '--tokenizer=/gone.json'), 'tokenizer /gone.json cannot be read'),
+  ):
+    result = run(*wrong)
+    assert result.returncode == 2
+    assert sentence in result.stderr and 'Traceback' not in result.stderr
+
+
+def sample(domain, split):
+  with gzip.open(SAMPLE / domain / f'{split}.jsonl.gz', 'rt', encoding='utf-8') as lines:
+    return [json.loads(line) for line in lines]
+
+
+def shingles(text):
+  words = re.findall(r'\w+', text.lower())
+  return set(zip(*(words[i:] for i in range(13))))
+
+
+@pytest.mark.parametrize('domain', DOMAINS)
+def test_sample_holds_out_what_it_says(domain):
+  train, valid = sample(domain, 'train'), sample(domain, 'valid')
+  assert sum(len(record['text'].encode()) for record in valid) >= 150_000
+  works = [{record['id'].split('#')[0] for record in records} for records in (train, valid)]
+  assert not works[0] & works[1]
+  ids = collections.Counter(record['id'] for record in train + valid)
+  assert max(ids.values()) == 1
+  seen = set().union(*(shingles(record['text']) for record in train))
+  for record in valid:
+    own = shingles(record['text'])
+    assert len(own & seen) < 0.2 * len(own), record['id']
+
+
+def test_sample_is_small_and_every_source_is_noticed():
+  files = list(SAMPLE.glob('*/*.jsonl.gz'))
+  assert {path.parent.name for path in files} == set(DOMAINS) and len(files) == 8
+  sizes = [path.stat().st_size for path in files]
+  assert max(sizes) < 2_000_000 and sum(sizes) < 3_000_000
+  notice = (SAMPLE / 'NOTICE').read_text(encoding='utf-8')
+  for domain in DOMAINS:
+    for source in {record['source'] for record in sample(domain, 'train')}:
+      assert f'{source} ' in notice
+
+
+def test_sample_is_prepared_whole(tmp_path):
+  prepare({d: SAMPLE / d for d in DOMAINS}, tmp_path / 'data', train_tokenizer=512)
+  dataset = open_dataset(tmp_path / 'data')
+  dataset.verify()
+  assert dataset.domains == DOMAINS
+  assert dataset.manifest['left_out'] == []
+  for domain in DOMAINS:
+    for split in ('train', 'valid'):
+      documents = dataset.documents(domain, split)
+      wanted = [record['text'] for record in sample(domain, split)]
+      np.testing.assert_array_equal(documents.byte_counts, [len(t.encode()) for t in wanted])
+      assert dataset.tokenizer().decode(documents[3]) == wanted[3]
