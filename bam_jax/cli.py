@@ -63,6 +63,9 @@ def write_json(path: str, facts: dict[str, Any]) -> None:
 def _parse(argv: Sequence[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
-  except flags.Error as error:
-    print(f'{app_name()}: {error}\nTry --help.', file=sys.stderr)
-    sys.exit(USER_ERROR)
+  except (flags.Error, UserError, OSError) as error:
+    sentence = str(error)
+  except (AttributeError, KeyError) as error:
+    sentence = f'a --config.KEY flag names no key of the recipe: {error.args[0]}'
+  print(f'{app_name()}: {" ".join(sentence.split())} (Try --help.)', file=sys.stderr)
+  sys.exit(USER_ERROR)

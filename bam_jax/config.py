@@ -258,11 +258,21 @@ class Upcycle:
 
 
 @dataclass(frozen=True)
+class FromUpcycle:
+  """Start from a mixture of other runs' final parameters."""
+
+  upcycle: Upcycle
+
+
+Init = Literal['scratch'] | FromRun | FromCheckpoint | FromUpcycle
+
+
+@dataclass(frozen=True)
 class Run:
   """One node of the graph: where it starts, what it reads, how long and how it trains."""
 
   label: str  # what tables call it
-  init: Literal['scratch'] | FromRun | FromCheckpoint | Upcycle
+  init: Init
   data: Mapping[str, float]  # domain -> share of the tokens
   tokens: int  # budget, rounded down to whole batches; 0 keeps the initial parameters
   batch_size: int  # sequences a step
@@ -380,15 +390,29 @@ def parents(run: Run) -> tuple[str, ...]:
   match run.init:
     case FromRun(parent):
       return (parent,)
-    case Upcycle():
-      return run.init.sources
+    case FromUpcycle(upcycle):
+      return upcycle.sources
   return ()
 
 
-def parse(config: ConfigDict | Mapping) -> Recipe:
-  """A recipe from what a config file's `get_config` returns; UserError says what is wrong."""
-  plain = config.to_dict() if isinstance(config, ConfigDict) else config
-  return strict.from_dict(Recipe, plain, 'config')
+def parse(config: Mapping) -> Recipe:
+  """A recipe from plain nested mappings; UserError says what is wrong."""
+  return strict.from_dict(Recipe, config, 'config')
+
+
+def complete(config: Mapping) -> ConfigDict:
+  """What `get_config` returns: the recipe checked and with every default filled in.
+
+  A key that is there can be set on the command line: `--config.runs.seed.compute.dtype=bfloat16`.
+  Keys keep the order in which the recipe writes them.
+  """
+  return _config_dict(to_dict(parse(config)))
+
+
+def _config_dict(value):
+  if not isinstance(value, dict):
+    return tuple(value) if isinstance(value, list) else value
+  return ConfigDict({key: _config_dict(item) for key, item in value.items()}, sort_keys=False)
 
 
 def to_dict(config) -> dict | list | str | float | int | None:

@@ -30,7 +30,7 @@ class Node:
 
   @property
   def upcycle(self) -> config.Upcycle | None:
-    return self.run.init if isinstance(self.run.init, config.Upcycle) else None
+    return self.run.init.upcycle if isinstance(self.run.init, config.FromUpcycle) else None
 
   @property
   def kind(self) -> str:
@@ -125,7 +125,7 @@ def _model(recipe: config.Recipe, name: str, nodes: dict[str, Node]) -> config.M
       return checkpoint.read_meta(path).model
     case config.FromRun(parent):
       return nodes[parent].model
-    case config.Upcycle() as upcycle:
+    case config.FromUpcycle(upcycle):
       first = upcycle.sources[0]
       for source in upcycle.sources:
         if nodes[source].model != nodes[source].model.dense():

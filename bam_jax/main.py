@@ -42,7 +42,7 @@ def main() -> dict[str, Any] | None:
   if not _WORKDIR.value:
     raise UserError('Where to? Give --workdir=FOLDER.')
   workdir = Path(_WORKDIR.value)
-  parsed = recipe.with_workdir(config.parse(_CONFIG.value), workdir)
+  parsed = recipe.with_workdir(_parsed_config(), workdir)
   nodes = graph.resolve(parsed)
   dataset = open_dataset(parsed.data)
   try:
@@ -57,6 +57,15 @@ def main() -> dict[str, Any] | None:
   rich.console.Console().print(report.table(facts))
   print(f'{workdir}/report/report.md has this table, the costs and the pictures.')
   return facts
+
+
+def _parsed_config() -> config.Recipe:
+  try:
+    plain = _CONFIG.value.to_dict()  # a config file that is not there is noticed only here
+  except OSError:
+    name = config_flags.get_config_filename(flags.FLAGS['config'])
+    raise UserError(f'--config={name} cannot be read: name a recipe, FILE.py.') from None
+  return config.parse(plain)
 
 
 def open_dataset(data: config.Data) -> shards.Dataset:

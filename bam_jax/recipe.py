@@ -106,7 +106,7 @@ def initial_params(
       return checkpoint.restore_params(path, checkpoint.abstract(network.abstract(), shardings))
     case config.FromCheckpoint(path):
       return checkpoint.restore_params(path, checkpoint.abstract(network.abstract(), shardings))
-    case config.Upcycle() as upcycle:
+    case config.FromUpcycle(upcycle):
       # The dense sources pass through host memory: a mixture's mesh need not suit them.
       dense = transformer.Network(nodes[upcycle.sources[0]].model, node.run.compute).abstract()
       sources = [checkpoint.restore_host_params(workdir / name, dense) for name in upcycle.sources]

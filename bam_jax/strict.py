@@ -99,29 +99,23 @@ def _value(hint: Any, value: Any, key: str) -> Any:
 
 
 def _union(hints: tuple, value: Any, key: str) -> Any:
-  """None, a literal, or the one dataclass whose keys the mapping has."""
+  """The one alternative that a value is meant for: None, a word, a scalar, or a group of keys."""
   if value is None and type(None) in hints:
     return None
-  groups = [hint for hint in hints if dataclasses.is_dataclass(hint)]
-  if not isinstance(value, Mapping):
-    for hint in hints:
-      if typing.get_origin(hint) is Literal:
-        return _value(hint, value, key)
-  if len(groups) == 1:
-    return from_dict(groups[0], value, key)
-  # `{'upcycle': {...}}` reads better in a recipe than a group told apart by its keys.
-  named = {group.__name__.lower(): group for group in groups}
-  if isinstance(value, Mapping) and len(value) == 1:
-    (name, inner), *_ = value.items()
-    if name in named:
-      return from_dict(named[name], inner, f'{key}.{name}')
-  for group in groups:
-    if isinstance(value, Mapping) and set(value) & {_name(f) for f in dataclasses.fields(group)}:
-      return from_dict(group, value, key)
-  raise UserError(
-    f"{key}={value!r} is none of 'scratch', {{'run': ...}}, {{'checkpoint': ...}} and "
-    "{'upcycle': {...}}."
-  )
+  others = [hint for hint in hints if hint is not type(None)]
+  if len(others) == 1:
+    return _value(others[0], value, key)
+  words = [word for hint in others for word in typing.get_args(hint)]
+  if isinstance(value, str) and value in words:
+    return value
+  groups = [hint for hint in others if dataclasses.is_dataclass(hint)]
+  if isinstance(value, Mapping):
+    for group in groups:
+      if set(value) & {_name(f) for f in dataclasses.fields(group)}:
+        return from_dict(group, value, key)
+  forms = [', '.join(_name(f) for f in dataclasses.fields(group)) for group in groups]
+  choices = [*map(repr, words), *(f'a group of {form}' for form in forms)]
+  raise UserError(f'{key}={value!r} is none of these: {"; ".join(choices)}.')
 
 
 _NAMES = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'a string'}

@@ -11,43 +11,47 @@ attention experts that own theirs. `:smoke` runs the same graph for a few steps.
 
 from ml_collections import ConfigDict
 
+from bam_jax import config
+from bam_jax.errors import UserError
+
 SPECIALTIES = ('code', 'law', 'math')
-EXPERTS = ('seed', *SPECIALTIES)
 
 
 def get_config(argument: str = '') -> ConfigDict:
   """The recipe; `argument` is empty or "smoke"."""
   if argument not in ('', 'smoke'):
-    raise ValueError(f'quickstart.py has no argument {argument!r}: use none, or smoke.')
-
-  config = ConfigDict()
-  config.name = 'quickstart'
-  config.seed = 0
-  config.steps = 4 if argument == 'smoke' else 0
-  config.data = dict(
-    path='{workdir}/data',
-    sequence_length=128,
-    prepare=dict(input='sample', train_tokenizer=2048),
+    raise UserError(f'configs/quickstart.py has no argument {argument!r}: use none, or smoke.')
+  recipe = dict(
+    name='quickstart',
+    seed=0,
+    steps=4 if argument else 0,
+    data=dict(
+      path='{workdir}/data',
+      sequence_length=128,
+      prepare=dict(input='sample', train_tokenizer=2048),
+    ),
+    model=dict(
+      vocab_size=2048,
+      d_model=128,
+      num_layers=4,
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=32,
+      ffn_dim=384,
+      tied_embeddings=True,
+    ),
+    evaluation=dict(batch_size=32, tokens=8_192, domains=('general', *SPECIALTIES)),
+    runs=dict(
+      seed=seed(),
+      code=specialist('code'),
+      law=specialist('law'),
+      math=specialist('math'),
+      btx=mixture('BTX', 'btx'),
+      bam_shared_kv=mixture('BAM, shared KV', 'bam_shared_kv'),
+      bam_kv=mixture('BAM, KV experts', 'bam_kv_experts'),
+    ),
   )
-  config.model = dict(
-    vocab_size=2048,
-    d_model=128,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
-    ffn_dim=384,
-    tied_embeddings=True,
-  )
-  config.evaluation = dict(batch_size=32, tokens=8_192, domains=('general', *SPECIALTIES))
-
-  config.runs = ConfigDict(dict(seed=seed()), sort_keys=False)  # tables keep this order
-  for domain in SPECIALTIES:
-    config.runs[domain] = specialist(domain)
-  config.runs.btx = mixture('BTX', 'btx')
-  config.runs.bam_shared_kv = mixture('BAM, shared KV', 'bam_shared_kv')
-  config.runs.bam_kv = mixture('BAM, KV experts', 'bam_kv_experts')
-  return config
+  return config.complete(recipe)
 
 
 def seed() -> dict:
@@ -79,7 +83,7 @@ def mixture(label: str, method: str) -> dict:
   """Mix: the seed and the three specialists in one model; equal data for every method."""
   return dict(
     label=label,
-    init=dict(upcycle={'from': EXPERTS, 'method': method}),
+    init=dict(upcycle={'from': ('seed', *SPECIALTIES), 'method': method}),
     data=dict(general=0.25, code=0.25, law=0.25, math=0.25),
     data_seed=2,
     tokens=500_000,

@@ -38,6 +38,7 @@ class Domain:
 
   @classmethod
   def find(cls, name: str, path: Path, text_field: str) -> 'Domain':
+    """Walks a domain's file or folder; raises UserError when nothing in it can be read."""
     if not DOMAIN_NAME.fullmatch(name):
       raise UserError(f'{name!r} cannot name a domain: use letters, digits, "_", "-" and ".".')
     readable, others = find_files(path)
@@ -55,13 +56,16 @@ class Domain:
 
   @property
   def has_valid(self) -> bool:
+    """Whether some file is marked valid; if none is, documents are held out by their hash."""
     return any(split == VALID for _, split in self.files)
 
   @property
   def size(self) -> int:
+    """Bytes of all files, as they lie on disk."""
     return sum(file.stat().st_size for file, _ in self.files)
 
   def sources(self) -> list[dict[str, Any]]:
+    """The manifest's entry of every file: path inside the domain, split, bytes and sha256."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
       hashes = pool.map(file_hash, [file for file, _ in self.files])
       return [

@@ -1,0 +1,142 @@
+"""Eight fake CPU devices for every test, and the tiny models, recipe and dataset that tests share."""
+
+import os
+
+# Before anything imports jax: tests that compare mesh layouts must not meet a real accelerator.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+import copy
+import json
+import logging
+
+import jax
+import pytest
+
+# By the configuration and not by XLA_FLAGS: a command that a test starts gets one device, as users'
+# commands do.
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 8)
+
+import numpy as np
+
+from bam_jax import config
+from bam_jax.data import prepare, shards
+
+for noisy in ('absl', 'jax', 'orbax'):
+  logging.getLogger(noisy).setLevel(logging.ERROR)
+
+# Every dimension that a mesh may cut divides by eight, and no two that matter are equal.
+SIZES = dict(
+  vocab_size=320, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48
+)
+FFN = config.FFNExperts(num_experts=4)
+VARIANTS = {
+  'dense': {},
+  'untied': {'tied_embeddings': False},
+  'btx': {'ffn_experts': FFN},
+  'bam_kv_experts': {'attention_experts': config.AttentionExperts(4), 'ffn_experts': FFN},
+  'bam_shared_kv': {
+    'attention_experts': config.AttentionExperts(4, shared_kv=True),
+    'ffn_experts': FFN,
+  },
+  'routed_attention': {
+    'attention_experts': config.AttentionExperts(4, top_k=2),
+    'ffn_experts': config.FFNExperts(num_experts=4, top_k=2),
+  },
+}
+WORDS = {
+  'code': 'def return for in range if else print x y i == + ( ) : len list None',
+  'general': 'the a of and to in is it that was he for on as with his they at be',
+  'law': 'court shall plaintiff section act appeal herein party statute order judge',
+  'math': 'let x be an integer such that prime sum equals proof theorem lemma n + 1',
+}
+
+
+@pytest.fixture(scope='session')
+def models() -> dict[str, config.Model]:
+  """A tiny model of every variant; all have the same sizes, and 4 experts if any."""
+  return {name: config.Model(**SIZES, **changes) for name, changes in VARIANTS.items()}
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request, models) -> config.Model:
+  """Each variant in turn."""
+  return models[request.param]
+
+
+@pytest.fixture(scope='session')
+def make_batch():
+  """The function `(batch_size, length, seed=0) -> batch` with documents, padding, odd weights."""
+
+  def make(batch_size: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shape = batch_size, length
+    segments, positions = np.zeros((2, *shape), np.int32)
+    for row in range(batch_size):
+      cut, end = sorted(rng.integers(1, length + 1, 2))
+      segments[row, :end] = 1 + (np.arange(end) >= cut)
+      positions[row, :end] = np.arange(end) - np.where(np.arange(end) >= cut, cut, 0)
+    return {
+      'tokens': rng.integers(0, SIZES['vocab_size'], shape).astype(np.int32),
+      'targets': rng.integers(0, SIZES['vocab_size'], shape).astype(np.int32),
+      'segments': segments,
+      'positions': positions,
+      'weights': ((rng.random(shape) < 0.8) & (segments > 0)).astype(np.float32),
+    }
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def dataset(tmp_path_factory) -> shards.Dataset:
+  """Four prepared domains, each with words of its own, and a tokenizer of 320 tokens."""
+  folder = tmp_path_factory.mktemp('dataset')
+  rng = np.random.default_rng(0)
+  for domain, words in WORDS.items():
+    (folder / 'text' / domain).mkdir(parents=True)
+    for split, documents in (('train', 60), ('valid', 6)):
+      lines = [
+        json.dumps({'text': ' '.join(rng.choice(words.split(), rng.integers(10, 60)))})
+        for _ in range(documents)
+      ]
+      path = folder / 'text' / domain / f'{split}.jsonl'
+      path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+  inputs = {domain: folder / 'text' / domain for domain in WORDS}
+  prepare.prepare(inputs, folder / 'tokens', train_tokenizer=SIZES['vocab_size'])
+  return shards.open_dataset(folder / 'tokens')
+
+
+def _run(label: str, init, data: dict[str, float], **changes) -> dict:
+  return {
+    'label': label,
+    'init': init,
+    'data': data,
+    'tokens': 6 * 8 * 16,
+    'batch_size': 8,
+    'schedule': {'peak_learning_rate': 1e-2, 'warmup_steps': 2},
+    **changes,
+  }
+
+
+_EVEN = {domain: 0.25 for domain in WORDS}
+_UPCYCLE = {'from': ['seed', 'code', 'law']}
+_RECIPE = {
+  'name': 'tiny',
+  'model': {**SIZES, 'tied_embeddings': True},
+  'data': {'path': '{workdir}/data', 'sequence_length': 16},
+  'evaluation': {'batch_size': 8, 'tokens': 128},
+  'runs': {
+    'seed': _run('the seed', 'scratch', _EVEN),
+    'code': _run('coder', {'run': 'seed'}, {'code': 0.9, 'general': 0.1}),
+    'law': _run('lawyer', {'run': 'seed'}, {'law': 0.9, 'general': 0.1}),
+    'btx': _run('BTX', {'upcycle': {**_UPCYCLE, 'method': 'btx'}}, _EVEN),
+    'bam': _run('BAM', {'upcycle': {**_UPCYCLE, 'method': 'bam_kv_experts'}}, _EVEN),
+  },
+}
+
+
+@pytest.fixture
+def recipe_dict() -> dict:
+  """A valid recipe over `dataset` as plain nested dicts, the test's own to change; 6 steps a run."""
+  return copy.deepcopy(_RECIPE)

@@ -1,0 +1,227 @@
+"""Checkpoints come back on any mesh, in part, and as what they are; anything else is refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from bam_jax import checkpoint, config, sharding
+from bam_jax.errors import UserError
+from bam_jax.train import step
+
+OPTIMIZER = config.Optimizer()
+
+
+def meta(model: config.Model, at: int, **changes) -> checkpoint.Meta:
+  facts = dict(
+    format=checkpoint.FORMAT,
+    model=model,
+    sequence_length=16,
+    tokenizer_hash='abc',
+    tokenizer_path='/tokens',
+    run='bam',
+    step=at,
+    method='bam_kv_experts',
+    sources=('seed', 'code', 'seed'),
+    versions={'jax': jax.__version__},
+  )
+  return checkpoint.Meta(**(facts | changes))
+
+
+def abstract(model: config.Model, shape=(1, 1, 1, 1)) -> step.State:
+  return step.abstract_state(model, OPTIMIZER, sharding.make_mesh(config.Mesh(*shape)))
+
+
+def draw(model: config.Model, shape, seed: int) -> step.State:
+  """Random values in every array, the optimizer's too."""
+  rng = np.random.default_rng(seed)
+
+  def one(leaf):
+    value = rng.normal(size=leaf.shape) if leaf.dtype == np.float32 else rng.integers(1, 9)
+    return jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
+
+  return jax.tree.map(one, abstract(model, shape))
+
+
+def check_same(got, want) -> None:
+  """The same values to the last bit, whatever the layout."""
+  got_leaves, got_tree = jax.tree.flatten(got)
+  want_leaves, want_tree = jax.tree.flatten(want)
+  assert got_tree == want_tree
+  for ours, theirs in zip(got_leaves, want_leaves):
+    assert ours.dtype == theirs.dtype
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory, models):
+  """A run's folder with steps 3 and 12 of a mixture, written from eight devices, and the states."""
+  folder = tmp_path_factory.mktemp('bam')
+  model, states = models['bam_kv_experts'], {}
+  checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=2)
+  for at in (3, 12):
+    states[at] = draw(model, (1, 2, 2, 2), at)
+    checkpoints.save(at, *states[at], {'iterator': {'next': at}, 'seconds': 1.5}, meta(model, at))
+  checkpoints.close()
+  return folder, states
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1, 1), (1, 1, 4, 2), (2, 4, 1, 1)], ids=str)
+def test_restore_on_another_mesh(written, models, shape):
+  folder, states = written
+  checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=2)
+  assert checkpoints.latest() == 12
+  wanted = abstract(models['bam_kv_experts'], shape)
+  params, opt_state, data = checkpoints.restore(12, wanted.params, wanted.opt_state)
+  checkpoints.close()
+  restored = step.State(params, opt_state)
+  check_same(restored, states[12])
+  for leaf, want in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+    assert leaf.sharding == want.sharding
+  assert data == {'iterator': {'next': 12}, 'seconds': 1.5}
+
+
+def test_parameters_alone(written, models):
+  folder, states = written
+  wanted = abstract(models['bam_kv_experts'], (1, 1, 4, 1)).params
+  params = checkpoint.restore_params(folder / 'checkpoints' / '3', wanted)
+  check_same(params, states[3].params)
+  for leaf, want in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
+    assert leaf.sharding == want.sharding
+
+
+def test_parameters_without_the_optimizer_on_disk(written, models, tmp_path):
+  folder, states = written
+  # A checkpoint to hand around need not hold the optimizer: twice the parameters' size.
+  (tmp_path / '3').mkdir()
+  for item in ('params', 'meta'):
+    (tmp_path / '3' / item).symlink_to(folder / 'checkpoints' / '3' / item)
+  params = checkpoint.restore_params(tmp_path, abstract(models['bam_kv_experts']).params)
+  check_same(params, states[3].params)
+  assert checkpoint.read_meta(tmp_path) == meta(models['bam_kv_experts'], 3)
+
+
+def test_parameters_in_host_memory(written, models):
+  folder, states = written
+  params = checkpoint.restore_host_params(folder, abstract(models['bam_kv_experts']).params)
+  assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
+  check_same(params, states[12].params)
+
+
+@pytest.mark.parametrize('how', [checkpoint.restore_params, checkpoint.restore_host_params])
+def test_another_model_is_not_restored(written, models, how):
+  wider = dataclasses.replace(models['bam_kv_experts'], ffn_dim=64)
+  with pytest.raises(ValueError):
+    how(written[0], abstract(wider).params)
+  with pytest.raises(ValueError):
+    how(written[0], abstract(models['untied']).params)
+
+
+def test_find(written):
+  folder, _ = written
+  newest = folder / 'checkpoints' / '12'  # and not 3, which is last by name
+  assert checkpoint.find(folder) == newest
+  assert checkpoint.find(folder / 'checkpoints') == newest
+  assert checkpoint.find(newest) == newest
+  assert checkpoint.find(str(folder / 'checkpoints' / '3')).name == '3'
+  assert checkpoint.finished_step(folder / 'checkpoints') == 12
+
+
+@pytest.mark.parametrize('exists', [True, False])
+def test_find_refuses_a_folder_without_a_checkpoint(tmp_path, exists):
+  path = tmp_path if exists else tmp_path / 'nowhere'
+  with pytest.raises(UserError, match='holds no checkpoint') as caught:
+    checkpoint.find(path)
+  assert str(path) in str(caught.value)
+  assert checkpoint.finished_step(path) is None
+
+
+def test_what_a_kill_leaves_behind_is_no_checkpoint(tmp_path, models):
+  left = tmp_path / 'checkpoints' / '7.orbax-checkpoint-tmp' / 'meta'
+  left.mkdir(parents=True)
+  (tmp_path / 'checkpoints' / '9').mkdir()  # empty
+  (tmp_path / 'checkpoints' / 'notes').mkdir()
+  assert checkpoint.finished_step(tmp_path / 'checkpoints') is None
+  with pytest.raises(UserError, match='holds no checkpoint'):
+    checkpoint.find(tmp_path)
+
+
+def test_a_run_goes_on_beside_what_a_kill_left_behind(tmp_path, models):
+  model, folder = models['dense'], tmp_path / 'checkpoints'
+  (folder / '7.orbax-checkpoint-tmp' / 'meta').mkdir(parents=True)
+  checkpoints = checkpoint.Checkpoints(folder, keep=2)
+  assert checkpoints.latest() is None and checkpoints.newest_folder() is None
+  checkpoints.save(7, *draw(model, (1, 1, 1, 1), 7), {}, meta(model, 7))
+  assert checkpoints.newest_folder() == folder / '7'
+  checkpoints.close()
+  assert checkpoint.find(tmp_path) == folder / '7'
+
+
+@pytest.mark.parametrize('keep', [1, 2])
+def test_old_checkpoints_are_removed(tmp_path, models, keep):
+  model = models['dense']
+  state = draw(model, (1, 1, 1, 1), 0)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep)
+  for at in (1, 2, 10):
+    checkpoints.save(at, *state, {}, meta(model, at))
+  checkpoints.close()
+  steps = sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit())
+  assert steps == [1, 2, 10][-keep:]
+
+
+@pytest.mark.parametrize('changes', [{}, dict(method=None, sources=(), run='seed')], ids=str)
+def test_meta_comes_back(tmp_path, models, changes):
+  model = models['bam_shared_kv'] if not changes else models['untied']
+  want = meta(model, 5, **changes)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+  checkpoints.save(5, {'a': np.zeros(1)}, {'a': np.zeros(1)}, {}, want)
+  checkpoints.close()
+  assert checkpoint.read_meta(tmp_path) == want
+
+
+@pytest.fixture
+def fake(tmp_path, models):
+  """The function that writes the text of a `meta` by hand and gives the checkpoint's folder."""
+
+  def write(text: str | None = None, **changes):
+    facts = dataclasses.asdict(meta(models['dense'], 5)) | changes
+    (tmp_path / '5' / 'meta').mkdir(parents=True)
+    path = tmp_path / '5' / 'meta' / 'metadata'
+    path.write_text(json.dumps(facts) if text is None else text)
+    return tmp_path / '5'
+
+  return write
+
+
+def test_a_meta_by_hand_is_read(fake, models):
+  assert checkpoint.read_meta(fake()) == meta(models['dense'], 5)
+
+
+@pytest.mark.parametrize(
+  'text, changes, words',
+  [
+    (None, {'format': checkpoint.FORMAT + 1}, ['format 1']),
+    (None, {'format': None}, ['format 1']),
+    ('[1]', {}, ['format 1']),
+    ('{"format":', {}, ['meta', 'damaged']),
+    ('', {}, ['meta', 'damaged']),
+    (None, {'zzz': 1}, ['meta', 'zzz']),
+    (None, {'model': {}}, ['meta', 'model.vocab_size', 'missing']),
+  ],
+  ids=str,
+)
+def test_a_meta_that_is_not_ours_is_refused(fake, text, changes, words):
+  folder = fake(text, **changes)
+  with pytest.raises(UserError) as caught:
+    checkpoint.read_meta(folder)
+  for word in [str(folder), *words]:
+    assert word in str(caught.value)
+
+
+def test_a_meta_that_is_not_there_is_refused(fake):
+  folder = fake()
+  (folder / 'meta' / 'metadata').unlink()
+  with pytest.raises(UserError, match='damaged'):
+    checkpoint.read_meta(folder)

@@ -1,0 +1,220 @@
+"""`main` as its users run it: a whole process, killed, stopped, repeated, misused."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from bam_jax import checkpoint
+from bam_jax import config as config_lib
+from bam_jax.model import transformer
+
+ROOT = Path(__file__).parent.parent
+RUNS = ('seed', 'code', 'btx', 'bam_shared_kv', 'bam_kv_experts')
+CACHE = Path(tempfile.mkdtemp(prefix='bam_jax_test_'))
+WORDS = {
+  'general': 'the whale and the captain went down to the grey sea and sang of home'.split(),
+  'code': 'def return self for in range ( x ) : + = print [ i ] import None'.split(),
+}
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory) -> Path:
+  """Two domains of nonsense."""
+  folder = tmp_path_factory.mktemp('text')
+  chance = random.Random(0)
+  for domain, words in WORDS.items():
+    for split, count in (('train', 60), ('valid', 8)):
+      path = folder / domain / f'{split}.jsonl'
+      path.parent.mkdir(exist_ok=True)
+      lines = [' '.join(chance.choices(words, k=chance.randint(5, 60))) for _ in range(count)]
+      path.write_text(''.join(json.dumps({'text': line}) + '\n' for line in lines))
+  return folder
+
+
+def command(text: Path, workdir: Path, *flags: str) -> list[str]:
+  recipe = f'--config={ROOT}/tests/recipes/tiny.py:{text}'
+  return [sys.executable, '-m', 'bam_jax.main', recipe, f'--workdir={workdir}', *flags]
+
+
+def run(text: Path, workdir: Path, *flags: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    command(text, workdir, *flags), cwd=ROOT, env=environment(), capture_output=True, text=True,
+    timeout=300,
+  )  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+  """One device, and a cache of compiled steps that all these processes share."""
+  kept = {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'JAX_NUM_CPU_DEVICES')}
+  return kept | {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_COMPILATION_CACHE_DIR': str(CACHE),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+
+
+@pytest.fixture(scope='module')
+def undisturbed(text, tmp_path_factory) -> Path:
+  """A workdir in which everything went well."""
+  workdir = tmp_path_factory.mktemp('undisturbed')
+  done = run(text, workdir, f'--json={workdir}/facts.json')
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+def final_params(workdir: Path, name: str) -> dict[str, np.ndarray]:
+  meta = checkpoint.read_meta(workdir / name)
+  abstract = transformer.Network(meta.model, config_lib.Compute()).abstract()
+  return checkpoint.restore_host_params(workdir / name, abstract)
+
+
+def assert_same_end(workdir: Path, reference: Path, names=RUNS) -> None:
+  """Parameters, metrics and held-out results are equal to the last bit."""
+  for name in names:
+    mine, other = final_params(workdir, name), final_params(reference, name)
+    same = jax.tree.map(lambda x, y: x.tobytes() == y.tobytes(), mine, other)
+    assert all(jax.tree.leaves(same)), (name, same)
+    results = [json.loads((w / name / 'result.json').read_text()) for w in (workdir, reference)]
+    assert results[0]['domains'] == results[1]['domains']
+    assert losses(workdir / name) == losses(reference / name)
+
+
+def losses(folder: Path) -> dict[int, float]:
+  lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+  steps = [line['step'] for line in lines if 'loss' in line]
+  assert len(steps) == len(set(steps)), 'a step is told twice'
+  return {line['step']: line['loss'] for line in lines if 'loss' in line}
+
+
+def test_whole_graph(undisturbed):
+  facts = json.loads((undisturbed / 'facts.json').read_text())
+  assert [row['run'] for row in facts['rows']] == list(RUNS)
+  assert not facts['not_finished']
+  for name in RUNS:
+    step = undisturbed / name / 'checkpoints' / '12'
+    assert {p.name for p in step.iterdir()} >= {'params', 'opt_state', 'data', 'meta'}
+    assert set(losses(undisturbed / name)) == set(range(1, 13))
+  meta = checkpoint.read_meta(undisturbed / 'btx')
+  assert meta.method == 'btx' and meta.sources == ('seed', 'code')
+  assert (undisturbed / 'report' / 'report.md').exists()
+
+
+def test_mixtures_read_the_same_data(undisturbed):
+  """Equal data for every method: the first loss differs only by the model."""
+  digests = set()
+  for name in RUNS[2:]:
+    recorded = json.loads((undisturbed / name / 'config.json').read_text())
+    digests.add(json.dumps([recorded['run'][k] for k in ('data', 'data_seed', 'batch_size')]))
+  assert len(digests) == 1
+
+
+def test_finished_runs_are_skipped(text, undisturbed):
+  before = {p: p.stat().st_mtime_ns for p in undisturbed.glob('*/checkpoints/*/params/**/*')}
+  again = run(text, undisturbed)
+  assert again.returncode == 0, again.stderr
+  assert again.stderr.count('skipped') == len(RUNS)
+  assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_kill_and_resume_is_bitwise_equal(text, undisturbed, tmp_path):
+  """Killed without warning in three runs of one graph, some while a checkpoint is written."""
+  for victim, step in (('seed', 4), ('code', 11), ('bam_kv_experts', 7)):
+    killed = start(text, tmp_path)
+    wait_for_step(tmp_path / victim, step, killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / victim / 'result.json').exists(), 'killed too late to prove anything'
+  resumed = run(text, tmp_path)
+  assert resumed.returncode == 0, resumed.stderr
+  assert_same_end(tmp_path, undisturbed)
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(text, undisturbed, tmp_path):
+  for victim, signum in (('seed', signal.SIGINT), ('code', signal.SIGTERM)):
+    stopped = start(text, tmp_path)
+    wait_for_step(tmp_path / victim, 1, stopped)
+    stopped.send_signal(signum)
+    _, stderr = stopped.communicate(timeout=60)
+    assert stopped.returncode == 128 + signum
+    assert 'the same command goes on' in stderr and 'Traceback' not in stderr
+    assert checkpoint.finished_step(tmp_path / victim / 'checkpoints') < 12
+  resumed = run(text, tmp_path)
+  assert resumed.returncode == 0, resumed.stderr
+  assert 'code: resumes at step' in resumed.stderr
+  assert_same_end(tmp_path, undisturbed)
+
+
+def start(text: Path, workdir: Path) -> subprocess.Popen:
+  return subprocess.Popen(
+    command(text, workdir), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+  )
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+  """Until a run has logged a step."""
+  metrics, line = folder / 'metrics.jsonl', f'{{"step": {step}, "loss"'
+  deadline = time.monotonic() + 120
+  while not (metrics.exists() and line in metrics.read_text()):
+    assert process.poll() is None, 'ended before the moment to disturb it'
+    assert time.monotonic() < deadline
+    time.sleep(0.002)
+
+
+def test_runs_flag_trains_a_part_in_the_same_way(text, undisturbed, tmp_path):
+  refused = run(text, tmp_path, '--runs=code')
+  assert refused.returncode == 2
+  assert "add 'seed' to --runs" in refused.stderr
+  for names in ('seed', 'code'):
+    assert run(text, tmp_path, f'--runs={names}').returncode == 0
+  assert_same_end(tmp_path, undisturbed, ('seed', 'code'))
+  assert not (tmp_path / 'btx').exists()
+
+
+MISTAKES = {
+  'no config': (None, 'Which recipe? Give --config'),
+  'no file': ('--config=nowhere.py', '--config=nowhere.py cannot be read'),
+  'unknown run': ('--runs=sead', "--runs names 'sead'; the recipe has seed"),
+  'unknown flag': ('--workdirs=x', 'workdirs'),
+  'changed': (
+    '--config.runs.code.schedule.peak_learning_rate=0.5',
+    'peak_learning_rate: 0.01 -> 0.5',
+  ),
+  'changed parent': ('--config.runs.seed.tokens=640', 'total_steps: 12 -> 10'),
+  'unknown key': ('--config.model.heads=2', 'heads'),
+  'wrong type': ('--config.model.d_model=abc', 'd_model'),
+  'bad value': ('--config.model.head_dim=7', 'head_dim=7 is odd'),
+  'devices': ('--config.runs.seed.mesh.data=64', 'mesh'),
+  'vocabulary': ('--config.model.vocab_size=100', 'vocab_size=100 is below the 300 tokens'),
+}
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_a_mistake_is_one_sentence_and_status_2(text, undisturbed, name):
+  flag, sentence = MISTAKES[name]
+  if flag is None:
+    line = [sys.executable, '-m', 'bam_jax.main', f'--workdir={undisturbed}']
+  elif flag.startswith('--config='):
+    line = [sys.executable, '-m', 'bam_jax.main', flag, f'--workdir={undisturbed}']
+  else:
+    line = command(text, undisturbed, flag)
+  done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True)
+  assert done.returncode == 2, done.stderr
+  assert 'Traceback' not in done.stderr and sentence in done.stderr, done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_divergence_halts_and_names_the_last_good_checkpoint(text, tmp_path):
+  done = run(text, tmp_path, '--runs=seed', '--config.runs.seed.schedule.peak_learning_rate=1e30')
+  assert done.returncode == 2
+  assert 'NaN or infinity at step' in done.stderr and 'Traceback' not in done.stderr

@@ -1,0 +1,197 @@
+"""One optimizer step: the same on every mesh, in any number of micro-batches, however computed.
+
+Compiled without XLA's optimisations: compiling is what these tests spend their time on.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from bam_jax import config, sharding
+from bam_jax.model import transformer
+from bam_jax.train import step
+
+# Adam divides a gradient by its own size, and so makes rounding as large as the learning rate where
+# a gradient is nearly nothing. This epsilon leaves an update that is smooth in the gradient.
+OPTIMIZER = config.Optimizer(epsilon=1e-2, clip_norm=0.5)
+LEARNING_RATE = 0.1
+LOSS = config.Loss(load_balance=0.3, router_z=0.2)
+NLL = config.Loss(load_balance=0, router_z=0)
+ONE = (1, 1, 1, 1)
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope='module')
+def start(models):
+  """Parameters of each variant, as NumPy arrays."""
+
+  @functools.cache
+  def make(variant: str) -> dict:
+    network = transformer.Network(models[variant], config.Compute())
+    return jax.device_get(jax.jit(network.init)(jax.random.key(3)))
+
+  return make
+
+
+@pytest.fixture(scope='module')
+def run(models, start, make_batch):
+  """The function that takes one step: (state, metrics, what state should be, state before)."""
+
+  @functools.cache
+  def take(variant: str, shape=ONE, accumulate=1, loss=LOSS, compute=config.Compute()):  # noqa: B008
+    model = models[variant]
+    mesh = sharding.make_mesh(config.Mesh(*shape))
+    with jax.set_mesh(mesh):
+      abstract = step.abstract_state(model, OPTIMIZER, mesh)
+      shardings = jax.tree.map(lambda x: x.sharding, abstract)
+      params = jax.device_put(start(variant), shardings.params)
+      opt_state = jax.tree.map(
+        lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract.opt_state
+      )
+      before = step.State(params, opt_state)
+      batch = sharding.put_batch(make_batch(8, 12, seed=1), mesh)
+      train_step = step.train_step(model, compute, loss, OPTIMIZER, accumulate, mesh)
+      compiled = train_step.lower(before, batch, LEARNING_RATE).compile(
+        compiler_options={'xla_backend_optimization_level': 0}
+      )
+      after, metrics = compiled(before, batch, LEARNING_RATE)
+    return after, metrics, abstract, before
+
+  return take
+
+
+def leaves(tree) -> dict[str, np.ndarray]:
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def check_equal(got, want, tolerance=TOLERANCE) -> None:
+  """Leaves agree relative to the largest magnitude in each."""
+  got, want = leaves(got), leaves(want)
+  assert got.keys() == want.keys()
+  for name, expected in want.items():
+    assert got[name].shape == expected.shape and got[name].dtype == expected.dtype, name
+    scale = np.abs(expected).max() or 1
+    assert np.abs(got[name] - expected).max() / scale < tolerance, name
+
+
+def test_the_step_learns(run, start):
+  after, metrics, *_ = run('bam_kv_experts')
+  assert metrics.gradient_norm > OPTIMIZER.clip_norm, 'or nothing here tests the clipping'
+  assert metrics.sums.targets < 8 * 12 and metrics.sums.routing.ffn.tokens[0] < 8 * 12
+  moments = leaves(after.opt_state)
+  before = leaves(start('bam_kv_experts'))
+  for name, value in leaves(after.params).items():
+    assert np.abs(value - before[name]).max() > 1e-3, name
+    assert np.abs(moments[next(k for k in moments if '.mu' in k and k.endswith(name))]).max() > 0
+
+
+# All the meshes for all the variants take minutes: the quick ones cut every axis of every variant.
+QUICK = {
+  ('dense', (1, 2, 2, 2)),
+  ('btx', (2, 2, 2, 1)),
+  ('bam_kv_experts', (1, 2, 4, 1)),
+  ('bam_shared_kv', (1, 2, 2, 2)),
+}
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1), (1, 2, 2, 2)]
+CASES = [
+  pytest.param(
+    variant,
+    shape,
+    marks=() if (variant, shape) in QUICK else pytest.mark.slow,
+    id=f'{variant}-{"x".join(map(str, shape))}',
+  )
+  for variant in ('dense', 'btx', 'bam_kv_experts', 'bam_shared_kv', 'routed_attention')
+  for shape in MESHES
+]
+
+
+@pytest.mark.parametrize('variant, shape', CASES)
+def test_many_devices_are_one_device(run, variant, shape):
+  one, one_metrics, *_ = run(variant)
+  many, many_metrics, abstract, before = run(variant, shape)
+  check_equal(many_metrics, one_metrics)
+  check_equal(many, one)
+  for leaf, wanted in zip(jax.tree.leaves(many), jax.tree.leaves(abstract), strict=True):
+    assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before)), 'the state is donated'
+
+
+@pytest.mark.parametrize(
+  'variant, shape, accumulate, loss',
+  [
+    ('dense', ONE, 4, LOSS),
+    # Routers' losses are of each micro-batch's own statistics: without them the sums are exact.
+    ('bam_kv_experts', ONE, 2, NLL),
+    pytest.param('bam_kv_experts', (1, 2, 2, 2), 2, NLL, marks=pytest.mark.slow),
+    pytest.param('bam_shared_kv', ONE, 4, NLL, marks=pytest.mark.slow),
+    pytest.param('dense', (2, 1, 1, 1), 4, LOSS, marks=pytest.mark.slow),
+  ],
+)
+def test_micro_batches_are_the_batch(run, make_batch, variant, shape, accumulate, loss):
+  targets = make_batch(8, 12, seed=1)['weights'].reshape(-1, accumulate, 12).sum((0, 2))
+  assert len(set(targets)) == accumulate, 'or a mean of means would pass'
+  whole, whole_metrics, *_ = run(variant, loss=loss)
+  parts, parts_metrics, *_ = run(variant, shape, accumulate, loss)
+  check_equal(parts_metrics, whole_metrics)
+  check_equal(parts, whole)
+
+
+def test_micro_batches_weigh_their_routers_losses(run):
+  _, bare, *_ = run('bam_kv_experts', accumulate=2, loss=NLL)
+  _, metrics, *_ = run('bam_kv_experts', accumulate=2)
+  nll = metrics.sums.nll / metrics.sums.targets
+  assert bare.loss == pytest.approx(float(nll), rel=1e-5)
+  # Two layers, each of at least the load balance of equal shares, and a positive z loss.
+  assert metrics.loss - nll > 2 * LOSS.load_balance * 0.9
+
+
+@pytest.mark.parametrize(
+  'variant, how',
+  [
+    ('dense', dict(loss_chunk=7)),
+    ('bam_kv_experts', dict(remat='full')),
+    ('dense', dict(unroll=2)),
+    pytest.param('untied', dict(loss_chunk=96), marks=pytest.mark.slow),
+    pytest.param('btx', dict(remat='full', loss_chunk=13, unroll=2), marks=pytest.mark.slow),
+  ],
+  ids=str,
+)
+def test_how_it_is_computed_changes_nothing(run, variant, how):
+  plain, plain_metrics, *_ = run(variant)
+  other, other_metrics, *_ = run(variant, compute=config.Compute(**how))
+  check_equal(other_metrics, plain_metrics)
+  check_equal(other, plain)
+
+
+def test_bfloat16_computes_and_keeps_float32(run):
+  exact, exact_metrics, *_ = run('btx')
+  state, metrics, *_ = run('btx', compute=config.Compute(dtype='bfloat16'))
+  for leaf in jax.tree.leaves((state, metrics)):
+    assert leaf.dtype in (np.float32, np.int32) and np.isfinite(leaf).all()
+  assert 1e-7 < abs(metrics.loss - exact_metrics.loss) < 0.02 * exact_metrics.loss
+  table, want = state.params['embed']['table'], exact.params['embed']['table']
+  assert 0 < np.abs(np.asarray(table) - np.asarray(want)).max() < LEARNING_RATE
+
+
+def test_runs_that_differ_in_nothing_compiled_share_a_step(models):
+  mesh = sharding.make_mesh(config.Mesh())
+  make = lambda: step.train_step(
+    dataclasses.replace(models['dense']), config.Compute(), LOSS, config.Optimizer(), 1, mesh
+  )
+  assert make() is make()
+
+
+def test_evaluation_sums_what_training_does(models, start, make_batch, run):
+  _, metrics, *_ = run('btx')
+  mesh = sharding.make_mesh(config.Mesh(1, 1, 2, 1))
+  with jax.set_mesh(mesh):
+    batch = sharding.put_batch(make_batch(8, 12, seed=1), mesh)
+    evaluate = step.evaluation_step(models['btx'], config.Compute(), mesh)
+    check_equal(evaluate(start('btx'), batch), metrics.sums)
