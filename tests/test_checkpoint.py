@@ -110,12 +110,14 @@ def test_parameters_in_host_memory(written, models):
   check_same(params, states[12].params)
 
 
+# Orbax warns of reads that it began and does not finish.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('how', [checkpoint.restore_params, checkpoint.restore_host_params])
 def test_another_model_is_not_restored(written, models, how):
   wider = dataclasses.replace(models['bam_kv_experts'], ffn_dim=64)
-  with pytest.raises(ValueError):
+  with pytest.raises((ValueError, UserError)):
     how(written[0], abstract(wider).params)
-  with pytest.raises(ValueError):
+  with pytest.raises((ValueError, UserError)):
     how(written[0], abstract(models['untied']).params)
 
 

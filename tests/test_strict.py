@@ -82,7 +82,6 @@ def test_a_string_that_may_be_missing(note):
     ('scratch', 'scratch'),
     ({'name': 'n'}, ByName('n')),
     ({'path': 'p'}, ByPath('p')),
-    ({'bypath': {'path': 'p'}}, ByPath('p')),
   ],
   ids=str,
 )
@@ -130,6 +129,13 @@ REFUSALS = {
   ),
   "the dataclass's own check": ({'count': 1, 'inner': {'size': 0}}, 'it.inner: size=0 is below 1.'),
   'none of the groups': ({'count': 1, 'start': {'zzz': 1}}, "it.start={'zzz': 1} is none of"),
+  'a group by its class': (
+    {'count': 1, 'start': {'bypath': {'path': 'p'}}},
+    "it.start={'bypath': {'path': 'p'}} is none of",
+  ),
+  'another word': ({'count': 1, 'start': 'scratchy'}, "it.start='scratchy' is none of"),
+  'past every machine': ({'count': 10**400}, 'it.count'),
+  'past every float': ({'count': 1, 'shares': {'p': 10**400}}, 'it.shares.p'),
   'two groups at once': (
     {'count': 1, 'start': {'name': 'n', 'path': 'p'}},
     'it.start.path does not exist',

