@@ -1,27 +1,22 @@
-"""Eight fake CPU devices for every test, and the tiny models, recipe and dataset that tests share."""
-
-import os
-
-# Before anything imports jax: tests that compare mesh layouts must not meet a real accelerator.
-os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+"""Eight fake CPU devices for every test; the tiny models, recipe and dataset that tests share."""
 
 import copy
 import json
 import logging
+import os
 
 import jax
-import pytest
-
-# By the configuration and not by XLA_FLAGS: a command that a test starts gets one device, as users'
-# commands do.
-jax.config.update('jax_platforms', 'cpu')
-jax.config.update('jax_num_cpu_devices', 8)
-
 import numpy as np
+import pytest
 
 from bam_jax import config
 from bam_jax.data import prepare, shards
+
+# Tests that compare layouts must not meet a real accelerator. Nothing imported so far has asked JAX
+# for its devices. Commands that a test starts get the CPU too, but one device, as users' do.
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 8)
+os.environ['JAX_PLATFORMS'] = 'cpu'
 
 for noisy in ('absl', 'jax', 'orbax'):
   logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -138,5 +133,5 @@ _RECIPE = {
 
 @pytest.fixture
 def recipe_dict() -> dict:
-  """A valid recipe over `dataset` as plain nested dicts, the test's own to change; 6 steps a run."""
+  """A valid recipe over `dataset`, plain dicts that the test may change; 6 steps a run."""
   return copy.deepcopy(_RECIPE)

@@ -154,7 +154,7 @@ CHANGES = {
     {'btx'},
   ),
   'the order of the experts': (
-    lambda recipe: recipe['runs']['btx']['init']['upcycle'].update({'from': ['seed', 'law', 'code']}),
+    set_run('btx', init={'upcycle': {'from': ['seed', 'law', 'code'], 'method': 'btx'}}),
     {'btx'},
   ),
 }
@@ -229,13 +229,25 @@ def test_what_does_not_fit_is_refused(recipe_dict, dataset, change, words):
     assert word in str(caught.value)
 
 
-def test_a_domain_without_text_to_train_on_is_refused(recipe_dict, dataset, monkeypatch):
-  splits = dataset.splits
+@pytest.mark.parametrize(
+  'left, words',
+  [
+    (['valid'], ['config.runs.seed.data', "'law'", 'train']),
+    (['train'], ['held-out', "'law'"]),
+  ],
+  ids=str,
+)
+def test_a_domain_without_one_of_its_splits_is_refused(
+  recipe_dict, dataset, monkeypatch, left, words
+):
+  splits = type(dataset).splits
   monkeypatch.setattr(
-    type(dataset), 'splits', lambda self, domain: ['valid'] if domain == 'law' else splits(domain)
+    type(dataset), 'splits', lambda self, name: left if name == 'law' else splits(self, name)
   )
-  with pytest.raises(UserError, match=r"config\.runs\.seed\.data.*'law'"):
+  with pytest.raises(UserError) as caught:
     check(recipe_dict, dataset)
+  for word in words:
+    assert word in str(caught.value)
 
 
 def test_runs_that_are_not_asked_for_need_not_fit(recipe_dict, dataset):

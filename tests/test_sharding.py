@@ -30,9 +30,7 @@ def by_path(tree) -> dict[str, list]:
 
 
 def axes(spec: P) -> list[str]:
-  return [
-    name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())
-  ]
+  return [name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())]
 
 
 def test_every_parameter_has_a_rule(model):

@@ -30,9 +30,7 @@ LARGE = config.Model(
 
 def mixture(attention: dict | None, **ffn) -> config.Model:
   experts = None if attention is None else config.AttentionExperts(**attention)
-  return dataclasses.replace(
-    SMALL, attention_experts=experts, ffn_experts=config.FFNExperts(**ffn)
-  )
+  return dataclasses.replace(SMALL, attention_experts=experts, ffn_experts=config.FFNExperts(**ffn))
 
 
 BAM_KV = mixture(dict(num_experts=4), num_experts=4)

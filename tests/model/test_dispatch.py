@@ -1,4 +1,4 @@
-"""Every pair of a token and its choice gets one row of its expert's, or is the latest to be dropped.
+"""Every pair of a token and its choice gets a row of its expert's, or came too late for one.
 
 The index arithmetic runs for arbitrary choices; the model's tests only see likely ones.
 """
@@ -16,14 +16,12 @@ from bam_jax.model import dispatch
 
 MAX_EXPERTS = 5
 # A few lengths, so that few programs are compiled.
-LENGTHS = (1, 3, 12)
+LENGTHS = (1, 12)
 
 
 @functools.cache
 def jitted(name: str, num_experts: int, rows: int):
-  return jax.jit(
-    functools.partial(getattr(dispatch, name), num_experts=num_experts, rows=rows)
-  )
+  return jax.jit(functools.partial(getattr(dispatch, name), num_experts=num_experts, rows=rows))
 
 
 def place(name: str, experts: list[int], num_experts: int, rows: int) -> dispatch.Slots:
@@ -34,11 +32,11 @@ def place(name: str, experts: list[int], num_experts: int, rows: int) -> dispatc
 @st.composite
 def choices(draw) -> tuple[list[int], int, int]:
   """Experts of pairs (E is a pair that wants none), E, and rows of a part."""
-  num_experts = draw(st.sampled_from([1, 2, MAX_EXPERTS]))
+  num_experts = draw(st.sampled_from([2, MAX_EXPERTS]))
   length = draw(st.sampled_from(LENGTHS))
   wanted = st.integers(0, num_experts) | st.sampled_from([0, num_experts])
   experts = draw(st.lists(wanted, min_size=length, max_size=length))
-  return experts, num_experts, draw(st.sampled_from([1, 2, 5]))
+  return experts, num_experts, draw(st.sampled_from([1, 5]))
 
 
 def check_places(slots: dispatch.Slots, experts: list[int], num_experts: int, rows: int) -> None:
@@ -64,9 +62,9 @@ def check_places(slots: dispatch.Slots, experts: list[int], num_experts: int, ro
 EDGES = [
   ([0] * 12, 1, 5),
   ([4] * 12, MAX_EXPERTS, 5),  # all to one expert
-  ([MAX_EXPERTS] * 12, MAX_EXPERTS, 2),  # nobody wants any
+  ([MAX_EXPERTS] * 12, MAX_EXPERTS, 5),  # nobody wants any
   ([2], MAX_EXPERTS, 5),  # more experts than pairs, more rows than pairs
-  ([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1], MAX_EXPERTS, 2),  # each expert a part that is not full
+  ([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1], MAX_EXPERTS, 5),  # each expert a part that is not full
 ]
 
 
@@ -78,7 +76,7 @@ def check_blocks(experts: list[int], num_experts: int, rows: int) -> None:
   assert placed == [pair for pair, expert in enumerate(experts) if expert < num_experts]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(choices())
 def test_blocks_place_every_pair_once(case):
   check_blocks(*case)
@@ -100,7 +98,7 @@ def check_buffers(experts: list[int], num_experts: int, rows: int) -> None:
     assert kept == wanting[:rows], 'the first come are served'
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(choices())
 def test_buffers_drop_the_latest(case):
   check_buffers(*case)

@@ -166,10 +166,24 @@ def test_a_mixture_among_the_sources_is_refused(models):
   assert 'blocks/ffn/router' in refused(sources, models, upcycle)
 
 
+def test_a_target_that_the_rules_do_not_make_is_a_mistake_in_the_code(models):
+  upcycle = options('btx')
+  mixture = rules.mixture_model(models['dense'], upcycle)
+  sources = [draw(models['dense'], seed) for seed in range(3)]
+  target = abstract(rules.mixture_model(models['untied'], upcycle))
+  with pytest.raises(ValueError, match='unembed/kernel'):
+    merge.merge(sources, target, mixture, upcycle, KEY)
+
+
 def logits(params: dict, model: config.Model, batch: dict) -> np.ndarray:
   network = transformer.Network(model, config.Compute())
-  hidden, _ = network.hidden(params, batch['tokens'], batch['segments'], batch['positions'])
-  return np.asarray(network.logits(params, hidden))[batch['segments'] > 0]
+
+  def run(params, tokens, segments, positions):
+    return network.logits(params, network.hidden(params, tokens, segments, positions)[0])
+
+  compiled = jax.jit(run, compiler_options={'xla_backend_optimization_level': 0})
+  got = compiled(params, batch['tokens'], batch['segments'], batch['positions'])
+  return np.asarray(got)[batch['segments'] > 0]
 
 
 @pytest.mark.parametrize(
@@ -214,11 +228,14 @@ def layer(params: dict, part: str, number: int) -> dict:
 
 def call(cls, model: config.Model, params: dict, *inputs) -> np.ndarray:
   """One layer of an attention or FFN module, with these parameters."""
-  module = cls(model, rngs=block.nnx.Rngs(0))
-  graph, state = block.nnx.split(module)
-  block.nnx.replace_by_pure_dict(state, params)
-  output, _ = block.nnx.merge(graph, state)(*inputs)
-  return np.asarray(output)
+
+  @jax.jit
+  def run(params):
+    graph, state = block.nnx.split(cls(model, rngs=block.nnx.Rngs(0)))
+    block.nnx.replace_by_pure_dict(state, params)
+    return block.nnx.merge(graph, state)(*inputs)[0]
+
+  return np.asarray(run(params))
 
 
 @pytest.mark.parametrize('method', ['bam_kv_experts', 'btx', 'bam_shared_kv'])

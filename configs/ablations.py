@@ -1,0 +1,120 @@
+"""The paper's ablations, each a graph of its own at the small scale; `:NAME` or `:NAME,smoke`.
+
+    python -m bam_jax.main --config=configs/ablations.py:bam_top2 --workdir=runs/small_590m
+
+The seed, the specialists and BTX are those of configs/small_590m.py: in its workdir they are
+finished, and not trained again; the report there is then the ablation's. Data and hardware are as
+for that recipe; `:NAME,smoke` is the same graph, tiny, for two CPU cores and about a minute.
+
+  btx_5, btx_6, btx_7, btx_8   BTX with so many FFN experts, the extra ones copies of the seed's
+  btx_6_top3                   BTX with BAM's total and active parameters, beside BAM
+  bam_top1, bam_top2           BAM with routed attention, beside soft, all at BTX's compute
+  sparse                       sparse upcycling: four copies of the seed
+  average                      a dense soup of all four, trained as the mixtures are
+  cm                           BAM at BTX's compute: fewer tokens
+  dm                           BAM on BTX's tokens: more compute
+
+What they should reach, average perplexity in the paper's table 6: BTX 10.72, soft 10.47, top-2
+10.72, top-1 10.81. In its table 1:
+
+                          general   code    law   math
+    BTX                     26.72   3.78   6.63   5.77
+    BAM, shared KV, dm      25.67   3.64   6.39   5.57
+    BAM, shared KV, cm      26.00   3.72   6.50   5.63
+    BAM, KV experts, dm     24.02   3.45   6.04   5.31
+    BAM, KV experts, cm     24.84   3.53   6.21   5.43
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from bam_jax import config, recipes
+from bam_jax.errors import UserError
+
+SCALE = runpy.run_path(str(Path(__file__).with_name('small_590m.py')))['SCALE']
+
+
+def more_btx(num_experts: int) -> dict:
+  """BTX with copies of the seed's FFN as its extra experts."""
+  label = f'BTX, {num_experts} experts'
+  return {f'btx_{num_experts}': recipes.mixture(SCALE, label, 'btx', num_experts=num_experts)}
+
+
+def btx_top3() -> dict:
+  """BTX that is as large as BAM with KV experts, and meets as much."""
+  label = 'BTX, 6 experts, top 3'
+  return dict(
+    btx_6_top3=recipes.mixture(SCALE, label, 'btx', num_experts=6, top_k=3),
+    bam_kv=recipes.mixture(SCALE, *recipes.BAM_KV),
+  )
+
+
+def routed(attention_top_k: int) -> dict:
+  """BAM whose tokens visit some of the attention experts, and BAM whose tokens visit all."""
+  label, method = recipes.BAM_KV
+  sparse = recipes.compute_matched(
+    SCALE, f'{label}, attention top {attention_top_k}', method, attention_top_k=attention_top_k
+  )
+  soft = recipes.compute_matched(SCALE, f'{label}, CM', method)
+  return {f'bam_top{attention_top_k}': sparse, 'bam_kv_cm': soft}
+
+
+def sparse() -> dict:
+  """The seed four times, which nothing has specialised."""
+  return dict(
+    sparse=recipes.mixture(
+      SCALE, 'sparse upcycling', 'sparse', sources=['seed'], num_experts=len(recipes.SOURCES)
+    )
+  )
+
+
+def average() -> dict:
+  """One dense model, the mean of the four."""
+  return dict(average=recipes.mixture(SCALE, 'dense average', 'average'))
+
+
+def compute_matched() -> dict:
+  """Both kinds of BAM, for the training FLOPs of BTX."""
+  shared_kv, kv = recipes.BAM_SHARED_KV, recipes.BAM_KV
+  return dict(
+    bam_shared_kv_cm=recipes.compute_matched(SCALE, f'{shared_kv[0]}, CM', shared_kv[1]),
+    bam_kv_cm=recipes.compute_matched(SCALE, f'{kv[0]}, CM', kv[1]),
+  )
+
+
+def data_matched() -> dict:
+  """Both kinds of BAM, on the tokens of BTX."""
+  return dict(
+    bam_shared_kv=recipes.mixture(SCALE, *recipes.BAM_SHARED_KV),
+    bam_kv=recipes.mixture(SCALE, *recipes.BAM_KV),
+  )
+
+
+ABLATIONS = dict(
+  btx_5=more_btx(5),
+  btx_6=more_btx(6),
+  btx_7=more_btx(7),
+  btx_8=more_btx(8),
+  btx_6_top3=btx_top3(),
+  bam_top1=routed(1),
+  bam_top2=routed(2),
+  sparse=sparse(),
+  average=average(),
+  cm=compute_matched(),
+  dm=data_matched(),
+)
+
+
+def get_config(argument: str = '') -> ConfigDict:
+  """The recipe of one ablation; `argument` is NAME or "NAME,smoke"."""
+  name, *options = argument.split(',')
+  if name not in ABLATIONS or options not in ([], ['smoke']):
+    raise UserError(
+      f'configs/ablations.py:{argument} is no ablation: name one of {", ".join(ABLATIONS)}, as in '
+      'configs/ablations.py:cm or configs/ablations.py:cm,smoke.'
+    )
+  runs = recipes.branches(SCALE) | dict(btx=recipes.btx(SCALE)) | ABLATIONS[name]
+  recipe = recipes.recipe(f'ablations_{name}', SCALE, runs)
+  return config.complete(recipes.smoke(recipe) if options else recipe)
