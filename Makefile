@@ -7,6 +7,10 @@ PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
 
+# On Linux: large pages for large buffers. XLA on CPU takes fresh ones for every step, and mapping them
+# 4 KB at a time is a third of a small model's step.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 .PHONY: quickstart test test-slow lint clean
 
 quickstart: $(VENV)/installed

@@ -26,14 +26,10 @@ from typing import Any
 import jax
 import rich.console
 from absl import flags
-from ml_collections import config_flags
 
-from bam_jax import accounting, cli, config
-from bam_jax.errors import UserError
+from bam_jax import accounting, cli
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'The recipe; FILE.py or FILE.py:ARGUMENT.'
-)
+_CONFIG = cli.define_recipe()
 _RUN = flags.DEFINE_string('run', None, 'The run to count; default: every run.')
 _AGAINST = flags.DEFINE_string('against', None, 'A run whose training FLOPs to match.')
 _CONTEXT = flags.DEFINE_integer(
@@ -46,7 +42,8 @@ def main() -> dict[str, Any]:
   # Counting holds no accelerator: another process may be training on it.
   jax.config.update('jax_platforms', 'cpu')
   names = [_RUN.value] if _RUN.value else []
-  facts = accounting.account(_recipe(), names, _CONTEXT.value or 0, _AGAINST.value or '')
+  recipe = cli.read_recipe(_CONFIG)
+  facts = accounting.account(recipe, names, _CONTEXT.value or 0, _AGAINST.value or '')
   console = rich.console.Console(stderr=True, markup=False, highlight=False)
   if not console.is_terminal:
     console.width = max(console.width, 120)
@@ -56,17 +53,6 @@ def main() -> dict[str, Any]:
     for note in row['notes']:
       console.print(f'{row["run"]}: {note}', soft_wrap=True)
   return facts
-
-
-def _recipe() -> config.Recipe:
-  if _CONFIG.value is None:
-    raise UserError('Which recipe? Give --config=FILE.py.')
-  try:
-    plain = _CONFIG.value.to_dict()  # a config file that is not there is noticed only here
-  except OSError:
-    name = config_flags.get_config_filename(flags.FLAGS['config'])
-    raise UserError(f'--config={name} cannot be read: name a recipe, FILE.py.') from None
-  return config.parse(plain)
 
 
 if __name__ == '__main__':

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
+from bam_jax import config
 from bam_jax.errors import UserError
 
 USER_ERROR = 2  # exit status of a user's mistake
@@ -40,6 +42,23 @@ def run(main: Callable[[], dict[str, Any] | None]) -> None:
     return 0
 
   app.run(guarded, flags_parser=_parse)
+
+
+def define_recipe() -> flags.FlagHolder:
+  """Defines --config=FILE.py[:ARGUMENT] and --config.KEY=VALUE."""
+  return config_flags.DEFINE_config_file('config', None, 'The recipe; FILE.py or FILE.py:ARGUMENT.')
+
+
+def read_recipe(flag: flags.FlagHolder) -> config.Recipe:
+  """The recipe that the flag of `define_recipe` names, checked."""
+  if flag.value is None:
+    raise UserError('Which recipe? Give --config=FILE.py.')
+  try:
+    plain = flag.value.to_dict()  # a config file that is not there is noticed only here
+  except OSError:
+    name = config_flags.get_config_filename(flags.FLAGS['config'])
+    raise UserError(f'--config={name} cannot be read: name a recipe, FILE.py.') from None
+  return config.parse(plain)
 
 
 def app_name() -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 import zlib
 from collections.abc import Sequence
 from importlib import metadata
@@ -12,13 +13,15 @@ from typing import Any
 import jax
 
 from bam_jax import checkpoint, config, graph, strict
-from bam_jax.data import shards
+from bam_jax.data import prepare, shards, sources
+from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
 from bam_jax.train import loop, stop
 from bam_jax.train.progress import Progress
 from bam_jax.upcycle import merge
 
+SAMPLE = Path(__file__).parent / 'data' / 'sample'
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
 
 
@@ -221,6 +224,21 @@ def write_command(workdir: Path, recipe: config.Recipe, command: str) -> None:
   """Records what made this workdir, for the report."""
   facts = {'name': recipe.name, 'command': command, 'seed': recipe.seed, 'versions': versions()}
   _write_json(workdir / 'recipe.json', facts)
+
+
+def open_dataset(data: config.Data) -> shards.Dataset:
+  """The token shards of a recipe, prepared first when they are missing and the recipe says how."""
+  path = Path(data.path)
+  if data.prepare and not (path / shards.MANIFEST).exists():
+    options = data.prepare
+    print(f'Preparing {path} from {options.input}.', file=sys.stderr)
+    prepare.prepare(
+      sources.find_domains([str(SAMPLE) if options.input == 'sample' else options.input]),
+      path,
+      tokenizer=Tokenizer.load(options.tokenizer) if options.tokenizer else None,
+      train_tokenizer=options.train_tokenizer or None,
+    )
+  return shards.open_dataset(path)
 
 
 def with_workdir(recipe: config.Recipe, workdir: Path) -> config.Recipe:

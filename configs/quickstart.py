@@ -40,7 +40,7 @@ def get_config(argument: str = '') -> ConfigDict:
       ffn_dim=384,
       tied_embeddings=True,
     ),
-    evaluation=dict(batch_size=32, tokens=8_192, domains=('general', *SPECIALTIES)),
+    evaluation=dict(batch_size=32, tokens=4_096, domains=('general', *SPECIALTIES)),
     runs=dict(
       seed=seed(),
       code=specialist('code'),
@@ -59,10 +59,10 @@ def seed() -> dict:
   return dict(
     label='seed',
     init='scratch',
-    data=dict(general=0.7, code=0.1, law=0.1, math=0.1),
-    tokens=2_000_000,
+    data=dict(general=0.52, code=0.16, law=0.16, math=0.16),
+    tokens=1_400_000,
     schedule=dict(peak_learning_rate=4e-3, warmup_steps=40),
-    **batches(),
+    **common(),
   )
 
 
@@ -73,9 +73,9 @@ def specialist(domain: str) -> dict:
     init=dict(run='seed'),
     data={domain: 0.9, 'general': 0.1},
     data_seed=1,
-    tokens=800_000,
+    tokens=500_000,
     schedule=dict(peak_learning_rate=2e-3, warmup_steps=20),
-    **batches(),
+    **common(),
   )
 
 
@@ -86,12 +86,12 @@ def mixture(label: str, method: str) -> dict:
     init=dict(upcycle={'from': ('seed', *SPECIALTIES), 'method': method}),
     data=dict(general=0.25, code=0.25, law=0.25, math=0.25),
     data_seed=2,
-    tokens=500_000,
+    tokens=750_000,
     schedule=dict(peak_learning_rate=2e-3, warmup_steps=20),
-    **batches(),
+    **common(),
   )
 
 
-def batches() -> dict:
+def common() -> dict:
   """4,096 tokens a step, and how often a run looks up from its work."""
-  return dict(batch_size=32, every=dict(log=5, evaluate=50, checkpoint=50))
+  return dict(batch_size=32, compute=dict(unroll=4), every=dict(log=5, evaluate=50, checkpoint=50))
