@@ -125,9 +125,7 @@ def read_meta(path: str | Path) -> Meta:
 
 def restore_params(path: str | Path, params: Any) -> Any:
   """The parameters alone of the checkpoint at or below `path`, wherever `params` says they go."""
-  folder = find(path)
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    return checkpointer.restore(folder.absolute() / 'params', args=_restore_args(params))
+  return _restore_checked(path, params, _restore_args(params))
 
 
 def restore_host_params(path: str | Path, params: Any) -> Any:
@@ -137,13 +135,30 @@ def restore_host_params(path: str | Path, params: Any) -> Any:
     path: of a checkpoint.
     params: shapes and dtypes.
   """
-  folder = find(path)
   restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), params)
+  return _restore_checked(
+    path, params, ocp.args.PyTreeRestore(item=params, restore_args=restore_args)
+  )
+
+
+def _restore_checked(path: str | Path, params: Any, args: ocp.args.PyTreeRestore) -> Any:
+  """Restores, after comparing what is on disk with what is asked for; Orbax alone may not."""
+  folder = find(path).absolute() / 'params'
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    return checkpointer.restore(
-      folder.absolute() / 'params',
-      args=ocp.args.PyTreeRestore(item=params, restore_args=restore_args),
-    )
+    stored = _shapes(checkpointer.metadata(folder).item_metadata.tree)
+    wanted = _shapes(params)
+    for name in sorted(stored.keys() | wanted.keys()):
+      if stored.get(name) != wanted.get(name):
+        raise UserError(
+          f'{folder} has {name} of shape {stored.get(name)} where {wanted.get(name)} is wanted: '
+          'it is the checkpoint of another model.'
+        )
+    return checkpointer.restore(folder, args=args)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  flat = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in flat}
 
 
 def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
