@@ -29,7 +29,7 @@ def run(main: Callable[[], dict[str, Any] | None]) -> None:
 
   def guarded(argv: Sequence[str]) -> int:
     if not flags.FLAGS['verbosity'].present:
-      logging.set_verbosity(logging.WARNING)  # the libraries' commentary is for --verbosity=0
+      logging.set_verbosity(logging.ERROR)  # Orbax warns of what is no trouble; --verbosity=-1
     try:
       if len(argv) > 1:
         raise UserError(f'Unexpected argument {argv[1]!r}: every option is a --flag=value.')

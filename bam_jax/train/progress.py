@@ -1,11 +1,13 @@
 """What a person sees while a recipe trains: its runs, the one that is under way, the time left."""
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
+from absl import logging
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -73,6 +75,8 @@ class Progress:
   def __enter__(self) -> Self:
     if self._live:
       self._live.start()
+      # A log line straight to the terminal would break the table; this stream prints above it.
+      logging.get_absl_handler().python_handler.setStream(sys.stderr)
     return self
 
   def __exit__(
@@ -87,6 +91,7 @@ class Progress:
         self._line(f'{name}: stopped at step {run.step:,} of {run.total:,}')
     if self._live:
       self._live.stop()
+      logging.get_absl_handler().python_handler.setStream(sys.stderr)
 
   def start(self, run: str, step: int) -> None:
     """`run` begins, or resumes when `step` is not 0."""
