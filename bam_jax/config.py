@@ -152,6 +152,8 @@ class Optimizer:
     _positive(self, 'epsilon')
     _at_least(self, weight_decay=0, clip_norm=0)
     _fraction(self, 'b1', 'b2')
+    if 1 in (self.b1, self.b2):
+      raise UserError(f'b1={self.b1} and b2={self.b2} must be below 1: a mean that never moves.')
 
 
 @dataclass(frozen=True)
@@ -352,6 +354,8 @@ class Recipe:
 
   def __post_init__(self):
     _at_least(self, seed=0, steps=0)
+    if self.seed >= 2**32:
+      raise UserError(f'seed={self.seed} is past the 32 bits that JAX keeps: choose a smaller one.')
     if self.model != self.model.dense():
       raise UserError('model has experts: a mixture comes from a run with an upcycle init.')
     if not self.runs:
@@ -359,6 +363,8 @@ class Recipe:
     for name, run in self.runs.items():
       if not name.replace('_', '').replace('-', '').isalnum():
         raise UserError(f'runs has the name {name!r}: use letters, digits, "-" and "_".')
+      if name in ('data', 'report'):
+        raise UserError(f'runs has the name {name!r}, a folder of the workdir: choose another.')
       for parent in parents(run):
         if parent not in self.runs:
           raise UserError(f'runs.{name}.init names {parent!r}, which is not one of {[*self.runs]}.')
@@ -381,8 +387,9 @@ class Recipe:
 
   def warmup_steps(self, name: str) -> int:
     """Warm-up of a run; at most half of a run that `steps` cut short."""
-    warmup = self.runs[name].schedule.warmup_steps
-    return min(warmup, self.total_steps(name) // 2) if self.steps else warmup
+    warmup, total = self.runs[name].schedule.warmup_steps, self.total_steps(name)
+    cut_short = total < self.runs[name].tokens // self.step_tokens(name)
+    return min(warmup, total // 2) if cut_short else warmup
 
 
 def parents(run: Run) -> tuple[str, ...]:

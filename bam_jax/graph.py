@@ -65,6 +65,7 @@ def resolve(recipe: config.Recipe, data_hash: str = '') -> dict[str, Node]:
     identity = {
       'model': config.to_dict(model),
       'total_steps': recipe.total_steps(name),
+      'warmup_steps': recipe.warmup_steps(name),
       'sequence_length': recipe.data.sequence_length,
       'seed': recipe.seed,
       'data_hash': data_hash,
@@ -101,6 +102,11 @@ def check(
         raise UserError(
           f'config.runs.{name}.data names the domain {domain!r}; {dataset.path} has '
           f'{", ".join(dataset.domains)}.'
+        )
+      if 'train' not in dataset.splits(domain):
+        raise UserError(
+          f'config.runs.{name}.data names the domain {domain!r}, of which {dataset.path} has no '
+          'train split.'
         )
     if node.run.mesh.size > jax.device_count():
       raise UserError(

@@ -38,6 +38,8 @@ def merge(
   Raises:
     UserError: a source has an array too many, one too few, or one of another shape.
   """
+  if len(sources) != len(upcycle.sources):
+    raise UserError(f'from names {len(upcycle.sources)} sources and {len(sources)} were given.')
   flat = [traverse_util.flatten_dict(source, sep='/') for source in sources]
   wanted = traverse_util.flatten_dict(target, sep='/')
   table = rules.rules(mixture)
