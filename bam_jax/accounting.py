@@ -198,6 +198,7 @@ def _counts_like(model: config.Model) -> config.Model:
     model,
     rope_theta=SMALL.rope_theta,
     norm_epsilon=SMALL.norm_epsilon,
+    logit_scale=SMALL.logit_scale,
     attention_experts=attention and dataclasses.replace(attention, renormalize=False),
     ffn_experts=ffn and dataclasses.replace(ffn, renormalize=False, buffer_factor=0.0),
   )

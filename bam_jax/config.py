@@ -68,6 +68,8 @@ class FFNExperts:
   # Rows of an expert's buffer over its even share, tokens * top_k / num_experts; tokens past it
   # are dropped. 0 is dropless.
   buffer_factor: float = 0.0
+  # A bias that evens the experts' loads: it counts in choosing the top-k and not in the gates.
+  balance_bias: bool = False
 
   def __post_init__(self):
     _at_least(self, num_experts=1, top_k=1)
@@ -90,6 +92,9 @@ class Model:
   tied_embeddings: bool = True  # the output embedding is the input embedding
   rope_theta: float = 10_000.0
   norm_epsilon: float = 1e-5
+  # LayerNorm of every head's query and key before RoPE, a scale for each head and channel.
+  qk_norm: bool = False
+  logit_scale: float = 1.0  # what logits are multiplied by
   attention_experts: AttentionExperts | None = None
   ffn_experts: FFNExperts | None = None
 
@@ -98,7 +103,7 @@ class Model:
         self, vocab_size=2, d_model=1, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2,
         ffn_dim=1,
     )  # fmt: skip
-    _positive(self, 'rope_theta', 'norm_epsilon')
+    _positive(self, 'rope_theta', 'norm_epsilon', 'logit_scale')
     if self.num_heads % self.num_kv_heads:
       raise UserError(
         f'num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}.'
@@ -140,7 +145,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Optimizer:
-  """AdamW; weight decay on everything but the scales of norms."""
+  """AdamW; weight decay on everything but the scales of norms and the biases of routers."""
 
   weight_decay: float = 0.1
   b1: float = 0.9
@@ -162,9 +167,12 @@ class Loss:
 
   load_balance: float = 1e-2  # of L_LB = N sum_i f_i P_i; top-k routers only (Switch Transformers)
   router_z: float = 1e-3  # of L_z = mean logsumexp^2; every router (ST-MoE)
+  # What the two are over with accumulate > 1: 'global_batch' costs one more forward pass.
+  balance_over: Literal['micro_batch', 'global_batch'] = 'micro_batch'
+  bias_rate: float = 1e-3  # what a step moves the biases of models with `balance_bias` by
 
   def __post_init__(self):
-    _at_least(self, load_balance=0, router_z=0)
+    _at_least(self, load_balance=0, router_z=0, bias_rate=0)
 
 
 @dataclass(frozen=True)
@@ -229,6 +237,14 @@ class Upcycle:
   renormalize: bool = False
   buffer_factor: float = 0.0
   router_scale: float = 1.0  # routers start normal with this standard deviation over sqrt(D)
+  # The rest goes beyond the paper and is off; docs/options.md says when to use which.
+  # 'zero': equal gates; 'centroids': columns of length router_scale toward each source's data.
+  router_init: Literal['random', 'zero', 'centroids'] = 'random'
+  average: Literal['mean', 'weighted', 'first'] = 'mean'  # of the sources, where nothing is stacked
+  weights: tuple[float, ...] = ()  # of the sources, in any unit, for 'weighted'
+  drop_ratio: float = 0.0  # of the hidden dimensions of copied FFN experts, drawn anew
+  noise: float = 0.0  # added to copied experts, in standard deviations of each array
+  balance_bias: bool = False  # of the FFN experts
 
   def __post_init__(self):
     _at_least(self, num_experts=0, top_k=1, attention_top_k=0, router_scale=0)
@@ -252,11 +268,64 @@ class Upcycle:
         f'attention_top_k={self.attention_top_k} has no meaning for method {self.method!r}, '
         'which has no attention experts.'
       )
+    self._check_average()
+    self._check_copies()
+    self._check_router_init()
+    if self.balance_bias and self.method == 'average':
+      raise UserError(
+        "balance_bias=True has no meaning for method 'average', which has no router: leave it out."
+      )
+
+  def _check_average(self) -> None:
+    weights, sources = list(self.weights), list(self.sources)
+    if self.average != 'weighted':
+      if weights:
+        raise UserError(
+          f"weights={weights} has no meaning with average={self.average!r}: set average='weighted'."
+        )
+    elif len(weights) != len(sources):
+      raise UserError(
+        f"weights={weights} has {len(weights)} numbers: average='weighted' needs one for each of "
+        f'from={sources}.'
+      )
+    for weight in weights:
+      if not (math.isfinite(weight) and weight > 0):
+        raise UserError(f'weights={weights} has {weight}, which is not positive.')
+
+  def _check_copies(self) -> None:
+    _fraction(self, 'drop_ratio')
+    _at_least(self, noise=0)
+    for key in ('drop_ratio', 'noise'):
+      if getattr(self, key) and not self.copies:
+        raise UserError(
+          f'{key}={getattr(self, key)} changes copied experts, and method {self.method!r} with '
+          f'{self.experts} experts of {len(self.sources)} sources has none: set {key}=0 or raise '
+          'num_experts of a method with experts.'
+        )
+
+  def _check_router_init(self) -> None:
+    if self.router_init == 'random':
+      return
+    if self.method == 'average' or (self.method == 'sparse' and self.router_init == 'centroids'):
+      lacks = 'no router' if self.method == 'average' else 'one source, hence one centroid'
+      raise UserError(
+        f'router_init={self.router_init!r} has no meaning for method {self.method!r}, which has '
+        f"{lacks}: leave it at 'random'."
+      )
+    if self.router_init == 'zero' and self.router_scale != 1:
+      raise UserError(
+        f"router_scale={self.router_scale} has no meaning with router_init='zero': leave it out."
+      )
 
   @property
   def experts(self) -> int:
     """Experts of the mixture."""
     return self.num_experts or len(self.sources)
+
+  @property
+  def copies(self) -> range:
+    """Numbers of the experts that are copies of the first source's."""
+    return range(len(self.sources), self.experts if self.method != 'average' else 0)
 
 
 @dataclass(frozen=True)
@@ -281,6 +350,10 @@ class Run:
   schedule: Schedule
   optimizer: Optimizer = Optimizer()
   accumulate: int = 1  # micro-batches a step
+  router_warmup_steps: int = 0  # first steps, in which only routers learn
+  # Of groups of parameters, by the start of their path or a pattern such as "blocks/*/key": what
+  # their learning rate is multiplied by. 0 freezes; the longest match wins.
+  learning_rate_factors: Mapping[str, float] = field(default_factory=dict)
   data_seed: int = 0  # runs with equal data, seed and batch size see the same batches
   loss: Loss = Loss()
   compute: Compute = Compute()
@@ -288,7 +361,13 @@ class Run:
   every: Every = Every()
 
   def __post_init__(self):
-    _at_least(self, tokens=0, batch_size=1, accumulate=1, data_seed=0)
+    _at_least(self, tokens=0, batch_size=1, accumulate=1, data_seed=0, router_warmup_steps=0)
+    for pattern, factor in self.learning_rate_factors.items():
+      if not (math.isfinite(factor) and factor >= 0):
+        raise UserError(
+          f'learning_rate_factors[{pattern!r}]={factor} is not a factor: give 0 to freeze, or a '
+          'positive number.'
+        )
     if not self.data:
       raise UserError('data={} names no domain.')
     for domain, share in self.data.items():
@@ -375,6 +454,11 @@ class Recipe:
           f'runs.{name}.schedule.warmup_steps={run.schedule.warmup_steps} is above the '
           f'{self.total_steps(name)} steps that its tokens buy.'
         )
+      if run.router_warmup_steps >= max(self.total_steps(name), 1) and not self.steps:
+        raise UserError(
+          f'runs.{name}.router_warmup_steps={run.router_warmup_steps} leaves nothing of the '
+          f'{self.total_steps(name)} steps that its tokens buy: lower it.'
+        )
 
   def step_tokens(self, name: str) -> int:
     """Tokens of one optimizer step of a run."""
@@ -388,6 +472,12 @@ class Recipe:
   def warmup_steps(self, name: str) -> int:
     """Warm-up of a run; at most half of a run that `steps` cut short."""
     warmup, total = self.runs[name].schedule.warmup_steps, self.total_steps(name)
+    cut_short = total < self.runs[name].tokens // self.step_tokens(name)
+    return min(warmup, total // 2) if cut_short else warmup
+
+  def router_warmup_steps(self, name: str) -> int:
+    """Steps of a run in which only routers learn; at most half of one that `steps` cut short."""
+    warmup, total = self.runs[name].router_warmup_steps, self.total_steps(name)
     cut_short = total < self.runs[name].tokens // self.step_tokens(name)
     return min(warmup, total // 2) if cut_short else warmup
 

@@ -13,6 +13,7 @@ from bam_jax import checkpoint, config, sharding
 from bam_jax.data import shards
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
+from bam_jax.train import stages
 from bam_jax.upcycle import rules
 
 # What may change between two attempts at one run: none of it changes the parameters.
@@ -61,6 +62,7 @@ def resolve(recipe: config.Recipe, data_hash: str = '') -> dict[str, Node]:
   for name in order:
     run = recipe.runs[name]
     model = _model(recipe, name, nodes)
+    stages.check(run, model, f'config.runs.{name}')
     kept = {k: v for k, v in config.to_dict(run).items() if k not in INCIDENTAL}
     identity = {
       'model': config.to_dict(model),
@@ -97,10 +99,10 @@ def check(
         f'config.model.vocab_size={node.model.vocab_size} is below the {vocabulary} tokens of the '
         f'tokenizer in {dataset.path}: raise it to {vocabulary}.'
       )
-    for domain in node.run.data:
+    for reader, domain in _reads(node, nodes):
       if domain not in dataset.domains:
         raise UserError(
-          f'config.runs.{name}.data names the domain {domain!r}; {dataset.path} has '
+          f'config.runs.{reader}.data names the domain {domain!r}; {dataset.path} has '
           f'{", ".join(dataset.domains)}.'
         )
       if 'train' not in dataset.splits(domain):
@@ -121,6 +123,29 @@ def check(
     abstract = transformer.Network(node.model, node.run.compute).abstract()
     sharding.check(abstract, node.run.mesh, f'config.runs.{name}')
   return domains
+
+
+def _reads(node: Node, nodes: dict[str, Node]) -> list[tuple[str, str]]:
+  """(run, domain) of all the training data that a run reads."""
+  readers = [node.name]
+  if node.upcycle and node.upcycle.router_init == 'centroids':
+    readers += node.upcycle.sources
+  return [(reader, domain) for reader in readers for domain in nodes[reader].run.data]
+
+
+def _check_centroids(recipe: config.Recipe, name: str, upcycle: config.Upcycle) -> None:
+  """UserError when routers are to tell apart two sources that were trained on the same data."""
+  seen: dict[tuple, str] = {}
+  for source in upcycle.sources if upcycle.router_init == 'centroids' else ():
+    data = recipe.runs[source].data
+    total = sum(data.values())
+    shares = tuple(sorted((domain, round(share / total, 6)) for domain, share in data.items()))
+    if shares in seen:
+      raise UserError(
+        f"config.runs.{name}.init.upcycle.router_init='centroids' cannot tell {seen[shares]!r} "
+        f"from {source!r}, which have the same data: set router_init='random'."
+      )
+    seen[shares] = source
 
 
 def _model(recipe: config.Recipe, name: str, nodes: dict[str, Node]) -> config.Model:
@@ -144,6 +169,7 @@ def _model(recipe: config.Recipe, name: str, nodes: dict[str, Node]) -> config.M
             f'config.runs.{name}.init.upcycle.from mixes {first!r} and {source!r}, whose models '
             'differ.'
           )
+      _check_centroids(recipe, name, upcycle)
       try:
         return rules.mixture_model(nodes[first].model, upcycle)
       except UserError as error:

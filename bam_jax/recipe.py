@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import sys
 import zlib
 from collections.abc import Sequence
@@ -11,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from bam_jax import checkpoint, config, graph, strict
+from bam_jax import checkpoint, config, graph, sharding, strict
 from bam_jax.data import prepare, shards, sources
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
 from bam_jax.train import loop, stop
 from bam_jax.train.progress import Progress
-from bam_jax.upcycle import merge
+from bam_jax.upcycle import centroids, merge, rules
 
 SAMPLE = Path(__file__).parent / 'data' / 'sample'
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
@@ -68,7 +70,7 @@ def execute(
         dataset=dataset,
         domains=tuple(domains),
         folder=folder,
-        init=functools.partial(initial_params, recipe, nodes, node, workdir),
+        init=functools.partial(initial_params, recipe, nodes, node, workdir, dataset),
         meta=functools.partial(_meta, recipe, node, dataset),
       )
       facts = loop.train(job, progress, stopping)
@@ -95,6 +97,7 @@ def initial_params(
   nodes: dict[str, graph.Node],
   node: graph.Node,
   workdir: Path,
+  dataset: shards.Dataset,
   shardings: Any,
 ) -> transformer.Params:
   """The parameters that a run starts from, laid out by `shardings`."""
@@ -111,11 +114,43 @@ def initial_params(
       return checkpoint.restore_params(path, checkpoint.abstract(network.abstract(), shardings))
     case config.FromUpcycle(upcycle):
       # The dense sources pass through host memory: a mixture's mesh need not suit them.
-      dense = transformer.Network(nodes[upcycle.sources[0]].model, node.run.compute).abstract()
-      sources = [checkpoint.restore_host_params(workdir / name, dense) for name in upcycle.sources]
-      params = merge.merge(sources, network.abstract(), node.model, upcycle, key)
+      dense = transformer.Network(nodes[upcycle.sources[0]].model, node.run.compute)
+      load = functools.partial(checkpoint.restore_host_params, params=dense.abstract())
+      sources = [load(workdir / name) for name in upcycle.sources]
+      routers = {}
+      if upcycle.router_init == 'centroids':
+        runs = [nodes[name].run for name in upcycle.sources]
+        routers = _centroids(recipe, node, runs, dataset, dense, sources, key)
+      params = merge.merge(sources, network.abstract(), node.model, upcycle, key, routers)
       return jax.device_put(params, shardings)
   raise AssertionError(node.run.init)
+
+
+def _centroids(
+  recipe: config.Recipe,
+  node: graph.Node,
+  runs: Sequence[config.Run],
+  dataset: shards.Dataset,
+  dense: transformer.Network,
+  sources: Sequence[transformer.Params],
+  key: jax.Array,
+) -> dict[str, np.ndarray]:
+  """A mixture's routers, from the first batches that each of its sources was trained on."""
+  upcycle, rows = node.upcycle, node.run.batch_size // node.run.accumulate
+  soup = config.Upcycle(
+    upcycle.sources, 'average', average=upcycle.average, weights=upcycle.weights
+  )
+  params = merge.merge(sources, dense.abstract(), dense.model, soup, key)
+  count = math.ceil(centroids.CENTROID_TOKENS / (rows * recipe.data.sequence_length))
+  batches = []
+  for run in runs:
+    # In the mixture's micro-batches, which its mesh can hold.
+    run = dataclasses.replace(run, batch_size=rows, accumulate=1, mesh=node.run.mesh)
+    read = loop.batches_of(run, recipe, dataset)
+    batches.append(map(read.__getitem__, range(count)))
+  paths = [rule.target for rule in rules.rules(node.model) if rule.how == 'router']
+  mesh = sharding.make_mesh(node.run.mesh)
+  return centroids.routers(dense, params, batches, mesh, paths, upcycle, key)
 
 
 def _asked(nodes: dict[str, graph.Node], only: Sequence[str], workdir: Path) -> list[str]:

@@ -29,11 +29,14 @@ DENSE = {
   'blocks/attention/key': P(None, FSDP, 'tensor', None),
   'blocks/attention/value': P(None, FSDP, 'tensor', None),
   'blocks/attention/out': P(None, 'tensor', FSDP, None),
+  'blocks/attention/query_scale': P(),
+  'blocks/attention/key_scale': P(),
   'blocks/attention/router': P(),
   'blocks/ffn/gate': P(None, FSDP, 'tensor'),
   'blocks/ffn/up': P(None, FSDP, 'tensor'),
   'blocks/ffn/down': P(None, ('tensor', *FSDP), None),
   'blocks/ffn/router': P(),
+  'blocks/ffn/router_bias': P(),
 }
 EXPERTS = {
   'blocks/attention/query': P(None, 'expert', 'fsdp', 'tensor', None),

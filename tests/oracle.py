@@ -75,17 +75,28 @@ def visible(segments_T: np.ndarray) -> np.ndarray:
 
 
 def mha(
-  w: dict, y_TD: np.ndarray, segments_T: np.ndarray, positions_T: np.ndarray, theta: float
+  w: dict,
+  y_TD: np.ndarray,
+  segments_T: np.ndarray,
+  positions_T: np.ndarray,
+  theta: float,
+  epsilon: float = 0.0,
 ) -> np.ndarray:
-  """Multi-head attention of one expert over one sequence; GQA where there are fewer KV heads."""
+  """Multi-head attention of one expert over one sequence; GQA where there are fewer KV heads.
+
+  Where `w` has scales for them, each head's queries and keys are normalised, with `epsilon`.
+  """
   _, H, K = w['query'].shape
   G = w['key'].shape[1]
   visible_TT = visible(segments_T)
   out_TD = np.zeros_like(y_TD)
   for h in range(H):
     g = h // (H // G)
-    query_TK = rope(y_TD @ w['query'][:, h], positions_T, theta)
-    key_TK = rope(y_TD @ w['key'][:, g], positions_T, theta)
+    query_TK, key_TK = y_TD @ w['query'][:, h], y_TD @ w['key'][:, g]
+    if 'query_scale' in w:
+      query_TK = layer_norm(query_TK, w['query_scale'][h], epsilon)
+      key_TK = layer_norm(key_TK, w['key_scale'][g], epsilon)
+    query_TK, key_TK = rope(query_TK, positions_T, theta), rope(key_TK, positions_T, theta)
     value_TK = y_TD @ w['value'][:, g]
     scores_TT = np.where(visible_TT, query_TK @ key_TK.T / math.sqrt(K), -np.inf)
     out_TD = out_TD + softmax(scores_TT) @ value_TK @ w['out'][h]
@@ -145,7 +156,7 @@ def attention(
 
   def one(w):
     rows = zip(y_BTD, segments_BT, positions_BT)
-    return np.stack([mha(w, *row, model.rope_theta) for row in rows])
+    return np.stack([mha(w, *row, model.rope_theta, model.norm_epsilon) for row in rows])
 
   if experts is None:
     return one(w), []
@@ -155,8 +166,10 @@ def attention(
   gates_BTE = gates_of(route, experts.renormalize).reshape(B, T, -1)
   out_BTD = np.zeros_like(y_BTD)
   for e in range(experts.num_experts):
-    keys = {name: w[name] if experts.shared_kv else w[name][e] for name in ('key', 'value')}
-    expert = {'query': w['query'][e], 'out': w['out'][e], **keys}
+    own = ('query', 'query_scale', 'out')
+    if not experts.shared_kv:
+      own += ('key', 'key_scale', 'value')
+    expert = {name: x[e] if name in own else x for name, x in w.items()}
     out_BTD = out_BTD + gates_BTE[:, :, e, None] * one(expert)
   return out_BTD, [route]
 
@@ -217,8 +230,10 @@ def forward(
     routes += attention_route + ffn_route
   x_BTD = layer_norm(x_BTD, params['final_norm']['scale'], model.norm_epsilon)
   if model.tied_embeddings:
-    return x_BTD @ params['embed']['table'].T, routes
-  return x_BTD @ params['unembed']['kernel'], routes
+    kernel_DV = params['embed']['table'].T
+  else:
+    kernel_DV = params['unembed']['kernel']
+  return model.logit_scale * (x_BTD @ kernel_DV), routes
 
 
 def load_balance(route: Route, real_N: np.ndarray) -> complex:
@@ -311,6 +326,11 @@ def random_params(model: config.Model, rng: np.random.Generator) -> dict:
     params['blocks']['ffn']['router'] = normal(D, L, D, *E_ffn)
   if not model.tied_embeddings:
     params['unembed'] = {'kernel': normal(D, D, V)}
+  if model.qk_norm:
+    params['blocks']['attention'] |= {
+      'query_scale': 1 + 0.3 * normal(1, L, *E_attention, H, K),
+      'key_scale': 1 + 0.3 * normal(1, L, *E_kv, G, K),
+    }
   return params
 
 

@@ -113,6 +113,7 @@ REFUSALS = {
   ),
   'odd head': (dict(model__head_dim=7), ['config.model', 'head_dim=7', 'odd']),
   'rope_theta': (dict(model__rope_theta=0), ['config.model', 'rope_theta=0', 'not positive']),
+  'logit scale': (dict(model__logit_scale=0), ['config.model', 'logit_scale=0', 'not positive']),
   'epsilon nan': (dict(model__norm_epsilon=math.nan), ['config.model', 'norm_epsilon=nan']),
   'experts in the model': (
     dict(model__ffn_experts={'num_experts': 2}),

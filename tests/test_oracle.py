@@ -141,6 +141,39 @@ def test_grouped_queries_are_repeated_keys_and_values():
   )
 
 
+def test_normalised_heads_worked_by_hand():
+  # Both rows are (-1, 1) after a norm, so that queries are (-2, 0) and keys (-3, 5).
+  y_TD = np.array([[1.0, 3.0], [10.0, 30.0]])
+  w = {name: np.eye(2)[:, None] for name in ('query', 'key', 'value')} | {
+    'out': np.eye(2)[None],
+    'query_scale': np.array([[2.0, 0.0]]),
+    'key_scale': np.array([[3.0, 5.0]]),
+  }
+  segments, still = np.array([1, 1]), np.array([0, 0])
+  # Without rotation all scores are equal: an even mean.
+  out = oracle.mha(w, y_TD, segments, still, theta=10.0)
+  np.testing.assert_allclose(out, [[1, 3], [5.5, 16.5]], rtol=1e-14)
+  # The second row turns by 1, after its norm.
+  out = oracle.mha(w, y_TD, segments, np.array([0, 1]), theta=10.0)
+  query = -2 * np.array([math.cos(1), math.sin(1)])
+  key = np.array([-3 * math.cos(1) - 5 * math.sin(1), -3 * math.sin(1) + 5 * math.cos(1)])
+  p = 1 / (1 + math.exp((query @ [-3, 5] - query @ key) / 2**0.5))
+  np.testing.assert_allclose(out[1], (1 - p) * y_TD[0] + p * y_TD[1], rtol=1e-13)
+  # An epsilon of 3 halves the first row, of variance 1, and leaves 10 / sqrt 103 of the second.
+  out = oracle.mha(w, y_TD, segments, still, theta=10.0, epsilon=3.0)
+  first, second = 1 / 2, 10 / 103**0.5
+  p = 1 / (1 + math.exp(6 * second * (first - second) / 2**0.5))
+  np.testing.assert_allclose(out[1], (1 - p) * y_TD[0] + p * y_TD[1], rtol=1e-13)
+
+
+def test_logits_are_scaled():
+  rng = np.random.default_rng(8)
+  inputs, params = batch(rng), oracle.random_params(DENSE, rng)
+  np.testing.assert_allclose(
+    logits(params, tiny(logit_scale=0.25), inputs), logits(params, DENSE, inputs) / 4, rtol=1e-14
+  )
+
+
 def test_swiglu_worked_by_hand():
   w = {
     'gate': np.array([[0.0, 1.0]]),

@@ -1,5 +1,6 @@
 """Every array has a place on the mesh by a rule that names it, the optimizer's beside its own."""
 
+import dataclasses
 import math
 
 import jax
@@ -43,6 +44,15 @@ def test_every_parameter_has_a_rule(model):
       # Each large array is cut by all that can cut it: over fsdp and expert at least.
       assert len(spec) == leaf.ndim and {'fsdp', 'expert'} <= set(axes(spec)), path
       assert path in ('embed/table', 'unembed/kernel') or 'tensor' in axes(spec), path
+
+
+def test_scales_of_norms_of_heads_are_everywhere(model):
+  normed = by_path(abstract(dataclasses.replace(model, qk_norm=True)))
+  added = normed.keys() - by_path(abstract(model)).keys()
+  assert added == {'blocks/attention/query_scale', 'blocks/attention/key_scale'}
+  for path in added:
+    (leaf,) = normed[path]
+    assert sharding.spec_of(path, leaf.ndim) == P()
 
 
 def test_experts_are_cut_by_the_axis_of_experts(model):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from bam_jax import config, sharding
+from bam_jax.model import parameters as parameter_names
 from bam_jax.model import transformer
 
 BACKWARD = 2  # FLOPs of a backward pass over those of its forward pass: two products for each one
@@ -53,6 +54,7 @@ class _Experts:
   ffn: int
   ffn_met: int
   router_columns: int
+  router_biases: int
 
 
 def parameters(model: config.Model) -> Parameters:
@@ -114,7 +116,7 @@ def forward_parts(model: config.Model, context: int) -> Parts:
     embeddings=2 * model.d_model * model.vocab_size,
     attention=2 * met.attention + model.num_layers * _experts(model).query_met * scores_and_sum,
     ffn=2 * met.ffn,
-    routers=2 * met.routers,
+    routers=2 * model.num_layers * model.d_model * _experts(model).router_columns,
   )
 
 
@@ -155,6 +157,7 @@ def _experts(model: config.Model) -> _Experts:
     ffn=ffn.num_experts if ffn else 1,
     ffn_met=ffn.top_k if ffn else 1,
     router_columns=(N if attention else 0) + (ffn.num_experts if ffn else 0),
+    router_biases=ffn.num_experts if ffn and ffn.balance_bias else 0,
   )
 
 
@@ -164,17 +167,17 @@ def _parts(model: config.Model, query: int, ffn: int) -> Parts:
   heads = query * model.num_heads + experts.key_value * model.num_kv_heads
   return Parts(
     embeddings=model.vocab_size * D * (1 if model.tied_embeddings else 2),
-    norms=(L + 1) * D,
+    norms=(L + 1) * D + (L * heads * model.head_dim if model.qk_norm else 0),
     attention=L * 2 * D * heads * model.head_dim,
     ffn=L * ffn * 3 * D * model.ffn_dim,
-    routers=L * D * experts.router_columns,
+    routers=L * (D * experts.router_columns + experts.router_biases),
   )
 
 
 def _part_of(path: str) -> str:
   *folders, name = path.split('/')
-  if name in ('router', 'scale'):
-    return {'router': 'routers', 'scale': 'norms'}[name]
+  if name in parameter_names.ROUTERS or name in parameter_names.SCALES:
+    return 'routers' if name in parameter_names.ROUTERS else 'norms'
   return {'embed': 'embeddings', 'unembed': 'embeddings'}.get(folders[-1], folders[-1])
 
 
@@ -183,6 +186,7 @@ def _met(model: config.Model, path: str) -> tuple[int, int]:
   attention, ffn = model.attention_experts, model.ffn_experts
   if ffn and path in ('blocks/ffn/gate', 'blocks/ffn/up', 'blocks/ffn/down'):
     return ffn.top_k, ffn.num_experts
-  if attention and attention.top_k and path in ('blocks/attention/query', 'blocks/attention/out'):
+  queries = {f'blocks/attention/{name}' for name in ('query', 'query_scale', 'out')}
+  if attention and attention.top_k and path in queries:
     return attention.top_k, attention.num_experts
   return 1, 1

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bam_jax import config
-from bam_jax.model import parameters, router
+from bam_jax.model import norm, parameters, router
 
 # (query BTHK, key BTGK, value BTGK) -> BTHK, for the segments it was made for.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -65,18 +65,26 @@ class Attention(nnx.Module):
   """Dense attention."""
 
   def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
-    """Parameters of all the layers: `query` LDHK, `key` and `value` LDGK, `out` LHKD."""
+    """Parameters of all the layers: `query` LDHK, `key` and `value` LDGK, `out` LHKD.
+
+    With norms of heads, `query_scale` LHK and `key_scale` LGK too.
+    """
     L, D, H, G, K = _sizes(model)
     self.query = parameters.normal(rngs, (L, D, H, K), D)
     self.key = parameters.normal(rngs, (L, D, G, K), D)
     self.value = parameters.normal(rngs, (L, D, G, K), D)
     self.out = parameters.normal(rngs, (L, H, K, D), H * K, (2 * L) ** -0.5)
+    self.turns = _turns(model)
+    if model.qk_norm:
+      self.query_scale = parameters.ones((L, H, K))
+      self.key_scale = parameters.ones((L, G, K))
 
   def __call__(self, y_BTD, turn: Callable, attend: Attend, real_BT) -> tuple[jax.Array, None]:
     """One layer's attention of normalised tokens (B, T, D), and no statistics."""
     y_BTD = y_BTD.astype(self.query.dtype)
-    key, value = _key_value(y_BTD, self.key[...], self.value[...], turn)
-    heads_BTHK = _heads(y_BTD, self.query[...], key, value, turn, attend)
+    turn_query, turn_key = self.turns(self, ..., ..., turn)
+    key, value = _key_value(y_BTD, self.key[...], self.value[...], turn_key)
+    heads_BTHK = _heads(y_BTD, self.query[...], key, value, turn_query, attend)
     return jnp.einsum('bthk,hkd->btd', heads_BTHK, self.out[...]), None
 
 
@@ -84,7 +92,10 @@ class MixtureOfAttention(nnx.Module):
   """`sum_j g_j MHA_j(y)` with the gates of the query's token; paper section 3."""
 
   def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
-    """Parameters of all the layers: `query` LEDHK, `key` and `value` L[E]DGK, `out` LEHKD."""
+    """Parameters of all the layers: `query` LEDHK, `key` and `value` L[E]DGK, `out` LEHKD.
+
+    With norms of heads, `query_scale` LEHK and `key_scale` L[E]GK too.
+    """
     L, D, H, G, K = _sizes(model)
     self.options = model.attention_experts
     E = self.options.num_experts
@@ -94,6 +105,10 @@ class MixtureOfAttention(nnx.Module):
     self.value = parameters.normal(rngs, key_value, D)
     self.out = parameters.normal(rngs, (L, E, H, K, D), H * K, (2 * L) ** -0.5)
     self.router = parameters.normal(rngs, (L, D, E), D)
+    self.turns = _turns(model)
+    if model.qk_norm:
+      self.query_scale = parameters.ones((L, E, H, K))
+      self.key_scale = parameters.ones((*key_value[:-3], G, K))
 
   def __call__(
     self, y_BTD, turn: Callable, attend: Attend, real_BT
@@ -117,13 +132,33 @@ class MixtureOfAttention(nnx.Module):
     # A loop is the fastest form on CPU (folding the experts into the batch costs 6%, vmap 34%) and
     # leaves every expert a plain attention that a kernel can take.
     for expert in range(self.options.num_experts):
+      which = ... if self.options.shared_kv else expert
+      turn_query, turn_key = self.turns(self, expert, which, turn)
       if expert == 0 or not self.options.shared_kv:
-        which = ... if self.options.shared_kv else expert
-        key, value = _key_value(y_BTD, self.key[which], self.value[which], turn)
-      heads_BTHK = _heads(y_BTD, self.query[expert], key, value, turn, attend)
+        key, value = _key_value(y_BTD, self.key[which], self.value[which], turn_key)
+      heads_BTHK = _heads(y_BTD, self.query[expert], key, value, turn_query, attend)
       heads_BTHK = heads_BTHK * mixed_BTE[:, :, expert, None, None]
       output_BTD += jnp.einsum('bthk,hkd->btd', heads_BTHK, self.out[expert])
     return output_BTD, stats
+
+
+def _turns(model: config.Model) -> Callable:
+  """What queries and keys undergo before they meet: a rotation, and first a norm if they have one.
+
+  Returns:
+    The function (module, its query's index, its key's index, turn) -> functions of queries, keys.
+  """
+  if not model.qk_norm:
+    return lambda module, query, key, turn: (turn, turn)
+
+  def after_norm(scale, turn):
+    return lambda x: turn(norm.layer_norm(x, scale, model.norm_epsilon).astype(x.dtype))
+
+  def turns(module, query, key, turn):
+    query_scale_HK, key_scale_GK = module.query_scale[query], module.key_scale[key]
+    return after_norm(query_scale_HK, turn), after_norm(key_scale_GK, turn)
+
+  return turns
 
 
 def _key_value(y_BTD, key_DGK, value_DGK, turn):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bam_jax import config
-from bam_jax.model import attention, ffn, router
+from bam_jax.model import attention, ffn, norm, router
 
 
 class Routing(NamedTuple):
@@ -27,10 +27,7 @@ class LayerNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Normalises the last axis; the result is float32."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = x - x.mean(-1, keepdims=True)
-    variance = jnp.mean(centred**2, -1, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
+    return norm.layer_norm(x, self.scale[...], self.epsilon)
 
 
 class Block(nnx.Module):

@@ -41,7 +41,10 @@ class MixtureOfFFN(nnx.Module):
   """`sum over the top-k of p_i FFN_i(y)` with p the softmax over all the experts."""
 
   def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
-    """Parameters of all the layers: `gate` and `up` LEDF, `down` LEFD, `router` LDE."""
+    """Parameters of all the layers: `gate` and `up` LEDF, `down` LEFD, `router` LDE.
+
+    With a bias that balances, `router_bias` LE too.
+    """
     L, D, F = model.num_layers, model.d_model, model.ffn_dim
     self.options = model.ffn_experts
     E = self.options.num_experts
@@ -49,6 +52,9 @@ class MixtureOfFFN(nnx.Module):
     self.up = parameters.normal(rngs, (L, E, D, F), D)
     self.down = parameters.normal(rngs, (L, E, F, D), F, (2 * L) ** -0.5)
     self.router = parameters.normal(rngs, (L, D, E), D)
+    if self.options.balance_bias:
+      self.router_bias = parameters.zeros((L, E))
+    self.choose = _choose(self.options)
     self.experts = _experts(self.options)
 
   def __call__(self, y_BTD, real_BT) -> tuple[jax.Array, router.Statistics]:
@@ -58,7 +64,7 @@ class MixtureOfFFN(nnx.Module):
     """
     E, k = self.options.num_experts, self.options.top_k
     gates_BTE, logits_BTE = router.gates(y_BTD, self.router[...])
-    gates_BTk, experts_BTk, chosen_BTE = router.choose(gates_BTE, k, self.options.renormalize)
+    gates_BTk, experts_BTk, chosen_BTE = self.choose(self, gates_BTE)
     stats = router.statistics(gates_BTE, logits_BTE, chosen_BTE / k, real_BT)
 
     experts_P = jnp.where(real_BT[..., None], experts_BTk, E).reshape(-1)
@@ -68,6 +74,14 @@ class MixtureOfFFN(nnx.Module):
     output_BTkD = output_PD.reshape(*gates_BTk.shape, -1)
     output_BTD = jnp.einsum('btkd,btk->btd', output_BTkD, gates_BTk.astype(output_PD.dtype))
     return output_BTD, stats._replace(dropped=dropped.astype(stats.dropped.dtype))
+
+
+def _choose(options: config.FFNExperts) -> Callable:
+  """How the top-k are chosen: (module, gates BTE) -> what `router.choose` returns."""
+  k, renormalize = options.top_k, options.renormalize
+  if options.balance_bias:
+    return lambda m, gates: router.choose_biased(gates, m.router_bias[...], k, renormalize)
+  return lambda m, gates: router.choose(gates, k, renormalize)
 
 
 def _experts(options: config.FFNExperts) -> Callable:

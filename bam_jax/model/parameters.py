@@ -8,13 +8,26 @@ from flax import nnx
 
 # Used in float32 whatever the compute dtype: a router's choice and a norm's scale are too coarse in
 # bfloat16, and too small to save anything.
-FLOAT32_NAMES = frozenset({'scale', 'router'})
+SCALES = frozenset({'scale', 'query_scale', 'key_scale'})  # of norms
+ROUTERS = frozenset({'router', 'router_bias'})
+FLOAT32_NAMES = SCALES | ROUTERS
+UNDECAYED = SCALES | {'router_bias'}  # by weight decay
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, scale: float = 1.0) -> nnx.Param:
   """A float32 parameter, normal with standard deviation `scale / sqrt(fan_in)`."""
   deviation = scale / math.sqrt(fan_in)
   return nnx.Param(deviation * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def ones(shape: tuple[int, ...]) -> nnx.Param:
+  """A float32 parameter of ones: a norm that does not scale yet."""
+  return nnx.Param(jnp.ones(shape, jnp.float32))
+
+
+def zeros(shape: tuple[int, ...]) -> nnx.Param:
+  """A float32 parameter of zeros."""
+  return nnx.Param(jnp.zeros(shape, jnp.float32))
 
 
 def cast(params: dict, dtype: jnp.dtype) -> dict:

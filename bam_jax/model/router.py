@@ -44,7 +44,22 @@ def choose(
   Returns:
     Gates (B, T, k), expert numbers (B, T, k) int32, and the choices as a mask (B, T, E).
   """
-  gates_BTk, experts_BTk = jax.lax.top_k(gates_BTE, top_k)
+  return _chosen(gates_BTE, *jax.lax.top_k(gates_BTE, top_k), renormalize)
+
+
+def choose_biased(
+  gates_BTE: jax.Array, bias_E: jax.Array, top_k: int, renormalize: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """What `choose` returns, for the k largest sums of gate and bias; arXiv 2408.15664, eq. 3.
+
+  The bias decides who is chosen and no more: the gates are without it, and it has no gradient.
+  """
+  _, experts_BTk = jax.lax.top_k(jax.lax.stop_gradient(gates_BTE + bias_E), top_k)
+  gates_BTk = jnp.take_along_axis(gates_BTE, experts_BTk, axis=-1)
+  return _chosen(gates_BTE, gates_BTk, experts_BTk, renormalize)
+
+
+def _chosen(gates_BTE, gates_BTk, experts_BTk, renormalize):
   if renormalize:
     gates_BTk = gates_BTk / gates_BTk.sum(-1, keepdims=True)
   chosen_BTE = jax.nn.one_hot(experts_BTk, gates_BTE.shape[-1], dtype=gates_BTE.dtype).sum(-2)
@@ -72,13 +87,21 @@ def statistics(
   )
 
 
-def load_balance(stats: Statistics) -> jax.Array:
-  """`L_LB = N sum_i f_i P_i`, summed over layers; Switch Transformers, arXiv 2101.03961."""
-  tokens = jnp.maximum(stats.tokens, 1)[..., None]
+def load_balance(stats: Statistics, whole: Statistics) -> jax.Array:
+  """`L_LB = N sum_i f_i P_i`, summed over layers; Switch Transformers, arXiv 2101.03961.
+
+  Args:
+    stats: of some tokens; what they contribute.
+    whole: of all the tokens that the loss is over; equal to `stats` if those are all.
+  """
+  tokens = jnp.maximum(whole.tokens, 1)[..., None]
   num_experts = stats.load.shape[-1]
-  return num_experts * jnp.sum((stats.load / tokens) * (stats.gate / tokens))
+  return num_experts * jnp.sum((whole.load / tokens) * (stats.gate / tokens))
 
 
-def router_z(stats: Statistics) -> jax.Array:
-  """`L_z`, the mean of logsumexp(logits)^2, summed over layers; ST-MoE, arXiv 2202.08906."""
-  return jnp.sum(stats.z / jnp.maximum(stats.tokens, 1))
+def router_z(stats: Statistics, whole: Statistics) -> jax.Array:
+  """`L_z`, the mean of logsumexp(logits)^2, summed over layers; ST-MoE, arXiv 2202.08906.
+
+  Arguments are as `load_balance` has them.
+  """
+  return jnp.sum(stats.z / jnp.maximum(whole.tokens, 1))

@@ -96,13 +96,13 @@ class Network:
     return transformer(tokens_BT, segments_BT, positions_BT)
 
   def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
-    """Scores of the next token, (..., V), float32 sums of products in the compute dtype."""
+    """Scores of the next token, (..., V), float32 sums of products in the compute dtype, scaled."""
     if self.model.tied_embeddings:
       kernel_VD, spec = params['embed']['table'], '...d,vd->...v'
     else:
       kernel_VD, spec = params['unembed']['kernel'], '...d,dv->...v'
     dtype = jnp.promote_types(self._dtype, jnp.float32)
-    return jnp.einsum(
+    return self.model.logit_scale * jnp.einsum(
       spec,
       hidden_BTD.astype(self._dtype),
       kernel_VD.astype(self._dtype),

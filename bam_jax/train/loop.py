@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 
 from bam_jax import checkpoint, config, sharding
 from bam_jax.data import mixture, shards
 from bam_jax.model import arithmetic, transformer
-from bam_jax.train import evaluation, metrics, optimizer, record, stop
+from bam_jax.train import evaluation, metrics, optimizer, record, stages, stop
 from bam_jax.train import step as step_lib
 from bam_jax.train.progress import Progress
 
@@ -48,15 +49,16 @@ def train(job: Job, progress: Progress, stopping: stop.Flag) -> dict[str, Any]:
   learning_rate = optimizer.learning_rate(run.schedule, recipe.warmup_steps(job.name), total_steps)
   mesh = sharding.make_mesh(run.mesh)
   train_step = step_lib.train_step(
-    job.model, run.compute, run.loss, run.optimizer, run.accumulate, mesh
+    job.model, run.compute, run.loss, run.optimizer, run.accumulate, mesh, stages.of(run)
   )
+  rates = stages.rates(learning_rate, recipe.router_warmup_steps(job.name))
   evaluate = step_lib.evaluation_step(job.model, run.compute, mesh)
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
     checkpoints = checkpoint.Checkpoints(job.folder / 'checkpoints', run.every.keep)
     stack.callback(checkpoints.close)
-    batches = mixture.iterate(_batches(job), 0, PREFETCH)
+    batches = mixture.iterate(batches_of(run, recipe, job.dataset), 0, PREFETCH)
     first_step, state, seconds = _start(job, mesh, checkpoints, batches)
     writer = metrics.Writer(job.folder, first_step)
     stack.callback(writer.close)
@@ -89,7 +91,7 @@ def train(job: Job, progress: Progress, stopping: stop.Flag) -> dict[str, Any]:
 
     for step in range(first_step + 1, total_steps + 1):
       batch = sharding.put_batch(mixture.model_inputs(next(batches)), mesh)
-      state, step_metrics = train_step(state, batch, learning_rate(step - 1))
+      state, step_metrics = train_step(state, batch, rates(step - 1))
       recorder.step(step, step_metrics)
       if step == total_steps:
         break
@@ -130,14 +132,17 @@ def _start(
   return first_step, step_lib.State(params, opt_state), data['seconds']
 
 
-def _batches(job: Job):
+def batches_of(
+  run: config.Run, recipe: config.Recipe, dataset: shards.Dataset
+) -> grain.MapDataset[mixture.Batch]:
+  """The training batches of a run, by step; this process's rows of each."""
   return mixture.batches(
-    {domain: job.dataset.documents(domain, 'train') for domain in job.run.data},
-    job.run.data,
-    sequence_length=job.recipe.data.sequence_length,
-    batch_size=job.run.batch_size,
+    {domain: dataset.documents(domain, 'train') for domain in run.data},
+    run.data,
+    sequence_length=recipe.data.sequence_length,
+    batch_size=run.batch_size,
     # One number from both: runs of one recipe with one data seed read alike.
-    seed=job.recipe.seed * 1_000_003 + job.run.data_seed,
+    seed=recipe.seed * 1_000_003 + run.data_seed,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )

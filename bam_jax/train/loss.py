@@ -40,36 +40,50 @@ def nll(network: transformer.Network, params: transformer.Params, batch: dict) -
 
 
 def objective(network: transformer.Network, loss: config.Loss) -> Callable:
-  """The function `(params, batch, targets=None) -> (loss, Metrics)`.
+  """The function `(params, batch, targets=None, whole=None) -> (loss, Metrics)`.
 
   `targets` is the number of targets of the whole step when `batch` is one micro-batch of it: the
   micro-batches' losses then add up to the step's, each weighted by the targets it holds.
+  `whole` is the routing of the whole step, where routers' losses are over all of it: loads and
+  token counts are then the step's, and what the micro-batches contribute adds up as well.
   """
 
-  def run(params, batch, targets=None):
+  def run(params, batch, targets=None, whole=None):
     metrics = nll(network, params, batch)
     targets = jnp.maximum(metrics.targets if targets is None else targets, 1)
-    share = metrics.targets / targets
-    return metrics.nll / targets + share * router_loss(
-      network.model, loss, metrics.routing
-    ), metrics
+    if whole is None:
+      share = metrics.targets / targets
+      routers = share * router_loss(network.model, loss, metrics.routing, metrics.routing)
+    else:
+      routers = router_loss(network.model, loss, metrics.routing, whole)
+    return metrics.nll / targets + routers, metrics
 
   return run
 
 
-def router_loss(model: config.Model, loss: config.Loss, routing: block.Routing) -> jax.Array:
-  """`alpha L_LB + beta L_z` over layers and routers; soft attention has no load to balance."""
+def router_loss(
+  model: config.Model, loss: config.Loss, routing: block.Routing, whole: block.Routing
+) -> jax.Array:
+  """`alpha L_LB + beta L_z` over layers and routers; soft attention has no load to balance.
+
+  Args:
+    model: says which routers there are.
+    loss: the weights.
+    routing: what the tokens at hand did; the gradient flows into it.
+    whole: of all the tokens that the losses are over, those at hand among them.
+  """
   total = jnp.zeros(())
+  attention = model.attention_experts
   routers = [
-    (routing.ffn, model.ffn_experts is not None),
-    (routing.attention, model.attention_experts is not None and model.attention_experts.top_k > 0),
+    (routing.ffn, whole.ffn, model.ffn_experts is not None),
+    (routing.attention, whole.attention, attention is not None and attention.top_k > 0),
   ]
-  for stats, balanced in routers:
+  for stats, over, balanced in routers:
     if stats is None:
       continue
-    total += loss.router_z * router.router_z(stats)
+    total += loss.router_z * router.router_z(stats, over)
     if balanced:
-      total += loss.load_balance * router.load_balance(stats)
+      total += loss.load_balance * router.load_balance(stats, over)
   return total
 
 

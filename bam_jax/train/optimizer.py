@@ -10,12 +10,14 @@ import jax
 import optax
 
 from bam_jax import config, sharding
+from bam_jax.model import parameters
 
 
 def adamw(options: config.Optimizer) -> optax.GradientTransformation:
   """Clipping, Adam's moments and decoupled weight decay; the step scales by -learning rate.
 
-  Weight decay spares the scales of norms (arXiv 1711.05101; the paper decays by 0.1).
+  Weight decay spares the scales of norms and the biases of routers (arXiv 1711.05101; the paper
+  decays by 0.1).
   """
   clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
   return optax.chain(
@@ -28,7 +30,7 @@ def adamw(options: config.Optimizer) -> optax.GradientTransformation:
 def decayed(params) -> dict:
   """True for the parameters that decay."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: not sharding.path_of(path).endswith('/scale'), params
+    lambda path, _: sharding.path_of(path).split('/')[-1] not in parameters.UNDECAYED, params
   )
 
 

@@ -10,8 +10,10 @@ import optax
 
 from bam_jax import config, sharding
 from bam_jax.model import transformer
+from bam_jax.train import balance
 from bam_jax.train import loss as loss_lib
 from bam_jax.train import optimizer as optimizer_lib
+from bam_jax.train import stages as stages_lib
 
 
 class State(NamedTuple):
@@ -50,24 +52,29 @@ def train_step(
   optimizer: config.Optimizer,
   accumulate: int,
   mesh: jax.sharding.Mesh,
-) -> Callable[[State, dict, float], tuple[State, StepMetrics]]:
+  stages: stages_lib.Stages = stages_lib.Stages(),  # noqa: B008
+) -> Callable[[State, dict, Any], tuple[State, StepMetrics]]:
   """The jitted step `(state, batch, learning_rate) -> (state, metrics)`.
 
-  Cached, so that runs which differ in data, schedule or initial parameters compile once.
+  Cached, so that runs which differ in data, schedule or initial parameters compile once. What
+  `learning_rate` is, `stages.rates` says.
   """
-  objective = loss_lib.objective(transformer.Network(model, compute), loss)
-  gradient = jax.value_and_grad(objective, has_aux=True)
-  gradients = gradient if accumulate == 1 else _accumulated(gradient, accumulate)
+  network = transformer.Network(model, compute)
+  gradients = jax.value_and_grad(loss_lib.objective(network, loss), has_aux=True)
+  if accumulate > 1:
+    gradients = _accumulated(gradients, accumulate, balance.whole_step(network, loss))
   adamw = optimizer_lib.adamw(optimizer)
+  learnable, learn = stages_lib.learnable(stages), stages_lib.learner(stages)
+  move_bias = balance.bias_update(model, loss, stages)
   shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, mesh))
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, everywhere))
   def step(state: State, batch: dict, learning_rate) -> tuple[State, StepMetrics]:
     (loss_value, sums), grads = gradients(state.params, batch)
+    grads = learnable(grads)
     updates, opt_state = adamw.update(grads, state.opt_state, state.params)
-    updates = jax.tree.map(lambda u: -learning_rate * u, updates)
-    params = optax.apply_updates(state.params, updates)
+    params = move_bias(learn(state.params, updates, learning_rate), sums.routing)
     return State(params, opt_state), StepMetrics(loss_value, optax.global_norm(grads), sums)
 
   return step
@@ -83,7 +90,7 @@ def evaluation_step(
   return jax.jit(functools.partial(loss_lib.nll, network), out_shardings=everywhere)
 
 
-def _accumulated(gradient: Callable, accumulate: int) -> Callable:
+def _accumulated(gradient: Callable, accumulate: int, whole_step: Callable) -> Callable:
   """`gradient` over micro-batches: sums over the step's targets, divided once."""
 
   def run(params, batch):
@@ -91,10 +98,12 @@ def _accumulated(gradient: Callable, accumulate: int) -> Callable:
     # Micro-batch i takes every row i modulo `accumulate`: each device keeps the rows it has.
     micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
-    def body(total, part):
-      return jax.tree.map(jnp.add, total, gradient(params, part, targets)), None
+    whole = whole_step(params, micro)
 
-    first = gradient(params, jax.tree.map(lambda x: x[0], micro), targets)
+    def body(total, part):
+      return jax.tree.map(jnp.add, total, gradient(params, part, targets, whole)), None
+
+    first = gradient(params, jax.tree.map(lambda x: x[0], micro), targets, whole)
     total, _ = jax.lax.scan(body, first, jax.tree.map(lambda x: x[1:], micro))
     return total
 

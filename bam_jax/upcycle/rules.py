@@ -5,15 +5,15 @@ from typing import Literal, NamedTuple
 
 from bam_jax import config
 
-How = Literal['mean', 'stack', 'router']
+How = Literal['mean', 'stack', 'router', 'zero']
 
 
 class Rule(NamedTuple):
   """`target` is made from the sources' `source` by `how`."""
 
   target: str  # path in the mixture
-  how: How  # 'mean' over the sources, 'stack' on axis 1, or 'router': drawn at random
-  source: str | None  # path in every dense model; None for a router
+  how: How  # 'mean' over the sources, 'stack' on axis 1, 'router': drawn, 'zero': zeros
+  source: str | None  # path in every dense model; None for what no source has
 
 
 def mixture_model(dense: config.Model, upcycle: config.Upcycle) -> config.Model:
@@ -32,6 +32,7 @@ def mixture_model(dense: config.Model, upcycle: config.Upcycle) -> config.Model:
       top_k=upcycle.top_k,
       renormalize=upcycle.renormalize,
       buffer_factor=upcycle.buffer_factor,
+      balance_bias=upcycle.balance_bias,
     )
   return dataclasses.replace(dense, attention_experts=attention, ffn_experts=ffn)
 
@@ -55,6 +56,9 @@ def rules(mixture: config.Model) -> tuple[Rule, ...]:
     'blocks/ffn/down': 'stack' if ffn else 'mean',
     'final_norm/scale': 'mean',
   }
+  if mixture.qk_norm:  # the norm of a head goes where the head goes
+    hows['blocks/attention/query_scale'] = hows['blocks/attention/query']
+    hows['blocks/attention/key_scale'] = hows['blocks/attention/key']
   if not mixture.tied_embeddings:
     hows['unembed/kernel'] = 'mean'
   table = [Rule(path, how, path) for path, how in hows.items()]
@@ -62,4 +66,6 @@ def rules(mixture: config.Model) -> tuple[Rule, ...]:
     table.append(Rule('blocks/attention/router', 'router', None))
   if ffn:
     table.append(Rule('blocks/ffn/router', 'router', None))
+  if ffn and ffn.balance_bias:
+    table.append(Rule('blocks/ffn/router_bias', 'zero', None))
   return tuple(table)

@@ -38,6 +38,7 @@ def models(draw):
     head_dim=2 * draw(st.integers(1, 4)),
     ffn_dim=draw(sizes),
     tied_embeddings=draw(st.booleans()),
+    qk_norm=draw(st.booleans()),
     attention_experts=draw(experts(config.AttentionExperts, shared_kv=st.booleans())),
     ffn_experts=draw(experts(config.FFNExperts)),
   )

@@ -135,8 +135,13 @@ CASES = {
   'dense_gqa': Case(model(**GQA, head_dim=4)),
   'one_head': Case(model(num_heads=1, head_dim=6), 'long'),
   'untied': Case(model(tied_embeddings=False, head_dim=4)),
+  'dense_qk_norm': Case(model(**GQA, head_dim=4, qk_norm=True, logit_scale=0.4)),
   'bam_kv_experts': Case(model(**GQA, **attention(2), **ffn(3)), shows=spread),
   'bam_shared_kv': Case(model(**MHA, **attention(3, shared_kv=True), **ffn(2, top_k=2)), 'long'),
+  'bam_kv_experts_qk_norm': Case(model(**MHA, qk_norm=True, **attention(2), **ffn(2))),
+  'bam_shared_kv_qk_norm': Case(
+    model(**MHA, qk_norm=True, **attention(2, shared_kv=True), **ffn(2)), 'long'
+  ),
   'attention_experts_alone': Case(model(**attention(2))),
   'btx_top_1': Case(model(**ffn(4)), shows=spread),
   'btx_top_2': Case(model(**ffn(4, top_k=2)), shows=spread),
@@ -167,6 +172,7 @@ CASES = {
 # The other cases run in float64 alone, unless slow tests are asked for: one of each kind of layer.
 QUICK_IN_FLOAT32 = (
   'dense_gqa',
+  'dense_qk_norm',
   'bam_kv_experts',
   'bam_shared_kv',
   'btx_top_3_of_6',
@@ -375,7 +381,7 @@ def test_what_padding_holds_changes_nothing(name):
   assert differences(got, answer(name, FLOAT64), TOLERANCE['float64']) == {}
 
 
-@pytest.mark.parametrize('name', ['dense_gqa', 'bam_kv_experts', 'btx_top_3_of_6'])
+@pytest.mark.parametrize('name', ['dense_gqa', 'dense_qk_norm', 'bam_kv_experts', 'btx_top_3_of_6'])
 def test_bfloat16_is_near_float32(name):
   params, batch = question(name)
   network = transformer.Network(CASES[name].model, config.Compute(dtype='bfloat16'))

@@ -1,5 +1,6 @@
 """AdamW and the learning rate against the formulas in NumPy, in float64."""
 
+import dataclasses
 import math
 
 import jax
@@ -105,6 +106,13 @@ def test_what_decays(model):
     assert decays == (path[-1].key != 'scale'), path
   spared = [path for path, decays in jax.tree_util.tree_leaves_with_path(decayed) if not decays]
   assert len(spared) == 2, 'the norm of the blocks and the final one'
+
+
+def test_scales_of_norms_of_heads_do_not_decay(models):
+  for model in models.values():
+    abstract = transformer.Network(dataclasses.replace(model, qk_norm=True), config.Compute())
+    decayed = optimizer.decayed(abstract.abstract())['blocks']['attention']
+    assert {name for name, decays in decayed.items() if not decays} == {'query_scale', 'key_scale'}
 
 
 def test_moments_are_float32():

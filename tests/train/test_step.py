@@ -12,6 +12,7 @@ import pytest
 
 from bam_jax import config, sharding
 from bam_jax.model import transformer
+from bam_jax.train import loss as loss_lib
 from bam_jax.train import step
 
 # Adam divides a gradient by its own size, and so makes rounding as large as the learning rate where
@@ -89,6 +90,26 @@ def test_the_step_learns(run, start):
   for name, value in leaves(after.params).items():
     assert np.abs(value - before[name]).max() > 1e-3, name
     assert np.abs(moments[next(k for k in moments if '.mu' in k and k.endswith(name))]).max() > 0
+
+
+def test_what_is_reported_is_before_clipping(models, start, run, make_batch):
+  objective = loss_lib.objective(transformer.Network(models['dense'], config.Compute()), LOSS)
+  slope = jax.jit(
+    jax.value_and_grad(objective, has_aux=True),
+    compiler_options={'xla_backend_optimization_level': 0},
+  )
+  (value, _), gradient = slope(start('dense'), make_batch(8, 12, seed=1))
+  norm = np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in leaves(gradient).values()))
+  after, metrics, *_ = run('dense')
+  assert metrics.loss == pytest.approx(float(value), rel=1e-5)
+  assert metrics.gradient_norm == pytest.approx(norm, rel=1e-5)
+  assert norm > OPTIMIZER.clip_norm
+  # What Adam sees is clipped: its first moment after one step is (1 - b1) of that.
+  moments = leaves(after.opt_state)
+  for name, leaf in leaves(gradient).items():
+    (moment,) = [value for key, value in moments.items() if '.mu' in key and key.endswith(name)]
+    want = (1 - OPTIMIZER.b1) * leaf * OPTIMIZER.clip_norm / norm
+    np.testing.assert_allclose(moment, want, rtol=0, atol=1e-5 * np.abs(want).max(), err_msg=name)
 
 
 # All the meshes for all the variants take minutes: the quick ones cut every axis of every variant.

@@ -79,6 +79,21 @@ def test_shapes_follow_from_the_rows(models, method):
       assert after[rule.target] == (dense.num_layers, dense.d_model, 4)
 
 
+@pytest.mark.parametrize('method', METHODS)
+def test_norms_of_heads_go_where_the_heads_go(models, method):
+  dense = dataclasses.replace(models['dense'], qk_norm=True)
+  mixture = rules.mixture_model(dense, upcycle(method))
+  table = {rule.target: rule for rule in rules.rules(mixture)}
+  assert sorted(table) == sorted(paths(mixture))
+  for part in ('query', 'key'):
+    scale = table[f'blocks/attention/{part}_scale']
+    assert scale.source == scale.target
+    assert scale.how == table[f'blocks/attention/{part}'].how
+    layers, *heads = paths(dense)[scale.source]
+    stacked = (4,) if scale.how == 'stack' else ()
+    assert paths(mixture)[scale.target] == (layers, *stacked, *heads)
+
+
 def test_mixture_models(models):
   dense = models['dense']
   options = dict(top_k=2, renormalize=True, buffer_factor=1.5)

@@ -1,0 +1,12 @@
+"""Layer normalisation, of the residual stream and of single heads."""
+
+import jax
+import jax.numpy as jnp
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+  """Normalises the last axis, with a scale and no bias; computed and returned in float32."""
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  centred = x - x.mean(-1, keepdims=True)
+  variance = jnp.mean(centred**2, -1, keepdims=True)
+  return centred * jax.lax.rsqrt(variance + epsilon) * scale

@@ -1,0 +1,99 @@
+"""What a merge may do beyond the paper, one array at a time; all of it is off by default.
+
+What is drawn for an array depends on its path, the key and the options alone: no order of the
+arrays, and no number of them in memory at once, changes a number.
+
+Legend: L layers, E experts, D model, F FFN hidden.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from bam_jax import config
+
+# The axis of F in one expert's matrix.
+HIDDEN_AXIS = {'blocks/ffn/gate': 1, 'blocks/ffn/up': 1, 'blocks/ffn/down': 0}
+
+
+def average(arrays: Sequence[np.ndarray], upcycle: config.Upcycle) -> np.ndarray:
+  """What becomes of an array that has no experts.
+
+  'mean' is the paper's uniform mean. 'weighted' is the mean by `weights`, which need not add up to
+  1, as in model soups (arXiv 2203.05482). 'first' is the first source's array, as where experts are
+  added to a model that stays (FlexOlmo, arXiv 2507.07024).
+  """
+  if upcycle.average == 'first':
+    return arrays[0].copy()
+  if upcycle.average == 'mean':
+    return sum(arrays[1:], start=arrays[0]) / len(arrays)
+  total = sum(upcycle.weights)
+  terms = [array * (weight / total) for array, weight in zip(arrays, upcycle.weights)]
+  return sum(terms[1:], start=terms[0])
+
+
+def drop(path: str, array: np.ndarray, upcycle: config.Upcycle, key: jax.Array) -> None:
+  """Draws a part of copied FFN experts anew, in place; Drop-Upcycling, arXiv 2502.19261.
+
+  For each layer and expert `drop_ratio * F` hidden dimensions (to the nearest whole number) are
+  chosen at random, the same for the expert's three matrices: the columns of `gate` and `up` and the
+  rows of `down`. In each matrix these weights are replaced by draws from a normal distribution with
+  the mean and the standard deviation that they had together.
+
+  Method 'sparse' does so to every expert, the first included, as the article does: there all of
+  them are copies of one model. Other methods do so to the experts past the sources, and leave those
+  that a source trained as they are.
+
+  Args:
+    path: of `array`; nothing happens to arrays other than the three.
+    array: LE..., changed in place.
+    upcycle: the options.
+    key: of the whole merge.
+  """
+  if not upcycle.drop_ratio or path not in HIDDEN_AXIS:
+    return
+  experts = range(upcycle.experts) if upcycle.method == 'sparse' else upcycle.copies
+  for layer in range(array.shape[0]):
+    for expert in experts:
+      matrix = np.moveaxis(array[layer, expert], HIDDEN_AXIS[path], 0)  # a view, FD
+      chosen = dropped(layer, expert, len(matrix), upcycle.drop_ratio, key)
+      if chosen.size:
+        old = matrix[chosen].astype(np.float32)
+        fresh = _rng(key, f'{path}/drop', layer, expert).standard_normal(old.shape, np.float32)
+        matrix[chosen] = old.mean() + old.std() * fresh
+
+
+def dropped(layer: int, expert: int, size: int, ratio: float, key: jax.Array) -> np.ndarray:
+  """The hidden dimensions of one expert that `drop` draws anew, in order."""
+  rng = _rng(key, 'blocks/ffn/dropped', layer, expert)
+  return np.sort(rng.choice(size, round(ratio * size), replace=False))
+
+
+def add_noise(path: str, array: np.ndarray, upcycle: config.Upcycle, key: jax.Array) -> None:
+  """Tells copies apart by Gaussian noise, in place; the baseline "noise" of arXiv 2502.19261.
+
+  The noise's standard deviation is `noise` times that of the expert's array in its layer. It is
+  added to every array of the experts past the sources, attention's as well as the FFN's, and never
+  to a source's own expert; method 'sparse' keeps expert 0 as its source was.
+
+  Args:
+    path: of `array`.
+    array: LE..., changed in place.
+    upcycle: the options.
+    key: of the whole merge.
+  """
+  if not upcycle.noise:
+    return
+  for layer in range(array.shape[0]):
+    for expert in upcycle.copies:
+      copy = array[layer, expert].astype(np.float32)
+      draw = _rng(key, f'{path}/noise', layer, expert).standard_normal(copy.shape, np.float32)
+      array[layer, expert] = copy + upcycle.noise * copy.std() * draw
+
+
+def _rng(key: jax.Array, name: str, *numbers: int) -> np.random.Generator:
+  # NumPy draws where the arrays lie: on the host, however large an expert is.
+  words = np.asarray(jax.random.key_data(key)).tolist()
+  return np.random.default_rng([*words, zlib.crc32(name.encode()), *numbers])

@@ -1,0 +1,186 @@
+"""Routers from the sources' data: against NumPy, and from a recipe by where the tokens go."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from bam_jax import checkpoint, config, graph, recipe, sharding
+from bam_jax.errors import UserError
+from bam_jax.model import transformer
+from bam_jax.train import loop
+from bam_jax.upcycle import centroids
+
+KEY = jax.random.key(5)
+PATHS = ('blocks/attention/router', 'blocks/ffn/router')
+
+
+def upcycle(**changes) -> config.Upcycle:
+  options = dict(num_experts=5, router_init='centroids') | changes
+  return config.Upcycle(('seed', 'code', 'law'), 'bam_kv_experts', **options)
+
+
+def means(seed: int = 0) -> np.ndarray:
+  """Three sources, two layers; what the sources share is larger than what they do not."""
+  rng = np.random.default_rng(seed)
+  return 3 * rng.normal(size=(1, 2, 32)) + rng.normal(size=(3, 2, 32))
+
+
+def test_columns_against_numpy():
+  mean_SLD, router = means(), centroids.columns(means(), PATHS[0], upcycle(router_scale=2.0), KEY)
+  assert router.shape == (2, 32, 5) and router.dtype == np.float32
+  for layer in range(2):
+    common = mean_SLD[:, layer].mean(0)
+    for expert in range(3):
+      away = mean_SLD[expert, layer] - common
+      away = away - (away @ common) / (common @ common) * common
+      want = 2 * away / np.sqrt(away @ away)
+      np.testing.assert_allclose(router[layer, :, expert], want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(common @ router[layer], 0, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(router[layer], axis=0), 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_the_mean_token_of_a_source_goes_to_its_expert(seed):
+  router = centroids.columns(means(seed), PATHS[1], upcycle(num_experts=0), KEY)
+  logits = np.einsum('sld,lde->sle', means(seed), router)
+  np.testing.assert_array_equal(logits.argmax(-1), [[0, 0], [1, 1], [2, 2]])
+
+
+def test_columns_of_copies_lie_beside_the_first_and_share_its_tokens():
+  router = centroids.columns(means(), PATHS[0], upcycle(), KEY)
+  for copy in (3, 4):
+    cosine = np.sum(router[..., 0] * router[..., copy], axis=1)
+    # A random direction is not square to the column: the turn is about COPY_SPREAD, not exactly.
+    assert ((cosine < 1 - 1e-3) & (cosine > 1 - centroids.COPY_SPREAD**2)).all()
+  rng = np.random.default_rng(1)
+  tokens = means()[0, 0] + rng.normal(size=(4000, 32))
+  winners = (tokens @ router[0])[:, [0, 3, 4]].argmax(1)
+  assert (np.bincount(winners, minlength=3) > 400).all()
+  again = centroids.columns(means(), PATHS[0], upcycle(), KEY)
+  np.testing.assert_array_equal(router, again)
+  for other in (
+    centroids.columns(means(), PATHS[1], upcycle(), KEY),
+    centroids.columns(means(), PATHS[0], upcycle(), jax.random.key(6)),
+  ):
+    np.testing.assert_array_equal(other[..., :3], router[..., :3])
+    assert (other[..., 3:] != router[..., 3:]).all()
+
+
+def test_sources_that_cannot_be_told_apart_are_refused():
+  same = np.repeat(means()[:1], 3, axis=0)
+  with pytest.raises(UserError, match="router_init='random'"):
+    centroids.columns(same, PATHS[0], upcycle(), KEY)
+
+
+def test_inputs_of_the_first_block_and_of_the_second(models, make_batch):
+  """Against the embedding's norm in NumPy, and the hidden states of a model one layer deep."""
+  model = models['dense']
+  network = transformer.Network(model, config.Compute())
+  params = jax.tree.map(np.asarray, network.init(jax.random.key(0)))
+  batches = [make_batch(8, 16, seed) | {'domains': np.zeros(8, np.int32)} for seed in range(2)]
+  mesh = sharding.make_mesh(config.Mesh(data=2, expert=4))
+  sums = centroids._input_sums(network, mesh)
+  got = centroids._mean(sums, jax.device_put(params, sharding.NamedSharding(mesh, sharding.P())),
+                        batches, mesh)  # fmt: skip
+  real = [batch['segments'] > 0 for batch in batches]
+
+  def mean_of_norm(states, scale):
+    x = np.concatenate([np.asarray(state)[mask] for state, mask in zip(states, real)])
+    x = x.astype(np.float64)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon)
+    return (x * scale).mean(0)
+
+  scales = params['blocks']['norm']['scale']
+  embedded = [params['embed']['table'][batch['tokens']] for batch in batches]
+  np.testing.assert_allclose(got[0], mean_of_norm(embedded, scales[0]), rtol=1e-4, atol=1e-5)
+
+  # With the second layer's block silenced, the final norm sees what the second block's norm saw.
+  silent = jax.tree.map(np.copy, params)
+  silent['blocks']['attention']['out'][1] = 0
+  silent['blocks']['ffn']['down'][1] = 0
+  silent['final_norm']['scale'] = scales[1]
+  total = np.concatenate(
+    [
+      np.asarray(network.hidden(silent, b['tokens'], b['segments'], b['positions'])[0])[mask]
+      for b, mask in zip(batches, real)
+    ]
+  )
+  np.testing.assert_allclose(got[1], total.mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def initial(recipe_dict, dataset, tmp_path, monkeypatch):
+  """The function (run, changes of its upcycle) -> (node, initial parameters), sources untrained."""
+  monkeypatch.setattr(centroids, 'CENTROID_TOKENS', 512)
+  recipe_dict['runs']['seed']['data'] = {'general': 1.0}
+  monkeypatch.setattr(checkpoint, 'restore_host_params', restore)
+
+  def make(name: str, mesh: dict | None = None, **changes):
+    recipe_dict['runs'][name]['init']['upcycle'] |= {'router_init': 'centroids'} | changes
+    recipe_dict['runs'][name]['mesh'] = mesh or {}
+    parsed = config.parse(recipe_dict)
+    node = graph.resolve(parsed)[name]
+    made = sharding.make_mesh(node.run.mesh)
+    shardings = sharding.tree(transformer.Network(node.model, node.run.compute).abstract(), made)
+    with jax.set_mesh(made):
+      params = recipe.initial_params(
+        parsed, graph.resolve(parsed), node, tmp_path, dataset, shardings
+      )
+    return types.SimpleNamespace(recipe=parsed, node=node, params=params)
+
+  return make
+
+
+def restore(path, params):
+  """Stands in for trained sources: one seed, and a little of each source's own."""
+  draw = lambda rng, leaf: rng.normal(size=leaf.shape).astype(np.float32) / leaf.shape[-1] ** 0.5
+  common, own = np.random.default_rng(0), np.random.default_rng(len(path.name))
+  params = jax.tree.map(lambda leaf: draw(common, leaf) + 0.1 * draw(own, leaf), params)
+  params['blocks']['norm']['scale'] = np.ones_like(params['blocks']['norm']['scale'])
+  return params
+
+
+@pytest.mark.parametrize('name', ['btx', 'bam'])
+def test_domains_go_to_their_own_experts_before_any_training(initial, dataset, name):
+  made = initial(name)
+  network = transformer.Network(made.node.model, made.node.run.compute)
+  hidden = jax.jit(network.hidden)
+  for expert, domain in enumerate(['general', 'code', 'law']):
+    run = config.dataclasses.replace(made.node.run, data={domain: 1.0}, data_seed=9)
+    batch = loop.batches_of(run, made.recipe, dataset)[0]
+    _, routing = hidden(made.params, batch['tokens'], batch['segments'], batch['positions'])
+    for stats in routing:
+      if stats is not None:
+        share = np.asarray(stats.load.sum(0) / stats.tokens.sum())
+        assert share.argmax() == expert and share[expert] > 0.4, (domain, share)
+
+
+def test_a_mesh_changes_nothing_and_one_router_is_like_the_other(initial):
+  one = traverse_util.flatten_dict(initial('bam').params, sep='/')
+  other = traverse_util.flatten_dict(initial('bam', {'data': 2, 'fsdp': 4}).params, sep='/')
+  for path in PATHS:
+    np.testing.assert_allclose(one[path], other[path], rtol=0, atol=1e-4)
+  np.testing.assert_array_equal(one[PATHS[0]], one[PATHS[1]])
+
+
+def test_sources_with_the_same_data_are_refused_before_any_training(recipe_dict):
+  runs = recipe_dict['runs']
+  runs['code']['data'] = {'law': 9, 'general': 1}
+  runs['btx']['init']['upcycle']['router_init'] = 'centroids'
+  with pytest.raises(UserError) as caught:
+    graph.resolve(config.parse(recipe_dict))
+  assert "config.runs.btx.init.upcycle.router_init='centroids'" in str(caught.value)
+  assert "'code' from 'law'" in str(caught.value)
+
+
+def test_data_of_sources_is_checked_before_any_training(recipe_dict, dataset):
+  recipe_dict['runs']['law']['data'] = {'poetry': 1.0}
+  parsed = config.parse(recipe_dict)
+  graph.check(parsed, graph.resolve(parsed), dataset, ['btx'])
+  recipe_dict['runs']['btx']['init']['upcycle']['router_init'] = 'centroids'
+  parsed = config.parse(recipe_dict)
+  with pytest.raises(UserError, match='config.runs.law.data names the domain .poetry.'):
+    graph.check(parsed, graph.resolve(parsed), dataset, ['btx'])

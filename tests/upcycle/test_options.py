@@ -1,0 +1,266 @@
+"""The options beyond the paper: off by default, what each computes, whom it leaves alone."""
+
+import dataclasses
+import typing
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from bam_jax import config, graph
+from bam_jax.errors import UserError
+from bam_jax.model import transformer
+from bam_jax.upcycle import merge, options, rules
+
+METHODS = typing.get_args(config.Method)
+KEY = jax.random.key(5)
+NAMES = ('seed', 'code', 'law')
+FFN = ('blocks/ffn/gate', 'blocks/ffn/up', 'blocks/ffn/down')
+
+
+def abstract(model: config.Model) -> dict:
+  return transformer.Network(model, config.Compute()).abstract()
+
+
+def draw(model: config.Model, seed: int, shift: float = 0.0) -> dict:
+  rng = np.random.default_rng(seed)
+  one = lambda leaf: (rng.normal(size=leaf.shape) + shift).astype(np.float32) / leaf.shape[-1]
+  return jax.tree.map(one, abstract(model))
+
+
+def upcycle(method: str, **changes) -> config.Upcycle:
+  """Three sources and five experts, so that two are copies; `sparse` has one source."""
+  sources = NAMES[:1] if method == 'sparse' else NAMES
+  return config.Upcycle(sources, method, **({'num_experts': 5} | changes))
+
+
+def mix(dense, mixed: config.Upcycle, key=KEY, shift: float = 0.0, **more) -> dict:
+  """The merged arrays by path."""
+  sources = [draw(dense, seed, shift) for seed in range(len(mixed.sources))]
+  model = rules.mixture_model(dense, mixed)
+  merged = merge.merge(sources, abstract(model), model, mixed, key, **more)
+  return traverse_util.flatten_dict(merged, sep='/')
+
+
+def source(dense, seed: int, path: str, shift: float = 0.0) -> np.ndarray:
+  return traverse_util.flatten_dict(draw(dense, seed, shift), sep='/')[path]
+
+
+def differing(one: dict, other: dict) -> set[str]:
+  assert one.keys() == other.keys()
+  return {path for path in one if not np.array_equal(one[path], other[path])}
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_spelled_out_defaults_change_no_bit(models, method):
+  off = dict(average='mean', weights=(), drop_ratio=0.0, noise=0.0, router_init='random')
+  assert upcycle(method, **off) == upcycle(method)
+  merged = mix(models['dense'], upcycle(method))
+  sources = [draw(models['dense'], seed) for seed in range(len(upcycle(method).sources))]
+  flat = [traverse_util.flatten_dict(one, sep='/') for one in sources]
+  for rule in rules.rules(rules.mixture_model(models['dense'], upcycle(method))):
+    if rule.how == 'router':
+      want = merge.draw_router(rule.target, merged[rule.target].shape, 1.0, KEY)
+    elif rule.how == 'stack':
+      arrays = [one[rule.source] for one in flat]
+      want = np.stack([*arrays, *[arrays[0]] * (5 - len(arrays))], axis=1)
+    else:
+      arrays = [one[rule.source] for one in flat]
+      want = sum(arrays[1:], start=arrays[0]) / len(arrays)
+    np.testing.assert_array_equal(merged[rule.target], want, err_msg=rule.target)
+
+
+def averaged(dense, method: str) -> set[str]:
+  table = rules.rules(rules.mixture_model(dense, upcycle(method)))
+  return {rule.target for rule in table if rule.how == 'mean'}
+
+
+@pytest.mark.parametrize('method', ['btx', 'bam_shared_kv', 'average'])
+def test_a_weighted_mean(models, method):
+  dense, weights = models['untied'], (1.0, 2.0, 5.0)
+  merged = mix(dense, upcycle(method, average='weighted', weights=weights))
+  for path in averaged(dense, method):
+    arrays = np.stack([source(dense, seed, path) for seed in range(3)]).astype(np.float64)
+    want = np.average(arrays, axis=0, weights=weights)
+    np.testing.assert_allclose(merged[path], want, rtol=1e-5, atol=1e-8, err_msg=path)
+    assert merged[path].dtype == np.float32
+  assert differing(merged, mix(dense, upcycle(method))) == averaged(dense, method)
+
+
+def test_weights_have_no_unit_and_equal_ones_are_the_mean(models):
+  dense = models['dense']
+  one = mix(dense, upcycle('btx', average='weighted', weights=(2.0, 2.0, 2.0)))
+  for path, want in mix(dense, upcycle('btx')).items():
+    np.testing.assert_allclose(one[path], want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize('method', ['btx', 'bam_kv_experts', 'average'])
+def test_the_first_source_alone(models, method):
+  dense = models['dense']
+  merged = mix(dense, upcycle(method, average='first'))
+  for path in averaged(dense, method):
+    np.testing.assert_array_equal(merged[path], source(dense, 0, path))
+  assert differing(merged, mix(dense, upcycle(method))) == averaged(dense, method)
+
+
+def changed_dimensions(path: str, before: np.ndarray, after: np.ndarray) -> list[set[int]]:
+  """By layer, the hidden dimensions of one expert LDF or LFD that changed."""
+  axis = 1 if path.endswith('down') else 2
+  odd = (before != after).any(axis=3 - axis)
+  return [set(np.flatnonzero(row).tolist()) for row in odd]
+
+
+@pytest.mark.parametrize('method', ['btx', 'bam_kv_experts', 'sparse'])
+def test_dropped_dimensions_are_one_choice_for_each_expert(models, method):
+  dense = models['dense']
+  plain = mix(dense, upcycle(method))
+  merged = mix(dense, upcycle(method, drop_ratio=0.25))
+  assert differing(plain, merged) == set(FFN)
+  changes = range(5) if method == 'sparse' else range(3, 5)
+  choices = []
+  for expert in range(5):
+    by_array = [changed_dimensions(p, plain[p][:, expert], merged[p][:, expert]) for p in FFN]
+    assert by_array[0] == by_array[1] == by_array[2], 'gate, up and down drop the same dimensions'
+    sizes = {len(chosen) for chosen in by_array[0]}
+    assert sizes == ({dense.ffn_dim // 4} if expert in changes else {0})
+    choices += [frozenset(chosen) for chosen in by_array[0] if chosen]
+  assert len(set(choices)) == dense.num_layers * len(changes), 'each layer and expert its own'
+  for layer in range(dense.num_layers):
+    chosen = options.dropped(layer, 4, dense.ffn_dim, 0.25, KEY)
+    assert set(chosen.tolist()) in choices
+
+
+@pytest.mark.parametrize('ratio', [0.5, 1.0])
+def test_dropped_weights_keep_their_mean_and_deviation(models, ratio):
+  dense = dataclasses.replace(models['dense'], d_model=96, ffn_dim=256)
+  plain = mix(dense, upcycle('btx'), shift=3.0)
+  merged = mix(dense, upcycle('btx', drop_ratio=ratio), shift=3.0)
+  for path in FFN:
+    for expert in (3, 4):
+      before, after = plain[path][1, expert], merged[path][1, expert]
+      new = before != after
+      assert new.mean() == pytest.approx(ratio, abs=1e-3)
+      old, fresh = before[new], after[new]
+      assert fresh.mean() == pytest.approx(old.mean(), abs=5 * old.std() / new.sum() ** 0.5)
+      assert fresh.std() == pytest.approx(old.std(), rel=0.03)
+      assert abs(np.corrcoef(old, fresh)[0, 1]) < 0.05
+      kurtosis = np.mean(((fresh - fresh.mean()) / fresh.std()) ** 4)
+      assert kurtosis == pytest.approx(3, abs=0.3), 'it is normal'
+
+
+@pytest.mark.parametrize('method', ['btx', 'bam_kv_experts', 'bam_shared_kv', 'sparse'])
+def test_noise_is_added_to_copies_only(models, method):
+  dense = dataclasses.replace(models['dense'], d_model=64, ffn_dim=128)
+  plain = mix(dense, upcycle(method))
+  merged = mix(dense, upcycle(method, noise=0.1))
+  table = rules.rules(rules.mixture_model(dense, upcycle(method)))
+  assert differing(plain, merged) == {rule.target for rule in table if rule.how == 'stack'}
+  originals = len(upcycle(method).sources)
+  noises = []
+  for path in differing(plain, merged):
+    np.testing.assert_array_equal(merged[path][:, :originals], plain[path][:, :originals])
+    for expert in range(originals, 5):
+      for layer in range(dense.num_layers):
+        noise = merged[path][layer, expert] - plain[path][layer, expert]
+        want = 0.1 * plain[path][layer, expert].std()
+        assert noise.std() == pytest.approx(want, rel=0.1)
+        assert abs(noise.mean()) < 5 * want / noise.size**0.5
+        noises.append(noise.ravel()[:100] / want)
+  alike = np.abs(np.corrcoef(noises) - np.eye(len(noises))).max()
+  assert alike < 0.6, 'no two arrays, layers or experts get the same noise'
+
+
+ALL = dict(drop_ratio=0.3, noise=0.05, average='first')
+
+
+@pytest.mark.parametrize('method', ['bam_kv_experts', 'sparse'])
+def test_one_array_at_a_time_gives_the_same_numbers(models, method):
+  dense, mixed = models['dense'], upcycle(method, **ALL)
+  merged = mix(dense, mixed)
+  assert not differing(merged, mix(dense, mixed)), 'the key decides'
+  for rule in reversed(rules.rules(rules.mixture_model(dense, mixed))):
+    if rule.source:
+      arrays = [source(dense, seed, rule.source) for seed in range(len(mixed.sources))]
+      alone = merge.combine(rule, arrays, mixed, KEY)
+      np.testing.assert_array_equal(alone, merged[rule.target])
+  other = mix(dense, mixed, jax.random.key(6))
+  assert set(FFN) <= differing(merged, other)
+
+
+def test_a_router_of_zeros(models):
+  merged = mix(models['dense'], upcycle('bam_kv_experts', router_init='zero'))
+  for path in ('blocks/attention/router', 'blocks/ffn/router'):
+    assert merged[path].shape == (2, 32, 5) and not merged[path].any()
+
+
+def test_given_routers_are_taken_as_they_are(models):
+  dense, mixed = models['dense'], upcycle('btx', router_init='centroids')
+  router = np.arange(2 * 32 * 5, dtype=np.float32).reshape(2, 32, 5)
+  merged = mix(dense, mixed, routers={'blocks/ffn/router': router})
+  np.testing.assert_array_equal(merged['blocks/ffn/router'], router)
+  assert differing(merged, mix(dense, upcycle('btx'))) == {'blocks/ffn/router'}
+
+
+@pytest.mark.parametrize('init, paths', [
+  ('centroids', []), ('centroids', ['blocks/ffn/router', 'blocks/attention/router']),
+  ('random', ['blocks/ffn/router']), ('zero', ['blocks/ffn/router']),
+])  # fmt: skip
+def test_routers_too_many_or_too_few_are_a_mistake_in_the_code(models, init, paths):
+  routers = {path: np.zeros((2, 32, 5), np.float32) for path in paths}
+  with pytest.raises(ValueError, match='Routers'):
+    mix(models['dense'], upcycle('btx', router_init=init), routers=routers)
+
+
+REFUSED = {
+  'weights without weighted': ('btx', dict(weights=(1.0, 1.0, 1.0)), ['weights', "'weighted'"]),
+  'weights missing': ('btx', dict(average='weighted'), ['weights=[] has 0', 'one for each']),
+  'a weight too few': (
+    'btx',
+    dict(average='weighted', weights=(1.0, 2.0)),
+    ['weights=[1.0, 2.0] has 2', "['seed', 'code', 'law']"],
+  ),
+  'a weight of zero': (
+    'average',
+    dict(average='weighted', weights=(1.0, 0.0, 2.0)),
+    ['weights', '0.0, which is not positive'],
+  ),
+  'a weight that is no number': (
+    'average',
+    dict(average='weighted', weights=(1.0, float('nan'), 2.0)),
+    ['weights', 'nan, which is not positive'],
+  ),
+  'a ratio above one': ('btx', dict(drop_ratio=1.5), ['drop_ratio=1.5']),
+  'a ratio that is no number': ('btx', dict(drop_ratio=float('nan')), ['drop_ratio=nan']),
+  'noise below zero': ('btx', dict(noise=-0.1), ['noise=-0.1']),
+  'dropping without copies': ('btx', dict(drop_ratio=0.5, num_experts=0), ['drop_ratio=0.5', '3']),
+  'noise without copies': ('bam_kv_experts', dict(noise=0.1, num_experts=3), ['noise=0.1', 'none']),
+  'noise without experts': ('average', dict(noise=0.1), ['noise=0.1', "'average'"]),
+  'a router of a soup': ('average', dict(router_init='zero'), ['router_init', 'no router']),
+  'one centroid': ('sparse', dict(router_init='centroids'), ['router_init', 'one source']),
+  'a scale of zeros': ('btx', dict(router_init='zero', router_scale=2.0), ['router_scale=2.0']),
+}
+
+
+@pytest.mark.parametrize('method, changes, words', REFUSED.values(), ids=REFUSED)
+def test_what_makes_no_sense_is_refused_in_a_sentence(method, changes, words):
+  with pytest.raises(UserError) as caught:
+    upcycle(method, **changes)
+  message = str(caught.value)
+  assert message.endswith('.') and '\n' not in message
+  for word in words:
+    assert word in message
+
+
+def test_options_are_keys_of_a_recipe_and_part_of_the_identity(recipe_dict):
+  identity = lambda: graph.digest(graph.resolve(config.parse(recipe_dict))['btx'].identity)
+  seen = {identity()}
+  mixed = recipe_dict['runs']['btx']['init']['upcycle']
+  for changes in (
+    dict(num_experts=5), dict(drop_ratio=0.5), dict(noise=0.1), dict(router_init='centroids'),
+    dict(average='weighted', weights=[1, 2, 3]), dict(weights=[3, 2, 1]),
+  ):  # fmt: skip
+    mixed.update(changes)
+    seen.add(identity())
+  assert len(seen) == 7
+  assert config.parse(recipe_dict).runs['btx'].init.upcycle.weights == (3.0, 2.0, 1.0)
