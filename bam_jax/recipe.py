@@ -58,7 +58,7 @@ def execute(
   with stop.catch() as stopping, Progress(steps, enabled=progress_enabled) as progress:
     for name in asked:
       node, folder = nodes[name], workdir / name
-      if finished(folder, node, steps[name]):
+      if finished(folder, node, steps[name], domains):
         progress.skip(name)
         continue
       _write_json(folder / 'config.json', _record(recipe, node))
@@ -80,13 +80,14 @@ def execute(
   return asked
 
 
-def finished(folder: Path, node: graph.Node, total_steps: int) -> bool:
-  """Whether a run has its last checkpoint and its result, by the present configuration."""
+def finished(folder: Path, node: graph.Node, total_steps: int, domains: Sequence[str] = ()) -> bool:
+  """Whether a run has its last checkpoint, by this configuration, and a result on `domains`."""
   step = checkpoint.finished_step(folder / 'checkpoints')
-  recorded = _read_json(folder / 'config.json')
+  recorded, result = (_read_json(folder / name) for name in ('config.json', 'result.json'))
   return (
     step == total_steps
-    and (folder / 'result.json').exists()
+    and result is not None
+    and set(domains) <= set(result['domains'])
     and recorded is not None
     and recorded['hash'] == graph.digest(node.identity)
   )

@@ -37,7 +37,11 @@ def decayed(params) -> dict:
 def learning_rate(
   schedule: config.Schedule, warmup_steps: int, total_steps: int
 ) -> Callable[[int], float]:
-  """The learning rate of step n = 0, 1, ...: the peak at `warmup_steps`, the end after the last."""
+  """The learning rate of step n = 0, 1, ...
+
+  It grows by equal parts, the first of them already at step 0, to the peak at step
+  `warmup_steps - 1`, and reaches `final_fraction` of it at the last step.
+  """
   peak, end = schedule.peak_learning_rate, schedule.final_fraction * schedule.peak_learning_rate
   cosine = optax.cosine_decay_schedule(
     peak, max(total_steps - warmup_steps, 1), schedule.final_fraction
@@ -45,7 +49,6 @@ def learning_rate(
   warm = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
 
   def at(step: int) -> float:
-    # Step 0 already learns: the update after n steps of warm-up has seen n + 1 batches.
     count = step + 1
     if count >= total_steps:
       return end

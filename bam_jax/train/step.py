@@ -75,7 +75,7 @@ def train_step(
     grads = learnable(grads)
     updates, opt_state = adamw.update(grads, state.opt_state, state.params)
     params = move_bias(learn(state.params, updates, learning_rate), sums.routing)
-    return State(params, opt_state), StepMetrics(loss_value, optax.global_norm(grads), sums)
+    return State(params, opt_state), StepMetrics(loss_value, optax.tree.norm(grads), sums)
 
   return step
 
