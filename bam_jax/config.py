@@ -121,7 +121,9 @@ class Compute:
   """How the model is computed; nothing here changes what is computed."""
 
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations and matmul operands
-  remat: Literal['none', 'full'] = 'none'  # what the backward pass recomputes of each block
+  # What the backward pass computes again of each block: 'none' nothing but weights that a mesh
+  # gathers, 'matmuls' what takes no matmul, 'attention' the FFN too, 'full' everything.
+  remat: Literal['none', 'matmuls', 'attention', 'full'] = 'none'
   loss_chunk: int = 0  # tokens whose float32 logits exist at once; 0 is all of a micro-batch
   unroll: int = 1  # layers a step of the scan over layers
 

@@ -4,6 +4,7 @@ Parameters are matched by path, most of the table once for dense models and once
 expert axis takes the mesh's. An unmatched path raises: nothing is replicated by accident.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,20 +18,21 @@ from bam_jax.errors import UserError
 AXES = ('data', 'fsdp', 'expert', 'tensor')
 BATCH = P(('data', 'fsdp', 'expert'))
 FSDP = ('fsdp', 'expert')  # without experts of its own, an array is sharded over that axis as well
+VOCABULARY = ('tensor', 'expert', 'fsdp')  # what fsdp cuts is contiguous, to be gathered alone
 
 # Output projections are sharded on their second-to-last dimension: a slice of D need not be a
 # multiple of the hardware's tile, and then a reduce-scatter becomes an all-reduce.
 DENSE = {
-  'embed/table': P(FSDP, None),
-  'unembed/kernel': P(None, FSDP),
+  'embed/table': P(VOCABULARY, None),
+  'unembed/kernel': P(None, VOCABULARY),
   'final_norm/scale': P(),
   'blocks/norm/scale': P(),
   'blocks/attention/query': P(None, FSDP, 'tensor', None),
   'blocks/attention/key': P(None, FSDP, 'tensor', None),
   'blocks/attention/value': P(None, FSDP, 'tensor', None),
   'blocks/attention/out': P(None, 'tensor', FSDP, None),
-  'blocks/attention/query_scale': P(),
-  'blocks/attention/key_scale': P(),
+  'blocks/attention/query_scale': P(None, 'tensor', None),
+  'blocks/attention/key_scale': P(None, 'tensor', None),
   'blocks/attention/router': P(),
   'blocks/ffn/gate': P(None, FSDP, 'tensor'),
   'blocks/ffn/up': P(None, FSDP, 'tensor'),
@@ -43,15 +45,22 @@ EXPERTS = {
   'blocks/attention/key': P(None, 'expert', 'fsdp', 'tensor', None),
   'blocks/attention/value': P(None, 'expert', 'fsdp', 'tensor', None),
   'blocks/attention/out': P(None, 'expert', 'tensor', 'fsdp', None),
+  'blocks/attention/query_scale': P(None, 'expert', 'tensor', None),
+  'blocks/attention/key_scale': P(None, 'expert', 'tensor', None),
   'blocks/ffn/gate': P(None, 'expert', 'fsdp', 'tensor'),
   'blocks/ffn/up': P(None, 'expert', 'fsdp', 'tensor'),
   'blocks/ffn/down': P(None, 'expert', ('tensor', 'fsdp'), None),
 }
 
 
-def make_mesh(mesh: config.Mesh) -> jax.sharding.Mesh:
-  """The mesh over the first devices; UserError when there are too few."""
-  devices = jax.devices()
+def make_mesh(mesh: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+  """The mesh over the first devices; UserError when there are too few.
+
+  Args:
+    mesh: sizes of its axes.
+    devices: default: those of this job.
+  """
+  devices = jax.devices() if devices is None else list(devices)
   if mesh.size > len(devices):
     raise UserError(
       f'mesh {config.to_dict(mesh)} needs {mesh.size} devices and there are {len(devices)}: '
@@ -76,6 +85,16 @@ def spec_of(path: str, ndim: int) -> P:
   raise ValueError(f'No sharding rule for {path} with {ndim} dimensions.')
 
 
+def has_experts(path: str, ndim: int) -> bool:
+  """Whether a parameter has an axis of experts."""
+  return path in EXPERTS and len(EXPERTS[path]) == ndim
+
+
+def names(axes: None | str | tuple[str, ...]) -> tuple[str, ...]:
+  """The mesh axes in one entry of a PartitionSpec."""
+  return (axes,) if isinstance(axes, str) else axes or ()
+
+
 def tree(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
   """Shardings of a tree that holds parameters, or optimizer state shaped like them.
 
@@ -97,12 +116,11 @@ def check(abstract: Any, mesh: config.Mesh, where: str) -> None:
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
     path = path_of(key_path)
     for dimension, axes in zip(leaf.shape, spec_of(path, len(leaf.shape))):
-      names = (axes,) if isinstance(axes, str) else axes or ()
-      parts = int(np.prod([sizes[name] for name in names], initial=1))
+      parts = int(np.prod([sizes[name] for name in names(axes)], initial=1))
       if dimension % parts:
         raise UserError(
           f'{where}.mesh cuts {path} of shape {tuple(leaf.shape)} into {parts} parts along '
-          f'{" and ".join(names)}, which do not divide {dimension}: choose other mesh sizes.'
+          f'{" and ".join(names(axes))}, which do not divide {dimension}: choose other mesh sizes.'
         )
 
 

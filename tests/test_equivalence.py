@@ -16,6 +16,8 @@ import pytest
 from bam_jax import config
 from bam_jax.model import ffn as ffn_lib
 from bam_jax.model import router, transformer
+from bam_jax.model.layout import Layout
+from bam_jax.model.tokens import Tokens
 from bam_jax.train import loss
 from tests import oracle
 from tests.model.test_oracle_agreement import FLOAT64, LOSS, attention, distance, ffn, make_batch
@@ -102,11 +104,15 @@ def test_without_renormalising_gates_scale_the_ffn(k):
   mixed = layer(copied(params, model), 'ffn', 0)
   y_BTD = np.random.default_rng(0).normal(size=(1, 3, 5)).astype(np.float32)
   real_BT = np.ones((1, 3), bool)
+  tokens = Tokens(None, None, real_BT, real_BT)
   gates_BTE, _ = router.gates(jnp.asarray(y_BTD), mixed['router'])
   scale_BT = np.sort(gates_BTE)[..., -k:].sum(-1, keepdims=True)
-  want = scale_BT * call(ffn_lib.FFN, dense, layer(params, 'ffn', 0), y_BTD, real_BT)
+  want = scale_BT * call(
+    functools.partial(ffn_lib.FFN, dense), layer(params, 'ffn', 0), y_BTD, tokens
+  )
   assert scale_BT.max() < 0.99
-  assert distance(call(ffn_lib.MixtureOfFFN, model, mixed, y_BTD, real_BT), want) < BOUND
+  experts = functools.partial(ffn_lib.MixtureOfFFN, model, Layout())
+  assert distance(call(experts, mixed, y_BTD, tokens), want) < BOUND
 
 
 @pytest.mark.parametrize('expert', [0, 3])

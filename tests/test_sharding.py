@@ -41,18 +41,18 @@ def test_every_parameter_has_a_rule(model):
     if path.removeprefix('blocks/') in NOWHERE:
       assert spec == P()
     else:
-      # Each large array is cut by all that can cut it: over fsdp and expert at least.
-      assert len(spec) == leaf.ndim and {'fsdp', 'expert'} <= set(axes(spec)), path
-      assert path in ('embed/table', 'unembed/kernel') or 'tensor' in axes(spec), path
+      # Each large array is cut by all that can cut it.
+      assert len(spec) == leaf.ndim and {'fsdp', 'expert', 'tensor'} == set(axes(spec)), path
 
 
-def test_scales_of_norms_of_heads_are_everywhere(model):
+def test_scales_of_norms_of_heads_are_where_the_heads_are(model):
   normed = by_path(abstract(dataclasses.replace(model, qk_norm=True)))
   added = normed.keys() - by_path(abstract(model)).keys()
   assert added == {'blocks/attention/query_scale', 'blocks/attention/key_scale'}
   for path in added:
     (leaf,) = normed[path]
-    assert sharding.spec_of(path, leaf.ndim) == P()
+    spec, heads = sharding.spec_of(path, leaf.ndim), {3: 1, 4: 2}[leaf.ndim]
+    assert spec[heads] == 'tensor' and axes(spec) == ['expert', 'tensor'][2 - heads :], path
 
 
 def test_experts_are_cut_by_the_axis_of_experts(model):
@@ -103,7 +103,7 @@ def test_large_arrays_are_cut_as_often_as_the_mesh_can(model, shape):
   for path, (leaf,) in by_path(state.params).items():
     if path.removeprefix('blocks/') in NOWHERE:
       continue
-    parts = math.prod(shape[1:] if path.startswith('blocks') else shape[1:3])
+    parts = math.prod(shape[1:])
     assert leaf.size // math.prod(leaf.sharding.shard_shape(leaf.shape)) == parts, path
 
 

@@ -8,9 +8,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from bam_jax import config
-from bam_jax.model import norm, parameters, router
+from bam_jax.model import norm, parameters, remat, router
+from bam_jax.model.layout import Layout
+from bam_jax.model.tokens import Tokens
 
 # (query BTHK, key BTGK, value BTGK) -> BTHK, for the segments it was made for.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -79,25 +82,26 @@ class Attention(nnx.Module):
       self.query_scale = parameters.ones((L, H, K))
       self.key_scale = parameters.ones((L, G, K))
 
-  def __call__(self, y_BTD, turn: Callable, attend: Attend, real_BT) -> tuple[jax.Array, None]:
+  def __call__(self, y_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, None]:
     """One layer's attention of normalised tokens (B, T, D), and no statistics."""
     y_BTD = y_BTD.astype(self.query.dtype)
-    turn_query, turn_key = self.turns(self, ..., ..., turn)
+    turn_query, turn_key = self.turns(self, ..., ..., tokens.turn)
     key, value = _key_value(y_BTD, self.key[...], self.value[...], turn_key)
-    heads_BTHK = _heads(y_BTD, self.query[...], key, value, turn_query, attend)
+    heads_BTHK = _heads(y_BTD, self.query[...], key, value, turn_query, tokens.attend)
     return jnp.einsum('bthk,hkd->btd', heads_BTHK, self.out[...]), None
 
 
 class MixtureOfAttention(nnx.Module):
   """`sum_j g_j MHA_j(y)` with the gates of the query's token; paper section 3."""
 
-  def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
+  def __init__(self, model: config.Model, layout: Layout, *, rngs: nnx.Rngs):
     """Parameters of all the layers: `query` LEDHK, `key` and `value` L[E]DGK, `out` LEHKD.
 
     With norms of heads, `query_scale` LEHK and `key_scale` L[E]GK too.
     """
     L, D, H, G, K = _sizes(model)
     self.options = model.attention_experts
+    self.layout = layout
     E = self.options.num_experts
     key_value = (L, D, G, K) if self.options.shared_kv else (L, E, D, G, K)
     self.query = parameters.normal(rngs, (L, E, D, H, K), D)
@@ -110,10 +114,8 @@ class MixtureOfAttention(nnx.Module):
       self.query_scale = parameters.ones((L, E, H, K))
       self.key_scale = parameters.ones((*key_value[:-3], G, K))
 
-  def __call__(
-    self, y_BTD, turn: Callable, attend: Attend, real_BT
-  ) -> tuple[jax.Array, router.Statistics]:
-    """One layer's mixture of normalised tokens (B, T, D); `real_BT` is false on padding."""
+  def __call__(self, y_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, router.Statistics]:
+    """One layer's mixture of normalised tokens (B, T, D), as far as this device's experts go."""
     gates_BTE, logits_BTE = router.gates(y_BTD, self.router[...])
     mixed_BTE, load_BTE = gates_BTE, gates_BTE
     if self.options.top_k:
@@ -124,19 +126,20 @@ class MixtureOfAttention(nnx.Module):
         'btk,btke->bte', gates_BTk, jax.nn.one_hot(experts_BTk, gates_BTE.shape[-1])
       )
       load_BTE = chosen_BTE / self.options.top_k
-    stats = router.statistics(gates_BTE, logits_BTE, load_BTE, real_BT)
+    stats = router.statistics(gates_BTE, logits_BTE, load_BTE, tokens.counted_BT)
 
+    num_experts = self.query.shape[0]
     y_BTD = y_BTD.astype(self.query.dtype)
-    mixed_BTE = mixed_BTE.astype(self.query.dtype)
+    mixed_BTE = self.layout.my_experts(mixed_BTE, num_experts).astype(self.query.dtype)
     output_BTD = 0
     # A loop is the fastest form on CPU (folding the experts into the batch costs 6%, vmap 34%) and
     # leaves every expert a plain attention that a kernel can take.
-    for expert in range(self.options.num_experts):
+    for expert in range(num_experts):
       which = ... if self.options.shared_kv else expert
-      turn_query, turn_key = self.turns(self, expert, which, turn)
+      turn_query, turn_key = self.turns(self, expert, which, tokens.turn)
       if expert == 0 or not self.options.shared_kv:
         key, value = _key_value(y_BTD, self.key[which], self.value[which], turn_key)
-      heads_BTHK = _heads(y_BTD, self.query[expert], key, value, turn_query, attend)
+      heads_BTHK = _heads(y_BTD, self.query[expert], key, value, turn_query, tokens.attend)
       heads_BTHK = heads_BTHK * mixed_BTE[:, :, expert, None, None]
       output_BTD += jnp.einsum('bthk,hkd->btd', heads_BTHK, self.out[expert])
     return output_BTD, stats
@@ -163,12 +166,14 @@ def _turns(model: config.Model) -> Callable:
 
 def _key_value(y_BTD, key_DGK, value_DGK, turn):
   key_BTGK = turn(jnp.einsum('btd,dgk->btgk', y_BTD, key_DGK))
-  return key_BTGK, jnp.einsum('btd,dgk->btgk', y_BTD, value_DGK)
+  value_BTGK = jnp.einsum('btd,dgk->btgk', y_BTD, value_DGK)
+  return checkpoint_name(key_BTGK, remat.KEY_VALUE), checkpoint_name(value_BTGK, remat.KEY_VALUE)
 
 
 def _heads(y_BTD, query_DHK, key_BTGK, value_BTGK, turn, attend):
   query_BTHK = turn(jnp.einsum('btd,dhk->bthk', y_BTD, query_DHK))
-  return attend(query_BTHK, key_BTGK, value_BTGK)
+  query_BTHK = checkpoint_name(query_BTHK, remat.QUERY)
+  return checkpoint_name(attend(query_BTHK, key_BTGK, value_BTGK), remat.HEADS)
 
 
 def _sizes(model: config.Model) -> tuple[int, int, int, int, int]:

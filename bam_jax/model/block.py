@@ -1,6 +1,5 @@
 """The parallel block of every variant: `y = LN(x); x + Attention(y) + FFN(y)`; paper section 2."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,6 +8,8 @@ from flax import nnx
 
 from bam_jax import config
 from bam_jax.model import attention, ffn, norm, router
+from bam_jax.model.layout import Layout
+from bam_jax.model.tokens import Tokens
 
 
 class Routing(NamedTuple):
@@ -33,26 +34,42 @@ class LayerNorm(nnx.Module):
 class Block(nnx.Module):
   """One norm, then attention and FFN side by side."""
 
-  def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
+  def __init__(self, model: config.Model, layout: Layout, *, rngs: nnx.Rngs):
     """Parameters of all the layers, stacked on axis 0; `__call__` takes one layer's slice."""
-    dense = attention.Attention, ffn.FFN
-    mixture = attention.MixtureOfAttention, ffn.MixtureOfFFN
     self.norm = LayerNorm((model.num_layers, model.d_model), model.norm_epsilon)
-    self.attention = (mixture if model.attention_experts else dense)[0](model, rngs=rngs)
-    self.ffn = (mixture if model.ffn_experts else dense)[1](model, rngs=rngs)
+    if model.attention_experts:
+      self.attention = attention.MixtureOfAttention(model, layout, rngs=rngs)
+    else:
+      self.attention = attention.Attention(model, rngs=rngs)
+    if model.ffn_experts:
+      self.ffn = ffn.MixtureOfFFN(model, layout, rngs=rngs)
+    else:
+      self.ffn = ffn.FFN(model, rngs=rngs)
+    self.layout = layout
+    experts = model.attention_experts, model.ffn_experts
+    self.scopes = ['group' if section else 'own' for section in experts]
 
-  def __call__(
-    self, x_BTD: jax.Array, turn: Callable, attend: attention.Attend, real_BT: jax.Array
-  ) -> tuple[jax.Array, Routing]:
+  def __call__(self, x_BTD: jax.Array, tokens: dict[str, Tokens]) -> tuple[jax.Array, Routing]:
     """The residual stream after the block, and what its routers did.
 
+    A mixture computes its experts' part for all the tokens of the group, a dense part all there is
+    of this device's own.
+
     Args:
-      x_BTD: the residual stream, in the compute dtype.
-      turn: rotary embedding at the tokens' positions.
-      attend: the attention kernel for the tokens' segments.
-      real_BT: false on padding.
+      x_BTD: the residual stream of this device's tokens, in the compute dtype.
+      tokens: this device's 'own' and those of its 'group'.
     """
-    y_BTD = self.norm(x_BTD)
-    attended_BTD, attention_stats = self.attention(y_BTD, turn, attend, real_BT)
-    ffn_BTD, ffn_stats = self.ffn(y_BTD, real_BT)
-    return x_BTD + attended_BTD + ffn_BTD, Routing(attention_stats, ffn_stats)
+    y_BTD = {'own': self.norm(x_BTD)}
+    if 'group' in self.scopes:
+      # The residual stream travels, not the norm: it is in the compute dtype already, and routers
+      # see the norm's float32 result whether or not there is a mesh.
+      y_BTD['group'] = self.norm(self.layout.group(x_BTD))
+    outputs, statistics = {'own': [], 'group': []}, []
+    for part, scope in zip((self.attention, self.ffn), self.scopes):
+      output_BTD, stats = part(y_BTD[scope], tokens[scope])
+      outputs[scope].append(output_BTD)
+      statistics.append(stats)
+    if outputs['group']:
+      outputs['own'].append(self.layout.to_owners(sum(outputs['group'])))
+    added_BTD = self.layout.sum(sum(outputs['own']), 'tensor')
+    return x_BTD + added_BTD, Routing(*statistics)

@@ -13,6 +13,8 @@ from flax import nnx
 
 from bam_jax import config
 from bam_jax.model import dispatch, parameters, router
+from bam_jax.model.layout import Layout
+from bam_jax.model.tokens import Tokens
 
 BLOCK_ROWS = 256  # of a part of a dropless buffer: large enough for a matmul to run at speed
 
@@ -32,7 +34,7 @@ class FFN(nnx.Module):
     self.up = parameters.normal(rngs, (L, D, F), D)
     self.down = parameters.normal(rngs, (L, F, D), F, (2 * L) ** -0.5)
 
-  def __call__(self, y_BTD, real_BT) -> tuple[jax.Array, None]:
+  def __call__(self, y_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, None]:
     """One layer's FFN of normalised tokens (B, T, D), and no statistics."""
     return swiglu(y_BTD.astype(self.gate.dtype), self.gate[...], self.up[...], self.down[...]), None
 
@@ -40,13 +42,14 @@ class FFN(nnx.Module):
 class MixtureOfFFN(nnx.Module):
   """`sum over the top-k of p_i FFN_i(y)` with p the softmax over all the experts."""
 
-  def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
+  def __init__(self, model: config.Model, layout: Layout, *, rngs: nnx.Rngs):
     """Parameters of all the layers: `gate` and `up` LEDF, `down` LEFD, `router` LDE.
 
     With a bias that balances, `router_bias` LE too.
     """
     L, D, F = model.num_layers, model.d_model, model.ffn_dim
     self.options = model.ffn_experts
+    self.layout = layout
     E = self.options.num_experts
     self.gate = parameters.normal(rngs, (L, E, D, F), D)
     self.up = parameters.normal(rngs, (L, E, D, F), D)
@@ -55,19 +58,20 @@ class MixtureOfFFN(nnx.Module):
     if self.options.balance_bias:
       self.router_bias = parameters.zeros((L, E))
     self.choose = _choose(self.options)
-    self.experts = _experts(self.options)
+    self.experts = _experts(self.options, layout.platform)
 
-  def __call__(self, y_BTD, real_BT) -> tuple[jax.Array, router.Statistics]:
-    """One layer's mixture of normalised tokens (B, T, D).
+  def __call__(self, y_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, router.Statistics]:
+    """One layer's mixture of normalised tokens (B, T, D), as far as this device's experts go.
 
-    Padding, where `real_BT` is false, visits no expert and takes no room in a buffer.
+    Padding visits no expert and takes no room in a buffer.
     """
-    E, k = self.options.num_experts, self.options.top_k
+    num_experts, k = self.gate.shape[0], self.options.top_k
     gates_BTE, logits_BTE = router.gates(y_BTD, self.router[...])
     gates_BTk, experts_BTk, chosen_BTE = self.choose(self, gates_BTE)
-    stats = router.statistics(gates_BTE, logits_BTE, chosen_BTE / k, real_BT)
+    stats = router.statistics(gates_BTE, logits_BTE, chosen_BTE / k, tokens.counted_BT)
 
-    experts_P = jnp.where(real_BT[..., None], experts_BTk, E).reshape(-1)
+    experts_BTk = self.layout.my_numbers(experts_BTk, num_experts)
+    experts_P = jnp.where(tokens.real_BT[..., None], experts_BTk, num_experts).reshape(-1)
     x_PD = jnp.repeat(y_BTD.astype(self.gate.dtype).reshape(-1, y_BTD.shape[-1]), k, axis=0)
     weights = self.gate[...], self.up[...], self.down[...]
     output_PD, dropped = self.experts(x_PD, experts_P, weights)
@@ -84,20 +88,19 @@ def _choose(options: config.FFNExperts) -> Callable:
   return lambda m, gates: router.choose(gates, k, renormalize)
 
 
-def _experts(options: config.FFNExperts) -> Callable:
+def _experts(options: config.FFNExperts, platform: str) -> Callable:
   """How the experts compute: (rows PD, expert of each P, weights) -> (rows PD, dropped pairs)."""
   if options.buffer_factor:
     return _buffered(options.num_experts, options.buffer_factor)
-  if jax.default_backend() == 'cpu':
-    return _blocked(options.num_experts)
-  return _ragged(options.num_experts)
+  return _blocked if platform == 'cpu' else _ragged
 
 
-def _buffered(num_experts: int, factor: float) -> Callable:
+def _buffered(all_experts: int, factor: float) -> Callable:
   """One buffer an expert, `factor` times its even share; pairs that do not fit are dropped."""
 
   def run(x_PD, experts_P, weights):
-    rows = min(math.ceil(factor * experts_P.size / num_experts), experts_P.size)
+    num_experts = weights[0].shape[0]
+    rows = min(math.ceil(factor * experts_P.size / all_experts), experts_P.size)
     slots = dispatch.buffers(experts_P, num_experts, rows)
     x_SD = dispatch.move(x_PD, slots.pair_of_slot, slots.slot_of_pair)
     x_ERD = x_SD.reshape(num_experts, rows, -1)
@@ -111,35 +114,27 @@ def _buffered(num_experts: int, factor: float) -> Callable:
   return run
 
 
-def _blocked(num_experts: int) -> Callable:
+def _blocked(x_PD, experts_P, weights):
   """Dropless, for CPU: a scan over blocks of rows, each with the weights of its expert."""
+  slots = dispatch.blocks(experts_P, weights[0].shape[0], min(BLOCK_ROWS, experts_P.size))
+  x_SD = dispatch.move(x_PD, slots.pair_of_slot, slots.slot_of_pair)
+  x_NRD = x_SD.reshape(slots.expert_of_part.size, -1, x_SD.shape[-1])
 
-  def run(x_PD, experts_P, weights):
-    slots = dispatch.blocks(experts_P, num_experts, min(BLOCK_ROWS, experts_P.size))
-    x_SD = dispatch.move(x_PD, slots.pair_of_slot, slots.slot_of_pair)
-    x_NRD = x_SD.reshape(slots.expert_of_part.size, -1, x_SD.shape[-1])
+  def block(carry, part):
+    x_RD, expert = part
+    return carry, swiglu(x_RD, *(weight[expert] for weight in weights))
 
-    def block(carry, part):
-      x_RD, expert = part
-      return carry, swiglu(x_RD, *(weight[expert] for weight in weights))
-
-    _, output_NRD = jax.lax.scan(block, None, (x_NRD, slots.expert_of_part))
-    output_SD = output_NRD.reshape(x_SD.shape)
-    return dispatch.move(output_SD, slots.slot_of_pair, slots.pair_of_slot), jnp.zeros(())
-
-  return run
+  _, output_NRD = jax.lax.scan(block, None, (x_NRD, slots.expert_of_part))
+  output_SD = output_NRD.reshape(x_SD.shape)
+  return dispatch.move(output_SD, slots.slot_of_pair, slots.pair_of_slot), jnp.zeros(())
 
 
-def _ragged(num_experts: int) -> Callable:
+def _ragged(x_PD, experts_P, weights):
   """Dropless, for GPU and TPU: a grouped matmul over rows sorted by expert."""
-
-  def run(x_PD, experts_P, weights):
-    slots = dispatch.blocks(experts_P, num_experts, 1)
-    gate_EDF, up_EDF, down_EFD = weights
-    x_SD = dispatch.move(x_PD, slots.pair_of_slot, slots.slot_of_pair)
-    hidden_SF = jax.nn.silu(jax.lax.ragged_dot(x_SD, gate_EDF, slots.sizes))
-    hidden_SF *= jax.lax.ragged_dot(x_SD, up_EDF, slots.sizes)
-    output_SD = jax.lax.ragged_dot(hidden_SF, down_EFD, slots.sizes)
-    return dispatch.move(output_SD, slots.slot_of_pair, slots.pair_of_slot), jnp.zeros(())
-
-  return run
+  gate_EDF, up_EDF, down_EFD = weights
+  slots = dispatch.blocks(experts_P, gate_EDF.shape[0], 1)
+  x_SD = dispatch.move(x_PD, slots.pair_of_slot, slots.slot_of_pair)
+  hidden_SF = jax.nn.silu(jax.lax.ragged_dot(x_SD, gate_EDF, slots.sizes))
+  hidden_SF *= jax.lax.ragged_dot(x_SD, up_EDF, slots.sizes)
+  output_SD = jax.lax.ragged_dot(hidden_SF, down_EFD, slots.sizes)
+  return dispatch.move(output_SD, slots.slot_of_pair, slots.pair_of_slot), jnp.zeros(())

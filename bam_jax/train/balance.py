@@ -28,7 +28,7 @@ def whole_step(network: transformer.Network, loss: config.Loss) -> Callable:
       return carry, network.hidden(params, *inputs)[1]
 
     _, routing = jax.lax.scan(body, None, micro)
-    return jax.tree.map(lambda x: x.sum(0), routing)
+    return network.layout.total(jax.tree.map(lambda x: x.sum(0), routing))
 
   return run
 

@@ -21,21 +21,12 @@ class Metrics(NamedTuple):
   routing: block.Routing
 
 
-def token_nll(
-  network: transformer.Network, params: transformer.Params, hidden_BTD, targets_BT
-) -> jax.Array:
-  """Negative log-likelihood of every target, (B, T) float32 nats."""
-  logits_BTV = network.logits(params, hidden_BTD)
-  picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-  return jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
-
-
 def nll(network: transformer.Network, params: transformer.Params, batch: dict) -> Metrics:
   """Sums of the batch: `tokens, targets, segments, positions` (B, T) int32, `weights` (B, T)."""
   hidden_BTD, routing = network.hidden(
     params, batch['tokens'], batch['segments'], batch['positions']
   )
-  total = _weighted_nll(network, params, hidden_BTD, batch['targets'], batch['weights'])
+  total = network.nll_sum(params, hidden_BTD, batch['targets'], batch['weights'])
   return Metrics(total, batch['weights'].sum(), routing)
 
 
@@ -46,17 +37,23 @@ def objective(network: transformer.Network, loss: config.Loss) -> Callable:
   micro-batches' losses then add up to the step's, each weighted by the targets it holds.
   `whole` is the routing of the whole step, where routers' losses are over all of it: loads and
   token counts are then the step's, and what the micro-batches contribute adds up as well.
+
+  On a mesh the loss is what a device contributes, so that the devices' losses add up to the step's;
+  metrics are sums over this device's rows.
   """
+
+  layout = network.layout
 
   def run(params, batch, targets=None, whole=None):
     metrics = nll(network, params, batch)
-    targets = jnp.maximum(metrics.targets if targets is None else targets, 1)
+    here = layout.total(metrics.targets)
+    targets = jnp.maximum(here if targets is None else targets, 1)
     if whole is None:
-      share = metrics.targets / targets
-      routers = share * router_loss(network.model, loss, metrics.routing, metrics.routing)
+      over = jax.lax.stop_gradient(layout.total(metrics.routing))
+      routers = here / targets * router_loss(network.model, loss, metrics.routing, over)
     else:
       routers = router_loss(network.model, loss, metrics.routing, whole)
-    return metrics.nll / targets + routers, metrics
+    return (metrics.nll / targets + routers) / layout.copies, metrics
 
   return run
 
@@ -84,31 +81,4 @@ def router_loss(
     total += loss.router_z * router.router_z(stats, over)
     if balanced:
       total += loss.load_balance * router.load_balance(stats, over)
-  return total
-
-
-def _weighted_nll(network, params, hidden_BTD, targets_BT, weights_BT) -> jax.Array:
-  """Sum of `weights * nll`, holding the logits of one chunk of tokens at a time."""
-
-  def chunk_nll(hidden, targets, weights):
-    return jnp.sum(token_nll(network, params, hidden, targets) * weights)
-
-  chunk = network.compute.loss_chunk
-  num_tokens = targets_BT.size
-  if not chunk or chunk >= num_tokens:
-    return chunk_nll(hidden_BTD, targets_BT, weights_BT)
-  num_chunks = -(-num_tokens // chunk)
-  spare = num_chunks * chunk - num_tokens
-
-  def cut(x):
-    flat = x.reshape(num_tokens, *x.shape[2:])
-    padded = jnp.pad(flat, [(0, spare)] + [(0, 0)] * (flat.ndim - 1))
-    return padded.reshape(num_chunks, chunk, *flat.shape[1:])
-
-  def body(total, parts):
-    return total + jax.checkpoint(chunk_nll)(*parts), None
-
-  total, _ = jax.lax.scan(
-    body, jnp.zeros((), weights_BT.dtype), (cut(hidden_BTD), cut(targets_BT), cut(weights_BT))
-  )
   return total

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from bam_jax import config, sharding
 from bam_jax.model import transformer
@@ -59,15 +60,13 @@ def train_step(
   Cached, so that runs which differ in data, schedule or initial parameters compile once. What
   `learning_rate` is, `stages.rates` says.
   """
-  network = transformer.Network(model, compute)
-  gradients = jax.value_and_grad(loss_lib.objective(network, loss), has_aux=True)
-  if accumulate > 1:
-    gradients = _accumulated(gradients, accumulate, balance.whole_step(network, loss))
+  network = transformer.Network(model, compute, mesh)
+  gradients = spread_gradients(network, loss, accumulate)
   adamw = optimizer_lib.adamw(optimizer)
   learnable, learn = stages_lib.learnable(stages), stages_lib.learner(stages)
   move_bias = balance.bias_update(model, loss, stages)
   shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, mesh))
-  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  everywhere = jax.sharding.NamedSharding(mesh, P())
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, everywhere))
   def step(state: State, batch: dict, learning_rate) -> tuple[State, StepMetrics]:
@@ -85,19 +84,41 @@ def evaluation_step(
   model: config.Model, compute: config.Compute, mesh: jax.sharding.Mesh
 ) -> Callable[[transformer.Params, dict], loss_lib.Metrics]:
   """The jitted `(params, batch) -> sums of the batch`."""
-  network = transformer.Network(model, compute)
-  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  return jax.jit(functools.partial(loss_lib.nll, network), out_shardings=everywhere)
+  network = transformer.Network(model, compute, mesh)
+  layout = network.layout
+
+  def sums(params, batch):
+    return layout.total(loss_lib.nll(network, params, batch))
+
+  return jax.jit(layout.spread(sums, (layout.specs(network.abstract()), sharding.BATCH), P()))
 
 
-def _accumulated(gradient: Callable, accumulate: int, whole_step: Callable) -> Callable:
-  """`gradient` over micro-batches: sums over the step's targets, divided once."""
+def spread_gradients(network: transformer.Network, loss: config.Loss, accumulate: int) -> Callable:
+  """The function `(params, batch) -> ((loss, sums), gradients)` of global arrays."""
+  layout = network.layout
+  gradients = jax.value_and_grad(loss_lib.objective(network, loss), has_aux=True)
+  if accumulate > 1:
+    gradients = _accumulated(gradients, accumulate, network, loss)
 
   def run(params, batch):
-    targets = batch['weights'].sum()
-    # Micro-batch i takes every row i modulo `accumulate`: each device keeps the rows it has.
-    micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    (value, sums), grads = gradients(params, batch)
+    value = layout.sum(value, *sharding.AXES)
+    return (value, layout.total(sums)), layout.gradient_sums(grads)
 
+  specs = layout.specs(network.abstract())
+  return layout.spread(run, (specs, sharding.BATCH), ((P(), P()), specs))
+
+
+def _accumulated(
+  gradient: Callable, accumulate: int, network: transformer.Network, loss: config.Loss
+) -> Callable:
+  """`gradient` over micro-batches: sums over the step's targets, divided once."""
+  whole_step = balance.whole_step(network, loss)
+
+  def run(params, batch):
+    targets = network.layout.total(batch['weights'].sum())
+    # Micro-batch i takes every row i modulo `accumulate`, on every mesh the same rows.
+    micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
     whole = whole_step(params, micro)
 
     def body(total, part):

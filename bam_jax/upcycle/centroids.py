@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 from bam_jax import config, sharding
 from bam_jax.data import mixture
 from bam_jax.errors import UserError
-from bam_jax.model import attention, parameters, transformer
+from bam_jax.model import parameters, transformer
+from bam_jax.model.layout import Layout
 
 CENTROID_TOKENS = 32_768  # read of each source's data, rounded up to whole batches
 COPY_SPREAD = 0.1  # how far copies' columns are turned from the first source's
@@ -104,21 +105,21 @@ def _mean(sums: Callable, params, batches: Iterable[mixture.Batch], mesh) -> np.
 def _input_sums(network: transformer.Network, mesh: jax.sharding.Mesh) -> Callable:
   """The function (params, tokens, segments, positions) -> sums of inputs LD, number of tokens."""
   model, compute = network.model, network.compute
-  build = lambda: transformer.Transformer(model, compute, rngs=nnx.Rngs(0))
+  # Whole on every device, over global arrays: nothing here may be written for a device's part.
+  build = lambda: transformer.Transformer(model, compute, Layout(), rngs=nnx.Rngs(0))
   graph, _ = nnx.split(nnx.eval_shape(build))
 
   def sums(params, tokens_BT, segments_BT, positions_BT):
     dense = nnx.merge(graph, params)
     x_BTD = dense.embed.table[tokens_BT]
-    turn = attention.rotary(positions_BT, model.head_dim, model.rope_theta, x_BTD.dtype)
-    attend = attention.plain(segments_BT)
+    tokens = dense.tokens(segments_BT, positions_BT)
     real_BT = segments_BT > 0
     block_graph, layers = nnx.split(dense.blocks)
 
     def layer(x_BTD, layer_params):
       block = nnx.merge(block_graph, layer_params)
       sum_D = jnp.einsum('btd,bt->d', block.norm(x_BTD), real_BT.astype(jnp.float32))
-      return block(x_BTD, turn, attend, real_BT)[0], sum_D
+      return block(x_BTD, tokens)[0], sum_D
 
     return jax.lax.scan(layer, x_BTD, layers)[1], real_BT.sum()
 

@@ -8,6 +8,8 @@ from flax import nnx
 
 from bam_jax import config
 from bam_jax.model import ffn
+from bam_jax.model.layout import Layout
+from bam_jax.model.tokens import Tokens
 
 # torch's build is several GB on some platforms; `make test-parity` installs it.
 torch = pytest.importorskip('torch')
@@ -61,9 +63,9 @@ def theirs(x_BTD, cotangent_BTD):
 
 # Every way in which experts compute, with room for all the tokens.
 @pytest.mark.parametrize(
-  'buffer_factor, backend', [(0.0, 'cpu'), (0.0, 'tpu'), (float(E), 'cpu')], ids=str
+  'buffer_factor, platform', [(0.0, 'cpu'), (0.0, 'tpu'), (float(E), 'cpu')], ids=str
 )
-def test_the_layer_of_experts_is_theirs(buffer_factor, backend, monkeypatch):
+def test_the_layer_of_experts_is_theirs(buffer_factor, platform):
   rng = np.random.default_rng(0)
   x_BTD, cotangent_BTD = rng.normal(size=(2, B, T, D)).astype(np.float32)
   params, their_output_BTD, their_slopes = theirs(x_BTD, cotangent_BTD)
@@ -72,15 +74,16 @@ def test_the_layer_of_experts_is_theirs(buffer_factor, backend, monkeypatch):
     vocab_size=2, d_model=D, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, ffn_dim=F,
     ffn_experts=experts,
   )  # fmt: skip
-  with monkeypatch.context() as patch:
-    patch.setattr(jax, 'default_backend', lambda: backend)
-    build = lambda: ffn.MixtureOfFFN(model, rngs=nnx.Rngs(params=jax.random.key(0)))
-    graph, _ = nnx.split(nnx.eval_shape(build))
+  layout = Layout(platform=platform)
+  build = lambda: ffn.MixtureOfFFN(model, layout, rngs=nnx.Rngs(params=jax.random.key(0)))
+  graph, _ = nnx.split(nnx.eval_shape(build))
+  everything = jnp.ones((B, T), bool)
+  tokens = Tokens(None, None, everything, everything)
 
   @jax.jit
   def run(params, x_BTD):
     def value(params, x_BTD):
-      output_BTD, stats = nnx.merge(graph, params)(x_BTD, jnp.ones((B, T), bool))
+      output_BTD, stats = nnx.merge(graph, params)(x_BTD, tokens)
       return jnp.sum(output_BTD * cotangent_BTD), (output_BTD, stats)
 
     (_, (output_BTD, stats)), slopes = jax.value_and_grad(value, (0, 1), has_aux=True)(
@@ -93,5 +96,5 @@ def test_the_layer_of_experts_is_theirs(buffer_factor, backend, monkeypatch):
   far = {'output': distance(output_BTD, their_output_BTD)}
   assert slopes.keys() == their_slopes.keys()
   far |= {name: distance(slopes[name], slope) for name, slope in their_slopes.items()}
-  print(buffer_factor, backend, max(far.items(), key=lambda item: item[1]))
+  print(buffer_factor, platform, max(far.items(), key=lambda item: item[1]))
   assert {name: value for name, value in far.items() if not value < TOLERANCE} == {}

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import typing
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from bam_jax import config
 from bam_jax.errors import UserError
 from bam_jax.model import attention, block, transformer
 from bam_jax.model import ffn as ffn_lib
+from bam_jax.model.layout import Layout
+from bam_jax.model.tokens import Tokens
 from bam_jax.upcycle import merge, rules
 
 METHODS = typing.get_args(config.Method)
@@ -226,12 +229,12 @@ def layer(params: dict, part: str, number: int) -> dict:
   return jax.tree.map(lambda x: jnp.asarray(x[number]), params['blocks'][part])
 
 
-def call(cls, model: config.Model, params: dict, *inputs) -> np.ndarray:
+def call(cls, params: dict, *inputs) -> np.ndarray:
   """One layer of an attention or FFN module, with these parameters."""
 
   @jax.jit
   def run(params):
-    graph, state = block.nnx.split(cls(model, rngs=block.nnx.Rngs(0)))
+    graph, state = block.nnx.split(cls(rngs=block.nnx.Rngs(0)))
     block.nnx.replace_by_pure_dict(state, params)
     return block.nnx.merge(graph, state)(*inputs)[0]
 
@@ -247,16 +250,17 @@ def test_a_router_that_knows_one_expert_gives_its_source(models, method, expert)
   rng = np.random.default_rng(1)
   y_BTD = rng.normal(size=(2, 6, model.d_model)).astype(np.float32)
   y_BTD[..., 0] = 1  # what all tokens share, and by which the router decides
-  real_BT = np.ones((2, 6), bool)
   positions_BT = np.tile(np.arange(6, dtype=np.int32), (2, 1))
   turn = attention.rotary(positions_BT, model.head_dim, model.rope_theta, jnp.float32)
-  attend = attention.plain(jnp.ones((2, 6), jnp.int32))
+  real_BT = np.ones((2, 6), bool)
+  tokens = Tokens(turn, attention.plain(jnp.ones((2, 6), jnp.int32)), real_BT, real_BT)
   force = np.zeros((model.d_model, 4), np.float32)
   force[0, expert] = 100  # the other gates vanish in float32
 
   mixed = layer(merged, 'ffn', 1) | {'router': jnp.asarray(force)}
-  got = call(ffn_lib.MixtureOfFFN, mixture, mixed, y_BTD, real_BT)
-  want = call(ffn_lib.FFN, model, layer(sources[expert], 'ffn', 1), y_BTD, real_BT)
+  one_device = Layout()
+  got = call(partial(ffn_lib.MixtureOfFFN, mixture, one_device), mixed, y_BTD, tokens)
+  want = call(partial(ffn_lib.FFN, model), layer(sources[expert], 'ffn', 1), y_BTD, tokens)
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
   if mixture.attention_experts is None:
@@ -265,6 +269,6 @@ def test_a_router_that_knows_one_expert_gives_its_source(models, method, expert)
   if mixture.attention_experts.shared_kv:  # its own queries, everybody's keys and values
     own |= {name: layer(merged, 'attention', 1)[name] for name in ('key', 'value')}
   mixed = layer(merged, 'attention', 1) | {'router': jnp.asarray(force)}
-  got = call(attention.MixtureOfAttention, mixture, mixed, y_BTD, turn, attend, real_BT)
-  want = call(attention.Attention, model, own, y_BTD, turn, attend, real_BT)
+  got = call(partial(attention.MixtureOfAttention, mixture, one_device), mixed, y_BTD, tokens)
+  want = call(partial(attention.Attention, model), own, y_BTD, tokens)
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())

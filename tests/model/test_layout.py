@@ -1,0 +1,220 @@
+"""A model on a mesh is the model on one device: its loss, every gradient, and what moves for it."""
+
+import dataclasses
+import functools
+import re
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+
+from bam_jax import config, sharding
+from bam_jax.model import transformer
+from bam_jax.model.layout import Layout
+from bam_jax.train import loss as loss_lib
+from bam_jax.train import step
+
+LOSS = config.Loss(load_balance=0.3, router_z=0.2)
+TOLERANCE = 1e-5  # of the largest element of each array
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1), (1, 2, 2, 2), (1, 1, 8, 1)]
+QUICK_COMPILE = {'xla_backend_optimization_level': 0}
+
+
+def six(model: config.Model) -> config.Model:
+  """Six experts everywhere: three on each of two devices."""
+  attention = dataclasses.replace(model.attention_experts, num_experts=6)
+  return dataclasses.replace(
+    model, attention_experts=attention, ffn_experts=config.FFNExperts(6, top_k=2, renormalize=True)
+  )
+
+
+# Beside the models of conftest: what else a mesh could get wrong.
+ODD = {
+  'six_experts': ('bam_kv_experts', six),
+  'six_routed': ('routed_attention', six),
+  'norms_of_heads': ('bam_kv_experts', lambda m: dataclasses.replace(m, qk_norm=True)),
+  'norms_of_shared_heads': ('bam_shared_kv', lambda m: dataclasses.replace(m, qk_norm=True)),
+  'biased': (
+    'btx',
+    lambda m: dataclasses.replace(m, ffn_experts=config.FFNExperts(4, balance_bias=True)),
+  ),
+  'room_for_all': (
+    'bam_kv_experts',
+    lambda m: dataclasses.replace(m, ffn_experts=config.FFNExperts(4, buffer_factor=4.0)),
+  ),
+  'attention_experts_alone': (
+    'bam_kv_experts',
+    lambda m: dataclasses.replace(m, ffn_experts=None, logit_scale=0.5),
+  ),
+}
+QUICK = {
+  ('dense', (1, 2, 2, 2)),
+  ('untied', (1, 2, 2, 2)),
+  ('btx', (2, 2, 2, 1)),
+  ('bam_kv_experts', (1, 2, 4, 1)),
+  ('bam_shared_kv', (1, 2, 2, 2)),
+  ('six_experts', (1, 2, 2, 2)),
+  ('norms_of_heads', (1, 2, 2, 2)),
+}
+
+
+@pytest.fixture(scope='module')
+def named(models):
+  """The function from a name to its model."""
+
+  def make(name: str) -> config.Model:
+    if name in models:
+      return models[name]
+    base, change = ODD[name]
+    return change(models[base])
+
+  return make
+
+
+@pytest.fixture(scope='module')
+def start(named):
+  """Parameters of each model, as NumPy arrays; scales and biases are not all equal."""
+
+  @functools.cache
+  def make(name: str) -> dict:
+    network = transformer.Network(named(name), config.Compute())
+    params = jax.device_get(jax.jit(network.init)(jax.random.key(3)))
+    rng = np.random.default_rng(0)
+
+    def stir(path, x):
+      odd = sharding.path_of(path).split('/')[-1].endswith(('scale', 'bias'))
+      return (x + 0.2 * rng.normal(size=x.shape)).astype(x.dtype) if odd else x
+
+    return jax.tree_util.tree_map_with_path(stir, params)
+
+  return make
+
+
+@pytest.fixture(scope='module')
+def compiled(named, start, make_batch):
+  """The function (name, mesh) -> the compiled gradient of one batch, and its arguments."""
+
+  def build(name: str, shape, compute=config.Compute()):  # noqa: B008
+    mesh = sharding.make_mesh(config.Mesh(*shape))
+    network = transformer.Network(named(name), compute, mesh)
+    params = jax.device_put(start(name), sharding.tree(network.abstract(), mesh))
+    batch = sharding.put_batch(make_batch(8, 12, seed=1), mesh)
+    gradients = jax.jit(step.spread_gradients(network, LOSS, 1))
+    return gradients.lower(params, batch).compile(QUICK_COMPILE), (params, batch)
+
+  return build
+
+
+@pytest.fixture(scope='module')
+def one_device(named, start, make_batch):
+  """The function name -> loss, metrics and gradients by a jit without any mesh."""
+
+  @functools.cache
+  def run(name: str):
+    objective = loss_lib.objective(transformer.Network(named(name), config.Compute()), LOSS)
+    gradient = jax.jit(jax.value_and_grad(objective, has_aux=True), compiler_options=QUICK_COMPILE)
+    return jax.device_get(gradient(start(name), make_batch(8, 12, seed=1)))
+
+  return run
+
+
+def far(got, want) -> dict[str, float]:
+  """The leaves that differ by more than the tolerance, and by how much of the largest element."""
+  got, want = jax.device_get(got), jax.device_get(want)
+  found = {}
+  for path, expected in jax.tree_util.tree_leaves_with_path(want):
+    value = functools.reduce(lambda tree, key: _child(tree, key), path, got)
+    assert value.shape == expected.shape and value.dtype == expected.dtype
+    distance = np.abs(value - expected).max() / (np.abs(expected).max() or 1)
+    if not distance < TOLERANCE:
+      found[jax.tree_util.keystr(path)] = float(distance)
+  return found
+
+
+def _child(tree, key):
+  if isinstance(key, jax.tree_util.GetAttrKey):
+    return getattr(tree, key.name)
+  return tree[key.key if isinstance(key, jax.tree_util.DictKey) else key.idx]
+
+
+CASES = [
+  pytest.param(
+    name,
+    shape,
+    marks=() if (name, shape) in QUICK else pytest.mark.slow,
+    id=f'{name}-{"x".join(map(str, shape))}',
+  )
+  for name in (
+    'dense', 'untied', 'btx', 'bam_kv_experts', 'bam_shared_kv', 'routed_attention', *ODD
+  )
+  for shape in MESHES
+  if shape[2] <= (2 if 'six' in name else 4) or name in ('dense', 'untied')
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('name, shape', CASES)
+def test_a_mesh_is_one_device(compiled, one_device, name, shape):
+  program, arguments = compiled(name, shape)
+  assert far(program(*arguments), one_device(name)) == {}
+
+
+@pytest.mark.parametrize('remat', ['matmuls', 'attention', 'full'])
+def test_recomputing_changes_nothing(compiled, one_device, remat):
+  program, arguments = compiled(
+    'bam_shared_kv', (1, 2, 2, 2), config.Compute(remat=remat, loss_chunk=17, unroll=2)
+  )
+  assert far(program(*arguments), one_device('bam_shared_kv')) == {}
+
+
+def without_sum(layout, tree, *axes):
+  return tree
+
+
+def without_adding(layout, x):
+  rows = x.shape[0] // layout.sizes['expert']
+  return jax.lax.dynamic_slice_in_dim(x, rows * jax.lax.axis_index('expert'), rows)
+
+
+def one_sided(layout, grads):
+  return grads
+
+
+@pytest.mark.parametrize(
+  'method, broken',
+  [('sum', without_sum), ('to_owners', without_adding), ('gradient_sums', one_sided)],
+)
+def test_a_reduction_that_is_left_out_is_noticed(compiled, one_device, monkeypatch, method, broken):
+  monkeypatch.setattr(Layout, method, broken)
+  program, arguments = compiled('bam_kv_experts', (2, 2, 2, 1))
+  assert far(program(*arguments), one_device('bam_kv_experts'))
+
+
+COLLECTIVE = re.compile(
+  r'= \S+?\[([\d,]*)\]\S* (all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute)\('
+)
+
+
+def collectives_by_loop(text: str) -> list[Counter]:
+  """Of every loop of a compiled program that has any, its collectives of activations by kind.
+
+  Activations are (rows, 12, 32), as no other array here is.
+  """
+  bodies = set(re.findall(r'body=%?([\w.\-]+)', text))
+  found = []
+  for computation in re.split(r'\n(?=%|ENTRY)', text):
+    if computation.split(' ')[0].lstrip('%') in bodies:
+      kinds = Counter(
+        kind for shape, kind in COLLECTIVE.findall(computation) if shape.endswith(',12,32')
+      )
+      if kinds:
+        found.append(kinds)
+  return found
+
+
+@pytest.mark.parametrize('name', ['bam_kv_experts', 'btx', 'six_experts', 'routed_attention'])
+def test_a_layer_gathers_once_and_reduces_once(compiled, name):
+  program, _ = compiled(name, (1, 2, 2, 1))
+  once = {'all-gather': 1, 'reduce-scatter': 1}
+  # The loops over layers: forward and backward.
+  assert collectives_by_loop(program.as_text()) == [once, once]
