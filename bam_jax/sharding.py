@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -67,8 +68,32 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sh
       'shrink mesh.'
     )
   shape = (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)
-  grid = np.asarray(devices[: mesh.size]).reshape(shape)
+  if devices[0].platform == 'tpu' and mesh.size == len(devices):
+    grid = _neighbours(shape, devices)
+  else:
+    grid = np.asarray(devices[: mesh.size]).reshape(shape)
   return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _neighbours(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+  """TPUs such that each axis runs along links of their torus, and `data` across slices.
+
+  Their own order is host by host, in which the groups of different axes would share links.
+  """
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  if shape[0] % slices:
+    raise UserError(
+      f'mesh.data={shape[0]} is not a multiple of the {slices} slices: between slices only data '
+      'may be cut.'
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+    (shape[0] // slices, *shape[1:]),
+    (slices, *[1] * (len(shape) - 1)),
+    devices,
+    allow_split_physical_axes=True,
+  )
 
 
 def path_of(key_path: tuple) -> str:
