@@ -76,19 +76,18 @@ def account(
 
 
 def state_bytes(
-  model: config.Model, optimizer: config.Optimizer, mesh: config.Mesh
+  model: config.Model, compute: config.Compute, optimizer: config.Optimizer, mesh: config.Mesh
 ) -> dict[str, int]:
   """Bytes of a training state on each device of a mesh, float32.
 
   Activations, and the copies of weights in the compute dtype, come on top.
   """
-  sizes = dataclasses.astuple(mesh)
-  state = step.abstract_state(model, optimizer, jax.sharding.AbstractMesh(sizes, sharding.AXES))
+  abstract_mesh = jax.sharding.AbstractMesh(dataclasses.astuple(mesh), sharding.AXES)
+  state = step.abstract_state(model, compute, optimizer, abstract_mesh)
 
   def on_device(tree: Any) -> int:
-    return sum(
-      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
+    here = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != sharding.HOST]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in here)
 
   params, opt_state = on_device(state.params), on_device(state.opt_state)
   return {
@@ -178,7 +177,7 @@ def _row(recipe: config.Recipe, node: graph.Node, context: int) -> dict[str, Any
     'cache_dtype': run.compute.dtype,
     'mesh': config.to_dict(run.mesh),
     'devices': run.mesh.size,
-    'bytes_per_device': state_bytes(model, run.optimizer, run.mesh),
+    'bytes_per_device': state_bytes(model, run.compute, run.optimizer, run.mesh),
     'steps': steps,
     'step_tokens': recipe.step_tokens(node.name),
     'tokens': tokens,

@@ -126,6 +126,7 @@ class Compute:
   remat: Literal['none', 'matmuls', 'attention', 'full'] = 'none'
   loss_chunk: int = 0  # tokens whose float32 logits exist at once; 0 is all of a micro-batch
   unroll: int = 1  # layers a step of the scan over layers
+  offload_optimizer: bool = False  # keep the optimizer's moments in host memory between steps
 
   def __post_init__(self):
     _at_least(self, loss_chunk=0, unroll=1)

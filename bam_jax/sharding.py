@@ -19,6 +19,7 @@ from bam_jax.errors import UserError
 AXES = ('data', 'fsdp', 'expert', 'tensor')
 BATCH = P(('data', 'fsdp', 'expert'))
 FSDP = ('fsdp', 'expert')  # without experts of its own, an array is sharded over that axis as well
+HOST = 'pinned_host'  # the memory kind of a device's host
 VOCABULARY = ('tensor', 'expert', 'fsdp')  # what fsdp cuts is contiguous, to be gathered alone
 
 # Output projections are sharded on their second-to-last dimension: a slice of D need not be a
@@ -133,6 +134,13 @@ def tree(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(one, abstract)
+
+
+def on_host(shardings: Any) -> Any:
+  """The same, in the memory of the devices' hosts, except for counters: arrays in no part of it."""
+  return jax.tree_util.tree_map_with_path(
+    lambda key_path, s: s.with_memory_kind(HOST) if path_of(key_path) else s, shardings
+  )
 
 
 def check(abstract: Any, mesh: config.Mesh, where: str) -> None:

@@ -144,9 +144,9 @@ def test_a_note_does_not_depend_on_what_counts_do_not(small):
 
 @pytest.mark.parametrize('sizes', [(1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 4, 1), (2, 1, 2, 2)])
 def test_bytes_per_device_are_those_of_a_state_on_the_devices(model, sizes):
-  mesh = config.Mesh(*sizes)
-  expected = accounting.state_bytes(model, config.Optimizer(), mesh)
-  abstract = step.abstract_state(model, config.Optimizer(), sharding.make_mesh(mesh))
+  mesh, settings = config.Mesh(*sizes), (config.Compute(), config.Optimizer())
+  expected = accounting.state_bytes(model, *settings, mesh)
+  abstract = step.abstract_state(model, *settings, sharding.make_mesh(mesh))
   state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract)
   for part, tree in (('parameters', state.params), ('optimizer', state.opt_state)):
     held = {}
@@ -155,6 +155,11 @@ def test_bytes_per_device_are_those_of_a_state_on_the_devices(model, sizes):
     assert len(held) == mesh.size and set(held.values()) == {expected[part]}
   assert expected['gradients'] == expected['parameters']
   assert expected['total'] == sum(v for k, v in expected.items() if k != 'total')
+
+
+def test_moments_on_the_host_take_no_room_on_a_device(models):
+  settings = config.Compute(offload_optimizer=True), config.Optimizer(), config.Mesh(fsdp=2)
+  assert accounting.state_bytes(models['btx'], *settings)['optimizer'] == 4  # a counter
 
 
 def test_devices_sum_to_the_whole(small):

@@ -83,7 +83,7 @@ def test_a_tree_with_an_unknown_array_raises(models):
 @pytest.mark.parametrize('shape', MESHES, ids=str)
 def test_the_optimizer_lies_beside_the_parameters(model, shape):
   mesh = sharding.make_mesh(config.Mesh(*shape))
-  state = step.abstract_state(model, config.Optimizer(), mesh)
+  state = step.abstract_state(model, config.Compute(), config.Optimizer(), mesh)
   params, opt_state = by_path(state.params), by_path(state.opt_state)
   counters = opt_state.pop('')
   assert all(leaf.shape == () and leaf.sharding.is_fully_replicated for leaf in counters)
@@ -99,7 +99,7 @@ def test_the_optimizer_lies_beside_the_parameters(model, shape):
 @pytest.mark.parametrize('shape', MESHES, ids=str)
 def test_large_arrays_are_cut_as_often_as_the_mesh_can(model, shape):
   mesh = sharding.make_mesh(config.Mesh(*shape))
-  state = step.abstract_state(model, config.Optimizer(), mesh)
+  state = step.abstract_state(model, config.Compute(), config.Optimizer(), mesh)
   for path, (leaf,) in by_path(state.params).items():
     if path.removeprefix('blocks/') in NOWHERE:
       continue

@@ -119,7 +119,7 @@ def _start(
   job: Job, mesh: jax.sharding.Mesh, checkpoints: checkpoint.Checkpoints, batches: Any
 ) -> tuple[int, step_lib.State, float]:
   """Steps done before, the state after them, and the seconds they took."""
-  abstract = step_lib.abstract_state(job.model, job.run.optimizer, mesh)
+  abstract = step_lib.abstract_state(job.model, job.run.compute, job.run.optimizer, mesh)
   first_step = checkpoints.latest()
   if first_step is None:
     shardings = jax.tree.map(lambda x: x.sharding, abstract)

@@ -33,15 +33,16 @@ class StepMetrics(NamedTuple):
 
 
 def abstract_state(
-  model: config.Model, optimizer: config.Optimizer, mesh: jax.sharding.Mesh
+  model: config.Model, compute: config.Compute, optimizer: config.Optimizer, mesh: jax.sharding.Mesh
 ) -> State:
-  """Shapes, dtypes and shardings of a run's state."""
-  params = transformer.Network(model, config.Compute()).abstract()
+  """Shapes, dtypes and shardings of a run's state, between two steps."""
+  params = transformer.Network(model, compute).abstract()
   state = State(params, jax.eval_shape(optimizer_lib.adamw(optimizer).init, params))
+  shardings = sharding.tree(state, mesh)
+  if compute.offload_optimizer:
+    shardings = shardings._replace(opt_state=sharding.on_host(shardings.opt_state))
   return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    state,
-    sharding.tree(state, mesh),
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
   )
 
 
@@ -65,18 +66,27 @@ def train_step(
   adamw = optimizer_lib.adamw(optimizer)
   learnable, learn = stages_lib.learnable(stages), stages_lib.learner(stages)
   move_bias = balance.bias_update(model, loss, stages)
-  shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, mesh))
+  abstract = abstract_state(model, compute, optimizer, mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  fetch = _fetcher(compute, sharding.tree(abstract.opt_state, mesh))
   everywhere = jax.sharding.NamedSharding(mesh, P())
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, everywhere))
   def step(state: State, batch: dict, learning_rate) -> tuple[State, StepMetrics]:
     (loss_value, sums), grads = gradients(state.params, batch)
     grads = learnable(grads)
-    updates, opt_state = adamw.update(grads, state.opt_state, state.params)
+    updates, opt_state = adamw.update(grads, fetch(state.opt_state), state.params)
     params = move_bias(learn(state.params, updates, learning_rate), sums.routing)
     return State(params, opt_state), StepMetrics(loss_value, optax.tree.norm(grads), sums)
 
   return step
+
+
+def _fetcher(compute: config.Compute, shardings: Any) -> Callable[[Any], Any]:
+  """What brings the optimizer's state to the devices for its update."""
+  if not compute.offload_optimizer:
+    return lambda opt_state: opt_state
+  return lambda opt_state: jax.device_put(opt_state, shardings)
 
 
 @functools.lru_cache(maxsize=8)

@@ -40,7 +40,7 @@ def compiled(model, batch, *, loss=LOSS, accumulate=1, staged=stages.Stages(), r
   """The function state, learning rate -> state, metrics of one step; and a state to start from."""
   mesh = sharding.make_mesh(config.Mesh())
   with jax.set_mesh(mesh):
-    abstract = step.abstract_state(model, OPTIMIZER, mesh)
+    abstract = step.abstract_state(model, config.Compute(), OPTIMIZER, mesh)
     state = step.State(
       init(model), jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract.opt_state)
     )

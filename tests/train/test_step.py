@@ -46,7 +46,7 @@ def run(models, start, make_batch):
     model = models[variant]
     mesh = sharding.make_mesh(config.Mesh(*shape))
     with jax.set_mesh(mesh):
-      abstract = step.abstract_state(model, OPTIMIZER, mesh)
+      abstract = step.abstract_state(model, compute, OPTIMIZER, mesh)
       shardings = jax.tree.map(lambda x: x.sharding, abstract)
       params = jax.device_put(start(variant), shardings.params)
       opt_state = jax.tree.map(
@@ -173,12 +173,20 @@ def test_micro_batches_weigh_their_routers_losses(run):
   assert metrics.loss - nll > 2 * LOSS.load_balance * 0.9
 
 
+def test_moments_stay_on_the_host(run):
+  after, *_ = run('btx', (1, 2, 2, 1), compute=config.Compute(offload_optimizer=True))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(after):
+    host = path[0].name == 'opt_state' and sharding.path_of(path) != ''
+    assert (leaf.sharding.memory_kind == sharding.HOST) == host
+  check_equal(after, run('btx')[0])
+
+
 @pytest.mark.parametrize(
   'variant, how',
   [
     ('dense', dict(loss_chunk=7)),
     ('bam_kv_experts', dict(remat='full')),
-    ('dense', dict(unroll=2)),
+    ('dense', dict(unroll=2, remat='matmuls', offload_optimizer=True)),
     pytest.param('untied', dict(loss_chunk=96), marks=pytest.mark.slow),
     pytest.param('btx', dict(remat='full', loss_chunk=13, unroll=2), marks=pytest.mark.slow),
   ],

@@ -1,0 +1,118 @@
+"""Causal attention for CPUs, a block of queries at a time; FlashAttention-2, arXiv 2307.08691.
+
+A block of queries meets only the keys up to its own end, so that little more than half of the
+scores are computed; the backward pass computes them again from the logsumexp, and nothing of size
+T x T is kept. The blocks are unrolled: their shapes differ, and all are static.
+
+Legend: B batch, T queries, S keys, H query heads, G key-value heads, R = H / G, K head, t a block.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from bam_jax.model import remat
+
+BLOCK = 128  # queries; their scores stay in a core's cache
+MOST_BLOCKS = 8  # so that long sequences do not take long to compile
+
+
+@jax.custom_vjp
+def attend(query_BTHK, key_BSGK, value_BSGK, segments_BT) -> jax.Array:
+  """Attention BTHK of every token to itself and what stands before it in its own segment.
+
+  Scores and softmax are in float32. Segments of a token are equal numbers.
+  """
+  return _forward(query_BTHK, key_BSGK, value_BSGK, segments_BT)[0]
+
+
+def _forward(query_BTHK, key_BSGK, value_BSGK, segments_BT):
+  query_BGRTK, key_BGSK, value_BGSK = _arrange(query_BTHK, key_BSGK, value_BSGK)
+  outputs, logsumexps = [], []
+  for start, end in _blocks(query_BTHK.shape[1]):
+    scores_BGRtS = _scores(query_BGRTK, key_BGSK, segments_BT, start, end)
+    largest_BGRt1 = scores_BGRtS.max(-1, keepdims=True)
+    weights_BGRtS = jnp.exp(scores_BGRtS - largest_BGRt1)
+    total_BGRt1 = weights_BGRtS.sum(-1, keepdims=True)
+    output_BGRtK = _dot('bgrts,bgsk->bgrtk', weights_BGRtS, value_BGSK[:, :, :end])
+    outputs.append((output_BGRtK / total_BGRt1).astype(value_BSGK.dtype))
+    logsumexps.append(largest_BGRt1 + jnp.log(total_BGRt1))
+  output_BGRTK = checkpoint_name(jnp.concatenate(outputs, 3), remat.HEADS)
+  logsumexp_BGRT1 = checkpoint_name(jnp.concatenate(logsumexps, 3), remat.HEADS)
+  saved = query_BTHK, key_BSGK, value_BSGK, segments_BT, output_BGRTK, logsumexp_BGRT1
+  return _tokens_first(output_BGRTK), saved
+
+
+def _backward(saved, slope_BTHK):
+  query_BTHK, key_BSGK, value_BSGK, segments_BT, output_BGRTK, logsumexp_BGRT1 = saved
+  query_BGRTK, key_BGSK, value_BGSK = _arrange(query_BTHK, key_BSGK, value_BSGK)
+  slope_BGRTK = _heads_first(slope_BTHK, key_BSGK.shape[2])
+  dtype = logsumexp_BGRT1.dtype
+  # The softmax's own gradient needs the sum over keys of weight times slope: this, for all at once.
+  common_BGRT1 = jnp.sum(output_BGRTK.astype(dtype) * slope_BGRTK, -1, keepdims=True)
+  query_slopes = []
+  key_slope_BGSK = jnp.zeros(key_BGSK.shape, dtype)
+  value_slope_BGSK = jnp.zeros(value_BGSK.shape, dtype)
+  for start, end in _blocks(query_BTHK.shape[1]):
+    part = (slice(None),) * 3 + (slice(start, end),)
+    seen = (slice(None),) * 2 + (slice(end),)
+    scores_BGRtS = _scores(query_BGRTK, key_BGSK, segments_BT, start, end)
+    weights_BGRtS = jnp.exp(scores_BGRtS - logsumexp_BGRT1[part])
+    value_slope_BGSK = value_slope_BGSK.at[seen].add(
+      _dot('bgrts,bgrtk->bgsk', weights_BGRtS, slope_BGRTK[part])
+    )
+    slopes_BGRtS = _dot('bgrtk,bgsk->bgrts', slope_BGRTK[part], value_BGSK[seen])
+    slopes_BGRtS = weights_BGRtS * (slopes_BGRtS - common_BGRT1[part])
+    query_slopes.append(_dot('bgrts,bgsk->bgrtk', slopes_BGRtS, key_BGSK[seen]))
+    key_slope_BGSK = key_slope_BGSK.at[seen].add(
+      _dot('bgrts,bgrtk->bgsk', slopes_BGRtS, query_BGRTK[part])
+    )
+  query_slope_BGRTK = jnp.concatenate(query_slopes, 3) * query_BTHK.shape[-1] ** -0.5
+  return (
+    _tokens_first(query_slope_BGRTK).astype(query_BTHK.dtype),
+    key_slope_BGSK.swapaxes(1, 2).astype(key_BSGK.dtype),
+    value_slope_BGSK.swapaxes(1, 2).astype(value_BSGK.dtype),
+    None,
+  )
+
+
+attend.defvjp(_forward, _backward)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+  size = max(BLOCK, -(-length // MOST_BLOCKS))
+  return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _scores(query_BGRTK, key_BGSK, segments_BT, start: int, end: int) -> jax.Array:
+  """Scores of the queries from `start` to `end` with the keys to `end`, float32."""
+  scores_BGRtS = _dot('bgrtk,bgsk->bgrts', query_BGRTK[:, :, :, start:end], key_BGSK[:, :, :end])
+  number = jnp.arange(end)
+  causal_tS = number <= number[start:, None]
+  same_BtS = segments_BT[:, start:end, None] == segments_BT[:, None, :end]
+  visible_BtS = causal_tS & same_BtS
+  lowest = jnp.finfo(scores_BGRtS.dtype).min
+  return jnp.where(visible_BtS[:, None, None], scores_BGRtS, lowest)
+
+
+def _dot(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
+  """An einsum in the right operand's dtype, summed in float32."""
+  dtype = jnp.promote_types(right.dtype, jnp.float32)
+  return jnp.einsum(spec, left.astype(right.dtype), right, preferred_element_type=dtype)
+
+
+def _arrange(query_BTHK, key_BSGK, value_BSGK):
+  """Query BGRTK over the root of K, key and value BGSK."""
+  scale = query_BTHK.shape[-1] ** -0.5
+  query_BGRTK = _heads_first(query_BTHK * scale, key_BSGK.shape[2])
+  return query_BGRTK, key_BSGK.swapaxes(1, 2), value_BSGK.swapaxes(1, 2)
+
+
+def _heads_first(x_BTHK: jax.Array, groups: int) -> jax.Array:
+  B, T, H, K = x_BTHK.shape
+  return x_BTHK.reshape(B, T, groups, H // groups, K).transpose(0, 2, 3, 1, 4)
+
+
+def _tokens_first(x_BGRTK: jax.Array) -> jax.Array:
+  B, G, R, T, K = x_BGRTK.shape
+  return x_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, G * R, K)
