@@ -13,6 +13,7 @@ from bam_jax import checkpoint, config, sharding
 from bam_jax.data import shards
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
+from bam_jax.model.kernels import attention
 from bam_jax.train import stages
 from bam_jax.upcycle import rules
 
@@ -120,6 +121,7 @@ def check(
         f'config.evaluation.batch_size={recipe.evaluation.batch_size} is not a multiple of the '
         f'{node.run.mesh.batch_shards} parts that config.runs.{name}.mesh cuts a batch into.'
       )
+    attention.check(node.model, recipe.data.sequence_length, jax.default_backend())
     abstract = transformer.Network(node.model, node.run.compute).abstract()
     sharding.check(abstract, node.run.mesh, f'config.runs.{name}')
   return domains

@@ -15,34 +15,6 @@ from bam_jax.model import norm, parameters, remat, router
 from bam_jax.model.layout import Layout
 from bam_jax.model.tokens import Tokens
 
-# (query BTHK, key BTGK, value BTGK) -> BTHK, for the segments it was made for.
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-def plain(segments_BT: jax.Array) -> Attend:
-  """Attention by two einsums; scores and softmax in float32.
-
-  Args:
-    segments_BT: a token sees itself and what stands before it in its own segment.
-  """
-  length = segments_BT.shape[1]
-  causal_TS = jnp.tril(jnp.ones((length, length), bool))
-  visible_BTS = causal_TS & (segments_BT[:, :, None] == segments_BT[:, None, :])
-
-  def attend(query_BTHK, key_BSGK, value_BSGK):
-    B, T, H, K = query_BTHK.shape
-    G = key_BSGK.shape[2]
-    dtype = jnp.promote_types(query_BTHK.dtype, jnp.float32)
-    query_BTGRK = query_BTHK.reshape(B, T, G, H // G, K) * K**-0.5
-    scores_BGRTS = jnp.einsum(
-      'btgrk,bsgk->bgrts', query_BTGRK, key_BSGK, preferred_element_type=dtype
-    )
-    scores_BGRTS = jnp.where(visible_BTS[:, None, None], scores_BGRTS, jnp.finfo(dtype).min)
-    weights_BGRTS = jax.nn.softmax(scores_BGRTS).astype(value_BSGK.dtype)
-    return jnp.einsum('bgrts,bsgk->btgrk', weights_BGRTS, value_BSGK).reshape(B, T, H, K)
-
-  return attend
-
 
 def rotary(positions_BT: jax.Array, head_dim: int, theta: float, dtype: jnp.dtype) -> Callable:
   """Rotary position embedding of interleaved pairs over the whole head; arXiv 2104.09864, eq. 34.
@@ -86,7 +58,9 @@ class Attention(nnx.Module):
     """One layer's attention of normalised tokens (B, T, D), and no statistics."""
     y_BTD = y_BTD.astype(self.query.dtype)
     turn_query, turn_key = self.turns(self, ..., ..., tokens.turn)
-    key, value = _key_value(y_BTD, self.key[...], self.value[...], turn_key)
+    key, value = tokens.remember(
+      *_key_value(y_BTD, self.key[...], self.value[...], turn_key)
+    )
     heads_BTHK = _heads(y_BTD, self.query[...], key, value, turn_query, tokens.attend)
     return jnp.einsum('bthk,hkd->btd', heads_BTHK, self.out[...]), None
 
@@ -138,7 +112,9 @@ class MixtureOfAttention(nnx.Module):
       which = ... if self.options.shared_kv else expert
       turn_query, turn_key = self.turns(self, expert, which, tokens.turn)
       if expert == 0 or not self.options.shared_kv:
-        key, value = _key_value(y_BTD, self.key[which], self.value[which], turn_key)
+        key, value = tokens.remember(
+          *_key_value(y_BTD, self.key[which], self.value[which], turn_key)
+        )
       heads_BTHK = _heads(y_BTD, self.query[expert], key, value, turn_query, tokens.attend)
       heads_BTHK = heads_BTHK * mixed_BTE[:, :, expert, None, None]
       output_BTD += jnp.einsum('bthk,hkd->btd', heads_BTHK, self.out[expert])
@@ -172,8 +148,7 @@ def _key_value(y_BTD, key_DGK, value_DGK, turn):
 
 def _heads(y_BTD, query_DHK, key_BTGK, value_BTGK, turn, attend):
   query_BTHK = turn(jnp.einsum('btd,dhk->bthk', y_BTD, query_DHK))
-  query_BTHK = checkpoint_name(query_BTHK, remat.QUERY)
-  return checkpoint_name(attend(query_BTHK, key_BTGK, value_BTGK), remat.HEADS)
+  return attend(checkpoint_name(query_BTHK, remat.QUERY), key_BTGK, value_BTGK)
 
 
 def _sizes(model: config.Model) -> tuple[int, int, int, int, int]:

@@ -28,12 +28,13 @@ def blocks(experts_P: jax.Array, num_experts: int, rows: int) -> Slots:
   Args:
     experts_P: the expert of each pair; `num_experts` for a pair that wants none (padding).
     num_experts: E.
-    rows: of a part. Their number, ceil(P / rows) + E - 1, suffices whatever the choices are.
+    rows: of a part. Their number, floor((P + E (rows - 1)) / rows), suffices whatever the choices
+      are: each expert leaves at most rows - 1 rows of its last part empty.
   """
   order_P, rank_P, sizes_E = _group(experts_P, num_experts)
   parts_E = -(-sizes_E // rows)
   ends_E = jnp.cumsum(parts_E)
-  num_parts = -(-experts_P.size // rows) + num_experts - 1
+  num_parts = (experts_P.size + num_experts * (rows - 1)) // rows
   expert_of_part = jnp.searchsorted(
     ends_E, jnp.arange(num_parts), side='right', method='compare_all'
   )

@@ -1,7 +1,7 @@
 """SwiGLU, dense and as a mixture of routed experts.
 
 Legend: B batch, T sequence, D model, F hidden, E experts, k experts a token visits, P = BTk pairs,
-S rows of the experts' buffer, R rows of one part of it.
+S rows of the experts' buffer, R rows of one expert's part.
 """
 
 import math
@@ -14,10 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bam_jax import config
 from bam_jax.model import dispatch, parameters, remat, router
+from bam_jax.model.kernels import grouped
 from bam_jax.model.layout import Layout
 from bam_jax.model.tokens import Tokens
-
-BLOCK_ROWS = 256  # of a part of a dropless buffer: large enough for a matmul to run at speed
 
 
 def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
@@ -97,7 +96,7 @@ def _experts(options: config.FFNExperts, platform: str) -> Callable:
   """How the experts compute: (rows PD, expert of each P, weights) -> (rows PD, dropped pairs)."""
   if options.buffer_factor:
     return _buffered(options.num_experts, options.buffer_factor)
-  return _blocked if platform == 'cpu' else _ragged
+  return _dropless(grouped.choose(platform))
 
 
 def _buffered(all_experts: int, factor: float) -> Callable:
@@ -119,27 +118,14 @@ def _buffered(all_experts: int, factor: float) -> Callable:
   return run
 
 
-def _blocked(x_PD, experts_P, weights):
-  """Dropless, for CPU: a scan over blocks of rows, each with the weights of its expert."""
-  slots = dispatch.blocks(experts_P, weights[0].shape[0], min(BLOCK_ROWS, experts_P.size))
-  x_SD = dispatch.move(x_PD, slots.pair_of_slot, slots.slot_of_pair)
-  x_NRD = x_SD.reshape(slots.expert_of_part.size, -1, x_SD.shape[-1])
+def _dropless(kernel: grouped.Kernel) -> Callable:
+  """A buffer in which every pair finds room, computed as far as it is filled."""
 
-  def block(carry, part):
-    x_RD, expert = part
-    return carry, swiglu(x_RD, *(weight[expert] for weight in weights))
+  def run(x_PD, experts_P, weights):
+    rows = min(kernel.rows, experts_P.size)
+    slots = dispatch.blocks(experts_P, weights[0].shape[0], rows)
+    x_SD = dispatch.move(x_PD, slots.pair_of_slot, slots.slot_of_pair)
+    output_SD = kernel.swiglu(x_SD, weights, slots)
+    return dispatch.move(output_SD, slots.slot_of_pair, slots.pair_of_slot), jnp.zeros(())
 
-  _, output_NRD = jax.lax.scan(block, None, (x_NRD, slots.expert_of_part))
-  output_SD = output_NRD.reshape(x_SD.shape)
-  return dispatch.move(output_SD, slots.slot_of_pair, slots.pair_of_slot), jnp.zeros(())
-
-
-def _ragged(x_PD, experts_P, weights):
-  """Dropless, for GPU and TPU: a grouped matmul over rows sorted by expert."""
-  gate_EDF, up_EDF, down_EFD = weights
-  slots = dispatch.blocks(experts_P, gate_EDF.shape[0], 1)
-  x_SD = dispatch.move(x_PD, slots.pair_of_slot, slots.slot_of_pair)
-  hidden_SF = jax.nn.silu(jax.lax.ragged_dot(x_SD, gate_EDF, slots.sizes))
-  hidden_SF *= jax.lax.ragged_dot(x_SD, up_EDF, slots.sizes)
-  output_SD = jax.lax.ragged_dot(hidden_SF, down_EFD, slots.sizes)
-  return dispatch.move(output_SD, slots.slot_of_pair, slots.pair_of_slot), jnp.zeros(())
+  return run

@@ -8,6 +8,7 @@ from flax import nnx
 
 from bam_jax import config
 from bam_jax.model import attention, block, parameters, remat, vocabulary
+from bam_jax.model.kernels import attention as kernels
 from bam_jax.model.layout import Layout
 from bam_jax.model.tokens import Tokens
 
@@ -37,6 +38,8 @@ class Transformer(nnx.Module):
     self.model = model
     self.compute = compute
     self.layout = layout
+    dtype = jnp.dtype(compute.dtype)
+    self.kernel = kernels.choose(layout.platform, dtype, model.head_dim)
     self.embed = Table(model, rngs=rngs)
     self.blocks = block.Block(model, layout, rngs=rngs)
     self.final_norm = block.LayerNorm((model.d_model,), model.norm_epsilon)
@@ -68,7 +71,7 @@ class Transformer(nnx.Module):
       real_BT = segments > 0
       made[scope] = Tokens(
         turn=attention.rotary(positions, self.model.head_dim, self.model.rope_theta, dtype),
-        attend=attention.plain(segments),
+        attend=self.kernel(segments),
         real_BT=real_BT,
         counted_BT=self.layout.own(real_BT) if scope == 'group' else real_BT,
       )

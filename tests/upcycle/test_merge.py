@@ -15,6 +15,7 @@ from bam_jax import config
 from bam_jax.errors import UserError
 from bam_jax.model import attention, block, transformer
 from bam_jax.model import ffn as ffn_lib
+from bam_jax.model.kernels import attention as kernels
 from bam_jax.model.layout import Layout
 from bam_jax.model.tokens import Tokens
 from bam_jax.upcycle import merge, rules
@@ -253,7 +254,7 @@ def test_a_router_that_knows_one_expert_gives_its_source(models, method, expert)
   positions_BT = np.tile(np.arange(6, dtype=np.int32), (2, 1))
   turn = attention.rotary(positions_BT, model.head_dim, model.rope_theta, jnp.float32)
   real_BT = np.ones((2, 6), bool)
-  tokens = Tokens(turn, attention.plain(jnp.ones((2, 6), jnp.int32)), real_BT, real_BT)
+  tokens = Tokens(turn, kernels.plain(jnp.ones((2, 6), jnp.int32)), real_BT, real_BT)
   force = np.zeros((model.d_model, 4), np.float32)
   force[0, expert] = 100  # the other gates vanish in float32
 

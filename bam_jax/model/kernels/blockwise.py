@@ -7,6 +7,8 @@ T x T is kept. The blocks are unrolled: their shapes differ, and all are static.
 Legend: B batch, T queries, S keys, H query heads, G key-value heads, R = H / G, K head, t a block.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -15,6 +17,11 @@ from bam_jax.model import remat
 
 BLOCK = 128  # queries; their scores stay in a core's cache
 MOST_BLOCKS = 8  # so that long sequences do not take long to compile
+
+
+def attention(segments_BT: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+  """The function (query BTHK, key BSGK, value BSGK) -> BTHK; see `attend`."""
+  return lambda query, key, value: attend(query, key, value, segments_BT)
 
 
 @jax.custom_vjp
