@@ -4,7 +4,7 @@ Parameters are matched by path, most of the table once for dense models and once
 expert axis takes the mesh's. An unmatched path raises: nothing is replicated by accident.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -81,7 +81,7 @@ def _neighbours(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
 
   Their own order is host by host, in which the groups of different axes would share links.
   """
-  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  slices = _num_slices(devices)
   if slices == 1:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   if shape[0] % slices:
@@ -95,6 +95,26 @@ def _neighbours(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     devices,
     allow_split_physical_axes=True,
   )
+
+
+def lines(mesh: jax.sharding.Mesh, axis: str) -> tuple[int, ...]:
+  """Sizes of the lines of the TPUs' torus that an axis of the mesh runs along, outermost first.
+
+  More than one only where the axis is all of a slice: elsewhere XLA sees to it by itself.
+  """
+  size, slices = mesh.shape[axis], _num_slices(mesh.devices.flat)
+  if mesh.devices.flat[0].platform != 'tpu' or size * slices < mesh.size:
+    return (size,)
+  along = np.moveaxis(mesh.devices, AXES.index(axis), 0).reshape(size, -1)[:, 0]
+  places = np.asarray([device.coords for device in along])
+  moving = [column for column in places.T if len(set(column)) > 1]
+  moving.sort(key=lambda column: -np.argmax(column != column[0]))
+  sizes = tuple(len(set(column)) for column in moving)
+  return sizes if np.prod(sizes, initial=1) == size else (size,)
+
+
+def _num_slices(devices: Iterable[Any]) -> int:
+  return len({getattr(device, 'slice_index', 0) for device in devices})
 
 
 def path_of(key_path: tuple) -> str:

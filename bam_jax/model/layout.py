@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from bam_jax import sharding
@@ -42,6 +43,7 @@ class Layout:
     self.mesh = mesh if mesh is not None and mesh.size > 1 else None
     sizes = dict(self.mesh.shape) if self.mesh else {}
     self.sizes = {axis: sizes.get(axis, 1) for axis in sharding.AXES}
+    self.lines = {axis: _groups(sharding.lines(self.mesh, axis)) for axis in sizes}
 
   def spread(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """`function` on every device's part of global arrays, which the specs describe."""
@@ -76,16 +78,24 @@ class Layout:
     return self.sizes['tensor']
 
   def gather(self, x: jax.Array, *axes: str, dimension: int = 0) -> jax.Array:
-    """The parts of `x` of all devices along the axes, in their order, along a dimension."""
-    axes = self.over(*axes)
-    return jax.lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x
+    """The parts of `x` of all devices along the axes, in their order, along a dimension.
+
+    One line of devices after the other: TPUs make an all-reduce of a reduce-scatter along two axes
+    or over a whole slice, and the gradient of a gather is one.
+    """
+    for axis in reversed(self.over(*axes)):
+      for line in reversed(self.lines[axis]):
+        x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True, axis_index_groups=line)
+    return x
 
   def scatter(self, x: jax.Array, *axes: str, dimension: int = 0) -> jax.Array:
     """This device's part, along a dimension, of the sum of `x` over the devices along the axes."""
-    axes = self.over(*axes)
-    if not axes:
-      return x
-    return jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
+    for axis in self.over(*axes):
+      for line in self.lines[axis]:
+        x = jax.lax.psum_scatter(
+          x, axis, scatter_dimension=dimension, tiled=True, axis_index_groups=line
+        )
+    return x
 
   def group(self, x: jax.Array) -> jax.Array:
     """The rows of all devices that share a set of experts."""
@@ -157,3 +167,11 @@ class Layout:
     return jax.tree_util.tree_map_with_path(
       lambda key_path, x: sharding.spec_of(sharding.path_of(key_path), x.ndim), tree
     )
+
+
+def _groups(sizes: tuple[int, ...]) -> list[list[list[int]] | None]:
+  """The numbers of an axis' devices in lines of each size, outermost first; None is all of them."""
+  if len(sizes) == 1:
+    return [None]
+  numbers = np.arange(np.prod(sizes)).reshape(sizes)
+  return [np.moveaxis(numbers, d, -1).reshape(-1, size).tolist() for d, size in enumerate(sizes)]

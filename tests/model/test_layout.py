@@ -218,3 +218,12 @@ def test_a_layer_gathers_once_and_reduces_once(compiled, name):
   once = {'all-gather': 1, 'reduce-scatter': 1}
   # The loops over layers: forward and backward.
   assert collectives_by_loop(program.as_text()) == [once, once]
+
+
+def test_lines_of_devices_change_nothing(compiled, one_device, monkeypatch):
+  """As on TPUs, where an axis that is all of a slice is gathered along one line after the other."""
+  monkeypatch.setattr(sharding, 'lines', lambda mesh, axis: (2, 4) if axis == 'fsdp' else (1,))
+  program, arguments = compiled('untied', (1, 8, 1, 1))
+  text = program.as_text()
+  assert 'replica_groups={{0,4},{1,5},{2,6},{3,7}}' in text or '[4,2]<=[2,4]T(1,0)' in text
+  assert far(program(*arguments), one_device('untied')) == {}

@@ -7,6 +7,7 @@ hold them. Rows that are nobody's are given as zeros, come out as zeros and get 
 Legend: S rows of the buffer, R rows of a piece of it, E experts, D model, F hidden.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import xla_metadata
 from jax.experimental.pallas.ops.tpu import megablox
 
 from bam_jax.model import remat
@@ -41,8 +43,8 @@ def choose(platform: str) -> Kernel:
 
 
 LANES = 128
-# Rows, contracted and output columns of a step of the megablox kernel; the default of 128 each is
-# four times slower.
+# Rows, contracted and output columns of a step of the kernel, at most; megablox's default of 128
+# each is four times slower.
 TILE = 512, 768, 1024
 
 
@@ -60,7 +62,53 @@ def ragged(x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
   Its grid, forward and backward, has as many tiles of rows as the sizes fill, which a kernel before
   it counts: the compiled program says so, and a test looks. What lies beyond them is not written.
   """
-  return _padded(jax.lax.ragged_dot, x_SD, w_EDF, sizes_E)
+  return _padded(_ragged_dot, x_SD, w_EDF, sizes_E)
+
+
+@jax.custom_vjp
+def _ragged_dot(x_SD, w_EDF, sizes_E):
+  """`ragged_dot`, whose gradients have their own tiles."""
+  with _tiles(x_SD.shape[0], *w_EDF.shape[1:]):
+    return jax.lax.ragged_dot(x_SD, w_EDF, sizes_E)
+
+
+def _ragged_dot_forward(x_SD, w_EDF, sizes_E):
+  return _ragged_dot(x_SD, w_EDF, sizes_E), (x_SD, w_EDF, sizes_E)
+
+
+def _ragged_dot_backward(saved, slope_SF):
+  x_SD, w_EDF, sizes_E = saved
+  with _tiles(*slope_SF.shape, x_SD.shape[1]):
+    slope_SD = jax.lax.ragged_dot(slope_SF, w_EDF.swapaxes(1, 2), sizes_E)
+  with _tiles(*x_SD.shape, slope_SF.shape[1], gradient=True):
+    slope_EDF = jax.lax.ragged_dot_general(x_SD, slope_SF, sizes_E, _ROWS_CONTRACTED)
+  return slope_SD, slope_EDF, None
+
+
+_ragged_dot.defvjp(_ragged_dot_forward, _ragged_dot_backward)
+_ROWS_CONTRACTED = jax.lax.RaggedDotDimensionNumbers(
+  dot_dimension_numbers=(((0,), (0,)), ((), ())),
+  lhs_ragged_dimensions=[0],
+  rhs_group_dimensions=[],
+)
+
+
+def _tiles(rows: int, contracted: int, columns: int, gradient: bool = False):
+  """A context in which XLA's kernel works in larger tiles than its own.
+
+  Its own read the rows once for every 128 columns where it splits the contracted dimension, and
+  always for a weight's gradient: several times the bytes that the matmul has time for. Where
+  it does not split, as for matrices wider than high, its own are the better ones.
+  """
+  tile = [_divisor(size, most) for size, most in zip((rows, contracted, columns), TILE)]
+  if None in tile or not (gradient or contracted > columns):
+    return contextlib.nullcontext()
+  return xla_metadata.set_xla_metadata(ragged_dot_tiling=','.join(map(str, tile)))
+
+
+def _divisor(size: int, most: int) -> int | None:
+  """The largest multiple of LANES that divides `size`, at most `most`; None if there is none."""
+  return next((n for n in range(most, 0, -LANES) if size % n == 0), None)
 
 
 def megablocks(
