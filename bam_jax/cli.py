@@ -1,15 +1,20 @@
 """What every command line shares: flags in, exit status and one table or one JSON object out."""
 
+import contextlib
+import importlib
 import json
 import os
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import rich.console
+import rich.progress
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from bam_jax import config
+from bam_jax import compilation, config
 from bam_jax.errors import UserError
 
 USER_ERROR = 2  # exit status of a user's mistake
@@ -19,21 +24,32 @@ _JSON = flags.DEFINE_string(
 )
 
 
-def run(main: Callable[[], dict[str, Any] | None]) -> None:
+_verb: list[str] = []  # of the command that is running, if it has verbs
+
+
+def run(
+  main: Callable[..., dict[str, Any] | None],
+  most_arguments: int = 0,
+  verbosity: int = logging.ERROR,
+) -> None:
   """Parses the flags, calls `main`, and writes what it returns where `--json` says.
 
   Args:
     main: the command; returns the facts of its `--json` object, or None. Raises UserError for a
       user's mistake.
+    most_arguments: how many arguments that are no flags it takes; `main` is called with them.
+    verbosity: what libraries may log, without --verbosity: Orbax warns of what is no trouble.
   """
 
   def guarded(argv: Sequence[str]) -> int:
     if not flags.FLAGS['verbosity'].present:
-      logging.set_verbosity(logging.ERROR)  # Orbax warns of what is no trouble; --verbosity=-1
+      logging.set_verbosity(verbosity)
     try:
-      if len(argv) > 1:
-        raise UserError(f'Unexpected argument {argv[1]!r}: every option is a --flag=value.')
-      facts = main()
+      if len(argv) > 1 + most_arguments:
+        argument = argv[1 + most_arguments]
+        raise UserError(f'Unexpected argument {argument!r}: every option is a --flag=value.')
+      compilation.use_cache()
+      facts = main(*argv[1:])
       if _JSON.value and facts is not None:
         write_json(_JSON.value, facts)
     except UserError as error:
@@ -42,6 +58,32 @@ def run(main: Callable[[], dict[str, Any] | None]) -> None:
     return 0
 
   app.run(guarded, flags_parser=_parse)
+
+
+def run_verbs(verbs: Mapping[str, str]) -> None:
+  """Runs the verb that the first argument names.
+
+  Args:
+    verbs: for each the name of its module, which is imported only when it runs and which has flags,
+      `main`, a docstring for `--help`, and, if `main` takes arguments, MOST_ARGUMENTS.
+  """
+  verb = sys.argv[1] if len(sys.argv) > 1 else ''
+  if verb.lstrip('-') in ('help', 'helpfull', 'helpshort', 'h', '?'):
+    print(sys.modules['__main__'].__doc__)
+    sys.exit(0)
+  if verb not in verbs:
+    asked = f'{verb!r} is no verb' if verb else 'Do what'
+    print(f'{app_name()}: {asked}: give one of {", ".join(verbs)}. (Try --help.)', file=sys.stderr)
+    sys.exit(USER_ERROR)
+  module = importlib.import_module(verbs[verb])
+  _verb.append(verb)
+  del sys.argv[1]
+  if {'--help', '-help', '-h'} & set(sys.argv):
+    print(module.__doc__)
+    print(flags.FLAGS.module_help(module), flags.FLAGS.module_help(__name__), sep='\n')
+    sys.exit(0)
+  # Orbax logs a traceback of every error that a verb reports in a sentence.
+  run(module.main, getattr(module, 'MOST_ARGUMENTS', 0), logging.FATAL)
 
 
 def define_recipe() -> flags.FlagHolder:
@@ -61,9 +103,38 @@ def read_recipe(flag: flags.FlagHolder) -> config.Recipe:
   return config.parse(plain)
 
 
+@contextlib.contextmanager
+def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+  """A progress bar on standard error; yields the function that is told bytes done and in all."""
+  columns = (
+    rich.progress.TextColumn('{task.description}'),
+    rich.progress.BarColumn(),
+    rich.progress.DownloadColumn(),
+    rich.progress.TransferSpeedColumn(),
+    rich.progress.TimeRemainingColumn(),
+  )
+  bar = rich.progress.Progress(*columns, console=rich.console.Console(stderr=True))
+  task = bar.add_task(what, total=None)
+
+  def show(done: int, total: int) -> None:
+    bar.start()  # not before: what is refused at once shows no bar
+    bar.update(task, completed=done, total=total)
+
+  try:
+    yield show
+  finally:
+    if bar.live.is_started:
+      bar.stop()
+
+
 def app_name() -> str:
-  """The command as the user typed it: `bam_jax.prepare`."""
-  return 'bam_jax.' + os.path.splitext(os.path.basename(sys.argv[0]))[0]
+  """The command as the user typed it: `bam_jax.prepare`, `bam_jax.convert upcycle`."""
+  return ' '.join(['bam_jax.' + os.path.splitext(os.path.basename(sys.argv[0]))[0], *_verb])
+
+
+def command() -> str:
+  """The whole command line, for a record of what made something."""
+  return f'python -m {app_name()} {shlex.join(sys.argv[1:])}'
 
 
 def write_json(path: str, facts: dict[str, Any]) -> None:

@@ -100,6 +100,7 @@ def check(
         f'config.model.vocab_size={node.model.vocab_size} is below the {vocabulary} tokens of the '
         f'tokenizer in {dataset.path}: raise it to {vocabulary}.'
       )
+    _check_tokenizer(node, dataset)
     for reader, domain in _reads(node, nodes):
       if domain not in dataset.domains:
         raise UserError(
@@ -125,6 +126,18 @@ def check(
     abstract = transformer.Network(node.model, node.run.compute).abstract()
     sharding.check(abstract, node.run.mesh, f'config.runs.{name}')
   return domains
+
+
+def _check_tokenizer(node: Node, dataset: shards.Dataset) -> None:
+  """UserError when a checkpoint's parameters know other words than the data has."""
+  if not isinstance(node.run.init, config.FromCheckpoint):
+    return
+  path = node.run.init.checkpoint
+  if checkpoint.read_meta(path).tokenizer_hash != dataset.tokenizer_hash:
+    raise UserError(
+      f'config.runs.{node.name}.init.checkpoint={path} was made with another tokenizer than '
+      f'{dataset.path}: prepare the data with the tokenizer that lies with the checkpoint.'
+    )
 
 
 def _reads(node: Node, nodes: dict[str, Node]) -> list[tuple[str, str]]:

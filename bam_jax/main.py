@@ -19,28 +19,32 @@ import jax
 import rich.console
 from absl import flags
 
-from bam_jax import cli, graph, recipe, report
+from bam_jax import cli, distributed, graph, processes, recipe, report
 from bam_jax.errors import UserError
 from bam_jax.train import stop
 
 _CONFIG = cli.define_recipe()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of all the runs and of the report.')
 _RUNS = flags.DEFINE_list('runs', [], 'Names of the runs to train; default: all.')
+distributed.define_flags()
 
 
+@distributed.joined()
 def main() -> dict[str, Any] | None:
   """Trains what the flags ask for, and reports."""
   parsed = cli.read_recipe(_CONFIG)
   if not _WORKDIR.value:
     raise UserError('Where to? Give --workdir=FOLDER.')
   workdir = Path(_WORKDIR.value)
+  processes.check_shared(workdir)
   parsed = recipe.with_workdir(parsed, workdir)
   nodes = graph.resolve(parsed)
   dataset = recipe.open_dataset(parsed.data)
   try:
     recipe.execute(parsed, workdir, dataset, _RUNS.value, jax.process_index() == 0)
   except stop.Stopped as stopped:
-    print(f'Stopped by {stopped}; the same command goes on from here.', file=sys.stderr)
+    if jax.process_index() == 0:
+      print(f'Stopped by {stopped}; the same command goes on from here.', file=sys.stderr)
     sys.exit(128 + stopped.signum)
   if jax.process_index():
     return None

@@ -4,17 +4,16 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 import sys
-import zlib
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from bam_jax import checkpoint, config, graph, sharding, strict
+from bam_jax import checkpoint, config, graph, manifest, processes, sharding, strict
 from bam_jax.data import prepare, shards, sources
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
@@ -24,7 +23,6 @@ from bam_jax.train.progress import Progress
 from bam_jax.upcycle import centroids, merge, rules
 
 SAMPLE = Path(__file__).parent / 'data' / 'sample'
-LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
 
 
 def execute(
@@ -49,19 +47,23 @@ def execute(
     stop.Stopped: a signal came, and the run's state is saved.
   """
   nodes = graph.resolve(recipe, graph.digest(dataset.manifest['domains']))
-  asked = _asked(nodes, only, workdir)
+  everything = [config.to_dict(recipe), {name: nodes[name].identity for name in nodes}, list(only)]
+  processes.same(graph.digest(everything), 'recipe, flags and data')
+  asked = processes.decide(functools.partial(_asked, nodes, only, workdir))
   domains = graph.check(recipe, nodes, dataset, asked)
   for name in asked:
-    _check_identity(workdir / name, nodes[name])
+    processes.check_mesh(nodes[name].run.mesh, f'config.runs.{name}')
+    processes.decide(functools.partial(_check_identity, workdir / name, nodes[name]))
 
   steps = {name: recipe.total_steps(name) for name in asked}
   with stop.catch() as stopping, Progress(steps, enabled=progress_enabled) as progress:
     for name in asked:
       node, folder = nodes[name], workdir / name
-      if finished(folder, node, steps[name], domains):
+      if processes.decide(functools.partial(finished, folder, node, steps[name], domains)):
         progress.skip(name)
         continue
       _write_json(folder / 'config.json', _record(recipe, node))
+      _copy_tokenizer(dataset, folder)
       job = loop.Job(
         name=name,
         run=node.run,
@@ -71,7 +73,7 @@ def execute(
         domains=tuple(domains),
         folder=folder,
         init=functools.partial(initial_params, recipe, nodes, node, workdir, dataset),
-        meta=functools.partial(_meta, recipe, node, dataset),
+        meta=functools.partial(_meta, recipe, node, workdir, dataset),
       )
       facts = loop.train(job, progress, stopping)
       loss = facts.pop('loss')
@@ -103,27 +105,29 @@ def initial_params(
 ) -> transformer.Params:
   """The parameters that a run starts from, laid out by `shardings`."""
   network = transformer.Network(node.model, node.run.compute)
-  # Every run draws its own numbers, whatever other runs the recipe has.
-  key = jax.random.fold_in(jax.random.key(recipe.seed), zlib.crc32(node.name.encode()))
+  key = merge.run_key(recipe.seed, node.name)
+  find = lambda path: Path(processes.decide(lambda: str(checkpoint.find(path))))
   match node.run.init:
     case 'scratch':
       return jax.jit(network.init, out_shardings=shardings)(key)
     case config.FromRun(parent):
-      path = workdir / parent
+      path = find(workdir / parent)
       return checkpoint.restore_params(path, checkpoint.abstract(network.abstract(), shardings))
     case config.FromCheckpoint(path):
-      return checkpoint.restore_params(path, checkpoint.abstract(network.abstract(), shardings))
+      return checkpoint.restore_params(
+        find(path), checkpoint.abstract(network.abstract(), shardings)
+      )
     case config.FromUpcycle(upcycle):
       # The dense sources pass through host memory: a mixture's mesh need not suit them.
       dense = transformer.Network(nodes[upcycle.sources[0]].model, node.run.compute)
       load = functools.partial(checkpoint.restore_host_params, params=dense.abstract())
-      sources = [load(workdir / name) for name in upcycle.sources]
+      sources = [load(find(workdir / name)) for name in upcycle.sources]
       routers = {}
       if upcycle.router_init == 'centroids':
         runs = [nodes[name].run for name in upcycle.sources]
         routers = _centroids(recipe, node, runs, dataset, dense, sources, key)
       params = merge.merge(sources, network.abstract(), node.model, upcycle, key, routers)
-      return jax.device_put(params, shardings)
+      return processes.put(params, shardings)
   raise AssertionError(node.run.init)
 
 
@@ -195,7 +199,7 @@ def _record(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:
 
 
 def _meta(
-  recipe: config.Recipe, node: graph.Node, dataset: shards.Dataset, step: int
+  recipe: config.Recipe, node: graph.Node, workdir: Path, dataset: shards.Dataset, step: int
 ) -> checkpoint.Meta:
   return checkpoint.Meta(
     format=checkpoint.FORMAT,
@@ -207,7 +211,33 @@ def _meta(
     step=step,
     method=node.upcycle.method if node.upcycle else None,
     sources=_experts(node),
-    versions=versions(),
+    versions=manifest.versions(),
+    bos_token=dataset.manifest['tokenizer']['bos_token'],
+    eos_token=dataset.manifest['tokenizer']['eos_token'],
+    manifest=_manifest(recipe, node, workdir),
+  )
+
+
+def _manifest(recipe: config.Recipe, node: graph.Node, workdir: Path) -> manifest.Manifest | None:
+  """What a run's first parameters were made from; hashes would take reading all of it again."""
+  match node.run.init:
+    case 'scratch':
+      return None
+    case config.FromCheckpoint(path):
+      origins = [manifest.Source(path)]
+    case _:
+      origins = [
+        manifest.Source(str((workdir / name).absolute()), name, recipe.total_steps(name))
+        for name in config.parents(node.run)
+      ]
+  return manifest.Manifest(
+    command='',
+    time=manifest.now(),
+    sources=tuple(origins),
+    made=rules.record(node.model) if node.upcycle else (),
+    upcycle=node.upcycle,
+    seed=recipe.seed,
+    name=node.name,
   )
 
 
@@ -232,11 +262,6 @@ def _result(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:
   }
 
 
-def versions() -> dict[str, str]:
-  """Versions of the libraries that decide a run's numbers."""
-  return {library: metadata.version(library) for library in LIBRARIES}
-
-
 def _read_json(path: Path) -> dict[str, Any] | None:
   try:
     return json.loads(path.read_text(encoding='utf-8'))
@@ -256,25 +281,39 @@ def _write_json(path: Path, facts: dict[str, Any]) -> None:
   beside.replace(path)
 
 
+def _copy_tokenizer(dataset: shards.Dataset, folder: Path) -> None:
+  """Puts the tokenizer's file beside a run's checkpoints, which may outlive the data."""
+  name = dataset.manifest['tokenizer']['file']
+  if jax.process_index() == 0 and not (folder / name).exists():
+    beside = folder / f'{name}.partial'
+    shutil.copyfile(dataset.path / name, beside)
+    beside.replace(folder / name)
+
+
 def write_command(workdir: Path, recipe: config.Recipe, command: str) -> None:
   """Records what made this workdir, for the report."""
-  facts = {'name': recipe.name, 'command': command, 'seed': recipe.seed, 'versions': versions()}
+  facts = {'name': recipe.name, 'command': command, 'seed': recipe.seed}
+  facts['versions'] = manifest.versions()
   _write_json(workdir / 'recipe.json', facts)
 
 
 def open_dataset(data: config.Data) -> shards.Dataset:
   """The token shards of a recipe, prepared first when they are missing and the recipe says how."""
-  path = Path(data.path)
-  if data.prepare and not (path / shards.MANIFEST).exists():
-    options = data.prepare
-    print(f'Preparing {path} from {options.input}.', file=sys.stderr)
-    prepare.prepare(
-      sources.find_domains([str(SAMPLE) if options.input == 'sample' else options.input]),
-      path,
-      tokenizer=Tokenizer.load(options.tokenizer) if options.tokenizer else None,
-      train_tokenizer=options.train_tokenizer or None,
-    )
-  return shards.open_dataset(path)
+  processes.decide(functools.partial(_prepare_missing, data))
+  return shards.open_dataset(data.path)
+
+
+def _prepare_missing(data: config.Data) -> None:
+  path, options = Path(data.path), data.prepare
+  if not options or (path / shards.MANIFEST).exists():
+    return
+  print(f'Preparing {path} from {options.input}.', file=sys.stderr)
+  prepare.prepare(
+    sources.find_domains([str(SAMPLE) if options.input == 'sample' else options.input]),
+    path,
+    tokenizer=Tokenizer.load(options.tokenizer) if options.tokenizer else None,
+    train_tokenizer=options.train_tokenizer or None,
+  )
 
 
 def with_workdir(recipe: config.Recipe, workdir: Path) -> config.Recipe:

@@ -49,7 +49,7 @@ SCALE = recipes.Scale(
   mixture_schedule=dict(peak_learning_rate=1.2e-4, warmup_steps=1500, final_fraction=0.1),
   devices=16,
   accumulate=8,  # 4 sequences a device at once
-  compute=dict(dtype='bfloat16', remat='full', loss_chunk=16_384),
+  compute=dict(dtype='bfloat16', remat='full', loss_chunk=8_192),
   every=dict(log=50, evaluate=2_000, checkpoint=1_000),
 )
 

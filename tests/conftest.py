@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import tempfile
 
 import jax
 import numpy as np
@@ -17,6 +18,9 @@ from bam_jax.data import prepare, shards
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# Nor leave what they compile, some of it cut short on purpose, in the user's cache.
+_cache = tempfile.TemporaryDirectory()
+os.environ['XDG_CACHE_HOME'] = _cache.name
 
 for noisy in ('absl', 'jax', 'orbax'):
   logging.getLogger(noisy).setLevel(logging.ERROR)

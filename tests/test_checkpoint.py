@@ -1,6 +1,7 @@
 """Checkpoints come back on any mesh, in part, and as what they are; anything else is refused."""
 
 import dataclasses
+import hashlib
 import json
 
 import jax
@@ -31,7 +32,9 @@ def meta(model: config.Model, at: int, **changes) -> checkpoint.Meta:
 
 
 def abstract(model: config.Model, shape=(1, 1, 1, 1)) -> step.State:
-  return step.abstract_state(model, OPTIMIZER, sharding.make_mesh(config.Mesh(*shape)))
+  return step.abstract_state(
+    model, config.Compute(), OPTIMIZER, sharding.make_mesh(config.Mesh(*shape))
+  )
 
 
 def draw(model: config.Model, shape, seed: int) -> step.State:
@@ -220,6 +223,37 @@ def test_a_meta_that_is_not_ours_is_refused(fake, text, changes, words):
     checkpoint.read_meta(folder)
   for word in [str(folder), *words]:
     assert word in str(caught.value)
+
+
+def test_a_meta_without_what_came_later_is_read(tmp_path, models):
+  facts = config.to_dict(meta(models['dense'], 5))
+  for later in ('manifest', 'bos_token', 'eos_token'):
+    del facts[later]
+  (tmp_path / '5' / 'meta').mkdir(parents=True)
+  (tmp_path / '5' / 'meta' / 'metadata').write_text(json.dumps(facts))
+  assert checkpoint.read_meta(tmp_path) == meta(models['dense'], 5)
+
+
+def test_what_is_still_being_written_is_no_checkpoint(tmp_path, models):
+  checkpoint.write_meta(tmp_path / 'mix.partial-1-ab', meta(models['dense'], 5))
+  with pytest.raises(UserError, match='holds no checkpoint'):
+    checkpoint.find(tmp_path / 'mix.partial-1-ab')
+  (tmp_path / 'mix.partial-1-ab').rename(tmp_path / 'mix')
+  assert checkpoint.read_meta(tmp_path / 'mix') == meta(models['dense'], 5)
+
+
+@pytest.mark.parametrize('place', ['run/checkpoints/5', 'run', 'data'])
+def test_a_tokenizer_is_found_where_it_may_be(tmp_path, models, place):
+  right = hashlib.sha256(b'right').hexdigest()
+  facts = meta(models['dense'], 5, tokenizer_hash=right, tokenizer_path=str(tmp_path / 'data'))
+  for folder in ('run/checkpoints/5', 'data'):
+    (tmp_path / folder).mkdir(parents=True)
+  checkpoint.write_meta(tmp_path / 'run' / 'checkpoints' / '5', facts)
+  (tmp_path / 'run' / 'tokenizer.json').write_bytes(b'wrong')
+  with pytest.raises(UserError, match=f'{right[:12]}.*copy the file there'):
+    checkpoint.find_tokenizer(tmp_path / 'run')
+  (tmp_path / place / 'tokenizer.model').write_bytes(b'right')
+  assert checkpoint.find_tokenizer(tmp_path / 'run') == tmp_path / place / 'tokenizer.model'
 
 
 def test_a_meta_that_is_not_there_is_refused(fake):

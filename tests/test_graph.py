@@ -219,6 +219,13 @@ MISFITS = {
 }
 
 
+def test_a_checkpoint_of_another_tokenizer_is_refused(recipe_dict, dataset, written):
+  for name in ('seed', 'code', 'law'):
+    recipe_dict['runs'][name]['init'] = {'checkpoint': '/somewhere'}
+  with pytest.raises(UserError, match='runs.seed.init.checkpoint=/somewhere .*another tokenizer'):
+    check(recipe_dict, dataset)
+
+
 @pytest.mark.parametrize('change, words', MISFITS.values(), ids=MISFITS)
 def test_what_does_not_fit_is_refused(recipe_dict, dataset, change, words):
   recipe_dict['runs']['seed']['mesh'] = {'fsdp': 4}

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,9 +156,39 @@ def test_a_signal_saves_and_the_same_command_goes_on(text, undisturbed, tmp_path
   assert_same_end(tmp_path, undisturbed)
 
 
-def start(text: Path, workdir: Path) -> subprocess.Popen:
+@pytest.mark.slow
+def test_twenty_signals_at_random_moments(text, tmp_path):
+  """From the first import to the report: whenever SIGTERM comes, the end is the undisturbed one."""
+  flags = [
+    '--runs=seed',
+    f'--config.runs.seed.tokens={1500 * 64}',
+    '--config.runs.seed.every.evaluate=0',
+    '--config.runs.seed.every.checkpoint=100000',  # only for the signals
+  ]
+  undisturbed, stopped = tmp_path / 'undisturbed', tmp_path / 'stopped'
+  began = time.monotonic()
+  assert run(text, undisturbed, *flags).returncode == 0
+  seconds = time.monotonic() - began
+  chance, ends = random.Random(0), []
+  for _ in range(20):
+    process = start(text, stopped, *flags)
+    time.sleep(chance.uniform(0, seconds))
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    # Before and after the training Python's own handler ends it; 0: it had ended.
+    assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM, 0), stderr
+    ends.append(process.returncode)
+    if (stopped / 'seed' / 'result.json').exists():
+      assert_same_end(stopped, undisturbed, ['seed'])
+      shutil.rmtree(stopped)
+  assert 128 + signal.SIGTERM in ends
+  assert run(text, stopped, *flags).returncode == 0
+  assert_same_end(stopped, undisturbed, ['seed'])
+
+
+def start(text: Path, workdir: Path, *flags: str) -> subprocess.Popen:
   return subprocess.Popen(
-    command(text, workdir), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    command(text, workdir, *flags), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
   )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bam_jax import config, sharding
+from bam_jax import config, processes, sharding
 from bam_jax.data import mixture, shards
 from bam_jax.model import transformer
 from bam_jax.train import loss, metrics
@@ -54,12 +54,13 @@ def heldout_nll(
 
 
 def _domain(evaluate, params, documents, batch_size, sequence_length, mesh, tokens):
+  part, parts = processes.share_of_batch(mesh)
   batches = mixture.heldout(
     documents,
     sequence_length=sequence_length,
     batch_size=batch_size,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=part,
+    process_count=parts,
   )
   if tokens is not None:
     batches = itertools.islice(batches, -(-tokens // (batch_size * sequence_length)))

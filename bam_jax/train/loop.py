@@ -9,7 +9,7 @@ from typing import Any
 import grain
 import jax
 
-from bam_jax import checkpoint, config, sharding
+from bam_jax import checkpoint, config, processes, sharding
 from bam_jax.data import mixture, shards
 from bam_jax.model import arithmetic, transformer
 from bam_jax.train import evaluation, metrics, optimizer, record, stages, stop
@@ -57,7 +57,7 @@ def train(job: Job, progress: Progress, stopping: stop.Flag) -> dict[str, Any]:
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
     checkpoints = checkpoint.Checkpoints(job.folder / 'checkpoints', run.every.keep)
-    stack.callback(checkpoints.close)
+    stack.push(lambda kind, error, trace: _close(checkpoints, error))
     batches = mixture.iterate(batches_of(run, recipe, job.dataset), 0, PREFETCH)
     first_step, state, seconds = _start(job, mesh, checkpoints, batches)
     writer = metrics.Writer(job.folder, first_step)
@@ -97,10 +97,11 @@ def train(job: Job, progress: Progress, stopping: stop.Flag) -> dict[str, Any]:
         break
       if _due(step, run.every.evaluate):
         recorder.valid(step, evaluation.nats_per_token(heldout(options.tokens)))
-      if _due(step, run.every.checkpoint) or stopping.signum:
+      signum = stopping.agreed()
+      if _due(step, run.every.checkpoint) or signum:
         save(step)
-      if stopping.signum:
-        raise stop.Stopped(stopping.signum)
+      if signum:
+        raise stop.Stopped(signum)
 
     if checkpoints.latest() != total_steps:
       save(total_steps)
@@ -113,6 +114,12 @@ def train(job: Job, progress: Progress, stopping: stop.Flag) -> dict[str, Any]:
       'loss': recorder.loss,
       'domains': domains,
     }
+
+
+def _close(checkpoints: checkpoint.Checkpoints, error: BaseException | None) -> None:
+  # What is being written cannot be finished without a process that was lost.
+  if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+    checkpoints.close()
 
 
 def _start(
@@ -136,6 +143,7 @@ def batches_of(
   run: config.Run, recipe: config.Recipe, dataset: shards.Dataset
 ) -> grain.MapDataset[mixture.Batch]:
   """The training batches of a run, by step; this process's rows of each."""
+  part, parts = processes.share_of_batch(sharding.make_mesh(run.mesh))
   return mixture.batches(
     {domain: dataset.documents(domain, 'train') for domain in run.data},
     run.data,
@@ -143,8 +151,8 @@ def batches_of(
     batch_size=run.batch_size,
     # One number from both: runs of one recipe with one data seed read alike.
     seed=recipe.seed * 1_000_003 + run.data_seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=part,
+    process_count=parts,
   )
 
 

@@ -4,6 +4,10 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
+import jax
+
+from bam_jax import processes
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -19,11 +23,23 @@ class Flag:
   """Whether a signal to stop has come; a second Ctrl-C interrupts at once."""
 
   signum: int | None = None
+  _asked: jax.Array | None = None
 
   def __call__(self, signum, frame) -> None:
     if self.signum == signum == signal.SIGINT:
       raise KeyboardInterrupt
     self.signum = signum
+
+  def agreed(self) -> int | None:
+    """The signal at which to stop after this step, for all processes the same; all ask every step.
+
+    With several processes it is what they asked one another after the step before: by now known,
+    so that no device waits for it. SIGTERM goes before Ctrl-C.
+    """
+    if jax.process_count() == 1:
+      return self.signum
+    asked, self._asked = self._asked, processes.highest(self.signum or 0)
+    return int(asked) or None if asked is not None else None
 
 
 @contextlib.contextmanager
@@ -35,4 +51,5 @@ def catch() -> Iterator[Flag]:
     yield flag
   finally:
     for signum, handler in before.items():
-      signal.signal(signum, handler)
+      # None is a handler in C, as a device's library may have: Python cannot give it back.
+      signal.signal(signum, signal.SIG_DFL if handler is None else handler)

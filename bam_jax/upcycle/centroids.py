@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bam_jax import config, sharding
+from bam_jax import config, processes, sharding
 from bam_jax.data import mixture
 from bam_jax.errors import UserError
 from bam_jax.model import parameters, transformer
@@ -50,7 +50,8 @@ def routers(
   """
   sums = _input_sums(network, mesh)
   dtype = jnp.dtype(network.compute.dtype)
-  params = jax.device_put(parameters.cast(params, dtype), NamedSharding(mesh, P()))
+  params = parameters.cast(params, dtype)
+  params = processes.put(params, jax.tree.map(lambda _: NamedSharding(mesh, P()), params))
   means_SLD = np.stack([_mean(sums, params, source, mesh) for source in batches])
   return {path: columns(means_SLD, path, upcycle, key) for path in paths}
 

@@ -2,11 +2,14 @@
 
 Strict: every source array is consumed exactly once, every target array is written exactly once, and
 every shape is the one that the mixture's model says. Anything else raises.
+
+What is made of a piece is a function of that piece, so that `stream`, which holds only a few at a
+time, makes the same numbers.
 """
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,21 +48,17 @@ def merge(
   flat = [traverse_util.flatten_dict(source, sep='/') for source in sources]
   wanted = traverse_util.flatten_dict(target, sep='/')
   table = rules.rules(mixture)
-  _check_paths(flat, wanted, table)
+  check_paths({f'Source {number}': source for number, source in enumerate(flat)}, wanted, table)
   _check_routers(routers or {}, table, upcycle)
   made = {}
   for rule in table:
     shape = wanted[rule.target].shape
-    if rule.how == 'router' and upcycle.router_init == 'centroids':
+    if rule.source:
+      array = combine(rule, [source[rule.source] for source in flat], upcycle, key)
+    elif rule.how == 'router' and upcycle.router_init == 'centroids':
       array = routers[rule.target]
-    elif rule.how == 'router':
-      scale = upcycle.router_scale if upcycle.router_init == 'random' else 0.0
-      array = draw_router(rule.target, shape, scale, key)
-    elif rule.how == 'zero':
-      array = np.zeros(shape, np.float32)
     else:
-      arrays = [source.pop(rule.source) for source in flat]
-      array = combine(rule, arrays, upcycle, key)
+      array = initial(rule, shape, upcycle, key)
     if array.shape != shape:
       raise UserError(f'{rule.target} would have shape {array.shape}; the mixture wants {shape}.')
     made[rule.target] = array.astype(wanted[rule.target].dtype)
@@ -71,18 +70,55 @@ def combine(
 ) -> np.ndarray:
   """One target array from the sources' arrays of equal shape.
 
-  Experts past the sources are copies of the first source's. The result depends on no other rule, so
-  that a mixture may be made one array at a time.
+  The result depends on no other rule, so that a mixture may be made one array at a time.
   """
   shapes = {tuple(array.shape) for array in arrays}
   if len(shapes) > 1:
     raise UserError(f'{rule.source} has different shapes in the sources: {sorted(shapes)}.')
   if rule.how == 'mean':
     return options.average(arrays, upcycle)
-  stacked = np.stack([*arrays, *[arrays[0]] * len(upcycle.copies)], axis=1)
-  options.drop(rule.target, stacked, upcycle, key)
-  options.add_noise(rule.target, stacked, upcycle, key)
+  layers, *rest = arrays[0].shape
+  stacked = np.empty((layers, upcycle.experts, *rest), arrays[0].dtype)
+  for number, array in enumerate(arrays):
+    for layer in range(layers):
+      for expert, made in experts(rule.target, layer, number, array[layer], upcycle, key):
+        stacked[layer, expert] = made
   return stacked
+
+
+def experts(
+  path: str, layer: int, source: int, array: np.ndarray, upcycle: config.Upcycle, key: jax.Array
+) -> Iterator[tuple[int, np.ndarray]]:
+  """The experts of one layer that are made of one source, and their numbers.
+
+  Experts past the sources are copies of the first source's.
+
+  Args:
+    path: of the target array.
+    layer: its number.
+    source: its number.
+    array: the source's, of that layer; it is not changed, and may be yielded as it is.
+    upcycle: how many experts, and the options.
+    key: of the whole merge.
+  """
+  for expert in (source, *upcycle.copies) if source == 0 else (source,):
+    made = options.drop(path, array, layer, expert, upcycle, key)
+    yield expert, options.add_noise(path, made, layer, expert, upcycle, key)
+
+
+def initial(
+  rule: rules.Rule, shape: tuple[int, ...], upcycle: config.Upcycle, key: jax.Array
+) -> np.ndarray:
+  """What no source has: a router that is drawn or zero, or a bias of zeros."""
+  if rule.how == 'zero':
+    return np.zeros(shape, np.float32)
+  scale = upcycle.router_scale if upcycle.router_init == 'random' else 0.0
+  return draw_router(rule.target, shape, scale, key)
+
+
+def run_key(seed: int, name: str) -> jax.Array:
+  """The key of what is drawn for a run: its own numbers, whatever other runs a recipe has."""
+  return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 def draw_router(path: str, shape: tuple[int, ...], scale: float, key: jax.Array) -> np.ndarray:
@@ -101,15 +137,24 @@ def _check_routers(routers, table, upcycle) -> None:
     raise ValueError(f'Routers are given for {sorted(routers)} and needed for {sorted(needed)}.')
 
 
-def _check_paths(sources, wanted, table) -> None:
+def check_paths(
+  sources: Mapping[str, Iterable[str]], wanted: Iterable[str], table: Sequence[rules.Rule]
+) -> None:
+  """UserError unless the table consumes all that the sources have and makes all that is wanted.
+
+  Args:
+    sources: paths of the arrays of each source, by what messages call it.
+    wanted: paths of the mixture's arrays.
+    table: its rules.
+  """
   targets = [rule.target for rule in table]
   if sorted(targets) != sorted(wanted):
     odd = set(targets) ^ set(wanted)
     raise ValueError(f'The rule table and the mixture differ in {sorted(odd)}.')
   needed = {rule.source for rule in table if rule.source}
-  for number, source in enumerate(sources):
-    missing, unused = needed - set(source), set(source) - needed
+  for name, paths in sources.items():
+    missing, unused = needed - set(paths), set(paths) - needed
     if missing:
-      raise UserError(f'Source {number} has no {", ".join(sorted(missing))}.')
+      raise UserError(f'{name} has no {", ".join(sorted(missing))}.')
     if unused:
-      raise UserError(f'Source {number} has {", ".join(sorted(unused))}, which no rule consumes.')
+      raise UserError(f'{name} has {", ".join(sorted(unused))}, which no rule consumes.')

@@ -1,7 +1,7 @@
-"""What a merge may do beyond the paper, one array at a time; all of it is off by default.
+"""What a merge may do beyond the paper, one piece at a time; all of it is off by default.
 
 What is drawn for an array depends on its path, the key and the options alone: no order of the
-arrays, and no number of them in memory at once, changes a number.
+pieces, and no number of them in memory at once, changes a number.
 
 Legend: L layers, E experts, D model, F FFN hidden.
 """
@@ -34,8 +34,10 @@ def average(arrays: Sequence[np.ndarray], upcycle: config.Upcycle) -> np.ndarray
   return sum(terms[1:], start=terms[0])
 
 
-def drop(path: str, array: np.ndarray, upcycle: config.Upcycle, key: jax.Array) -> None:
-  """Draws a part of copied FFN experts anew, in place; Drop-Upcycling, arXiv 2502.19261.
+def drop(
+  path: str, matrix: np.ndarray, layer: int, expert: int, upcycle: config.Upcycle, key: jax.Array
+) -> np.ndarray:
+  """Draws a part of a copied FFN expert anew; Drop-Upcycling, arXiv 2502.19261.
 
   For each layer and expert `drop_ratio * F` hidden dimensions (to the nearest whole number) are
   chosen at random, the same for the expert's three matrices: the columns of `gate` and `up` and the
@@ -47,22 +49,24 @@ def drop(path: str, array: np.ndarray, upcycle: config.Upcycle, key: jax.Array) 
   that a source trained as they are.
 
   Args:
-    path: of `array`; nothing happens to arrays other than the three.
-    array: LE..., changed in place.
+    path: of the array; nothing happens to arrays other than the three.
+    matrix: DF or FD, of one layer and one expert; it is not changed.
+    layer: its number.
+    expert: its number.
     upcycle: the options.
     key: of the whole merge.
   """
-  if not upcycle.drop_ratio or path not in HIDDEN_AXIS:
-    return
   experts = range(upcycle.experts) if upcycle.method == 'sparse' else upcycle.copies
-  for layer in range(array.shape[0]):
-    for expert in experts:
-      matrix = np.moveaxis(array[layer, expert], HIDDEN_AXIS[path], 0)  # a view, FD
-      chosen = dropped(layer, expert, len(matrix), upcycle.drop_ratio, key)
-      if chosen.size:
-        old = matrix[chosen].astype(np.float32)
-        fresh = _rng(key, f'{path}/drop', layer, expert).standard_normal(old.shape, np.float32)
-        matrix[chosen] = old.mean() + old.std() * fresh
+  if not upcycle.drop_ratio or path not in HIDDEN_AXIS or expert not in experts:
+    return matrix
+  matrix = matrix.copy()
+  rows_FD = np.moveaxis(matrix, HIDDEN_AXIS[path], 0)  # a view
+  chosen = dropped(layer, expert, len(rows_FD), upcycle.drop_ratio, key)
+  if chosen.size:
+    old = rows_FD[chosen].astype(np.float32)
+    fresh = _rng(key, f'{path}/drop', layer, expert).standard_normal(old.shape, np.float32)
+    rows_FD[chosen] = old.mean() + old.std() * fresh
+  return matrix
 
 
 def dropped(layer: int, expert: int, size: int, ratio: float, key: jax.Array) -> np.ndarray:
@@ -71,26 +75,28 @@ def dropped(layer: int, expert: int, size: int, ratio: float, key: jax.Array) ->
   return np.sort(rng.choice(size, round(ratio * size), replace=False))
 
 
-def add_noise(path: str, array: np.ndarray, upcycle: config.Upcycle, key: jax.Array) -> None:
-  """Tells copies apart by Gaussian noise, in place; the baseline "noise" of arXiv 2502.19261.
+def add_noise(
+  path: str, array: np.ndarray, layer: int, expert: int, upcycle: config.Upcycle, key: jax.Array
+) -> np.ndarray:
+  """Tells copies apart by Gaussian noise; the baseline "noise" of arXiv 2502.19261.
 
   The noise's standard deviation is `noise` times that of the expert's array in its layer. It is
   added to every array of the experts past the sources, attention's as well as the FFN's, and never
   to a source's own expert; method 'sparse' keeps expert 0 as its source was.
 
   Args:
-    path: of `array`.
-    array: LE..., changed in place.
+    path: of the array.
+    array: of one layer and one expert; it is not changed.
+    layer: its number.
+    expert: its number.
     upcycle: the options.
     key: of the whole merge.
   """
-  if not upcycle.noise:
-    return
-  for layer in range(array.shape[0]):
-    for expert in upcycle.copies:
-      copy = array[layer, expert].astype(np.float32)
-      draw = _rng(key, f'{path}/noise', layer, expert).standard_normal(copy.shape, np.float32)
-      array[layer, expert] = copy + upcycle.noise * copy.std() * draw
+  if not upcycle.noise or expert not in upcycle.copies:
+    return array
+  copy = array.astype(np.float32)
+  draw = _rng(key, f'{path}/noise', layer, expert).standard_normal(copy.shape, np.float32)
+  return copy + upcycle.noise * copy.std() * draw
 
 
 def _rng(key: jax.Array, name: str, *numbers: int) -> np.random.Generator:

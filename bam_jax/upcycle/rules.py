@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal, NamedTuple
 
-from bam_jax import config
+from bam_jax import config, manifest
 
 How = Literal['mean', 'stack', 'router', 'zero']
 
@@ -69,3 +69,8 @@ def rules(mixture: config.Model) -> tuple[Rule, ...]:
   if ffn and ffn.balance_bias:
     table.append(Rule('blocks/ffn/router_bias', 'zero', None))
   return tuple(table)
+
+
+def record(mixture: config.Model) -> tuple[manifest.Made, ...]:
+  """The table as a manifest has it."""
+  return tuple(manifest.Made(*rule) for rule in rules(mixture))

@@ -1,37 +1,42 @@
 """Imported from transformers' Cohere, the dense model has the same logits and the same gradients.
 
-Random tiny models are written as files by transformers and read from there, so that names, layouts
-and the keys of config.json are its own.
+Random tiny models are written as folders by transformers and imported by the command, so that
+names, layouts, files and the keys of config.json are its own.
 """
 
-import json
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from flax import traverse_util
 
-from bam_jax import config
+from bam_jax import checkpoint, config
+from bam_jax.hf import exporting, names
 from bam_jax.model import transformer
 from bam_jax.train import loss
-from bam_jax.upcycle import hf
+from tests.hf import folders
 
 # torch's build is several GB on some platforms; `make test-parity` installs it.
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 load_file = pytest.importorskip('safetensors.numpy').load_file
 
+ROOT = Path(__file__).parent.parent.parent
 TOLERANCE = 1e-5  # of the largest magnitude in each array that is compared; both are float32
 SIZES = dict(
-  vocab_size=37,
+  vocab_size=270,
   hidden_size=24,
   intermediate_size=20,
   num_hidden_layers=3,
   num_attention_heads=6,
   max_position_embeddings=64,
   pad_token_id=None,  # torch gives the row of a padding token no gradient
-  bos_token_id=1,
-  eos_token_id=2,
+  bos_token_id=0,
+  eos_token_id=1,
   logit_scale=0.4,
   layer_norm_eps=1e-2,  # and a theta and a scale that a tiny model feels
   rope_parameters={'rope_type': 'default', 'rope_theta': 30.0},
@@ -43,7 +48,12 @@ CASES = {
   'mha_qk_norm': dict(num_key_value_heads=6, use_qk_norm=True, logit_scale=1.0),
   'head_dim': dict(num_key_value_heads=3, head_dim=10, use_qk_norm=True, logit_scale=2.5),
   'untied': dict(num_key_value_heads=2, tie_word_embeddings=False),
-}
+  'bfloat16': dict(num_key_value_heads=2, use_qk_norm=True, dtype='bfloat16'),
+  'sharded': dict(num_key_value_heads=2, max_shard_size='9KB'),
+  'cohere2': dict(
+    num_key_value_heads=2, layer_types=['sliding_attention'] * 3, sliding_window=64
+  ),
+}  # fmt: skip
 
 
 def distance(got, want) -> float:
@@ -53,14 +63,11 @@ def distance(got, want) -> float:
   return np.abs(got - want).max() / np.abs(want).max()
 
 
-def random_model(case: str):
-  """Their model, every parameter of which matters: no zeros, no ones, attention not uniform."""
-  cohere = transformers.CohereForCausalLM(
-    transformers.CohereConfig(**SIZES | CASES[case], attn_implementation='eager')
-  )
+def randomize(model) -> None:
+  """Makes every parameter of a model of transformers matter: no zeros, no ones."""
   generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
-    for name, parameter in cohere.named_parameters():
+    for name, parameter in model.named_parameters():
       noise = torch.randn(parameter.shape, generator=generator)
       if 'norm' in name:
         parameter.copy_(1 + 0.3 * noise)
@@ -68,33 +75,82 @@ def random_model(case: str):
         parameter.copy_(noise)
       else:
         parameter.copy_(noise * 1.5 / parameter.shape[1] ** 0.5)
-  return cohere.eval()
 
 
-def make_batch() -> dict[str, np.ndarray]:
+def make_folder(case: str, folder: Path):
+  """A random model of theirs in float32, saved in a folder with a tokenizer."""
+  options = dict(CASES[case])
+  dtype, size = options.pop('dtype', 'float32'), options.pop('max_shard_size', '5GB')
+  kind = 'Cohere2' if 'layer_types' in options else 'Cohere'
+  model_config = getattr(transformers, f'{kind}Config')(
+    **SIZES | options, attn_implementation='eager'
+  )
+  model = getattr(transformers, f'{kind}ForCausalLM')(model_config).eval()
+  randomize(model)
+  model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=size)
+  folders.make_tokenizer().save(folder)
+  # Read again, since `to` has rounded more than parameters.
+  return type(model).from_pretrained(folder, dtype='float32', attn_implementation='eager').eval()
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, '-m', 'bam_jax.convert', *arguments], cwd=ROOT, capture_output=True,
+    text=True, timeout=300, env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+  )  # fmt: skip
+
+
+@pytest.fixture(scope='module', params=CASES)
+def imported(request, tmp_path_factory):
+  """A model of theirs, its folder, and the folder of ours."""
+  folder = tmp_path_factory.mktemp(request.param)
+  model = make_folder(request.param, folder / 'hf')
+  done = run('import-hf', f'--input={folder}/hf', f'--output={folder}/ours')
+  assert done.returncode == 0, done.stderr
+  return model, folder / 'hf', folder / 'ours'
+
+
+def make_batch(padding: int = 0) -> dict[str, np.ndarray]:
+  """Two rows of 12 tokens, the first so many of the first row padding."""
   rng = np.random.default_rng(0)
   shape = 2, 12
+  real = np.ones(shape, np.int32)
+  real[0, :padding] = 0
   return {
-    'tokens': rng.integers(0, 37, shape).astype(np.int32),
-    'targets': rng.integers(0, 37, shape).astype(np.int32),
-    'segments': np.ones(shape, np.int32),
-    'positions': np.tile(np.arange(12, dtype=np.int32), (2, 1)),
-    'weights': np.ones(shape, np.float32),
+    'tokens': rng.integers(2, 260, shape).astype(np.int32),
+    'targets': rng.integers(0, 260, shape).astype(np.int32),
+    'segments': real,
+    'positions': np.maximum(np.cumsum(real, 1) - 1, 0).astype(np.int32),
+    'weights': real.astype(np.float32),
   }
 
 
-def theirs(cohere, batch) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
+def theirs(model, batch) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
   """Logits, the mean NLL, and its gradient by their names."""
-  logits_BTV = cohere(torch.tensor(batch['tokens'], dtype=torch.long)).logits
-  targets_N = torch.tensor(batch['targets'], dtype=torch.long).flatten()
-  value = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_N)
+  logits_BTV = model(
+    torch.tensor(batch['tokens'], dtype=torch.long),
+    attention_mask=torch.tensor(batch['segments'], dtype=torch.long),
+  ).logits
+  targets_BT = torch.tensor(batch['targets'], dtype=torch.long)
+  targets_BT[batch['weights'] == 0] = -100
+  value = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+  model.zero_grad()
   value.backward()
-  slopes = {name: parameter.grad.numpy() for name, parameter in cohere.named_parameters()}
+  slopes = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
   return logits_BTV.detach().numpy(), value.item(), slopes
 
 
-def ours(model: config.Model, params, batch) -> tuple[np.ndarray, float, dict]:
-  network = transformer.Network(model, config.Compute())
+def ours(folder: Path, batch) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
+  """Logits, the mean NLL, and its gradient by our paths, of a checkpoint."""
+  run, params = compiled(folder)
+  logits_BTV, value, slopes = jax.device_get(run(params, batch))
+  return logits_BTV, value, folders.flat(slopes)
+
+
+@functools.cache
+def compiled(folder: Path):
+  """A checkpoint as (params, batch) -> (logits, mean NLL, its gradient), and its params."""
+  network = transformer.Network(checkpoint.read_meta(folder).model, config.Compute())
   objective = loss.objective(network, config.Loss(load_balance=0, router_z=0))
 
   @jax.jit
@@ -103,43 +159,63 @@ def ours(model: config.Model, params, batch) -> tuple[np.ndarray, float, dict]:
     (value, _), slopes = jax.value_and_grad(objective, has_aux=True)(params, batch)
     return network.logits(params, hidden_BTD), value, slopes
 
-  return jax.device_get(run(params, batch))
+  return run, checkpoint.restore_host_params(folder, network.abstract())
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_the_imported_model_is_theirs(case, tmp_path):
-  cohere, batch = random_model(case), make_batch()
-  cohere.save_pretrained(tmp_path)
-  model = hf.model_from_hf(json.loads((tmp_path / 'config.json').read_text(encoding='utf-8')))
-  params = hf.params_from_state_dict(load_file(tmp_path / 'model.safetensors'), model)
+def by_our_paths(tensors: dict[str, np.ndarray], model: config.Model) -> dict[str, np.ndarray]:
+  """Tensors of theirs as arrays of ours."""
+  made = {}
+  for path, tensor in names.tensors(model).items():
+    made[path] = np.zeros((*tensor.stacked, *tensor.ours), np.float32)
+    for index, name in tensor.parts():
+      made[path][index] = names.to_ours(tensor, tensors[name], np.float32)
+  return made
 
-  logits_BTV, value, slopes = ours(model, params, batch)
-  their_logits_BTV, their_value, their_slopes = theirs(cohere, batch)
-  far = {'logits': distance(logits_BTV, their_logits_BTV), 'loss': distance(value, their_value)}
-  wanted = traverse_util.flatten_dict(hf.params_from_state_dict(their_slopes, model), sep='/')
-  got = traverse_util.flatten_dict(slopes, sep='/')
-  assert got.keys() == wanted.keys()
-  for path, array in wanted.items():
-    assert np.abs(array).max() > 1e-4, f'{path} does not matter'
-    far[path] = distance(got[path], array)
-  print(case, max(far.items(), key=lambda item: item[1]))  # pytest -s shows how near
+
+def check_same(got, want, model: config.Model, exclude=()) -> None:
+  """Logits, loss and every gradient agree."""
+  far = {'logits': distance(got[0], want[0]), 'loss': distance(got[1], want[1])}
+  wanted = by_our_paths(want[2], model)
+  assert got[2].keys() == wanted.keys()
+  for path in wanted.keys() - set(exclude):
+    assert np.abs(wanted[path]).max() > 1e-4, f'{path} does not matter'
+    far[path] = distance(got[2][path], wanted[path])
+  print(max(far.items(), key=lambda item: item[1]))  # pytest -s shows how near
   assert {name: value for name, value in far.items() if not value < TOLERANCE} == {}
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_the_exported_model_is_theirs_to_the_bit(case, tmp_path):
-  cohere = random_model(case)
-  cohere.save_pretrained(tmp_path)
-  model = hf.model_from_hf(json.loads((tmp_path / 'config.json').read_text(encoding='utf-8')))
-  stored = load_file(tmp_path / 'model.safetensors')
-  params = hf.params_from_state_dict(stored, model)
-  exported = hf.state_dict_from_params(params, model)
-  assert {name: x.tobytes() for name, x in exported.items()} == {
-    name: x.tobytes() for name, x in stored.items()
-  }
-  # In memory PyTorch lists a tied head under a name of its own.
-  listed = {name: tensor.numpy() for name, tensor in cohere.state_dict().items()}
-  assert ('lm_head.weight' in stored) == (not model.tied_embeddings)
-  assert 'lm_head.weight' in listed
-  again = hf.params_from_state_dict(listed, model)
-  jax.tree.map(np.testing.assert_array_equal, again, params)
+def test_the_imported_model_is_theirs(imported):
+  model, _, folder = imported
+  batch = make_batch()
+  check_same(ours(folder, batch), theirs(model, batch), checkpoint.read_meta(folder).model)
+
+
+def test_the_exported_model_is_theirs_to_the_bit(imported, tmp_path):
+  model, source, folder = imported
+  exporting.convert(
+    folder, str(tmp_path / 'hf'), dtype=None, max_shard_bytes=10**9,
+    progress=lambda done, total: None,
+  )  # fmt: skip
+  exported = load_file(tmp_path / 'hf' / 'model.safetensors')
+  stored = {}
+  for file in source.glob('*.safetensors'):
+    stored |= load_file(file)
+  assert exported.keys() == stored.keys()
+  for name, array in stored.items():
+    assert exported[name].tobytes() == array.astype(np.float32).tobytes(), name
+  if isinstance(model, transformers.CohereForCausalLM):
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+      tmp_path / 'hf', attn_implementation='eager'
+    )
+    tokens = torch.tensor(make_batch()['tokens'], dtype=torch.long)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+def test_cohere2_with_layers_that_are_not_ours(tmp_path):
+  options = {**SIZES, 'num_hidden_layers': 5, 'num_key_value_heads': 2}
+  model = transformers.Cohere2ForCausalLM(transformers.Cohere2Config(**options, sliding_window=64))
+  model.save_pretrained(tmp_path / 'hf')
+  folders.make_tokenizer().save(tmp_path / 'hf')
+  done = run('import-hf', f'--input={tmp_path}/hf', f'--output={tmp_path}/ours')
+  assert done.returncode == 2 and not (tmp_path / 'ours').exists()
+  assert 'layer 3 has full_attention' in done.stderr

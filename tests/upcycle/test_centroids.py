@@ -1,5 +1,6 @@
 """Routers from the sources' data: against NumPy, and from a recipe by where the tokens go."""
 
+import dataclasses
 import types
 
 import jax
@@ -117,6 +118,7 @@ def initial(recipe_dict, dataset, tmp_path, monkeypatch):
   monkeypatch.setattr(centroids, 'CENTROID_TOKENS', 512)
   recipe_dict['runs']['seed']['data'] = {'general': 1.0}
   monkeypatch.setattr(checkpoint, 'restore_host_params', restore)
+  monkeypatch.setattr(checkpoint, 'find', lambda path: path)
 
   def make(name: str, mesh: dict | None = None, **changes):
     recipe_dict['runs'][name]['init']['upcycle'] |= {'router_init': 'centroids'} | changes
@@ -149,7 +151,7 @@ def test_domains_go_to_their_own_experts_before_any_training(initial, dataset, n
   network = transformer.Network(made.node.model, made.node.run.compute)
   hidden = jax.jit(network.hidden)
   for expert, domain in enumerate(['general', 'code', 'law']):
-    run = config.dataclasses.replace(made.node.run, data={domain: 1.0}, data_seed=9)
+    run = dataclasses.replace(made.node.run, data={domain: 1.0}, data_seed=9)
     batch = loop.batches_of(run, made.recipe, dataset)[0]
     _, routing = hidden(made.params, batch['tokens'], batch['segments'], batch['positions'])
     for stats in routing:

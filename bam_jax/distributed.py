@@ -1,0 +1,240 @@
+"""Several processes as one job: how they find one another, and how they end when one is lost.
+
+A process on a pod of TPUs needs no flag. Elsewhere every process is started with the same command,
+and with its own `--process_id`:
+
+    python -m bam_jax.main ... --coordinator=HOST:PORT --process_count=4 --process_id=0
+
+HOST is where process 0 runs, and PORT is free there. Under SLURM (`srun`), Open MPI (`mpirun`; from
+version 5 on with mpi4py installed) or in a Kubernetes job (with the package `kubernetes`),
+`--coordinator=auto` says all three; JAX then gives each process the one GPU of its local rank.
+
+Every wait has an end. A start ends after `--join_timeout`. A process that is lost takes the others
+down: at once where the network reports a closed connection, else after `--lost_timeout`, by JAX's
+heartbeats, wherever they wait. Of the latter JAX makes an abort with a page of C++; the last words
+are ours.
+"""
+
+import atexit
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import jax
+from absl import flags
+
+from bam_jax import cli
+from bam_jax.errors import UserError
+
+FAILED = 1  # exit status of an error, where it is for Python to choose
+AGAIN = 'start all processes again with the same command, which goes on at the newest checkpoint'
+AUTO = 'auto'
+# Seconds that process 0 waits: the others end with it, in C++, and an error that all have found let
+# each say in its own words.
+GRACE = 2.0
+
+
+class Place(NamedTuple):
+  """Which process of which job this is; None is for JAX to find out."""
+
+  coordinator: str | None = None
+  process_count: int | None = None
+  process_id: int | None = None
+
+
+def define_flags() -> None:
+  """Defines the flags that `joined` reads."""
+  flags.DEFINE_string(
+    'coordinator',
+    None,
+    'For a job of several processes: HOST:PORT of process 0, or "auto" to ask SLURM, Open MPI or '
+    'Kubernetes. TPU pods need none of these flags.',
+  )
+  flags.DEFINE_integer('process_count', None, 'How many processes the job has.', lower_bound=1)
+  flags.DEFINE_integer('process_id', None, 'Which one this is, from 0.', lower_bound=0)
+  flags.DEFINE_integer(
+    'join_timeout', 300, 'Seconds to wait at the start for all processes.', lower_bound=1
+  )
+  flags.DEFINE_integer(
+    'lost_timeout', 100, 'Seconds of silence after which a process is lost.', lower_bound=5
+  )
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+  """Makes this process part of its job for the time of a `with` block; alone, it does nothing.
+
+  Must come before anything asks JAX for its devices. In a job, an error leaves the process at once:
+  the others could only wait for it.
+
+  Raises:
+    UserError: the flags do not fit together, or the job is none.
+  """
+  values = flags.FLAGS
+  place = place_of(
+    values.coordinator, values.process_count, values.process_id, pod=has_tpu(Path('/dev'))
+  )
+  witness = place and _join(place, values.join_timeout, values.lost_timeout)
+  if witness is None:
+    yield
+    return
+  this = f'process {jax.process_index()} of {jax.process_count()}'
+  witness.note(f'{this} was killed, or taken down by JAX since another one was lost: {AGAIN}.')
+  try:
+    yield
+  except UserError as error:
+    _leave(str(error), cli.USER_ERROR, witness, GRACE if jax.process_index() == 0 else 0.0)
+  except KeyboardInterrupt:
+    _leave('interrupted at once, nothing saved.', 128 + signal.SIGINT, witness)
+  except jax.errors.JaxRuntimeError as error:
+    said = str(error).splitlines()[0]
+    _leave(
+      f'{this} cannot go on ({said}), most likely since another one was lost: {AGAIN}.',
+      FAILED,
+      witness,
+    )
+  except Exception:
+    traceback.print_exc()
+    _leave(f'{this} has failed, and the others end with it.', FAILED, witness)
+
+
+def place_of(
+  coordinator: str | None, process_count: int | None, process_id: int | None, pod: bool
+) -> Place | None:
+  """What the flags say; None for a process that is alone.
+
+  Args:
+    coordinator: of the flags.
+    process_count: of the flags.
+    process_id: of the flags.
+    pod: whether this machine may be one of a pod that JAX finds by itself.
+  """
+  numbers = process_count, process_id
+  if coordinator is None:
+    if numbers != (None, None):
+      raise UserError('--process_count and --process_id need --coordinator=HOST:PORT.')
+    return Place() if pod else None
+  if coordinator == AUTO:
+    if numbers != (None, None):
+      raise UserError(
+        '--coordinator=auto finds --process_count and --process_id itself: leave them out.'
+      )
+    return Place()
+  if None in numbers:
+    raise UserError(
+      f'--coordinator={coordinator} needs --process_count, the same for all, and --process_id, for '
+      'every process its own.'
+    )
+  host, _, port = coordinator.rpartition(':')
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    raise UserError(f'--coordinator={coordinator} is not HOST:PORT, nor "auto".')
+  if process_id >= process_count:
+    raise UserError(
+      f'--process_id={process_id} is not below --process_count={process_count}: count from 0.'
+    )
+  return Place(coordinator, process_count, process_id)
+
+
+def has_tpu(devices: Path) -> bool:
+  """Whether JAX will use TPUs of this machine, which may be one of a pod.
+
+  Args:
+    devices: /dev.
+  """
+  chips = [*devices.glob('accel[0-9]*'), *devices.glob('vfio/[0-9]*')]
+  wanted = (jax.config.jax_platforms or 'tpu').split(',')
+  return bool(chips) and 'tpu' in wanted and importlib.util.find_spec('libtpu') is not None
+
+
+def _join(place: Place, join_timeout: int, lost_timeout: int) -> '_Witness | None':
+  """Meets the others; None where there are none."""
+  witness = _Witness()
+  # `stop` agrees on when to stop. JAX's own service would take SIGTERM away from Python, and knows
+  # steps by their numbers, which begin again with every run of a recipe.
+  jax.config.update('jax_enable_preemption_service', False)
+  late = f'not all processes of the job came within --join_timeout={join_timeout} s: start all'
+  if place.coordinator:
+    late += f' with --coordinator={place.coordinator}, and each with its own --process_id'
+  witness.note(f'{late}.')
+  # Where JAX's own time-out ends, it aborts.
+  alarm = threading.Timer(join_timeout, _leave, [f'{late}.', cli.USER_ERROR, witness])
+  alarm.daemon = True
+  alarm.start()
+  try:
+    jax.distributed.initialize(
+      *place,
+      # What a launcher around our flags says would hide all GPUs but one.
+      cluster_detection_method='deactivate' if place.coordinator else None,
+      initialization_timeout=join_timeout + 60,
+      heartbeat_timeout_seconds=lost_timeout,
+    )
+    count = jax.process_count()
+  except (RuntimeError, ValueError, OSError) as error:
+    if place == Place() and flags.FLAGS.coordinator is None and 'coordinator_address' in str(error):
+      count = 1  # a TPU that belongs to no pod
+    else:
+      raise UserError(_why_not(place, error)) from None
+  finally:
+    alarm.cancel()
+    witness.note('')
+  if place.process_count not in (None, count):
+    said = f'--process_count={place.process_count}, but another process says {count}'
+    _leave(f'{said}: give all the same.', cli.USER_ERROR, witness)
+  return witness if count > 1 else None
+
+
+def _why_not(place: Place, error: Exception) -> str:
+  said = ' '.join(str(error).split())
+  if place.coordinator:
+    return f'--coordinator={place.coordinator} cannot be used: {said}'
+  if flags.FLAGS.coordinator == AUTO:
+    return (
+      f'--coordinator=auto finds no job of SLURM, Open MPI or Kubernetes ({said}): give '
+      '--coordinator=HOST:PORT, --process_count and --process_id.'
+    )
+  return (
+    f'the pod of this TPU cannot be found ({said}): give --coordinator=HOST:PORT, --process_count '
+    'and --process_id, or set TPU_SKIP_MDS_QUERY=1 if this machine is alone.'
+  )
+
+
+def _leave(sentence: str, status: int, witness: '_Witness', after: float = 0.0) -> NoReturn:
+  """Ends the process without the farewell that JAX waits for, which the others may never answer."""
+  witness.note('')
+  print(f'{cli.app_name()}: {sentence}', file=sys.stderr)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  time.sleep(after)
+  os._exit(status)
+
+
+class _Witness:
+  """A shell that outlives this process and says why it ended, where it could not do so itself."""
+
+  def __init__(self):
+    script = 'while read -r line; do said=$line; done; [ -z "$said" ] || printf "%s\\n" "$said" >&2'
+    self._shell = subprocess.Popen(
+      ['sh', '-c', script],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.DEVNULL,
+      text=True,
+      start_new_session=True,  # out of Ctrl-C's way
+    )
+    # Before JAX has its farewell registered, hence after it.
+    atexit.register(self.note, '')
+
+  def note(self, sentence: str) -> None:
+    """What to say if this process ends now; nothing if empty."""
+    line = f'{cli.app_name()}: {sentence}\n' if sentence else '\n'
+    with contextlib.suppress(BrokenPipeError):  # someone killed the shell
+      self._shell.stdin.write(line)
+      self._shell.stdin.flush()

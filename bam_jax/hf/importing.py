@@ -1,0 +1,154 @@
+"""A folder for transformers into a checkpoint of ours, one tensor at a time, and without torch."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from bam_jax import arrays, checkpoint, config, folders, manifest
+from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.errors import UserError
+from bam_jax.hf import config_json, files, names
+
+
+def convert(
+  source: str,
+  output: epath.PathLike,
+  *,
+  dtype: str,
+  tokenizer: str | None = None,
+  bos_token: str | None = None,
+  eos_token: str | None = None,
+  command: str,
+  progress: Callable[[int, int], None],
+) -> checkpoint.Meta:
+  """Makes a checkpoint of the model in a folder, with its tokenizer beside it.
+
+  Args:
+    source: the folder, with config.json and safetensors, in one file or in several and an index.
+    output: the checkpoint; does not exist.
+    dtype: of its arrays, 'float32' or 'bfloat16'; what it cannot hold is rounded to nearest.
+    tokenizer: its file, or a folder that holds it; None: the source.
+    bos_token: begins documents; None: a well-known token, as in bam_jax.prepare.
+    eos_token: ends them.
+    command: for the record.
+    progress: is told bytes read, and of how many.
+
+  Returns:
+    What was written as `meta`.
+
+  Raises:
+    UserError: the model is not one of ours, its files are damaged or do not fit its config.json, a
+      value is NaN or infinite, or the output exists or cannot be written.
+  """
+  folder = Path(source)
+  facts = files.read_json(folder / files.CONFIG)
+  try:
+    model, length = config_json.to_model(facts), config_json.to_length(facts)
+    method, experts = config_json.to_origin(facts)
+  except UserError as error:
+    raise UserError(f'{folder / files.CONFIG}: {error}') from None
+  reader, table = files.Reader(folder), names.tensors(model)
+  _check(reader, table, model)
+  words, words_file = _tokenizer(Path(tokenizer or source), bos_token, eos_token)
+  if words.vocab_size > model.vocab_size:
+    raise UserError(
+      f'{words_file} has {words.vocab_size} tokens and the model in {source} has rows for '
+      f'{model.vocab_size}: it is the tokenizer of another model.'
+    )
+  specs = {
+    path: arrays.Spec((*tensor.stacked, *tensor.ours), jnp.dtype(dtype))
+    for path, tensor in table.items()
+  }
+  with folders.new_folder(output, sum(spec.nbytes for spec in specs.values())) as beside:
+    writer = arrays.Writer(beside / 'params', specs)
+    hashes = _copy(reader, table, writer, progress)
+    writer.finish()
+    (beside / words.file_name).write_bytes(words_file.read_bytes())
+    path = os.path.abspath(source)
+    taken = manifest.Source(path, hash=manifest.content_hash(hashes), array_hashes=hashes)
+    made = (
+      manifest.Made(path, 'transpose' if tensor.is_matrix else 'copy', tensor.name.format('*', '*'))
+      for path, tensor in table.items()
+    )
+    meta = checkpoint.Meta(
+      format=checkpoint.FORMAT,
+      model=model,
+      sequence_length=length,
+      tokenizer_hash=words.hash,
+      tokenizer_path=path,
+      run=os.path.basename(path),
+      step=0,
+      method=method,
+      sources=experts,
+      versions=manifest.versions(),
+      bos_token=words.bos_token,
+      eos_token=words.eos_token,
+      manifest=manifest.Manifest(
+        time=manifest.now(), sources=(taken,), made=tuple(made), command=command
+      ),
+    )
+    checkpoint.write_meta(beside, meta)
+  return meta
+
+
+def _check(reader: files.Reader, table: Mapping[str, names.Tensor], model: config.Model) -> None:
+  """UserError unless the folder has the tensors of the model, in their shapes, and no others."""
+  wanted = {name: tensor.theirs for tensor in table.values() for _, name in tensor.parts()}
+  # PyTorch lists a tied head although it is the table; a file written from that may hold both.
+  tied_twice = model.tied_embeddings and names.HEAD in reader.specs
+  if tied_twice:
+    wanted[names.HEAD] = wanted[names.TABLE]
+  for what, odd in (
+    ('lacks', wanted.keys() - reader.specs.keys()),
+    ('has', reader.specs.keys() - wanted.keys()),
+  ):
+    if odd:
+      more = f' and {len(odd) - 1} more' if len(odd) > 1 else ''
+      raise UserError(
+        f'{reader.folder} {what} {min(odd)}{more}, unlike the model that its config.json describes.'
+      )
+  for name, shape in wanted.items():
+    if reader.specs[name].shape != shape:
+      raise UserError(
+        f'{reader.folder} has {name} of shape {reader.specs[name].shape}; in the model that its '
+        f'config.json describes it has {shape}.'
+      )
+  if tied_twice and not np.array_equal(reader.read(names.HEAD), reader.read(names.TABLE)):
+    raise UserError(
+      f'{reader.folder} has {names.HEAD} other than {names.TABLE}, although its config.json says '
+      'tie_word_embeddings.'
+    )
+
+
+def _copy(
+  reader: files.Reader,
+  table: Mapping[str, names.Tensor],
+  writer: arrays.Writer,
+  progress: Callable[[int, int], None],
+) -> dict[str, str]:
+  """Writes every tensor where it belongs; `manifest.Hash` of each."""
+  total = sum(reader.specs[name].nbytes for part in table.values() for _, name in part.parts())
+  hashes, done = {}, 0
+  for path, tensor in table.items():
+    for index, name in tensor.parts():
+      theirs = reader.read(name)
+      digest = manifest.Hash()
+      digest.update(theirs)
+      hashes[name] = digest.hexdigest()
+      ours = names.to_ours(tensor, theirs, writer.specs[path].dtype)
+      if not np.isfinite(ours).all():
+        raise UserError(f'{reader.folder} has {name} with values that are NaN or infinite.')
+      writer.write(path, index, ours)
+      done += theirs.nbytes
+      progress(done, total)
+  return hashes
+
+
+def _tokenizer(path: Path, bos_token: str | None, eos_token: str | None) -> tuple[Tokenizer, Path]:
+  """A tokenizer and the file that it is."""
+  tokenizer = Tokenizer.load(path, bos_token, eos_token)
+  return tokenizer, path if path.is_file() else path / tokenizer.file_name

@@ -1,0 +1,204 @@
+"""Tiny checkpoints of ours, and tiny folders as transformers writes them."""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from flax import traverse_util
+from safetensors.numpy import save_file
+
+from bam_jax import arrays, checkpoint, config, manifest
+from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.folders import new_folder
+from bam_jax.model import transformer
+
+# No two sizes that matter are equal, so that no transposition goes unseen.
+CONFIG = {
+  'architectures': ['CohereForCausalLM'],
+  'attention_bias': False,
+  'attention_dropout': 0.0,
+  'bos_token_id': 5,
+  'eos_token_id': 255001,
+  'hidden_act': 'silu',
+  'hidden_size': 24,
+  'initializer_range': 0.02,
+  'intermediate_size': 20,
+  'layer_norm_eps': 1e-05,
+  'logit_scale': 0.0625,
+  'max_position_embeddings': 8192,
+  'model_max_length': 131072,
+  'model_type': 'cohere',
+  'num_attention_heads': 6,
+  'num_hidden_layers': 3,
+  'num_key_value_heads': 2,
+  'pad_token_id': 0,
+  'pretraining_tp': 1,
+  'rope_scaling': None,
+  'rope_theta': 8000000.0,
+  'tie_word_embeddings': True,
+  'torch_dtype': 'float16',
+  'transformers_version': '4.38.2',
+  'use_cache': True,
+  'use_qk_norm': True,
+  'vocab_size': 270,
+}
+MODEL = config.Model(
+  vocab_size=270,
+  d_model=24,
+  num_layers=3,
+  num_heads=6,
+  num_kv_heads=2,
+  head_dim=4,
+  ffn_dim=20,
+  rope_theta=8e6,
+  norm_epsilon=1e-5,
+  qk_norm=True,
+  logit_scale=0.0625,
+)
+_KV = config.AttentionExperts(3)
+MODELS = {
+  'dense': {},
+  'no_qk_norm': {'qk_norm': False, 'num_kv_heads': 6},
+  'untied': {'tied_embeddings': False},
+  'btx': {'ffn_experts': config.FFNExperts(4, top_k=2)},
+  'kv_experts': {'attention_experts': _KV, 'ffn_experts': config.FFNExperts(3)},
+  'kv_experts_plain': {
+    'attention_experts': _KV, 'ffn_experts': config.FFNExperts(3), 'qk_norm': False
+  },
+  'shared_kv': {
+    'attention_experts': config.AttentionExperts(3, shared_kv=True),
+    'ffn_experts': config.FFNExperts(4, buffer_factor=4.0),
+    'tied_embeddings': False,
+  },
+  'routed': {
+    'attention_experts': config.AttentionExperts(3, top_k=2, renormalize=True),
+    'ffn_experts': config.FFNExperts(4, top_k=3, renormalize=True, balance_bias=True),
+  },
+}  # fmt: skip
+
+
+def make_model(name: str = 'dense', **changes) -> config.Model:
+  """One of MODELS, changed."""
+  return config.Model(**vars(MODEL) | MODELS[name] | changes)
+
+
+@functools.cache
+def make_tokenizer() -> Tokenizer:
+  """A byte-level tokenizer of at most 266 tokens."""
+  return Tokenizer.train(['the cat sat on the mat', 'def f(x): return the cat'], 266)
+
+
+def draw(model: config.Model, seed: int = 0) -> dict[str, np.ndarray]:
+  """Random arrays of a model by path, of magnitudes that a model with them feels."""
+  rng = np.random.default_rng(seed)
+  abstract = transformer.Network(model, config.Compute()).abstract()
+  drawn = {}
+  for path, leaf in traverse_util.flatten_dict(abstract, sep='/').items():
+    noise = rng.normal(size=leaf.shape)
+    if path.endswith('scale'):
+      noise = 1 + 0.3 * noise
+    elif path.endswith('router_bias'):
+      noise *= 0.2
+    elif path != 'embed/table':
+      noise *= 1.5 / model.d_model**0.5
+    drawn[path] = noise.astype(np.float32)
+  return drawn
+
+
+def write_checkpoint(folder: Path, model: config.Model, values: dict, **meta) -> Path:
+  """A checkpoint of ours with its tokenizer, as `convert` writes them."""
+  tokenizer = make_tokenizer()
+  with new_folder(folder) as beside:
+    specs = {path: arrays.Spec(array.shape, array.dtype) for path, array in values.items()}
+    writer = arrays.Writer(beside / 'params', specs)
+    for path, spec in specs.items():
+      for index in arrays.pieces(path, spec):
+        writer.write(path, index, values[path][index])
+    writer.finish()
+    tokenizer.save(beside)
+    facts = dict(
+      format=checkpoint.FORMAT,
+      model=model,
+      sequence_length=64,
+      tokenizer_hash=tokenizer.hash,
+      tokenizer_path=str(folder),
+      run='tiny',
+      step=7,
+      method=None,
+      sources=(),
+      versions=manifest.versions(),
+    )
+    checkpoint.write_meta(beside, checkpoint.Meta(**facts | meta))
+  return folder
+
+
+def read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
+  """All of a checkpoint's arrays by path."""
+  reader = arrays.Reader(folder / 'params')
+  return {path: reader.read(path) for path in reader.specs}
+
+
+def cohere_tensors(facts: dict = CONFIG, seed: int = 0) -> dict[str, np.ndarray]:
+  """Random tensors under the names and in the shapes of transformers' Cohere."""
+  D, F, V = facts['hidden_size'], facts['intermediate_size'], facts['vocab_size']
+  H, G = facts['num_attention_heads'], facts['num_key_value_heads']
+  K = facts.get('head_dim') or D // H
+  shapes = {'model.embed_tokens.weight': (V, D), 'model.norm.weight': (D,)}
+  for layer in range(facts['num_hidden_layers']):
+    prefix = f'model.layers.{layer}.'
+    shapes |= {
+      prefix + 'input_layernorm.weight': (D,),
+      prefix + 'self_attn.q_proj.weight': (H * K, D),
+      prefix + 'self_attn.k_proj.weight': (G * K, D),
+      prefix + 'self_attn.v_proj.weight': (G * K, D),
+      prefix + 'self_attn.o_proj.weight': (D, H * K),
+      prefix + 'mlp.gate_proj.weight': (F, D),
+      prefix + 'mlp.up_proj.weight': (F, D),
+      prefix + 'mlp.down_proj.weight': (D, F),
+    }
+    if facts.get('use_qk_norm'):
+      shapes[prefix + 'self_attn.q_norm.weight'] = H, K
+      shapes[prefix + 'self_attn.k_norm.weight'] = G, K
+  if not facts.get('tie_word_embeddings', True):
+    shapes['lm_head.weight'] = V, D
+  rng = np.random.default_rng(seed)
+  return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def write_hf(folder: Path, facts: dict, *shards: dict[str, np.ndarray]) -> Path:
+  """A folder as transformers writes it: one file, or several and an index."""
+  folder.mkdir()
+  make_tokenizer().save(folder)
+  write_json(folder / 'config.json', facts)
+  if len(shards) == 1:
+    save_file(shards[0], folder / 'model.safetensors', metadata={'format': 'pt'})
+    return folder
+  index = {}
+  for number, shard in enumerate(shards, 1):
+    file = f'model-{number:05}-of-{len(shards):05}.safetensors'
+    save_file(shard, folder / file, metadata={'format': 'pt'})
+    index |= dict.fromkeys(shard, file)
+  write_json(folder / 'model.safetensors.index.json', {'metadata': {}, 'weight_map': index})
+  return folder
+
+
+def write_json(path: Path, facts) -> None:
+  """Writes JSON."""
+  path.write_text(json.dumps(facts), encoding='utf-8')
+
+
+def read_json(path: Path):
+  """Reads JSON."""
+  return json.loads(path.read_text(encoding='utf-8'))
+
+
+def sha256(path: Path) -> str:
+  """Of a file's bytes, in hex."""
+  return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def flat(params: dict) -> dict[str, np.ndarray]:
+  """Nested parameters by path."""
+  return traverse_util.flatten_dict(params, sep='/')

@@ -1,0 +1,270 @@
+"""A checkpoint becomes a folder of transformers and comes back from it to the bit.
+
+That the folder's models compute what ours do is shown in tests/parity, with transformers.
+"""
+
+import ast
+import dataclasses
+import io
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import processors
+
+from bam_jax import manifest
+from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.errors import UserError
+from bam_jax.hf import exporting, files, importing
+from tests.hf import folders
+from tests.hf.folders import MODELS, cohere_tensors, draw, make_model
+
+
+def convert(source, output, dtype=None, max_shard_bytes=10**9):
+  return exporting.convert(
+    source, output, dtype=dtype, max_shard_bytes=max_shard_bytes,
+    progress=lambda done, total: None,
+  )  # fmt: skip
+
+
+def back(source, output, dtype='float32'):
+  return importing.convert(
+    source, output, dtype=dtype, command='', progress=lambda done, total: None
+  )
+
+
+def bits(values: dict[str, np.ndarray]) -> dict:
+  return {path: (x.dtype, x.shape, x.tobytes()) for path, x in values.items()}
+
+
+def files_of(folder) -> dict[str, bytes]:
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_there_and_back_and_there_again(tmp_path, name):
+  model, seen = make_model(name), []
+  values = draw(model)
+  origin = {'method': 'btx', 'sources': ('seed', 'code')} if model != model.dense() else {}
+  folders.write_checkpoint(tmp_path / 'a', model, values, **origin)
+  exporting.convert(
+    tmp_path / 'a', tmp_path / 'hf', dtype=None, max_shard_bytes=20_000,
+    progress=lambda done, total: seen.append((done, total)),
+  )  # fmt: skip
+  assert seen[-1][0] == seen[-1][1] == sum(x.nbytes for x in values.values())
+  meta = back(tmp_path / 'hf', tmp_path / 'b')
+  assert bits(folders.read_checkpoint(tmp_path / 'b')) == bits(values)
+  assert meta.model == model and meta.sequence_length == 64
+  assert (meta.method, meta.sources) == (origin.get('method'), origin.get('sources', ()))
+  assert (meta.bos_token, meta.eos_token) == ('<|bos|>', '<|eos|>')
+  convert(tmp_path / 'b', tmp_path / 'again', max_shard_bytes=20_000)
+  first, second = files_of(tmp_path / 'hf'), files_of(tmp_path / 'again')
+  assert first.pop('README.md') != second.pop('README.md')  # it says where the model is from
+  assert first == second
+
+
+def test_an_imported_folder_is_exported_as_it_was(tmp_path):
+  facts = folders.CONFIG
+  source = folders.write_hf(tmp_path / 'hf', facts, cohere_tensors())
+  back(source, tmp_path / 'model')
+  convert(tmp_path / 'model', tmp_path / 'again')
+  ours, theirs = files.Reader(tmp_path / 'again'), files.Reader(source)
+  assert ours.specs == theirs.specs
+  assert bits({n: ours.read(n) for n in ours.specs}) == bits(cohere_tensors())
+  written = folders.read_json(tmp_path / 'again' / 'config.json')
+  incidental = {
+    'bos_token_id', 'dtype', 'eos_token_id', 'initializer_range', 'model_max_length',
+    'pad_token_id', 'pretraining_tp', 'rope_scaling', 'torch_dtype', 'transformers_version',
+    'use_cache',
+  }  # fmt: skip
+  for key in facts.keys() - incidental:
+    assert written[key] == facts[key], key
+
+
+@pytest.mark.parametrize('stored', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('asked', [None, 'float32', 'bfloat16'])
+def test_dtypes(tmp_path, stored, asked):
+  model = make_model('routed')
+  values = {path: x.astype(jnp.dtype(stored)) for path, x in draw(model).items()}
+  folders.write_checkpoint(tmp_path / 'a', model, values)
+  facts = convert(tmp_path / 'a', tmp_path / 'hf', asked)
+  reader = files.Reader(tmp_path / 'hf')
+  up = reader.read('model.layers.0.mlp.experts.1.up_proj.weight')
+  wanted = values['blocks/ffn/up'][0, 1].T.astype(jnp.dtype(asked or stored))
+  assert up.dtype == wanted.dtype and up.tobytes() == wanted.tobytes()
+  assert reader.specs['model.layers.0.mlp.router.weight'].dtype == stored
+  assert reader.specs['model.layers.0.mlp.router.e_score_correction_bias'].dtype == stored
+  config_json = folders.read_json(tmp_path / 'hf' / 'config.json')
+  assert config_json['dtype'] == facts['dtype'] == (asked or stored)
+
+
+def test_layers_lie_together(tmp_path):
+  model = make_model('kv_experts')
+  folders.write_checkpoint(tmp_path / 'a', model, draw(model))
+  facts = convert(tmp_path / 'a', tmp_path / 'hf', max_shard_bytes=60_000)
+  index = folders.read_json(tmp_path / 'hf' / 'model.safetensors.index.json')
+  assert set(index['weight_map'].values()) == set(facts['files']) and len(facts['files']) > 2
+  assert index['metadata']['total_size'] == facts['bytes']
+  order = [facts['files'].index(index['weight_map'][f'model.layers.{n}.mlp.router.weight'])
+           for n in range(3)]  # fmt: skip
+  assert order == sorted(order)
+  assert index['weight_map']['model.embed_tokens.weight'] == facts['files'][0]
+  assert index['weight_map']['model.norm.weight'] == facts['files'][-1]
+
+
+def test_special_tokens(tmp_path):
+  model = make_model()
+  folders.write_checkpoint(
+    tmp_path / 'a', model, draw(model), bos_token='<|eos|>', eos_token='<|bos|>'
+  )
+  convert(tmp_path / 'a', tmp_path / 'hf')
+  facts = folders.read_json(tmp_path / 'hf' / 'config.json')
+  assert (facts['bos_token_id'], facts['eos_token_id'], facts['pad_token_id']) == (1, 0, None)
+  generation = folders.read_json(tmp_path / 'hf' / 'generation_config.json')
+  assert generation == {'bos_token_id': 1, 'eos_token_id': 0, 'pad_token_id': 0}
+  words = folders.read_json(tmp_path / 'hf' / 'tokenizer_config.json')
+  assert (words['bos_token'], words['eos_token']) == ('<|eos|>', '<|bos|>')
+  assert words['pad_token'] == '<|bos|>' and words['model_max_length'] == 64
+
+
+def test_a_text_begins_as_our_documents_do(tmp_path):
+  model, ours = make_model(), folders.make_tokenizer()
+  folders.write_checkpoint(tmp_path / 'a', model, draw(model))
+  convert(tmp_path / 'a', tmp_path / 'hf')
+  theirs = tokenizers.Tokenizer.from_file(str(tmp_path / 'hf' / 'tokenizer.json'))
+  text = 'the cat: def f(7)'
+  assert theirs.encode(text).ids == [ours.bos_id, *ours.encode(text)]
+  assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)
+  assert Tokenizer.load(tmp_path / 'hf').encode(text) == ours.encode(text)
+
+
+def with_tokenizer(folder, content: bytes, name='tokenizer.json'):
+  """A dense checkpoint with another tokenizer."""
+  model = make_model(vocab_size=600)
+  tokenizer = Tokenizer(content, name)
+  folders.write_checkpoint(folder, model, draw(model), tokenizer_hash=tokenizer.hash)
+  (folder / 'tokenizer.json').unlink()
+  tokenizer.save(folder)
+  return tokenizer
+
+
+def test_a_tokenizer_that_begins_texts_itself_is_left_alone(tmp_path):
+  backend = tokenizers.Tokenizer.from_file(str(folders.make_tokenizer().save(tmp_path)))
+  backend.add_special_tokens(['<pad>'])
+  backend.post_processor = processors.TemplateProcessing(
+    single='<|bos|> $A <|eos|>', special_tokens=[('<|bos|>', 0), ('<|eos|>', 1)]
+  )
+  content = backend.to_str().encode()
+  with_tokenizer(tmp_path / 'a', content)
+  convert(tmp_path / 'a', tmp_path / 'hf')
+  assert (tmp_path / 'hf' / 'tokenizer.json').read_bytes() == content
+  pad = backend.token_to_id('<pad>')
+  assert folders.read_json(tmp_path / 'hf' / 'config.json')['pad_token_id'] == pad
+  assert folders.read_json(tmp_path / 'hf' / 'generation_config.json')['pad_token_id'] == pad
+  assert folders.read_json(tmp_path / 'hf' / 'tokenizer_config.json')['pad_token'] == '<pad>'
+
+
+def test_a_rule_that_only_moves_offsets_is_kept(tmp_path):
+  backend = tokenizers.Tokenizer.from_file(str(folders.make_tokenizer().save(tmp_path)))
+  backend.post_processor = processors.ByteLevel(trim_offsets=True)
+  with_tokenizer(tmp_path / 'a', backend.to_str().encode())
+  convert(tmp_path / 'a', tmp_path / 'hf')
+  theirs = tokenizers.Tokenizer.from_file(str(tmp_path / 'hf' / 'tokenizer.json'))
+  got, alone = theirs.encode('the cat'), backend.encode('the cat')
+  assert got.ids == [0, *alone.ids] and got.offsets[1:] == alone.offsets
+
+
+def test_a_sentencepiece_model_is_copied(tmp_path):
+  sentencepiece = pytest.importorskip('sentencepiece')
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(['the cat sat on the mat'] * 20), model_writer=model, vocab_size=15,
+    minloglevel=2,
+  )  # fmt: skip
+  tokenizer = with_tokenizer(tmp_path / 'a', model.getvalue(), 'tokenizer.model')
+  convert(tmp_path / 'a', tmp_path / 'hf')
+  assert (tmp_path / 'hf' / 'tokenizer.model').read_bytes() == model.getvalue()
+  assert not (tmp_path / 'hf' / 'tokenizer_config.json').exists()
+  facts = folders.read_json(tmp_path / 'hf' / 'config.json')
+  assert (facts['bos_token_id'], facts['eos_token_id']) == (tokenizer.bos_id, tokenizer.eos_id)
+  assert 'load it with the package sentencepiece' in (tmp_path / 'hf' / 'README.md').read_text()
+
+
+def test_the_model_card(tmp_path):
+  model = make_model('shared_kv')
+  sources = ('seed', 'code', 'law')
+  origin = manifest.Source('/home/someone/runs/seed', run='seed', step=5, hash='0123abcd')
+  folders.write_checkpoint(
+    tmp_path / 'a', model, draw(model), method='bam_shared_kv', sources=sources,
+    manifest=manifest.Manifest(command='', time=manifest.now(), sources=(origin,), made=()),
+  )  # fmt: skip
+  convert(tmp_path / 'a', tmp_path / 'hf')
+  text = (tmp_path / 'hf' / 'README.md').read_text()
+  for part in (
+    '# tiny\n', 'BamForCausalLM', 'step 7', 'BAM with shared KV', 'seed, code, law',
+    '3 attention experts, soft', '4 FFN experts, top-1', 'trust_remote_code=True',
+    folders.make_tokenizer().hash, 'Made from `seed`, step 5, content hash `0123abcd`',
+  ):  # fmt: skip
+    assert part in text, part
+  assert '/home/someone' not in text, 'the folder is made to be shared'
+  folders.write_checkpoint(tmp_path / 'b', make_model(), draw(make_model()))
+  convert(tmp_path / 'b', tmp_path / 'dense')
+  text = (tmp_path / 'dense' / 'README.md').read_text()
+  assert 'CohereForCausalLM' in text and 'trust_remote_code' not in text
+  assert not (tmp_path / 'dense' / 'modeling_bam.py').exists()
+
+
+def test_the_code_of_a_mixture_needs_nothing_of_ours():
+  for name in exporting.CODE:
+    path = Path(exporting.__file__).with_name(name)
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Import):
+        roots = [alias.name.split('.')[0] for alias in node.names]
+      elif isinstance(node, ast.ImportFrom):
+        roots = [node.module if node.level else node.module.split('.')[0]]
+      else:
+        continue
+      assert set(roots) <= {'torch', 'transformers', 'configuration_bam'}, name
+
+
+def check_refused(source, output, named) -> None:
+  with pytest.raises(UserError, match=named) as caught:
+    convert(source, output)
+  assert '\n' not in str(caught.value)
+  assert not output.exists() and not list(output.parent.glob(f'{output.name}.*'))
+
+
+def test_what_cannot_be_exported(tmp_path):
+  model, output = make_model(), tmp_path / 'hf'
+  values = draw(model)
+  check_refused(tmp_path, output, 'holds no checkpoint')
+  good = folders.write_checkpoint(tmp_path / 'good', model, values)
+  with pytest.raises(UserError, match='export to a local folder'):
+    convert(good, 'gs://bucket/folder')
+  less = {path: x for path, x in values.items() if path != 'final_norm/scale'}
+  folders.write_checkpoint(tmp_path / 'less', model, less)
+  check_refused(tmp_path / 'less', output, 'final_norm/scale of shape None')
+  more = values | {'unembed/kernel': np.zeros((24, 270), np.float32)}
+  folders.write_checkpoint(tmp_path / 'more', model, more)
+  check_refused(tmp_path / 'more', output, r'unembed/kernel of shape \(24, 270\) where .* None')
+  folders.write_checkpoint(tmp_path / 'other', dataclasses.replace(model, ffn_dim=8), values)
+  check_refused(tmp_path / 'other', output, 'blocks/ffn/down of shape')
+  values['blocks/ffn/up'][2, 23, 19] = np.nan
+  folders.write_checkpoint(tmp_path / 'nan', model, values)
+  check_refused(tmp_path / 'nan', output, 'blocks/ffn/up with values that are NaN or infinite')
+  (good / 'tokenizer.json').unlink()
+  check_refused(good, output, 'has lost its tokenizer')
+  shutil.rmtree(good / 'meta')
+  check_refused(good, output, 'holds no checkpoint')
+
+
+def test_an_output_that_is_there(tmp_path):
+  model = make_model()
+  folders.write_checkpoint(tmp_path / 'a', model, draw(model))
+  (tmp_path / 'hf').mkdir()
+  with pytest.raises(UserError, match='hf exists'):
+    convert(tmp_path / 'a', tmp_path / 'hf')
+  assert not any((tmp_path / 'hf').iterdir())

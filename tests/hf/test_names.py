@@ -1,0 +1,99 @@
+"""Every array of every model has its names over there, and every element its place."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from bam_jax import config
+from bam_jax.hf import names
+from bam_jax.model import transformer
+from tests.hf.folders import MODELS, cohere_tensors, draw, make_model
+
+
+def exported(model: config.Model, values: dict) -> dict[str, np.ndarray]:
+  return {
+    name: names.to_theirs(tensor, values[path][index], values[path].dtype)
+    for path, tensor in names.tensors(model).items()
+    for index, name in tensor.parts()
+  }
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_every_array_has_names_of_its_own(name):
+  model = make_model(name)
+  abstract = transformer.Network(model, config.Compute()).abstract()
+  shapes = {k: v.shape for k, v in traverse_util.flatten_dict(abstract, sep='/').items()}
+  table = names.tensors(model)
+  assert {path: (*t.stacked, *t.ours) for path, t in table.items()} == shapes
+  listed = [name for tensor in table.values() for _, name in tensor.parts()]
+  assert len(set(listed)) == len(listed)
+
+
+def test_a_dense_model_has_the_names_of_cohere():
+  for tied in (True, False):
+    model = make_model('dense', tied_embeddings=tied)
+    theirs = exported(model, draw(model))
+    facts = dict(
+      hidden_size=24, intermediate_size=20, vocab_size=270, num_attention_heads=6,
+      num_key_value_heads=2, num_hidden_layers=3, use_qk_norm=True, tie_word_embeddings=tied,
+    )  # fmt: skip
+    wanted = {name: array.shape for name, array in cohere_tensors(facts).items()}
+    assert {name: array.shape for name, array in theirs.items()} == wanted
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_there_and_back_is_bitwise(name):
+  model = make_model(name)
+  values = draw(model)
+  for dtype in (np.float32, jnp.bfloat16):
+    for path, tensor in names.tensors(model).items():
+      array = values[path].astype(dtype)
+      for index, _ in tensor.parts():
+        theirs = names.to_theirs(tensor, array[index], array.dtype)
+        assert theirs.flags.c_contiguous and theirs.shape == tensor.theirs
+        back = names.to_ours(tensor, theirs, array.dtype)
+        assert back.flags.c_contiguous and back.tobytes() == array[index].tobytes(), path
+
+
+def test_where_single_elements_of_a_dense_model_go():
+  model = make_model()
+  ours = draw(model)
+  theirs, layer = exported(model, ours), 'model.layers.2.'
+  # (out, in), where heads follow one another: head 5, channel 3 is row 5 * 4 + 3.
+  attention = 'blocks/attention/'
+  assert theirs[layer + 'self_attn.q_proj.weight'][23, 7] == ours[attention + 'query'][2, 7, 5, 3]
+  assert theirs[layer + 'self_attn.k_proj.weight'][6, 7] == ours[attention + 'key'][2, 7, 1, 2]
+  assert theirs[layer + 'self_attn.o_proj.weight'][7, 23] == ours[attention + 'out'][2, 5, 3, 7]
+  assert theirs[layer + 'self_attn.k_norm.weight'][1, 3] == ours[attention + 'key_scale'][2, 1, 3]
+  assert theirs[layer + 'mlp.down_proj.weight'][7, 11] == ours['blocks/ffn/down'][2, 11, 7]
+  assert theirs['model.embed_tokens.weight'][9, 7] == ours['embed/table'][9, 7]
+
+
+def test_where_single_elements_of_a_mixture_go():
+  model = make_model('routed')
+  ours = draw(model)
+  theirs, layer = exported(model, ours), 'model.layers.1.'
+  attention, heads = 'blocks/attention/', layer + 'self_attn.experts.2.'
+  assert theirs[heads + 'q_proj.weight'][23, 7] == ours[attention + 'query'][1, 2, 7, 5, 3]
+  assert theirs[heads + 'k_norm.weight'][1, 3] == ours[attention + 'key_scale'][1, 2, 1, 3]
+  assert theirs[layer + 'mlp.experts.3.up_proj.weight'][11, 7] == ours['blocks/ffn/up'][1, 3, 7, 11]
+  assert theirs[layer + 'mlp.router.weight'][3, 7] == ours['blocks/ffn/router'][1, 7, 3]
+  assert theirs[layer + 'self_attn.router.weight'][2, 7] == ours[attention + 'router'][1, 7, 2]
+  bias = layer + 'mlp.router.e_score_correction_bias'
+  assert theirs[bias][3] == ours['blocks/ffn/router_bias'][1, 3]
+  shared = make_model('shared_kv')
+  ours = draw(shared)
+  theirs = exported(shared, ours)
+  assert theirs[layer + 'self_attn.v_proj.weight'][6, 7] == ours[attention + 'value'][1, 7, 1, 2]
+  assert theirs['lm_head.weight'][9, 7] == ours['unembed/kernel'][7, 9]
+
+
+def test_square_matrices_are_transposed_too():
+  model = make_model(ffn_dim=24, vocab_size=24, tied_embeddings=False)
+  ours = draw(model)
+  theirs = exported(model, ours)
+  up = theirs['model.layers.0.mlp.up_proj.weight']
+  np.testing.assert_array_equal(up.T, ours['blocks/ffn/up'][0])
+  np.testing.assert_array_equal(theirs['lm_head.weight'].T, ours['unembed/kernel'])
+  np.testing.assert_array_equal(theirs['model.embed_tokens.weight'], ours['embed/table'])

@@ -1,0 +1,40 @@
+"""What a recipe's runs record of where they came from; `main` as a process is in test_main."""
+
+import shutil
+
+from bam_jax import checkpoint, config, recipe
+from bam_jax.data import shards
+from bam_jax.upcycle import rules
+
+
+def test_checkpoints_say_what_they_were_made_from(tmp_path, dataset, recipe_dict):
+  runs = recipe_dict['runs']
+  recipe_dict['runs'] = {name: runs[name] for name in ('seed', 'code', 'btx')}
+  runs['btx']['init']['upcycle'] |= {'from': ['seed', 'code'], 'num_experts': 3, 'noise': 0.1}
+  for run in runs.values():
+    run |= {'tokens': 0, 'schedule': run['schedule'] | {'warmup_steps': 0}}
+  recipe_dict |= {'seed': 7, 'evaluation': {'batch_size': 8, 'domains': ['law']}}
+  # The data lie where they may be deleted.
+  shutil.copytree(dataset.path, tmp_path / 'data')
+  parsed = config.parse(recipe_dict)
+  recipe.execute(parsed, tmp_path, shards.open_dataset(tmp_path / 'data'), progress_enabled=False)
+  shutil.rmtree(tmp_path / 'data')
+
+  metas = {name: checkpoint.read_meta(tmp_path / name) for name in recipe_dict['runs']}
+  for name, meta in metas.items():
+    tokenizer = checkpoint.find_tokenizer(tmp_path / name)
+    assert tokenizer == tmp_path / name / 'tokenizer.json'
+    facts = dataset.manifest['tokenizer']
+    assert (meta.bos_token, meta.eos_token) == (facts['bos_token'], facts['eos_token'])
+
+  assert metas['seed'].manifest is None
+  origin = metas['code'].manifest
+  assert [(source.run, source.step, source.path) for source in origin.sources] == [
+    ('seed', 0, str(tmp_path / 'seed'))
+  ]
+  assert origin.upcycle is None and origin.made == ()
+  made = metas['btx'].manifest
+  assert [source.run for source in made.sources] == ['seed', 'code']
+  assert made.upcycle == parsed.runs['btx'].init.upcycle
+  assert (made.seed, made.name) == (7, 'btx') and made.made == rules.record(metas['btx'].model)
+  assert metas['btx'].sources == ('seed', 'code', 'seed')
