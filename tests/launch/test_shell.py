@@ -1,0 +1,108 @@
+"""The scripts as text: shellcheck, what they document, and the examples' command lines."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.conftest import ROOT
+
+LAUNCH = ROOT / 'launch'
+PROGRAMS = ['tpu', 'recipe', 'settings.sh', 'lib/worker.sh', 'examples/slurm.sh', 'examples/gke.sh']
+# Of `xpk workload create`, version 1.16.
+XPK_FLAGS = set(
+  'project zone cluster workload tpu-type device-type num-slices base-docker-image script-dir '
+  'docker-image max-restarts restart-on-exit-codes termination-grace-period-seconds command env '
+  'env-file priority spot on-demand reservation flex'.split()
+)
+
+
+def test_shellcheck():
+  beside = shutil.which('shellcheck', path=Path(sys.executable).parent)
+  program = beside or shutil.which('shellcheck')
+  assert program, 'pip install -r tests/requirements.txt'
+  done = subprocess.run(
+    [program, '--external-sources', *(f'launch/{name}' for name in PROGRAMS)],
+    cwd=ROOT, capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize('path', sorted(LAUNCH.rglob('*.sh')), ids=lambda path: path.name)
+def test_every_file_parses_and_belongs_to_what_is_checked(path):
+  subprocess.run(['bash', '-n', path], check=True)
+  name = str(path.relative_to(LAUNCH))
+  assert name in PROGRAMS or f'# shellcheck source=launch/{name}' in (LAUNCH / 'tpu').read_text()
+
+
+def test_every_setting_is_used_documented_and_gives_way_to_the_environment():
+  settings = re.findall(r'^: "\$\{(BAM_[A-Z_]+)=', (LAUNCH / 'settings.sh').read_text(), re.M)
+  files = [LAUNCH / 'tpu', LAUNCH / 'recipe', *LAUNCH.glob('lib/*.sh')]
+  code = ''.join(file.read_text() for file in files)
+  for name in settings:
+    flag = name.removeprefix('BAM_').lower().replace('_', '-')
+    assert name in code or re.search(rf'[" ]{flag}[ "]', code), name
+  lines = '\n'.join(f'echo "${{{name}}}"' for name in settings)
+  done = subprocess.run(
+    ['bash', '-c', f'. launch/settings.sh\n{lines}'],
+    cwd=ROOT, env={name: f'mine {name}' for name in settings}, capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.stdout.splitlines() == [f'mine {name}' for name in settings]
+  used = set(re.findall(r'\$\{?(BAM_[A-Z_]+)', code))
+  given = {'BAM_SLICE', 'BAM_WORKER', 'BAM_WORKERS', 'BAM_LINES', 'BAM_DETACH', 'BAM_REPLACE'}
+  recipes = {'BAM_CONFIG', 'BAM_WORKDIR', 'BAM_RUNS', 'BAM_DRY_RUN', 'BAM_'}
+  assert used - set(settings) - given - recipes == set()
+
+
+def recorder(folder: Path, name: str, code: int = 0) -> Path:
+  """A program that writes its arguments, as JSON, and ends with `code`."""
+  folder.mkdir(exist_ok=True)
+  program = folder / name
+  record = str(folder / f'{name}.json')
+  program.write_text(
+    f'#!{sys.executable}\nimport json, sys\n'
+    f'open({record!r}, "w").write(json.dumps(sys.argv[1:]))\nsys.exit({code})\n'
+  )
+  program.chmod(0o755)
+  return program
+
+
+def test_gke_example(tmp_path):
+  recorder(tmp_path, 'xpk')
+  flags = ['--config=configs/x.py', "--workdir=gs://b/it's mine"]
+  place = {'PROJECT': 'p', 'ZONE': 'z', 'CLUSTER': 'c', 'TYPE': 'v6e-16'}
+  subprocess.run(
+    [LAUNCH / 'examples' / 'gke.sh', 'my-exp', *flags],
+    env={'PATH': f'{tmp_path}:/usr/bin:/bin', **place},
+    check=True,
+  )
+  words = json.loads((tmp_path / 'xpk.json').read_text())
+  assert words[:2] == ['workload', 'create']
+  asked = dict(word.removeprefix('--').split('=', 1) for word in words[2:])
+  assert asked.keys() <= XPK_FLAGS
+  assert asked['tpu-type'] == 'v6e-16' and asked['workload'] == 'my-exp'
+  # The shell of the container reads the arguments as they were given.
+  echoed = asked['command'].split('&& exec ')[1].replace('python -m bam_jax.main', 'printf %s\\\\n')
+  said = subprocess.run(['bash', '-c', echoed], capture_output=True, text=True, check=True)
+  assert said.stdout.splitlines() == flags
+
+
+@pytest.mark.parametrize('code', [0, 1, 143])
+def test_slurm_example(tmp_path, code):
+  recorder(tmp_path, 'srun', code)
+  recorder(tmp_path, 'scontrol')
+  done = subprocess.run(
+    [LAUNCH / 'examples' / 'slurm.sh', '--config=configs/x.py', '--workdir=/scratch/my exp'],
+    env={'PATH': f'{tmp_path}:/usr/bin:/bin', 'SLURM_JOB_ID': '42'},
+  )
+  assert done.returncode == code
+  words = json.loads((tmp_path / 'srun.json').read_text())
+  assert words == [
+    '--kill-on-bad-exit=1', '.venv/bin/python', '-m', 'bam_jax.main', '--coordinator=auto',
+    '--config=configs/x.py', '--workdir=/scratch/my exp',
+  ]  # fmt: skip
+  assert (tmp_path / 'scontrol.json').exists() == (code == 143)
