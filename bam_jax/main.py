@@ -7,6 +7,13 @@
 Finished runs are skipped, unfinished ones resume at their newest checkpoint; Ctrl-C and SIGTERM
 save first and exit with 130 and 143. A recipe is Python code: run only those that you trust.
 
+On a pod of TPUs every host runs the same command; elsewhere several processes are one job with
+
+    ... --coordinator=HOST:PORT --process_count=2 --process_id=0     # and another one with 1
+
+A signal to one of them stops all at one step, and they share the folder --workdir. When one is
+lost, the others end with status 1 or JAX's own; the same command goes on, on any number of them.
+
 `--json` writes the report: `rows` (a run's scores by domain), `unfinished`, `readings`, `pictures`.
 """
 
@@ -35,6 +42,11 @@ def main() -> dict[str, Any] | None:
   parsed = cli.read_recipe(_CONFIG)
   if not _WORKDIR.value:
     raise UserError('Where to? Give --workdir=FOLDER.')
+  if '://' in _WORKDIR.value:
+    raise UserError(
+      f'--workdir={_WORKDIR.value} is not a folder: mount the bucket on every host, with gcsfuse for '
+      'example, and give the folder.'
+    )
   workdir = Path(_WORKDIR.value)
   processes.check_shared(workdir)
   parsed = recipe.with_workdir(parsed, workdir)

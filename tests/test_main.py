@@ -161,7 +161,7 @@ def test_twenty_signals_at_random_moments(text, tmp_path):
   """From the first import to the report: whenever SIGTERM comes, the end is the undisturbed one."""
   flags = [
     '--runs=seed',
-    f'--config.runs.seed.tokens={1500 * 64}',
+    f'--config.runs.seed.tokens={600 * 64}',
     '--config.runs.seed.every.evaluate=0',
     '--config.runs.seed.every.checkpoint=100000',  # only for the signals
   ]
@@ -217,6 +217,7 @@ MISTAKES = {
   'no file': ('--config=nowhere.py', '--config=nowhere.py cannot be read'),
   'unknown run': ('--runs=sead', "--runs names 'sead'; the recipe has seed"),
   'unknown flag': ('--workdirs=x', 'workdirs'),
+  'a bucket': ('--workdir=gs://bucket/runs', '--workdir=gs://bucket/runs is not a folder: mount'),
   'changed': (
     '--config.runs.code.schedule.peak_learning_rate=0.5',
     'peak_learning_rate: 0.01 -> 0.5',
