@@ -58,9 +58,7 @@ class Attention(nnx.Module):
     """One layer's attention of normalised tokens (B, T, D), and no statistics."""
     y_BTD = y_BTD.astype(self.query.dtype)
     turn_query, turn_key = self.turns(self, ..., ..., tokens.turn)
-    key, value = tokens.remember(
-      *_key_value(y_BTD, self.key[...], self.value[...], turn_key)
-    )
+    key, value = tokens.remember(*_key_value(y_BTD, self.key[...], self.value[...], turn_key))
     heads_BTHK = _heads(y_BTD, self.query[...], key, value, turn_query, tokens.attend)
     return jnp.einsum('bthk,hkd->btd', heads_BTHK, self.out[...]), None
 

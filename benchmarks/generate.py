@@ -1,0 +1,211 @@
+"""Times generation of runs of a recipe, in turn, on random tokens; the paper's section 7.3.
+
+    python -m benchmarks.generate --config=benchmarks/shapes.py --json=-
+    python -m benchmarks.generate --config=configs/small_590m.py --runs=btx,bam_shared_kv,bam_kv \
+        --batch_sizes=1
+
+Every round reads the prompts and writes the new tokens with each run, reads a large array (the
+bandwidth) and multiplies two matrices (the peak), so that what else the machine does meets all of
+them alike. Parameters are random. CPU seconds are those of this process: on a shared machine they
+say more than wall time.
+
+The roofline is what takes longer, to read what must be read or to compute what must be computed:
+every weight that the tokens meet, of routed FFN experts those that a token of the batch chose
+(as if routers chose evenly), and the keys and values so far. The paper has, over BTX and for all,
+1.28 for KV experts and 1.24 for shared KV.
+
+`--json` writes `device`, `prompt_tokens`, `new_tokens`, and `rows`, each of a `run`, a `batch_size`
+and a `clock` ('wall' or 'cpu'), medians over rounds: `seconds` for all, `read_seconds` for the
+prompt with the first token, `token_seconds` for each further one, each with a `roofline_...` of its
+own; paired ratios to the first run, `times_first`, and the same of the rooflines. `bandwidth` and
+`peak`, bytes and FLOPs a second, have a number for each clock.
+"""
+
+import time
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.table
+from absl import flags
+
+from bam_jax import cli, config, graph, sharding
+from bam_jax.errors import UserError
+from bam_jax.generation import generator
+from bam_jax.model import arithmetic, transformer
+
+_CONFIG = cli.define_recipe()
+_RUNS = flags.DEFINE_list('runs', ['btx'], 'Names of the runs; ratios are to the first.')
+_BATCHES = flags.DEFINE_list('batch_sizes', ['1', '8'], 'Rows that are continued at once.')
+_PROMPT = flags.DEFINE_integer('prompt_tokens', 256, 'Of each row.', lower_bound=1)
+_NEW = flags.DEFINE_integer('new_tokens', 16, 'Of each row.', lower_bound=2)
+_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Rounds that count.', lower_bound=1)
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of all arrays.')
+
+CLOCKS = 'wall', 'cpu'
+
+
+def main() -> dict[str, Any]:
+  """Times the runs and prints a table."""
+  nodes = graph.resolve(cli.read_recipe(_CONFIG))
+  for name in _RUNS.value:
+    if name not in nodes:
+      raise UserError(f'--runs names {name!r}; the recipe has {", ".join(nodes)}.')
+  models = {name: random_generator(nodes[name].model) for name in _RUNS.value}
+  probes, samples = Probes(), {}
+  for batch in map(int, _BATCHES.value):
+    for number in range(_ROUNDS.value + 1):  # the first compiles
+      for name, model in models.items():
+        sample = run(model, batch)
+        if number:
+          samples.setdefault((name, batch), []).append(sample)
+          probes.measure()
+  speeds = probes.medians()
+  rows = [
+    row
+    for (name, batch), taken in samples.items()
+    for row in _rows(
+      name, batch, nodes, np.array(taken), np.array(samples[_first(), batch]), speeds
+    )
+  ]
+  _print(rows)
+  device = jax.devices()[0]
+  return {
+    'device': f'{device.platform} {device.device_kind}',
+    'prompt_tokens': _PROMPT.value,
+    'new_tokens': _NEW.value,
+    'rows': rows,
+    **{name: dict(zip(CLOCKS, values)) for name, values in speeds.items()},
+  }
+
+
+class Probes:
+  """Bytes that the device reads a second, and FLOPs that it computes, by both clocks."""
+
+  def __init__(self):
+    array = jnp.ones(2**26, jnp.float32)  # more than any cache holds
+    matrix = jnp.ones((1024, 1024), _DTYPE.value)
+    self._work = {
+      'bandwidth': (array.nbytes, jax.jit(jnp.sum), (array,)),
+      'peak': (2 * 1024**3, jax.jit(jnp.matmul), (matrix, matrix)),
+    }
+    self._rates: dict[str, list] = {name: [] for name in self._work}
+    self.measure()
+    self._rates = {name: [] for name in self._work}  # that one compiled
+
+  def measure(self) -> None:
+    for name, (amount, function, arguments) in self._work.items():
+      before = now()
+      jax.block_until_ready(function(*arguments))
+      self._rates[name].append(amount / (now() - before))
+
+  def medians(self) -> dict[str, list[float]]:
+    return {name: np.median(rates, axis=0).tolist() for name, rates in self._rates.items()}
+
+
+def now() -> np.ndarray:
+  """Seconds by both clocks."""
+  return np.array([time.perf_counter(), time.process_time()])
+
+
+def random_generator(model: config.Model) -> generator.Generator:
+  """The model with random parameters, made an array at a time, of one block of noise."""
+  noise = np.random.default_rng(0).standard_normal(2**20 + 7, np.float32)
+  leaves = jax.tree_util.tree_leaves_with_path(
+    transformer.Network(model, config.Compute()).abstract()
+  )
+  shapes = {sharding.path_of(key_path): leaf for key_path, leaf in leaves}
+
+  def read(path, index):
+    shape = jax.eval_shape(lambda x: x[index], shapes[path]).shape
+    start = zlib.crc32(f'{path}{index}'.encode()) % noise.size
+    return np.resize(np.roll(noise, -start), shape) * np.float32(0.02)
+
+  return generator.Generator(model, read, dtype=_DTYPE.value)
+
+
+def run(model: generator.Generator, batch: int) -> np.ndarray:
+  """Seconds to read the prompts with the first token, and for each further one; by both clocks."""
+  rng = np.random.default_rng(1)
+  words = model.decoder.model.vocab_size
+  rows = [generator.Row(rng.integers(0, words, _PROMPT.value).tolist()) for _ in range(batch)]
+  times = [now()]
+
+  def watch(number, tokens):
+    times.extend([now()] * (len(times) == 1))
+    return False
+
+  model.generate(rows, _NEW.value, batch_size=batch, watch=watch)
+  return np.array([times[1] - times[0], (now() - times[1]) / (_NEW.value - 1)])
+
+
+def needs(model: config.Model, batch: int, tokens: int, context: int) -> tuple[float, float]:
+  """Bytes and FLOPs to read `tokens` of each row, after which there are `context`."""
+  parts, itemsize = arithmetic.total_parts(model), jnp.dtype(_DTYPE.value).itemsize
+  ffn = parts.ffn
+  if model.ffn_experts:
+    ffn *= 1 - (1 - model.ffn_experts.top_k / model.ffn_experts.num_experts) ** (batch * tokens)
+  words = model.vocab_size * model.d_model  # of the output; of the input a few rows
+  weights = words + parts.norms + parts.attention + ffn + parts.routers
+  cache = arithmetic.cache_bytes(model, _DTYPE.value) * batch * context
+  seen = context if tokens > 1 else 2 * context  # the arithmetic takes half of it on average
+  flops = arithmetic.forward_flops(model, seen) - 2 * words
+  return itemsize * weights + cache, batch * (tokens * flops + 2 * words)
+
+
+def _rows(name, batch, nodes, taken, first, speeds) -> list[dict[str, Any]]:
+  """A row for each clock; samples are (round, read or token, clock)."""
+  steps = np.array([1, _NEW.value - 1])
+  rooflines = np.array([_roofline(nodes[n].model, batch, speeds) for n in (name, _first())])
+  rows = []
+  for clock, mine, base, (roof, base_roof) in zip(
+    CLOCKS, taken.T.swapaxes(1, 2), first.T.swapaxes(1, 2), rooflines.transpose(2, 0, 1)
+  ):
+    facts = {'run': name, 'batch_size': batch, 'clock': clock}
+    for key, weights in (('', steps), ('read_', [1, 0]), ('token_', [0, 1])):
+      seconds, of_first = mine @ weights, base @ weights
+      facts |= {
+        f'{key}seconds': float(np.median(seconds)),
+        f'{key}times_first': float(np.median(seconds / of_first)),
+        f'roofline_{key}seconds': float(roof @ weights),
+        f'roofline_{key}times_first': float(roof @ weights / (base_roof @ weights)),
+      }
+    rows.append(facts)
+  return rows
+
+
+def _roofline(model, batch, speeds) -> np.ndarray:
+  """Least seconds to read the prompts and for a token, by both clocks."""
+  middle = _PROMPT.value + _NEW.value // 2
+  work = needs(model, batch, _PROMPT.value, _PROMPT.value), needs(model, batch, 1, middle)
+  rates = np.array([speeds['bandwidth'], speeds['peak']])
+  return np.array([np.max(np.array(each)[:, None] / rates, axis=0) for each in work])
+
+
+def _first() -> str:
+  return _RUNS.value[0]
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+  for clock in CLOCKS:
+    title = f'ms, {clock} time; in brackets over the roofline; x: over {_first()} (its roofline)'
+    table = rich.table.Table(title=title, title_justify='left')
+    table.add_column('run')
+    for column in ('batch', 'all', 'x', 'prompt', 'x', 'token', 'x'):
+      table.add_column(column, justify='right')
+    for row in (row for row in rows if row['clock'] == clock):
+      cells = []
+      for key in ('', 'read_', 'token_'):
+        seconds, roof = row[f'{key}seconds'], row[f'roofline_{key}seconds']
+        cells.append(f'{1e3 * seconds:.1f} ({seconds / roof:.2f})')
+        ratio, least = row[f'{key}times_first'], row[f'roofline_{key}times_first']
+        cells.append(f'{ratio:.2f} ({least:.2f})')
+      table.add_row(row['run'], str(row['batch_size']), *cells)
+    rich.console.Console(stderr=True, width=110).print(table)
+
+
+if __name__ == '__main__':
+  cli.run(main)

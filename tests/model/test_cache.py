@@ -1,0 +1,237 @@
+"""Reading with a cache is the uncached forward pass, for every variant, on every mesh."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from bam_jax import config, sharding
+from bam_jax.errors import UserError
+from bam_jax.model import arithmetic, resident, transformer
+from bam_jax.model import cache as cache_lib
+from bam_jax.model import decoder as decoder_lib
+
+TOLERANCE = 1e-5  # of the largest score
+QUICK_COMPILE = {'xla_backend_optimization_level': 0}
+MESHES = [(1, 1, 1, 1), (2, 2, 2, 1), (1, 1, 4, 1), (1, 2, 2, 2)]
+PIECE, LENGTH, SLOTS = 7, 11, 16
+FIRST = np.array([0, 3, 1, 6], np.int32)  # padding in front; the last row is one token at first
+
+
+def experts(**changes):
+  return lambda model: dataclasses.replace(model, **changes)
+
+
+ODD = {
+  'six_experts': (
+    'bam_kv_experts',
+    experts(
+      attention_experts=config.AttentionExperts(6),
+      ffn_experts=config.FFNExperts(6, top_k=2, renormalize=True),
+    ),
+  ),
+  'six_routed': (
+    'routed_attention',
+    experts(
+      attention_experts=config.AttentionExperts(6, top_k=2, renormalize=True),
+      ffn_experts=config.FFNExperts(6, top_k=3),
+    ),
+  ),
+  'norms_of_heads': ('bam_kv_experts', experts(qk_norm=True)),
+  'norms_of_shared_heads': ('bam_shared_kv', experts(qk_norm=True)),
+  'biased': ('btx', experts(ffn_experts=config.FFNExperts(4, balance_bias=True))),
+  'trained_with_a_capacity': (
+    'bam_kv_experts', experts(ffn_experts=config.FFNExperts(4, buffer_factor=1.0))
+  ),
+  'attention_experts_alone': ('bam_kv_experts', experts(ffn_experts=None, logit_scale=0.5)),
+}  # fmt: skip
+QUICK = {
+  ('bam_kv_experts', (1, 1, 1, 1)),
+  ('untied', (1, 2, 2, 2)),
+  ('btx', (1, 1, 4, 1)),
+  ('norms_of_shared_heads', (1, 2, 2, 2)),
+}
+
+
+@pytest.fixture(scope='module')
+def named(models):
+  """The function from a name to its model."""
+
+  def make(name: str) -> config.Model:
+    if name in models:
+      return models[name]
+    base, change = ODD[name]
+    return change(models[base])
+
+  return make
+
+
+@pytest.fixture(scope='module')
+def start(named):
+  """Parameters of each model; scales and biases are not all equal."""
+
+  @functools.cache
+  def make(name: str) -> dict:
+    network = transformer.Network(named(name), config.Compute())
+    params = jax.device_get(jax.jit(network.init)(jax.random.key(3)))
+    rng = np.random.default_rng(0)
+
+    def stir(path, x):
+      odd = sharding.path_of(path).split('/')[-1].endswith(('scale', 'bias'))
+      return (x + 0.2 * rng.normal(size=x.shape)).astype(x.dtype) if odd else x
+
+    return jax.tree_util.tree_map_with_path(stir, params)
+
+  return make
+
+
+@pytest.fixture(scope='module')
+def rows() -> np.ndarray:
+  return np.random.default_rng(1).integers(0, 320, (len(FIRST), LENGTH)).astype(np.int32)
+
+
+@pytest.fixture(scope='module')
+def uncached(named, start, rows):
+  """The function name -> scores BTV of the training model, all tokens at once, on one device."""
+
+  @functools.cache
+  def run(name: str) -> np.ndarray:
+    model = named(name)
+    if model.ffn_experts:  # generation drops no token
+      dropless = dataclasses.replace(model.ffn_experts, buffer_factor=0.0)
+      model = dataclasses.replace(model, ffn_experts=dropless)
+    network = transformer.Network(model, config.Compute())
+    slots = np.arange(LENGTH)
+    segments = (slots >= FIRST[:, None]).astype(np.int32)
+    positions = np.maximum(slots - FIRST[:, None], 0).astype(np.int32)
+
+    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    def scores(params):
+      return network.logits(params, network.hidden(params, rows, segments, positions)[0])
+
+    return np.asarray(scores(start(name)))
+
+  return run
+
+
+def reader_of(model, dtype, shape):
+  """The decoder on a mesh, its jitted `read`, and an empty cache."""
+  mesh = sharding.make_mesh(config.Mesh(*shape))
+  decoder = decoder_lib.Decoder(model, dtype, mesh)
+  cache_spec = cache_lib.specs(decoder.model, decoder.layout)
+  specs = resident.specs(decoder.abstract, decoder.layout), cache_spec
+  read = decoder.layout.spread(
+    decoder.read, (*specs, resident.ROWS, resident.ROWS, P()), (resident.ROWS, cache_spec)
+  )
+  cache = cache_lib.zeros(decoder.model, decoder.layout, len(FIRST), SLOTS, dtype)
+  return decoder, jax.jit(read, donate_argnums=1, compiler_options=QUICK_COMPILE), cache
+
+
+CASES = [
+  pytest.param(
+    name,
+    shape,
+    marks=() if (name, shape) in QUICK else pytest.mark.slow,
+    id=f'{name}-{"x".join(map(str, shape))}',
+  )
+  for name in (
+    'dense', 'untied', 'btx', 'bam_kv_experts', 'bam_shared_kv', 'routed_attention', *ODD
+  )
+  for shape in MESHES
+  if shape[2] <= 2 or 'six' not in name
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('name, shape', CASES)
+def test_a_piece_and_then_token_by_token(named, start, uncached, rows, name, shape):
+  decoder, read, cache = reader_of(named(name), 'float32', shape)
+  params = decoder.place(resident.reader(start(name)))
+  wanted = uncached(name)
+  pieces = [(0, PIECE), *((at, at + 1) for at in range(PIECE, LENGTH))]
+  for begin, end in pieces:
+    scores, cache = read(params, cache, rows[:, begin:end], FIRST, jnp.int32(begin))
+    distance = np.abs(np.asarray(scores) - wanted[:, end - 1]).max()
+    assert distance < TOLERANCE * np.abs(wanted).max()
+
+
+def test_what_stands_before_the_first_token_is_not_seen(named, start, rows):
+  decoder, read, cache = reader_of(named('bam_kv_experts'), 'float32', (1, 1, 1, 1))
+  params = decoder.place(resident.reader(start('bam_kv_experts')))
+  others = np.where(np.arange(LENGTH) < FIRST[:, None], 5, rows)
+  assert (others != rows).any()
+  scores, cache = read(params, cache, rows, FIRST, jnp.int32(0))
+  # Into the same cache, which is full of the other run's keys.
+  again, _ = read(params, cache, others, FIRST, jnp.int32(0))
+  np.testing.assert_array_equal(scores, again)
+
+
+@pytest.mark.slow
+def test_a_capacity_of_training_is_felt_there(named, start, rows):
+  """Else the case above would say nothing."""
+  network = transformer.Network(named('trained_with_a_capacity'), config.Compute())
+  ones, slots = np.ones_like(rows), np.tile(np.arange(LENGTH, dtype=np.int32), (len(rows), 1))
+  _, routing = network.hidden(start('trained_with_a_capacity'), rows, ones, slots)
+  assert routing.ffn.dropped.sum() > 0
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1, 1), (1, 2, 2, 2)])
+def test_account_counts_the_arrays(model, shape):
+  batch, slots = 4, 6
+  layout = resident.Resident(sharding.make_mesh(config.Mesh(*shape)))
+  for dtype in ('float32', 'bfloat16'):
+    arrays = jax.tree.leaves(cache_lib.zeros(model, layout, batch, slots, dtype))
+    counted = arithmetic.cache_bytes(model, dtype)
+    assert sum(x.nbytes for x in arrays) == batch * slots * counted
+    abstract = jax.tree.leaves(cache_lib.abstract(model, layout, batch, slots, dtype))
+    assert [(x.shape, x.dtype, x.sharding) for x in abstract] == [
+      (x.shape, x.dtype, x.sharding) for x in arrays
+    ] or layout.mesh is None
+
+
+def bytes_by_device(arrays) -> list[int]:
+  held: dict = {}
+  for shard in (shard for x in arrays for shard in x.addressable_shards):
+    held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+  return list(held.values())
+
+
+def test_each_expert_and_its_cache_lie_on_a_device_of_their_own(named, start):
+  model = named('bam_kv_experts')
+  decoder, _, cache = reader_of(model, 'float32', (1, 1, 4, 1))
+  assert set(bytes_by_device(jax.tree.leaves(cache))) == {
+    len(FIRST) * SLOTS * arithmetic.cache_bytes(model, 'float32') // 4
+  }
+  params = decoder.place(resident.reader(start('bam_kv_experts')))
+  layer, whole = params['blocks'][1]['attention'], start('bam_kv_experts')['blocks']['attention']
+  for name in ('query', 'key', 'value', 'out'):
+    (part,) = layer[name].parts
+    for shard in part.addressable_shards:
+      (expert,) = range(4)[shard.index[0]]
+      np.testing.assert_array_equal(shard.data[0], whole[name][1, expert])
+
+
+def test_parameters_are_placed_in_their_precisions(named, start):
+  decoder, *_ = reader_of(named('norms_of_heads'), 'bfloat16', (1, 1, 1, 1))
+  params = decoder.place(resident.reader(start('norms_of_heads')))
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), resident.abstract(decoder.abstract, decoder.layout, 'bfloat16')
+  )
+  layer = params['blocks'][0]
+  assert layer['attention']['query'].dtype == layer['ffn']['up'].dtype == jnp.bfloat16
+  assert params['embed']['table'].dtype == jnp.bfloat16
+  for part in (layer['norm']['scale'], layer['ffn']['router'], layer['attention']['key_scale']):
+    assert part.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+  'shape, key', [((1, 1, 8, 1), 'blocks/attention/key'), ((1, 1, 1, 3), 'blocks/attention/key')]
+)
+def test_a_mesh_that_does_not_divide_the_model(named, shape, key):
+  layout = resident.Resident(sharding.make_mesh(config.Mesh(*shape)))
+  tree = transformer.Network(named('bam_kv_experts'), config.Compute()).abstract()
+  with pytest.raises(UserError, match=f'--mesh cuts {key}'):
+    resident.check(tree, layout)
