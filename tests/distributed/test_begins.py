@@ -1,0 +1,101 @@
+"""How a job begins, and what it refuses before anything is trained."""
+
+import pytest
+
+from tests.distributed.jobs import MAIN, MESH, ROOT, Job, free_port, job
+
+REFUSED = {
+  'mesh': (
+    MESH,
+    '--config.runs.code.mesh.expert=1',
+    'config.runs.code.mesh has 1 devices, and the 2 processes 2: every device of a job needs its '
+    'place in the mesh.',
+  ),
+  'parts': (
+    '3x1x1x2',
+    '',
+    'config.runs.seed.mesh gives processes overlapping parts of a batch: choose mesh.tensor such '
+    'that it divides the 3 devices of a process, or is a multiple of them.',
+  ),
+  'recipe': (
+    MESH,
+    '--config.seed={process}',
+    'processes 1 do not have the same recipe, flags and data as process 0: start all processes '
+    'with the same flags and files.',
+  ),
+  'workdir': (
+    MESH,
+    '--workdir={folder}/{process}',
+    'processes 1 do not see {folder}/{process} as process 0 does: name a folder that all hosts '
+    'share.',
+  ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', REFUSED)
+def test_all_refuse_what_one_cannot_do(text, tmp_path, name):
+  mesh, flags, sentence = [part.replace('{folder}', str(tmp_path)) for part in REFUSED[name]]
+  if name == 'workdir':
+    (tmp_path / '1').mkdir()
+  with job(tmp_path, text, 2, mesh, *flags.split()) as both:
+    ends = both.ends()
+  for process, (status, told) in enumerate(ends):
+    assert status == 2
+    assert told.splitlines()[-1] == f'bam_jax.main: {sentence.format(process=process)}'
+    assert 'Traceback' not in told
+
+
+@pytest.mark.parametrize('process', (1, pytest.param(0, marks=pytest.mark.slow)))
+def test_nobody_else_comes(tmp_path, process):
+  """A wrong address, or the others were never started."""
+  address = f'127.0.0.1:{free_port()}'
+  line = [*MAIN, '--config=configs/quickstart.py', f'--workdir={tmp_path}', '--join_timeout=3']
+  place = [f'--coordinator={address}', '--process_count=2', f'--process_id={process}']
+  [(status, told)] = Job([[*line, *place]], devices=1).ends()
+  assert status == 2
+  assert told == (
+    'bam_jax.main: not all processes of the job came within --join_timeout=3 s: start all with '
+    f'--coordinator={address}, and each with its own --process_id.\n'
+  )
+
+
+@pytest.mark.slow
+def test_auto_finds_nothing(tmp_path):
+  line = [*MAIN, '--config=configs/quickstart.py', f'--workdir={tmp_path}', '--coordinator=auto']
+  [(status, told)] = Job([line], devices=1).ends()
+  assert status == 2
+  assert told.startswith('bam_jax.main: --coordinator=auto finds no job of SLURM, Open MPI')
+  assert len(told.splitlines()) == 1
+
+
+def slurm(process: int, number: int) -> dict[str, str]:
+  return {
+    'SLURM_JOB_ID': str(number),
+    'SLURM_STEP_NODELIST': 'localhost',
+    'SLURM_NTASKS': '2',
+    'SLURM_PROCID': str(process),
+    'SLURM_LOCALID': str(process),
+  }
+
+
+def open_mpi(process: int, number: int) -> dict[str, str]:
+  return {
+    'OMPI_MCA_orte_hnp_uri': f'{number * 4096}.0;tcp://127.0.0.1:34911',
+    'OMPI_COMM_WORLD_SIZE': '2',
+    'OMPI_COMM_WORLD_RANK': str(process),
+    'OMPI_COMM_WORLD_LOCAL_RANK': str(process),
+  }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('launcher', (slurm, open_mpi))
+def test_auto_finds_what_a_launcher_says(text, tmp_path, launcher):
+  """The variables of each, without the launcher: the job gets as far as its recipe's mesh."""
+  recipe = f'--config={ROOT}/tests/recipes/job.py:{text},12,4x1x1x1'
+  line = [*MAIN, recipe, f'--workdir={tmp_path}', '--coordinator=auto']
+  number = free_port() % 4096  # from which JAX makes a port
+  variables = [launcher(process, number) for process in range(2)]
+  for status, told in Job([line] * 2, 1, variables).ends():
+    assert status == 2
+    assert 'config.runs.seed.mesh needs 4 devices and there are 2' in told

@@ -1,0 +1,76 @@
+"""Which place in which job the flags say."""
+
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from bam_jax import distributed
+from bam_jax.distributed import Place, place_of
+from bam_jax.errors import UserError
+from tests.distributed.jobs import ROOT
+
+MISTAKES = {
+  'no coordinator': ((None, 2, 0), 'need --coordinator'),
+  'no coordinator, one number': ((None, None, 1), 'need --coordinator'),
+  'no count': (('host:1', None, 0), 'needs --process_count'),
+  'no id': (('host:1', 2, None), 'needs --process_count'),
+  'id too high': (('host:1', 2, 2), 'not below --process_count=2'),
+  'no port': (('host', 2, 0), 'is not HOST:PORT'),
+  'no host': ((':8476', 2, 0), 'is not HOST:PORT'),
+  'odd port': (('host:99999', 2, 0), 'is not HOST:PORT'),
+  'word for a port': (('host:http', 2, 0), 'is not HOST:PORT'),
+  'auto and more': (('auto', 2, None), 'leave them out'),
+}
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+@pytest.mark.parametrize('pod', (False, True))
+def test_flags_that_do_not_fit_together(name, pod):
+  values, sentence = MISTAKES[name]
+  with pytest.raises(UserError, match=sentence):
+    place_of(*values, pod=pod)
+
+
+def test_places():
+  assert place_of(None, None, None, pod=False) is None
+  assert place_of(None, None, None, pod=True) == Place()
+  assert place_of('auto', None, None, pod=False) == Place()
+  assert place_of('[::1]:8476', 2, 1, pod=True) == Place('[::1]:8476', 2, 1)
+
+
+def test_a_pod_needs_chips_their_library_and_jax_to_want_them(tmp_path, monkeypatch):
+  found = {'libtpu': object()}
+  monkeypatch.setattr(distributed.importlib.util, 'find_spec', found.get)
+  before = jax.config.jax_platforms
+  try:
+    for wanted, expected in ((None, True), ('tpu,cpu', True), ('cpu', False)):
+      jax.config.update('jax_platforms', wanted)
+      for chips in (('accel0', 'accel1'), ('vfio/0',)):
+        devices = tmp_path / f'{wanted}{chips[0][:4]}'
+        for chip in chips:
+          (devices / chip).parent.mkdir(parents=True, exist_ok=True)
+          (devices / chip).touch()
+        assert distributed.has_tpu(devices) == expected
+    jax.config.update('jax_platforms', None)
+    (tmp_path / 'vfio').mkdir()
+    (tmp_path / 'vfio' / 'vfio').touch()  # there on every machine that can pass devices through
+    assert not distributed.has_tpu(tmp_path)
+    (tmp_path / 'accel0').touch()
+    assert distributed.has_tpu(tmp_path)
+    found.clear()
+    assert not distributed.has_tpu(tmp_path)
+  finally:
+    jax.config.update('jax_platforms', before)
+
+
+def test_a_wrong_flag_is_one_sentence_and_status_2(tmp_path):
+  line = ['-m', 'bam_jax.main', '--config=configs/quickstart.py', f'--workdir={tmp_path}']
+  done = subprocess.run(
+    [sys.executable, *line, '--process_count=2'], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 2
+  assert done.stderr == (
+    'bam_jax.main: --process_count and --process_id need --coordinator=HOST:PORT.\n'
+  )
