@@ -44,8 +44,8 @@ def main() -> dict[str, Any] | None:
     raise UserError('Where to? Give --workdir=FOLDER.')
   if '://' in _WORKDIR.value:
     raise UserError(
-      f'--workdir={_WORKDIR.value} is not a folder: mount the bucket on every host, for example with '
-      'gcsfuse, and give the folder.'
+      f'--workdir={_WORKDIR.value} is not a folder: mount the bucket on every host, for example '
+      'with gcsfuse, and give the folder.'
     )
   workdir = Path(_WORKDIR.value)
   processes.check_shared(workdir)
