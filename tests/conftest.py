@@ -1,15 +1,18 @@
 """Eight fake CPU devices for every test; the tiny models, recipe and dataset that tests share."""
 
+import ast
 import copy
 import json
 import logging
 import os
+import pathlib
 import tempfile
 
 import jax
 import numpy as np
 import pytest
 
+import bam_jax
 from bam_jax import config
 from bam_jax.data import prepare, shards
 
@@ -50,6 +53,17 @@ WORDS = {
   'law': 'court shall plaintiff section act appeal herein party statute order judge',
   'math': 'let x be an integer such that prime sum equals proof theorem lemma n + 1',
 }
+
+
+@pytest.fixture(scope='session')
+def door_doc():
+  """The function from a command's name to its docstring; two doors cannot be imported together."""
+
+  def read(name: str) -> str:
+    path = pathlib.Path(bam_jax.__file__).parent / f'{name}.py'
+    return ast.get_docstring(ast.parse(path.read_text(encoding='utf-8')))
+
+  return read
 
 
 @pytest.fixture(scope='session')

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from bam_jax import aot, config, sharding
+from bam_jax import config, sharding
 from bam_jax.compiled import program, report, topology
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic
@@ -48,8 +48,8 @@ def facts(jobs, tmp_path_factory):
   return result
 
 
-def test_facts_are_json_and_help_names_every_key(facts):
-  words = set(re.findall(r'\w+', aot.__doc__))
+def test_facts_are_json_and_help_names_every_key(facts, door_doc):
+  words = set(re.findall(r'\w+', door_doc('aot')))
   for one in facts.values():
     assert json.loads(json.dumps(one)) == one
     assert one.keys() <= words
