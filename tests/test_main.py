@@ -161,7 +161,7 @@ def test_twenty_signals_at_random_moments(text, tmp_path):
   """From the first import to the report: whenever SIGTERM comes, the end is the undisturbed one."""
   flags = [
     '--runs=seed',
-    f'--config.runs.seed.tokens={600 * 64}',
+    f'--config.runs.seed.tokens={300 * 64}',
     '--config.runs.seed.every.evaluate=0',
     '--config.runs.seed.every.checkpoint=100000',  # only for the signals
   ]

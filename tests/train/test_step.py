@@ -112,27 +112,16 @@ def test_what_is_reported_is_before_clipping(models, start, run, make_batch):
     np.testing.assert_allclose(moment, want, rtol=0, atol=1e-5 * np.abs(want).max(), err_msg=name)
 
 
-# All the meshes for all the variants take minutes: the quick ones cut every axis of every variant.
-QUICK = {
+# All the meshes for all the variants: tests/model/test_layout.py, which compares gradients.
+CASES = [
   ('dense', (1, 2, 2, 2)),
   ('btx', (2, 2, 2, 1)),
   ('bam_kv_experts', (1, 2, 4, 1)),
   ('bam_shared_kv', (1, 2, 2, 2)),
-}
-MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1), (1, 2, 2, 2)]
-CASES = [
-  pytest.param(
-    variant,
-    shape,
-    marks=() if (variant, shape) in QUICK else pytest.mark.slow,
-    id=f'{variant}-{"x".join(map(str, shape))}',
-  )
-  for variant in ('dense', 'btx', 'bam_kv_experts', 'bam_shared_kv', 'routed_attention')
-  for shape in MESHES
 ]
 
 
-@pytest.mark.parametrize('variant, shape', CASES)
+@pytest.mark.parametrize('variant, shape', CASES, ids=str)
 def test_many_devices_are_one_device(run, variant, shape):
   one, one_metrics, *_ = run(variant)
   many, many_metrics, abstract, before = run(variant, shape)
