@@ -315,6 +315,8 @@ def small_disk(tmp_path):
   folder = tmp_path / 'disk'
   folder.mkdir()
   mount = ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(folder)]
+  # Only root may mount, and some containers' root may not; with neither, prlimit in test_convert.py
+  # is what fills a disk.
   if shutil.which('mount') is None or subprocess.run(mount, capture_output=True).returncode:
     pytest.skip('this user may not mount a file system')
   yield folder

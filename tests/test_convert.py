@@ -150,6 +150,7 @@ def size(folder: Path) -> int:
 @pytest.mark.parametrize('limit', [10_000, 1_000_000, 4_000_000])
 def test_a_disk_that_takes_no_more(runs, tmp_path, limit):
   line = ['prlimit', f'--fsize={limit}', *command(runs, tmp_path / 'mix')]
+  # Of Linux alone (util-linux): macOS has nothing that bounds another program's files this way.
   if not shutil.which(line[0]):
     pytest.skip('without prlimit, a disk cannot be made to take no more')
   done = run(line)
@@ -198,6 +199,7 @@ MISUSED = {
 
 @pytest.mark.parametrize('arguments, words', MISUSED.values(), ids=MISUSED)
 def test_misuse_is_answered_in_a_sentence(arguments, words):
+  # With the package there is nothing to refuse, and the command would ask the network.
   if 'gcsfs' in words and importlib.util.find_spec('gcsfs'):
     pytest.skip('gcsfs is installed')
   assert_sentence(run([sys.executable, '-m', 'bam_jax.convert', *arguments]), words)
