@@ -47,9 +47,7 @@ class Row:
 
 RUNS = ('seed', 'btx', 'bam_shared_kv', 'bam_kv')
 TABLES = {
-  'Every variant, everything recomputed': (
-    *(Row(run, 'v5e:4x4', 2, 4, 4) for run in RUNS),
-  ),
+  'Every variant, everything recomputed': (*(Row(run, 'v5e:4x4', 2, 4, 4) for run in RUNS),),
   'A plain mixture of 4 experts (BTX), parameters cut over all chips': (
     Row('btx', 'v5e:4x4', 2, 16, 1, 'matmuls'),
     Row('btx', 'v5e:4x4', 2, 16, 1),
