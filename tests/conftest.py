@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pathlib
+import signal
 import tempfile
 
 import jax
@@ -15,6 +16,9 @@ import pytest
 import bam_jax
 from bam_jax import config
 from bam_jax.data import prepare, shards
+
+# A shell that runs the tests in the background lets them ignore Ctrl-C, and what they start too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests that compare layouts must not meet a real accelerator. Nothing imported so far has asked JAX
 # for its devices. Commands that a test starts get the CPU too, but one device, as users' do.

@@ -1,0 +1,118 @@
+"""The paper's comparison in small, on real text: does BAM beat BTX at equal data and equal compute?
+
+    python tools/build_corpus.py --output=data/corpus
+    python -m bam_jax.main --config=configs/reproduction.py --workdir=runs/r_0
+    python -m bam_jax.main --config=configs/reproduction.py:main --config.seed=1 --workdir=runs/r_1
+    python -m bam_jax.main --config=configs/reproduction.py:main --config.seed=2 --workdir=runs/r_2
+
+A seed is trained on text that is mostly general, three specialists from it on nine tenths of their
+own domain, and every mixture on a quarter of each domain, all with the same batches in the same
+order. Shapes keep the paper's proportions at its small scale: as many KV heads as heads, an FFN's
+hidden width of twice the model's, embeddings apart. `:main` is the comparison that is repeated with
+other seeds; without an argument come the ablations too; `:learning_rates` trains BTX and BAM at
+five peaks each, which is how the mixtures' peak was chosen, the same for all; `:smoke` runs
+everything for a few steps. docs/results.md has what came out.
+"""
+
+from ml_collections import ConfigDict
+
+from bam_jax import config, recipes
+from bam_jax.errors import UserError
+
+SCALE = recipes.Scale(
+  model=dict(
+    vocab_size=4096,
+    d_model=192,
+    num_layers=6,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=48,
+    ffn_dim=384,
+    tied_embeddings=False,
+  ),
+  sequence_length=256,
+  batch_size=16,
+  seed_tokens=8_000_000,
+  seed_schedule=dict(peak_learning_rate=4e-3, warmup_steps=100, final_fraction=0.1),
+  specialist_tokens=2_500_000,
+  mixture_tokens=2_500_000,
+  mixture_schedule=dict(peak_learning_rate=2e-3, warmup_steps=50, final_fraction=0.1),
+  devices=1,
+  accumulate=1,
+  compute=dict(unroll=6),
+  every=dict(log=10, evaluate=100, checkpoint=200, keep=1),
+)
+PEAKS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+ARGUMENTS = ('', 'main', 'learning_rates', 'smoke')
+
+
+def branches() -> dict[str, dict]:
+  """The seed, which has seen some of every domain, and the specialists."""
+  runs = recipes.branches(SCALE)
+  runs['seed']['data'] = dict(general=0.7, code=0.1, law=0.1, math=0.1)
+  return runs
+
+
+def main_runs() -> dict[str, dict]:
+  """BTX, as large as in the paper and as large as BAM, and BAM on its data and for its compute."""
+  kv, shared_kv = recipes.BAM_KV, recipes.BAM_SHARED_KV
+  return dict(
+    btx=recipes.btx(SCALE),
+    btx_6_top3=recipes.mixture(SCALE, 'BTX, 6 experts, top 3', 'btx', num_experts=6, top_k=3),
+    bam_kv=recipes.mixture(SCALE, *kv),
+    bam_shared_kv=recipes.mixture(SCALE, *shared_kv),
+    bam_kv_cm=recipes.compute_matched(SCALE, f'{kv[0]}, CM', kv[1]),
+    bam_shared_kv_cm=recipes.compute_matched(SCALE, f'{shared_kv[0]}, CM', shared_kv[1]),
+    dense=dense(),
+  )
+
+
+def dense() -> dict:
+  """The seed, trained on as the mixtures are."""
+  run = recipes.mixture(SCALE, 'seed, trained on', 'average')
+  return run | dict(init=dict(run='seed'))
+
+
+def ablations() -> dict[str, dict]:
+  """Routed attention at BTX's compute, and mixtures of other makings on the same data."""
+  label, method = recipes.BAM_KV
+  routed = {
+    f'bam_top{k}': recipes.compute_matched(
+      SCALE, f'{label}, attention top {k}, CM', method, attention_top_k=k
+    )
+    for k in (1, 2)
+  }
+  sparse = recipes.mixture(
+    SCALE, 'sparse upcycling', 'sparse', sources=['seed'], num_experts=len(recipes.SOURCES)
+  )
+  return routed | dict(sparse=sparse, average=recipes.mixture(SCALE, 'dense average', 'average'))
+
+
+def learning_rates() -> dict[str, dict]:
+  """BTX and BAM at every peak."""
+  runs = {}
+  for name, (label, method) in (('btx', ('BTX', 'btx')), ('bam_kv', recipes.BAM_KV)):
+    for peak in PEAKS:
+      run = recipes.mixture(SCALE, f'{label}, peak {peak:g}', method)
+      schedule = run['schedule'] | dict(peak_learning_rate=peak)
+      runs[f'{name}_{peak:g}'.replace('.', '_')] = run | dict(schedule=schedule)
+  return runs
+
+
+def get_config(argument: str = '') -> ConfigDict:
+  """The recipe; `argument` is empty, "main", "learning_rates" or "smoke"."""
+  if argument not in ARGUMENTS:
+    raise UserError(
+      f'configs/reproduction.py has no argument {argument!r}: use none, or one of '
+      f'{", ".join(ARGUMENTS[1:])}.'
+    )
+  if argument == 'learning_rates':
+    runs = branches() | learning_rates()
+  else:
+    runs = branches() | main_runs() | ({} if argument == 'main' else ablations())
+  recipe = recipes.recipe('reproduction', SCALE, runs)
+  recipe['data'] |= dict(
+    path='data/reproduction', prepare=dict(input='data/corpus', train_tokenizer=4096)
+  )
+  recipe['evaluation'] = dict(batch_size=16, tokens=16_384, domains=recipes.DOMAINS)
+  return config.complete(recipes.smoke(recipe) if argument == 'smoke' else recipe)
