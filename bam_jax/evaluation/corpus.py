@@ -1,0 +1,141 @@
+"""The documents that models are compared on, by domain: prepared tokens, or text for any tokenizer.
+
+A document is a sequence of tokens, begin and end included, and the UTF-8 bytes of its text.
+"""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from bam_jax.data import documents as documents_lib
+from bam_jax.data import shards, sources
+from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.errors import UserError
+
+TEXTS = 1000  # texts that are encoded at once
+
+
+class Domain(Protocol):
+  """The documents of one domain."""
+
+  name: str
+  byte_counts: np.ndarray  # int64, of each document's text
+
+  def check(self, tokenizer: Tokenizer, checkpoint: str) -> None:
+    """UserError when a checkpoint's tokenizer cannot read the documents."""
+
+  def documents(self, tokenizer: Tokenizer) -> Sequence[np.ndarray]:
+    """The tokens of each document, in order."""
+
+
+class Prepared:
+  """A split of a domain of a prepared dataset, tokens of one tokenizer."""
+
+  def __init__(self, name: str, dataset: shards.Dataset, split: str, most: int | None):
+    """Takes the first `most` documents; UserError when there is no such split."""
+    self.name = name
+    self._documents = dataset.documents(name, split)
+    self.byte_counts = self._documents.byte_counts[:most]
+    self._dataset = dataset
+
+  def check(self, tokenizer: Tokenizer, checkpoint: str) -> None:
+    """UserError unless the dataset was prepared with this tokenizer."""
+    if tokenizer.hash != self._dataset.tokenizer_hash:
+      raise UserError(
+        f'{self._dataset.path} was prepared with another tokenizer than that of {checkpoint}: '
+        'give the text, --data=DOMAIN=FILE, which each checkpoint reads with its own.'
+      )
+
+  def documents(self, tokenizer: Tokenizer) -> Sequence[np.ndarray]:
+    """Views of the mapped files."""
+    del tokenizer
+    return [self._documents[number] for number in range(len(self.byte_counts))]
+
+
+class Text:
+  """A domain's texts, to be encoded by each tokenizer."""
+
+  def __init__(self, name: str, texts: Sequence[str]):
+    """Takes one text a document."""
+    self.name = name
+    self.byte_counts = np.array([len(text.encode()) for text in texts], np.int64)
+    self._texts = texts
+    self._encoded: list[np.ndarray] = []
+    self._encoded_by: tuple | None = None
+
+  def check(self, tokenizer: Tokenizer, checkpoint: str) -> None:
+    """Any tokenizer will do."""
+
+  def documents(self, tokenizer: Tokenizer) -> Sequence[np.ndarray]:
+    """Begin, the text's tokens, and end, as `prepare` has them."""
+    key = tokenizer.hash, tokenizer.bos_id, tokenizer.eos_id
+    if self._encoded_by != key:  # checkpoints with one tokenizer tend to follow each other
+      self._encoded_by = key
+      self._encoded = [
+        np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
+        for start in range(0, len(self._texts), TEXTS)
+        for ids in tokenizer.encode_batch(self._texts[start : start + TEXTS])
+      ]
+    return self._encoded
+
+
+def read(given: Sequence[str], split: str, text_field: str, most: int | None) -> list[Domain]:
+  """The domains that `--data` names, in order.
+
+  Args:
+    given: folders of prepared datasets, and DOMAIN=PATH for text.
+    split: of datasets, and of folders whose files are marked with one.
+    text_field: of JSON lines and Parquet.
+    most: documents of each domain, the first of them; None is all.
+
+  Raises:
+    UserError: something cannot be read, holds no document, or names a domain again.
+  """
+  if not given:
+    raise UserError('On what? Give --data=PREPARED_FOLDER or --data=DOMAIN=FILE.')
+  domains: dict[str, Domain] = {}
+  for item in given:
+    for domain in _read(item, split, text_field, most):
+      if domain.name in domains:
+        raise UserError(
+          f'--data={item}: the domain {domain.name} is given twice; put its files in one folder.'
+        )
+      if not len(domain.byte_counts):
+        raise UserError(f'--data={item} holds no document of the domain {domain.name}.')
+      domains[domain.name] = domain
+  return list(domains.values())
+
+
+def _read(item: str, split: str, text_field: str, most: int | None) -> list[Domain]:
+  if Path(item, shards.MANIFEST).exists():
+    dataset = shards.open_dataset(item)
+    return [Prepared(name, dataset, split, most) for name in dataset.domains]
+  name, equals, path = item.partition('=')
+  if not equals:
+    raise UserError(
+      f'--data={item} is no prepared dataset (it has no {shards.MANIFEST}), nor does it name a '
+      f'domain: write --data=DOMAIN={item} for text.'
+    )
+  if not shards.DOMAIN_NAME.fullmatch(name):
+    raise UserError(f'--data={item}: a domain is named with letters, digits, "_", "-" and ".".')
+  texts = (document.text for file in _files(Path(path), split)
+           for document in documents_lib.read_documents(file, text_field))  # fmt: skip
+  return [Text(name, list(itertools.islice(filter(None, texts), most)))]
+
+
+def _files(path: Path, split: str) -> list[Path]:
+  """A file itself; of a folder whose files are marked with splits those of `split`, else all."""
+  files, _ = sources.find_files(path)
+  if path.is_file():
+    return files
+  marks = {file: sources.find_split(file.relative_to(path)) for file in files}
+  if not any(marks.values()):
+    return files
+  found = [file for file, mark in marks.items() if mark == split]
+  if not found:
+    there = ', '.join(sorted({mark for mark in marks.values() if mark}))
+    raise UserError(f'{path} has no file marked {split!r}: give --split, of {there}.')
+  return found
