@@ -1,6 +1,6 @@
 """The paper's comparison in small, on real text: does BAM beat BTX at equal data and equal compute?
 
-    python tools/build_corpus.py --output=data/corpus
+    python -m tools.build_corpus --output=data/corpus
     python -m bam_jax.main --config=configs/reproduction.py --workdir=runs/r_0
     python -m bam_jax.main --config=configs/reproduction.py:main --config.seed=1 --workdir=runs/r_1
     python -m bam_jax.main --config=configs/reproduction.py:main --config.seed=2 --workdir=runs/r_2

@@ -1,0 +1,401 @@
+"""The corpus from packages made up here: archives, readers, what is dropped or held out."""
+
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import lzma
+import os
+import sqlite3
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bam_jax.data import sources as data_sources
+from bam_jax.errors import UserError
+from tools.corpus import archives, build, formal, law, prose, splits, text
+from tools.corpus.sources import SOURCES
+
+ROOT = Path(__file__).parent.parent.parent
+FILES = {'b/two.py': b'2\n', 'a/one.py': b'1\n'}
+
+
+def tar(files, prefix=''):
+  content = io.BytesIO()
+  with tarfile.open(fileobj=content, mode='w') as archive:
+    link = tarfile.TarInfo('a/link.py')
+    link.type, link.linkname = tarfile.SYMTYPE, '/etc/passwd'
+    archive.addfile(link)
+    for name, data in files.items():
+      member = tarfile.TarInfo(prefix + name)
+      member.size = len(data)
+      archive.addfile(member, io.BytesIO(data))
+  return content.getvalue()
+
+
+def wheel(path, files=FILES):
+  with zipfile.ZipFile(path, 'w') as archive:
+    archive.mkdir('a')
+    for name, data in files.items():
+      archive.writestr(name, data)
+  return path
+
+
+def tarball(path, files=FILES):
+  path.write_bytes(gzip.compress(tar(files)))
+  return path
+
+
+def debian(path, files=FILES):
+  parts = {'debian-binary': b'2.0', 'data.tar.xz': lzma.compress(tar(files, './'))}
+  content = b'!<arch>\n'
+  for name, data in parts.items():  # an odd size is padded
+    content += f'{name:<16}{0:<12}{0:<6}{0:<6}{644:<8}{len(data):<10}`\n'.encode() + data
+    content += b'\n' * (len(data) % 2)
+  path.write_bytes(content)
+  return path
+
+
+MAKERS = {'a.whl': wheel, 'a.tgz': tarball, 'a.deb': debian}
+
+
+@pytest.mark.parametrize('name', MAKERS)
+def test_members_are_the_plain_files_in_order(name, tmp_path):
+  archive = MAKERS[name](tmp_path / name)
+  assert list(archives.members(archive)) == [('a/one.py', b'1\n'), ('b/two.py', b'2\n')]
+
+
+@pytest.mark.parametrize('name', MAKERS)
+@pytest.mark.parametrize('inside', ['../a.py', 'a/../../b.py', '/etc/passwd'])
+def test_a_member_that_escapes_is_refused(name, inside, tmp_path):
+  if name == 'a.deb' and inside.startswith('/'):
+    inside = f'..{inside}'  # a Debian package's paths begin with "./"
+  archive = MAKERS[name](tmp_path / name, {inside: b'x'})
+  with pytest.raises(UserError, match='outside of itself'):
+    list(archives.members(archive))
+
+
+def package(path, registry='pypi'):
+  sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+  return archives.Package(registry, 'made-up', '1.0', path.name, sha256, 'MIT')
+
+
+def test_a_cached_archive_needs_no_client_and_is_verified_each_time(tmp_path, monkeypatch):
+  about = package(wheel(tmp_path / 'a.whl'))
+  monkeypatch.setenv('PATH', '')
+  assert archives.fetch(about, tmp_path) == tmp_path / 'a.whl'
+  with open(tmp_path / 'a.whl', 'ab') as file:
+    file.write(b'\0')
+  with pytest.raises(UserError, match=r'a\.whl is not the archive .* SHA-256 .* delete it'):
+    archives.fetch(about, tmp_path)
+
+
+@pytest.mark.parametrize('registry, client', [('npm', 'npm'), ('apt', 'apt-get')])
+def test_a_missing_client_is_a_sentence_that_says_what_to_do(
+  registry, client, tmp_path, monkeypatch
+):
+  about = package(tarball(tmp_path / 'a.tgz'), registry)
+  monkeypatch.setenv('PATH', str(tmp_path))
+  with pytest.raises(UserError) as error:
+    archives.fetch(about, tmp_path / 'cache')
+  assert f'comes by {client}, which is not installed' in str(error.value)
+  assert 'put a.tgz' in str(error.value) and str(tmp_path / 'cache') in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'script, sentence',
+  [
+    ('cp {archive} a.tgz', None),
+    ('echo other > a.tgz', 'a.tgz is not the archive'),
+    ('touch b.tgz', 'npm brought b.tgz for made-up 1.0'),
+    ('echo "E404 no such package" >&2; exit 1', r'npm cannot download made-up 1\.0 \(E404'),
+  ],
+)
+def test_what_a_client_brings(script, sentence, tmp_path, monkeypatch):
+  """A stand-in for npm, which cannot be reached in a test."""
+  archive = tarball(tmp_path / 'a.tgz')
+  (tmp_path / 'bin').mkdir()
+  npm = tmp_path / 'bin' / 'npm'
+  npm.write_text(f'#!/bin/sh\n{script.format(archive=archive)}\n')
+  npm.chmod(0o755)
+  monkeypatch.setenv('PATH', f'{tmp_path}/bin{os.pathsep}{os.environ["PATH"]}')
+  cache = tmp_path / 'cache'
+  if sentence is None:
+    assert archives.fetch(package(archive, 'npm'), cache).read_bytes() == archive.read_bytes()
+  else:
+    with pytest.raises(UserError, match=sentence):
+      archives.fetch(package(archive, 'npm'), cache)
+  assert not [path for path in cache.iterdir() if path.name.startswith('.')]
+
+
+def test_every_source_is_pinned():
+  packages = [source.package for some in SOURCES.values() for source in some]
+  assert len({p.file for p in packages}) == len({p.sha256 for p in packages}) == len(packages) == 13
+  assert all(len(p.sha256) == 64 and p.registry in ('pypi', 'npm', 'apt') for p in packages)
+
+
+def test_clean():
+  assert text.clean('e\u0301\t\x07x \r\n\n\n\ny\u00a0z\n\n') == 'é    x\n\ny z\n'
+
+
+@given(st.text(alphabet='ab. \n', max_size=400), st.integers(8, 60))
+def test_pieces_lose_no_word_and_are_about_the_size(content, size):
+  cut = text.pieces(content, size)
+  assert ''.join('\n\n'.join(cut).split()) == ''.join(content.split())
+  assert all(len(piece) + 2 >= size for piece in cut[:-1])
+
+
+def test_pieces_at_blank_lines_and_sentences():
+  assert text.pieces('aaaa\n\nbbbb\n\ncc', 10) == ['aaaa\n\nbbbb', 'cc']
+  assert text.pieces('One is. Two is. Three is.', 16) == ['One is. \n\nTwo is. ', 'Three is.']
+
+
+def test_prose():
+  files = [
+    ('package/data/1790.txt', b'Fellow citizens\n'),
+    ('package/data/chapter_01.txt', b'Call me\nIshmael.\n\nSome\nyears'),
+    ('package/readme.txt', b'no text'),
+  ]
+  assert list(prose.state_of_the_union(files))[0] == ('1790#0', 'Fellow citizens\n')
+  assert list(prose.moby_dick(files)) == [('chapter_01', 'Call me Ishmael.\n\nSome years')]
+
+
+def test_brown():
+  lines = b"\n``/`` No/at ''/'' ,/, he/pps 's/x Dallas/np ../.\n./. ./.\n\n\n(/( a/at )/) ?/? ?/?\n"
+  (name, said), *others = prose.brown([('package/ca01', lines), ('package/cats.txt', lines)])
+  assert (name, others) == ('ca01', [])
+  assert said == '"No", he\'s Dallas.\n(a)?'
+
+
+def r_strings(lines):
+  """A vector of strings in R's serialisation; None is a missing one."""
+  encoded = [None if line is None else line.encode() for line in lines]
+  body = b''.join(
+    struct.pack('>Ii', 0x40009, -1 if s is None else len(s)) + (s or b'') for s in encoded
+  )
+  return struct.pack('>Ii', 16, len(lines)) + body
+
+
+def test_austen():
+  novel = ['TITLE', 'CHAPTER I', '', 'It is a', 'truth', '', 'Chapter 2', '', 'Then'] + ['x'] * 500
+  head = b'X\n' + struct.pack('>III', 3, 0x30000, 0x20300)
+  # The longest vector counts, at any depth, after what only looks like one.
+  objects = [
+    head + r_strings(['short']),
+    head
+    + struct.pack('>Ii', 16, 9)
+    + r_strings(['a', None])
+    + b'\0'
+    + r_strings(novel)
+    + b'\0' * 9,
+  ]
+  packed = [zlib.compress(content) for content in objects]
+  database = b''.join(struct.pack('>I', len(content)) + content for content in packed)
+  documents = list(prose.austen([('usr/lib/R/janeaustenr/data/Rdata.rdb', database)]))
+  assert [name for name, _ in documents] == ['book1-chapter1#0', 'book1-chapter2#0']
+  assert documents[0][1] == 'CHAPTER I\n\nIt is a truth\n\n'
+  assert documents[1][1].startswith('Chapter 2\n\nThen x x')
+
+
+def test_licences():
+  long, rule = 'word ' * 200, 'word ' * 700
+  body = f'# 1. First\n#    item\n\n * (a) second {long}'
+  files = {
+    'x/plain.LICENSE': body,
+    'x/english.LICENSE': f'---\nkey: mit\nlanguage: en\n---\n{long}',
+    'x/german.LICENSE': f'---\nlanguage: de\n---\n{long}',
+    'x/short.LICENSE': 'MIT',
+    'x/text.RULE': f'---\nis_license_text: yes\n---\n{rule}',
+    'x/notice.RULE': f'---\nis_license_notice: yes\n---\n{rule}',
+    'x/short.RULE': f'---\nis_license_text: yes\n---\n{long}',
+  }
+  documents = dict(law.licences((name, content.encode()) for name, content in files.items()))
+  assert list(documents) == ['plain.LICENSE', 'english.LICENSE', 'text.RULE']
+  assert documents['plain.LICENSE'] == f'1. First item\n(a) second {long.strip()}'
+  assert documents['english.LICENSE'] == long.strip()
+
+
+def test_acts(tmp_path):
+  database = sqlite3.connect(tmp_path / 'r.db')
+  database.execute('create table regulations (celex, name)')
+  database.execute('create table articles (celex, article_number, content)')
+  database.execute("insert into regulations values ('32016', 'GDPR')")
+  rows = [('32016', '2', 'We say: (a) One; (b) Two'), ('32016', '1', 'Aim')]
+  database.executemany('insert into articles values (?, ?, ?)', rows)
+  database.commit()
+  database.close()
+  assert list(law.european_acts([('x/regulations.db', (tmp_path / 'r.db').read_bytes())])) == [
+    ('32016-art1', 'GDPR, Article 1\nAim'),
+    ('32016-art2', 'GDPR, Article 2\nWe say:\n(a) One;\n(b) Two'),
+  ]
+  articles = [{'article': n, 'title': 'T', 'description': 'a &amp; \n\n b'} for n in range(5)]
+  documents = list(law.indian_constitution([('x/data/constitution.json', json.dumps(articles))]))
+  assert [name for name, _ in documents] == ['articles0', 'articles4']
+  assert documents[1][1] == 'Article 4. T\na & \nb'.replace('& \n', '&\n')
+
+
+def test_programs():
+  files = [
+    ('d/a.py', b'x = 1\n'),
+    ('d/bad.py', b'\xff'),
+    ('d/locale/de/formats.py', b'y'),
+    ('d/migrations/0001.py', b'y'),
+    ('d/a.txt', b'y'),
+  ]
+  assert list(formal.python(files)) == [('d/a.py#0', 'x = 1\n')]
+  proofs = [(f'usr/share/hol-light/{name}', b'let A = 1;;') for name in ('100/a.ml', 'bool.ml')]
+  assert list(formal.hol_light(proofs)) == [('100/a.ml#0', 'let A = 1;;')]
+
+
+def test_metamath():
+  source = """
+  $( History $)  old $p |- old $= a $.
+  $(
+  #*#*#*
+    Before
+  #*#*#*
+  $)
+  wn $a wff -. ph $.
+  $( =-=-=-
+    The  title
+  =-=-=-
+    About ` ph ` and ~ ax-1 . $)
+  ${
+    h1 $e |- ph $.
+    ${ h2 $e |- ps $.
+    $( Rule  &amp; <B>use</B>.  (Contributed by NM, 5-Aug-1993.) (Revised by X (the y), 2.) $)
+    ax-mp $a |- ch $. $}
+    one $p |- ( ph $( in it $) -> ph ) $= foo bar $.
+  $}
+  two $p |- th $= foo $.
+  """
+  (name, said), first = list(formal.metamath([('x/set.mm', source.encode())]))[::-1]
+  assert first[0] == 'sec0#0' and first[1] == 'Preface\n\nTheorem old. History\n  |- old'
+  assert name == 'sec1#0'
+  assert said == (
+    'The title\n\nAbout ` ph ` and ax-1 .\n\n'
+    'Axiom ax-mp. Rule & use .\n  Given: |- ph & |- ps\n  |- ch\n\n'
+    'Theorem one.\n  Given: |- ph\n  |- ( ph -> ph )\n\n'
+    'Theorem two.\n  |- th'
+  )
+
+
+def words(start, count):
+  return ' '.join(f'w{i}' for i in range(start, start + count)) + '\n'
+
+
+def record(name, content):
+  return splits.Record(name, 'made-up', content)
+
+
+def kept(records):
+  return {r.id for some in splits.split(records).values() for r in some}
+
+
+def test_short_and_repeated_documents_are_dropped():
+  base = words(0, 100)
+  records = [
+    record('base', base),
+    record('short', 'x' * 299),
+    record('same', base.upper().replace(' ', ', ')),  # of equal letters and digits
+    record('longer', base + words(500, 40)),  # base is 96 of its 136 runs, and it is longer
+    record('other', words(1000, 100)),
+  ]
+  assert kept(records) == {'longer', 'other'}
+
+
+# Of 100 words, 96 runs of 5. With 52 first words from elsewhere it shares 48 of them: a half.
+@pytest.mark.parametrize('shared, stays', [(51, True), (52, False)])
+def test_the_limit_of_near_duplicates(shared, stays):
+  records = [
+    record('base', words(0, 200)),
+    record('near', words(0, shared) + words(900, 100 - shared)),
+  ]
+  assert ('near' in kept(records)) == stays
+
+
+def names_of(split, count):
+  """Names that the hash puts into a split, found by the definition."""
+  names = []
+  for i in itertools.count():
+    share = int(hashlib.sha256(f'made-up:{i}'.encode()).hexdigest()[:8], 16) / 16**8
+    if split == ('test' if share < 0.05 else 'valid' if share < 0.1 else 'train'):
+      names.append(f'made-up:{i}')
+    if len(names) == count:
+      return names
+
+
+def test_held_out_text_that_train_repeats_is_dropped():
+  """Of 100 words, 88 runs of 13: with 30 from train 18 of them, a fifth and more."""
+  [train], valid, [test] = names_of('train', 1), names_of('valid', 2), names_of('test', 1)
+  records = [
+    record(train, words(0, 400)),
+    record(valid[0], words(0, 29) + words(1000, 71)),  # 17 of 88
+    record(valid[1], words(100, 30) + words(2000, 70)),  # 18 of 88
+    # 14 from what is held out for valid, and 4 from train
+    record(test, words(1000, 26) + words(200, 16) + words(3000, 58)),
+  ]
+  found = {name: [r.id for r in some] for name, some in splits.split(records).items()}
+  assert found == {'train': [train], 'valid': [valid[0]], 'test': []}
+
+
+@settings(max_examples=20)
+@given(st.permutations(range(60)))
+def test_works_stay_together_whatever_comes_first(order):
+  records = [record(f'made-up:{i // 3}#{i % 3}', words(1000 + 100 * i, 60)) for i in order]
+  parts = splits.split(records)
+  homes = {}
+  for name, some in parts.items():
+    for r in some:
+      assert homes.setdefault(r.work, name) == name
+  assert sum(map(len, parts.values())) == 60
+  assert parts == splits.split(sorted(records))
+
+
+def command(*arguments):
+  line = [sys.executable, '-m', 'tools.build_corpus', *arguments]
+  return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_refuses_what_it_does_not_know(tmp_path):
+  for arguments, sentence in (
+    ([], 'Give --output=FOLDER.'),
+    ([f'--output={tmp_path}', '--domains=law,poetry'], "--domains names 'poetry'"),
+  ):
+    done = command(*arguments)
+    assert (done.returncode, done.stdout) == (2, '') and sentence in done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+def test_the_corpus_is_the_same_each_time_and_read_by_prepare(tmp_path):
+  files = {f'd/m{i}.py': words(1000 + 100 * i, 80).encode() for i in range(40)}
+  archive = wheel(tmp_path / 'x.whl', files)
+  written = []
+  for folder in ('one', 'two'):
+    for domain in ('code', 'law'):
+      source = SOURCES['code'][0]
+      facts = build.domain([source], [archive], tmp_path / folder / domain)
+      assert sum(split['documents'] for split in facts['splits'].values()) == 40
+    (tmp_path / folder / build.NOTICE).write_text('{}')
+    written.append({p.name: p.read_bytes() for p in (tmp_path / folder / 'law').iterdir()})
+  assert written[0] == written[1] and len(written[0]) == 3
+  content = gzip.decompress(written[0]['train.jsonl.gz'])
+  assert hashlib.sha256(content).hexdigest() == facts['splits']['train']['sha256']
+  first = json.loads(content.decode().splitlines()[0])
+  assert set(first) == {'id', 'source', 'text'} and first['source'] == 'django'
+  assert first['id'].startswith('django:d/m') and first['text'].encode() in files.values()
+
+  domains = data_sources.find_domains([str(tmp_path / 'one')])
+  assert list(domains) == ['code', 'law']  # and no complaint about the notice
+  found = data_sources.Domain.find('law', domains['law'], 'text')
+  assert [split for _, split in found.files] == ['valid', 'train']
+  assert found.left_out == ('law/test.jsonl.gz',)

@@ -1,0 +1,246 @@
+"""The page of results: means and changes worked out by hand, and what is missing said so."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bam_jax.errors import UserError
+from tools.reproduction import compare, facts, pages, pictures
+
+ROOT = Path(__file__).parent.parent.parent
+DOMAINS = ('general', 'code', 'law', 'math')
+LOAD = [[0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]]
+
+
+def result(run, perplexities, kind='mixture', flops=1e6):
+  """A result as training writes it, of 100 tokens and 400 bytes a domain."""
+  statistics = {'load': LOAD, 'entropy': [0.5, 0.5], 'dropped': [0.0, 0.0]}
+  return {
+    'run': run,
+    'label': pages.RUNS.get(run, {}).get('label', run),
+    'kind': kind,
+    'method': 'btx' if kind == 'mixture' else None,
+    'sources': ['seed', 'code', 'law', 'math'],
+    'step': 50,
+    'tokens': 2_000_000,
+    'wall_seconds': 61.23,
+    'parameters': 1_234_567,
+    'active_parameters': 1_000_000,
+    'flops_per_token': flops,
+    'domains': {
+      domain: {
+        'nll': 100 * math.log(value),
+        'tokens': 100,
+        'bytes': 400,
+        'routing': {'ffn': statistics} if kind == 'mixture' else {},
+      }
+      for domain, value in zip(DOMAINS, perplexities)
+    },
+  }
+
+
+def workdir(path, seed, results):
+  """A workdir as training leaves it, its metrics with a step twice and half a line."""
+  for r in results:
+    folder = path / r['run']
+    folder.mkdir(parents=True)
+    (folder / 'result.json').write_text(json.dumps(r))
+    identity = {'seed': seed, 'sources': {'seed': f'hash-{seed}'}, 'tokens': r['tokens']}
+    (folder / 'config.json').write_text(json.dumps({'identity': identity}))
+    lines = [{'step': 1, 'loss': 9.0}, {'step': 1, 'loss': 5.00004}]
+    lines += [{'step': step, 'loss': 4.0, 'ffn': 'left out'} for step in range(2, 500)]
+    lines += [{'step': 500, 'loss': 3.0}, {'step': 500, 'valid': dict.fromkeys(DOMAINS, 3.5)}]
+    (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n{"step": 5')
+  (path / 'unfinished').mkdir()
+  (path / 'recipe.json').write_text(
+    json.dumps({'command': f'python … --seed={seed}', 'versions': {'jax': '1.2'}})
+  )
+  return path
+
+
+# BAM against BTX: seed 0 has 9/10, 18/20, 4/5 and 13/10 of the domains' perplexities, and of the
+# average 44/45; seed 1 has 1, 1, 1, 1.
+RESULTS = {
+  0: [
+    result('seed', (12, 30, 8, 20), 'seed'),
+    result('code', (15, 15, 9, 25), 'specialist'),
+    result('btx', (10, 20, 5, 10)),
+    result('bam_kv', (9, 18, 4, 13), flops=1.5e6),
+    result('btx_0_001', (8, 8, 8, 8)),
+    result('btx_0_002', (4, 4, 4, 4)),
+    result('bam_kv_0_001', (6, 6, 6, 6)),
+  ],
+  1: [result('btx', (20, 20, 20, 20)), result('bam_kv', (20, 20, 20, 20), flops=1.5e6)],
+}
+
+
+@pytest.fixture
+def seeds(tmp_path):
+  for seed, results in RESULTS.items():
+    collected = facts.collect(seed, workdir(tmp_path / f'r_{seed}', seed, results))
+    facts.write(tmp_path / 'results' / f'seed_{seed}.json', collected)
+  return facts.read(tmp_path / 'results')
+
+
+def cells(section, head):
+  """The cells of the line of a table that begins with some cell."""
+  [line] = [line for line in section.splitlines() if line.startswith(f'| {head} |')]
+  return [cell.strip() for cell in line.split('|')[2:-1]]
+
+
+def lines_below(section, head):
+  lines = section.splitlines()
+  [at] = [i for i, line in enumerate(lines) if line.startswith(f'| {head} |')]
+  return [cell.strip() for cell in lines[at + 1].split('|')[2:-1]]
+
+
+def test_what_is_collected(seeds):
+  assert [(s['seed'], s['command'], s['versions']) for s in seeds] == [
+    (0, 'python … --seed=0', {'jax': '1.2'}),
+    (1, 'python … --seed=1', {'jax': '1.2'}),
+  ]
+  assert list(seeds[1]['runs']) == ['bam_kv', 'btx']  # and not the unfinished one
+  run = seeds[0]['runs']['btx']
+  assert run['routing'] == {'ffn': dict.fromkeys(DOMAINS, LOAD)}
+  assert run['configuration'] == {'tokens': 2_000_000}
+  assert run['wall_seconds'] == 61.2 and run['experts'] == ['seed', 'code', 'law', 'math']
+  assert run['valid'] == [[500, dict.fromkeys(DOMAINS, 3.5)]]
+  loss = run['loss']
+  assert loss[0] == [1, 5.0] and loss[1] == [4, 4.0] and loss[-1] == [500, 3.0]
+  assert len(loss) <= facts.CURVE_POINTS + 1
+
+
+def test_files_are_stable_and_have_a_line_a_run(seeds, tmp_path):
+  path = tmp_path / 'results' / 'seed_0.json'
+  before = path.read_text()
+  facts.write(path, copy.deepcopy(dict(reversed(seeds[0].items()))))
+  assert path.read_text() == before
+  assert sum(line.startswith('  "') for line in before.splitlines()) == len(RESULTS[0])
+
+
+def test_means_and_changes(seeds):
+  kv = 'BAM, KV experts'
+  assert cells(pages.perplexity(seeds), kv) == [
+    '2', '14.50 (9.00 to 20.00)', '19.00 (18.00 to 20.00)', '12.00 (4.00 to 20.00)',
+    '16.50 (13.00 to 20.00)', '15.50 (11.00 to 20.00)',
+  ]  # fmt: skip
+  against = pages.against_btx(seeds)
+  # (44/45 - 1) / 2 = -1.1%: the mean of the changes, and not the change of the means, -0.8%
+  assert cells(against, kv) == [
+    '2', '−5.0% (−10.0% to +0.0%)', '−5.0% (−10.0% to +0.0%)', '−10.0% (−20.0% to +0.0%)',
+    '+15.0% (+0.0% to +30.0%)', '−1.1% (−2.2% to +0.0%)',
+  ]  # fmt: skip
+  # 24.02 / 26.72, 3.45 / 3.78, 6.04 / 6.63, 5.31 / 5.77, and 9.705 / 10.725
+  assert lines_below(against, kv) == ['', '*−10.1%*', '*−8.7%*', '*−8.9%*', '*−8.0%*', '*−9.5%*']
+  assert cells(against, 'BAM, shared KV') == ['0', *['missing'] * 5]
+
+
+def test_a_specialist_is_compared_on_its_own_domain(seeds):
+  section = pages.against_seed(seeds)
+  assert cells(section, 'code specialist') == ['1', '', '−50.0%', '', '', '']
+  assert lines_below(section, 'code specialist') == ['', '', '*−57.0%*', '', '', '']  # 3.71 / 8.62
+  assert cells(section, 'law specialist') == ['0', '', '', 'missing', '', '']
+  # Only seed 0 has both: 10/12, 20/30, 5/8, 10/20, 45/70.
+  assert cells(section, 'BTX')[1:] == ['−16.7%', '−33.3%', '−37.5%', '−50.0%', '−35.7%']
+
+
+def test_routing_by_the_papers_averages(seeds):
+  section = pages.routing(seeds)
+  soft, top_1 = 'BAM, KV experts, CM', 'BAM, KV experts, attention top 1, CM'
+  assert lines_below(section, soft) == ['', *['–'] * 4, '*−2.3%*']  # 10.47 / 10.72
+  assert lines_below(section, top_1)[-1] == '*+0.8%*'  # 10.81 / 10.72
+
+
+def test_learning_rates_and_cost(seeds):
+  section = pages.learning_rates(seeds)
+  assert cells(section, '0.001') == ['8.00', '6.00']
+  assert cells(section, '0.002') == ['4.00', 'missing']
+  assert cells(pages.cost(seeds), 'BAM, KV experts') == [
+    '1,234,567', '1,000,000', '2,000,000', '3e+12', '1.50', '1m 01s (1m 01s to 1m 01s)',
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'values, mean', [((1.0,), 1.0), ((1.0, None, 2.0), 1.5), ((None, None), None)]
+)
+def test_spread_is_of_the_seeds_that_there_are(values, mean):
+  spread = compare.spread(values)
+  assert (spread and spread.mean) == mean
+  assert spread is None or (spread.low, spread.high) == (1.0, max(v for v in values if v))
+
+
+def test_the_page_of_this_project_can_be_drawn_with_any_runs(seeds, tmp_path):
+  text = (ROOT / 'docs' / 'results.md').read_text()
+  page = tmp_path / 'results.md'
+  page.write_text(text)
+  for some in ([], seeds):
+    drawn = text
+    for name, section in pages.SECTIONS.items():
+      drawn = pages.replace(drawn, name, section(some), page)
+    outside = lambda t: [part.split('<!-- end -->')[-1] for part in t.split('<!-- drawn: ')]
+    assert outside(drawn) == outside(text)
+    assert 'missing' in drawn and 'nan' not in drawn
+
+
+@pytest.mark.parametrize(
+  'page',
+  ['', '<!-- drawn: a --> x <!-- drawn: b --> y <!-- end -->', '<!-- drawn: a --><!-- end -->' * 2],
+)
+def test_a_page_without_a_place_for_a_part_is_refused(page):
+  with pytest.raises(UserError, match='results.md needs <!-- drawn: a -->'):
+    pages.replace(page, 'a', 'new', Path('results.md'))
+
+
+def test_pictures_are_the_same_bytes_each_time(seeds, tmp_path):
+  names = ['against_btx.png', 'learning_rates.png', 'loss_curves.png', 'routing_btx.png',
+           'routing_bam_kv.png']  # fmt: skip
+  for folder in ('a', 'b'):
+    assert list(pictures.draw(seeds, tmp_path / folder)) == names
+  for name in names:
+    assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
+  assert pictures.draw([], tmp_path / 'none') == {}
+
+
+def test_what_cannot_be_compared_or_read_is_one_sentence(seeds, tmp_path):
+  with pytest.raises(UserError, match=r'--workdir=1=.*its run \w+ is of seed 0'):
+    facts.collect(1, tmp_path / 'r_0')
+  with pytest.raises(UserError, match='has no finished run'):
+    facts.collect(0, tmp_path / 'nowhere')
+  seeds[1]['runs']['btx']['configuration']['tokens'] = 5
+  facts.write(tmp_path / 'results' / 'seed_1.json', seeds[1])
+  with pytest.raises(UserError, match='runs btx of seeds 0 and 1 differ in tokens'):
+    facts.read(tmp_path / 'results')
+  (tmp_path / 'r_0' / 'btx' / 'result.json').write_text('{')
+  with pytest.raises(UserError, match='btx/result.json is not JSON'):
+    facts.collect(0, tmp_path / 'r_0')
+
+
+def results(*arguments):
+  command = [sys.executable, '-m', 'tools.results', *arguments]
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_commands(tmp_path):
+  work, folder, page = (
+    workdir(tmp_path / 'r', 0, RESULTS[0]),
+    tmp_path / 'results',
+    tmp_path / 'p.md',
+  )
+  page.write_text((ROOT / 'docs' / 'results.md').read_text())
+  done = results('collect', f'--workdir=0={work}', f'--output={folder}')
+  assert done.returncode == 0, done.stderr
+  for _ in range(2):  # the second drawing changes nothing
+    done = results('draw', f'--results={folder}', f'--page={page}', '--json=-')
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)['seeds'] == [0]
+    text = page.read_text()
+    assert '![Perplexity of each run against BTX](results/against_btx.png)' in text
+    assert text.count('python … --seed=0') == 1
+  done = results('collect', f'--workdir={work}')
+  assert done.returncode == 2 and 'names no seed: write --workdir=0=' in done.stderr
+  assert 'Traceback' not in done.stderr

@@ -1,0 +1,105 @@
+"""The pictures of docs/results.md, from the facts of the seeds."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from bam_jax import figures
+from tools.reproduction import compare, pages
+from tools.reproduction.compare import COLUMNS, Seeds
+
+CURVES = ('seed', 'code', 'law', 'math', 'dense', 'btx', 'btx_6_top3', *pages.BAMS)
+ROUTED = ('btx', 'bam_kv', 'bam_shared_kv')
+COMPARED = (*pages.BAMS, 'btx_6_top3', 'bam_top2', 'bam_top1', 'sparse', 'average', 'dense')
+
+
+def draw(seeds: Seeds, folder: Path) -> dict[str, str]:
+  """Draws what there are runs for; file names, and what each shows."""
+  folder.mkdir(parents=True, exist_ok=True)
+  drawn = {}
+  if any('btx' in seed['runs'] for seed in seeds):
+    drawn['against_btx.png'] = 'Perplexity of each run against BTX'
+    against_btx(folder / 'against_btx.png', seeds)
+  if any(any(pages.sweep(seeds, name).values()) for name in ('btx', 'bam_kv')):
+    drawn['learning_rates.png'] = 'Perplexity by peak learning rate'
+    learning_rates(folder / 'learning_rates.png', seeds)
+  first = seeds[0]['runs'] if seeds else {}
+  rows = [{'run': name, **first[name]} for name in CURVES if name in first]
+  if rows:
+    drawn['loss_curves.png'] = f'Loss by step, seed {seeds[0]["seed"]}'
+    metrics = {row['run']: _metrics(row) for row in rows}
+    figures.loss_curves(folder / 'loss_curves.png', rows, metrics)
+  for row in rows:
+    if row['run'] in ROUTED:
+      name = f'routing_{row["run"]}.png'
+      drawn[name] = f'Routing of {row["label"]}, seed {seeds[0]["seed"]}'
+      figures.routing(folder / name, row)
+  return drawn
+
+
+def against_btx(path: Path, seeds: Seeds) -> None:
+  """Draws the change from BTX of each run in each column: a dot a seed, a diamond the paper."""
+  names = [name for name in COMPARED if any(name in seed['runs'] for seed in seeds)]
+  with figures.style():
+    figure = Figure(
+      figsize=(2.6 + 1.75 * len(COLUMNS), 1.3 + 0.3 * len(names)), layout='constrained'
+    )
+    axes = figure.subplots(1, len(COLUMNS), sharey=True)
+    for axis, column in zip(axes, COLUMNS):
+      axis.axvline(0, color=figures.INK, linewidth=0.8)
+      for line, name in enumerate(names):
+        changes = compare.changes(seeds, name, 'btx', column)
+        values = [100 * value for value in changes.values] if changes else []
+        axis.plot(
+          values, [line] * len(values), 'o', color=figures.COLOURS[0], markersize=5, alpha=0.7
+        )
+        paper = _paper(name, column)
+        if paper is not None:
+          style = dict(color=figures.COLOURS[1], markersize=5, markerfacecolor='none')
+          axis.plot([100 * paper], [line], 'D', **style)
+      axis.set(title=column, xlabel='%')
+      axis.margins(x=0.15)
+    axes[0].set_yticks(range(len(names)), [pages.label(name) for name in names])
+    axes[0].invert_yaxis()
+    figure.supxlabel('perplexity against BTX: dots our seeds, diamonds the paper', fontsize=8)
+    _save(figure, path)
+
+
+def learning_rates(path: Path, seeds: Seeds) -> None:
+  """Draws average perplexity by peak learning rate: the mean over the seeds, and a dot for each."""
+  with figures.style():
+    figure = Figure(figsize=(4.4, 3.2), layout='constrained')
+    axis = figure.subplots()
+    for colour, name in zip(figures.COLOURS, ('btx', 'bam_kv')):
+      there = {peak: some for peak, some in sorted(pages.sweep(seeds, name).items()) if some}
+      means = [some.mean for some in there.values()]
+      axis.plot(list(there), means, color=colour, label=pages.label(name))
+      dots = [(peak, value) for peak, some in there.items() for value in some.values]
+      axis.plot(*zip(*dots), 'o', color=colour, markersize=4.5) if dots else None
+    axis.set_xscale('log')
+    axis.set_xticks(sorted({run['schedule']['peak_learning_rate'] for run in pages.SWEEP.values()}))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda peak, _: f'{peak:g}'))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set(xlabel='peak learning rate', ylabel='average perplexity')
+    axis.legend()
+    _save(figure, path)
+
+
+def _paper(name: str, column: str) -> float | None:
+  """By table 1, and by table 6 what is only there."""
+  change = compare.paper_change(name, 'btx', column)
+  return compare.paper_routing_change(name, column) if change is None else change
+
+
+def _metrics(row: dict[str, Any]) -> list[dict[str, Any]]:
+  return [
+    *({'step': step, 'loss': loss} for step, loss in row['loss']),
+    *({'step': step, 'valid': valid} for step, valid in row['valid']),
+  ]
+
+
+def _save(figure: Figure, path: Path) -> None:
+  # Without the library's version in the file, the same numbers give the same bytes.
+  figure.savefig(path, metadata={'Software': None})

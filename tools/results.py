@@ -1,0 +1,18 @@
+"""docs/results.md: the runs of configs/reproduction.py to small files, and these to its tables.
+
+    python -m tools.results collect --workdir=0=runs/r_0 --workdir=1=runs/r_1 --workdir=2=runs/r_2
+    python -m tools.results draw
+
+Verbs:
+  collect   what finished runs say, a file for each seed, into docs/results/
+  draw      the tables of docs/results.md and the pictures, from those files alone
+
+`python -m tools.results VERB --help` lists a verb's flags.
+"""
+
+from bam_jax import cli
+
+VERBS = {'collect': 'tools.reproduction.collect', 'draw': 'tools.reproduction.draw'}
+
+if __name__ == '__main__':
+  cli.run_verbs(VERBS)
