@@ -31,6 +31,14 @@ MISTAKES = {
   'no run': ((RECIPE, '--topology=v5e:2x2'), 'Which run? Give --run'),
   'no topology': ((RECIPE, '--run=seed'), 'Which topology? Give --topology'),
   'no such run': ((RECIPE, '--run=dense', '--topology=v5e:2x2'), "--run names 'dense'"),
+  'a flag of decoding': (
+    (RECIPE, '--run=seed', '--topology=v5e:2x2', '--context=99'),
+    '--context is for --phase=decode: leave it out, or give that phase',
+  ),
+  'a flag of training': (
+    (RECIPE, '--run=seed', '--topology=v5e:2x2', '--phase=decode', '--search'),
+    '--search is for --phase=train',
+  ),
   'no such chip': ((RECIPE, '--run=seed', '--topology=v9:2x2'), '--topology=v9:2x2 is not CHIP'),
 }
 
@@ -80,6 +88,26 @@ def test_a_mixture_on_a_slice(tmp_path):
   assert 'ENTRY' in (tmp_path / 'step.txt').read_text()
   executable, in_tree, _ = pickle.loads((tmp_path / 'step').read_bytes())
   assert len(executable) > 1e6 and in_tree.num_leaves > 30
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_token_of_experts_on_a_slice(tmp_path):
+  """Four chips, each with an attention expert: a token reads what it must, at BTX's speed."""
+  key, made = '--config.runs', {}
+  for run in ('btx', 'bam_kv'):
+    mesh = f'{key}.{run}.mesh.expert=4', f'{key}.{run}.mesh.fsdp=1', f'{key}.{run}.mesh.data=1'
+    flags = (SMALL, f'--run={run}', '--topology=v5e:2x2', '--phase=decode', '--context=272', *mesh)
+    made[run] = facts_of(*flags, f'--save={tmp_path}/{run}', f'--hlo={tmp_path}/{run}.txt')
+    # Weights of experts that nobody visits are not read, and nothing is read twice.
+    assert made[run]['fits'] and made[run]['hbm_ratio'] < 1.1
+    assert not made[run]['uncounted_kernels']
+    counts = {row['kind']: row['count'] for row in made[run]['collectives']}
+    assert counts['all-reduce'] == 7  # six layers, and the embedding
+    assert 'visited_experts' in (tmp_path / f'{run}.txt').read_text()
+    assert len(pickle.loads((tmp_path / run).read_bytes())[0]) > 1e5
+  ratio = made['bam_kv']['seconds']['roofline'] / made['btx']['seconds']['roofline']
+  assert ratio < 1.05
 
 
 @needs_libtpu

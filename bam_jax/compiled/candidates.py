@@ -20,7 +20,7 @@ from bam_jax.compiled.network import Network
 from bam_jax.compiled.program import Job
 from bam_jax.compiled.topology import Topology
 from bam_jax.errors import UserError
-from bam_jax.model import arithmetic, transformer
+from bam_jax.model import arithmetic, ffn, transformer
 
 REMAT = typing.get_args(typing.get_type_hints(config.Compute)['remat'])  # 'none' first
 SLACK = 1.1  # a guess of so much more memory than there is is not compiled
@@ -41,10 +41,8 @@ def layouts(job: Job, topology: Topology, sequences_per_chip: int | None) -> Ite
   `sequences_per_chip` says how many sequences a chip has in a step.
   """
   for mesh in meshes(job.model, topology):
-    # Gathered weights are never saved: 'none' is then the program of 'matmuls'.
-    gathers = mesh.fsdp * mesh.expert > 1
     for run in _batches(job.run, mesh, sequences_per_chip):
-      for remat in REMAT[gathers:]:
+      for remat in REMAT:
         compute = dataclasses.replace(run.compute, remat=remat)
         yield dataclasses.replace(job, run=dataclasses.replace(run, compute=compute))
 
@@ -97,9 +95,9 @@ def guess(job: Job, topology: Topology, network: Network) -> Guess:
   model, run = job.model, job.run
   itemsize = jnp.dtype(run.compute.dtype).itemsize
   layer = arithmetic.total_parts(model)
-  attention, ffn = (part / model.num_layers for part in (layer.attention, layer.ffn))
+  attention, swiglu = (part / model.num_layers for part in (layer.attention, layer.ffn))
   held = attention / (run.mesh.expert if model.attention_experts else 1)
-  held += ffn / (run.mesh.expert if model.ffn_experts else 1)
+  held += swiglu / (run.mesh.expert if model.ffn_experts else 1)
   gathered = itemsize * held / run.mesh.tensor  # one layer's weights, as a device uses them
   tokens = job.sequences_per_chip * job.sequence_length
   residual = itemsize * tokens * model.d_model
@@ -108,14 +106,16 @@ def guess(job: Job, topology: Topology, network: Network) -> Guess:
     model, dataclasses.replace(run.compute, remat='full'), run.optimizer, run.mesh
   )
   logits = 4 * min(run.compute.loss_chunk or tokens, tokens) * model.vocab_size / run.mesh.tensor
-  peak = state + model.num_layers * (residual + saved) + 3 * gathered + logits
+  keeps = run.compute.remat == 'none' and run.mesh.fsdp * run.mesh.expert > 1
+  layers = 3 + keeps * model.num_layers  # whose weights are whole at once
+  peak = state + model.num_layers * (residual + saved) + layers * gathered + logits
 
   step_tokens = run.batch_size * job.sequence_length
   flops = arithmetic.training_flops(model, job.sequence_length) * step_tokens * again
   compute = flops / (topology.size * topology.chip.flops)
   passes = run.accumulate * model.num_layers
   wire = [
-    _wire(network, run.mesh, 'fsdp', gathered, 3 * passes),
+    _wire(network, run.mesh, 'fsdp', gathered, (2 if keeps else 3) * passes),
     _wire(network, run.mesh, 'expert', residual * run.mesh.expert, 5 * passes),
     _wire(network, run.mesh, 'tensor', 2 * residual, 4 * passes),
     _wire(network, run.mesh, 'data', 2 * state / 4, 1),
@@ -140,7 +140,8 @@ def _saved(job: Job, tokens: int, itemsize: int) -> tuple[float, float]:
   experts = model.attention_experts.num_experts if model.attention_experts else 1
   attention = tokens * (heads * model.head_dim * experts / mesh.tensor + group * model.d_model)
   routed = model.ffn_experts.top_k if model.ffn_experts else 1
-  hidden = 2 * tokens * group * routed * model.ffn_dim / mesh.tensor
+  hidden = 2 * tokens * min(group, ffn.ROOM) * routed * model.ffn_dim / mesh.tensor
+  hidden += tokens * group * routed * model.d_model * bool(model.ffn_experts)
   forward = arithmetic.forward_parts(model, job.sequence_length)
   share = lambda *parts: 1 + sum(parts) / (3 * forward.total)
   match job.run.compute.remat:
@@ -150,7 +151,8 @@ def _saved(job: Job, tokens: int, itemsize: int) -> tuple[float, float]:
       return itemsize * attention, share(forward.ffn)
     case 'matmuls':
       return itemsize * (attention + hidden), share()
-  return 1.5 * itemsize * (attention + hidden), share()
+  elementwise = 1 if mesh.fsdp * mesh.expert > 1 else 1.5
+  return elementwise * itemsize * (attention + hidden), share()
 
 
 def _wire(network: Network, mesh: config.Mesh, axis: str, size: float, times: int) -> float:

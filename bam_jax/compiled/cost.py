@@ -5,7 +5,7 @@ the optimized HLO.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from bam_jax.compiled import collectives, hlo, kernels, products, traffic
@@ -20,7 +20,7 @@ class Event:
   """One instruction that costs something."""
 
   source: str  # the path of JAX transformations and primitives
-  times: int  # in one call of the program
+  times: float  # in one call of the program; not whole in a part of a call
   flops: dict[str, float] = dataclasses.field(default_factory=dict)  # 'matmul', or a kernel's kind
   hbm_bytes: float = 0
   collective: Collective | None = None
@@ -58,21 +58,38 @@ class Program:
   def collectives(self) -> list[Event]:
     return [event for event in self.events if event.collective]
 
+  def part(self, parts: int) -> 'Program':
+    """The costs of one of the equal parts of a call; loops are still those of all of it."""
 
-def read(text: str, devices: int, even_share: float = 1.0) -> Program:
+    def share(times: float) -> float:
+      return times / parts if times % parts else times // parts
+
+    events = (dataclasses.replace(event, times=share(event.times)) for event in self.events)
+    return dataclasses.replace(self, events=tuple(events))
+
+
+def read(
+  text: str,
+  devices: int,
+  even_rows: float | None = None,
+  trips: Mapping[str, int] | None = None,
+) -> Program:
   """The costs of an optimized program.
 
   Args:
     text: of the HLO module, as `jax.stages.Compiled.as_text()` gives it.
     devices: that the program runs on.
-    even_share: of the rows of a grouped product's buffer, those that are filled at even load.
+    even_rows: of a grouped product's buffer, those that are filled at even load; None is all.
+    trips: of loops whose trips an argument says, by the `jax.named_scope` around them.
   """
-  return _Walk(hlo.parse(text), devices, even_share).program()
+  return _Walk(hlo.parse(text), devices, even_rows, trips or {}).program()
 
 
 class _Walk:
-  def __init__(self, module: Module, devices: int, even_share: float):
-    self.module, self.devices, self.even_share = module, devices, even_share
+  def __init__(
+    self, module: Module, devices: int, even_rows: float | None, trips: Mapping[str, int]
+  ):
+    self.module, self.devices, self.even_rows, self.trips = module, devices, even_rows, trips
     self.loops: list[Loop] = []
     self.uncounted: dict[str, None] = {}
 
@@ -85,22 +102,30 @@ class _Walk:
     for instruction in computation:
       match instruction.opcode:
         case 'while':
-          trips = hlo.trip_count(self.module, computation, instruction)
+          trips = self.trip_count(computation, instruction)
           self.loops.append(Loop(instruction.source, trips, times))
           body = self.module.called(instruction, 'body')
           yield from self.walk(body, times * (1 if trips is None else trips))
         case 'call':
           yield from self.walk(self.module.called(instruction, 'to_apply'), times)
         case 'conditional':
-          yield from self.dearest(instruction, times)
+          yield from self.taken(instruction, times)
         case 'async-start':
           for event in self.walk(self.module.called(instruction), times):
             yield dataclasses.replace(event, asynchronous=True)
         case _:
           yield from self.events(computation, instruction, times)
 
-  def dearest(self, instruction: Instruction, times: int) -> list[Event]:
-    """The branch of a conditional with the most FLOPs, or bytes when none has any."""
+  def trip_count(self, computation: Computation, loop: Instruction) -> int | None:
+    scope = loop.source.removesuffix('/while').rpartition('/')[2]
+    found = hlo.trip_count(self.module, computation, loop)
+    return self.trips.get(scope) if found is None else found
+
+  def taken(self, instruction: Instruction, times: int) -> list[Event]:
+    """The branch of a conditional with the most FLOPs, or bytes when none has any.
+
+    Of buffers for grouped products the shortest: each has room for an even load.
+    """
     keys = ('branch_computations', 'true_computation', 'false_computation')
     names = [name for key in keys for name in instruction.calls.get(key, ())]
     branches = [list(self.walk(self.module.computations[name], times)) for name in names]
@@ -108,6 +133,8 @@ class _Walk:
       sum(sum(event.flops.values()) for event in events),
       sum(event.hbm_bytes for event in events),
     )
+    if all(any(kernels.GROUPED in event.flops for event in branch) for branch in branches):
+      return min(branches, key=lambda events: cost(events)[1])
     return max(branches, key=cost)
 
   def events(
@@ -149,7 +176,7 @@ class _Walk:
     return {MATMUL: number} if number else {}
 
   def kernel(self, computation: Computation, instruction: Instruction) -> kernels.Kernel:
-    return kernels.read(computation, instruction, self.even_share)
+    return kernels.read(computation, instruction, self.even_rows)
 
   def collective(
     self, computation: Computation, instruction: Instruction

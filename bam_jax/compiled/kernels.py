@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from bam_jax.compiled.hlo import MAIN_MEMORY, Array, Computation, Instruction
 
 TARGET = 'tpu_custom_call'
+GROUPED = 'grouped'  # a kind
 DYNAMIC = -(2**63)  # a bound of the grid that is known only at run time
 
 _GROUPED = re.compile(r'\bragged-dot|\bt?gmm\b')  # in a call's name or source
@@ -66,18 +67,18 @@ class Body:
 class Kernel:
   """What one call costs."""
 
-  kind: str  # 'grouped', 'attention' or 'kernel'
+  kind: str  # GROUPED, 'attention' or 'kernel'
   flops: float | None  # None where nothing tells
   bytes: float
 
 
-def read(computation: Computation, call: Instruction, even_share: float) -> Kernel:
+def read(computation: Computation, call: Instruction, even_rows: float | None) -> Kernel:
   """The cost of a Mosaic call.
 
   Args:
     computation: that it stands in.
     call: the custom call.
-    even_share: of the rows of a grouped product's buffer, those that are filled at even load.
+    even_rows: of a grouped product's buffer, those that are filled at even load; None is all.
   """
   operands = [array for name in call.operands for array in computation[name].arrays]
   whole = sum(x.bytes for x in (*operands, *call.arrays) if x.memory_space == MAIN_MEMORY)
@@ -88,12 +89,19 @@ def read(computation: Computation, call: Instruction, even_share: float) -> Kern
   if not _GROUPED.search(f'{call.name} {call.source}'):
     return Kernel('kernel', flops, moved)
   if flops is None:
-    return Kernel('grouped', 0, 0)  # the groups' bookkeeping, a loop over scalars
+    return Kernel(GROUPED, 0, 0)  # the groups' bookkeeping, a loop over scalars
   body = _body(call)
   if body is None:
-    return Kernel('grouped', flops * even_share, moved * even_share)
-  share = even_share if DYNAMIC in body.grid else 1.0
-  return Kernel('grouped', flops * share, _fetched(body, operands, call.arrays, share))
+    share = _share([array for array in operands if len(array.dims) == 2], even_rows)
+    return Kernel(GROUPED, flops * share, moved * share)
+  rows = operands[len(call.arrays) - len(body.windows) :]
+  share = _share(rows, even_rows) if DYNAMIC in body.grid else 1.0
+  return Kernel(GROUPED, flops * share, _fetched(body, operands, call.arrays, share))
+
+
+def _share(rows: list[Array], even_rows: float | None) -> float:
+  """Of a buffer's rows, the first of the arrays, those that are filled at even load."""
+  return min(1.0, even_rows / rows[0].dims[0]) if even_rows else 1.0
 
 
 def _estimate(call: Instruction, key: str) -> float | None:

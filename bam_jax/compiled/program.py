@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +35,10 @@ class Job:
     return self.run.batch_size // (self.run.accumulate * self.run.mesh.batch_shards)
 
   @property
-  def even_share(self) -> float:
-    """Of the rows of a device's dropless buffer, those that are filled at even load.
-
-    The buffer has room for every pair of token and choice of the expert group; a device's experts
-    get their part of them.
-    """
-    return 1 / self.run.mesh.expert
+  def even_rows(self) -> int:
+    """Rows that a device's FFN experts get at even load: as many as its own tokens choose."""
+    experts = self.model.ffn_experts
+    return self.sequences_per_chip * self.sequence_length * (experts.top_k if experts else 1)
 
 
 @dataclass(frozen=True)
@@ -100,20 +97,29 @@ def make_mesh(job: Job, devices: Sequence[Any], where: str) -> jax.sharding.Mesh
     devices: of the topology.
     where: names the topology in messages.
   """
-  key = f'config.runs.{job.name}'
+  check_size(job, devices, where, ', or add --search')
+  abstract = transformer.Network(job.model, job.run.compute).abstract()
+  sharding.check(abstract, job.run.mesh, key(job))
+  return sharding.make_mesh(job.run.mesh, devices)
+
+
+def check_size(job: Job, devices: Sequence[Any], where: str, or_else: str = '') -> None:
+  """UserError when the mesh of a job does not use all the devices."""
   if job.run.mesh.size != len(devices):
     raise UserError(
-      f'{key}.mesh has {job.run.mesh.size} devices and {where} {len(devices)}: set '
-      f'--{key}.mesh.fsdp and the other axes, or add --search.'
+      f'{key(job)}.mesh has {job.run.mesh.size} devices and {where} {len(devices)}: set '
+      f'--{key(job)}.mesh.fsdp and the other axes{or_else}.'
     )
-  abstract = transformer.Network(job.model, job.run.compute).abstract()
-  sharding.check(abstract, job.run.mesh, key)
-  return sharding.make_mesh(job.run.mesh, devices)
+
+
+def key(job: Job) -> str:
+  """What names a job's run on the command line."""
+  return f'config.runs.{job.name}'
 
 
 def compile_step(job: Job, mesh: jax.sharding.Mesh) -> Compiled | TooLarge:
   """Compiles the very step that `bam_jax.main` runs."""
-  run, start = job.run, time.monotonic()
+  run = job.run
   staged = stages.of(run)
   step = step_lib.train_step(
     job.model, run.compute, run.loss, run.optimizer, run.accumulate, mesh, staged
@@ -122,7 +128,13 @@ def compile_step(job: Job, mesh: jax.sharding.Mesh) -> Compiled | TooLarge:
   rate = stages.rates(lambda step: 0.0, run.router_warmup_steps)(0)
   # Not under `jax.set_mesh`, as training is: constants that a kernel computes while it is traced
   # would be computed on the mesh's devices, which are not there.
-  lowered = step.lower(state, abstract_batch(job, mesh), rate)
+  return compile_lowered(lambda: step.lower(state, abstract_batch(job, mesh), rate))
+
+
+def compile_lowered(lower: Callable[[], jax.stages.Lowered]) -> Compiled | TooLarge:
+  """Compiles what `lower` returns, and takes the time of both."""
+  start = time.monotonic()
+  lowered = lower()
   lowered_at = time.monotonic()
   try:
     executable = lowered.compile()

@@ -1,6 +1,7 @@
 """What a compiled step holds and costs, as facts for programs and tables for people."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
@@ -23,47 +24,49 @@ def facts(
   mesh: jax.sharding.Mesh,
   compiled: program.Compiled | program.TooLarge,
 ) -> dict[str, Any]:
-  """The object that `python -m bam_jax.aot --help` describes."""
-  result = _what(job, topology) | {'compile_seconds': compiled.compile_seconds}
-  if isinstance(compiled, program.TooLarge):
-    needed = compiled.needed_bytes
-    return result | {
-      'fits': False,
-      'reason': compiled.reason,
-      'peak_bytes': needed,
-      'headroom_bytes': None if needed is None else topology.chip.hbm_bytes - needed,
-    }
-  read = cost.read(compiled.executable.as_text(), topology.size, job.even_share)
-  links = network.Network(topology, list(mesh.devices.flat))
-  return (
-    result
-    | {'fits': True, 'lower_seconds': compiled.lower_seconds}
-    | _memory(compiled.memory, topology)
-    | _flops(job, topology, read)
-    | {'hbm_bytes': read.hbm_bytes()}
-    | {'collectives': _collectives(read, links, dict(mesh.shape))}
-    | {'loops': [dataclasses.asdict(loop) for loop in read.loops]}
-    | _times(job, topology, roofline.seconds(read, links, dict(mesh.shape)))
-  )
-
-
-def _what(job: program.Job, topology: Topology) -> dict[str, Any]:
+  """The object that `python -m bam_jax.aot --help` describes, of a train step."""
   run = job.run
-  return {
-    'run': job.name,
-    'label': run.label,
-    'topology': topology.name,
-    'slices': topology.slices,
-    'chips': topology.size,
-    'mesh': config.to_dict(run.mesh),
+  result = what(job, topology, compiled) | {
+    'phase': 'train',
     'compute': config.to_dict(run.compute),
     'batch_size': run.batch_size,
     'accumulate': run.accumulate,
     'sequences_per_chip': job.sequences_per_chip,
     'sequence_length': job.sequence_length,
+  }
+  if isinstance(compiled, program.TooLarge):
+    return result
+  tokens = run.batch_size * job.sequence_length
+  model_flops = arithmetic.training_flops(job.model, job.sequence_length) * tokens
+  read = cost.read(compiled.executable.as_text(), topology.size, job.even_rows)
+  result |= costs(topology, mesh, read, model_flops)
+  speeds = {name: tokens / topology.size / result['seconds'][name] for name in BOUNDS}
+  return result | {'tokens_per_second_per_chip': speeds}
+
+
+def what(
+  job: program.Job, topology: Topology, compiled: program.Compiled | program.TooLarge
+) -> dict[str, Any]:
+  """What was compiled for what, and whether it fits."""
+  result = {
+    'run': job.name,
+    'label': job.run.label,
+    'topology': topology.name,
+    'slices': topology.slices,
+    'chips': topology.size,
+    'mesh': config.to_dict(job.run.mesh),
     'hbm_limit_bytes': topology.chip.hbm_bytes,
     'versions': {library: _version(library) for library in LIBRARIES},
+    'compile_seconds': compiled.compile_seconds,
   }
+  if isinstance(compiled, program.TooLarge):
+    peak, reason = compiled.needed_bytes, compiled.reason
+    result |= {'fits': False, 'reason': reason, 'peak_bytes': peak}
+  else:
+    peak, memory = compiled.memory.peak, dataclasses.asdict(compiled.memory)
+    result |= {'fits': True, 'lower_seconds': compiled.lower_seconds}
+    result |= {'memory': memory, 'peak_bytes': peak}
+  return result | {'headroom_bytes': None if peak is None else topology.chip.hbm_bytes - peak}
 
 
 def _version(library: str) -> str | None:
@@ -73,24 +76,38 @@ def _version(library: str) -> str | None:
     return None  # the topology may not need it
 
 
-def _memory(memory: program.Memory, topology: Topology) -> dict[str, Any]:
-  return {
-    'memory': dataclasses.asdict(memory),
-    'peak_bytes': memory.peak,
-    'headroom_bytes': topology.chip.hbm_bytes - memory.peak,
-  }
+def costs(
+  topology: Topology, mesh: jax.sharding.Mesh, read: cost.Program, model_flops: float
+) -> dict[str, Any]:
+  """What a step that fits does, and how long it takes.
 
-
-def _flops(job: program.Job, topology: Topology, read: cost.Program) -> dict[str, Any]:
-  tokens = job.run.batch_size * job.sequence_length
-  model = arithmetic.training_flops(job.model, job.sequence_length) * tokens
+  Args:
+    topology: of the mesh's devices.
+    mesh: that it was compiled for.
+    read: what one device does in a step.
+    model_flops: that all of them need for a step.
+  """
+  links, sizes = network.Network(topology, list(mesh.devices.flat)), dict(mesh.shape)
   compiled = {kind: topology.size * number for kind, number in read.flops().items()}
-  total = sum(compiled.values())
+  total, peak = sum(compiled.values()), topology.size * topology.chip.flops
+  seconds = roofline.seconds(read, links, sizes)
+  bounds = {name: getattr(seconds, name) for name in BOUNDS}
   return {
-    'model_flops': model,
+    'model_flops': model_flops,
     'compiled_flops': compiled | {'total': total},
-    'flops_ratio': total / model,
+    'flops_ratio': total / model_flops,
     'uncounted_kernels': list(read.uncounted),
+    'hbm_bytes': read.hbm_bytes(),
+    'collectives': _collectives(read, links, sizes),
+    'loops': [dataclasses.asdict(loop) for loop in read.loops],
+    'seconds': {
+      'compute': seconds.compute,
+      'hbm': seconds.hbm,
+      'wire': seconds.wire,
+      'between_slices': seconds.between_slices,
+      **bounds,
+    },
+    'mfu': {name: model_flops / (peak * bound) for name, bound in bounds.items()},
   }
 
 
@@ -114,52 +131,40 @@ def _collectives(
   return sorted(rows.values(), key=lambda row: -row['wire_bytes'])
 
 
-def _times(job: program.Job, topology: Topology, seconds: roofline.Seconds) -> dict[str, Any]:
-  tokens = job.run.batch_size * job.sequence_length
-  model = arithmetic.training_flops(job.model, job.sequence_length) * tokens
-  bounds = {name: getattr(seconds, name) for name in BOUNDS}
-  peak = topology.size * topology.chip.flops
-  return {
-    'seconds': {
-      'compute': seconds.compute,
-      'hbm': seconds.hbm,
-      'wire': seconds.wire,
-      'between_slices': seconds.between_slices,
-      **bounds,
-    },
-    'mfu': {name: model / (peak * bound) for name, bound in bounds.items()},
-    'tokens_per_second_per_chip': {
-      name: tokens / topology.size / bound for name, bound in bounds.items()
-    },
-  }
-
-
 def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
-  """What `facts` returns, for a terminal."""
+  """The facts of either phase, for a terminal."""
   if not facts['fits']:
     return [_summary(facts, [('why', facts['reason'])])]
-  memory = facts['memory']
-  seconds, mfu, speed = facts['seconds'], facts['mfu'], facts['tokens_per_second_per_chip']
+  memory, seconds = facts['memory'], facts['seconds']
   wire = [(f'  over {axes}', _ms(time)) for axes, time in seconds['wire'].items()]
   between = [('  between slices', _ms(seconds['between_slices']))] if facts['slices'] > 1 else []
+  trips = ('?' if loop['trips'] is None else loop['trips'] for loop in facts['loops'])
+  speed = _train_speed if facts['phase'] == 'train' else _decode_speed
   rows = [
     ('arguments, temporaries', f'{_gb(memory["arguments"])}, {_gb(memory["temporaries"])}'),
     ('compiled / model FLOPs', f'{facts["flops_ratio"]:.3f}'),
     *((f'  {kind}', f'{n:.3e}') for kind, n in facts['compiled_flops'].items()),
     ('  of the model', f'{facts["model_flops"]:.3e}'),
     ('HBM traffic a chip', _gb(facts['hbm_bytes'])),
-    ('loops', ', '.join(f'{loop["trips"]}' for loop in facts['loops']) or 'none'),
+    *((f'  {kind} to read', _gb(n)) for kind, n in facts.get('needed_bytes', {}).items()),
+    ('loops', ', '.join(f'{n} of {number}' for number, n in Counter(trips).items()) or 'none'),
     ('compute', _ms(seconds['compute'])),
     ('HBM', _ms(seconds['hbm'])),
     *wire,
     *between,
-    *(
-      (name.replace('_', ' '), f'{_ms(seconds[name])}, MFU {mfu[name]:.1%}, {speed[name]:,.0f} '
-       'tokens/s a chip') for name in BOUNDS
-    ),
+    *((name.replace('_', ' '), f'{_ms(seconds[name])}, {speed(facts, name)}') for name in BOUNDS),
     ('compilation', f'{facts["compile_seconds"]:.0f} s'),
-  ]  # fmt: skip
+  ]
   return [_summary(facts, rows), _collective_table(facts['collectives'])]
+
+
+def _train_speed(facts: dict[str, Any], bound: str) -> str:
+  speed = facts['tokens_per_second_per_chip'][bound]
+  return f'MFU {facts["mfu"][bound]:.1%}, {speed:,.0f} tokens/s a chip'
+
+
+def _decode_speed(facts: dict[str, Any], bound: str) -> str:
+  return f'{facts["tokens_per_second"][bound]:,.0f} tokens/s'
 
 
 def notes(facts: dict[str, Any]) -> list[str]:
@@ -174,16 +179,13 @@ def notes(facts: dict[str, Any]) -> list[str]:
 
 def _summary(facts: dict[str, Any], rows: Sequence[tuple[str, str]]) -> rich.table.Table:
   slices = f'{facts["slices"]} x ' if facts['slices'] > 1 else ''
-  table = _table(f'{facts["run"]} on {slices}{facts["topology"]}, one step', ('', ''))
+  step = {'train': 'one step', 'decode': 'one token of each row'}[facts['phase']]
+  table = _table(f'{facts["run"]} on {slices}{facts["topology"]}, {step}', ('', ''))
   table.columns[1].overflow = 'fold'
-  compute, headroom = facts['compute'], facts['headroom_bytes']
+  headroom = facts['headroom_bytes']
   table.add_row('mesh', mesh_text(facts['mesh']))
-  table.add_row(
-    'batch',
-    f'{facts["batch_size"]} x {facts["sequence_length"]}, {facts["sequences_per_chip"]} sequences '
-    f'a chip at once, {facts["accumulate"]} times',
-  )
-  table.add_row('compute', f'{compute["dtype"]}, remat {compute["remat"]}')
+  for row in _train_head(facts) if facts['phase'] == 'train' else _decode_head(facts):
+    table.add_row(*row)
   if headroom is None:
     table.add_row('fits', 'no')
   else:
@@ -195,6 +197,20 @@ def _summary(facts: dict[str, Any], rows: Sequence[tuple[str, str]]) -> rich.tab
   for row in rows:
     table.add_row(*row)
   return table
+
+
+def _train_head(facts: dict[str, Any]) -> list[tuple[str, str]]:
+  compute = facts['compute']
+  batch = (
+    f'{facts["batch_size"]} x {facts["sequence_length"]}, {facts["sequences_per_chip"]} sequences '
+    f'a chip at once, {facts["accumulate"]} times'
+  )
+  return [('batch', batch), ('compute', f'{compute["dtype"]}, remat {compute["remat"]}')]
+
+
+def _decode_head(facts: dict[str, Any]) -> list[tuple[str, str]]:
+  batch = f'{facts["batch_size"]} rows, room for {facts["slots"]} tokens each'
+  return [('batch', batch), ('dtype', facts['dtype'])]
 
 
 def _collective_table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
@@ -222,8 +238,8 @@ def _table(title: str, columns: Sequence[str]) -> rich.table.Table:
 
 
 def _gb(number: float) -> str:
-  return f'{number / 1e9:.2f} GB'
+  return f'{number / 1e9:.2f} GB' if number >= 1e7 else f'{number / 1e6:.2f} MB'
 
 
 def _ms(seconds: float) -> str:
-  return f'{1e3 * seconds:.1f} ms'
+  return f'{1e3 * seconds:.1f} ms' if seconds >= 0.01 else f'{1e3 * seconds:.3f} ms'

@@ -96,8 +96,7 @@ def search(
 
 
 def _compile(job: program.Job, topology: Topology, devices: Sequence[Any]) -> Found:
-  slices = f'{topology.slices} slices of ' if topology.slices > 1 else ''
-  mesh = program.make_mesh(job, devices, f'--topology={slices}{topology.name}')
+  mesh = program.make_mesh(job, devices, topology.flag)
   compiled = program.compile_step(job, mesh)
   return Found(job, compiled, report.facts(job, topology, mesh, compiled))
 

@@ -65,6 +65,11 @@ class Topology:
   def size(self) -> int:
     return self.slices * math.prod(self.shape)
 
+  @property
+  def flag(self) -> str:
+    """What names it in messages."""
+    return f'--topology={f"{self.slices} slices of " if self.slices > 1 else ""}{self.name}'
+
   def devices(self) -> Sequence[Any]:
     """The devices to compile for, slice by slice and host by host, as on the TPU itself.
 

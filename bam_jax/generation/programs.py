@@ -20,6 +20,7 @@ from bam_jax.model import resident
 
 WRITES = 16  # N
 NONE = -1  # in place of a token, of a row that is finished
+STEPS = 'steps'  # the scope of the loop over tokens, in a compiled program's text
 
 
 class State(NamedTuple):
@@ -98,7 +99,8 @@ def programs(
 
     state = state._replace(token_B=jnp.where(finished_B, NONE, state.token_B))
     written_BN = jnp.full((state.token_B.shape[0], WRITES), NONE, jnp.int32)
-    return jax.lax.fori_loop(0, steps, step, (state, written_BN))
+    with jax.named_scope(STEPS):
+      return jax.lax.fori_loop(0, steps, step, (state, written_BN))
 
   rows, layout = resident.ROWS, decoder.layout
   params_spec = resident.specs(decoder.abstract, layout)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from bam_jax import config
@@ -27,6 +28,7 @@ class Set(NamedTuple):
 
 
 Cache = list[list[Set]]  # of each layer, of each of a device's sets
+AS_IT_LIES = Layout(major_to_minor=tuple(range(5)))  # of XBGSK
 
 
 def zeros(model: config.Model, layout: Resident, batch: int, slots: int, dtype: str) -> Cache:
@@ -64,6 +66,8 @@ class Memory:
     def write(old_XBGSK, new_BTGK):
       new_XBGTK = new_BTGK.swapaxes(1, 2)[None].astype(old_XBGSK.dtype)
       new_XBGSK = jax.lax.dynamic_update_slice_in_dim(old_XBGSK, new_XBGTK, self._start, axis=3)
+      # Or else XLA for TPU copies it all into another layout before a loop over tokens, and back.
+      new_XBGSK = with_layout_constraint(new_XBGSK, AS_IT_LIES)
       # Or else XLA writes once more for the matmul that reads it, and into a copy; for CPU it drops
       # the barrier before jax 0.12.
       return jax.lax.optimization_barrier(new_XBGSK)

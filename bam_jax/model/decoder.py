@@ -50,7 +50,7 @@ class Decoder:
   def _block(self) -> block.Block:
     made = block.Block(self.model, self.layout, rngs=nnx.Rngs(params=0))
     if self.model.ffn_experts:
-      made.ffn.experts = visited.experts
+      made.ffn.experts = visited.choose(self.layout.platform, made.ffn.experts)
     return made
 
   def place(self, read) -> dict[str, Any]:
@@ -76,9 +76,11 @@ class Decoder:
     length = tokens_BT.shape[1]
     positions_BT = start + jnp.arange(length) - first_B[:, None]
     real_BT = positions_BT >= 0
-    turn = attention.rotary(
+    rotate = attention.rotary(
       jnp.maximum(positions_BT, 0), self.model.head_dim, self.model.rope_theta, self.dtype
     )
+    # Or else XLA for TPU makes the pairs of the weights, in a copy, for the few rows there are.
+    turn = lambda x_BTHK: rotate(jax.lax.optimization_barrier(x_BTHK))
     attend = cached.attention(first_B, start, length)
     x_BTD = vocabulary.embed(self.layout, params['embed']['table'], tokens_BT, self.dtype)
     written = []

@@ -2,11 +2,13 @@
 
 A token that is generated reads every weight once and does little with it, so that nothing may be
 gathered or copied for it. Each layer's array is a buffer of its own, and so is each expert's: on
-CPU a slice of a stack is a copy. Over a mesh
+CPU a slice of a stack is a copy. Only on TPU the FFN experts of a layer are one, for its kernel.
+Over a mesh
 
 - `data` and `fsdp` cut the rows of the batch, and no weight;
-- `expert` cuts the experts, with their keys and values, and the vocabulary; all devices along it
-  see the same tokens, and one sum adds what their experts made;
+- `expert` cuts the attention experts, with their keys and values, the hidden columns of every FFN
+  expert, and the vocabulary; all devices along it see the same tokens, and one sum adds what they
+  made. With whole FFN experts most devices would be idle while one reads the expert of a token;
 - `tensor` cuts heads, hidden columns and the vocabulary, as in training.
 
 Legend: L layers, E experts, B batch.
@@ -49,6 +51,10 @@ class Resident(Layout):
   def own(self, x: jax.Array) -> jax.Array:
     """`x`: the tokens of a group are those of each of its devices."""
     return x
+
+  def my_numbers(self, experts: jax.Array, count: int) -> jax.Array:
+    """`experts`: a device has a part of every FFN expert."""
+    return experts
 
   def join(self, x: jax.Array, *axes: str, dimension: int = 0) -> jax.Array:
     """What lies cut along the axes, such as scores of words, whole."""
@@ -129,15 +135,15 @@ def reader(params: Mapping) -> Callable:
   return lambda path, index: arrays[path][index]
 
 
-def check(tree: Mapping, layout: Resident) -> None:
-  """UserError when an axis of the mesh does not divide what it cuts."""
+def check(tree: Mapping, layout: Resident, where: str = '--mesh') -> None:
+  """UserError when an axis of the mesh, which `where` names, does not divide what it cuts."""
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     path = sharding.path_of(key_path)
     for size, axes in zip(leaf.shape, _spec(path, len(leaf.shape))):
       parts = int(np.prod([layout.sizes[axis] for axis in axes], initial=1))
       if size % parts:
         raise UserError(
-          f'--mesh cuts {path} of shape {tuple(leaf.shape)} into {parts} parts along '
+          f'{where} cuts {path} of shape {tuple(leaf.shape)} into {parts} parts along '
           f'{" and ".join(axes)}, which do not divide {size}: choose other mesh sizes.'
         )
 
@@ -152,9 +158,10 @@ def _build(tree: Mapping, layout: Resident, make: Callable) -> dict[str, Any]:
   def of_layer(layer, key_path, leaf):
     path = f'blocks/{sharding.path_of(key_path)}'
     spec = _spec(path, len(leaf.shape))[1:]
-    if not sharding.has_experts(path, len(leaf.shape)):
+    stacked = layout.platform == 'tpu' and _of_ffn_experts(path, len(leaf.shape))
+    if stacked or not sharding.has_experts(path, len(leaf.shape)):
       return make(path, leaf, (layer,), P(*spec))
-    count = leaf.shape[1] // layout.sizes['expert']
+    count = leaf.shape[1] // (layout.sizes['expert'] if 'expert' in spec[0] else 1)
     indices = [(layer, slice(i, None, count)) for i in range(count)]
     return Apart(tuple(make(path, leaf, index, P(*spec)) for index in indices))
 
@@ -170,11 +177,18 @@ def _build(tree: Mapping, layout: Resident, make: Callable) -> dict[str, Any]:
 
 def _spec(path: str, ndim: int) -> tuple[tuple[str, ...], ...]:
   """The axes that cut each dimension of a parameter: those of training that move no weight."""
+  if _of_ffn_experts(path, ndim):
+    hidden = 2 if path.endswith('down') else 3
+    return tuple(('tensor', 'expert') if d == hidden else () for d in range(ndim))
   spec = sharding.spec_of(path, ndim)
   by_expert = sharding.has_experts(path, ndim) or path in ('embed/table', 'unembed/kernel')
   kept = ('tensor', 'expert') if by_expert else ('tensor',)
   spec = (*spec, *[None] * (ndim - len(spec)))
   return tuple(tuple(axis for axis in sharding.names(axes) if axis in kept) for axes in spec)
+
+
+def _of_ffn_experts(path: str, ndim: int) -> bool:
+  return path.startswith('blocks/ffn/') and sharding.has_experts(path, ndim)
 
 
 def _dtype(path: str, dtype: str) -> jnp.dtype:

@@ -53,8 +53,7 @@ def test_layouts_keep_the_batch(models):
     assert layout.sequences_per_chip * run.accumulate * run.mesh.batch_shards == 32
   fsdp = [layout for layout in found if layout.run.mesh == config.Mesh(fsdp=4)]
   assert {layout.sequences_per_chip for layout in fsdp} == {1, 2, 4, 8}
-  # There 'none' is the same program as 'matmuls', since gathered weights are never saved.
-  assert {layout.run.compute.remat for layout in fsdp} == set(candidates.REMAT) - {'none'}
+  assert {layout.run.compute.remat for layout in fsdp} == set(candidates.REMAT)
 
 
 def test_layouts_take_the_sequences_that_they_are_told(models):
@@ -81,8 +80,10 @@ def test_guesses_know_what_costs_memory_and_what_costs_time():
   fsdp = config.Mesh(fsdp=8)
   memory = [guess(WIDE, fsdp, remat=name).peak_bytes for name in candidates.REMAT]
   assert memory == sorted(memory, reverse=True)  # 'none' most, 'full' least
-  replicas = guess(WIDE, config.Mesh(data=8))
-  assert replicas.peak_bytes > 4 * guess(WIDE, fsdp).peak_bytes
+  replicas = guess(WIDE, config.Mesh(data=8), remat='full')
+  assert replicas.peak_bytes > 4 * guess(WIDE, fsdp, remat='full').peak_bytes
+  gathers_again = guess(WIDE, fsdp, remat='matmuls').seconds_per_token
+  assert gathers_again > guess(WIDE, fsdp, remat='none').seconds_per_token
   again = guess(WIDE, fsdp, remat='full').seconds_per_token
   assert again > guess(WIDE, fsdp, remat='matmuls').seconds_per_token
   # Weights gathered for each of four micro-batches, or once.

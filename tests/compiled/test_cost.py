@@ -104,6 +104,42 @@ def test_a_conditional_costs_its_dearest_branch():
   assert program.flops() == {'matmul': 2 * 2 * 16**3}
 
 
+EITHER_BUFFER = """
+%short (few: bf16[64,32]) -> bf16[64,16] {
+  %few = bf16[64,32]{1,0} parameter(0)
+  ROOT %ragged-dot.1 = bf16[64,16]{1,0} custom-call(%few), KERNEL
+}
+
+%full (all: bf16[128,32]) -> bf16[64,16] {
+  %all = bf16[128,32]{1,0} parameter(0)
+  %ragged-dot.2 = bf16[128,16]{1,0} custom-call(%all), KERNEL
+  ROOT %slice = bf16[64,16]{1,0} slice(%ragged-dot.2), slice={[0:64], [0:16]}
+}
+
+ENTRY %main (which: s32[], few.1: bf16[64,32], all.1: bf16[128,32]) -> bf16[64,16] {
+  %which = s32[] parameter(0)
+  %few.1 = bf16[64,32]{1,0} parameter(1)
+  %all.1 = bf16[128,32]{1,0} parameter(2)
+  ROOT %either = bf16[64,16]{1,0} conditional(%which, ARGUMENTS), branch_computations={BRANCHES}
+}
+"""
+KERNEL = (
+  'custom_call_target="tpu_custom_call", '
+  'backend_config={"custom_call_config":{"cost_estimate":{"flops":"6400"}}}'
+)
+
+
+@pytest.mark.parametrize(
+  'arguments, branches', [('%few.1, %all.1', '%short, %full'), ('%all.1, %few.1', '%full, %short')]
+)
+def test_an_even_load_takes_the_shorter_buffer(arguments, branches):
+  text = EITHER_BUFFER.replace('ARGUMENTS', arguments).replace('BRANCHES', branches)
+  program = cost.read(text.replace('KERNEL', KERNEL), 1, even_rows=32)
+  # Half of the shorter one's rows; of the longer one's a quarter.
+  assert program.flops() == {'grouped': 6400 / 2}
+  assert program.hbm_bytes() == 2 * 64 * (32 + 16) / 2
+
+
 COLLECTIVES = {
   # For x of 8 x 24 a device: how it is sent, the kind, and what one device sends, in floats.
   'sum': (lambda x: jax.lax.psum(x, 'b'), 'all-reduce', 2 * 8 * 24 * 3 / 4),

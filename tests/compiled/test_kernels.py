@@ -95,7 +95,7 @@ def moved(tile: tuple[int, int, int], row_tiles: int) -> int:
 def test_a_grouped_product_at_even_load(tile, share):
   bounds = f'{-(-COLUMNS // tile[2])}, {kernels.DYNAMIC}, {-(-INNER // tile[1])}'
   computation, instruction = grouped(tile, bounds, cost_estimate={'flops': str(FLOPS)})
-  kernel = kernels.read(computation, instruction, share)
+  kernel = kernels.read(computation, instruction, share * ROWS)
   assert kernel.kind == 'grouped' and kernel.flops == share * FLOPS
   assert kernel.bytes == moved(tile, int(ROWS * share) // tile[0])
 
@@ -103,12 +103,12 @@ def test_a_grouped_product_at_even_load(tile, share):
 def test_a_grid_that_is_known_visits_every_row():
   bounds = f'3, {ROWS // 128}, 1'
   computation, instruction = grouped((128, 512, 256), bounds, cost_estimate={'flops': str(FLOPS)})
-  assert kernels.read(computation, instruction, 0.25).flops == FLOPS
+  assert kernels.read(computation, instruction, ROWS / 4).flops == FLOPS
 
 
 def test_the_groups_bookkeeping_is_free():
   computation, instruction = grouped((128, 512, 256), '1')
-  assert kernels.read(computation, instruction, 0.25) == kernels.Kernel('grouped', 0, 0)
+  assert kernels.read(computation, instruction, ROWS / 4) == kernels.Kernel('grouped', 0, 0)
 
 
 def test_a_grouped_kernel_whose_body_is_not_text():
@@ -118,7 +118,7 @@ def test_a_grouped_kernel_whose_body_is_not_text():
     'transpose_jvp_jit_tgmm.1', operands, 'bf16[64,16]{1,0}', attributes=source, body='TUzvUgFN',
     cost_estimate={'flops': '1000', 'bytes_accessed': '80'},
   )  # fmt: skip
-  assert kernels.read(computation, instruction, 0.5) == kernels.Kernel('grouped', 500.0, 40.0)
+  assert kernels.read(computation, instruction, 32) == kernels.Kernel('grouped', 500.0, 40.0)
 
 
 def splash(kind: str, blocks: dict, queries: int, keys: int):
@@ -153,12 +153,12 @@ def test_splash_visits_the_blocks_that_hold_a_visible_pair(
     if k <= q + query_block - 1
   ]
   flops = 2 * products * len(visible) * query_block * key_block * 128 * 2 * 6
-  kernel = kernels.read(*splash(kind, blocks, length, length), 1.0)
+  kernel = kernels.read(*splash(kind, blocks, length, length), None)
   assert kernel.kind == 'attention' and kernel.flops == flops
 
 
 def test_other_kernels_say_themselves_or_are_not_known():
   known = call('mine.1', ['f32[8]{0:T(128)S(1)}'], 'f32[8]{0}', cost_estimate={'flops': '77'})
-  assert kernels.read(*known, 0.5) == kernels.Kernel('kernel', 77.0, 32)
+  assert kernels.read(*known, 32) == kernels.Kernel('kernel', 77.0, 32)
   silent = call('mine.1', ['f32[8]{0}'], 'f32[8]{0}')
-  assert kernels.read(*silent, 0.5) == kernels.Kernel('kernel', None, 64)
+  assert kernels.read(*silent, 32) == kernels.Kernel('kernel', None, 64)
