@@ -81,6 +81,7 @@ class MixtureOfAttention(nnx.Module):
     self.value = parameters.normal(rngs, key_value, D)
     self.out = parameters.normal(rngs, (L, E, H, K, D), H * K, (2 * L) ** -0.5)
     self.router = parameters.normal(rngs, (L, D, E), D)
+    self.statistics = router.statistics  # what is reported; an observer puts its own here
     self.turns = _turns(model)
     if model.qk_norm:
       self.query_scale = parameters.ones((L, E, H, K))
@@ -98,7 +99,7 @@ class MixtureOfAttention(nnx.Module):
         'btk,btke->bte', gates_BTk, jax.nn.one_hot(experts_BTk, gates_BTE.shape[-1])
       )
       load_BTE = chosen_BTE / self.options.top_k
-    stats = router.statistics(gates_BTE, logits_BTE, load_BTE, tokens.counted_BT)
+    stats = self.statistics(gates_BTE, logits_BTE, load_BTE, tokens.counted_BT)
 
     num_experts = self.query.shape[0]
     y_BTD = y_BTD.astype(self.query.dtype)

@@ -62,6 +62,7 @@ class MixtureOfFFN(nnx.Module):
     if self.options.balance_bias:
       self.router_bias = parameters.zeros((L, E))
     self.choose = _choose(self.options)
+    self.statistics = router.statistics  # what is reported; an observer puts its own here
     self.experts = _experts(self.options, layout.platform)
 
   def __call__(self, y_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, router.Statistics]:
@@ -72,14 +73,15 @@ class MixtureOfFFN(nnx.Module):
     num_experts, k = self.gate.shape[0], self.options.top_k
     gates_BTE, logits_BTE = router.gates(y_BTD, self.router[...])
     gates_BTk, experts_BTk, chosen_BTE = self.choose(self, gates_BTE)
-    stats = router.statistics(gates_BTE, logits_BTE, chosen_BTE / k, tokens.counted_BT)
+    stats = self.statistics(gates_BTE, logits_BTE, chosen_BTE / k, tokens.counted_BT)
 
     experts_BTk = self.layout.my_numbers(experts_BTk, num_experts)
     experts_P = jnp.where(tokens.real_BT[..., None], experts_BTk, num_experts).reshape(-1)
     x_PD = jnp.repeat(y_BTD.astype(self.gate.dtype).reshape(-1, y_BTD.shape[-1]), k, axis=0)
     weights = self.gate[...], self.up[...], self.down[...]
     output_PD, dropped = self.experts(x_PD, experts_P, weights)
-    output_BTkD = output_PD.reshape(*gates_BTk.shape, -1)
+    # The gates' gradient needs it.
+    output_BTkD = checkpoint_name(output_PD, remat.CHOICES).reshape(*gates_BTk.shape, -1)
     output_BTD = jnp.einsum('btkd,btk->btd', output_BTkD, gates_BTk.astype(output_PD.dtype))
     return output_BTD, stats._replace(dropped=dropped.astype(stats.dropped.dtype))
 
@@ -96,7 +98,7 @@ def _experts(options: config.FFNExperts, platform: str) -> Callable:
   """How the experts compute: (rows PD, expert of each P, weights) -> (rows PD, dropped pairs)."""
   if options.buffer_factor:
     return _buffered(options.num_experts, options.buffer_factor)
-  return _dropless(grouped.choose(platform))
+  return _dropless(grouped.choose(platform), options.num_experts)
 
 
 def _buffered(all_experts: int, factor: float) -> Callable:
@@ -118,14 +120,16 @@ def _buffered(all_experts: int, factor: float) -> Callable:
   return run
 
 
-def _dropless(kernel: grouped.Kernel) -> Callable:
+ROOM = 2  # over an even load, of the buffer that usually suffices
+
+
+def _dropless(kernel: grouped.Kernel, all_experts: int) -> Callable:
   """A buffer in which every pair finds room, computed as far as it is filled."""
 
   def run(x_PD, experts_P, weights):
-    rows = min(kernel.rows, experts_P.size)
-    slots = dispatch.blocks(experts_P, weights[0].shape[0], rows)
-    x_SD = dispatch.move(x_PD, slots.pair_of_slot, slots.slot_of_pair)
-    output_SD = kernel.swiglu(x_SD, weights, slots)
-    return dispatch.move(output_SD, slots.slot_of_pair, slots.pair_of_slot), jnp.zeros(())
+    num_experts, pairs = weights[0].shape[0], experts_P.size
+    slots = dispatch.blocks(experts_P, num_experts, min(kernel.rows, pairs))
+    usual = math.ceil(ROOM * pairs * num_experts / all_experts)
+    return kernel.swiglu(usual, x_PD, weights, slots), jnp.zeros(())
 
   return run

@@ -145,10 +145,11 @@ class Layout:
       name = f'{path}/{sharding.path_of(key_path)}'
       spec = sharding.spec_of(name, x.ndim + 1)
       kept = ('tensor', 'expert') if sharding.has_experts(name, x.ndim + 1) else ('tensor',)
+      whole = x
       for dimension, axes in enumerate(spec[1:]):
         cut = tuple(axis for axis in sharding.names(axes) if axis not in kept)
-        x = self.gather(x, *cut, dimension=dimension)
-      return x
+        whole = self.gather(whole, *cut, dimension=dimension)
+      return x if whole is x else checkpoint_name(whole, remat.WEIGHTS)
 
     return jax.tree_util.tree_map_with_path(one, layer)
 

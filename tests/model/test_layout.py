@@ -11,6 +11,7 @@ import pytest
 
 from bam_jax import config, sharding
 from bam_jax.model import transformer
+from bam_jax.model.kernels import grouped, sorted_rows
 from bam_jax.model.layout import Layout
 from bam_jax.train import loss as loss_lib
 from bam_jax.train import step
@@ -195,17 +196,19 @@ COLLECTIVE = re.compile(
 )
 
 
-def collectives_by_loop(text: str) -> list[Counter]:
-  """Of every loop of a compiled program that has any, its collectives of activations by kind.
+def collectives_by_loop(text: str, activations: bool = True) -> list[Counter]:
+  """Of every loop of a compiled program that has any, its collectives by kind.
 
-  Activations are (rows, 12, 32), as no other array here is.
+  Activations are (rows, 12, 32), as no other array here is; or else all that is not one is counted.
   """
   bodies = set(re.findall(r'body=%?([\w.\-]+)', text))
   found = []
   for computation in re.split(r'\n(?=%|ENTRY)', text):
     if computation.split(' ')[0].lstrip('%') in bodies:
       kinds = Counter(
-        kind for shape, kind in COLLECTIVE.findall(computation) if shape.endswith(',12,32')
+        kind
+        for shape, kind in COLLECTIVE.findall(computation)
+        if shape.endswith(',12,32') == activations
       )
       if kinds:
         found.append(kinds)
@@ -218,6 +221,37 @@ def test_a_layer_gathers_once_and_reduces_once(compiled, name):
   once = {'all-gather': 1, 'reduce-scatter': 1}
   # The loops over layers: forward and backward.
   assert collectives_by_loop(program.as_text()) == [once, once]
+
+
+@pytest.mark.parametrize('remat, again', [('none', 0), ('matmuls', 7)])
+def test_without_remat_weights_are_gathered_once(compiled, remat, again):
+  program, _ = compiled('bam_kv_experts', (1, 2, 2, 1), config.Compute(remat=remat))
+  forward, backward = collectives_by_loop(program.as_text(), activations=False)
+  # Four matrices of attention, three of the FFN.
+  assert (forward['all-gather'], backward['all-gather']) == (7, again)
+
+
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_devices_whose_rows_do_not_fit_take_the_full_buffer(
+  compiled, named, start, make_batch, monkeypatch, remat
+):
+  """As on TPUs: in one layer all tokens want one expert, and its device alone has too many."""
+  kernel = grouped.Kernel(1, functools.partial(sorted_rows.swiglu, grouped.ragged))
+  with monkeypatch.context() as patch:
+    patch.setattr(grouped, 'choose', lambda platform: kernel)
+    program, (params, batch) = compiled('biased', (1, 2, 4, 1), config.Compute(remat=remat))
+  text = program.as_text()
+  assert ' conditional(' in text
+  crowded = start('biased')
+  crowded['blocks']['ffn']['router_bias'] = np.zeros_like(crowded['blocks']['ffn']['router_bias'])
+  crowded['blocks']['ffn']['router_bias'][0, 1] = 10
+  params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), crowded, params)
+
+  objective = loss_lib.objective(transformer.Network(named('biased'), config.Compute()), LOSS)
+  want = jax.jit(jax.value_and_grad(objective, has_aux=True))(crowded, make_batch(8, 12, seed=1))
+  load_LE = np.asarray(want[0][1].routing.ffn.load)
+  assert load_LE[0, 1] == load_LE[0].sum() and (load_LE[1] < load_LE[1].sum()).all()
+  assert far(program(params, batch), want) == {}
 
 
 def test_lines_of_devices_change_nothing(compiled, one_device, monkeypatch):

@@ -18,42 +18,33 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import xla_metadata
 from jax.experimental.pallas.ops.tpu import megablox
 
-from bam_jax.model import remat
+from bam_jax.model import dispatch, remat
 from bam_jax.model.dispatch import Slots
-
-Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate EDF, up EDF, down EFD
-# (x SD, w EDF, sizes E) -> SF, the rows of expert 0 first and then the others' in order.
-Matmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+from bam_jax.model.kernels import sorted_rows
+from bam_jax.model.kernels.sorted_rows import Matmul, Weights
 
 
 class Kernel(NamedTuple):
   """How one kind of device computes `(silu(x W_gate) * (x W_up)) W_down` of every expert."""
 
   rows: int  # of a part: what `dispatch.blocks` is to be asked for, at most the number of pairs
-  swiglu: Callable[[jax.Array, Weights, Slots], jax.Array]  # x SD -> SD
+  # (rows that usually suffice, x PD, weights, slots) -> PD
+  swiglu: Callable[[int, jax.Array, Weights, Slots], jax.Array]
 
 
 def choose(platform: str) -> Kernel:
   """The kernel for a platform ('cpu', 'gpu' or 'tpu'), which need not be the one at hand."""
   if platform != 'tpu':
     # XLA for CPU and GPU knows `ragged_dot` only as a matmul of every row with every expert.
-    return Kernel(64 if platform == 'cpu' else 256, blocked)
+    return Kernel(64 if platform == 'cpu' else 256, in_blocks)
   matmul = ragged if jax.__version_info__ >= (0, 12) else megablocks
-  return Kernel(1, functools.partial(sorted_swiglu, matmul))
+  return Kernel(1, functools.partial(sorted_rows.swiglu, matmul))
 
 
 LANES = 128
 # Rows, contracted and output columns of a step of the kernel, at most; megablox's default of 128
 # each is four times slower.
 TILE = 512, 768, 1024
-
-
-def sorted_swiglu(matmul: Matmul, x_SD: jax.Array, weights: Weights, slots: Slots) -> jax.Array:
-  """SwiGLU by three grouped matmuls, of a buffer without gaps between experts."""
-  gate_EDF, up_EDF, down_EFD = weights
-  product = lambda w_EDF: checkpoint_name(matmul(x_SD, w_EDF, slots.sizes), remat.HIDDEN)
-  hidden_SF = jax.nn.silu(product(gate_EDF)) * product(up_EDF)
-  return matmul(hidden_SF, down_EFD, slots.sizes)
 
 
 def ragged(x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -147,6 +138,14 @@ def _padded(matmul: Matmul, x_SD, w_EDF, sizes_E):
 
 
 MOST_PARTS = 8  # of one expert that are multiplied at once
+
+
+def in_blocks(usual: int, x_PD: jax.Array, weights: Weights, slots: Slots) -> jax.Array:
+  """SwiGLU of every pair, (P, D), by `blocked`, to which it is all one how long the buffer is."""
+  del usual
+  x_SD = dispatch.move(x_PD, slots.pair_of_slot, slots.slot_of_pair)
+  output_SD = blocked(x_SD, weights, slots)
+  return dispatch.move(output_SD, slots.slot_of_pair, slots.pair_of_slot)
 
 
 @jax.custom_vjp

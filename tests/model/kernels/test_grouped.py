@@ -112,10 +112,6 @@ CHOICES = {
   'one part': (64, [2, 0, 1, 2, 3]),
   'parts of one row': (1, [0, 1, 1, 3, 2, 0]),
 }
-SWIGLUS = {
-  'blocked': grouped.blocked,
-  'ragged': functools.partial(grouped.sorted_swiglu, grouped.ragged),
-}
 
 
 def one_hot_swiglu(x_PD, weights, chosen_PE):
@@ -126,24 +122,16 @@ def one_hot_swiglu(x_PD, weights, chosen_PE):
   return jnp.einsum('pef,efd,pe->pd', hidden_PEF, down_EFD, chosen_PE)
 
 
-@pytest.mark.parametrize(
-  'swiglu, rows, experts',
-  [
-    *((grouped.blocked, *case) for case in CHOICES.values()),
-    (SWIGLUS['ragged'], 1, CHOICES['uneven, some want none'][1]),
-  ],
-)
+@pytest.mark.parametrize('rows, experts', CHOICES.values(), ids=CHOICES)
 @pytest.mark.parametrize('dtype, tolerance', [(np.float64, 1e-12), (np.float32, 5e-6)])
-def test_swiglu_agrees_with_one_hot(swiglu, rows, experts, dtype, tolerance):
+def test_blocked_agrees_with_one_hot(rows, experts, dtype, tolerance):
   experts_P = np.array(experts, np.int32)
   weights = draw(1, 3, D, F), draw(2, 3, D, F), draw(3, 3, F, D)
   x_PD, slope_PD = draw(0, experts_P.size, D), draw(4, experts_P.size, D)
 
   def run(x_PD, weights):
     slots = dispatch.blocks(jnp.asarray(experts_P), 3, min(rows, experts_P.size))
-    x_SD = dispatch.move(x_PD, slots.pair_of_slot, slots.slot_of_pair)
-    output_SD = swiglu(x_SD, weights, slots)
-    return dispatch.move(output_SD, slots.slot_of_pair, slots.pair_of_slot)
+    return grouped.in_blocks(0, x_PD, weights, slots)
 
   def reference(x_PD, weights):
     return one_hot_swiglu(x_PD, weights, experts_P[:, None] == np.arange(3))
@@ -175,7 +163,7 @@ def test_blocked_does_not_visit_parts_past_the_last():
 
 
 def test_choice():
-  assert grouped.choose('cpu').swiglu is grouped.choose('gpu').swiglu is grouped.blocked
+  assert grouped.choose('cpu').swiglu is grouped.choose('gpu').swiglu is grouped.in_blocks
   newer = jax.__version_info__ >= (0, 12)
   tpu = grouped.choose('tpu')
   assert tpu.rows == 1 and tpu.swiglu.args == (grouped.ragged if newer else grouped.megablocks,)
