@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from bam_jax import folders, sharding
+from bam_jax import checksums, folders, sharding
 from bam_jax.errors import UserError
 
 CHUNK_BYTES = 16 * 2**20  # at most, of what is read and written as one
@@ -51,12 +51,13 @@ class Reader:
   """
 
   def __init__(self, folder: epath.PathLike):
-    """Opens the item; reads no values.
+    """Opens the item, after reading it once where it has checksums.
 
     Raises:
       UserError: it is not there, or damaged.
     """
     self.folder = epath.Path(folder)
+    checksums.check(self.folder.parent, [self.folder.name])
     try:
       self._stores = self._open(2 * CHUNK_BYTES)
       self.specs = {
@@ -72,7 +73,7 @@ class Reader:
       if shared:
         self._stores = self._open(min(max(2 * CHUNK_BYTES, *shared), CACHE_BYTES))
     except (OSError, ValueError) as error:
-      raise UserError(f'{folder} cannot be read ({_reason(error)}): it is damaged.') from error
+      raise UserError(f'{folder} cannot be read ({reason(error)}): it is damaged.') from error
     if not self.specs:
       raise UserError(f'{folder} holds no arrays: it is damaged, or no checkpoint.')
 
@@ -86,7 +87,7 @@ class Reader:
       return self._stores[path][index].read().result()
     except (OSError, ValueError) as error:
       raise UserError(
-        f'{path} of {self.folder} cannot be read ({_reason(error)}): it is damaged.'
+        f'{path} of {self.folder} cannot be read ({reason(error)}): it is damaged.'
       ) from error
 
   def _open(self, cache_bytes: int) -> dict[str, ts.TensorStore]:
@@ -209,7 +210,7 @@ class Writer:
         raise self._failed(error) from error
 
   def _failed(self, error: Exception) -> UserError:
-    return UserError(f'{self.folder} cannot be written: {_reason(error)}.')
+    return UserError(f'{self.folder} cannot be written: {reason(error)}.')
 
 
 def chunk_shape(path: str, spec: Spec) -> tuple[int, ...]:
@@ -301,7 +302,7 @@ def _files(folder: epath.Path) -> dict[str, Any]:
   return {'driver': 'file', 'path': f'{os.path.abspath(folder)}/'}
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
   """The cause in an error of tensorstore or of the system, in a few words."""
   if isinstance(error, OSError) and error.strerror:
     return error.strerror

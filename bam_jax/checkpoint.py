@@ -3,11 +3,19 @@
 A run's folder holds `<step>/{params,opt_state,data,meta}`, separate Orbax items: parameters can be
 read without the optimizer, on any mesh, and `meta` alone says what the checkpoint is. `params` and
 `meta` are a checkpoint too, and so is what `convert` makes: these two, and the tokenizer's file.
+Beside them lie their `checksums`.
+
+Orbax makes a step appear, by a rename, when all of it is written, and only then removes an old one:
+at every moment one that is whole is there.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +24,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from bam_jax import arrays, config, folders, sharding, strict
+from bam_jax import arrays, checksums, config, folders, processes, sharding, strict
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE
 from bam_jax.errors import UserError
 from bam_jax.manifest import Manifest
 
 FORMAT = 1
+SAVE_SECONDS = 3600  # that a checkpoint may take, beside the training
+SET_ASIDE = '.damaged'  # in the name of a step's folder that was found damaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +53,46 @@ class Meta:
   manifest: Manifest | None = None  # what it was made from, if not from scratch
 
 
+class _ChecksumsHandler(ocp.CheckpointHandler):
+  """Writes checksums when the items before it have their names, and the step does not yet."""
+
+  def save(self, directory: epath.Path, args: '_ChecksumsSave') -> None:
+    pass
+
+  def restore(self, directory: epath.Path, args: '_ChecksumsSave') -> None:
+    pass
+
+  def finalize(self, directory: epath.Path) -> None:
+    checksums.write(directory.parent, directory)
+
+
+@ocp.args.register_with_handler(_ChecksumsHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _ChecksumsSave(ocp.args.CheckpointArgs):
+  pass
+
+
 class Checkpoints:
   """The checkpoints of one run; writing is asynchronous."""
 
   def __init__(self, folder: Path, keep: int):
+    """Opens the folder, which need not exist; `set_aside_damaged` comes before."""
     self.folder = folder
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       enable_async_checkpointing=True,
+      async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
       single_host_load_and_broadcast=True,  # one view of the disk, for all processes
     )
     # Compressed, float noise is 8% smaller and takes three times as long to read.
     handlers = {
       item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in ('params', 'opt_state')
     } | {item: ocp.JsonCheckpointHandler() for item in ('data', 'meta')}
+    handlers[checksums.ITEM] = _ChecksumsHandler()  # the last: Orbax finalizes in this order
     self._manager = ocp.CheckpointManager(
       folder.absolute(), options=options, item_handlers=handlers
     )
+    self._hook, sys.unraisablehook = sys.unraisablehook, self._tell
 
   def latest(self) -> int | None:
     """The newest finished step."""
@@ -72,16 +105,20 @@ class Checkpoints:
     return None if step is None else self.folder / str(step)
 
   def save(self, step: int, params: Any, opt_state: Any, data: dict, meta: Meta) -> None:
-    """Starts to write a checkpoint; one that is being written is waited for first."""
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=_save_args(params),
-        opt_state=ocp.args.PyTreeSave(opt_state),
-        data=ocp.args.JsonSave(data),
-        meta=ocp.args.JsonSave(strict.to_dict(meta)),
-      ),
+    """Starts to write a checkpoint; one that is being written is waited for first.
+
+    Raises:
+      UserError: that one could not be written, or this one not begun; so do `wait` and `close`.
+    """
+    args = ocp.args.Composite(
+      params=_save_args(params),
+      opt_state=ocp.args.PyTreeSave(opt_state),
+      data=ocp.args.JsonSave(data),
+      meta=ocp.args.JsonSave(strict.to_dict(meta)),
+      checksums=_ChecksumsSave(),
     )
+    with self._writing():
+      self._manager.save(step, args=args)
 
   def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any, dict]:
     """Parameters, optimizer state and data state of a step.
@@ -103,17 +140,99 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Returns when everything is on disk."""
-    self._manager.wait_until_finished()
+    with self._writing():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, and frees the writer's threads."""
-    self._manager.close()
+    try:
+      with self._writing():
+        self._manager.close()
+    finally:
+      sys.unraisablehook = self._hook
+
+  def _tell(self, unraisable: Any) -> None:
+    """Prints an error that a library's thread can raise to nobody."""
+    # At the first array that cannot be written Orbax closes a loop that the others report to.
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      self._hook(unraisable)
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except (OSError, ValueError) as error:
+      raise UserError(f'{self.folder} cannot be written: {arrays.reason(error)}.') from error
+
+
+def set_aside_damaged(folder: Path) -> list[str]:
+  """Renames a run's newest checkpoints as long as they are damaged; a sentence about each.
+
+  All processes must ask; together they read the newest checkpoint once.
+
+  Raises:
+    UserError: none is whole; then none is renamed.
+  """
+  faults: dict[str, str] = {}
+  for step in processes.decide(lambda: _numbered(folder)):
+    what = _fault(folder / step)
+    if not what:
+      break
+    faults[step] = what
+  else:
+    if faults:
+      newest = next(iter(faults))
+      raise UserError(
+        f'{folder / newest} is damaged ({faults[newest]}), and {folder} holds no other that is '
+        f'whole: put a copy in its place, or delete {folder} to train the run from its start.'
+      )
+  return processes.decide(
+    lambda: [_set_aside(folder / step, what) for step, what in faults.items()]
+  )
+
+
+def _numbered(folder: Path) -> list[str]:
+  """Names of the steps' folders, the newest first, whatever is in them."""
+  names = (path.name for path in folder.glob('*') if path.is_dir())
+  return sorted((name for name in names if name.isdigit()), key=int, reverse=True)
+
+
+def _set_aside(folder: Path, what: str) -> str:
+  aside = folder.with_name(folder.name + SET_ASIDE)
+  try:
+    if aside.exists():
+      shutil.rmtree(aside)
+    folder.rename(aside)
+  except OSError as error:
+    raise UserError(f'{folder} is damaged and cannot be renamed: {error.strerror}.') from error
+  return f'{folder} is damaged ({what}): it is {aside.name} now, and the one before is taken.'
+
+
+def _fault(folder: epath.PathLike, items: Sequence[str] = ()) -> str:
+  """What is wrong with a checkpoint's items, or ''; every process reads its share of the files."""
+
+  def listed() -> dict[str, Any]:
+    try:
+      if not (folder / 'meta').is_dir():
+        return {'fault': 'it has no meta'}
+      return {'sums': checksums.read(folder, items)}
+    except checksums.Damaged as damaged:
+      return {'fault': damaged.what}
+
+  found = processes.decide(listed)
+  if 'fault' in found:
+    return found['fault']
+  mine = dict(list(found['sums'].items())[jax.process_index() :: jax.process_count()])
+  return processes.first(checksums.fault(folder, mine) or '')
 
 
 def write_meta(folder: epath.Path, meta: Meta) -> None:
   """Writes the item `meta`, which makes a checkpoint of the folder: the last thing to write."""
   with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
     checkpointer.save(folder / 'meta', ocp.args.JsonSave(strict.to_dict(meta)))
+  if not folders.in_bucket(folder):
+    (folder / checksums.ITEM).mkdir()
+    checksums.write(folder, folder / checksums.ITEM)
 
 
 def finished_step(folder: Path) -> int | None:
@@ -158,6 +277,7 @@ def find_tokenizer(path: epath.PathLike) -> epath.Path:
 def read_meta(path: epath.PathLike) -> Meta:
   """The `meta` of the checkpoint at or below `path`; UserError when it is not one of ours."""
   folder = find(path)
+  checksums.check(folder, ['meta'])
   try:
     facts = json.loads((folder / 'meta' / 'metadata').read_text(encoding='utf-8'))
   except (OSError, ValueError) as error:
@@ -195,7 +315,10 @@ def restore_host_params(path: epath.PathLike, params: Any) -> Any:
 
 def _restore_checked(path: epath.PathLike, params: Any, args: ocp.args.PyTreeRestore) -> Any:
   """Restores, after comparing what is on disk with what is asked for; Orbax alone may not."""
-  folder = find(path).absolute() / 'params'
+  whole = find(path).absolute()
+  folder = whole / 'params'
+  if what := _fault(whole, ['params']):
+    raise checksums.Damaged(whole, what)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     stored = _shapes(checkpointer.metadata(folder).item_metadata.tree)
     wanted = _shapes(params)

@@ -153,7 +153,7 @@ def write_json(path: str, facts: dict[str, Any]) -> None:
 def _parse(argv: Sequence[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, UserError, OSError) as error:
+  except (flags.Error, UserError, OSError, ValueError) as error:
     sentence = str(error)
   except (AttributeError, KeyError) as error:
     sentence = f'a --config.KEY flag names no key of the recipe: {error.args[0]}'

@@ -1,4 +1,4 @@
-"""New folders, complete or not there; paths that may lie in a bucket."""
+"""New folders and files, complete or not there; paths that may lie in a bucket."""
 
 import contextlib
 import fcntl
@@ -46,6 +46,31 @@ def reach(path: epath.PathLike) -> epath.Path:
     except ImportError:
       raise UserError(f'{path} is in a bucket, which takes a package: pip install gcsfs.') from None
   return path
+
+
+@contextlib.contextmanager
+def writing(path: epath.PathLike) -> Iterator[None]:
+  """Makes of what the system says against a write a UserError that names `path`."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
+
+
+def write_file(path: epath.PathLike, text: str) -> None:
+  """Writes a file that is whole at every moment, whoever else writes it too; else UserError."""
+  beside = f'{os.fspath(path)}{BESIDE}{secrets.token_hex(4)}'
+  with writing(path):
+    try:
+      with open(beside, 'w', encoding='utf-8') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(beside, path)
+    except BaseException:
+      with contextlib.suppress(OSError):
+        os.unlink(beside)
+      raise
 
 
 @contextlib.contextmanager

@@ -17,8 +17,9 @@ from bam_jax.model.kernels import attention
 from bam_jax.train import stages
 from bam_jax.upcycle import rules
 
-# What may change between two attempts at one run: none of it changes the parameters.
-INCIDENTAL = ('label', 'mesh', 'every')
+# What may change between two attempts at one run: none of it changes the parameters, but for what
+# `guard` skips, which a run that it halted at a bad step shall be free to say.
+INCIDENTAL = ('label', 'mesh', 'every', 'guard', 'watch')
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 import rich.console
-from absl import flags
+from absl import flags, logging
 
 from bam_jax import cli, distributed, graph, processes, recipe, report
 from bam_jax.errors import UserError
@@ -68,4 +68,5 @@ def main() -> dict[str, Any] | None:
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  # Orbax logs a traceback of every error that is reported in a sentence.
+  cli.run(main, verbosity=logging.FATAL)

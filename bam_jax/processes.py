@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from bam_jax import config, sharding
 from bam_jax.errors import UserError
 
+TEXT_BYTES = 1024
 SHARED_SECONDS = 30.0  # that a network file system may take to show a new file
 
 T = TypeVar('T')
@@ -63,6 +64,18 @@ def same(facts: Any, what: str) -> None:
     mine == decide(lambda: mine),
     f'do not have the same {what} as process 0: start all processes with the same flags and files',
   )
+
+
+def first(text: str) -> str:
+  """The first text, of at most TEXT_BYTES, that is not empty among all processes'; all must ask."""
+  if jax.process_count() == 1:
+    return text
+  mine = np.zeros(TEXT_BYTES, np.uint8)
+  encoded = np.frombuffer(text.encode()[:TEXT_BYTES], np.uint8)
+  mine[: encoded.size] = encoded
+  rows = multihost_utils.process_allgather(mine)
+  texts = (row.tobytes().rstrip(b'\0').decode(errors='ignore') for row in rows)
+  return next(filter(None, texts), '')
 
 
 def check_shared(folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from bam_jax import checkpoint, config, graph, manifest, processes, sharding, strict
+from bam_jax import (
+  checkpoint,
+  claims,
+  config,
+  folders,
+  graph,
+  manifest,
+  processes,
+  sharding,
+  strict,
+)
 from bam_jax.data import prepare, shards, sources
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
-from bam_jax.train import loop, stop
+from bam_jax.train import goodput, loop, stop
 from bam_jax.train.progress import Progress
 from bam_jax.upcycle import centroids, merge, rules
 
@@ -51,15 +62,29 @@ def execute(
   processes.same(graph.digest(everything), 'recipe, flags and data')
   asked = processes.decide(functools.partial(_asked, nodes, only, workdir))
   domains = graph.check(recipe, nodes, dataset, asked)
+  steps = {name: recipe.total_steps(name) for name in asked}
+  began = goodput.process_began()
+
+  def is_finished(name: str) -> bool:
+    return finished(workdir / name, nodes[name], steps[name], domains)
+
+  def claim() -> list[str]:
+    return held.take(workdir / name for name in asked if not is_finished(name))
+
   for name in asked:
     processes.check_mesh(nodes[name].run.mesh, f'config.runs.{name}')
-    processes.decide(functools.partial(_check_identity, workdir / name, nodes[name]))
-
-  steps = {name: recipe.total_steps(name) for name in asked}
-  with stop.catch() as stopping, Progress(steps, enabled=progress_enabled) as progress:
+  with (
+    claims.Claims() as held,
+    stop.catch() as stopping,
+    Progress(steps, enabled=progress_enabled) as progress,
+  ):
+    for sentence in processes.decide(claim):
+      progress.note(sentence)
+    for name in asked:
+      processes.decide(functools.partial(_check_identity, workdir / name, nodes[name]))
     for name in asked:
       node, folder = nodes[name], workdir / name
-      if processes.decide(functools.partial(finished, folder, node, steps[name], domains)):
+      if processes.decide(functools.partial(is_finished, name)):
         progress.skip(name)
         continue
       _write_json(folder / 'config.json', _record(recipe, node))
@@ -75,7 +100,8 @@ def execute(
         init=functools.partial(initial_params, recipe, nodes, node, workdir, dataset),
         meta=functools.partial(_meta, recipe, node, workdir, dataset),
       )
-      facts = loop.train(job, progress, stopping)
+      facts = loop.train(job, progress, stopping, began)
+      began = time.monotonic()
       loss = facts.pop('loss')
       _write_json(folder / 'result.json', _result(recipe, node) | facts)
       progress.finish(name, loss)
@@ -272,13 +298,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, facts: dict[str, Any]) -> None:
-  """Writes a file that is either whole or not there."""
-  if jax.process_index():
-    return
-  path.parent.mkdir(parents=True, exist_ok=True)
-  beside = path.with_suffix('.partial')
-  beside.write_text(json.dumps(facts, indent=1) + '\n', encoding='utf-8')
-  beside.replace(path)
+  if jax.process_index() == 0:
+    with folders.writing(path):
+      path.parent.mkdir(parents=True, exist_ok=True)
+    folders.write_file(path, json.dumps(facts, indent=1) + '\n')
 
 
 def _copy_tokenizer(dataset: shards.Dataset, folder: Path) -> None:
@@ -286,8 +309,9 @@ def _copy_tokenizer(dataset: shards.Dataset, folder: Path) -> None:
   name = dataset.manifest['tokenizer']['file']
   if jax.process_index() == 0 and not (folder / name).exists():
     beside = folder / f'{name}.partial'
-    shutil.copyfile(dataset.path / name, beside)
-    beside.replace(folder / name)
+    with folders.writing(folder / name):
+      shutil.copyfile(dataset.path / name, beside)
+      beside.replace(folder / name)
 
 
 def write_command(workdir: Path, recipe: config.Recipe, command: str) -> None:

@@ -6,13 +6,15 @@ program, `report.md` and its pictures for a person.
 
 import json
 import math
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from bam_jax import figures, readings
+from bam_jax import figures, folders, readings
 from bam_jax.errors import UserError
 from bam_jax.train.progress import duration
 
@@ -56,7 +58,7 @@ def write(workdir: Path, runs: Sequence[str]) -> dict[str, Any]:
       pictures: file names.
 
   Raises:
-    UserError: when a result cannot be read.
+    UserError: when a result cannot be read, or the report cannot be written.
   """
   workdir = Path(workdir)
   recipe = _read(workdir / 'recipe.json')
@@ -74,11 +76,16 @@ def write(workdir: Path, runs: Sequence[str]) -> dict[str, Any]:
     'pictures': [],
   }
   folder = workdir / 'report'
-  folder.mkdir(parents=True, exist_ok=True)
-  if rows:
-    report['pictures'] = _draw(workdir, folder, rows, domains)
-  (folder / 'report.json').write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
-  (folder / 'report.md').write_text(markdown(report), encoding='utf-8')
+  with folders.writing(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    # Each file appears whole: jobs that train other runs of the workdir write the report too.
+    with tempfile.TemporaryDirectory(prefix='.partial-', dir=folder) as beside:
+      if rows:
+        report['pictures'] = _draw(workdir, Path(beside), rows, domains)
+      for name in report['pictures']:
+        os.replace(Path(beside, name), folder / name)
+  folders.write_file(folder / 'report.json', json.dumps(report, indent=1) + '\n')
+  folders.write_file(folder / 'report.md', markdown(report))
   return report
 
 

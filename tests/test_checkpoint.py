@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from bam_jax import checkpoint, config, sharding
+from bam_jax import arrays, checkpoint, config, sharding
 from bam_jax.errors import UserError
 from bam_jax.train import step
 
@@ -65,7 +67,9 @@ def written(tmp_path_factory, models):
   checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=2)
   for at in (3, 12):
     states[at] = draw(model, (1, 2, 2, 2), at)
-    checkpoints.save(at, *states[at], {'iterator': {'next': at}, 'seconds': 1.5}, meta(model, at))
+    checkpoints.save(
+      at, *states[at][:2], {'iterator': {'next': at}, 'seconds': 1.5}, meta(model, at)
+    )
   checkpoints.close()
   return folder, states
 
@@ -161,10 +165,96 @@ def test_a_run_goes_on_beside_what_a_kill_left_behind(tmp_path, models):
   (folder / '7.orbax-checkpoint-tmp' / 'meta').mkdir(parents=True)
   checkpoints = checkpoint.Checkpoints(folder, keep=2)
   assert checkpoints.latest() is None and checkpoints.newest_folder() is None
-  checkpoints.save(7, *draw(model, (1, 1, 1, 1), 7), {}, meta(model, 7))
+  checkpoints.save(7, *draw(model, (1, 1, 1, 1), 7)[:2], {}, meta(model, 7))
   assert checkpoints.newest_folder() == folder / '7'
   checkpoints.close()
   assert checkpoint.find(tmp_path) == folder / '7'
+
+
+def damage(step: Path, what: str) -> str:
+  """Does what disks do to one file of a checkpoint; its path."""
+  item, how = what.split(' ')
+  # The largest file has the values, and nothing in its format vouches for them.
+  files = [path for path in (step / item).rglob('*') if path.is_file()]
+  path = max(files, key=lambda path: path.stat().st_size)
+  content = bytearray(path.read_bytes())
+  if how == 'flipped':
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+  elif how == 'cut':
+    path.write_bytes(content[:-1])
+  else:
+    path.unlink()
+  return str(path.relative_to(step))
+
+
+DAMAGE = [
+  'params flipped', 'params cut', 'params gone', 'opt_state flipped', 'data flipped',
+  'meta flipped', 'meta gone', 'checksums flipped',
+]  # fmt: skip
+
+
+@pytest.fixture
+def two_steps(written, tmp_path):
+  """A copy of a run's checkpoints, 3 and 12."""
+  return shutil.copytree(written[0] / 'checkpoints', tmp_path / 'checkpoints')
+
+
+def test_whole_checkpoints_stay(two_steps):
+  assert checkpoint.set_aside_damaged(two_steps) == []
+  assert checkpoint.set_aside_damaged(two_steps / 'nowhere') == []
+  assert checkpoint.finished_step(two_steps) == 12
+
+
+@pytest.mark.parametrize('what', DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(two_steps, written, models, what):
+  file = damage(two_steps / '12', what)
+  (sentence,) = checkpoint.set_aside_damaged(two_steps)
+  assert f'{two_steps}/12 is damaged' in sentence
+  assert file in sentence or what.startswith('checksums'), 'which may be of any file'
+  assert '12.damaged now' in sentence
+  assert checkpoint.finished_step(two_steps) == 3
+  # The step can be saved again, and what is set aside takes no good one's place.
+  model = models['bam_kv_experts']
+  checkpoints = checkpoint.Checkpoints(two_steps, keep=2)
+  assert checkpoints.latest() == 3
+  wanted = abstract(model)
+  params, opt_state, data = checkpoints.restore(3, wanted.params, wanted.opt_state)
+  check_same(step.State(params, opt_state), written[1][3])
+  assert data['iterator'] == {'next': 3}
+  checkpoints.save(12, params, opt_state, data, meta(model, 12))
+  checkpoints.close()
+  assert checkpoint.set_aside_damaged(two_steps) == []
+  assert {path.name for path in two_steps.iterdir()} == {'3', '12', '12.damaged'}
+
+
+def test_when_every_checkpoint_is_damaged_none_is_touched(two_steps):
+  for number in ('3', '12'):
+    damage(two_steps / number, 'params flipped')
+  with pytest.raises(UserError, match=f'{two_steps}/12 is damaged .* no other that is whole'):
+    checkpoint.set_aside_damaged(two_steps)
+  assert {path.name for path in two_steps.iterdir()} == {'3', '12'}
+
+
+def test_a_damaged_checkpoint_gives_no_parameters(two_steps, models):
+  file = damage(two_steps / '12', 'params flipped')
+  wanted = abstract(models['bam_kv_experts']).params
+  for read in (
+    lambda: checkpoint.restore_params(two_steps, wanted),
+    lambda: checkpoint.restore_host_params(two_steps, wanted),
+    lambda: arrays.Reader(two_steps / '12' / 'params'),
+  ):
+    with pytest.raises(UserError, match=f'12 is damaged .*{file} has other bytes'):
+      read()
+  damage(two_steps / '3', 'opt_state flipped')
+  checkpoint.restore_host_params(two_steps / '3', wanted)  # which does not read it
+
+
+def test_a_checkpoint_of_before_there_were_checksums_is_believed(two_steps, written, models):
+  shutil.rmtree(two_steps / '12' / 'checksums')
+  assert checkpoint.set_aside_damaged(two_steps) == []
+  wanted = abstract(models['bam_kv_experts']).params
+  check_same(checkpoint.restore_params(two_steps, wanted), written[1][12].params)
 
 
 @pytest.mark.parametrize('keep', [1, 2])
@@ -173,7 +263,7 @@ def test_old_checkpoints_are_removed(tmp_path, models, keep):
   state = draw(model, (1, 1, 1, 1), 0)
   checkpoints = checkpoint.Checkpoints(tmp_path, keep)
   for at in (1, 2, 10):
-    checkpoints.save(at, *state, {}, meta(model, at))
+    checkpoints.save(at, *state[:2], {}, meta(model, at))
   checkpoints.close()
   steps = sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit())
   assert steps == [1, 2, 10][-keep:]

@@ -172,6 +172,15 @@ REFUSALS = {
   'an axis of none': (dict(runs__seed__mesh={'tensor': 0}), ['config.runs.seed.mesh', 'tensor=0']),
   'log': (dict(runs__seed__every={'log': 0}), ['config.runs.seed.every', 'log=0']),
   'keep': (dict(runs__seed__every={'keep': 0}), ['config.runs.seed.every', 'keep=0']),
+  'guard': (
+    dict(runs__seed__guard={'on_nan': 'ignore'}),
+    ['config.runs.seed.guard', 'on_nan', 'halt', 'skip'],
+  ),
+  'window': (dict(runs__seed__guard={'window': 1}), ['config.runs.seed.guard', 'window=1']),
+  'stall': (
+    dict(runs__seed__watch={'stall_seconds': -1}),
+    ['config.runs.seed.watch', 'stall_seconds=-1'],
+  ),
   'tokens': (dict(runs__seed__tokens=127), ['config', 'runs.seed.tokens=127', 'one batch']),
   'no data': (dict(runs__seed__data={}), ['config.runs.seed', 'data', 'no domain']),
   'share of zero': (dict(runs__seed__data__law=0), ['config.runs.seed', "data['law']=0"]),

@@ -24,13 +24,14 @@ from bam_jax.config.recipe import (
   Run,
   parents,
 )
-from bam_jax.config.training import Every, Loss, Mesh, Optimizer, Schedule
+from bam_jax.config.training import Every, Guard, Loss, Mesh, Optimizer, Schedule, Watch
 from bam_jax.config.upcycle import Method, Upcycle
 
 __all__ = [
   'AttentionExperts', 'Compute', 'Data', 'Evaluation', 'Every', 'FFNExperts', 'FromCheckpoint',
-  'FromRun', 'FromUpcycle', 'Init', 'Loss', 'Mesh', 'Method', 'Model', 'Optimizer', 'Prepare',
-  'Recipe', 'Run', 'Schedule', 'Upcycle', 'complete', 'parents', 'parse', 'to_dict',
+  'FromRun', 'FromUpcycle', 'Guard', 'Init', 'Loss', 'Mesh', 'Method', 'Model', 'Optimizer',
+  'Prepare', 'Recipe', 'Run', 'Schedule', 'Upcycle', 'Watch', 'complete', 'parents', 'parse',
+  'to_dict',
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from bam_jax.config import checks
 from bam_jax.config.model import Compute, Model
-from bam_jax.config.training import Every, Loss, Mesh, Optimizer, Schedule
+from bam_jax.config.training import Every, Guard, Loss, Mesh, Optimizer, Schedule, Watch
 from bam_jax.config.upcycle import Upcycle
 from bam_jax.errors import UserError
 
@@ -57,6 +57,8 @@ class Run:
   compute: Compute = Compute()
   mesh: Mesh = Mesh()
   every: Every = Every()
+  guard: Guard = Guard()
+  watch: Watch = Watch()
 
   def __post_init__(self):
     checks.at_least(self, tokens=0, batch_size=1, accumulate=1, data_seed=0, router_warmup_steps=0)

@@ -86,3 +86,33 @@ class Every:
 
   def __post_init__(self):
     checks.at_least(self, log=1, evaluate=0, checkpoint=0, keep=1)
+
+
+@dataclass(frozen=True)
+class Guard:
+  """What happens at a step whose loss or gradient would do harm."""
+
+  on_nan: Literal['halt', 'skip'] = 'halt'  # NaN or infinity in the loss or the gradient
+  on_spike: Literal['ignore', 'halt', 'skip'] = 'ignore'
+  # A spike: loss or gradient norm is so many standard deviations above its mean.
+  spike_deviations: float = 6.0
+  window: int = 128  # steps that both are over; a run's first ones are no spikes
+  max_skipped: int = 10  # steps in a row; then the run halts
+
+  def __post_init__(self):
+    checks.positive(self, 'spike_deviations')
+    checks.at_least(self, window=2, max_skipped=1)
+
+
+@dataclass(frozen=True)
+class Watch:
+  """How a run is looked at; nothing of it changes the run."""
+
+  profile_from: int = 0  # the first step that jax.profiler records, into <run>/profile; 0 is none
+  profile_steps: int = 3
+  # Seconds without a finished step, if ten times the usual, until a line says what it waits for; 0
+  # is never.
+  stall_seconds: float = 120.0
+
+  def __post_init__(self):
+    checks.at_least(self, profile_from=0, profile_steps=1, stall_seconds=0)

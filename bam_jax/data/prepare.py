@@ -19,6 +19,7 @@ from typing import Any
 import tokenizers
 
 import bam_jax.data.shards as shards_lib
+from bam_jax import folders
 from bam_jax.data.encode import encoder, read_chunk
 from bam_jax.data.sources import TRAIN, VALID, Domain
 from bam_jax.data.tokenizer import Tokenizer
@@ -66,7 +67,8 @@ def prepare(
     The manifest.
 
   Raises:
-    UserError: the inputs or options are unfit; `output` is then not there.
+    UserError: the inputs or options are unfit, or the disk takes no more; `output` is then not
+      there, and another attempt goes on from what `output`.partial holds.
   """
   output, inputs = Path(output), {name: Path(path) for name, path in inputs.items()}
   _check_options(tokenizer, train_tokenizer, valid_fraction, shard_tokens, tokenizer_bytes, workers)
@@ -97,7 +99,8 @@ def prepare(
     shutil.rmtree(partial, ignore_errors=True)
     return manifest
 
-  with _workplace(partial, plan):
+  # What reading refuses is told by the readers: what is left is the disk that takes no more.
+  with folders.writing(partial), _workplace(partial, plan):
     if tokenizer is None:
       tokenizer = _trained(partial, domains, train_tokenizer, valid_fraction, tokenizer_bytes)
     skipped = _encode_all(partial, domains, tokenizer, valid_fraction, workers, progress)
@@ -228,12 +231,8 @@ def _trained(
 @contextlib.contextmanager
 def _workplace(partial: Path, plan: dict[str, Any]) -> Iterator[None]:
   """Locks `partial`, and empties it unless it holds unfinished work of this very plan."""
-  try:
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = open(partial / 'lock', 'wb')
-  except OSError as error:
-    raise UserError(f'{partial} cannot be written: {error.strerror}.') from error
-  with lock:
+  partial.mkdir(parents=True, exist_ok=True)
+  with open(partial / 'lock', 'wb') as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -1,4 +1,4 @@
-"""A prepared dataset on disk: memory-mapped token shards under one manifest.
+"""A prepared dataset on disk: token shards under one manifest.
 
 ```
 DIR/manifest.json                                what is here, and what it was made from
@@ -16,12 +16,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bam_jax.data import columns
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer
 from bam_jax.errors import UserError
 
@@ -29,6 +30,7 @@ FORMAT = 1
 MANIFEST = 'manifest.json'
 DOMAIN_NAME = re.compile(r'[A-Za-z0-9][\w.-]*', re.ASCII)  # also of splits and shards
 PARTS = ('tokens', 'ends', 'bytes')
+OPEN_FILES = 16  # of a split that stay open
 
 
 class Encoded(NamedTuple):
@@ -48,7 +50,7 @@ class Documents:
   """The documents of one split of one domain, over all its shards.
 
   A random-access sequence that holds only paths and sizes until it is read, so that it is cheap
-  to pickle into worker processes; each process maps the shards anew.
+  to pickle into worker processes; each process opens the shards anew.
   """
 
   def __init__(self, folder: Path, shards: Sequence[dict[str, Any]], dtype: np.dtype):
@@ -66,83 +68,84 @@ class Documents:
     # _first[s] is the index of shard s's first document; one more entry closes the list.
     self._first = np.cumsum([0, *(shard['documents'] for shard in shards)]).tolist()
     self.num_tokens = sum(shard['tokens'] for shard in shards)
-    for index in range(len(shards)):
-      self._map(index)
+    self._columns = [self._check(shard) for shard in self._shards]
 
   def __len__(self) -> int:
     return self._first[-1]
 
   def __getitem__(self, index: int) -> np.ndarray:
-    """The tokens of one document, a read-only view of the mapped file, in the stored dtype."""
-    tokens, start, stop = self._locate(index)
-    return tokens[start:stop]
+    """The tokens of one document, read-only, in the stored dtype."""
+    column, start, stop = self._locate(index)
+    return column.read(self._opened(column.path), start, stop)
 
   def __repr__(self) -> str:
     names = [shard['name'] for shard in self._shards]
     return f'Documents({str(self._folder)!r}, {names}, documents={len(self)})'
 
   def __getstate__(self) -> dict[str, Any]:
-    kept = ('_folder', '_shards', '_dtype', '_first', 'num_tokens')
+    kept = ('_folder', '_shards', '_dtype', '_first', 'num_tokens', '_columns')
     return {name: self.__dict__[name] for name in kept}
 
   def read(self, index: int, start: int, stop: int) -> np.ndarray:
-    """Tokens `start` to `stop` (exclusive) of one document, as a view.
+    """Tokens `start` to `stop` (exclusive) of one document, read-only.
 
     Raises:
       IndexError: there is no such document, or it does not reach from `start` to `stop`.
+      UserError: the file is gone, or has become shorter.
     """
-    tokens, first, last = self._locate(index)
+    column, first, last = self._locate(index)
     if not 0 <= start <= stop <= last - first:
       raise IndexError(f'tokens {start}:{stop} of document {index}, which has {last - first}')
-    return tokens[first + start : first + stop]
+    return column.read(self._opened(column.path), first + start, first + stop)
 
   @functools.cached_property
   def lengths(self) -> np.ndarray:
     """Tokens of every document, begin and end included: int64 [documents]."""
-    lengths = [np.diff(ends, prepend=0) for _, ends, _ in self._mapped]
-    return np.concatenate(lengths or [np.zeros(0, np.int64)])
+    lengths = [np.diff(ends, prepend=0) for ends in self._whole('ends')]
+    return np.concatenate([np.zeros(0, np.int64), *lengths])
 
   @functools.cached_property
   def byte_counts(self) -> np.ndarray:
     """UTF-8 bytes of every document's text: int64 [documents]."""
-    return np.concatenate([counts for _, _, counts in self._mapped] or [np.zeros(0, np.int64)])
+    return np.concatenate([np.zeros(0, np.int64), *self._whole('bytes')])
 
   @functools.cached_property
-  def _mapped(self) -> list[tuple[np.ndarray, ...]]:
-    return [self._map(index) for index in range(len(self._shards))]
+  def _opened(self) -> Callable[[str], columns.Descriptor]:
+    return functools.lru_cache(OPEN_FILES)(columns.open_file)
 
-  def _locate(self, index: int) -> tuple[np.ndarray, int, int]:
+  def _whole(self, part: str) -> Iterator[np.ndarray]:
+    for shard, files in zip(self._shards, self._columns):
+      column = files[part]
+      yield column.read(columns.open_file(column.path), 0, shard['documents'])
+
+  def _locate(self, index: int) -> tuple[columns.Column, int, int]:
+    """The file of a document's tokens, and where in it they begin and end."""
     if not 0 <= index < len(self):
       raise IndexError(f'document {index} of {len(self)}')
     shard = bisect.bisect_right(self._first, index) - 1
-    within = index - self._first[shard]
-    tokens, ends, _ = self._mapped[shard]
-    return tokens, int(ends[within - 1]) if within else 0, int(ends[within])
+    within, files = index - self._first[shard], self._columns[shard]
+    ends = files['ends']
+    bounds = ends.read(self._opened(ends.path), max(within - 1, 0), within + 1).tolist()
+    return files['tokens'], bounds[0] if within else 0, bounds[-1]
 
-  def _map(self, index: int) -> tuple[np.ndarray, ...]:
-    shard = self._shards[index]
+  def _check(self, shard: dict[str, Any]) -> dict[str, columns.Column]:
+    """A shard's files, once they are what the manifest says."""
     wanted = {
       'tokens': (self._dtype, shard['tokens']),
       'ends': (np.dtype(np.int64), shard['documents']),
       'bytes': (np.dtype(np.int64), shard['documents']),
     }
-    arrays = []
+    found = {}
     for part, (dtype, size) in wanted.items():
-      path = self._folder / f'{shard["name"]}.{part}.npy'
-      array = _map_array(path)
-      if array.dtype != dtype or array.shape != (size,):
-        raise UserError(
-          f'{path} holds {array.dtype}{list(array.shape)} where {MANIFEST} promises'
-          f' {dtype}[{size}]: prepare the dataset anew.'
-        )
-      arrays.append(array)
-    tokens, ends, byte_counts = arrays
-    if ends[-1] != len(tokens) or np.any(np.diff(ends, prepend=0) <= 0):
-      path = self._folder / f'{shard["name"]}.ends.npy'
+      path = str(self._folder / f'{shard["name"]}.{part}.npy')
+      found[part] = columns.open_column(path, dtype, size)
+    ends = found['ends'].read(columns.open_file(found['ends'].path), 0, shard['documents'])
+    if ends[-1] != shard['tokens'] or np.any(np.diff(ends, prepend=0) <= 0):
       raise UserError(
-        f'{path} does not divide {len(tokens)} tokens into documents: prepare the dataset anew.'
+        f'{found["ends"].path} does not divide {shard["tokens"]} tokens into documents: prepare '
+        'the dataset anew.'
       )
-    return tokens, ends, byte_counts
+    return found
 
 
 class Dataset:
@@ -329,13 +332,3 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
           isinstance(shard[key], int) and shard[key] > 0 for key in ('documents', 'tokens')
         ):
           raise TypeError(shard['name'])
-
-
-def _map_array(path: Path) -> np.ndarray:
-  try:
-    array = np.lib.format.open_memmap(path, mode='r')  # refuses pickles
-  except FileNotFoundError as error:
-    raise UserError(f'{path} is missing: prepare the dataset anew.') from error
-  except (OSError, ValueError, EOFError) as error:
-    raise UserError(f'{path} is cut short or no array: prepare the dataset anew.') from error
-  return array.view(np.ndarray)

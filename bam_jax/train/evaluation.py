@@ -26,7 +26,7 @@ def heldout_nll(
   """Negative log-likelihood of each domain's held-out documents.
 
   Args:
-    evaluate: an evaluation step, `(params, batch) -> loss.Metrics`.
+    evaluate: what `step.evaluation_step` makes.
     params: of the model.
     dataset: has a `valid` split of every domain.
     domains: which.
@@ -67,8 +67,9 @@ def _domain(evaluate, params, documents, batch_size, sequence_length, mesh, toke
   total: loss.Metrics | None = None
   for batch in batches:
     sums = jax.device_get(evaluate(params, sharding.put_batch(batch, mesh)))
-    # The device's float32 holds one batch's sum to rounding; sums of many batches need float64.
-    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+    # Float32 holds the sum of a device's rows to rounding; many of them need float64, and one order
+    # of adding them, so that the result is the same over any number of processes.
+    sums = jax.tree.map(lambda x: np.asarray(x, np.float64).sum(0), sums)
     total = sums if total is None else jax.tree.map(np.add, total, sums)
   pairs = documents.num_tokens - len(documents)
   return {

@@ -11,9 +11,21 @@ import jax
 
 from bam_jax import checkpoint, config, processes, sharding
 from bam_jax.data import mixture, shards
+from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
-from bam_jax.train import evaluation, metrics, optimizer, record, stages, stop
+from bam_jax.train import (
+  evaluation,
+  goodput,
+  guard,
+  metrics,
+  optimizer,
+  profile,
+  record,
+  stages,
+  stop,
+)
 from bam_jax.train import step as step_lib
+from bam_jax.train import watch as watch_lib
 from bam_jax.train.progress import Progress
 
 PREFETCH = 4  # batches made ahead
@@ -34,65 +46,100 @@ class Job:
   meta: Callable[[int], checkpoint.Meta]  # of a step
 
 
-def train(job: Job, progress: Progress, stopping: stop.Flag) -> dict[str, Any]:
+def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> dict[str, Any]:
   """Trains to the budget, saves, evaluates.
 
+  Args:
+    job: what to train.
+    progress: what a person sees.
+    stopping: says when to stop.
+    began: when the time of this run began, by `time.monotonic`.
+
   Returns:
-    `step`, `tokens`, `wall_seconds`, `loss` of the last step and `domains`, the held-out results.
+    `step`, `tokens`, `wall_seconds`, `time` (seconds by kind of `goodput`), `skipped` (steps),
+    `loss` of the last step and `domains`, the held-out results.
 
   Raises:
-    record.Diverged: the loss or its gradient is not a number any more.
+    guard.Diverged: a step would do harm, and the run's guard does not skip it.
     stop.Stopped: a signal came; the state is saved.
+    UserError: the disk takes no more, or what lies on it is damaged.
   """
   run, recipe, options = job.run, job.recipe, job.recipe.evaluation
   total_steps, step_tokens = recipe.total_steps(job.name), recipe.step_tokens(job.name)
   learning_rate = optimizer.learning_rate(run.schedule, recipe.warmup_steps(job.name), total_steps)
   mesh = sharding.make_mesh(run.mesh)
   train_step = step_lib.train_step(
-    job.model, run.compute, run.loss, run.optimizer, run.accumulate, mesh, stages.of(run)
+    job.model, run.compute, run.loss, run.optimizer, run.accumulate, mesh, stages.of(run), run.guard
   )
   rates = stages.rates(learning_rate, recipe.router_warmup_steps(job.name))
   evaluate = step_lib.evaluation_step(job.model, run.compute, mesh)
+  spent = goodput.Goodput(began)
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
+    for sentence in checkpoint.set_aside_damaged(job.folder / 'checkpoints'):
+      progress.note(sentence)
     checkpoints = checkpoint.Checkpoints(job.folder / 'checkpoints', run.every.keep)
     stack.push(lambda kind, error, trace: _close(checkpoints, error))
     batches = mixture.iterate(batches_of(run, recipe, job.dataset), 0, PREFETCH)
-    first_step, state, seconds = _start(job, mesh, checkpoints, batches)
+    first_step, state, data = _start(job, mesh, checkpoints, batches)
     writer = metrics.Writer(job.folder, first_step)
     stack.callback(writer.close)
+    spent.resume(data.get('spent', {}), writer.dropped)
+    watch = stack.enter_context(
+      watch_lib.Watch(
+        job.name, first_step, run.watch.stall_seconds, lambda: spent.kind, progress.note
+      )
+    )
+    skips = guard.Skips(
+      job.name, run.guard, checkpoints.newest_folder, tuple(data.get('skipped', (0, 0)))
+    )
     recorder = record.Recorder(
       job.name,
       writer,
       progress,
       first_step=first_step,
       total_steps=total_steps,
-      seconds=seconds,
+      spent=spent,
+      skips=skips,
+      done=watch.done,
       step_tokens=step_tokens,
       flops_per_token=arithmetic.training_flops(job.model, recipe.data.sequence_length),
       num_devices=mesh.size,
       log_every=run.every.log,
       learning_rate=learning_rate,
-      last_good=checkpoints.newest_folder,
     )
+    profiler = profile.Profiler(job.folder / 'profile', run.watch, recorder.settle)
+    stack.callback(profiler.close)
 
     def save(step: int) -> None:
       recorder.settle()
-      data = {'iterator': batches.get_state(), 'seconds': recorder.seconds}
-      checkpoints.save(step, state.params, state.opt_state, data, job.meta(step))
+      with spent.spend('checkpoint'):
+        data = {
+          'iterator': batches.get_state(),
+          'history': guard.to_json(state.history),
+          'skipped': skips.counts,
+          'spent': spent.spent(),
+        }
+        checkpoints.save(step, state.params, state.opt_state, data, job.meta(step))
 
     def heldout(tokens: int | None) -> dict[str, Any]:
       recorder.settle()
-      return evaluation.heldout_nll(
-        evaluate, state.params, job.dataset, job.domains, options,
-        recipe.data.sequence_length, mesh, tokens,
-      )  # fmt: skip
+      with spent.spend('evaluate'):
+        return evaluation.heldout_nll(
+          evaluate, state.params, job.dataset, job.domains, options,
+          recipe.data.sequence_length, mesh, tokens,
+        )  # fmt: skip
 
+    stack.enter_context(spent.spend('step'))
     for step in range(first_step + 1, total_steps + 1):
-      batch = sharding.put_batch(mixture.model_inputs(next(batches)), mesh)
-      state, step_metrics = train_step(state, batch, rates(step - 1))
+      profiler.before(step)
+      with spent.spend('data'):
+        batch = sharding.put_batch(mixture.model_inputs(next(batches)), mesh)
+      with spent.spend('step' if step > first_step + 1 else 'compile'):
+        state, step_metrics = train_step(state, batch, rates(step - 1))
       recorder.step(step, step_metrics)
+      profiler.after(step)
       if step == total_steps:
         break
       if _due(step, run.every.evaluate):
@@ -107,10 +154,14 @@ def train(job: Job, progress: Progress, stopping: stop.Flag) -> dict[str, Any]:
       save(total_steps)
     domains = heldout(None)
     recorder.valid(total_steps, evaluation.nats_per_token(domains))
+    with spent.spend('checkpoint'):
+      checkpoints.wait()
     return {
       'step': total_steps,
       'tokens': total_steps * step_tokens,
-      'wall_seconds': recorder.seconds,
+      'wall_seconds': spent.seconds,
+      'time': spent.spent(),
+      'skipped': skips.total,
       'loss': recorder.loss,
       'domains': domains,
     }
@@ -118,14 +169,19 @@ def train(job: Job, progress: Progress, stopping: stop.Flag) -> dict[str, Any]:
 
 def _close(checkpoints: checkpoint.Checkpoints, error: BaseException | None) -> None:
   # What is being written cannot be finished without a process that was lost.
-  if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+  if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+    return
+  try:
     checkpoints.close()
+  except UserError:
+    if not isinstance(error, UserError):  # of a full disk one sentence is enough
+      raise
 
 
 def _start(
   job: Job, mesh: jax.sharding.Mesh, checkpoints: checkpoint.Checkpoints, batches: Any
-) -> tuple[int, step_lib.State, float]:
-  """Steps done before, the state after them, and the seconds they took."""
+) -> tuple[int, step_lib.State, dict[str, Any]]:
+  """Steps done before, the state after them, and what was saved beside it."""
   abstract = step_lib.abstract_state(job.model, job.run.compute, job.run.optimizer, mesh)
   first_step = checkpoints.latest()
   if first_step is None:
@@ -133,10 +189,14 @@ def _start(
     params = job.init(shardings.params)
     adamw = optimizer.adamw(job.run.optimizer)
     opt_state = jax.jit(adamw.init, out_shardings=shardings.opt_state)(params)
-    return 0, step_lib.State(params, opt_state), 0.0
-  params, opt_state, data = checkpoints.restore(first_step, abstract.params, abstract.opt_state)
-  batches.set_state(data['iterator'])
-  return first_step, step_lib.State(params, opt_state), data['seconds']
+    first_step, data = 0, {}
+  else:
+    params, opt_state, data = checkpoints.restore(first_step, abstract.params, abstract.opt_state)
+    batches.set_state(data['iterator'])
+  history = guard.history(job.run.guard, data.get('history'))
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  history = processes.put(history, jax.tree.map(lambda _: everywhere, history))
+  return first_step, step_lib.State(params, opt_state, history), data
 
 
 def batches_of(

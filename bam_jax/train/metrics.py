@@ -1,15 +1,18 @@
 """What a run writes about itself: `metrics.jsonl`, a line a logged step, and TensorBoard events."""
 
+import contextlib
+import errno
 import json
-import math
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
+from bam_jax import folders
 from bam_jax.model import block, router
+from bam_jax.train import events
 from bam_jax.train import step as step_lib
 
 # Dense bfloat16 FLOP/s of one device, from the makers' data sheets.
@@ -35,6 +38,8 @@ def of_step(metrics: step_lib.StepMetrics) -> dict[str, Any]:
     'nll': float(sums.nll / max(float(sums.targets), 1.0)),
     'gradient_norm': float(metrics.gradient_norm),
   }
+  if metrics.spike is not None:
+    facts['spike'] = bool(metrics.spike)
   for name, stats in named_routers(sums.routing):
     facts[name] = of_router(stats)
   return facts
@@ -61,33 +66,36 @@ def mfu(flops_per_token: float, tokens_per_second: float, num_devices: int) -> f
   return flops_per_token * tokens_per_second / (peak * num_devices) if peak else None
 
 
-def finite(facts: dict[str, Any]) -> bool:
-  """Whether loss and gradient are numbers."""
-  return math.isfinite(facts['loss']) and math.isfinite(facts['gradient_norm'])
-
-
 class Writer:
   """Appends to a run's metrics; a process that is not the first writes nothing."""
 
   def __init__(self, folder: Path, start_step: int):
-    """Opens the files, dropping what an earlier attempt wrote of steps after `start_step`."""
+    """Opens the files, dropping what an earlier attempt wrote of steps after `start_step`.
+
+    Attributes:
+      dropped: that, the facts of each line.
+    """
     self._file = self._events = None
+    self.dropped: list[dict[str, Any]] = []
     if jax.process_index():
       return
-    path = folder / 'metrics.jsonl'
-    kept = [line for line in _lines(path) if json.loads(line)['step'] <= start_step]
-    path.write_text(''.join(kept), encoding='utf-8')
-    self._file = path.open('a', encoding='utf-8')
-    self._events = SummaryWriter(str(folder / 'tensorboard'), purge_step=start_step + 1)
+    self._path = path = folder / 'metrics.jsonl'
+    lines = _lines(path)
+    self.dropped = [facts for _, facts in lines if facts['step'] > start_step]
+    folders.write_file(path, ''.join(text for text, facts in lines if facts['step'] <= start_step))
+    with folders.writing(folder):
+      self._file = path.open('ab', buffering=0)
+      self._events = events.Events(folder / 'tensorboard', start_step + 1)
 
   def write(self, step: int, facts: dict[str, Any]) -> None:
     """Writes the facts of a step; nested values become one TensorBoard curve each."""
     if not self._file:
       return
-    self._file.write(json.dumps({'step': step, **facts}) + '\n')
-    self._file.flush()
-    for tag, value in _flatten(facts):
-      self._events.add_scalar(tag, value, step)
+    line = (json.dumps({'step': step, **facts}) + '\n').encode()
+    with folders.writing(self._path):
+      self._events.write(step, _flatten(facts))
+      if self._file.write(line) < len(line):  # what came before the end is dropped at the resume
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   def close(self) -> None:
     """Flushes and closes the files."""
@@ -96,12 +104,17 @@ class Writer:
       self._events.close()
 
 
-def _lines(path: Path) -> list[str]:
-  """Complete lines of a file; a kill may have cut the last one short."""
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+  """A file's lines and what they say; a kill or a full disk may have cut one short."""
   if not path.exists():
     return []
-  lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
-  return [line for line in lines if line.endswith('\n')]
+  lines = []
+  for line in path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True):
+    with contextlib.suppress(ValueError):
+      facts = json.loads(line)
+      if line.endswith('\n') and isinstance(facts, dict) and isinstance(facts.get('step'), int):
+        lines.append((line, facts))
+  return lines
 
 
 def _flatten(value: Any, tag: str = '') -> list[tuple[str, float]]:

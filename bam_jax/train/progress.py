@@ -103,8 +103,10 @@ class Progress:
     else:
       self._line(f'{run}: starts, {this.total:,} steps')
 
-  def update(self, run: str, step: int, loss: float, tokens_per_second: float) -> None:
-    """`run` has done `step` steps."""
+  def update(
+    self, run: str, step: int, loss: float, tokens_per_second: float, goodput: float
+  ) -> None:
+    """`run` has done `step` steps; `goodput` is the share of its time that went into steps."""
     this, now = self._runs[run], self._clock()
     this.step, this.loss, this.tokens_per_second = step, loss, tokens_per_second
     this.last = (step, now)
@@ -114,7 +116,8 @@ class Progress:
       left = self._run_left(this)
       self._line(
         f'{run}: step {step:,} of {this.total:,}, loss {loss:.4f},'
-        f' {tokens_per_second:,.0f} tokens/s' + ('' if left is None else f', {duration(left)} left')
+        f' {tokens_per_second:,.0f} tokens/s, goodput {goodput:.0%}'
+        + ('' if left is None else f', {duration(left)} left')
       )
 
   def note(self, text: str) -> None:

@@ -1,25 +1,12 @@
-"""Follows a run's steps: checks each for NaN, times it, and tells files and people about it."""
+"""Follows a run's steps: has each judged, times it, and tells files and people about it."""
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from bam_jax.errors import UserError
-from bam_jax.train import metrics
+from bam_jax.train import goodput, guard, metrics
 from bam_jax.train import step as step_lib
 from bam_jax.train.progress import Progress
-
-
-class Diverged(UserError):
-  """The loss or its gradient is not a number any more."""
-
-  def __init__(self, name: str, step: int, checkpoint: Path | None):
-    kept = f'the last good checkpoint is {checkpoint}' if checkpoint else 'no checkpoint was saved'
-    super().__init__(
-      f'runs.{name} lost its loss or gradient to NaN or infinity at step {step}; {kept}: lower '
-      f'runs.{name}.schedule.peak_learning_rate or look at the data.'
-    )
 
 
 class Recorder:
@@ -31,13 +18,14 @@ class Recorder:
     progress: what a person sees.
     first_step: steps done before this attempt.
     total_steps: of the run.
-    seconds: that earlier attempts took.
+    spent: where its time goes.
+    skips: judges its steps.
+    done: is told the number of every step that has finished.
     step_tokens: tokens of a step.
     flops_per_token: training FLOPs of one token.
     num_devices: that share the work.
     log_every: steps between two lines of metrics.jsonl.
     learning_rate: of step 0, 1, ...
-    last_good: the newest checkpoint, for the message when a run diverges.
   """
 
   def __init__(
@@ -48,29 +36,25 @@ class Recorder:
     *,
     first_step: int,
     total_steps: int,
-    seconds: float,
+    spent: goodput.Goodput,
+    skips: guard.Skips,
+    done: Callable[[int], None],
     step_tokens: int,
     flops_per_token: float,
     num_devices: int,
     log_every: int,
     learning_rate: Callable[[int], float],
-    last_good: Callable[[], Path | None],
   ):
     self._name, self._writer, self._progress = name, writer, progress
-    self._total_steps, self._step_tokens = total_steps, step_tokens
+    self._first_step, self._total_steps, self._step_tokens = first_step, total_steps, step_tokens
     self._flops_per_token, self._num_devices = flops_per_token, num_devices
-    self._log_every, self._learning_rate, self._last_good = log_every, learning_rate, last_good
-    self._seconds, self._began = seconds, time.monotonic()
+    self._log_every, self._learning_rate = log_every, learning_rate
+    self._spent, self._skips, self._done = spent, skips, done
     self._pending: tuple[int, step_lib.StepMetrics] | None = None
     self._mark: tuple[int, float] | None = None  # step and time that the speed is measured from
     self._speed = 0.0
     self.loss = float('nan')
     progress.start(name, first_step)
-
-  @property
-  def seconds(self) -> float:
-    """Wall time of the run over all its attempts."""
-    return self._seconds + time.monotonic() - self._began
 
   def step(self, step: int, step_metrics: step_lib.StepMetrics) -> None:
     """A step was dispatched: reads the one before while it runs."""
@@ -81,25 +65,43 @@ class Recorder:
     """Waits for the step that is under way; after it, the state is known to be sound.
 
     Raises:
-      Diverged: it is not.
+      guard.Diverged: it is not.
     """
     if self._pending is None:
       return
     (step, step_metrics), self._pending = self._pending, None
     facts = metrics.of_step(step_metrics)
-    if not metrics.finite(facts):
-      raise Diverged(self._name, step, self._last_good())
+    self._done(step)
+    if step == self._first_step + 1:
+      self._tell_first(step)
+    if self._skips.skipped(step, facts):
+      self._progress.note(f'{self._name}: skipped step {step:,}, loss {facts["loss"]:.4g}')
+      self._writer.write(step, {'skipped': self._skips.total})
+      self._mark = step, time.monotonic()
+      return
     self.loss = facts['loss']
-    speed = self._tokens_per_second(step)
-    self._progress.update(self._name, step, self.loss, speed)
+    speed, shares = self._tokens_per_second(step), self._spent.shares()
+    self._progress.update(self._name, step, self.loss, speed, shares['step'])
     if step % self._log_every == 0 or step == self._total_steps:
       facts |= {
         'learning_rate': self._learning_rate(step - 1),
         'tokens': step * self._step_tokens,
         'tokens_per_second': speed,
         'mfu': metrics.mfu(self._flops_per_token, speed, self._num_devices),
+        'skipped': self._skips.total,
+        'seconds': self._spent.seconds,
+        'goodput': shares['step'],
+        'time': shares,
       }
       self._writer.write(step, facts)
+
+  def _tell_first(self, step: int) -> None:
+    seconds, compiling = self._spent.attempt
+    self._progress.note(
+      f'{self._name}: first step done after {seconds:.1f} s, {compiling:.1f} s of them compiling'
+    )
+    facts = {'first_step_seconds': seconds, 'first_step_compile_seconds': compiling}
+    self._writer.write(step, facts)
 
   def valid(self, step: int, nats_per_token: dict[str, Any]) -> None:
     """Held-out losses after a step; what they took does not count as training speed."""

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from bam_jax import config, sharding
 from bam_jax.model import transformer
 from bam_jax.train import balance
+from bam_jax.train import guard as guard_lib
 from bam_jax.train import loss as loss_lib
 from bam_jax.train import optimizer as optimizer_lib
 from bam_jax.train import stages as stages_lib
@@ -22,6 +23,7 @@ class State(NamedTuple):
 
   params: transformer.Params
   opt_state: Any
+  history: guard_lib.History | tuple[()] = ()
 
 
 class StepMetrics(NamedTuple):
@@ -30,6 +32,7 @@ class StepMetrics(NamedTuple):
   loss: jax.Array  # the objective, nats and routers' losses
   gradient_norm: jax.Array  # before clipping
   sums: loss_lib.Metrics
+  spike: jax.Array | None = None  # whether it was one, if the guard asks
 
 
 def abstract_state(
@@ -55,6 +58,7 @@ def train_step(
   accumulate: int,
   mesh: jax.sharding.Mesh,
   stages: stages_lib.Stages = stages_lib.Stages(),  # noqa: B008
+  guard: config.Guard = config.Guard(),  # noqa: B008
 ) -> Callable[[State, dict, Any], tuple[State, StepMetrics]]:
   """The jitted step `(state, batch, learning_rate) -> (state, metrics)`.
 
@@ -67,17 +71,22 @@ def train_step(
   learnable, learn = stages_lib.learnable(stages), stages_lib.learner(stages)
   move_bias = balance.bias_update(model, loss, stages)
   abstract = abstract_state(model, compute, optimizer, mesh)
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  judge = guard_lib.judge(guard)
   fetch = _fetcher(compute, sharding.tree(abstract.opt_state, mesh))
   everywhere = jax.sharding.NamedSharding(mesh, P())
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)._replace(history=everywhere)
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, everywhere))
   def step(state: State, batch: dict, learning_rate) -> tuple[State, StepMetrics]:
     (loss_value, sums), grads = gradients(state.params, batch)
     grads = learnable(grads)
-    updates, opt_state = adamw.update(grads, fetch(state.opt_state), state.params)
-    params = move_bias(learn(state.params, updates, learning_rate), sums.routing)
-    return State(params, opt_state), StepMetrics(loss_value, optax.tree.norm(grads), sums)
+    norm = optax.tree.norm(grads)
+    before = state._replace(opt_state=fetch(state.opt_state))
+    updates, opt_state = adamw.update(grads, before.opt_state, before.params)
+    params = move_bias(learn(before.params, updates, learning_rate), sums.routing)
+    after = before._replace(params=params, opt_state=opt_state)
+    state, spike = judge(before, after, loss_value, norm)
+    return state, StepMetrics(loss_value, norm, sums, spike)
 
   return step
 
@@ -93,14 +102,19 @@ def _fetcher(compute: config.Compute, shardings: Any) -> Callable[[Any], Any]:
 def evaluation_step(
   model: config.Model, compute: config.Compute, mesh: jax.sharding.Mesh
 ) -> Callable[[transformer.Params, dict], loss_lib.Metrics]:
-  """The jitted `(params, batch) -> sums of the batch`."""
+  """The jitted `(params, batch) -> sums of the rows of each device`, along a first axis.
+
+  They are not added up here: in which order a network adds is not for us to say.
+  """
   network = transformer.Network(model, compute, mesh)
   layout = network.layout
 
   def sums(params, batch):
-    return layout.total(loss_lib.nll(network, params, batch))
+    return jax.tree.map(lambda x: x[None], loss_lib.nll(network, params, batch))
 
-  return jax.jit(layout.spread(sums, (layout.specs(network.abstract()), sharding.BATCH), P()))
+  specs = layout.specs(network.abstract()), sharding.BATCH
+  everywhere = jax.sharding.NamedSharding(mesh, P())
+  return jax.jit(layout.spread(sums, specs, sharding.BATCH), out_shardings=everywhere)
 
 
 def spread_gradients(network: transformer.Network, loss: config.Loss, accumulate: int) -> Callable:

@@ -3,14 +3,19 @@
 import io
 import json
 import math
+import struct
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
+from tensorboardX.proto import event_pb2
 
+from bam_jax import config
+from bam_jax.errors import UserError
 from bam_jax.model import block, router
-from bam_jax.train import loss, metrics, record, step
+from bam_jax.train import goodput, guard, loss, metrics, record, step
 from bam_jax.train.progress import Progress
 
 
@@ -29,17 +34,30 @@ def test_a_line_a_step(tmp_path):
   assert list((tmp_path / 'tensorboard').glob('events*'))
 
 
-def test_tensorboard_gets_one_curve_for_each_number(tmp_path, monkeypatch):
-  writer = metrics.Writer(tmp_path, 0)
-  curves = {}
-  monkeypatch.setattr(writer._events, 'add_scalar', lambda tag, *point: curves.update({tag: point}))
+def events(file: Path) -> list[event_pb2.Event]:
+  """What TensorBoard reads: records of a length, the data, and a checksum of either."""
+  content, found = file.read_bytes(), []
+  while content:
+    (size,) = struct.unpack('<Q', content[:8])
+    found.append(event_pb2.Event.FromString(content[12 : 12 + size]))
+    content = content[16 + size :]
+  return found
+
+
+def test_tensorboard_gets_one_curve_for_each_number(tmp_path):
+  writer = metrics.Writer(tmp_path, 2)
   writer.write(3, {'loss': 2.5, 'mfu': None, 'ffn': {'load': [[0.25, 0.75]], 'dropped': [0.5]}})
   writer.close()
-  assert curves == {
-    'loss': (2.5, 3),
-    'ffn/load/0/0': (0.25, 3),
-    'ffn/load/0/1': (0.75, 3),
-    'ffn/dropped/0': (0.5, 3),
+  (file,) = (tmp_path / 'tensorboard').glob('events.out.tfevents.*')
+  version, start, point = events(file)
+  assert version.file_version == 'brain.Event:2'
+  assert start.step == 3 and start.session_log.status == event_pb2.SessionLog.START
+  assert point.step == 3
+  assert {value.tag: value.simple_value for value in point.summary.value} == {
+    'loss': 2.5,
+    'ffn/load/0/0': 0.25,
+    'ffn/load/0/1': 0.75,
+    'ffn/dropped/0': 0.5,
   }
 
 
@@ -113,13 +131,6 @@ def test_of_step():
   assert 'attention' not in facts
 
 
-@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
-def test_finite(value):
-  assert metrics.finite(metrics.of_step(step_metrics()))
-  assert not metrics.finite(metrics.of_step(step_metrics(loss_value=value)))
-  assert not metrics.finite(metrics.of_step(step_metrics(gradient_norm=value)))
-
-
 def test_mfu(monkeypatch):
   assert metrics.mfu(1e9, 1e3, 8) is None  # nobody knows a CPU's peak
 
@@ -133,20 +144,24 @@ def test_mfu(monkeypatch):
 @pytest.fixture
 def recorder(tmp_path):
   """The function that makes a recorder of a run of ten steps."""
-  writers = []
+  writers, finished = [], []
 
   def make(**changes):
     writers.append(metrics.Writer(tmp_path, changes.get('first_step', 0)))
+    skips = guard.Skips(
+      'seed', changes.pop('guard', config.Guard()), changes.pop('last_good', lambda: None)
+    )
     options = dict(
       first_step=0,
       total_steps=10,
-      seconds=100.0,
+      spent=goodput.Goodput(time.monotonic() - 100.0),
+      skips=skips,
+      done=finished.append,
       step_tokens=64,
       flops_per_token=1e6,
       num_devices=8,
       log_every=4,
       learning_rate=lambda at: 0.5 * at,
-      last_good=lambda: None,
     )
     progress = Progress({'seed': 10}, True, Console(file=io.StringIO()))
     return record.Recorder('seed', writers[-1], progress, **(options | changes))
@@ -163,14 +178,17 @@ def test_every_log_and_the_last_step_are_written(recorder, tmp_path):
     assert not lines(tmp_path) or lines(tmp_path)[-1]['step'] < at, 'read one step late'
   made.settle()
   made.settle()
-  found = lines(tmp_path)
+  first, *found = lines(tmp_path)
+  assert first['step'] == 1 and first['first_step_seconds'] >= 100
+  assert first['first_step_compile_seconds'] == 0
   assert [line['step'] for line in found] == [4, 8, 10]
   assert found[0]['loss'] == 16 and found[0]['nll'] == 2.5
   assert found[0]['learning_rate'] == 1.5, 'of the update that step 4 made'
   assert found[1]['tokens'] == 8 * 64
   assert found[1]['tokens_per_second'] > 0 and found[1]['mfu'] is None
+  assert found[1]['goodput'] == found[1]['time']['step'] and found[1]['seconds'] >= 100
+  assert sum(found[1]['time'].values()) == pytest.approx(1)
   assert made.loss == 10
-  assert made.seconds >= 100
 
 
 def test_held_out_losses_are_a_line(recorder, tmp_path):
@@ -183,7 +201,7 @@ def test_a_run_that_diverges_names_the_last_good_checkpoint(recorder, tmp_path, 
   made = recorder(last_good=lambda: Path('/runs/seed/checkpoints/4'), log_every=1)
   made.step(6, step_metrics())
   made.step(7, step_metrics(**bad))
-  with pytest.raises(record.Diverged) as caught:
+  with pytest.raises(guard.Diverged) as caught:
     made.step(8, step_metrics())
   message = str(caught.value)
   for word in ('runs.seed', 'step 7', '/runs/seed/checkpoints/4', 'peak_learning_rate'):
@@ -191,10 +209,26 @@ def test_a_run_that_diverges_names_the_last_good_checkpoint(recorder, tmp_path, 
   assert [line['step'] for line in lines(tmp_path)] == [6], 'what is no number is not written'
 
 
+def test_a_skipped_step_is_counted_and_its_loss_is_not_written(recorder, tmp_path):
+  made = recorder(guard=config.Guard(on_nan='skip', max_skipped=2), log_every=1)
+  for at, loss_value in enumerate((3.0, math.nan, math.inf, 2.0, math.nan), 1):
+    made.step(at, step_metrics(loss_value=loss_value))
+  made.settle()
+  first, *found = lines(tmp_path)
+  assert [(line['step'], line['skipped'], line.get('loss')) for line in found] == [
+    (1, 0, 3.0),
+    (2, 1, None),
+    (3, 2, None),
+    (4, 2, 2.0),
+    (5, 3, None),
+  ]
+  assert made.loss == 2.0
+
+
 def test_a_run_that_diverges_before_any_checkpoint(recorder):
   made = recorder()
   made.step(1, step_metrics(loss_value=math.nan))
-  with pytest.raises(record.Diverged, match='no checkpoint was saved'):
+  with pytest.raises(guard.Diverged, match='no checkpoint was saved'):
     made.settle()
 
 
@@ -203,5 +237,5 @@ def test_nothing_is_saved_of_a_run_that_diverged(recorder):
   made = recorder()
   made.settle()
   made.step(1, step_metrics(gradient_norm=math.nan))
-  with pytest.raises(record.UserError):
+  with pytest.raises(UserError):
     made.settle()

@@ -29,16 +29,16 @@ def test_a_log_gets_plain_lines_and_few_of_them():
     progress.start('code', 10)
     for step in range(11, 51):
       clock.now += 1.0
-      progress.update('code', step, 5.0 - step / 50, 1234.5)
+      progress.update('code', step, 5.0 - step / 50, 1234.5, 0.9)
     progress.note('[saved] a checkpoint')
     progress.finish('code', 4.0)
   assert out.getvalue().splitlines() == [
     'seed: skipped, it is finished',
     'code: resumes at step 10 of 50',
-    'code: step 20 of 50, loss 4.6000, 1,234 tokens/s, 30s left',
-    'code: step 30 of 50, loss 4.4000, 1,234 tokens/s, 20s left',
-    'code: step 40 of 50, loss 4.2000, 1,234 tokens/s, 10s left',
-    'code: step 50 of 50, loss 4.0000, 1,234 tokens/s, 0s left',
+    'code: step 20 of 50, loss 4.6000, 1,234 tokens/s, goodput 90%, 30s left',
+    'code: step 30 of 50, loss 4.4000, 1,234 tokens/s, goodput 90%, 20s left',
+    'code: step 40 of 50, loss 4.2000, 1,234 tokens/s, goodput 90%, 10s left',
+    'code: step 50 of 50, loss 4.0000, 1,234 tokens/s, goodput 90%, 0s left',
     '[saved] a checkpoint',
     'code: done, loss 4.0000, 40s; about 1m 00s left for the recipe',
   ]
@@ -49,12 +49,12 @@ def test_the_first_step_is_compiling_and_does_not_count():
   with progress:
     progress.start('seed', 0)
     clock.now = 60.0
-    progress.update('seed', 1, 9.0, 10.0)
+    progress.update('seed', 1, 9.0, 10.0, 0.5)
     clock.now = 70.0
-    progress.update('seed', 11, 8.0, 10.0)
+    progress.update('seed', 11, 8.0, 10.0, 0.5)
   lines = out.getvalue().splitlines()
   assert lines[0] == 'seed: starts, 100 steps'
-  assert lines[1].endswith('10 tokens/s')
+  assert lines[1].endswith('10 tokens/s, goodput 50%')
   assert lines[2].endswith('1m 29s left')
   assert lines[3] == 'seed: stopped at step 11 of 100'
 
@@ -66,7 +66,7 @@ def test_a_terminal_shows_the_runs():
     progress.start('code', 0)
     for step in (1, 26):
       clock.now += 25.0
-      progress.update('code', step, 3.25, 2000.0)
+      progress.update('code', step, 3.25, 2000.0, 0.5)
     progress.note('above the table')
     progress._live.refresh()
   text = out.getvalue()
@@ -93,7 +93,7 @@ def test_disabled_writes_nothing(terminal):
   with progress:
     progress.skip('seed')
     progress.start('code', 0)
-    progress.update('code', 1, 1.0, 1.0)
+    progress.update('code', 1, 1.0, 1.0, 1.0)
     progress.note('hello')
     progress.finish('code', 1.0)
   assert out.getvalue() == ''

@@ -212,4 +212,6 @@ def test_evaluation_sums_what_training_does(models, start, make_batch, run):
   with jax.set_mesh(mesh):
     batch = sharding.put_batch(make_batch(8, 12, seed=1), mesh)
     evaluate = step.evaluation_step(models['btx'], config.Compute(), mesh)
-    check_equal(evaluate(start('btx'), batch), metrics.sums)
+    sums = evaluate(start('btx'), batch)
+  assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(sums)), 'of each device by itself'
+  check_equal(jax.tree.map(lambda x: np.asarray(x).sum(0), sums), metrics.sums)

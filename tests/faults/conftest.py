@@ -1,0 +1,58 @@
+"""Text, a run to which nothing happened, and a disk of a test's own."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.conftest import text  # noqa: F401
+from tests.test_main import run
+
+SEED = ('--runs=seed',)
+
+
+@pytest.fixture(scope='package')
+def undisturbed(text, tmp_path_factory) -> Path:  # noqa: F811
+  """A workdir in which a run of 12 steps has ended; checkpoints 9 and 12 are kept."""
+  workdir = tmp_path_factory.mktemp('undisturbed')
+  done = run(text, workdir, *SEED)
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+@pytest.fixture
+def copied(undisturbed, tmp_path) -> Path:
+  """A copy of it that a test may damage."""
+  return shutil.copytree(undisturbed, tmp_path / 'copied')
+
+
+@pytest.fixture
+def disk(tmp_path):
+  """The function that makes a real file system of so many KB, and gives its folder."""
+  folder = tmp_path / 'disk'
+
+  def mount(kilobytes: int, *options: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    option = ','.join([f'size={kilobytes}k', *options])
+    line = ['mount', '-t', 'tmpfs', '-o', option, 'tmpfs', str(folder)]
+    # Only root may mount, and some containers' root may not.
+    if shutil.which('mount') is None or subprocess.run(line, capture_output=True).returncode:
+      pytest.skip('this user may not mount a file system')
+    return folder
+
+  yield mount
+  if folder.exists():
+    subprocess.run(['umount', '-l', str(folder)], capture_output=True)
+
+
+def remount(folder: Path, option: str) -> None:
+  subprocess.run(['mount', '-o', f'remount,{option}', str(folder)], check=True)
+
+
+def assert_sentence(done: subprocess.CompletedProcess, *words: str) -> None:
+  """Status 2, and the last line is one sentence."""
+  assert done.returncode == 2, done.stderr
+  assert 'Traceback' not in done.stderr and 'Exception' not in done.stderr, done.stderr
+  for word in words:
+    assert word in done.stderr.splitlines()[-1], done.stderr

@@ -1,0 +1,122 @@
+"""Disks that are full, that cannot be written, and data that is cut short under a run's feet."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bam_jax import report
+from bam_jax.data import prepare, shards
+from bam_jax.errors import UserError
+from tests.faults.conftest import SEED, assert_sentence, remount
+from tests.test_main import ROOT, assert_same_end, command, environment, run, start, wait_for_step
+
+
+@pytest.mark.parametrize('kilobytes', [300, 620])
+def test_a_full_disk_is_a_sentence_and_loses_nothing(text, undisturbed, disk, kilobytes):
+  """Of 300 KB not even the first checkpoint fits; of 620 KB the first does."""
+  workdir = disk(kilobytes)
+  shutil.copytree(undisturbed / 'data', workdir / 'data')
+  assert_sentence(run(text, workdir, *SEED), 'bam_jax.main', f'{workdir}/seed', 'cannot be written')
+  remount(workdir, 'size=20m')
+  again = run(text, workdir, *SEED)
+  assert again.returncode == 0, again.stderr
+  assert_same_end(workdir, undisturbed, ['seed'])
+
+
+def test_files_that_take_no_more(text, undisturbed, tmp_path):
+  """As on a full disk, where nobody may mount one."""
+  if not shutil.which('prlimit'):
+    pytest.skip('without prlimit, a disk cannot be made to take no more')
+  shutil.copytree(undisturbed / 'data', tmp_path / 'data')
+  limited = subprocess.run(
+    ['prlimit', '--fsize=30000', *command(text, tmp_path, *SEED)],
+    cwd=ROOT, env=environment(), capture_output=True, text=True,
+  )  # fmt: skip
+  assert_sentence(limited, f'{tmp_path}/seed', 'cannot be written')
+  assert run(text, tmp_path, *SEED).returncode == 0
+  assert_same_end(tmp_path, undisturbed, ['seed'])
+
+
+def test_a_workdir_that_cannot_be_written_is_refused_before_training(text, undisturbed, disk):
+  workdir = disk(20_000)
+  shutil.copytree(undisturbed / 'data', workdir / 'data')
+  remount(workdir, 'ro')
+  done = run(text, workdir, *SEED)
+  assert_sentence(done, f'{workdir}/seed cannot be written: Read-only file system')
+  assert 'starts' not in done.stderr
+
+
+def test_a_report_that_finds_no_room(disk, undisturbed):
+  workdir = disk(60)
+  (workdir / 'seed').mkdir()
+  for name in ('result.json', 'metrics.jsonl'):
+    shutil.copy(undisturbed / 'seed' / name, workdir / 'seed')
+  with pytest.raises(UserError, match='report cannot be written: No space left on device'):
+    report.write(workdir, ['seed'])
+  assert not list((workdir / 'report').iterdir()), 'whole, or not there'
+
+
+def test_prepare_goes_on_when_there_is_room_again(text, disk, tmp_path):
+  inputs = {name: text / name for name in ('general', 'code')}
+  small = disk(24)
+  with pytest.raises(UserError, match='data.partial cannot be written'):
+    prepare.prepare(inputs, small / 'data', train_tokenizer=300)
+  remount(small, 'size=20m')
+  assert prepare.prepare(inputs, small / 'data', train_tokenizer=300) == prepare.prepare(
+    inputs, tmp_path / 'data', train_tokenizer=300
+  )
+  shards.open_dataset(small / 'data').verify()
+
+
+def test_data_that_is_cut_short_while_a_run_reads_it(text, undisturbed, tmp_path):
+  """A sentence, where a mapped file would end the process without a word."""
+  shutil.copytree(undisturbed / 'data', tmp_path / 'data')
+  flags = [*SEED, f'--config.runs.seed.tokens={2000 * 64}', '--config.runs.seed.every.checkpoint=5']
+  running = start(text, tmp_path, *flags)
+  wait_for_step(tmp_path / 'seed', 12, running)
+  for path in (tmp_path / 'data').glob('*/train*.tokens.npy'):
+    with open(path, 'r+b') as file:
+      file.truncate(500)
+  _, stderr = running.communicate(timeout=60)
+  done = subprocess.CompletedProcess([], running.returncode, '', stderr)
+  assert_sentence(done, 'tokens.npy has been cut short since it was opened')
+  assert_sentence(run(text, tmp_path, *flags), 'tokens.npy is cut short')
+  for path in (undisturbed / 'data').glob('*/train*.tokens.npy'):
+    shutil.copy(path, tmp_path / 'data' / path.parent.name)
+  again = start(text, tmp_path, *flags)
+  try:
+    told = again.stderr.readline()
+    while 'resumes at' not in told and again.poll() is None:
+      told = again.stderr.readline()
+    assert 'seed: resumes at step' in told
+  finally:
+    again.kill()
+    again.communicate()
+
+
+def test_jobs_that_write_one_report_do_not_disturb_each_other(undisturbed, tmp_path):
+  """Whoever reads it finds it whole, at every moment."""
+  (tmp_path / 'seed').mkdir()
+  for name in ('result.json', 'metrics.jsonl'):
+    shutil.copy(undisturbed / 'seed' / name, tmp_path / 'seed')
+  code = (
+    "import sys; from bam_jax import report\nfor _ in range(6): report.write(sys.argv[1], ['seed'])"
+  )
+  jobs = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path)]) for _ in range(2)]
+  read = 0
+  while any(job.poll() is None for job in jobs):
+    if (tmp_path / 'report' / 'report.json').exists():
+      facts = json.loads((tmp_path / 'report' / 'report.json').read_text())
+      assert facts['pictures'] and len(facts['rows']) == 1
+      for name in facts['pictures']:
+        assert (tmp_path / 'report' / name).read_bytes().endswith(b'IEND\xaeB`\x82')
+      read += 1
+    time.sleep(0.002)
+  assert [job.returncode for job in jobs] == [0, 0] and read
+  assert {p.name for p in (tmp_path / 'report').iterdir()} == {
+    'report.json', 'report.md', 'loss_curves.png', 'perplexity.png',
+  }  # fmt: skip

@@ -1,0 +1,113 @@
+"""Steps that would do harm, two jobs for one run, and what a run tells while it trains."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import jobs
+from tests.faults.conftest import SEED, assert_sentence
+from tests.test_main import ROOT, assert_same_end, command, environment, run, start, wait_for_step
+
+SKIP = '--config.runs.seed.guard.on_nan=skip'
+
+
+def lines(folder: Path) -> list[dict]:
+  return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+def poisoned(text: Path, workdir: Path, steps: str, first: int, *flags: str):
+  """Runs `main` on bad batches; `first` is the step that it resumes at."""
+  line = command(text, workdir, *SEED, *flags)[3:]
+  return subprocess.run(
+    [sys.executable, '-m', 'tests.faults.poisoned', steps, str(first), *line],
+    cwd=ROOT, env=environment(), capture_output=True, text=True,
+  )  # fmt: skip
+
+
+def test_a_step_without_a_number_halts_and_may_be_skipped(text, tmp_path):
+  """The guard may be set when it is needed, not only from the start."""
+  halted = poisoned(text, tmp_path, '8', 0)
+  assert_sentence(halted, 'NaN or infinity at step 8', 'checkpoints/6', 'runs.seed.guard')
+  resumed = poisoned(text, tmp_path, '8', 6, SKIP)
+  assert resumed.returncode == 0, resumed.stderr
+  assert 'seed: skipped step 8' in resumed.stderr
+  told = lines(tmp_path / 'seed')
+  assert [line['step'] for line in told if line.get('skipped') == 1][0] == 8
+  assert not [line for line in told if line['step'] == 8 and 'loss' in line]
+  # Killed after that, the run still knows.
+  shutil.copytree(tmp_path / 'seed', tmp_path / 'again' / 'seed')
+  shutil.copytree(tmp_path / 'data', tmp_path / 'again' / 'data')
+  (tmp_path / 'again' / 'seed' / 'result.json').unlink()
+  shutil.rmtree(tmp_path / 'again' / 'seed' / 'checkpoints' / '12')
+  again = poisoned(text, tmp_path / 'again', '8', 9, SKIP)
+  assert again.returncode == 0 and 'resumes at step 9' in again.stderr, again.stderr
+  assert_same_end(tmp_path / 'again', tmp_path, ['seed'])
+  for workdir in (tmp_path, tmp_path / 'again'):
+    assert json.loads((workdir / 'seed' / 'result.json').read_text())['skipped'] == 1
+
+
+def test_one_run_is_trained_by_one_job(text, tmp_path):
+  flags = [*SEED, f'--config.runs.seed.tokens={5000 * 64}']
+  with start(text, tmp_path, *flags) as first:
+    wait_for_step(tmp_path / 'seed', 4, first)
+    second = run(text, tmp_path, *flags)
+    words = f'{tmp_path}/seed is being trained by process {first.pid} on '
+    assert_sentence(second, words, 'choose another --workdir')
+    assert first.poll() is None
+    first.kill()
+  # The lock went with it.
+  with start(text, tmp_path, *flags) as third:
+    told = [third.stderr.readline() for _ in range(2)]
+    third.kill()
+  assert 'seed: resumes at step' in ''.join(told)
+
+
+def test_a_run_tells_where_its_time_goes(text, undisturbed):
+  told = [line for line in lines(undisturbed / 'seed') if 'loss' in line]
+  for line in told:
+    assert line['goodput'] == line['time']['step']
+    assert sum(line['time'].values()) == pytest.approx(1)
+  assert min(told[-1]['time'].values()) > 0, 'it has compiled, read, saved, evaluated'
+  (first,) = [line for line in lines(undisturbed / 'seed') if 'first_step_seconds' in line]
+  assert 0 < first['first_step_compile_seconds'] < first['first_step_seconds']
+  result = json.loads((undisturbed / 'seed' / 'result.json').read_text())
+  assert result['wall_seconds'] == pytest.approx(sum(result['time'].values()), rel=1e-3)
+
+
+def test_steps_that_are_done_again_are_no_goodput(text, copied):
+  """All that was done after checkpoint 9 came to nothing, when 12 is lost."""
+  (copied / 'seed' / 'result.json').unlink()
+  before = {line['step']: line for line in lines(copied / 'seed') if 'loss' in line}
+  for path in sorted((copied / 'seed' / 'checkpoints' / '12').glob('meta/*')):
+    path.unlink()
+  done = run(text, copied, *SEED)
+  assert done.returncode == 0, done.stderr
+  after = {line['step']: line for line in lines(copied / 'seed') if 'loss' in line}
+  lost = before[12]['seconds'] - before[10]['seconds']
+  restart = {name: line['time']['restart'] * line['seconds'] for name, line in after.items()}
+  assert restart[10] - restart[9] >= lost
+
+
+def test_a_profile_on_request(text, tmp_path):
+  done = run(text, tmp_path, *SEED, '--config.runs.seed.watch.profile_from=5')
+  assert done.returncode == 0, done.stderr
+  assert list((tmp_path / 'seed' / 'profile').rglob('*.xplane.pb'))
+
+
+@pytest.mark.slow
+def test_a_stalled_step_is_reported(text, tmp_path):
+  """One of two processes stands still: the other tells what it waits for, long before the end."""
+  never = [f'--config.runs.seed.every.{what}=0' for what in ('evaluate', 'checkpoint')]
+  flags = [*SEED, *never, '--lost_timeout=20', '--config.runs.seed.watch.stall_seconds=2']
+  with jobs.job(tmp_path, text, 2, jobs.MESH, *flags, steps=400) as both:
+    both.wait_for_step(tmp_path / 'seed', 20)
+    both.processes[1].send_signal(signal.SIGSTOP)
+    _, told = both.processes[0].communicate(timeout=90)
+  stalled = r'seed: stalled, no step has finished for \d s after step \d+; it waits for the devices'
+  assert re.search(stalled, told), told

@@ -1,0 +1,68 @@
+"""One job has a run for itself, as long as its process lives."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from bam_jax import claims
+from bam_jax.errors import UserError
+
+HOLD = """
+import sys
+from pathlib import Path
+from bam_jax import claims
+with claims.Claims() as held:
+  held.take(map(Path, sys.argv[1:]))
+  print('taken', flush=True)
+  sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def job():
+  """The function that starts another process, which holds some folders until it is killed."""
+  started = []
+
+  def start(*folders) -> subprocess.Popen:
+    process = subprocess.Popen(
+      [sys.executable, '-c', HOLD, *map(str, folders)],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    started.append(process)
+    assert process.stdout.readline() == 'taken\n'
+    return process
+
+  yield start
+  for process in started:
+    process.kill()
+    process.communicate()
+
+
+def test_a_run_belongs_to_one_job_until_it_ends(job, tmp_path):
+  seed, code, law = (tmp_path / name for name in ('seed', 'code', 'law'))
+  other = job(seed, code)
+  with claims.Claims() as held:
+    held.take([law])  # runs that differ, in one workdir
+    with pytest.raises(UserError, match=f'{code} is being trained by process {other.pid} on '):
+      held.take([code])
+  job(law).send_signal(signal.SIGKILL)
+  other.send_signal(signal.SIGKILL)
+  other.wait()
+  with claims.Claims() as held:
+    assert held.take([seed, code]) == []
+    assert str(os.getpid()) in (seed / 'lock').read_text()
+  with claims.Claims() as held:
+    held.take([seed])
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
+  def refuse(*_):
+    raise OSError(claims.UNKNOWN[0], 'No locks available')
+
+  monkeypatch.setattr(claims.fcntl, 'flock', refuse)
+  with claims.Claims() as held:
+    (sentence,) = held.take([tmp_path / 'seed', tmp_path / 'code'])
+  assert str(tmp_path) in sentence and 'without locks' in sentence

@@ -1,0 +1,49 @@
+"""A stalled step is told once, with what it waits for."""
+
+import time
+
+import pytest
+
+from bam_jax.train import watch
+
+
+@pytest.fixture
+def told():
+  return []
+
+
+def wait_for(told: list, count: int) -> None:
+  deadline = time.monotonic() + 30
+  while len(told) < count:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+
+
+def test_a_stall_is_told_once_and_its_end_too(told):
+  with watch.Watch('seed', 6, 0.3, lambda: 'data', told.append) as looking:
+    looking.done(7)
+    wait_for(told, 1)
+    time.sleep(0.4)
+    looking.done(8)
+    wait_for(told, 2)
+    looking.done(9)
+  assert 'seed: stalled' in told[0] and 'after step 7' in told[0]
+  assert 'it waits for a batch of data' in told[0]
+  assert told[1].startswith('seed: goes on, step 8 took')
+  assert len(told) == 2
+
+
+def test_slow_steps_are_no_stall(told):
+  """Ten times as long as usual, at least: what is usual is the run's own."""
+  with watch.Watch('seed', 0, 0.05, lambda: 'step', told.append) as looking:
+    looking._took.extend([1.0] * 5)  # seconds that no test should wait for
+    looking.done(1)
+    time.sleep(0.3)
+  assert told == []
+
+
+def test_nothing_watches_when_nobody_asks(told):
+  with watch.Watch('seed', 0, 0.0, lambda: 'step', told.append) as looking:
+    looking.done(1)
+    assert not looking._thread.is_alive()
+  assert told == []
