@@ -14,7 +14,7 @@ import rich.progress
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from bam_jax import compilation, config
+from bam_jax import compilation, config, sharding
 from bam_jax.errors import UserError
 
 USER_ERROR = 2  # exit status of a user's mistake
@@ -125,6 +125,17 @@ def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
   finally:
     if bar.live.is_started:
       bar.stop()
+
+
+def parse_mesh(items: Sequence[str]) -> config.Mesh:
+  """The mesh that `--mesh=data=2,expert=4` describes."""
+  sizes: dict[str, int] = {}
+  for item in items:
+    axis, _, size = item.partition('=')
+    if axis not in sharding.AXES or not size.isdigit() or axis in sizes:
+      raise UserError(f'--mesh={item} is none of {", ".join(f"{a}=N" for a in sharding.AXES)}.')
+    sizes[axis] = int(size)
+  return config.Mesh(**sizes)
 
 
 def app_name() -> str:

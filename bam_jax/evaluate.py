@@ -64,7 +64,7 @@ def main() -> dict[str, Any]:
   domains = corpus.read(_DATA.value, _SPLIT.value, _TEXT_FIELD.value, _MOST.value)
   options = comparison.Options(
     dtype=_DTYPE.value or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16'),
-    mesh=session.parse_mesh(_MESH.value),
+    mesh=cli.parse_mesh(_MESH.value),
     batch_size=_BATCH.value,
     window=_WINDOW.value,
     stride=_STRIDE.value,

@@ -59,7 +59,7 @@ def main() -> dict[str, Any]:
     raise UserError("What to continue? Give --prompt='...' or --prompts=FILE.")
   compilation.use_cache()
   dtype = _DTYPE.value or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
-  sizes = parse_mesh(_MESH.value)
+  sizes = cli.parse_mesh(_MESH.value)
   loaded = loading.load(_CHECKPOINT.value, dtype, sharding.make_mesh(sizes))
   output = sys.stderr if flags.FLAGS.json == '-' else sys.stdout
   for signum in (signal.SIGPIPE, signal.SIGINT):
@@ -68,17 +68,6 @@ def main() -> dict[str, Any]:
   rows = reader.run(prompts, _SAMPLES.value, _BATCH.value)
   mesh = config.to_dict(sizes)
   return {'checkpoint': _CHECKPOINT.value, 'dtype': dtype, 'mesh': mesh, 'rows': rows}
-
-
-def parse_mesh(items: list[str]) -> config.Mesh:
-  """The mesh that `--mesh` describes."""
-  sizes = {}
-  for item in items:
-    axis, _, size = item.partition('=')
-    if axis not in sharding.AXES or not size.isdigit() or axis in sizes:
-      raise UserError(f'--mesh={item} is none of {", ".join(f"{a}=N" for a in sharding.AXES)}.')
-    sizes[axis] = int(size)
-  return config.Mesh(**sizes)
 
 
 if __name__ == '__main__':

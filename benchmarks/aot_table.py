@@ -139,7 +139,10 @@ TABLES = {
   ),
   'pod': (
     'BAM on 64 chips',
-    [Step(run, 'v5p:4x4x4', 4, 16, 4, 'matmuls') for run in RUNS[1:]],
+    [
+      *(Step(run, 'v5p:4x4x4', 4, 16, 4, 'matmuls') for run in RUNS[1:]),
+      *(Step(run, 'v5p:4x4x4', 4, 16, 4, 'none') for run in RUNS[1:]),
+    ],
   ),
   'decode': (
     'Generation: one token of each row, prompt 256 and 16 new tokens',

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pathlib
+import random
 import signal
 import tempfile
 
@@ -56,6 +57,11 @@ WORDS = {
   'general': 'the a of and to in is it that was he for on as with his they at be',
   'law': 'court shall plaintiff section act appeal herein party statute order judge',
   'math': 'let x be an integer such that prime sum equals proof theorem lemma n + 1',
+}
+
+NONSENSE = {
+  'general': 'the whale and the captain went down to the grey sea and sang of home'.split(),
+  'code': 'def return self for in range ( x ) : + = print [ i ] import None'.split(),
 }
 
 
@@ -122,6 +128,20 @@ def dataset(tmp_path_factory) -> shards.Dataset:
   inputs = {domain: folder / 'text' / domain for domain in WORDS}
   prepare.prepare(inputs, folder / 'tokens', train_tokenizer=SIZES['vocab_size'])
   return shards.open_dataset(folder / 'tokens')
+
+
+@pytest.fixture(scope='session')
+def text(tmp_path_factory) -> pathlib.Path:
+  """Two domains of nonsense, for jobs that prepare their own data."""
+  folder = tmp_path_factory.mktemp('text')
+  chance = random.Random(0)
+  for domain, words in NONSENSE.items():
+    for split, count in (('train', 60), ('valid', 8)):
+      path = folder / domain / f'{split}.jsonl'
+      path.parent.mkdir(exist_ok=True)
+      lines = [' '.join(chance.choices(words, k=chance.randint(5, 60))) for _ in range(count)]
+      path.write_text(''.join(json.dumps({'text': line}) + '\n' for line in lines))
+  return folder
 
 
 def _run(label: str, init, data: dict[str, float], **changes) -> dict:

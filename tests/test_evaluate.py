@@ -247,10 +247,3 @@ def test_a_mistake_is_one_sentence_and_status_2(runs):
   done = door(f'--checkpoint={runs["seed"]}', '--data=/nowhere')
   assert done.returncode == 2 and done.stdout == ''
   assert 'write --data=DOMAIN=/nowhere' in done.stderr and done.stderr.count('\n') == 1
-
-
-@pytest.mark.parametrize('items', [['pods=2'], ['data'], ['data=x'], ['data=2', 'data=4']])
-def test_meshes_that_are_none(items):
-  with pytest.raises(UserError, match='--mesh='):
-    session.parse_mesh(items)
-  assert session.parse_mesh(['data=2', 'expert=4']) == config.Mesh(data=2, expert=4)

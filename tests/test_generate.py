@@ -11,10 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from bam_jax import checkpoint, config, manifest
+from bam_jax import checkpoint, cli, config, manifest
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
-from bam_jax.generate import parse_mesh
 from bam_jax.generation import loading
 from bam_jax.model import transformer
 
@@ -119,8 +118,8 @@ def test_mistakes_are_one_sentence(run_folder, name):
 @pytest.mark.parametrize('items', [['pods=2'], ['data'], ['data=x'], ['data=2', 'data=4']])
 def test_meshes_that_are_none(items):
   with pytest.raises(UserError, match='--mesh='):
-    parse_mesh(items)
-  assert parse_mesh(['data=2', 'expert=4']) == config.Mesh(data=2, expert=4)
+    cli.parse_mesh(items)
+  assert cli.parse_mesh(['data=2', 'expert=4']) == config.Mesh(data=2, expert=4)
 
 
 def test_a_checkpoint_that_lost_an_array(run_folder, tmp_path):

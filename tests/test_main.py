@@ -22,24 +22,6 @@ from bam_jax.model import transformer
 ROOT = Path(__file__).parent.parent
 RUNS = ('seed', 'code', 'btx', 'bam_shared_kv', 'bam_kv_experts')
 CACHE = Path(tempfile.mkdtemp(prefix='bam_jax_test_'))
-WORDS = {
-  'general': 'the whale and the captain went down to the grey sea and sang of home'.split(),
-  'code': 'def return self for in range ( x ) : + = print [ i ] import None'.split(),
-}
-
-
-@pytest.fixture(scope='module')
-def text(tmp_path_factory) -> Path:
-  """Two domains of nonsense."""
-  folder = tmp_path_factory.mktemp('text')
-  chance = random.Random(0)
-  for domain, words in WORDS.items():
-    for split, count in (('train', 60), ('valid', 8)):
-      path = folder / domain / f'{split}.jsonl'
-      path.parent.mkdir(exist_ok=True)
-      lines = [' '.join(chance.choices(words, k=chance.randint(5, 60))) for _ in range(count)]
-      path.write_text(''.join(json.dumps({'text': line}) + '\n' for line in lines))
-  return folder
 
 
 def command(text: Path, workdir: Path, *flags: str) -> list[str]:

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bam_jax import checkpoint, config, sharding
+from bam_jax import checkpoint, config, opening, sharding
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.evaluation import bootstrap, corpus, routing, windows
 from bam_jax.evaluation.programs import rows_mesh
-from bam_jax.evaluation.scorer import Scorer, load_tokenizer
+from bam_jax.evaluation.scorer import Scorer
 
 MEASURES = ('nats_per_token', 'perplexity', 'bits_per_byte')
 # (what is scored, windows in all) -> the function that is told how many more are done
@@ -69,7 +69,7 @@ def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Optio
   runs = [meta.run for meta in metas]
   entries = []
   for path, meta in zip(paths, metas):
-    tokenizer = load_tokenizer(path, meta)
+    tokenizer = opening.tokenizer(path, meta)
     for domain in domains:
       domain.check(tokenizer, path)
     window = options.window or meta.sequence_length

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from bam_jax import arrays, checkpoint, config, sharding
-from bam_jax.data.tokenizer import Tokenizer
+from bam_jax import arrays, checkpoint, config, opening, sharding
 from bam_jax.errors import UserError
 from bam_jax.evaluation import programs
 from bam_jax.evaluation import windows as windows_lib
@@ -72,7 +71,7 @@ class Scorer:
       UserError: it is no whole checkpoint, or does not fit the mesh.
     """
     self.meta = checkpoint.read_meta(path)
-    self.tokenizer = load_tokenizer(path, self.meta)
+    self.tokenizer = opening.tokenizer(path, self.meta)
     self.length = length or self.meta.sequence_length
     rows = programs.rows_mesh(mesh)
     self._mesh = sharding.make_mesh(rows)
@@ -157,23 +156,11 @@ class Scorer:
       progress(len(group.numbers))
 
 
-def load_tokenizer(path: str, meta: checkpoint.Meta) -> Tokenizer:
-  """The checkpoint's own tokenizer; UserError when it has more words than the model."""
-  file = checkpoint.find_tokenizer(path)
-  tokenizer = Tokenizer.load(file, meta.bos_token, meta.eos_token)
-  if tokenizer.vocab_size > meta.model.vocab_size:
-    raise UserError(
-      f'{file} has {tokenizer.vocab_size:,} tokens and the model of {path} '
-      f'{meta.model.vocab_size:,}: it is damaged.'
-    )
-  return tokenizer
-
-
 def _load(
   path: str, model: config.Model, dtype: str, sizes: config.Mesh, mesh: jax.sharding.Mesh
 ) -> transformer.Params:
   """Parameters on the mesh, matrices in the dtype in which they are used."""
-  reader = arrays.Reader(checkpoint.find(path) / 'params')
+  reader = opening.reader(path, model)
   wanted = transformer.Network(model, config.Compute()).abstract()
   try:
     sharding.check(wanted, sizes, '-')
@@ -182,12 +169,6 @@ def _load(
 
   def one(key_path, leaf, place):
     name = sharding.path_of(key_path)
-    spec = reader.specs.get(name)
-    if spec is None or spec.shape != leaf.shape:
-      raise UserError(
-        f'{reader.folder} has {name} of shape {spec and spec.shape} where {leaf.shape} is wanted: '
-        'it is damaged.'
-      )
     kept = key_path[-1].key in parameters.FLOAT32_NAMES
     return _place(reader, name, leaf.shape, np.dtype(np.float32 if kept else dtype), place)
 

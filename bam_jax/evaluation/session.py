@@ -8,7 +8,7 @@ from typing import Any
 import rich.console
 import rich.progress
 
-from bam_jax import config, sharding
+from bam_jax import config
 from bam_jax.errors import UserError
 from bam_jax.evaluation import comparison, corpus, page, routing, tables
 
@@ -59,17 +59,6 @@ def run(
     facts['routing_page'] = str(_written(Path(folder), facts, results, domains))
     console.print(f'Open {facts["routing_page"]} in a browser.', soft_wrap=True)
   return facts
-
-
-def parse_mesh(items: Sequence[str]) -> config.Mesh:
-  """The mesh that `--mesh` describes."""
-  sizes: dict[str, int] = {}
-  for item in items:
-    axis, _, size = item.partition('=')
-    if axis not in sharding.AXES or not size.isdigit() or axis in sizes:
-      raise UserError(f'--mesh={item} is none of {", ".join(f"{a}=N" for a in sharding.AXES)}.')
-    sizes[axis] = int(size)
-  return config.Mesh(**sizes)
 
 
 @contextlib.contextmanager

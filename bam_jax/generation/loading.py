@@ -4,11 +4,9 @@ from typing import NamedTuple
 
 import jax
 
-from bam_jax import arrays, checkpoint, config, sharding
+from bam_jax import checkpoint, opening
 from bam_jax.data.tokenizer import Tokenizer
-from bam_jax.errors import UserError
 from bam_jax.generation import generator
-from bam_jax.model import transformer
 
 
 class Loaded(NamedTuple):
@@ -31,17 +29,7 @@ def load(path: str, dtype: str, mesh: jax.sharding.Mesh | None = None) -> Loaded
     UserError: it is no whole checkpoint, or does not fit the mesh.
   """
   meta = checkpoint.read_meta(path)
-  tokenizer = Tokenizer.load(checkpoint.find_tokenizer(path), meta.bos_token, meta.eos_token)
-  reader = arrays.Reader(checkpoint.find(path) / 'params')
-  wanted = transformer.Network(meta.model, config.Compute()).abstract()
-  for key_path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
-    name = sharding.path_of(key_path)
-    spec = reader.specs.get(name)
-    if spec is None or spec.shape != leaf.shape:
-      raise UserError(
-        f'{reader.folder} has {name} of shape {spec and spec.shape} where {leaf.shape} is wanted: '
-        'it is damaged.'
-      )
+  tokenizer, reader = opening.tokenizer(path, meta), opening.reader(path, meta.model)
   made = generator.Generator(
     meta.model,
     reader.read,

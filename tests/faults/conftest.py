@@ -1,4 +1,4 @@
-"""Text, a run to which nothing happened, and a disk of a test's own."""
+"""A run to which nothing happened, and a disk of a test's own."""
 
 import shutil
 import subprocess
@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.conftest import text  # noqa: F401
 from tests.test_main import run
 
 SEED = ('--runs=seed',)
 
 
 @pytest.fixture(scope='package')
-def undisturbed(text, tmp_path_factory) -> Path:  # noqa: F811
+def undisturbed(text, tmp_path_factory) -> Path:
   """A workdir in which a run of 12 steps has ended; checkpoints 9 and 12 are kept."""
   workdir = tmp_path_factory.mktemp('undisturbed')
   done = run(text, workdir, *SEED)

@@ -14,79 +14,20 @@ from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, resident, transformer
 from bam_jax.model import cache as cache_lib
 from bam_jax.model import decoder as decoder_lib
+from tests.model import odd
 
 TOLERANCE = 1e-5  # of the largest score
 QUICK_COMPILE = {'xla_backend_optimization_level': 0}
 MESHES = [(1, 1, 1, 1), (2, 2, 2, 1), (1, 1, 4, 1), (1, 2, 2, 2)]
 PIECE, LENGTH, SLOTS = 7, 11, 16
 FIRST = np.array([0, 3, 1, 6], np.int32)  # padding in front; the last row is one token at first
-
-
-def experts(**changes):
-  return lambda model: dataclasses.replace(model, **changes)
-
-
-ODD = {
-  'six_experts': (
-    'bam_kv_experts',
-    experts(
-      attention_experts=config.AttentionExperts(6),
-      ffn_experts=config.FFNExperts(6, top_k=2, renormalize=True),
-    ),
-  ),
-  'six_routed': (
-    'routed_attention',
-    experts(
-      attention_experts=config.AttentionExperts(6, top_k=2, renormalize=True),
-      ffn_experts=config.FFNExperts(6, top_k=3),
-    ),
-  ),
-  'norms_of_heads': ('bam_kv_experts', experts(qk_norm=True)),
-  'norms_of_shared_heads': ('bam_shared_kv', experts(qk_norm=True)),
-  'biased': ('btx', experts(ffn_experts=config.FFNExperts(4, balance_bias=True))),
-  'trained_with_a_capacity': (
-    'bam_kv_experts', experts(ffn_experts=config.FFNExperts(4, buffer_factor=1.0))
-  ),
-  'attention_experts_alone': ('bam_kv_experts', experts(ffn_experts=None, logit_scale=0.5)),
-}  # fmt: skip
+ODD = [name for name in odd.MODELS if name != 'room_for_all']
 QUICK = {
   ('bam_kv_experts', (1, 1, 1, 1)),
   ('untied', (1, 2, 2, 2)),
   ('btx', (1, 1, 4, 1)),
   ('norms_of_shared_heads', (1, 2, 2, 2)),
 }
-
-
-@pytest.fixture(scope='module')
-def named(models):
-  """The function from a name to its model."""
-
-  def make(name: str) -> config.Model:
-    if name in models:
-      return models[name]
-    base, change = ODD[name]
-    return change(models[base])
-
-  return make
-
-
-@pytest.fixture(scope='module')
-def start(named):
-  """Parameters of each model; scales and biases are not all equal."""
-
-  @functools.cache
-  def make(name: str) -> dict:
-    network = transformer.Network(named(name), config.Compute())
-    params = jax.device_get(jax.jit(network.init)(jax.random.key(3)))
-    rng = np.random.default_rng(0)
-
-    def stir(path, x):
-      odd = sharding.path_of(path).split('/')[-1].endswith(('scale', 'bias'))
-      return (x + 0.2 * rng.normal(size=x.shape)).astype(x.dtype) if odd else x
-
-    return jax.tree_util.tree_map_with_path(stir, params)
-
-  return make
 
 
 @pytest.fixture(scope='module')
@@ -172,9 +113,9 @@ def test_what_stands_before_the_first_token_is_not_seen(named, start, rows):
 @pytest.mark.slow
 def test_a_capacity_of_training_is_felt_there(named, start, rows):
   """Else the case above would say nothing."""
-  network = transformer.Network(named('trained_with_a_capacity'), config.Compute())
+  network = transformer.Network(named('with_a_capacity'), config.Compute())
   ones, slots = np.ones_like(rows), np.tile(np.arange(LENGTH, dtype=np.int32), (len(rows), 1))
-  _, routing = network.hidden(start('trained_with_a_capacity'), rows, ones, slots)
+  _, routing = network.hidden(start('with_a_capacity'), rows, ones, slots)
   assert routing.ffn.dropped.sum() > 0
 
 

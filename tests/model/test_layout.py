@@ -1,6 +1,5 @@
 """A model on a mesh is the model on one device: its loss, every gradient, and what moves for it."""
 
-import dataclasses
 import functools
 import re
 from collections import Counter
@@ -15,40 +14,13 @@ from bam_jax.model.kernels import grouped, sorted_rows
 from bam_jax.model.layout import Layout
 from bam_jax.train import loss as loss_lib
 from bam_jax.train import step
+from tests.model import odd
 
 LOSS = config.Loss(load_balance=0.3, router_z=0.2)
 TOLERANCE = 1e-5  # of the largest element of each array
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1), (1, 2, 2, 2), (1, 1, 8, 1)]
 QUICK_COMPILE = {'xla_backend_optimization_level': 0}
-
-
-def six(model: config.Model) -> config.Model:
-  """Six experts everywhere: three on each of two devices."""
-  attention = dataclasses.replace(model.attention_experts, num_experts=6)
-  return dataclasses.replace(
-    model, attention_experts=attention, ffn_experts=config.FFNExperts(6, top_k=2, renormalize=True)
-  )
-
-
-# Beside the models of conftest: what else a mesh could get wrong.
-ODD = {
-  'six_experts': ('bam_kv_experts', six),
-  'six_routed': ('routed_attention', six),
-  'norms_of_heads': ('bam_kv_experts', lambda m: dataclasses.replace(m, qk_norm=True)),
-  'norms_of_shared_heads': ('bam_shared_kv', lambda m: dataclasses.replace(m, qk_norm=True)),
-  'biased': (
-    'btx',
-    lambda m: dataclasses.replace(m, ffn_experts=config.FFNExperts(4, balance_bias=True)),
-  ),
-  'room_for_all': (
-    'bam_kv_experts',
-    lambda m: dataclasses.replace(m, ffn_experts=config.FFNExperts(4, buffer_factor=4.0)),
-  ),
-  'attention_experts_alone': (
-    'bam_kv_experts',
-    lambda m: dataclasses.replace(m, ffn_experts=None, logit_scale=0.5),
-  ),
-}
+ODD = [name for name in odd.MODELS if name != 'with_a_capacity']  # what it drops, the mesh decides
 QUICK = {
   ('dense', (1, 2, 2, 2)),
   ('untied', (1, 2, 2, 2)),
@@ -58,38 +30,6 @@ QUICK = {
   ('six_experts', (1, 2, 2, 2)),
   ('norms_of_heads', (1, 2, 2, 2)),
 }
-
-
-@pytest.fixture(scope='module')
-def named(models):
-  """The function from a name to its model."""
-
-  def make(name: str) -> config.Model:
-    if name in models:
-      return models[name]
-    base, change = ODD[name]
-    return change(models[base])
-
-  return make
-
-
-@pytest.fixture(scope='module')
-def start(named):
-  """Parameters of each model, as NumPy arrays; scales and biases are not all equal."""
-
-  @functools.cache
-  def make(name: str) -> dict:
-    network = transformer.Network(named(name), config.Compute())
-    params = jax.device_get(jax.jit(network.init)(jax.random.key(3)))
-    rng = np.random.default_rng(0)
-
-    def stir(path, x):
-      odd = sharding.path_of(path).split('/')[-1].endswith(('scale', 'bias'))
-      return (x + 0.2 * rng.normal(size=x.shape)).astype(x.dtype) if odd else x
-
-    return jax.tree_util.tree_map_with_path(stir, params)
-
-  return make
 
 
 @pytest.fixture(scope='module')

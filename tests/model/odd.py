@@ -1,0 +1,38 @@
+"""Models beside those of conftest: what else a mesh or a cache could get wrong."""
+
+import dataclasses
+from collections.abc import Callable
+
+from bam_jax import config
+
+Change = Callable[[config.Model], config.Model]
+
+
+def _with(**changes) -> Change:
+  return lambda model: dataclasses.replace(model, **changes)
+
+
+# Name -> the model of conftest that it is like, and in what it differs. Six experts are three on
+# each of two devices.
+MODELS: dict[str, tuple[str, Change]] = {
+  'six_experts': (
+    'bam_kv_experts',
+    _with(
+      attention_experts=config.AttentionExperts(6),
+      ffn_experts=config.FFNExperts(6, top_k=2, renormalize=True),
+    ),
+  ),
+  'six_routed': (
+    'routed_attention',
+    _with(
+      attention_experts=config.AttentionExperts(6, top_k=2, renormalize=True),
+      ffn_experts=config.FFNExperts(6, top_k=3),
+    ),
+  ),
+  'norms_of_heads': ('bam_kv_experts', _with(qk_norm=True)),
+  'norms_of_shared_heads': ('bam_shared_kv', _with(qk_norm=True)),
+  'biased': ('btx', _with(ffn_experts=config.FFNExperts(4, balance_bias=True))),
+  'attention_experts_alone': ('bam_kv_experts', _with(ffn_experts=None, logit_scale=0.5)),
+  'room_for_all': ('bam_kv_experts', _with(ffn_experts=config.FFNExperts(4, buffer_factor=4.0))),
+  'with_a_capacity': ('bam_kv_experts', _with(ffn_experts=config.FFNExperts(4, buffer_factor=1.0))),
+}
