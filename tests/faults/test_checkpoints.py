@@ -17,7 +17,9 @@ from tests.test_checkpoint import damage
 from tests.test_main import ROOT, assert_same_end, environment, run, start
 
 
-@pytest.mark.parametrize('what', ['params flipped', 'opt_state cut'])
+@pytest.mark.parametrize(
+  'what', ['params flipped', pytest.param('opt_state cut', marks=pytest.mark.slow)]
+)
 def test_a_run_goes_on_from_the_checkpoint_before(text, undisturbed, copied, what):
   """As if it was killed before its result, and the disk then lost a bit or an end."""
   (copied / 'seed' / 'result.json').unlink()
@@ -101,7 +103,7 @@ def survives_kills(text: Path, workdir: Path, undisturbed: Path, kills: int, see
 
 
 def test_the_only_checkpoint_outlives_a_kill(text, undisturbed, tmp_path):
-  survives_kills(text, tmp_path, undisturbed, kills=3, seed=0)
+  survives_kills(text, tmp_path, undisturbed, kills=2, seed=0)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from tests.faults.conftest import SEED, assert_sentence, remount
 from tests.test_main import ROOT, assert_same_end, command, environment, run, start, wait_for_step
 
 
-@pytest.mark.parametrize('kilobytes', [300, 620])
+@pytest.mark.parametrize('kilobytes', [pytest.param(300, marks=pytest.mark.slow), 620])
 def test_a_full_disk_is_a_sentence_and_loses_nothing(text, undisturbed, disk, kilobytes):
   """Of 300 KB not even the first checkpoint fits; of 620 KB the first does."""
   workdir = disk(kilobytes)
@@ -27,6 +27,7 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(text, undisturbed, disk, ki
   assert_same_end(workdir, undisturbed, ['seed'])
 
 
+@pytest.mark.slow
 def test_files_that_take_no_more(text, undisturbed, tmp_path):
   """As on a full disk, where nobody may mount one."""
   if not shutil.which('prlimit'):
