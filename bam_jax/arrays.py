@@ -50,14 +50,19 @@ class Reader:
     specs: all of its arrays by path.
   """
 
-  def __init__(self, folder: epath.PathLike):
-    """Opens the item, after reading it once where it has checksums.
+  def __init__(self, folder: epath.PathLike, check: bool = True):
+    """Opens the item.
+
+    Args:
+      folder: of the item.
+      check: read its files once beforehand and compare their checksums, where there are some.
 
     Raises:
       UserError: it is not there, or damaged.
     """
     self.folder = epath.Path(folder)
-    checksums.check(self.folder.parent, [self.folder.name])
+    if check:
+      checksums.check(self.folder.parent, [self.folder.name])
     try:
       self._stores = self._open(2 * CHUNK_BYTES)
       self.specs = {

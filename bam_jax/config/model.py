@@ -90,8 +90,8 @@ class Compute:
   """How the model is computed; nothing here changes what is computed."""
 
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations and matmul operands
-  # What the backward pass computes again of each block: 'none' nothing but weights that a mesh
-  # gathers, 'matmuls' what takes no matmul, 'attention' the FFN too, 'full' everything.
+  # What the backward pass does again of each block: 'none' at most what is elementwise, 'matmuls'
+  # also gathers weights that a mesh cuts, 'attention' computes the FFN too, 'full' everything.
   remat: Literal['none', 'matmuls', 'attention', 'full'] = 'none'
   loss_chunk: int = 0  # tokens whose float32 logits exist at once; 0 is all of a micro-batch
   unroll: int = 1  # layers a step of the scan over layers

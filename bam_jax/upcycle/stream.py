@@ -1,7 +1,8 @@
 """Dense checkpoints into a mixture's, a piece at a time: `merge` for models past the memory.
 
-Every source array is read once, checked and hashed on the way; every target array is written once.
-A few matrices, of one layer and one expert each, are in memory at a time.
+Every source array is read once, checked and hashed on the way, and the checksums of its files are
+compared; every target array is written once. A few matrices, of one layer and one expert each, are
+in memory at a time.
 """
 
 import concurrent.futures
@@ -17,7 +18,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from bam_jax import arrays, checkpoint, config, folders, manifest, strict
+from bam_jax import arrays, checkpoint, checksums, config, folders, manifest, strict
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
 from bam_jax.upcycle import merge, options, rules
@@ -89,9 +90,19 @@ def upcycle(
     done += nbytes
     progress(done, read + written)
 
-  with folders.new_folder(output, written) as folder:
+  with (
+    folders.new_folder(output, written) as folder,
+    concurrent.futures.ThreadPoolExecutor(1) as checking,
+  ):
+    # Ahead of the mixing, which finds in memory what was checked: the disk reads all of it once.
+    checks = [checking.submit(checksums.check, one.folder, ['params']) for one in sources]
     writer = arrays.Writer(folder / 'params', wanted)
-    hashes = mix(sources, writer, mixture, how, merge.run_key(seed, name), advance)
+    try:
+      hashes = mix(sources, writer, mixture, how, merge.run_key(seed, name), advance)
+      for check in checks:
+        check.result()
+    finally:
+      checking.shutdown(wait=False, cancel_futures=True)
     (folder / tokenizer.name).write_bytes(tokenizer.read_bytes())
     origins = [
       manifest.Source(
@@ -128,7 +139,7 @@ def upcycle(
 
 
 def open_sources(paths: Sequence[str]) -> list[Source]:
-  """Opens checkpoints that can be mixed, in order.
+  """Opens checkpoints that can be mixed, in order; their checksums are for the caller to compare.
 
   Raises:
     UserError: one is missing, damaged, a mixture, not a checkpoint of this format, named twice, of
@@ -146,7 +157,7 @@ def open_sources(paths: Sequence[str]) -> list[Source]:
       raise UserError(f'{path} is a mixture: only dense models can be mixed.')
     if sources:
       _check_alike(sources[0], path, meta)
-    source = Source(path, folder, meta, arrays.Reader(folder / 'params'))
+    source = Source(path, folder, meta, arrays.Reader(folder / 'params', check=False))
     _check_arrays(source)
     sources.append(source)
   return sources

@@ -242,7 +242,7 @@ def test_the_checkpoint_describes_itself(tmp_path, sources):
   folder, _ = sources
   convert(tmp_path / 'mix', how(folder, 'btx'))
   names = sorted(one.name for one in (tmp_path / 'mix').iterdir())
-  assert names == ['meta', 'params', 'tokenizer.json']
+  assert names == ['checksums', 'meta', 'params', 'tokenizer.json']
   assert checkpoint.find(tmp_path / 'mix') == tmp_path / 'mix'
   (tmp_path / 'mix').rename(tmp_path / 'moved')
   found = checkpoint.find_tokenizer(tmp_path / 'moved')
@@ -350,6 +350,7 @@ def a_mixture(tmp_path, folder, models):
 def newer(tmp_path, folder, models):
   path = copied(tmp_path, folder) / 'checkpoints' / '7' / 'meta' / 'metadata'
   path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+  shutil.rmtree(path.parents[1] / 'checksums')  # which are of the other text
   return [folder / 'seed', tmp_path / 'copy']
 
 
@@ -367,6 +368,15 @@ def damaged_values(tmp_path, folder, models):
   path = copied(tmp_path, folder) / 'checkpoints' / '7' / 'params'
   for file in path.rglob('d/*'):
     file.write_bytes(file.read_bytes()[:10])
+  return [folder / 'seed', tmp_path / 'copy']
+
+
+def a_flipped_bit(tmp_path, folder, models):
+  path = copied(tmp_path, folder) / 'checkpoints' / '7' / 'params'
+  largest = max(path.rglob('d/*'), key=lambda file: file.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  largest.write_bytes(content)
   return [folder / 'seed', tmp_path / 'copy']
 
 
@@ -407,6 +417,7 @@ REFUSED = {
   'damaged meta': (damaged_meta, ['copy', 'meta', 'damaged']),
   'without parameters': (without_parameters, ['copy', 'params', 'damaged']),
   'damaged values': (damaged_values, ['copy', 'damaged']),
+  'a flipped bit': (a_flipped_bit, ['copy', 'damaged', 'other bytes']),
   'without tokenizer': (without_tokenizer, ['copy', 'lost its tokenizer']),
   'tokenizer changed': (tokenizer_changed, ['copy', 'lost its tokenizer']),
   'NaN in a layer': (
