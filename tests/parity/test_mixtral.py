@@ -10,7 +10,7 @@ from flax import nnx
 
 from bam_jax import config
 from bam_jax.model import ffn
-from bam_jax.model.kernels import grouped
+from bam_jax.model.kernels import grouped, sorted_rows
 from bam_jax.model.layout import Layout
 from bam_jax.model.tokens import Tokens
 
@@ -78,8 +78,8 @@ def test_the_layer_of_experts_is_theirs(buffer_factor, kernel, monkeypatch):
     ffn_experts=experts,
   )  # fmt: skip
   kernels = {
-    'blocked': grouped.Kernel(4, grouped.blocked),
-    'ragged': grouped.Kernel(1, functools.partial(grouped.sorted_swiglu, grouped.ragged)),
+    'blocked': grouped.Kernel(4, grouped.in_blocks),
+    'ragged': grouped.Kernel(1, functools.partial(sorted_rows.swiglu, grouped.ragged)),
   }
   monkeypatch.setattr(grouped, 'choose', lambda platform: kernels[kernel])
   build = lambda: ffn.MixtureOfFFN(model, Layout(), rngs=nnx.Rngs(params=jax.random.key(0)))
