@@ -182,7 +182,7 @@ def overhead(row: Step, facts: dict[str, Any], btx: dict[str, Any]) -> list[str]
     facts['peak_bytes'] / btx['peak_bytes'],
     *(facts['seconds'][name] / btx['seconds'][name] for name in ('roofline', 'in_order')),
   )
-  return [row.run, *(f'{ratio:.2f}' for ratio in ratios)]
+  return [f'{row.run}, {row.remat}', *(f'{ratio:.2f}' for ratio in ratios)]
 
 
 def markdown(columns: Sequence[str], names: int, body: Sequence[Sequence[str]]) -> list[str]:
