@@ -137,6 +137,10 @@ TABLES = {
       Step('btx', 'v5p:2x2x2', 4, 8, 1),
     ],
   ),
+  'expert': (
+    'The same mixture with an expert a chip',
+    [Step('btx', 'v5p:2x2x2', 4, 2, 4, remat) for remat in ('matmuls', 'attention', 'full')],
+  ),
   'pod': (
     'BAM on 64 chips',
     [
