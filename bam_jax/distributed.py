@@ -95,16 +95,23 @@ def joined() -> Iterator[None]:
     _leave(str(error), cli.USER_ERROR, witness, GRACE if jax.process_index() == 0 else 0.0)
   except KeyboardInterrupt:
     _leave('interrupted at once, nothing saved.', 128 + signal.SIGINT, witness)
-  except jax.errors.JaxRuntimeError as error:
-    said = str(error).splitlines()[0]
-    _leave(
-      f'{this} cannot go on ({said}), most likely since another one was lost: {AGAIN}.',
-      FAILED,
-      witness,
-    )
-  except Exception:
-    traceback.print_exc()
-    _leave(f'{this} has failed, and the others end with it.', FAILED, witness)
+  except Exception as error:
+    if said := _of_jax(error):
+      sentence = f'{this} cannot go on ({said}), most likely since another one was lost: {AGAIN}.'
+    else:
+      traceback.print_exc()
+      # Threads of libraries have words of their own for what a lost process does to them.
+      sentence = f'{this} has failed, and the others end with it. If one was lost before, {AGAIN}.'
+    _leave(sentence, FAILED, witness)
+
+
+def _of_jax(error: BaseException | None) -> str:
+  """The first line of the error of JAX that an error is or comes from; '' if there is none."""
+  while error is not None:
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      return (str(error).splitlines() or [type(error).__name__])[0]
+    error = error.__cause__ or error.__context__
+  return ''
 
 
 def place_of(
