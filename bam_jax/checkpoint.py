@@ -13,9 +13,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from bam_jax import arrays, checksums, config, folders, processes, sharding, strict
+from bam_jax import arrays, checksums, config, damage, folders, sharding, strict
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE
 from bam_jax.errors import UserError
 from bam_jax.manifest import Manifest
 
 FORMAT = 1
 SAVE_SECONDS = 3600  # that a checkpoint may take, beside the training
-SET_ASIDE = '.damaged'  # in the name of a step's folder that was found damaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Checkpoints:
   """The checkpoints of one run; writing is asynchronous."""
 
   def __init__(self, folder: Path, keep: int):
-    """Opens the folder, which need not exist; `set_aside_damaged` comes before."""
+    """Opens the folder, which need not exist; `damage.set_aside` comes before."""
     self.folder = folder
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
@@ -163,67 +161,6 @@ class Checkpoints:
       yield
     except (OSError, ValueError) as error:
       raise UserError(f'{self.folder} cannot be written: {arrays.reason(error)}.') from error
-
-
-def set_aside_damaged(folder: Path) -> list[str]:
-  """Renames a run's newest checkpoints as long as they are damaged; a sentence about each.
-
-  All processes must ask; together they read the newest checkpoint once.
-
-  Raises:
-    UserError: none is whole; then none is renamed.
-  """
-  faults: dict[str, str] = {}
-  for step in processes.decide(lambda: _numbered(folder)):
-    what = _fault(folder / step)
-    if not what:
-      break
-    faults[step] = what
-  else:
-    if faults:
-      newest = next(iter(faults))
-      raise UserError(
-        f'{folder / newest} is damaged ({faults[newest]}), and {folder} holds no other that is '
-        f'whole: put a copy in its place, or delete {folder} to train the run from its start.'
-      )
-  return processes.decide(
-    lambda: [_set_aside(folder / step, what) for step, what in faults.items()]
-  )
-
-
-def _numbered(folder: Path) -> list[str]:
-  """Names of the steps' folders, the newest first, whatever is in them."""
-  names = (path.name for path in folder.glob('*') if path.is_dir())
-  return sorted((name for name in names if name.isdigit()), key=int, reverse=True)
-
-
-def _set_aside(folder: Path, what: str) -> str:
-  aside = folder.with_name(folder.name + SET_ASIDE)
-  try:
-    if aside.exists():
-      shutil.rmtree(aside)
-    folder.rename(aside)
-  except OSError as error:
-    raise UserError(f'{folder} is damaged and cannot be renamed: {error.strerror}.') from error
-  return f'{folder} is damaged ({what}): it is {aside.name} now, and the one before is taken.'
-
-
-def _fault(folder: epath.PathLike, items: Sequence[str] = ()) -> str:
-  """What is wrong with a checkpoint's items, or ''; every process reads its share of the files."""
-
-  def listed() -> dict[str, Any]:
-    try:
-      if not (folder / 'meta').is_dir():
-        return {'fault': 'it has no meta'}
-      return {'sums': checksums.read(folder, items)}
-    except checksums.Damaged as damaged:
-      return {'fault': damaged.what}
-
-  found = processes.decide(listed)
-  if 'fault' in found:
-    return found['fault']
-  mine = dict(list(found['sums'].items())[jax.process_index() :: jax.process_count()])
-  return processes.first(checksums.fault(folder, mine) or '')
 
 
 def write_meta(folder: epath.Path, meta: Meta) -> None:
@@ -317,7 +254,7 @@ def _restore_checked(path: epath.PathLike, params: Any, args: ocp.args.PyTreeRes
   """Restores, after comparing what is on disk with what is asked for; Orbax alone may not."""
   whole = find(path).absolute()
   folder = whole / 'params'
-  if what := _fault(whole, ['params']):
+  if what := damage.fault(whole, ['params']):
     raise checksums.Damaged(whole, what)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     stored = _shapes(checkpointer.metadata(folder).item_metadata.tree)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from bam_jax import arrays, checkpoint, config, sharding
+from bam_jax import arrays, checkpoint, config, damage, sharding
 from bam_jax.errors import UserError
 from bam_jax.train import step
 
@@ -171,7 +171,7 @@ def test_a_run_goes_on_beside_what_a_kill_left_behind(tmp_path, models):
   assert checkpoint.find(tmp_path) == folder / '7'
 
 
-def damage(step: Path, what: str) -> str:
+def spoil(step: Path, what: str) -> str:
   """Does what disks do to one file of a checkpoint; its path."""
   item, how = what.split(' ')
   # The largest file has the values, and nothing in its format vouches for them.
@@ -201,15 +201,15 @@ def two_steps(written, tmp_path):
 
 
 def test_whole_checkpoints_stay(two_steps):
-  assert checkpoint.set_aside_damaged(two_steps) == []
-  assert checkpoint.set_aside_damaged(two_steps / 'nowhere') == []
+  assert damage.set_aside(two_steps) == []
+  assert damage.set_aside(two_steps / 'nowhere') == []
   assert checkpoint.finished_step(two_steps) == 12
 
 
 @pytest.mark.parametrize('what', DAMAGE)
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(two_steps, written, models, what):
-  file = damage(two_steps / '12', what)
-  (sentence,) = checkpoint.set_aside_damaged(two_steps)
+  file = spoil(two_steps / '12', what)
+  (sentence,) = damage.set_aside(two_steps)
   assert f'{two_steps}/12 is damaged' in sentence
   assert file in sentence or what.startswith('checksums'), 'which may be of any file'
   assert '12.damaged now' in sentence
@@ -224,20 +224,20 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(two_steps, written
   assert data['iterator'] == {'next': 3}
   checkpoints.save(12, params, opt_state, data, meta(model, 12))
   checkpoints.close()
-  assert checkpoint.set_aside_damaged(two_steps) == []
+  assert damage.set_aside(two_steps) == []
   assert {path.name for path in two_steps.iterdir()} == {'3', '12', '12.damaged'}
 
 
 def test_when_every_checkpoint_is_damaged_none_is_touched(two_steps):
   for number in ('3', '12'):
-    damage(two_steps / number, 'params flipped')
+    spoil(two_steps / number, 'params flipped')
   with pytest.raises(UserError, match=f'{two_steps}/12 is damaged .* no other that is whole'):
-    checkpoint.set_aside_damaged(two_steps)
+    damage.set_aside(two_steps)
   assert {path.name for path in two_steps.iterdir()} == {'3', '12'}
 
 
 def test_a_damaged_checkpoint_gives_no_parameters(two_steps, models):
-  file = damage(two_steps / '12', 'params flipped')
+  file = spoil(two_steps / '12', 'params flipped')
   wanted = abstract(models['bam_kv_experts']).params
   for read in (
     lambda: checkpoint.restore_params(two_steps, wanted),
@@ -246,13 +246,13 @@ def test_a_damaged_checkpoint_gives_no_parameters(two_steps, models):
   ):
     with pytest.raises(UserError, match=f'12 is damaged .*{file} has other bytes'):
       read()
-  damage(two_steps / '3', 'opt_state flipped')
+  spoil(two_steps / '3', 'opt_state flipped')
   checkpoint.restore_host_params(two_steps / '3', wanted)  # which does not read it
 
 
 def test_a_checkpoint_of_before_there_were_checksums_is_believed(two_steps, written, models):
   shutil.rmtree(two_steps / '12' / 'checksums')
-  assert checkpoint.set_aside_damaged(two_steps) == []
+  assert damage.set_aside(two_steps) == []
   wanted = abstract(models['bam_kv_experts']).params
   check_same(checkpoint.restore_params(two_steps, wanted), written[1][12].params)
 

@@ -9,7 +9,7 @@ from typing import Any
 import grain
 import jax
 
-from bam_jax import checkpoint, config, processes, sharding
+from bam_jax import checkpoint, config, damage, processes, sharding
 from bam_jax.data import mixture, shards
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
@@ -77,7 +77,7 @@ def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> di
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
-    for sentence in checkpoint.set_aside_damaged(job.folder / 'checkpoints'):
+    for sentence in damage.set_aside(job.folder / 'checkpoints'):
       progress.note(sentence)
     checkpoints = checkpoint.Checkpoints(job.folder / 'checkpoints', run.every.keep)
     stack.push(lambda kind, error, trace: _close(checkpoints, error))

@@ -13,7 +13,7 @@ import pytest
 from bam_jax import checkpoint, checksums
 from tests.distributed import jobs
 from tests.faults.conftest import SEED, assert_sentence
-from tests.test_checkpoint import damage
+from tests.test_checkpoint import spoil
 from tests.test_main import ROOT, assert_same_end, environment, run, start
 
 
@@ -23,7 +23,7 @@ from tests.test_main import ROOT, assert_same_end, environment, run, start
 def test_a_run_goes_on_from_the_checkpoint_before(text, undisturbed, copied, what):
   """As if it was killed before its result, and the disk then lost a bit or an end."""
   (copied / 'seed' / 'result.json').unlink()
-  file = damage(copied / 'seed' / 'checkpoints' / '12', what)
+  file = spoil(copied / 'seed' / 'checkpoints' / '12', what)
   again = run(text, copied, *SEED)
   assert again.returncode == 0, again.stderr
   assert f'{copied}/seed/checkpoints/12 is damaged ({file}' in again.stderr
@@ -56,13 +56,13 @@ def test_without_another_checkpoint_nobody_starts_anew_in_silence(text, copied):
   checkpoints = copied / 'seed' / 'checkpoints'
   (copied / 'seed' / 'result.json').unlink()
   shutil.rmtree(checkpoints / '9')
-  damage(checkpoints / '12', 'params flipped')
+  spoil(checkpoints / '12', 'params flipped')
   assert_sentence(run(text, copied, *SEED), f'{checkpoints}/12 is damaged', 'from its start')
   assert (checkpoints / '12').exists()
 
 
 def test_other_commands_refuse_a_damaged_checkpoint(text, copied):
-  damage(copied / 'seed' / 'checkpoints' / '12', 'params flipped')
+  spoil(copied / 'seed' / 'checkpoints' / '12', 'params flipped')
   for line in (
     ['bam_jax.generate', f'--checkpoint={copied}/seed', '--prompt=the'],
     ['bam_jax.convert', 'inspect', f'{copied}/seed'],

@@ -30,6 +30,7 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(text, undisturbed, disk, ki
 @pytest.mark.slow
 def test_files_that_take_no_more(text, undisturbed, tmp_path):
   """As on a full disk, where nobody may mount one."""
+  # Of Linux alone (util-linux): macOS has nothing that bounds another program's files this way.
   if not shutil.which('prlimit'):
     pytest.skip('without prlimit, a disk cannot be made to take no more')
   shutil.copytree(undisturbed / 'data', tmp_path / 'data')
