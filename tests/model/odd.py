@@ -1,7 +1,9 @@
 """Models beside those of conftest: what else a mesh or a cache could get wrong."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
+
+import pytest
 
 from bam_jax import config
 
@@ -36,3 +38,26 @@ MODELS: dict[str, tuple[str, Change]] = {
   'room_for_all': ('bam_kv_experts', _with(ffn_experts=config.FFNExperts(4, buffer_factor=4.0))),
   'with_a_capacity': ('bam_kv_experts', _with(ffn_experts=config.FFNExperts(4, buffer_factor=1.0))),
 }
+LIKE_CONFTEST = 'dense', 'untied', 'btx', 'bam_kv_experts', 'bam_shared_kv', 'routed_attention'
+
+Shape = tuple[int, int, int, int]  # of a mesh
+
+
+def cases(
+  names: Iterable[str],
+  shapes: Iterable[Shape],
+  quick: Container[tuple[str, Shape]],
+  fits: Callable[[str, Shape], bool],
+) -> list:
+  """Every model of conftest and of `names` on every mesh that it fits; slow but for the quick."""
+  return [
+    pytest.param(
+      name,
+      shape,
+      marks=() if (name, shape) in quick else pytest.mark.slow,
+      id=f'{name}-{"x".join(map(str, shape))}',
+    )
+    for name in (*LIKE_CONFTEST, *names)
+    for shape in shapes
+    if fits(name, shape)
+  ]

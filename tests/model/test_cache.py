@@ -72,19 +72,7 @@ def reader_of(model, dtype, shape):
   return decoder, jax.jit(read, donate_argnums=1, compiler_options=QUICK_COMPILE), cache
 
 
-CASES = [
-  pytest.param(
-    name,
-    shape,
-    marks=() if (name, shape) in QUICK else pytest.mark.slow,
-    id=f'{name}-{"x".join(map(str, shape))}',
-  )
-  for name in (
-    'dense', 'untied', 'btx', 'bam_kv_experts', 'bam_shared_kv', 'routed_attention', *ODD
-  )
-  for shape in MESHES
-  if shape[2] <= 2 or 'six' not in name
-]  # fmt: skip
+CASES = odd.cases(ODD, MESHES, QUICK, lambda name, shape: shape[2] <= 2 or 'six' not in name)
 
 
 @pytest.mark.parametrize('name, shape', CASES)

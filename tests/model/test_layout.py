@@ -79,19 +79,12 @@ def _child(tree, key):
   return tree[key.key if isinstance(key, jax.tree_util.DictKey) else key.idx]
 
 
-CASES = [
-  pytest.param(
-    name,
-    shape,
-    marks=() if (name, shape) in QUICK else pytest.mark.slow,
-    id=f'{name}-{"x".join(map(str, shape))}',
-  )
-  for name in (
-    'dense', 'untied', 'btx', 'bam_kv_experts', 'bam_shared_kv', 'routed_attention', *ODD
-  )
-  for shape in MESHES
-  if shape[2] <= (2 if 'six' in name else 4) or name in ('dense', 'untied')
-]  # fmt: skip
+CASES = odd.cases(
+  ODD,
+  MESHES,
+  QUICK,
+  lambda name, shape: shape[2] <= (2 if 'six' in name else 4) or name in ('dense', 'untied'),
+)
 
 
 @pytest.mark.parametrize('name, shape', CASES)
