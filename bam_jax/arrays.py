@@ -97,7 +97,9 @@ class Reader:
 
   def _open(self, cache_bytes: int) -> dict[str, ts.TensorStore]:
     """All arrays; decoded chunks stay in memory up to `cache_bytes`."""
-    context = ts.Context({'cache_pool': {'total_bytes_limit': cache_bytes}})
+    context = ts.Context(
+      {'cache_pool': {'total_bytes_limit': cache_bytes}, 'file_io_mode': {'mode': 'memmap'}}
+    )
     kvstore = ts.KvStore.open({'driver': 'ocdbt', 'base': _files(self.folder)}, context=context)
     keys = (key.decode() for key in kvstore.result().list().result())
     names = sorted(key.removesuffix('/.zarray') for key in keys if key.endswith('/.zarray'))
@@ -107,10 +109,11 @@ class Reader:
       'recheck_cached_data': False,
       'recheck_cached_metadata': False,
     }
-    return {
-      path: ts.open(_store(self.folder, path) | options, context=context).result()
+    opening = {
+      path: ts.open(_store(self.folder, path) | options, context=context)
       for path in (name.replace('.', '/') for name in names)
     }
+    return {path: store.result() for path, store in opening.items()}
 
 
 class Writer:
