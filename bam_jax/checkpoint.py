@@ -6,13 +6,12 @@ read without the optimizer, on any mesh, and `meta` alone says what the checkpoi
 Beside them lie their `checksums`.
 
 Orbax makes a step appear, by a rename, when all of it is written, and only then removes an old one:
-at every moment one that is whole is there.
+at every moment one that is whole is there. In a bucket a step is one when its last file is there.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +22,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from bam_jax import arrays, checksums, config, damage, folders, sharding, strict
-from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE
+from bam_jax import arrays, checksums, config, damage, folders, json_file, sharding, strict
+from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, read_file
 from bam_jax.errors import UserError
 from bam_jax.manifest import Manifest
 
@@ -88,7 +87,7 @@ class Checkpoints:
     } | {item: ocp.JsonCheckpointHandler() for item in ('data', 'meta')}
     handlers[checksums.ITEM] = _ChecksumsHandler()  # the last: Orbax finalizes in this order
     self._manager = ocp.CheckpointManager(
-      folder.absolute(), options=options, item_handlers=handlers
+      folders.absolute(folder), options=options, item_handlers=handlers
     )
     self._hook, sys.unraisablehook = sys.unraisablehook, self._tell
 
@@ -157,10 +156,11 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
-    try:
-      yield
-    except (OSError, ValueError) as error:
-      raise UserError(f'{self.folder} cannot be written: {arrays.reason(error)}.') from error
+    with folders.writing(self.folder):
+      try:
+        yield
+      except (OSError, ValueError) as error:
+        raise UserError(f'{self.folder} cannot be written: {arrays.reason(error)}.') from error
 
 
 def write_meta(folder: epath.Path, meta: Meta) -> None:
@@ -175,14 +175,14 @@ def write_meta(folder: epath.Path, meta: Meta) -> None:
 def finished_step(folder: Path) -> int | None:
   """The newest finished step below `folder`, without opening a manager; None without one."""
   # A folder that a kill left behind has a longer name until all of it is written.
-  names = (path.parent.name for path in folder.glob('*/meta'))
-  return max((int(name) for name in names if name.isdigit()), default=None)
+  steps = {path.parent for path in folder.glob('*/meta') if path.parent.name.isdigit()}
+  return max((int(step.name) for step in steps if folders.is_complete(step)), default=None)
 
 
 def find(path: epath.PathLike) -> epath.Path:
   """The folder of the checkpoint at `path`: a step, or the newest step of a run; else UserError."""
   path = folders.reach(path)
-  if (path / 'meta').is_dir() and folders.BESIDE not in path.name:
+  if folders.is_complete(path / 'meta') and folders.BESIDE not in path.name:
     return path
   for folder in (path, path / 'checkpoints'):
     step = finished_step(folder)
@@ -203,7 +203,7 @@ def find_tokenizer(path: epath.PathLike) -> epath.Path:
   for place in places:
     for name in (HUGGING_FACE_FILE, SENTENCEPIECE_FILE):
       file = place / name
-      if file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() == meta.tokenizer_hash:
+      if file.exists() and hashlib.sha256(read_file(file)).hexdigest() == meta.tokenizer_hash:
         return file
   raise UserError(
     f'{folder} has lost its tokenizer, SHA-256 {meta.tokenizer_hash[:12]}..., which is not in '
@@ -216,7 +216,7 @@ def read_meta(path: epath.PathLike) -> Meta:
   folder = find(path)
   checksums.check(folder, ['meta'])
   try:
-    facts = json.loads((folder / 'meta' / 'metadata').read_text(encoding='utf-8'))
+    facts = json_file.load(folder / 'meta' / 'metadata')
   except (OSError, ValueError) as error:
     raise UserError(f'{folder}/meta cannot be read ({error}): the checkpoint is damaged.') from None
   version = facts.get('format') if isinstance(facts, dict) else None
@@ -252,7 +252,7 @@ def restore_host_params(path: epath.PathLike, params: Any) -> Any:
 
 def _restore_checked(path: epath.PathLike, params: Any, args: ocp.args.PyTreeRestore) -> Any:
   """Restores, after comparing what is on disk with what is asked for; Orbax alone may not."""
-  whole = find(path).absolute()
+  whole = folders.absolute(find(path))
   folder = whole / 'params'
   if what := damage.fault(whole, ['params']):
     raise checksums.Damaged(whole, what)

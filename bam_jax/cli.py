@@ -3,21 +3,24 @@
 import contextlib
 import importlib
 import json
+import math
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import rich.console
 import rich.progress
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from bam_jax import compilation, config, sharding
+from bam_jax import compilation, config, recipe_file, sharding
 from bam_jax.errors import UserError
 
 USER_ERROR = 2  # exit status of a user's mistake
+MOST_CHARACTERS = 2000  # of a sentence, which may repeat what the user typed
 
 _JSON = flags.DEFINE_string(
   'json', None, 'Also write the facts as one JSON object to this file; "-" is standard output.'
@@ -53,8 +56,16 @@ def run(
       if _JSON.value and facts is not None:
         write_json(_JSON.value, facts)
     except UserError as error:
-      print(f'{app_name()}: {error}', file=sys.stderr)
-      return USER_ERROR
+      return _refuse(str(error))
+    except OSError as error:
+      if error.filename is None:
+        raise
+      return _refuse(f'{os.fsdecode(error.filename)} cannot be used: {error.strerror}.')
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+      said = str(error).partition('\n')[0]
+      if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in said:
+        raise
+      return _refuse(f'the memory does not suffice ({said}): ask for less at once.')
     return 0
 
   app.run(guarded, flags_parser=_parse)
@@ -73,8 +84,7 @@ def run_verbs(verbs: Mapping[str, str]) -> None:
     sys.exit(0)
   if verb not in verbs:
     asked = f'{verb!r} is no verb' if verb else 'Do what'
-    print(f'{app_name()}: {asked}: give one of {", ".join(verbs)}. (Try --help.)', file=sys.stderr)
-    sys.exit(USER_ERROR)
+    sys.exit(_refuse(f'{asked}: give one of {", ".join(verbs)}. (Try --help.)'))
   module = importlib.import_module(verbs[verb])
   _verb.append(verb)
   del sys.argv[1]
@@ -93,13 +103,21 @@ def define_recipe() -> flags.FlagHolder:
 
 def read_recipe(flag: flags.FlagHolder) -> config.Recipe:
   """The recipe that the flag of `define_recipe` names, checked."""
-  if flag.value is None:
+  if not flag.present:
     raise UserError('Which recipe? Give --config=FILE.py.')
+  name = config_flags.get_config_filename(flags.FLAGS['config'])
   try:
     plain = flag.value.to_dict()  # a config file that is not there is noticed only here
-  except OSError:
-    name = config_flags.get_config_filename(flags.FLAGS['config'])
+  except OSError as error:
+    path = name.partition(':')[0]
+    if os.path.isfile(path):
+      raise UserError(recipe_file.blame([path], error)) from None
     raise UserError(f'--config={name} cannot be read: name a recipe, FILE.py.') from None
+  except AttributeError:
+    raise UserError(
+      f'get_config of --config={name} returns a {type(flag.value).__name__} where a ConfigDict is '
+      'wanted: end it with "return config.complete(...)".'
+    ) from None
   return config.parse(plain)
 
 
@@ -162,11 +180,53 @@ def write_json(path: str, facts: dict[str, Any]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
+  recipes = recipe_file.paths_of(argv)
   try:
-    return flags.FLAGS(argv)
-  except (flags.Error, UserError, OSError, ValueError) as error:
+    _check_encoding(argv)
+    for recipe in recipes:
+      recipe_file.check(recipe)
+    arguments = flags.FLAGS(argv)
+    _check_numbers()
+    return arguments
+  except UserError as error:
     sentence = str(error)
-  except (AttributeError, KeyError) as error:
-    sentence = f'a --config.KEY flag names no key of the recipe: {error.args[0]}'
-  print(f'{app_name()}: {" ".join(sentence.split())} (Try --help.)', file=sys.stderr)
-  sys.exit(USER_ERROR)
+  except Exception as error:
+    # Of what a recipe raises the library quotes the whole traceback.
+    if isinstance(error, flags.Error | OSError | ValueError) and 'Traceback' not in str(error):
+      sentence = ' '.join(str(error).split())
+    elif recipes:
+      sentence = recipe_file.blame(recipes, error)
+    else:
+      raise
+  sys.exit(_refuse(f'{sentence} (Try --help.)'))
+
+
+def _check_encoding(argv: Sequence[str]) -> None:
+  """UserError for an argument that is not UTF-8; files and records could not name it."""
+  for argument in argv:
+    try:
+      argument.encode()
+    except UnicodeEncodeError:
+      raise UserError(
+        f'{ascii(argument)[:80]} on the command line is not UTF-8: convert it.'
+      ) from None
+
+
+def _check_numbers() -> None:
+  """UserError for a number that the libraries cannot hold."""
+  for name in flags.FLAGS:
+    value = flags.FLAGS[name].value
+    if type(value) is int and not -(2**63) <= value < 2**63:
+      raise UserError(f'--{name} is past 64 bits: choose a smaller number.')
+    if type(value) is float and not math.isfinite(value):
+      raise UserError(f'--{name}={value} is not finite: give a number.')
+
+
+def _refuse(sentence: str) -> int:
+  """Prints a sentence in one line that cannot move the cursor; the status to exit with."""
+  shown = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
+  if len(shown) > MOST_CHARACTERS:
+    half = MOST_CHARACTERS // 2
+    shown = f'{shown[:half]} ... {shown[-half:]}'
+  print(f'{app_name()}: {shown}', file=sys.stderr)
+  return USER_ERROR

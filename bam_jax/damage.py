@@ -1,6 +1,5 @@
 """What is wrong with a run's checkpoints, and going on from the newest that is whole."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from bam_jax import checksums, processes
+from bam_jax import checksums, folders, processes
 from bam_jax.errors import UserError
 
 SET_ASIDE = '.damaged'  # in the name of a step's folder that was found damaged
@@ -40,18 +39,19 @@ def set_aside(folder: Path) -> list[str]:
 
 def _numbered(folder: Path) -> list[str]:
   """Names of the steps' folders, the newest first, whatever is in them."""
-  names = (path.name for path in folder.glob('*') if path.is_dir())
+  names = (path.name for path in folder.glob('*') if folders.is_complete(path))
   return sorted((name for name in names if name.isdigit()), key=int, reverse=True)
 
 
 def _rename(folder: Path, what: str) -> str:
   aside = folder.with_name(folder.name + SET_ASIDE)
   try:
-    if aside.exists():
-      shutil.rmtree(aside)
+    folders.remove(aside)
     folder.rename(aside)
   except OSError as error:
-    raise UserError(f'{folder} is damaged and cannot be renamed: {error.strerror}.') from error
+    raise UserError(
+      f'{folder} is damaged and cannot be renamed: {error.strerror or error}.'
+    ) from error
   return f'{folder} is damaged ({what}): it is {aside.name} now, and the one before is taken.'
 
 

@@ -53,7 +53,7 @@ _DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16'], 'Default: float32 on CPU, bfloat16 elsewhere.'
 )
 _MESH = flags.DEFINE_list('mesh', [], 'Devices along axes: data=2,fsdp=4.')
-_RESAMPLES = flags.DEFINE_integer('resamples', 1000, 'Of the bootstrap.', lower_bound=1)
+_RESAMPLES = flags.DEFINE_integer('resamples', 1000, 'Of the bootstrap.', 1, 10**6)
 _CONFIDENCE = flags.DEFINE_float('confidence', 0.95, 'Of the intervals.', 0.0, 1.0)
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the bootstrap.', lower_bound=0)
 _ROUTING = flags.DEFINE_string('routing', None, 'Folder for pictures and a page of the routers.')

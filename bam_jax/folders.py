@@ -8,6 +8,7 @@ import secrets
 import shutil
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 from etils import epath
@@ -15,6 +16,8 @@ from etils import epath
 from bam_jax.errors import UserError
 
 BESIDE = '.partial-'  # in the name of a folder that is being written
+CLIENTS = ('aiohttp', 'gcsfs', 'google')  # of buckets: what they raise has nothing else in common
+COMMITTED = 'commit_success.txt'  # Orbax writes it last into what it puts into a bucket
 
 
 class Settles(Protocol):
@@ -37,15 +40,51 @@ def in_bucket(path: epath.PathLike) -> bool:
   return os.fspath(path).startswith('gs://')
 
 
+def at(path: epath.PathLike) -> Path | epath.Path:
+  """The path object for a path: what it has in common with Path works in a bucket too."""
+  return epath.Path(path) if in_bucket(path) else Path(path)
+
+
+def absolute(path: epath.PathLike) -> Path | epath.Path:
+  """The same path, whatever the working directory; one in a bucket has no other name."""
+  return at(path) if in_bucket(path) else at(path).absolute()
+
+
 def reach(path: epath.PathLike) -> epath.Path:
-  """A path that may be in a bucket; UserError when a package that this takes is missing."""
+  """A path that may be in a bucket; UserError when this machine cannot get there."""
   path = epath.Path(path)
   if in_bucket(path):
     try:
+      import fsspec
+
+      # What a listing said once may have changed: others write, and the arrays go another way.
+      fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
       path.exists()
     except ImportError:
       raise UserError(f'{path} is in a bucket, which takes a package: pip install gcsfs.') from None
+    except Exception as error:  # of no one kind: credentials, names, networks
+      raise UserError(f'{path} cannot be reached: {_said(error)}.') from error
   return path
+
+
+def check_bucket(path: epath.PathLike) -> None:
+  """UserError when the bucket of a path, if it is in one, is not there."""
+  if in_bucket(path):
+    bucket = epath.Path(*reach(path).parts[:3])
+    if not bucket.exists():
+      raise UserError(
+        f'{bucket} cannot be seen: name a bucket that is there, and give this account '
+        'roles/storage.objectUser and roles/storage.legacyBucketReader of it.'
+      )
+
+
+def is_complete(item: epath.Path) -> bool:
+  """Whether all of a checkpoint's item is there.
+
+  Orbax gives its folder its name when it is; in a bucket, where a rename is a copy of every file,
+  it writes one more file instead.
+  """
+  return (item / COMMITTED).exists() if in_bucket(item) else item.is_dir()
 
 
 @contextlib.contextmanager
@@ -55,22 +94,44 @@ def writing(path: epath.PathLike) -> Iterator[None]:
     yield
   except OSError as error:
     raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
-
-
-def write_file(path: epath.PathLike, text: str) -> None:
-  """Writes a file that is whole at every moment, whoever else writes it too; else UserError."""
-  beside = f'{os.fspath(path)}{BESIDE}{secrets.token_hex(4)}'
-  with writing(path):
-    try:
-      with open(beside, 'w', encoding='utf-8') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(beside, path)
-    except BaseException:
-      with contextlib.suppress(OSError):
-        os.unlink(beside)
+  except Exception as error:
+    if not in_bucket(path) or type(error).__module__.split('.')[0] not in CLIENTS:
       raise
+    raise UserError(f'{path} cannot be written: {_said(error)}.') from error
+
+
+def write_file(path: epath.PathLike, content: str | bytes) -> None:
+  """Writes a file that is whole at every moment, whoever else writes it too; else UserError."""
+  content = content.encode() if isinstance(content, str) else content
+  with writing(path):
+    if in_bucket(path):
+      at(path).write_bytes(content)  # an object appears when all of it has come
+    else:
+      _replace(os.fspath(path), content)
+
+
+def _replace(path: str, content: bytes) -> None:
+  beside = f'{path}{BESIDE}{secrets.token_hex(4)}'
+  try:
+    with open(beside, 'wb') as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(beside, path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      os.unlink(beside)
+    raise
+
+
+def _said(error: Exception) -> str:
+  """The first line of an error, without its full stop."""
+  return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.')
+
+
+def remove(folder: epath.PathLike) -> None:
+  """Removes a folder with all that is in it, if it is there."""
+  epath.Path(folder).rmtree(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -102,7 +163,7 @@ def new_folder(path: epath.PathLike, nbytes: int = 0) -> Iterator[epath.Path]:
   except BaseException as error:
     for writer in list(_writers):  # what is still being written would bring the folder back
       writer.settle()
-    shutil.rmtree(beside, ignore_errors=True) if not remote else beside.rmtree(missing_ok=True)
+    remove(beside) if remote else shutil.rmtree(beside, ignore_errors=True)
     if isinstance(error, OSError):
       raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
     raise

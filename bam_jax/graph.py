@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-from bam_jax import checkpoint, config, sharding
+from bam_jax import checkpoint, config, memory, sharding
 from bam_jax.data import shards
 from bam_jax.errors import UserError
-from bam_jax.model import transformer
+from bam_jax.model import arithmetic, transformer
 from bam_jax.model.kernels import attention
 from bam_jax.train import stages
 from bam_jax.upcycle import rules
@@ -126,7 +126,22 @@ def check(
     attention.check(node.model, recipe.data.sequence_length, jax.default_backend())
     abstract = transformer.Network(node.model, node.run.compute).abstract()
     sharding.check(abstract, node.run.mesh, f'config.runs.{name}')
+    _check_room(node)
   return domains
+
+
+def _check_room(node: Node) -> None:
+  """UserError when the devices cannot hold a run's state; activations come on top."""
+  copies = 2 if node.run.compute.offload_optimizer else 4  # gradients; two moments of AdamW
+  needed = copies * 4 * arithmetic.parameters(node.model).total
+  if jax.default_backend() != 'cpu':  # every fake device of a CPU has its part in the one memory
+    needed //= node.run.mesh.size
+  free = memory.free_bytes()
+  if free is not None and needed > free:
+    raise UserError(
+      f'config.runs.{node.name} needs {needed / 1e9:,.1f} GB of a device for parameters, gradients '
+      f'and optimizer, and {free / 1e9:,.1f} GB are free: make model smaller or mesh larger.'
+    )
 
 
 def _check_tokenizer(node: Node, dataset: shards.Dataset) -> None:

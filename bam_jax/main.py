@@ -19,19 +19,20 @@ lost, the others end with status 1 or JAX's own; the same command goes on, on an
 
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import rich.console
 from absl import flags, logging
 
-from bam_jax import cli, distributed, graph, processes, recipe, report
+from bam_jax import cli, distributed, folders, graph, processes, recipe, report
 from bam_jax.errors import UserError
 from bam_jax.train import stop
 
 _CONFIG = cli.define_recipe()
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of all the runs and of the report.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of all the runs and of the report; one on a disk, or gs://BUCKET/FOLDER.'
+)
 _RUNS = flags.DEFINE_list('runs', [], 'Names of the runs to train; default: all.')
 distributed.define_flags()
 
@@ -42,12 +43,10 @@ def main() -> dict[str, Any] | None:
   parsed = cli.read_recipe(_CONFIG)
   if not _WORKDIR.value:
     raise UserError('Where to? Give --workdir=FOLDER.')
-  if '://' in _WORKDIR.value:
-    raise UserError(
-      f'--workdir={_WORKDIR.value} is not a folder: mount the bucket on every host, for example '
-      'with gcsfuse, and give the folder.'
-    )
-  workdir = Path(_WORKDIR.value)
+  if '://' in _WORKDIR.value and not folders.in_bucket(_WORKDIR.value):
+    raise UserError(f'--workdir={_WORKDIR.value} is neither a folder nor gs://BUCKET/FOLDER.')
+  workdir = folders.at(_WORKDIR.value)
+  folders.check_bucket(workdir)
   processes.check_shared(workdir)
   parsed = recipe.with_workdir(parsed, workdir)
   nodes = graph.resolve(parsed)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import rich.console
-import rich.progress
 import rich.table
 from absl import flags
 
@@ -58,8 +57,7 @@ def main() -> dict[str, Any]:
   elif _BOS_TOKEN.value or _EOS_TOKEN.value:
     raise UserError('--bos_token and --eos_token go with --tokenizer=PATH only.')
   already = Path(_OUTPUT.value, 'manifest.json').exists()
-  with rich.progress.Progress(console=console) as bar:
-    task = bar.add_task('Reading', total=None)
+  with cli.bytes_bar('Reading') as progress:
     manifest = prepare(
       domains,
       _OUTPUT.value,
@@ -70,7 +68,7 @@ def main() -> dict[str, Any]:
       shard_tokens=_SHARD_TOKENS.value,
       tokenizer_bytes=_TOKENIZER_BYTES.value,
       workers=_WORKERS.value,
-      progress=lambda done, total: bar.update(task, completed=done, total=total),
+      progress=progress,
     )
   seconds = time.monotonic() - start
   console.print(_table(manifest, _OUTPUT.value))

@@ -170,5 +170,5 @@ def _write_mark(folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f'.{name}').touch()
   except OSError as error:
-    raise UserError(f'{folder} cannot be written: {error.strerror}.') from None
+    raise UserError(f'{folder} cannot be written: {error.strerror or error}.') from None
   return name

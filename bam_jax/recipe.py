@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -20,12 +19,13 @@ from bam_jax import (
   config,
   folders,
   graph,
+  json_file,
   manifest,
   processes,
   sharding,
   strict,
 )
-from bam_jax.data import prepare, shards, sources
+from bam_jax.data import prepare, remote, shards, sources
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
@@ -47,7 +47,7 @@ def execute(
 
   Args:
     recipe: the graph.
-    workdir: every run has a folder in it.
+    workdir: every run has a folder in it; it may be one of a bucket.
     dataset: the token shards.
     only: names of runs; empty is all.
     progress_enabled: whether to show progress on standard error.
@@ -68,18 +68,17 @@ def execute(
   def is_finished(name: str) -> bool:
     return finished(workdir / name, nodes[name], steps[name], domains)
 
-  def claim() -> list[str]:
-    return held.take(workdir / name for name in asked if not is_finished(name))
+  def claim() -> None:
+    held.take(workdir / name for name in asked if not is_finished(name))
 
   for name in asked:
     processes.check_mesh(nodes[name].run.mesh, f'config.runs.{name}')
   with (
-    claims.Claims() as held,
     stop.catch() as stopping,
     Progress(steps, enabled=progress_enabled) as progress,
+    claims.Claims(progress.note) as held,
   ):
-    for sentence in processes.decide(claim):
-      progress.note(sentence)
+    processes.decide(claim)
     for name in asked:
       processes.decide(functools.partial(_check_identity, workdir / name, nodes[name]))
     for name in asked:
@@ -132,7 +131,7 @@ def initial_params(
   """The parameters that a run starts from, laid out by `shardings`."""
   network = transformer.Network(node.model, node.run.compute)
   key = merge.run_key(recipe.seed, node.name)
-  find = lambda path: Path(processes.decide(lambda: str(checkpoint.find(path))))
+  find = lambda path: folders.at(processes.decide(lambda: str(checkpoint.find(path))))
   match node.run.init:
     case 'scratch':
       return jax.jit(network.init, out_shardings=shardings)(key)
@@ -232,7 +231,7 @@ def _meta(
     model=node.model,
     sequence_length=recipe.data.sequence_length,
     tokenizer_hash=dataset.tokenizer_hash,
-    tokenizer_path=str(dataset.path.absolute()),
+    tokenizer_path=str(folders.absolute(recipe.data.path)),
     run=node.name,
     step=step,
     method=node.upcycle.method if node.upcycle else None,
@@ -253,7 +252,7 @@ def _manifest(recipe: config.Recipe, node: graph.Node, workdir: Path) -> manifes
       origins = [manifest.Source(path)]
     case _:
       origins = [
-        manifest.Source(str((workdir / name).absolute()), name, recipe.total_steps(name))
+        manifest.Source(str(folders.absolute(workdir / name)), name, recipe.total_steps(name))
         for name in config.parents(node.run)
       ]
   return manifest.Manifest(
@@ -290,7 +289,7 @@ def _result(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
   try:
-    return json.loads(path.read_text(encoding='utf-8'))
+    return json_file.load(path)
   except FileNotFoundError:
     return None
   except ValueError:
@@ -308,10 +307,7 @@ def _copy_tokenizer(dataset: shards.Dataset, folder: Path) -> None:
   """Puts the tokenizer's file beside a run's checkpoints, which may outlive the data."""
   name = dataset.manifest['tokenizer']['file']
   if jax.process_index() == 0 and not (folder / name).exists():
-    beside = folder / f'{name}.partial'
-    with folders.writing(folder / name):
-      shutil.copyfile(dataset.path / name, beside)
-      beside.replace(folder / name)
+    folders.write_file(folder / name, (dataset.path / name).read_bytes())
 
 
 def write_command(workdir: Path, recipe: config.Recipe, command: str) -> None:
@@ -324,20 +320,29 @@ def write_command(workdir: Path, recipe: config.Recipe, command: str) -> None:
 def open_dataset(data: config.Data) -> shards.Dataset:
   """The token shards of a recipe, prepared first when they are missing and the recipe says how."""
   processes.decide(functools.partial(_prepare_missing, data))
-  return shards.open_dataset(data.path)
+  path = folders.at(data.path)
+  return shards.open_dataset(remote.fetch(path) if folders.in_bucket(path) else path)
 
 
 def _prepare_missing(data: config.Data) -> None:
-  path, options = Path(data.path), data.prepare
+  path, options = folders.at(data.path), data.prepare
+  folders.check_bucket(path)
   if not options or (path / shards.MANIFEST).exists():
     return
   print(f'Preparing {path} from {options.input}.', file=sys.stderr)
-  prepare.prepare(
-    sources.find_domains([str(SAMPLE) if options.input == 'sample' else options.input]),
-    path,
-    tokenizer=Tokenizer.load(options.tokenizer) if options.tokenizer else None,
-    train_tokenizer=options.train_tokenizer or None,
-  )
+
+  def prepare_in(folder: Path) -> None:
+    prepare.prepare(
+      sources.find_domains([str(SAMPLE) if options.input == 'sample' else options.input]),
+      folder,
+      tokenizer=Tokenizer.load(options.tokenizer) if options.tokenizer else None,
+      train_tokenizer=options.train_tokenizer or None,
+    )
+
+  if folders.in_bucket(path):
+    remote.publish(path, prepare_in)
+  else:
+    prepare_in(path)
 
 
 def with_workdir(recipe: config.Recipe, workdir: Path) -> config.Recipe:

@@ -6,15 +6,14 @@ program, `report.md` and its pictures for a person.
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from rich.table import Table
 
-from bam_jax import figures, folders, readings
+from bam_jax import buckets, figures, folders, json_file, readings
 from bam_jax.errors import UserError
 from bam_jax.train.progress import duration
 
@@ -36,7 +35,7 @@ COPIED = (
 BEST = '★'
 
 
-def write(workdir: Path, runs: Sequence[str]) -> dict[str, Any]:
+def write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
   """Writes the report of the runs of a recipe.
 
   Args:
@@ -60,7 +59,15 @@ def write(workdir: Path, runs: Sequence[str]) -> dict[str, Any]:
   Raises:
     UserError: when a result cannot be read, or the report cannot be written.
   """
-  workdir = Path(workdir)
+  workdir = folders.at(workdir)
+  while True:
+    report = _write(workdir, runs)
+    # Jobs that train other runs of the workdir write it too; the last of them must know of all.
+    if report['not_finished'] == _unfinished(workdir, report['not_finished']):
+      return report
+
+
+def _write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
   recipe = _read(workdir / 'recipe.json')
   results = {run: _read(workdir / run / 'result.json') for run in runs}
   finished = {run: result for run, result in results.items() if result is not None}
@@ -77,13 +84,10 @@ def write(workdir: Path, runs: Sequence[str]) -> dict[str, Any]:
   }
   folder = workdir / 'report'
   with folders.writing(folder):
-    folder.mkdir(parents=True, exist_ok=True)
     # Each file appears whole: jobs that train other runs of the workdir write the report too.
-    with tempfile.TemporaryDirectory(prefix='.partial-', dir=folder) as beside:
+    with buckets.drafts(folder) as beside:
       if rows:
-        report['pictures'] = _draw(workdir, Path(beside), rows, domains)
-      for name in report['pictures']:
-        os.replace(Path(beside, name), folder / name)
+        report['pictures'] = _draw(workdir, beside, rows, domains)
   folders.write_file(folder / 'report.json', json.dumps(report, indent=1) + '\n')
   folders.write_file(folder / 'report.md', markdown(report))
   return report
@@ -143,11 +147,15 @@ def markdown(report: Mapping[str, Any]) -> str:
   return '\n\n'.join(part.strip() for part in parts) + '\n'
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _unfinished(workdir: Path | epath.Path, runs: Sequence[str]) -> list[str]:
+  return [run for run in runs if not (workdir / run / 'result.json').exists()]
+
+
+def _read(path: Path | epath.Path) -> dict[str, Any] | None:
   if not path.exists():
     return None
   try:
-    return json.loads(path.read_text(encoding='utf-8'))
+    return json_file.load(path)
   except ValueError as error:
     raise UserError(f'{path} is not JSON ({error}): delete it and train that run again.') from error
 
@@ -183,20 +191,22 @@ def _average(scores: Mapping[str, float], domains: Sequence[str]) -> float | Non
   return sum(scores[domain] for domain in domains) / len(domains)
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
+def _metrics(path: Path | epath.Path) -> list[dict[str, Any]]:
   """One line a step, in order: a resumed run writes some steps again, and the last word counts."""
   lines = {}
   if path.exists():
     for text in path.read_text(encoding='utf-8').splitlines():
       try:
-        line = json.loads(text)
+        line = json_file.loads(text)
       except ValueError:
         continue  # a run that is killed may leave half a line; it then writes that step again
       lines[line['step']] = lines.get(line['step'], {}) | line
   return [lines[step] for step in sorted(lines)]
 
 
-def _draw(workdir: Path, folder: Path, rows: Sequence[Row], domains: Sequence[str]) -> list[str]:
+def _draw(
+  workdir: Path | epath.Path, folder: Path, rows: Sequence[Row], domains: Sequence[str]
+) -> list[str]:
   metrics = {row['run']: _metrics(workdir / row['run'] / 'metrics.jsonl') for row in rows}
   figures.loss_curves(folder / 'loss_curves.png', rows, metrics)
   figures.perplexity(folder / 'perplexity.png', rows, domains)

@@ -14,7 +14,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from bam_jax import claims
-with claims.Claims() as held:
+with claims.Claims(print) as held:
   held.take(map(Path, sys.argv[1:]))
   print('taken', flush=True)
   sys.stdin.read()
@@ -44,17 +44,19 @@ def job():
 def test_a_run_belongs_to_one_job_until_it_ends(job, tmp_path):
   seed, code, law = (tmp_path / name for name in ('seed', 'code', 'law'))
   other = job(seed, code)
-  with claims.Claims() as held:
+  with claims.Claims(print) as held:
     held.take([law])  # runs that differ, in one workdir
     with pytest.raises(UserError, match=f'{code} is being trained by process {other.pid} on '):
       held.take([code])
   job(law).send_signal(signal.SIGKILL)
   other.send_signal(signal.SIGKILL)
   other.wait()
-  with claims.Claims() as held:
-    assert held.take([seed, code]) == []
+  told = []
+  with claims.Claims(told.append) as held:
+    held.take([seed, code])
+    assert told == []
     assert str(os.getpid()) in (seed / 'lock').read_text()
-  with claims.Claims() as held:
+  with claims.Claims(print) as held:
     held.take([seed])
 
 
@@ -63,6 +65,8 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
     raise OSError(claims.UNKNOWN[0], 'No locks available')
 
   monkeypatch.setattr(claims.fcntl, 'flock', refuse)
-  with claims.Claims() as held:
-    (sentence,) = held.take([tmp_path / 'seed', tmp_path / 'code'])
+  told = []
+  with claims.Claims(told.append) as held:
+    held.take([tmp_path / 'seed', tmp_path / 'code'])
+  (sentence,) = told
   assert str(tmp_path) in sentence and 'without locks' in sentence

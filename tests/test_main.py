@@ -199,7 +199,7 @@ MISTAKES = {
   'no file': ('--config=nowhere.py', '--config=nowhere.py cannot be read'),
   'unknown run': ('--runs=sead', "--runs names 'sead'; the recipe has seed"),
   'unknown flag': ('--workdirs=x', 'workdirs'),
-  'a bucket': ('--workdir=gs://bucket/runs', '--workdir=gs://bucket/runs is not a folder: mount'),
+  'a bucket of another kind': ('--workdir=s3://bucket/runs', 'is neither a folder nor gs://BUCKET'),
   'changed': (
     '--config.runs.code.schedule.peak_learning_rate=0.5',
     'peak_learning_rate: 0.01 -> 0.5',

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bam_jax import figures, report
+from bam_jax import figures, folders, report
 from bam_jax.errors import UserError
 
 DOMAINS = ('general', 'code')
@@ -303,3 +303,22 @@ def test_held_out_loss_of_a_curve():
   valid = {'general': 3.0, 'code': 1.0}
   assert figures.valid_loss({'run': 'code', 'kind': 'specialist'}, valid) == 1.0
   assert figures.valid_loss({'run': 'seed', 'kind': 'seed'}, valid) == 2.0
+
+
+def test_a_run_that_ends_while_the_report_is_written_is_in_it(tmp_path, monkeypatch):
+  """Two jobs of one workdir that end at a time: whoever writes last has both."""
+  write_file = folders.write_file
+
+  def end_another(path, content):
+    write_file(path, content)
+    if path.name == 'report.md' and not (tmp_path / 'code').exists():
+      (tmp_path / 'code').mkdir()
+      write_file(tmp_path / 'code' / 'result.json', json.dumps(result('code', scores(5, 2))))
+
+  (tmp_path / 'seed').mkdir()
+  (tmp_path / 'seed' / 'result.json').write_text(json.dumps(result('seed', scores(4, 3))))
+  monkeypatch.setattr(folders, 'write_file', end_another)
+  facts = report.write(tmp_path, ['seed', 'code', 'law'])
+  assert [row['run'] for row in facts['rows']] == ['seed', 'code']
+  assert facts['not_finished'] == ['law']
+  assert json.loads((tmp_path / 'report' / 'report.json').read_text()) == facts

@@ -23,7 +23,8 @@ class AttentionExperts:
   renormalize: bool = False  # divide the k gates by their sum; no effect on soft routing
 
   def __post_init__(self):
-    checks.at_least(self, num_experts=1, top_k=0)
+    checks.sizes(self, 'num_experts')
+    checks.at_least(self, top_k=0)
     _check_top_k(self)
 
 
@@ -41,7 +42,8 @@ class FFNExperts:
   balance_bias: bool = False
 
   def __post_init__(self):
-    checks.at_least(self, num_experts=1, top_k=1)
+    checks.sizes(self, 'num_experts')
+    checks.at_least(self, top_k=1)
     _check_top_k(self)
     if self.buffer_factor != 0 and not self.buffer_factor >= 1:
       raise UserError(f'buffer_factor={self.buffer_factor} is neither 0 (dropless) nor at least 1.')
@@ -68,10 +70,11 @@ class Model:
   ffn_experts: FFNExperts | None = None
 
   def __post_init__(self):
-    checks.at_least(
-        self, vocab_size=2, d_model=1, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2,
-        ffn_dim=1,
+    checks.sizes(
+        self, 'vocab_size', 'd_model', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim',
+        'ffn_dim',
     )  # fmt: skip
+    checks.at_least(self, vocab_size=2, head_dim=2)
     checks.positive(self, 'rope_theta', 'norm_epsilon', 'logit_scale')
     if self.num_heads % self.num_kv_heads:
       raise UserError(
@@ -98,4 +101,5 @@ class Compute:
   offload_optimizer: bool = False  # keep the optimizer's moments in host memory between steps
 
   def __post_init__(self):
-    checks.at_least(self, loss_chunk=0, unroll=1)
+    checks.sizes(self, 'unroll')
+    checks.at_least(self, loss_chunk=0)

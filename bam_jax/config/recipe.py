@@ -61,7 +61,8 @@ class Run:
   watch: Watch = Watch()
 
   def __post_init__(self):
-    checks.at_least(self, tokens=0, batch_size=1, accumulate=1, data_seed=0, router_warmup_steps=0)
+    checks.sizes(self, 'batch_size', 'accumulate')
+    checks.at_least(self, tokens=0, data_seed=0, router_warmup_steps=0)
     for pattern, factor in self.learning_rate_factors.items():
       if not (math.isfinite(factor) and factor >= 0):
         raise UserError(
@@ -104,7 +105,7 @@ class Data:
   prepare: Prepare | None = None
 
   def __post_init__(self):
-    checks.at_least(self, sequence_length=1)
+    checks.sizes(self, 'sequence_length')
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ class Evaluation:
   domains: tuple[str, ...] = ()  # columns of the tables; empty is every domain of the data
 
   def __post_init__(self):
-    checks.at_least(self, batch_size=1, tokens=1)
+    checks.sizes(self, 'batch_size')
+    checks.at_least(self, tokens=1)
 
 
 @dataclass(frozen=True)

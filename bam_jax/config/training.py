@@ -63,7 +63,7 @@ class Mesh:
   tensor: int = 1  # heads and FFN columns
 
   def __post_init__(self):
-    checks.at_least(self, data=1, fsdp=1, expert=1, tensor=1)
+    checks.sizes(self, 'data', 'fsdp', 'expert', 'tensor')
 
   @property
   def size(self) -> int:
@@ -101,6 +101,7 @@ class Guard:
 
   def __post_init__(self):
     checks.positive(self, 'spike_deviations')
+    checks.sizes(self, 'window')
     checks.at_least(self, window=2, max_skipped=1)
 
 

@@ -1,18 +1,21 @@
 """Documents out of one file: JSON lines, Parquet or plain text."""
 
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from bam_jax import json_file
 from bam_jax.errors import UserError
 
 JSON_LINES = ('.jsonl', '.jsonl.gz')
 PARQUET = ('.parquet',)
 TEXT = ('.txt', '.txt.gz', '.md')  # one document a file
 EXTENSIONS = JSON_LINES + PARQUET + TEXT
+DOCUMENT_BYTES = 2**27  # at most: what a small gzipped file unpacks to would fill any memory
 
 
 class Document(NamedTuple):
@@ -31,7 +34,8 @@ def read_documents(path: Path, text_field: str = 'text') -> Iterator[Document]:
 
   Raises:
     UserError: the file is missing, empty, not UTF-8, damaged or of an unknown kind; a line is not
-      a JSON object, or has no string in `text_field`. The sentence names file and line.
+      a JSON object, or has no string in `text_field`; a document is larger than DOCUMENT_BYTES.
+      The sentence names file and line.
   """
   if not path.is_file():
     raise UserError(f'{path} is not a file: mend the path.')
@@ -59,16 +63,16 @@ def extension(path: Path) -> str | None:
 
 def _json_lines(path: Path, text_field: str) -> Iterator[Document]:
   with open(path, 'rb') as raw:
-    for number, line in enumerate(_plain(raw, path), 1):
+    for number, line in _lines(raw, path):
       if not line.strip():
         continue
       where = f'{path}, line {number}'
       try:
-        record = json.loads(_utf8(line, where))
+        record = json_file.loads(_utf8(line, where))
       except json.JSONDecodeError as error:
         raise UserError(f'{where} is not JSON: {error.msg} at column {error.colno}.') from error
-      except RecursionError as error:
-        raise UserError(f'{where} is not JSON that can be read: it is nested too deep.') from error
+      except ValueError as error:
+        raise UserError(f'{where} is not JSON that can be read: {error}.') from error
       if not isinstance(record, dict):
         raise UserError(f'{where} is not a JSON object such as {{"{text_field}": "..."}}.')
       yield Document(_field(record, text_field, where), raw.tell())
@@ -102,9 +106,15 @@ def _parquet(path: Path, text_field: str) -> Iterator[Document]:
 def _text(path: Path, text_field: str) -> Iterator[Document]:
   del text_field
   with open(path, 'rb') as raw:
-    # Line by line, so that a wrong byte's line can be named.
-    lines = enumerate(_plain(raw, path), 1)
-    text = ''.join(_utf8(line, f'{path}, line {number}') for number, line in lines)
+    content = _plain(raw, path).read(DOCUMENT_BYTES + 1)
+    if len(content) > DOCUMENT_BYTES:
+      raise _too_large(str(path))
+    try:
+      text = content.decode()
+    except UnicodeDecodeError as error:
+      number = content.count(b'\n', 0, error.start) + 1
+      begin = content.rfind(b'\n', 0, error.start) + 1
+      raise _not_utf8(f'{path}, line {number}', error.start - begin) from error
     if text:
       yield Document(text, raw.tell())
 
@@ -113,11 +123,31 @@ def _plain(raw: BinaryIO, path: Path) -> BinaryIO:
   return gzip.open(raw) if path.name.lower().endswith('.gz') else raw
 
 
+def _lines(raw: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+  """The numbered lines of a file, unpacked."""
+  plain = _plain(raw, path)
+  for number in itertools.count(1):
+    line = plain.readline(DOCUMENT_BYTES + 1)
+    if not line:
+      return
+    if len(line) > DOCUMENT_BYTES:
+      raise _too_large(f'{path}, line {number}')
+    yield number, line
+
+
+def _too_large(where: str) -> UserError:
+  return UserError(f'{where} is larger than {DOCUMENT_BYTES >> 20} MiB: cut it into documents.')
+
+
 def _utf8(line: bytes, where: str) -> str:
   try:
     return line.decode()
   except UnicodeDecodeError as error:
-    raise UserError(f'{where} is not UTF-8 (byte {error.start}): convert the file.') from error
+    raise _not_utf8(where, error.start) from error
+
+
+def _not_utf8(where: str, byte: int) -> UserError:
+  return UserError(f'{where} is not UTF-8 (byte {byte}): convert the file.')
 
 
 def _field(record: dict, text_field: str, where: str) -> str:
@@ -126,6 +156,8 @@ def _field(record: dict, text_field: str, where: str) -> str:
   text = record[text_field]
   if not isinstance(text, str):
     raise UserError(f'{where}: {text_field!r} holds {type(text).__name__}, not a string.')
+  if len(text) > DOCUMENT_BYTES:
+    raise _too_large(where)
   try:
     text.encode()
   except UnicodeEncodeError as error:

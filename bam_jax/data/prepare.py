@@ -29,6 +29,7 @@ CHUNK_BYTES = 2**21
 VALID_FRACTION = 0.02
 SHARD_TOKENS = 2**27
 TOKENIZER_BYTES = 2**23
+MOST_WORKERS = 1024
 
 
 def prepare(
@@ -87,7 +88,7 @@ def prepare(
     if tokenizer
     else {'vocab_size': train_tokenizer, 'bytes_per_domain': tokenizer_bytes},
   }
-  partial = output.with_name(output.name + '.partial')
+  partial = Path(f'{os.path.abspath(output)}.partial')  # of "." too
   if output.exists() and not (output.is_dir() and not any(output.iterdir())):
     if not (output / shards_lib.MANIFEST).is_file():
       raise UserError(f'{output} exists and is no prepared dataset: choose another --output.')
@@ -271,3 +272,5 @@ def _check_options(
   ).items():
     if value < 1:
       raise UserError(f'--{flag}={value} must be at least 1.')
+  if workers > MOST_WORKERS:
+    raise UserError(f'--workers={workers} must be at most {MOST_WORKERS}.')

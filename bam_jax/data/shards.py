@@ -13,7 +13,6 @@ A document never spans two shards.
 import bisect
 import functools
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,8 +21,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bam_jax import json_file
 from bam_jax.data import columns
-from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer
+from bam_jax.data.tokenizer import (
+  HUGGING_FACE_FILE,
+  SENTENCEPIECE_FILE,
+  Tokenizer,
+  read_file,
+)
 from bam_jax.errors import UserError
 
 FORMAT = 1
@@ -218,7 +223,7 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
   manifest = read_manifest(folder)
   facts = manifest['tokenizer']
   file = folder / facts['file']
-  if not file.is_file() or file_hash(file) != facts['hash']:
+  if not file.is_file() or hashlib.sha256(read_file(file)).hexdigest() != facts['hash']:
     raise UserError(f'{file} is missing or not the tokenizer of {MANIFEST}: prepare anew.')
   dataset = Dataset(folder, manifest)
   for domain in dataset.domains:
@@ -235,7 +240,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
   """
   path = folder / MANIFEST
   try:
-    manifest = json.loads(path.read_text(encoding='utf-8'))
+    manifest = json_file.load(path)
   except FileNotFoundError as error:
     raise UserError(
       f'{folder} is no prepared dataset (it has no {MANIFEST}): run python -m bam_jax.prepare.'

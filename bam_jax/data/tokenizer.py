@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Self
 
 import tokenizers
+from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from bam_jax import folders
 from bam_jax.errors import UserError
 
 HUGGING_FACE_FILE = 'tokenizer.json'
@@ -37,6 +39,20 @@ EOS_TOKENS = (
 )
 # 256 bytes, beginning and end: what byte-level BPE needs before its first merge.
 SMALLEST_VOCAB = 258
+FILE_BYTES = 2**28  # at most, of a tokenizer's file
+LARGEST_VOCAB = 2**20  # to train; the trainer makes room for all of it beforehand
+
+
+def read_file(path: Path | epath.Path) -> bytes:
+  """A tokenizer's file, unparsed; UserError when it cannot be read or has over FILE_BYTES."""
+  try:
+    with path.open('rb') as file:
+      content = file.read(FILE_BYTES + 1)
+  except OSError as error:
+    raise UserError(f'The tokenizer {path} cannot be read: {error.strerror or error}.') from error
+  if len(content) > FILE_BYTES:
+    raise UserError(f'{path} is larger than {FILE_BYTES >> 20} MiB: it is no tokenizer.')
+  return content
 
 
 class Tokenizer:
@@ -87,7 +103,7 @@ class Tokenizer:
     Raises:
       UserError: there is no such file, it cannot be read, or it lacks the begin or end token.
     """
-    file = Path(path)
+    file = folders.at(path)
     if file.is_dir():
       found = [file / name for name in (HUGGING_FACE_FILE, SENTENCEPIECE_FILE)]
       file = next((candidate for candidate in found if candidate.is_file()), None)
@@ -98,10 +114,7 @@ class Tokenizer:
     names = {'.json': HUGGING_FACE_FILE, '.model': SENTENCEPIECE_FILE}
     if file.suffix not in names:
       raise UserError(f'{path} is no tokenizer: give a tokenizer.json or a SentencePiece .model.')
-    try:
-      content = file.read_bytes()
-    except OSError as error:
-      raise UserError(f'The tokenizer {path} cannot be read: {error.strerror}.') from error
+    content = read_file(file)
     try:
       return cls(content, names[file.suffix], bos_token, eos_token)
     except UserError as error:
@@ -115,12 +128,17 @@ class Tokenizer:
     fewer than `vocab_size` tokens: `Tokenizer.vocab_size` says how many there are.
 
     Raises:
-      UserError: `vocab_size` has no room for the 256 bytes and the two special tokens.
+      UserError: `vocab_size` has no room for the 256 bytes and the two special tokens, or is past
+        LARGEST_VOCAB.
     """
     if vocab_size < SMALLEST_VOCAB:
       raise UserError(
         f'--train_tokenizer={vocab_size} is too small: a byte-level vocabulary needs at least'
         f' {SMALLEST_VOCAB} tokens.'
+      )
+    if vocab_size > LARGEST_VOCAB:
+      raise UserError(
+        f'--train_tokenizer={vocab_size} is too large: at most {LARGEST_VOCAB:,} tokens.'
       )
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

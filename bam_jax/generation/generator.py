@@ -6,14 +6,13 @@ Legend: B batch, T tokens of a piece.
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bam_jax import config
+from bam_jax import config, memory
 from bam_jax.errors import UserError
 from bam_jax.generation import programs, sampling
 from bam_jax.model import arithmetic
@@ -135,7 +134,7 @@ class Generator:
       cut *= layout.sizes['expert']
     # Every fake device of a CPU has its part in the one memory.
     here = cut if layout.platform == 'cpu' else 1
-    needed, free = batch * slots * of_token * here // cut, free_bytes()
+    needed, free = batch * slots * of_token * here // cut, memory.free_bytes()
     if free is not None and needed > free:
       raise UserError(
         f'Keys and values of {batch} x {slots:,} tokens take {needed / 1e9:,.1f} GB, and '
@@ -173,27 +172,6 @@ def bucket(tokens: int) -> int:
   """The next multiple of STEP, from 256 on of 32, 64, 128 and so on: at most a quarter larger."""
   step = max(STEP, 2 ** (math.ceil(math.log2(max(tokens, 1))) - 3))
   return -(-tokens // step) * step
-
-
-def free_bytes() -> int | None:
-  """Memory that a device has left, or this machine if that is the device; None if unknown."""
-  device = jax.local_devices()[0]
-  if device.platform == 'cpu':
-    return _available_bytes()
-  stats = device.memory_stats() or {}
-  if 'bytes_limit' not in stats:
-    return None
-  return stats['bytes_limit'] - stats.get('bytes_in_use', 0)
-
-
-def _available_bytes() -> int | None:
-  """What Linux could give to a process; elsewhere None."""
-  try:
-    lines = Path('/proc/meminfo').read_text(encoding='ascii').splitlines()
-  except OSError:
-    return None
-  found = [line for line in lines if line.startswith('MemAvailable:')]
-  return 1024 * int(found[0].split()[1]) if found else None
 
 
 def _first(stopped_N: np.ndarray) -> int:

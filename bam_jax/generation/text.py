@@ -1,15 +1,15 @@
 """Text around the model: prompts to tokens, and tokens to text as they come."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
+from bam_jax import json_file
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 
 CONTEXT = 8  # tokens before new ones that say how they are spelled: whether a space comes first
 BROKEN = '\ufffd'  # what a tokenizer makes of bytes that are no character, or half of one
 HALF = 3  # the most bytes of half a character
+PROMPTS_BYTES = 2**28  # at most, of a file of prompts
 
 
 def prompt_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -24,9 +24,13 @@ def read_prompts(path: str) -> list[str]:
     UserError: it cannot be read, or a line of it.
   """
   try:
-    lines = Path(path).read_bytes().split(b'\n')
+    with open(path, 'rb') as file:
+      content = file.read(PROMPTS_BYTES + 1)
   except OSError as error:
     raise UserError(f'--prompts={path} cannot be read: {error.strerror}.') from error
+  if len(content) > PROMPTS_BYTES:
+    raise UserError(f'--prompts={path} is larger than {PROMPTS_BYTES >> 20} MiB: split the file.')
+  lines = content.split(b'\n')
   found = []
   for number, line in enumerate(lines, 1):
     try:
@@ -51,7 +55,7 @@ def check(text: str, where: str) -> None:
 
 def _json_prompt(path: str, number: int, line: str) -> str:
   try:
-    fact = json.loads(line)
+    fact = json_file.loads(line)
   except ValueError as error:
     raise UserError(f'{path}:{number} is not JSON ({error}).') from None
   prompt = fact.get('prompt') if isinstance(fact, dict) else None

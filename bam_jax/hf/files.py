@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from bam_jax import json_file
 from bam_jax.arrays import Spec
 from bam_jax.errors import UserError
 
@@ -162,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return dict(pairs)
 
   try:
-    facts = json.loads(path.read_text(encoding='utf-8'), object_pairs_hook=unique)
+    facts = json_file.load(path, unique)
   except (OSError, ValueError) as error:
     reason = error.strerror if isinstance(error, OSError) else error
     raise UserError(f'{path} cannot be read: {reason}.') from None

@@ -13,7 +13,7 @@ from pathlib import Path
 import tensorboardX
 from tensorboardX.proto import event_pb2, summary_pb2
 
-FLUSH_SECONDS = 60.0  # until others see what was written
+from bam_jax import buckets
 
 
 class Events:
@@ -24,8 +24,8 @@ class Events:
     folder.mkdir(parents=True, exist_ok=True)
     now = time.time()
     name = f'events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}'
-    self._writer = tensorboardX.RecordWriter(str(folder / name))
-    self._flushed = time.monotonic()
+    self._mirror = buckets.Mirror(folder / name)
+    self._writer = tensorboardX.RecordWriter(str(self._mirror.path))
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._write(event_pb2.Event(wall_time=now, file_version='brain.Event:2'))
     self._write(event_pb2.Event(wall_time=now, step=first_step, session_log=start))
@@ -35,14 +35,17 @@ class Events:
     values = [summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars]
     summary = summary_pb2.Summary(value=values)
     self._write(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
-    if time.monotonic() - self._flushed > FLUSH_SECONDS:
-      self._writer.flush()
-      self._flushed = time.monotonic()
+
+  def flush(self) -> None:
+    """Lets others see what was written."""
+    self._writer.flush()
+    self._mirror.send()
 
   def close(self) -> None:
-    """Closes the file, which is then on disk, or was given up."""
+    """Closes the file, which is then where it was asked for, or was given up."""
     with contextlib.suppress(OSError):
       self._writer.close()
+    self._mirror.close()
 
   def _write(self, event: event_pb2.Event) -> None:
     self._writer.write(event.SerializeToString())

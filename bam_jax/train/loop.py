@@ -121,6 +121,7 @@ def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> di
           'skipped': skips.counts,
           'spent': spent.spent(),
         }
+        writer.flush()  # a resume at this step reads back what was told of the steps before
         checkpoints.save(step, state.params, state.opt_state, data, job.meta(step))
 
     def heldout(tokens: int | None) -> dict[str, Any]:

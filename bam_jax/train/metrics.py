@@ -4,13 +4,15 @@ import contextlib
 import errno
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
-from bam_jax import folders
+from bam_jax import buckets, folders, json_file
 from bam_jax.model import block, router
 from bam_jax.train import events
 from bam_jax.train import step as step_lib
@@ -66,10 +68,13 @@ def mfu(flops_per_token: float, tokens_per_second: float, num_devices: int) -> f
   return flops_per_token * tokens_per_second / (peak * num_devices) if peak else None
 
 
+FLUSH_SECONDS = 60.0  # until a bucket, or TensorBoard, sees what was written
+
+
 class Writer:
   """Appends to a run's metrics; a process that is not the first writes nothing."""
 
-  def __init__(self, folder: Path, start_step: int):
+  def __init__(self, folder: Path | epath.Path, start_step: int):
     """Opens the files, dropping what an earlier attempt wrote of steps after `start_step`.
 
     Attributes:
@@ -82,9 +87,11 @@ class Writer:
     self._path = path = folder / 'metrics.jsonl'
     lines = _lines(path)
     self.dropped = [facts for _, facts in lines if facts['step'] > start_step]
-    folders.write_file(path, ''.join(text for text, facts in lines if facts['step'] <= start_step))
+    kept = ''.join(text for text, facts in lines if facts['step'] <= start_step)
+    self._mirror, self._flushed = buckets.Mirror(path), time.monotonic()
+    folders.write_file(self._mirror.path, kept)
     with folders.writing(folder):
-      self._file = path.open('ab', buffering=0)
+      self._file = open(self._mirror.path, 'ab', buffering=0)
       self._events = events.Events(folder / 'tensorboard', start_step + 1)
 
   def write(self, step: int, facts: dict[str, Any]) -> None:
@@ -96,22 +103,33 @@ class Writer:
       self._events.write(step, _flatten(facts))
       if self._file.write(line) < len(line):  # what came before the end is dropped at the resume
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if time.monotonic() - self._flushed > FLUSH_SECONDS:
+      self.flush()
+
+  def flush(self) -> None:
+    """Lets a bucket, and TensorBoard, see all that was written."""
+    if self._file:
+      with folders.writing(self._path):
+        self._events.flush()
+      self._mirror.send()
+      self._flushed = time.monotonic()
 
   def close(self) -> None:
     """Flushes and closes the files."""
     if self._file:
       self._file.close()
+      self._mirror.close()
       self._events.close()
 
 
-def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _lines(path: Path | epath.Path) -> list[tuple[str, dict[str, Any]]]:
   """A file's lines and what they say; a kill or a full disk may have cut one short."""
   if not path.exists():
     return []
   lines = []
-  for line in path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True):
+  for line in path.read_bytes().decode(errors='replace').splitlines(keepends=True):
     with contextlib.suppress(ValueError):
-      facts = json.loads(line)
+      facts = json_file.loads(line)
       if line.endswith('\n') and isinstance(facts, dict) and isinstance(facts.get('step'), int):
         lines.append((line, facts))
   return lines

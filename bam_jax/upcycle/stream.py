@@ -106,7 +106,7 @@ def upcycle(
     (folder / tokenizer.name).write_bytes(tokenizer.read_bytes())
     origins = [
       manifest.Source(
-        path=str(source.folder.absolute()),
+        path=str(folders.absolute(source.folder)),
         run=source.meta.run,
         step=source.meta.step,
         hash=manifest.content_hash(mine),

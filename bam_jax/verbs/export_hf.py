@@ -52,7 +52,7 @@ def main() -> dict[str, Any]:
 
 
 def _bytes(size: str) -> int:
-  match = re.fullmatch(r'(\d+)\s*([KMG]i?B)?', size, re.IGNORECASE)
+  match = re.fullmatch(r'(\d{1,18})\s*([KMG]i?B)?', size, re.IGNORECASE)
   if not match or not int(match[1]):
     raise UserError(f'--max_shard_size={size} is no size: give one such as 500MB or 5GB.')
   return int(match[1]) * _UNITS[(match[2] or '').upper()]

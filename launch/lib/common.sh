@@ -28,14 +28,17 @@ refuse() {
 begin() {
   scratch=$(mktemp -d "${TMPDIR:-/tmp}/bam.XXXXXX")
   trap leave EXIT
-  trap 'exit 129' HUP
-  trap 'exit 130' INT
-  trap 'exit 141' PIPE
-  trap 'exit 143' TERM
+  trap 'leave 129' HUP
+  trap 'leave 130' INT
+  trap 'leave 141' PIPE
+  trap 'leave 143' TERM
 }
 
+# Called by the traps themselves: an `exit` in one would cut short a `leave` that has just begun.
 leave() {
-  local code=$? hook
+  local code=${1:-$?} hook
+  # A signal may find a subshell in its first moment, when it still has the traps of its parent.
+  [[ $BASHPID == "$$" ]] || exit "$code"
   # What follows may not be interrupted: it is what deletes machines.
   trap '' HUP INT PIPE TERM
   trap - EXIT

@@ -28,6 +28,8 @@ RUNTIMES = {
 }
 # Chips a host, and what the number in an accelerator's name counts for one chip.
 HOSTS = {'v4': (4, 2), 'v5p': (4, 2), 'v5litepod': (4, 1), 'v6e': (4, 1)}
+# What leads the clients of buckets to a server of a test's own.
+BUCKETS = re.compile('STORAGE_EMULATOR_HOST|TENSORSTORE_GCS_|GOOGLE_AUTH_TOKEN_FOR_TESTING|GCSFS_')
 STOCK_OUT = 'There is no more capacity in the zone "{zone}"; you can try in another zone.'
 QUOTA = "Quota limit 'TPUV5sLitepodPerProjectPerZone' has been exceeded. Limit: 0 in zone {zone}."
 
@@ -297,6 +299,7 @@ def worker_environment(home: Path, worker: int) -> dict[str, str]:
     'STAND_IN_WORKER': str(worker),
     'STAND_IN_PYTHON': os.environ.get('STAND_IN_PYTHON', 'python3'),
     'JAX_PLATFORMS': 'cpu',
+    **{name: value for name, value in os.environ.items() if BUCKETS.match(name)},
   }
 
 

@@ -1,11 +1,18 @@
-"""The quick start, small, on two workers, one of which is taken away in the middle."""
+"""The quick start, small, on workers that are taken away, and on slices that are stopped."""
 
+import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from etils import epath
 
-from tests.launch.conftest import ROOT, Launcher, git, wait_for
+from tests.gcs.conftest import serve
+from tests.launch.conftest import ROOT, Launcher, git, interrupt, wait_for
 
 RUNS = ('seed', 'code', 'law', 'math', 'btx', 'bam_shared_kv', 'bam_kv')
 
@@ -52,3 +59,51 @@ def test_two_workers_one_preempted_the_recipe_ends(cloud, checkout, gcloud, tmp_
   assert (workdir / 'seed' / 'result.json').stat().st_mtime_ns == kept
   assert (workdir / 'report' / 'report.md').exists()
   assert cloud.read()['created'] == ['zone-a/exp-1'] * 2 and tpu.resources() == []
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  """The time in which gs://slices is there, for this process and those that it starts."""
+  server, environment = serve('slices')
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  yield epath.Path('gs://slices')
+  server.kill()
+  server.communicate()
+
+
+@pytest.mark.slow
+def test_a_recipe_over_slices_stopped_and_started(bucket, cloud, checkout, gcloud, tmp_path):
+  """A TPU for each run, each with nothing of its own, and the results of one folder's runs."""
+  tpu, workdir = Launcher(cloud, checkout, gcloud, tmp_path), bucket / 'small'
+
+  def start():
+    flags = [f'--workdir={workdir}', '--type=v5e-1', '--mixture-type=v5e-4']
+    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    return tpu.start(
+      'small', '--config=configs/quickstart.py:smoke', *flags,
+      program='recipe', PATH=f'{gcloud}:{path}', BAM_POLL='1', BAM_GRACE='60',
+    )  # fmt: skip
+
+  process = start()
+  wait_for(lambda: all((workdir / run / 'lock').exists() for run in RUNS[1:4]), seconds=300)
+  code, out, err = interrupt(process)
+  assert code == 130 and tpu.resources() == [], err + out
+  assert (workdir / 'seed' / 'result.json').exists()
+  process = start()
+  out, err = process.communicate(timeout=900)
+  assert process.returncode == 0, err + out
+  assert 'recipe: seed is finished' in err and err.count('costs money until') == 0
+  created = cloud.read()['created']
+  assert created.count('zone-a/small-seed') == 1 and created.count('zone-a/small-bam-kv') == 1
+  assert tpu.resources() == [] and not any((workdir / run / 'lock').exists() for run in RUNS)
+  flags = ['--config=configs/quickstart.py:smoke', f'--workdir={tmp_path}/local']
+  command = [sys.executable, '-m', 'bam_jax.main', *flags]
+  subprocess.run(command, cwd=checkout, check=True, capture_output=True)
+  for run in RUNS:
+    results = (json.loads((place / run / 'result.json').read_text()) for place in (
+      workdir, tmp_path / 'local'
+    ))  # fmt: skip
+    assert len({json.dumps(result['domains']) for result in results}) == 1, run
+  report = json.loads((workdir / 'report' / 'report.json').read_text())
+  assert [row['run'] for row in report['rows']] == list(RUNS)

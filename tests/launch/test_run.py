@@ -6,8 +6,8 @@ import pytest
 
 from tests.launch.conftest import git, interrupt, wait_for
 
-# Says what it is, and waits for a file in its worker's home, which says how it ends: for its content,
-# since the file is there before it is written.
+# Says what it is, and waits for a file in its worker's home, which says how it ends: for its
+# content, since the file is there before it is written.
 WAIT = """
 echo "worker $BAM_WORKER of $BAM_WORKERS"
 until [[ -s ~/go ]]; do sleep 0.05; done

@@ -1,10 +1,13 @@
 """The scripts as text: shellcheck, what they document, and the examples' command lines."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,27 @@ def test_every_file_parses_and_belongs_to_what_is_checked(path):
   subprocess.run(['bash', '-n', path], check=True)
   name = str(path.relative_to(LAUNCH))
   assert name in PROGRAMS or f'# shellcheck source=launch/{name}' in (LAUNCH / 'tpu').read_text()
+
+
+@pytest.mark.slow
+def test_a_second_signal_does_not_cut_the_tidying_short(tmp_path):
+  """Two in quick succession, as when a terminal closes: at every distance, `at_exit` runs once."""
+  program = tmp_path / 'program'
+  program.write_text(
+    f"set -euo pipefail\n. '{LAUNCH}/lib/common.sh'\ntidy() {{ echo tidy >&2; }}\n"
+    'at_exit=(tidy)\nbegin\necho ready\nwhile :; do pause 1; done\n'
+  )
+  for number in range(400):
+    process = subprocess.Popen(
+      ['bash', program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == 'ready\n'
+    process.send_signal(signal.SIGTERM)
+    time.sleep(number % 40 * 2e-5)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and err.count('tidy') == 1
 
 
 def test_every_setting_is_used_documented_and_gives_way_to_the_environment():

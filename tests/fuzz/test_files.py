@@ -1,0 +1,296 @@
+"""Every file of every folder that a command reads, damaged in every way; nothing in them is run."""
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fuzz import values
+from tests.fuzz.server import ROOT
+
+DEEP = '[' * 100_000 + ']' * 100_000
+
+
+class Trap:
+  """Whoever unpickles it makes a file."""
+
+  def __init__(self, marker: Path):
+    self.marker = marker
+
+  def __reduce__(self):
+    return Path.touch, (self.marker,)
+
+
+def lines(world, folder: Path, output: Path) -> dict[str, list[tuple[str, list[str]]]]:
+  """For each folder that can be damaged, commands that read its copy `folder`."""
+  data = f'--config.data.path={folder}', '--config.model.vocab_size=320', '--runs=seed'
+  return {
+    'data': [
+      ('evaluate', [f'--data={folder}', '--checkpoint=nowhere']),
+      ('main', [f'--config={world.recipe}', *data, '--workdir=/dev/null/nowhere']),
+    ],
+    'mixture': [
+      ('convert inspect', [str(folder)]),
+      ('convert export-hf', [f'--checkpoint={folder}', f'--output={output}']),
+      ('generate', [f'--checkpoint={folder}', '--prompt=the cat', '--max_new_tokens=1']),
+    ],
+    'hf': [('convert import-hf', [f'--input={folder}', f'--output={output}'])],
+    'hf_shards': [('convert import-hf', [f'--input={folder}', f'--output={output}'])],
+  }  # fmt: skip
+
+
+FOLDERS = ('data', 'mixture', 'hf', 'hf_shards')
+
+
+def files_of(folder: Path) -> list[Path]:
+  """The files below a folder; of several alike, such as shards, the first."""
+  found = {}
+  for path in sorted(path for path in folder.rglob('*') if path.is_file()):
+    place = path.relative_to(folder)
+    found.setdefault((len(place.parts), re.sub('[0-9a-f]{16,}', '', path.name)), place)
+  return list(found.values())
+
+
+def faults(path: Path, marker: Path) -> dict:
+  """Ways to damage a file."""
+  chance = random.Random(path.name)
+  content = path.read_bytes()
+  at = chance.randrange(len(content) or 1)
+
+  def with_link(target) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+  return {
+    'missing': path.unlink,
+    'empty': lambda: path.write_bytes(b''),
+    'half': lambda: path.write_bytes(content[: len(content) // 2]),
+    'longer': lambda: path.write_bytes(content + bytes(1000)),
+    'flipped': lambda: path.write_bytes(
+      content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :]
+    ),
+    'noise': lambda: path.write_bytes(chance.randbytes(len(content))),
+    'a pickle': lambda: path.write_bytes(pickle.dumps(Trap(marker))),
+    'an array of objects': lambda: _save_objects(path, marker),
+    'deep': lambda: path.write_text(DEEP),
+    'latin': lambda: path.write_bytes(b'{"\xe9": 1}'),
+    'an absurd size': lambda: os.truncate(path, 2**37),
+    'a loop': lambda: with_link(path.name),
+    'a device': lambda: with_link('/dev/zero'),
+    'a folder': lambda: (path.unlink(), path.mkdir()),
+  }
+
+
+def _save_objects(path: Path, marker: Path) -> None:
+  with open(path, 'wb') as file:
+    np.save(file, np.array([Trap(marker)], object), allow_pickle=True)
+
+
+@pytest.fixture
+def sources(world) -> dict[str, Path]:
+  return {name: getattr(world, name) for name in FOLDERS}
+
+
+def each_command(server, world, tmp_path, name: str, few: bool) -> None:
+  """Runs what reads the damaged folder `tmp_path/damaged`."""
+  output = tmp_path / 'output'
+  for command, line in lines(world, tmp_path / 'damaged', output)[name][: 1 if few else None]:
+    shutil.rmtree(output, ignore_errors=True)
+    server.run(command, *line, folder=tmp_path).check()
+  assert not (tmp_path / 'unpickled').exists()
+
+
+def damage_all(server, world, sources, tmp_path, name: str, few: bool) -> None:
+  for relative in files_of(sources[name]):
+    for fault in faults(sources[name] / relative, tmp_path):
+      folder = tmp_path / 'damaged'
+      shutil.rmtree(folder, ignore_errors=True)
+      shutil.copytree(sources[name], folder)
+      # What checksums would notice must be noticed without them too.
+      shutil.rmtree(folder / 'checksums', ignore_errors=relative.parts[0] != 'checksums')
+      if not (folder / relative).exists():
+        shutil.copytree(sources[name] / 'checksums', folder / 'checksums')
+      faults(folder / relative, tmp_path / 'unpickled')[fault]()
+      each_command(server, world, tmp_path, name, few)
+
+
+@pytest.mark.parametrize('name', FOLDERS)
+def test_a_damaged_file(server, world, sources, tmp_path, name):
+  damage_all(server, world, sources, tmp_path, name, few=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['data', 'mixture'])
+def test_a_damaged_file_and_every_command(server, world, sources, tmp_path, name):
+  damage_all(server, world, sources, tmp_path, name, few=False)
+
+
+JSON = {
+  'data': ['manifest.json', 'tokenizer.json'],
+  'mixture': ['meta/metadata', 'params/_METADATA', 'checksums/crc32.json'],
+  'hf': ['config.json', 'tokenizer.json'],
+  'hf_shards': ['model.safetensors.index.json'],
+}
+
+
+def places(facts, path: tuple = ()):
+  """Paths to everything in nested JSON, the first few entries of a list or group."""
+  yield path
+  items = (
+    facts.items()
+    if isinstance(facts, dict)
+    else enumerate(facts if isinstance(facts, list) else [])
+  )
+  for key, value in list(items)[:40]:
+    yield from places(value, (*path, key))
+
+
+def changed(facts, path: tuple, value):
+  """A copy with something else at a path."""
+  if not path:
+    return value
+  copy = dict(facts) if isinstance(facts, dict) else list(facts)
+  copy[path[0]] = changed(copy[path[0]], path[1:], value)
+  return copy
+
+
+@pytest.mark.parametrize('name, file', [(name, file) for name in JSON for file in JSON[name]])
+def test_json_that_says_something_else(server, world, sources, tmp_path, name, file):
+  folder = shutil.copytree(sources[name], tmp_path / 'damaged')
+  if 'checksums' not in file:
+    shutil.rmtree(folder / 'checksums', ignore_errors=True)
+  facts = json.loads((folder / file).read_text())
+  everywhere = st.sampled_from(sorted(places(facts), key=len))
+
+  @values.LONG
+  @given(everywhere, values.ODD)
+  def say(path, value):
+    (folder / file).write_text(json.dumps(changed(facts, path, value)))
+    each_command(server, world, tmp_path, name, few=True)
+
+  say()
+
+
+@pytest.mark.parametrize(
+  'outside', ['../../etc/passwd', '/etc/passwd', 'code/../../x', '..', 'a\\b/c']
+)
+def test_no_manifest_leads_out_of_its_folder(server, world, tmp_path, outside):
+  """Names in them are plain; a link that lies there is the user's own, and is followed."""
+  data = shutil.copytree(world.data, tmp_path / 'data')
+  manifest = json.loads((data / 'manifest.json').read_text())
+  shard = ('domains', 'code', 'train', 'shards', 0, 'name')
+  renamed = {**manifest, 'domains': {outside: manifest['domains']['code']}}
+  for facts in (
+    changed(manifest, shard, outside),
+    changed(manifest, ('tokenizer', 'file'), outside),
+    renamed,
+  ):
+    (data / 'manifest.json').write_text(json.dumps(facts))
+    outcome = server.run('evaluate', f'--data={data}', f'--checkpoint={world.dense}')
+    assert outcome.check('manifest.json').status == 2
+  hf = shutil.copytree(world.hf_shards, tmp_path / 'hf')
+  index = json.loads((hf / 'model.safetensors.index.json').read_text())
+  name = next(iter(index['weight_map']))
+  (hf / 'model.safetensors.index.json').write_text(
+    json.dumps(changed(index, ('weight_map', name), f'{outside}.safetensors'))
+  )
+  outcome = server.run('convert import-hf', f'--input={hf}', f'--output={tmp_path}/output')
+  assert outcome.check('model.safetensors.index.json').status == 2
+  sums = shutil.copytree(world.dense, tmp_path / 'dense') / 'checksums' / 'crc32.json'
+  listed = json.loads(sums.read_text())
+  sums.write_text(json.dumps({f'params/{outside}': value for value in listed.values()}))
+  assert server.run('convert inspect', str(tmp_path / 'dense')).check().status == 2
+
+
+def test_a_newer_format(server, world, tmp_path):
+  dense = shutil.copytree(world.dense, tmp_path / 'dense')
+  shutil.rmtree(dense / 'checksums')
+  data = shutil.copytree(world.data, tmp_path / 'data')
+  for file in (dense / 'meta' / 'metadata', data / 'manifest.json'):
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps(facts | {'format': 2, 'unheard_of': 1}))
+  lines = [
+    ('convert inspect', [str(dense)]),
+    ('convert export-hf', [f'--checkpoint={dense}', f'--output={tmp_path}/output']),
+    ('convert upcycle', [f'--from={dense}', f'--from={world.other}', '--method=btx', '--output=o']),
+    ('generate', [f'--checkpoint={dense}', '--prompt=x']),
+    ('evaluate', [f'--checkpoint={dense}', f'--data=code={world.text}/code']),
+    ('evaluate', [f'--checkpoint={world.dense}', f'--data={data}']),
+    ('main', [f'--config={world.recipe}', f'--config.data.path={data}', '--workdir=w']),
+  ]
+  for command, line in lines:
+    outcome = server.run(command, *line, folder=tmp_path).check('upgrade bam_jax')
+    assert outcome.status == 2 and 'format 2' in outcome.sentence
+
+
+def header(facts, length: int | None = None, values: bytes = bytes(64)) -> bytes:
+  text = facts if isinstance(facts, bytes) else json.dumps(facts).encode()
+  return (len(text) if length is None else length).to_bytes(8, 'little') + text + values
+
+
+TENSOR = {'dtype': 'F32', 'shape': [2, 4], 'data_offsets': [0, 32]}
+SAFETENSORS = {
+  'nothing': b'',
+  'half a length': b'\1\0\0',
+  'no header': header(b''),
+  'no object': header([1]),
+  'length past the file': header({'x': TENSOR}, 10**6),
+  'length past any file': header({'x': TENSOR}, 2**64 - 1),
+  'length of a GiB': header({'x': TENSOR}, 2**30),
+  'a header of 90 MB': header(b'{"' + b'x' * 90_000_000 + b'": 1}'),
+  'deep': header(b'{"x":' + b'[' * 10**6 + b']' * 10**6 + b'}'),
+  'values past the file': header(
+    {'x': TENSOR | {'shape': [10**6, 4], 'data_offsets': [0, 16 * 10**6]}}
+  ),
+  'offsets backwards': header({'x': TENSOR | {'data_offsets': [32, 0]}}),
+  'offsets that overlap': header({'x': TENSOR, 'y': TENSOR}),
+  'another size': header({'x': TENSOR | {'shape': [3, 4]}}),
+  'a negative shape': header({'x': TENSOR | {'shape': [-2, -4]}}),
+  'a shape that overflows': header(
+    {'x': TENSOR | {'shape': [2**62, 2**62], 'data_offsets': [0, 0]}}
+  ),
+  'nothing in a shape': header({'x': TENSOR | {'shape': [0], 'data_offsets': [0, 0]}}),
+  'integers': header({'x': TENSOR | {'dtype': 'I32'}}),
+  'no such dtype': header({'x': TENSOR | {'dtype': 'O'}}),
+  'a name twice': header(b'{"x":%s,"x":%s}' % ((json.dumps(TENSOR).encode(),) * 2)),
+  'another tensor': header({'model.norm.weight': TENSOR}, values=bytes(32)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', SAFETENSORS)
+def test_safetensors_that_are_none(server, world, tmp_path, name):
+  folder = shutil.copytree(world.hf, tmp_path / 'hf')
+  (folder / 'model.safetensors').write_bytes(SAFETENSORS[name])
+  outcome = server.run('convert import-hf', f'--input={folder}', f'--output={tmp_path}/output')
+  assert outcome.check(str(folder)).status == 2
+  assert not (tmp_path / 'output').exists()
+
+
+def test_pickles_of_transformers_are_not_read(server, world, tmp_path):
+  folder = shutil.copytree(world.hf, tmp_path / 'hf')
+  (folder / 'model.safetensors').unlink()
+  for name in ('pytorch_model.bin', 'training_args.bin', 'optimizer.pt'):
+    (folder / name).write_bytes(pickle.dumps(Trap(tmp_path / 'unpickled')))
+  outcome = server.run('convert import-hf', f'--input={folder}', f'--output={tmp_path}/output')
+  assert outcome.check('pickle').status == 2 and not (tmp_path / 'unpickled').exists()
+
+
+def test_no_module_reads_pickles():
+  """But for `aot --save`, whose file is the user's own program, for `save.load` to read."""
+  package = ROOT / 'bam_jax'
+  found = [
+    path.relative_to(package).as_posix()
+    for path in sorted(package.rglob('*.py'))
+    if re.search(
+      r'pickle\.load|allow_pickle=True|\beval\(|\bexec\(|torch\.load|marshal', path.read_text()
+    )
+  ]
+  assert found == ['compiled/save.py']

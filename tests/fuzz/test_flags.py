@@ -1,0 +1,64 @@
+"""Every flag of every command, asked of the commands themselves, with values of all kinds."""
+
+import shutil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fuzz import values
+from tests.fuzz.server import commands
+
+COMMANDS = commands()
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_any_value_of_any_flag(server, world, tmp_path, command):
+  try_all(server, world.door, tmp_path / 'here', command)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('command', COMMANDS)
+def test_any_value_past_the_door(server, world, tmp_path, command):
+  try_all(server, world.threshold, tmp_path / 'here', command)
+
+
+def try_all(server, line_of, folder, command: str) -> None:
+  """Gives every flag all kinds of values; the sentence, if any, is about it."""
+  flags = server.flags(command)
+  assert {flag['name'] for flag in flags} >= {'json'}
+
+  def run(*argument: str):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return server.run(command, *line_of(command, folder / 'output'), *argument, folder=folder)
+
+  def give(name: str, value: str) -> None:
+    outcome = run(f'--{name}={value}')
+    words = [printable(word)[:20] for word in value.split('=') if word]
+    outcome.check(*([] if outcome.sentence == usual else [name, 'nowhere', *words]))
+
+  usual = run().sentence
+  for flag in flags:
+    name = flag['name']
+    run(f'--{name}').check()
+    run(f'--{name}=1', f'--{name}=1').check()
+    for value in values.of_flag(flag):
+      give(name, value)
+    values.BRIEF(given(st.just(name), values.text())(give))()
+
+
+def printable(word: str) -> str:
+  """As a sentence has it."""
+  return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in word)
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_arguments_that_are_no_flags(server, command):
+  for line in (['x', 'y', 'z'], ['--nowhere=1'], ['--=1'], ['-'], ['--'], [''], ['--json'], []):
+    server.run(command, *line).check()
+
+
+def test_no_verb(server):
+  for line in ([], ['x'], ['\x1b[31m'], ['--json=x']):
+    assert server.run('convert', *line).check().status == 2

@@ -1,0 +1,152 @@
+"""Recipes that are no recipes, and every key of a recipe with values of all kinds."""
+
+import dataclasses
+import json
+import os
+import typing
+from collections.abc import Iterator, Mapping
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bam_jax import config
+from tests.fuzz import values
+
+FROM_JSON = (
+  'import json\n'
+  'from ml_collections import ConfigDict\n'
+  'def get_config(path):\n'
+  '  return ConfigDict(json.load(open(path)), convert_dict=True)\n'
+)
+FILES = {
+  'empty': b'',
+  'no_function': b'x = 1\n',
+  'no_python': b'def get_config(:\n',
+  'null_bytes': b'x = 1\n\0\n',
+  'latin': b'# \xe9\n',
+  'binary': bytes(range(256)),
+  'raises': b'def get_config():\n  return 1 / 0\n',
+  'raises_at_once': b'raise ValueError("two\\nlines")\n',
+  'wants_a_file': b'def get_config():\n  return open("/nowhere")\n',
+  'wants_memory': b'def get_config():\n  return b"x" * 2**40\n',
+  'recurses': b'def get_config():\n  return get_config()\n',
+  'wants_an_argument': b'def get_config(size):\n  return int(size)\n',
+  'returns_nothing': b'def get_config():\n  pass\n',
+  'returns_a_dict': b'def get_config():\n  return {"name": "x"}\n',
+  'returns_a_number': b'def get_config():\n  return 3\n',
+  'is_no_function': b'get_config = 3\n',
+  'imports_nothing': b'import nowhere\n',
+}
+LITERALS = [
+  '', 'x', '-1', '0', '1', '-0.5', '1e30', 'nan', 'inf', str(2**31), str(2**63), 'True', 'None',
+  '[]', '(1,)', '{}', '{"x": 1}', '\x1b', 'x' * 3000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_recipe_that_is_none(server, tmp_path, name):
+  path = tmp_path / f'{name}.py'
+  path.write_bytes(FILES[name])
+  for more in ([], ['--config.seed=1']):
+    outcome = server.run('account', f'--config={path}', *more)
+    assert outcome.check(*([] if more else [str(path)])).status == 2
+  if name.startswith('raises'):
+    assert f'{path}, line ' in outcome.sentence, outcome.sentence
+
+
+def test_a_recipe_that_is_not_there(server, tmp_path):
+  (tmp_path / 'loop.py').symlink_to('loop.py')
+  os.mkfifo(tmp_path / 'pipe.py')
+  paths = [tmp_path, tmp_path / 'nowhere.py', tmp_path / 'loop.py', tmp_path / 'pipe.py']
+  for path in [*paths, '/dev/zero', '/dev/full', '', ' ', 'x' * 5000]:
+    for more in ([], ['--config.seed=1']):
+      outcome = server.run('account', f'--config={path}', *more)
+      assert outcome.check('--config=', str(path)[:100]).status == 2
+
+
+class Key(typing.NamedTuple):
+  """One key of a recipe, or a group of them."""
+
+  path: tuple[str, ...]
+  hint: typing.Any
+
+
+def keys(cls: type = config.Recipe, above: tuple[str, ...] = ()) -> Iterator[Key]:
+  """All keys that there are, by the dataclasses that say so; of each kind of run one."""
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    path = (*above, field.metadata.get('key', field.name))
+    yield Key(path, hints[field.name])
+    if typing.get_origin(hints[field.name]) is Mapping:
+      _, hint = typing.get_args(hints[field.name])
+      path = (*path, 'seed' if hint is config.Run else 'general')
+      yield Key(path, hint)
+    else:
+      hint = hints[field.name]
+    for section in filter(dataclasses.is_dataclass, [hint, *typing.get_args(hint)]):
+      yield from keys(section, path)
+
+
+def put(recipe: dict, path: tuple[str, ...], value) -> None:
+  """Sets a key; groups above it are made where there are none."""
+  for name in path[:-1]:
+    if not isinstance(recipe.get(name), dict):
+      recipe[name] = {}
+    recipe = recipe[name]
+  recipe[path[-1]] = value
+
+
+def of_kind(path: tuple[str, ...]) -> tuple[str, ...]:
+  """The same key of a run that has it."""
+  kind = {'upcycle': 'btx', 'run': 'code'}.get(
+    path[3] if path[2:3] == ('init',) and len(path) > 3 else ''
+  )
+  return (path[0], kind, *path[2:]) if kind else path
+
+
+def test_every_key_is_found():
+  found = {'.'.join(key.path) for key in keys()}
+  assert {'seed', 'model.ffn_experts.top_k', 'runs.seed.init.upcycle.weights'} <= found
+  assert {'data.prepare.input', 'runs.seed.data.general', 'runs.seed.watch.stall_seconds'} <= found
+  assert len(found) > 90
+
+
+def test_any_value_of_any_key(server, recipe_dict, tmp_path):
+  """As the recipe says it, which may be of any type."""
+  plain = config.to_dict(config.parse(recipe_dict))
+  plain['data']['path'] = 'nowhere'
+  (tmp_path / 'recipe.py').write_text(FROM_JSON)
+
+  def give(key: Key, value) -> None:
+    recipe = json.loads(json.dumps(plain))
+    put(recipe, of_kind(key.path), value)
+    (tmp_path / 'recipe.json').write_text(json.dumps(recipe))
+    line = f'--config={tmp_path}/recipe.py:{tmp_path}/recipe.json', '--run=nowhere'
+    server.run('account', *line).check('config', key.path[-1], '--run')
+
+  for key in keys():
+    values.BRIEF(given(st.just(key), values.ODD)(give))()
+
+
+@pytest.mark.slow
+def test_any_value_of_any_key_on_the_command_line(server, world):
+  for key in keys():
+    path = '.'.join(of_kind(key.path))
+    for value in LITERALS:
+      line = f'--config={world.recipe}', f'--config.{path}={value}', '--run=nowhere'
+      server.run('account', *line).check('config', key.path[-1], '--run')
+
+
+@pytest.mark.parametrize(
+  'flag',
+  [
+    '--config.', '--config.=1', '--config..=1', '--config.x=1', '--config.runs=1',
+    '--config.runs.=1', '--config.runs.seed=1', '--config.runs.seed.tokens.x=1', '--config.runs[0]=1', '--config.seed',
+    '--config.runs.seed.data={"x": -1}', '--config.seed[0]=1', '--config.model.__class__=1',
+    '--config.\x1b=1', '--config.' + 'x' * 5000, '--config.evaluation.domains=[', '--noconfig.seed',
+    '--config.evaluation.domains=(1,(2,',
+  ],
+)  # fmt: skip
+def test_a_flag_that_names_no_key(server, world, flag):
+  server.run('account', f'--config={world.recipe}', flag, '--run=nowhere').check()

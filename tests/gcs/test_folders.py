@@ -1,0 +1,71 @@
+"""Files and folders of a bucket, by the functions that do the same on a disk."""
+
+import pytest
+import tensorstore as ts
+
+from bam_jax import buckets, folders
+from bam_jax.errors import UserError
+from tests.gcs.conftest import files
+
+
+def test_paths_are_names_of_the_same_place():
+  path = folders.at('gs://bucket/a/')
+  assert str(path) == 'gs://bucket/a' and folders.absolute(path / 'b') == path / 'b'
+  assert folders.absolute('a').is_absolute() and not folders.in_bucket(folders.at('a'))
+
+
+def test_what_others_write_is_seen(folder):
+  """As the arrays are, which go another way than the listings."""
+  folders.write_file(folder / '3' / 'meta', '')
+  assert [path.name for path in folder.iterdir()] == ['3']
+  name = f'{folder.name}/7/meta'
+  ts.KvStore.open({'driver': 'gcs', 'bucket': 'bucket', 'path': name}).result().write(
+    '', b'x'
+  ).result()
+  assert sorted(path.name for path in folder.iterdir()) == ['3', '7']
+  assert sorted(path.name for path in folder.glob('*')) == ['3', '7']
+
+
+def test_a_growing_file_is_sent_whole(folder, tmp_path):
+  mirror = buckets.Mirror(folder / 'metrics.jsonl')
+  with open(mirror.path, 'ab', buffering=0) as file:
+    file.write(b'one\n')
+    assert files(folder) == []
+    mirror.send()
+    assert (folder / 'metrics.jsonl').read_bytes() == b'one\n'
+    file.write(b'two\n')
+  mirror.close()
+  assert (folder / 'metrics.jsonl').read_bytes() == b'one\ntwo\n' and not mirror.path.exists()
+  mirror = buckets.Mirror(tmp_path / 'metrics.jsonl')
+  mirror.path.write_text('one')
+  mirror.close()
+  assert (tmp_path / 'metrics.jsonl').read_text() == 'one'
+
+
+def test_a_large_file_comes_in_parts(folder, tmp_path):
+  content = bytes(range(256)) * 4 * 2**13 * 2 + b'and more'  # 16 MB, an upload of several requests
+  (tmp_path / 'a b').mkdir()
+  (tmp_path / 'a b' / 'c').write_bytes(content)
+  buckets.send(tmp_path, folder, ['a b/c'])
+  buckets.fetch(folder, tmp_path / 'back', ['a b/c'])
+  assert (tmp_path / 'back' / 'a b' / 'c').read_bytes() == content
+  folders.write_file(folder / 'd', content)
+  assert (folder / 'd').read_bytes() == content
+
+
+def test_a_folder_is_new_and_gone_when_its_block_fails(folder):
+  with pytest.raises(RuntimeError), folders.new_folder(folder / 'made') as made:
+    (made / 'params').write_text('half')
+    raise RuntimeError
+  assert files(folder) == []
+  with folders.new_folder(folder / 'made') as made:
+    (made / 'params').write_text('all')
+  with pytest.raises(UserError, match='exists'), folders.new_folder(folder / 'made'):
+    pass
+
+
+def test_what_a_bucket_refuses_is_a_sentence(service):
+  with pytest.raises(UserError, match='gs://nowhere/a cannot be written'):
+    folders.write_file('gs://nowhere/a', 'x')
+  with pytest.raises(UserError, match='gs://nowhere cannot be seen'):
+    folders.check_bucket('gs://nowhere/a/b')

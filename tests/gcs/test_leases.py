@@ -1,0 +1,120 @@
+"""A run of a bucket belongs to one job until that has ended, or was lost."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from bam_jax import claims, leases
+from bam_jax.errors import UserError
+
+HOLD = """
+import sys
+from etils import epath
+from bam_jax import claims, leases
+leases.BEAT_SECONDS, leases.LEASE_SECONDS, leases.LOOK_SECONDS = map(float, sys.argv[1:4])
+with claims.Claims(lambda sentence: print('told', sentence, flush=True)) as held:
+  held.take(map(epath.Path, sys.argv[4:]))
+  print('taken', flush=True)
+  sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  """A lease that is lost after three seconds."""
+  for name, seconds in (('BEAT', 0.2), ('LEASE', 3.0), ('LOOK', 0.05)):
+    monkeypatch.setattr(leases, f'{name}_SECONDS', seconds)
+
+
+@pytest.fixture
+def job():
+  """The function that starts another process, which holds folders until it ends or is killed."""
+  started = []
+
+  def start(*folders, beat=0.2) -> subprocess.Popen:
+    process = subprocess.Popen(
+      [sys.executable, '-c', HOLD, str(beat), '3', '0.05', *map(str, folders)],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    started.append(process)
+    assert process.stdout.readline() == 'taken\n'
+    return process
+
+  yield start
+  for process in started:
+    process.kill()
+    process.communicate()
+
+
+def test_who_lives_is_not_replaced_and_who_ends_gives_back(folder, job):
+  seed, code, law = (folder / name for name in ('seed', 'code', 'law'))
+  other, told = job(seed, code), []
+  with claims.Claims(told.append) as held:
+    held.take([law])  # runs that differ, in one workdir
+    with pytest.raises(UserError, match=f'{code} is being trained by process {other.pid} on '):
+      held.take([code])
+    assert 'waiting up to 60 s' in told[0] and str(code) in told[0]
+    other.communicate('')
+    held.take([seed, code])
+    assert f'process {os.getpid()} on ' in (seed / claims.NAME).read_text()
+  assert not any((path / claims.NAME).exists() for path in (seed, code, law))
+
+
+def test_who_is_killed_here_is_replaced_at_once(folder, job):
+  other, told = job(folder / 'seed'), []
+  other.send_signal(signal.SIGKILL)
+  other.wait()
+  with claims.Claims(told.append) as held:
+    held.take([folder / 'seed'])
+  assert told == []
+
+
+def test_who_is_lost_elsewhere_is_replaced_when_it_stays_silent(folder, job, quick, monkeypatch):
+  other, told = job(folder / 'seed'), []
+  monkeypatch.setattr(leases, '_kernel', lambda: 'another machine')
+  other.send_signal(signal.SIGKILL)
+  other.wait()
+  with claims.Claims(told.append) as held:
+    held.take([folder / 'seed'])
+    assert 'another machine' in (folder / 'seed' / claims.NAME).read_text()
+  assert f'was being trained by process {other.pid} on ' in told[0]
+
+
+def test_who_was_cut_off_ends_when_it_finds_itself_replaced(folder, job, quick):
+  other = job(folder / 'seed')
+  other.send_signal(signal.SIGSTOP)
+  with claims.Claims(lambda sentence: None) as held:
+    held.take([folder / 'seed'])
+    other.send_signal(signal.SIGCONT)
+    assert other.wait(timeout=60) == leases.LOST
+    said = other.stderr.read()
+    assert f'is held by process {os.getpid()} on ' in said
+    assert f'process {os.getpid()} on ' in (folder / 'seed' / claims.NAME).read_text()
+
+
+def test_of_two_that_see_one_lost_one_replaces_it(folder, quick):
+  first, second = (leases.Lease(folder / 'lock') for _ in range(2))
+  seen = second._read()
+  first.take(lambda holder: None)
+  assert second._write(b'{}', seen.stamp.generation) == b''
+  with pytest.raises(leases.Held):
+    second.take(lambda holder: None)
+  first.give_back()
+
+
+def test_an_object_of_unknown_content_is_a_holder(folder, quick):
+  (folder / 'seed' / claims.NAME).write_text('[')
+  told = []
+  with claims.Claims(told.append) as held:
+    held.take([folder / 'seed'])
+  assert 'another job' in told[0]
+
+
+def test_a_bucket_that_is_not_there_is_one_sentence(service):
+  from etils import epath
+
+  with claims.Claims(print) as held, pytest.raises(UserError, match='cannot be written'):
+    held.take([epath.Path('gs://nowhere/run/seed')])
