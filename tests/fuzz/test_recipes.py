@@ -142,10 +142,11 @@ def test_any_value_of_any_key_on_the_command_line(server, world):
   'flag',
   [
     '--config.', '--config.=1', '--config..=1', '--config.x=1', '--config.runs=1',
-    '--config.runs.=1', '--config.runs.seed=1', '--config.runs.seed.tokens.x=1', '--config.runs[0]=1', '--config.seed',
+    '--config.runs.=1', '--config.runs.seed=1', '--config.runs.seed.tokens.x=1',
+    '--config.runs[0]=1', '--config.seed',
     '--config.runs.seed.data={"x": -1}', '--config.seed[0]=1', '--config.model.__class__=1',
-    '--config.\x1b=1', '--config.' + 'x' * 5000, '--config.evaluation.domains=[', '--noconfig.seed',
-    '--config.evaluation.domains=(1,(2,',
+    '--config.\x1b=1', '--config.' + 'x' * 5000, '--config.evaluation.domains=[',
+    '--config.evaluation.domains=(1,(2,', '--noconfig.seed',
   ],
 )  # fmt: skip
 def test_a_flag_that_names_no_key(server, world, flag):
