@@ -10,7 +10,7 @@ own domain, and every mixture on a quarter of each domain, all with the same bat
 order. Shapes keep the paper's proportions at its small scale: as many KV heads as heads, an FFN's
 hidden width of twice the model's, embeddings apart. `:main` is the comparison that is repeated with
 other seeds; without an argument come the ablations too; `:learning_rates` trains BTX and BAM at
-five peaks each, which is how the mixtures' peak was chosen, the same for all; `:smoke` runs
+three peaks each, which is how the mixtures' peak was chosen, the same for all; `:smoke` runs
 everything for a few steps. docs/results.md has what came out.
 """
 
@@ -22,12 +22,12 @@ from bam_jax.errors import UserError
 SCALE = recipes.Scale(
   model=dict(
     vocab_size=4096,
-    d_model=192,
+    d_model=128,
     num_layers=6,
     num_heads=4,
     num_kv_heads=4,
-    head_dim=48,
-    ffn_dim=384,
+    head_dim=32,
+    ffn_dim=256,
     tied_embeddings=False,
   ),
   sequence_length=256,
@@ -42,7 +42,7 @@ SCALE = recipes.Scale(
   compute=dict(unroll=6),
   every=dict(log=10, evaluate=100, checkpoint=200, keep=1),
 )
-PEAKS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+PEAKS = (1e-3, 2e-3, 4e-3)
 ARGUMENTS = ('', 'main', 'learning_rates', 'smoke')
 
 
