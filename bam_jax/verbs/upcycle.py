@@ -57,7 +57,7 @@ _KEYS = (
 
 def main() -> dict[str, Any]:
   """Mixes what the flags name, and prints what came out."""
-  if not (_FROM.value and _METHOD.value and _OUTPUT.value):
+  if not (_FROM.value and all(_FROM.value) and _METHOD.value and _OUTPUT.value):
     raise UserError('From what, how and where to? Give --from, --method and --output.')
   try:
     weights = tuple(float(weight) for weight in _WEIGHTS.value)
