@@ -15,6 +15,7 @@ import pytest
 from tests.launch.cloud import Cloud
 
 ROOT = Path(__file__).parents[2]
+DEADLINE = 300  # seconds that a test waits at most, on a machine that does much else; no measure
 TIMES = dict(
   BAM_POLL='0.3', BAM_WAIT='100', BAM_BACKOFF='0', BAM_ROUNDS='2', BAM_GRACE='5',
   BAM_FAIL_GRACE='2', BAM_SETTLE='0', BAM_SILENCE='3',
@@ -41,7 +42,7 @@ class Launcher:
   def __call__(self, *arguments: str, **env: str) -> subprocess.CompletedProcess:
     """Runs `launch/tpu ARGUMENTS…` to its end."""
     process = self.start(*arguments, **env)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=DEADLINE)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
   def start(self, *arguments: str, program: str = 'tpu', **env: str) -> subprocess.Popen:
@@ -67,7 +68,7 @@ class Launcher:
     return [call for call in calls if call[: len(words)] == list(words)]
 
 
-def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(what: Callable[[], object], seconds: float = DEADLINE) -> None:
   """Waits until `what()` is true; a test's deadline, not its measure."""
   end = time.monotonic() + seconds
   while not what():
@@ -78,7 +79,7 @@ def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
 def interrupt(process: subprocess.Popen) -> tuple[int, str, str]:
   """Ctrl-C: SIGINT to the whole process group, as a terminal sends it."""
   os.killpg(process.pid, signal.SIGINT)
-  out, err = process.communicate(timeout=60)
+  out, err = process.communicate(timeout=DEADLINE)
   return process.returncode, out, err
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.api import Server
-from tests.launch.conftest import Launcher, wait_for
+from tests.launch.conftest import DEADLINE, Launcher, wait_for
 from tests.launch.test_run import WAIT, home, started
 
 REAL = shutil.which('gcloud')
@@ -151,7 +151,7 @@ def test_supervise_recreates_after_a_preemption(real):
   wait_for(lambda: len(real.cloud.read()['created']) == 2 and started(real), 120)
   for worker in range(2):
     (home(real, worker) / 'go').write_text('0')
-  _, err = process.communicate(timeout=120)
+  _, err = process.communicate(timeout=DEADLINE)
   assert process.returncode == 0, err
   assert 'restart 1 of 10' in err and real.resources() == []
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import ROOT, git, interrupt, wait_for
+from tests.launch.conftest import DEADLINE, ROOT, git, interrupt, wait_for
 
 GRAPH = """
 seed\tseed\t
@@ -110,7 +110,7 @@ def test_a_recipe_from_its_seed_to_its_mixtures(tpu, recipe):
   assert types(tpu) == {'exp-bam-kv': 'v5litepod-16', 'exp-btx': 'v5litepod-16'}
   assert all('spot' in request for request in tpu.cloud.read()['requests'].values())
   end(tpu, 'bam_kv', 'btx')
-  out, err = process.communicate(timeout=60)
+  out, err = process.communicate(timeout=DEADLINE)
   assert process.returncode == 0, err
   line = 'training --config=configs/tiny.py --workdir=gs://bucket/exp --runs=law --config.seed=2'
   assert f'[law] {line}\n' in out
@@ -129,7 +129,7 @@ def test_stopped_it_deletes_all_and_started_again_it_skips_what_is_finished(tpu,
     code, out, err = interrupt(process)
   else:
     process.send_signal(how)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=DEADLINE)
     code = process.returncode
   assert code == 128 + how, err
   assert tpu.resources() == [] and err.count('stopping ') == 2
@@ -137,7 +137,7 @@ def test_stopped_it_deletes_all_and_started_again_it_skips_what_is_finished(tpu,
   for run in ('code', 'law'):
     (work(tpu) / run / 'begun').unlink()
   process = recipe('--at-once=1')
-  _, err = process.communicate(timeout=120)
+  _, err = process.communicate(timeout=DEADLINE)
   assert process.returncode == 0, err
   assert 'seed is finished' in err and len(begun(tpu)) == 5
   assert tpu.cloud.read()['created'].count('zone-a/exp-seed') == 1
@@ -149,7 +149,7 @@ def test_a_run_that_fails_takes_its_mixtures_with_it_and_no_other(tpu, recipe):
   end(tpu, 'seed', 'law')
   end(tpu, 'code', code='5')
   process = recipe()
-  _, err = process.communicate(timeout=120)
+  _, err = process.communicate(timeout=DEADLINE)
   assert process.returncode == 1
   assert err.splitlines()[-3:] == [
     'recipe: code: failed (5)',
@@ -161,7 +161,7 @@ def test_a_run_that_fails_takes_its_mixtures_with_it_and_no_other(tpu, recipe):
 
 def test_a_dry_run_makes_nothing(tpu, recipe):
   process = recipe('--dry-run', '--specialist-type=v6e-4')
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=DEADLINE)
   assert process.returncode == 0 and tpu.cloud.read()['created'] == []
   assert 'recipe: law: v6e-4 as exp-law, after: seed\n' in err
 
@@ -180,7 +180,7 @@ def test_a_dry_run_makes_nothing(tpu, recipe):
 )
 def test_mistakes_are_one_sentence(tpu, recipe, arguments, changes, sentence):
   process = recipe(*arguments, **changes)
-  out, err = process.communicate(timeout=60)
+  out, err = process.communicate(timeout=DEADLINE)
   assert process.returncode == 2 and not out
   assert sentence in err and len(err.splitlines()) == 1
   assert tpu.cloud.read()['created'] == []

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import git, interrupt, wait_for
+from tests.launch.conftest import DEADLINE, git, interrupt, wait_for
 
 # Says what it is, and waits for a file in its worker's home, which says how it ends: for its
 # content, since the file is there before it is written.
@@ -111,7 +111,7 @@ def test_a_worker_that_fails_stops_the_others(two, failing, code):
   process = two.start('run', 'exp-1', '--', 'bash', '-c', WAIT)
   wait_for(lambda: started(two))
   (home(two, failing) / 'go').write_text(str(code))
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=DEADLINE)
   assert process.returncode == code
   assert sorted(exits(two)) == sorted([code, 143])  # the other one by SIGTERM
   assert f'worker 0/{failing} failed with exit status {code}' in err
@@ -123,7 +123,7 @@ def test_a_worker_that_does_not_stop_is_killed(two):
   process = two.start('run', 'exp-1', '--', 'bash', '-c', stubborn)
   wait_for(lambda: started(two))
   (home(two, 1) / 'go').write_text('3')
-  process.communicate(timeout=60)
+  process.communicate(timeout=DEADLINE)
   assert process.returncode == 3 and not running(two, 1)
   status = two('status', 'exp-1').stdout.splitlines()
   assert [line.split()[2:4] for line in status[1:]] == [['exited', '137'], ['exited', '3']]
@@ -133,7 +133,7 @@ def test_preemption_in_the_middle_of_run(two):
   process = two.start('run', 'exp-1', '--', 'bash', '-c', WAIT)
   wait_for(lambda: started(two))
   two.cloud.preempt('zone-a', 'exp-1')
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=DEADLINE)
   assert process.returncode == 143
   assert 'exp-1 is not there any more: its request is SUSPENDED' in err
   assert 'costs money until' in err or two.resources() == []
@@ -169,7 +169,7 @@ def test_delete_on_exit(two, verb, how):
   else:
     for worker in range(2):
       (home(two, worker) / 'go').write_text('0' if how == 'end' else '5')
-    process.communicate(timeout=60)
+    process.communicate(timeout=DEADLINE)
     assert process.returncode == (0 if how == 'end' else 5)
   assert two.resources() == []
 
@@ -192,8 +192,8 @@ def test_detach_then_status_logs_and_the_same_command_again(two):
   wait_for(lambda: 'following it' in again.stderr.readline())
   for worker in range(2):
     (home(two, worker) / 'go').write_text('0')
-  assert logs.communicate(timeout=60)[0] == 'worker 1 of 2\n' and logs.returncode == 0
-  assert again.communicate(timeout=60)[0] == 'worker 0 of 2\n' and again.returncode == 0
+  assert logs.communicate(timeout=DEADLINE)[0] == 'worker 1 of 2\n' and logs.returncode == 0
+  assert again.communicate(timeout=DEADLINE)[0] == 'worker 0 of 2\n' and again.returncode == 0
   assert exits(two) == [0, 0]
 
 
@@ -249,7 +249,7 @@ def test_supervise_recreates_after_a_preemption_and_goes_on(tpu):
   wait_for(lambda: started(tpu, zone='zone-b'))
   for worker in range(2):
     (home(tpu, worker, zone='zone-b') / 'go').write_text('0')
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=DEADLINE)
   assert process.returncode == 0, err
   assert record.read_text() == 'start\n' * 4 and 'restart 1 of 10' in err
   assert tpu.cloud.read()['created'] == ['zone-a/exp-1', 'zone-b/exp-1']

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import ROOT
+from tests.launch.conftest import DEADLINE, ROOT
 
 LAUNCH = ROOT / 'launch'
 PROGRAMS = ['tpu', 'recipe', 'settings.sh', 'lib/worker.sh', 'examples/slurm.sh', 'examples/gke.sh']
@@ -59,7 +59,7 @@ def test_a_second_signal_does_not_cut_the_tidying_short(tmp_path):
     process.send_signal(signal.SIGTERM)
     time.sleep(number % 40 * 2e-5)
     os.killpg(process.pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 143 and err.count('tidy') == 1
 
 

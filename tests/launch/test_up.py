@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.launch.conftest import interrupt, wait_for
+from tests.launch.conftest import DEADLINE, interrupt, wait_for
 
 
 def flags_of_creation(tpu):
@@ -119,7 +119,7 @@ def test_up_waits_for_a_request_that_is_under_way(tpu):
   process = tpu.start('up', 'exp-1', BAM_POLL='0.5')
   wait_for(lambda: tpu.cloud.read()['created'])
   second = tpu('up', 'exp-1')
-  process.communicate(timeout=60)
+  process.communicate(timeout=DEADLINE)
   assert (process.returncode, second.returncode) == (0, 0), second.stderr
   assert tpu.cloud.read()['created'] == ['zone-b/exp-1']
 
