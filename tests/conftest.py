@@ -9,14 +9,18 @@ import pathlib
 import random
 import signal
 import tempfile
+import uuid
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 import bam_jax
-from bam_jax import config
+from bam_jax import config, folders
 from bam_jax.data import prepare, shards
+from tests.gcs.service import serve
 
 # A shell that runs the tests in the background lets them ignore Ctrl-C, and what they start too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -74,6 +78,28 @@ def door_doc():
     return ast.get_docstring(ast.parse(path.read_text(encoding='utf-8')))
 
   return read
+
+
+@pytest.fixture(scope='session')
+def buckets(tmp_path_factory) -> Iterator[dict[str, str]]:
+  """A server of buckets: clients in this process remember it, so there is one; its variables."""
+  server, environment = serve('bucket')
+  yield environment | {'XDG_CACHE_HOME': str(tmp_path_factory.mktemp('cache'))}
+  server.kill()
+  server.communicate()
+
+
+@pytest.fixture
+def service(buckets, monkeypatch) -> None:
+  """The time in which `gs://bucket` is there, for this process and its children."""
+  for name, value in buckets.items():
+    monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def folder(service) -> epath.Path:
+  """A folder of the bucket that nobody else writes to."""
+  return folders.reach(f'gs://bucket/{uuid.uuid4().hex[:8]}')
 
 
 @pytest.fixture(scope='session')

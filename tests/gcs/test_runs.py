@@ -19,7 +19,7 @@ SEED = ('--runs=seed',)
 
 
 @pytest.fixture(scope='package')
-def undisturbed(service, text, tmp_path_factory) -> Path:
+def undisturbed(text, tmp_path_factory) -> Path:
   """A folder in which the first two runs went well."""
   workdir = tmp_path_factory.mktemp('undisturbed')
   done = run(text, workdir, '--runs=seed,code')

@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from etils import epath
 
-from tests.gcs.conftest import serve
 from tests.launch.conftest import ROOT, Launcher, git, interrupt, wait_for
 
 RUNS = ('seed', 'code', 'law', 'math', 'btx', 'bam_shared_kv', 'bam_kv')
@@ -61,21 +59,10 @@ def test_two_workers_one_preempted_the_recipe_ends(cloud, checkout, gcloud, tmp_
   assert cloud.read()['created'] == ['zone-a/exp-1'] * 2 and tpu.resources() == []
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-  """The time in which gs://slices is there, for this process and those that it starts."""
-  server, environment = serve('slices')
-  for name, value in environment.items():
-    monkeypatch.setenv(name, value)
-  yield epath.Path('gs://slices')
-  server.kill()
-  server.communicate()
-
-
 @pytest.mark.slow
-def test_a_recipe_over_slices_stopped_and_started(bucket, cloud, checkout, gcloud, tmp_path):
+def test_a_recipe_over_slices_stopped_and_started(folder, cloud, checkout, gcloud, tmp_path):
   """A TPU for each run, each with nothing of its own, and the results of one folder's runs."""
-  tpu, workdir = Launcher(cloud, checkout, gcloud, tmp_path), bucket / 'small'
+  tpu, workdir = Launcher(cloud, checkout, gcloud, tmp_path), folder / 'small'
 
   def start():
     flags = [f'--workdir={workdir}', '--type=v5e-1', '--mixture-type=v5e-4']
