@@ -81,19 +81,21 @@ def door_doc():
 
 
 @pytest.fixture(scope='session')
-def buckets(tmp_path_factory) -> Iterator[dict[str, str]]:
+def buckets() -> Iterator[dict[str, str]]:
   """A server of buckets: clients in this process remember it, so there is one; its variables."""
   server, environment = serve('bucket')
-  yield environment | {'XDG_CACHE_HOME': str(tmp_path_factory.mktemp('cache'))}
+  yield environment
   server.kill()
   server.communicate()
 
 
 @pytest.fixture
-def service(buckets, monkeypatch) -> None:
+def service(buckets) -> Iterator[None]:
   """The time in which `gs://bucket` is there, for this process and its children."""
-  for name, value in buckets.items():
-    monkeypatch.setenv(name, value)
+  with pytest.MonkeyPatch.context() as patch:  # its own: a test may undo what it changed itself
+    for name, value in buckets.items():
+      patch.setenv(name, value)
+    yield
 
 
 @pytest.fixture
