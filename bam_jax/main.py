@@ -25,7 +25,7 @@ import jax
 import rich.console
 from absl import flags, logging
 
-from bam_jax import cli, distributed, folders, graph, processes, recipe, report
+from bam_jax import cli, distributed, folders, graph, processes, recipe, recipe_data, report
 from bam_jax.errors import UserError
 from bam_jax.train import stop
 
@@ -48,9 +48,9 @@ def main() -> dict[str, Any] | None:
   workdir = folders.at(_WORKDIR.value)
   folders.check_bucket(workdir)
   processes.check_shared(workdir)
-  parsed = recipe.with_workdir(parsed, workdir)
+  parsed = recipe_data.with_workdir(parsed, workdir)
   nodes = graph.resolve(parsed)
-  dataset = recipe.open_dataset(parsed.data)
+  dataset = recipe_data.open_dataset(parsed.data)
   try:
     recipe.execute(parsed, workdir, dataset, _RUNS.value, jax.process_index() == 0)
   except stop.Stopped as stopped:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,15 +24,12 @@ from bam_jax import (
   sharding,
   strict,
 )
-from bam_jax.data import prepare, remote, shards, sources
-from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.data import shards
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
 from bam_jax.train import goodput, loop, stop
 from bam_jax.train.progress import Progress
 from bam_jax.upcycle import centroids, merge, rules
-
-SAMPLE = Path(__file__).parent / 'data' / 'sample'
 
 
 def execute(
@@ -315,37 +311,3 @@ def write_command(workdir: Path, recipe: config.Recipe, command: str) -> None:
   facts = {'name': recipe.name, 'command': command, 'seed': recipe.seed}
   facts['versions'] = manifest.versions()
   _write_json(workdir / 'recipe.json', facts)
-
-
-def open_dataset(data: config.Data) -> shards.Dataset:
-  """The token shards of a recipe, prepared first when they are missing and the recipe says how."""
-  processes.decide(functools.partial(_prepare_missing, data))
-  path = folders.at(data.path)
-  return shards.open_dataset(remote.fetch(path) if folders.in_bucket(path) else path)
-
-
-def _prepare_missing(data: config.Data) -> None:
-  path, options = folders.at(data.path), data.prepare
-  folders.check_bucket(path)
-  if not options or (path / shards.MANIFEST).exists():
-    return
-  print(f'Preparing {path} from {options.input}.', file=sys.stderr)
-
-  def prepare_in(folder: Path) -> None:
-    prepare.prepare(
-      sources.find_domains([str(SAMPLE) if options.input == 'sample' else options.input]),
-      folder,
-      tokenizer=Tokenizer.load(options.tokenizer) if options.tokenizer else None,
-      train_tokenizer=options.train_tokenizer or None,
-    )
-
-  if folders.in_bucket(path):
-    remote.publish(path, prepare_in)
-  else:
-    prepare_in(path)
-
-
-def with_workdir(recipe: config.Recipe, workdir: Path) -> config.Recipe:
-  """The recipe with "{workdir}" in its data path replaced."""
-  path = recipe.data.path.replace('{workdir}', str(workdir))
-  return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=path))

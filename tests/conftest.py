@@ -8,9 +8,11 @@ import os
 import pathlib
 import random
 import signal
+import subprocess
+import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -78,6 +80,26 @@ def door_doc():
     return ast.get_docstring(ast.parse(path.read_text(encoding='utf-8')))
 
   return read
+
+
+@pytest.fixture
+def hold() -> Iterator[Callable[..., subprocess.Popen]]:
+  """Starts programs that print "taken", and hold what they took until they end or are killed."""
+  started = []
+
+  def start(program: str, *arguments) -> subprocess.Popen:
+    process = subprocess.Popen(
+      [sys.executable, '-c', program, *map(str, arguments)],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    started.append(process)
+    assert process.stdout.readline() == 'taken\n'
+    return process
+
+  yield start
+  for process in started:
+    process.kill()
+    process.communicate()
 
 
 @pytest.fixture(scope='session')

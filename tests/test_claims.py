@@ -1,9 +1,8 @@
 """One job has a run for itself, as long as its process lives."""
 
+import functools
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -22,23 +21,9 @@ with claims.Claims(print) as held:
 
 
 @pytest.fixture
-def job():
+def job(hold):
   """The function that starts another process, which holds some folders until it is killed."""
-  started = []
-
-  def start(*folders) -> subprocess.Popen:
-    process = subprocess.Popen(
-      [sys.executable, '-c', HOLD, *map(str, folders)],
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    started.append(process)
-    assert process.stdout.readline() == 'taken\n'
-    return process
-
-  yield start
-  for process in started:
-    process.kill()
-    process.communicate()
+  return functools.partial(hold, HOLD)
 
 
 def test_a_run_belongs_to_one_job_until_it_ends(job, tmp_path):

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -30,23 +28,9 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
-def job():
+def job(hold):
   """The function that starts another process, which holds folders until it ends or is killed."""
-  started = []
-
-  def start(*folders, beat=0.2) -> subprocess.Popen:
-    process = subprocess.Popen(
-      [sys.executable, '-c', HOLD, str(beat), '3', '0.05', *map(str, folders)],
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    started.append(process)
-    assert process.stdout.readline() == 'taken\n'
-    return process
-
-  yield start
-  for process in started:
-    process.kill()
-    process.communicate()
+  return lambda *folders, beat=0.2: hold(HOLD, beat, 3, 0.05, *folders)
 
 
 def test_who_lives_is_not_replaced_and_who_ends_gives_back(folder, job):
