@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from bam_jax.model import arithmetic, transformer
 from bam_jax.train import goodput, loop, stop
 from bam_jax.train.progress import Progress
 from bam_jax.upcycle import centroids, merge, rules
+
+RECORDED = ('identity', 'hash')  # what a resume reads of a run's config.json
 
 
 def execute(
@@ -106,7 +108,8 @@ def execute(
 def finished(folder: Path, node: graph.Node, total_steps: int, domains: Sequence[str] = ()) -> bool:
   """Whether a run has its last checkpoint, by this configuration, and a result on `domains`."""
   step = checkpoint.finished_step(folder / 'checkpoints')
-  recorded, result = (_read_json(folder / name) for name in ('config.json', 'result.json'))
+  recorded = _read_json(folder / 'config.json', RECORDED)
+  result = _read_json(folder / 'result.json', ('domains',))
   return (
     step == total_steps
     and result is not None
@@ -199,7 +202,7 @@ def _has_result(folder: Path, node: graph.Node) -> bool:
 
 
 def _check_identity(folder: Path, node: graph.Node) -> None:
-  recorded = _read_json(folder / 'config.json')
+  recorded = _read_json(folder / 'config.json', RECORDED)
   if recorded is None or recorded['hash'] == graph.digest(node.identity):
     return
   changes = strict.differences(recorded['identity'], json.loads(json.dumps(node.identity)))
@@ -283,9 +286,12 @@ def _result(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:
   }
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path, keys: Collection[str]) -> dict[str, Any] | None:
   try:
-    return json_file.load(path)
+    facts = json_file.load(path)
+    if not isinstance(facts, dict) or not facts.keys() >= set(keys):
+      raise ValueError
+    return facts
   except FileNotFoundError:
     return None
   except ValueError:

@@ -2,8 +2,11 @@
 
 import shutil
 
+import pytest
+
 from bam_jax import checkpoint, config, recipe
 from bam_jax.data import shards
+from bam_jax.errors import UserError
 from bam_jax.upcycle import rules
 
 
@@ -38,3 +41,13 @@ def test_checkpoints_say_what_they_were_made_from(tmp_path, dataset, recipe_dict
   assert made.upcycle == parsed.runs['btx'].init.upcycle
   assert (made.seed, made.name) == (7, 'btx') and made.made == rules.record(metas['btx'].model)
   assert metas['btx'].sources == ('seed', 'code', 'seed')
+
+
+@pytest.mark.parametrize('name', ['config.json', 'result.json'])
+@pytest.mark.parametrize('content', ['[]', '3', '{}', '{"hash": "x"}', 'nothing', '\xff'])
+def test_a_record_of_something_else_is_damaged(tmp_path, dataset, recipe_dict, name, content):
+  recipe_dict['runs'] = {'seed': recipe_dict['runs']['seed']}
+  (tmp_path / 'seed').mkdir()
+  (tmp_path / 'seed' / name).write_text(content, encoding='latin-1')
+  with pytest.raises(UserError, match=f'{name} is damaged: delete its folder'):
+    recipe.execute(config.parse(recipe_dict), tmp_path, dataset, progress_enabled=False)
