@@ -97,6 +97,7 @@ class Reader:
 
   def _open(self, cache_bytes: int) -> dict[str, ts.TensorStore]:
     """All arrays; decoded chunks stay in memory up to `cache_bytes`."""
+    # Mapped anew for every read, with a look at its size: no memory has to be filled first.
     context = ts.Context(
       {'cache_pool': {'total_bytes_limit': cache_bytes}, 'file_io_mode': {'mode': 'memmap'}}
     )

@@ -217,6 +217,17 @@ def test_a_damaged_item_is_refused(small_chunks, tmp_path):
     arrays.Reader(tmp_path / 'params')
 
 
+def test_a_file_that_is_cut_short_after_it_was_opened(tmp_path):
+  """A sentence, and not the signal that a mapping past the end of a file would bring."""
+  spec = arrays.Spec((4096, 64), FLOAT32)
+  write(tmp_path / 'params', {'embed/table': np.ones(spec.shape, spec.dtype)})
+  reader = arrays.Reader(tmp_path / 'params')
+  files = (path for path in (tmp_path / 'params').rglob('*') if path.is_file())
+  os.truncate(max(files, key=lambda path: path.stat().st_size), 100_000)
+  with pytest.raises(UserError, match='embed/table of .* cannot be read'):
+    reader.read('embed/table')
+
+
 def test_a_bucket_is_read_and_written_by_the_same_code():
   local = arrays._store(epath.Path('/a/b c/params'), 'blocks/ffn/up')
   remote = arrays._store(epath.Path('gs://bucket/b c/params'), 'blocks/ffn/up')
