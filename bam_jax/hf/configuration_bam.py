@@ -34,7 +34,7 @@ class BamConfig(PretrainedConfig):
   """
 
   model_type = 'bam'
-  keys_to_ignore_at_inference = ['past_key_values']
+  keys_to_ignore_at_inference = ['past_key_values', 'cache']  # before transformers 5.24, and since
 
   def __init__(
     self,

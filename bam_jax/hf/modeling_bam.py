@@ -8,6 +8,8 @@ who fine-tunes the routers adds one.
 Shapes: B batch, T queries, S keys, D model, H query heads, G key-value heads, K head, E experts.
 """
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,6 +19,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from .configuration_bam import BamConfig
+
+# Releases before 5.24 call the cache `past_key_values`, later ones `cache`; each knows its own name
+# in what it generates with, in outputs, and where it leaves the cache out to recompute.
+FIELDS = [field.name for field in dataclasses.fields(CausalLMOutputWithPast)]
+CACHE = 'cache' if 'cache' in FIELDS else 'past_key_values'
 
 
 class BamLayerNorm(nn.Module):
@@ -138,15 +145,15 @@ class BamAttention(BamHeads):
     y: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
     mask: torch.Tensor,
-    past_key_values: DynamicCache | None,
+    cache: DynamicCache | None,
   ) -> torch.Tensor:
     queriers = self.experts or [self]
     keepers = [self] if self.shared_kv else queriers
     query = torch.cat([expert.query(y, *rotary) for expert in queriers], dim=1)
     key = torch.cat([expert.key(y, *rotary) for expert in keepers], dim=1)
     value = torch.cat([expert.value(y) for expert in keepers], dim=1)
-    if past_key_values is not None:
-      key, value = past_key_values.update(key, value, self.layer_idx)
+    if cache is not None:
+      key, value = cache.update(key, value, self.layer_idx)
 
     # A key-value head for every query head: each of a group's, and an expert's after the other's.
     repeats = 1, len(queriers) // len(keepers), 1, 1
@@ -209,10 +216,10 @@ class BamDecoderLayer(GradientCheckpointingLayer):
     x: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
     mask: torch.Tensor,
-    past_key_values: DynamicCache | None = None,
+    **cache: DynamicCache | None,
   ) -> torch.Tensor:
     y = self.input_layernorm(x)
-    return x + self.self_attn(y, rotary, mask, past_key_values) + self.mlp(y)
+    return x + self.self_attn(y, rotary, mask, cache[CACHE]) + self.mlp(y)
 
 
 class BamPreTrainedModel(PreTrainedModel):
@@ -220,7 +227,7 @@ class BamPreTrainedModel(PreTrainedModel):
   base_model_prefix = 'model'
   supports_gradient_checkpointing = True
   _no_split_modules = ['BamDecoderLayer']
-  _skip_keys_device_placement = ['past_key_values']
+  _skip_keys_device_placement = [CACHE]
   _keep_in_fp32_modules_strict = ['router']
   _supports_sdpa = True
 
@@ -247,6 +254,7 @@ class BamModel(BamPreTrainedModel):
     inputs_embeds: torch.Tensor | None = None,
     use_cache: bool | None = None,
     output_hidden_states: bool | None = None,
+    cache: DynamicCache | None = None,
     **kwargs,
   ) -> BaseModelOutputWithPast:
     """Hidden states after the final norm.
@@ -255,13 +263,14 @@ class BamModel(BamPreTrainedModel):
       input_ids: (B, T); or give `inputs_embeds` (B, T, D).
       attention_mask: (B, S), 0 at padding, on either side; the cache's tokens included.
       position_ids: (B, T); default: on from the cache.
-      past_key_values: keys and values of the tokens before these.
+      past_key_values: keys and values of the tokens before these; `cache` is another name of it.
     """
     x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     use_cache = self.config.use_cache if use_cache is None else use_cache
-    if use_cache and past_key_values is None:
-      past_key_values = DynamicCache()
-    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    cache = past_key_values if cache is None else cache
+    if use_cache and cache is None:
+      cache = DynamicCache()
+    past = cache.get_seq_length() if cache is not None else 0
     if position_ids is None:
       position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
     mask = causal_mask(past, x.shape[1], attention_mask, x.device)
@@ -269,12 +278,12 @@ class BamModel(BamPreTrainedModel):
     streams = []
     for layer in self.layers:
       streams.append(x)
-      x = layer(x, rotary, mask, past_key_values=past_key_values)
+      x = layer(x, rotary, mask, **{CACHE: cache})
     x = self.norm(x)
     return BaseModelOutputWithPast(
       last_hidden_state=x,
-      past_key_values=past_key_values if use_cache else None,
       hidden_states=(*streams, x) if output_hidden_states else None,
+      **{CACHE: cache if use_cache else None},
     )
 
 
@@ -314,6 +323,7 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
     use_cache: bool | None = None,
     output_hidden_states: bool | None = None,
     logits_to_keep: int | torch.Tensor = 0,
+    cache: DynamicCache | None = None,
     **kwargs,
   ) -> CausalLMOutputWithPast:
     """Logits (B, T, V), and the mean loss of `labels` (B, T), which are shifted here; -100 is none.
@@ -330,6 +340,7 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
       inputs_embeds,
       use_cache,
       output_hidden_states,
+      cache,
     )
     kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
     logits = self.config.logit_scale * self.lm_head(outputs.last_hidden_state[:, kept])
@@ -339,6 +350,6 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
     return CausalLMOutputWithPast(
       loss=loss,
       logits=logits,
-      past_key_values=outputs.past_key_values,
       hidden_states=outputs.hidden_states,
+      **{CACHE: outputs.get(CACHE)},
     )
