@@ -1,0 +1,385 @@
+"""lm-eval's requests answered as its own model of transformers answers them, on one checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from bam_jax.errors import UserError
+from tests.hf import folders
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+pytest.importorskip('lm_eval', reason='lm-eval is an extra: make test-parity installs it')
+
+import lm_eval  # noqa: E402
+import tokenizers  # noqa: E402
+import yaml  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.model import LM  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from bam_jax.tasks import adapter, harness, offline, quac, session, sets  # noqa: E402
+
+ROOT = Path(__file__).parent.parent.parent
+LENGTH = 64
+SIZES = dict(
+  vocab_size=270, hidden_size=24, intermediate_size=20, num_hidden_layers=3, num_attention_heads=6,
+  num_key_value_heads=2, max_position_embeddings=LENGTH, pad_token_id=None, bos_token_id=0,
+  eos_token_id=1, logit_scale=0.4, use_qk_norm=True,
+)  # fmt: skip
+PAIRS = [
+  ('the cat', ' sat on the mat'),
+  ('the cat ', 'sat'),  # a space that moves
+  ('', 'def f(x)'),  # nothing to condition on
+  ('é', '🙂'),
+  ('the cat sat on the mat. ' * 20, ' the cat'),  # cut from the left
+  ('def', ' x' * 20),
+  ('the cat', ' sat'),
+  ('the cat', ' sat'),  # again
+]
+
+
+@pytest.fixture(scope='module')
+def both(tmp_path_factory):
+  """Our adapter and theirs, of one model in float32, and the folder of ours."""
+  folder = tmp_path_factory.mktemp('tasks')
+  torch.manual_seed(0)
+  made = transformers.CohereForCausalLM(
+    transformers.CohereConfig(**SIZES, attn_implementation='eager')
+  ).eval()
+  with torch.no_grad():
+    for name, parameter in made.named_parameters():
+      noise = torch.randn(parameter.shape)
+      scale = 1 if 'embed' in name else 1.5 / parameter.shape[-1] ** 0.5
+      parameter.copy_(1 + 0.3 * noise if 'norm' in name else scale * noise)
+  made.save_pretrained(folder / 'hf')
+  ours = folders.make_tokenizer()
+  ours.save(folder / 'hf')
+  done = run('bam_jax.convert', 'import-hf', f'--input={folder}/hf', f'--output={folder}/ours')
+  assert done.returncode == 0, done.stderr
+  words = tokenizers.Tokenizer.from_file(f'{folder}/hf/tokenizer.json')
+  words.post_processor = tokenizers.processors.TemplateProcessing(
+    single=f'{ours.bos_token} $A', special_tokens=[(ours.bos_token, ours.bos_id)]
+  )
+  fast = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=words, bos_token=ours.bos_token, eos_token=ours.eos_token
+  )
+  theirs = HFLM(pretrained=made, tokenizer=fast, device='cpu', batch_size=1, max_length=LENGTH)
+  return adapter.Model(str(folder / 'ours'), 'float32', 4, LENGTH), theirs, folder / 'ours'
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, '-m', *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1'} | environment,
+  )  # fmt: skip
+
+
+def ask(kind: str, arguments: list[tuple]) -> list[Instance]:
+  return [Instance(kind, {}, one, number) for number, one in enumerate(arguments)]
+
+
+def test_loglikelihoods(both, capsys):
+  ours, theirs, _ = both
+  got = ours.loglikelihood(ask('loglikelihood', PAIRS))
+  want = theirs.loglikelihood(ask('loglikelihood', PAIRS), disable_tqdm=True)
+  assert [value for value, _ in got] == pytest.approx([value for value, _ in want], abs=1e-4)
+  assert [greedy for _, greedy in got] == [greedy for _, greedy in want]
+  assert capsys.readouterr().err.count('lose their left ends') == 1
+  ours.loglikelihood(ask('loglikelihood', PAIRS))
+  assert 'lose their left ends' not in capsys.readouterr().err
+
+
+def test_greedy_is_what_it_writes(both):
+  """What theirs writes is greedy to ours, and nothing that ends otherwise."""
+  ours, theirs, _ = both
+  context = [(c, {'until': [], 'max_gen_toks': 5}) for c in ('the cat', 'def', 'a')]
+  written = theirs.generate_until(ask('generate_until', context), disable_tqdm=True)
+  ids = [ours.tok_encode(c + w, False)[: len(ours.tok_encode(c, False)) + 3]
+         for (c, _), w in zip(context, written)]  # fmt: skip
+  requests = [(None, [0, *x[:-3]], x[-3:]) for x in ids]
+  wrong = [(None, c, [*t[:-1], 2 if t[-1] != 2 else 3]) for _, c, t in requests]
+  assert [g for _, g in ours._loglikelihood_tokens(wrong)] == [False] * 3
+  same = theirs._loglikelihood_tokens([(('', ''), c, t) for _, c, t in requests], disable_tqdm=True)
+  assert [g for _, g in ours._loglikelihood_tokens(requests)] == [g for _, g in same]
+
+
+def test_rolling(both, monkeypatch):
+  ours, theirs, _ = both
+  monkeypatch.setattr(theirs, 'add_bos_token', False)  # else its texts begin with two of them
+  texts = [('the cat sat',), ('the mat ' * 60,), ('x',), ('def f(x): return ' * 15,)]
+  got = ours.loglikelihood_rolling(ask('loglikelihood_rolling', texts))
+  want = theirs.loglikelihood_rolling(ask('loglikelihood_rolling', texts), disable_tqdm=True)
+  assert got == pytest.approx(want, abs=1e-4, rel=1e-5)
+
+
+def test_what_is_empty_is_certain(both):
+  ours, _, _ = both
+  assert ours.loglikelihood(ask('loglikelihood', [('a', ''), ('', '')])) == [(0.0, True)] * 2
+  assert ours.loglikelihood([]) == []
+  assert ours.loglikelihood_rolling(ask('loglikelihood_rolling', [('',)])) == [0.0]
+
+
+@pytest.mark.parametrize('options', [
+  {'until': ['\n'], 'max_gen_toks': 12},
+  {'until': [], 'max_gen_toks': 20, 'do_sample': False, 'temperature': 0.7},
+  {'until': ['e', 't'], 'max_gen_toks': 30},
+])  # fmt: skip
+def test_text(both, options):
+  ours, theirs, _ = both
+  contexts = ['the cat', 'def f', 'x', 'the cat sat on the mat. ' * 20]
+  requests = [(context, dict(options)) for context in contexts]
+  want = theirs.generate_until(ask('generate_until', requests), disable_tqdm=True)
+  assert ours.generate_until(ask('generate_until', requests)) == want
+  assert any(want)
+
+
+def test_draws(both):
+  """Samples of one prompt differ, and are the same the next time."""
+  ours, _, _ = both
+  options = {'do_sample': True, 'temperature': 1.0, 'max_gen_toks': 8}
+  requests = ask('generate_until', [('the cat', options)] * 4)
+  first = ours.generate_until(requests)
+  assert len(set(first)) > 1
+  assert ours.generate_until(requests) == first
+
+
+def test_arguments(both):
+  path = str(both[2])
+  for wrong in (
+    {'dtype': 'x'}, {'batch_size': 'x'}, {'data': 0}, {'nowhere': 1},
+    {'max_length': -1},
+  ):  # fmt: skip
+    with pytest.raises(UserError, match=next(iter(wrong))):
+      adapter.Model(path, **wrong)
+  with pytest.raises(UserError, match='nowhere'):
+    adapter.Model(str(both[2] / 'nowhere'))
+
+
+def test_mesh(both):
+  ours, _, path = both
+  if jax.device_count() < 4:
+    pytest.skip('needs four devices')
+  cut = adapter.Model(str(path), 'float32', 4, LENGTH, data=2, fsdp=2)
+  requests = ask('loglikelihood', PAIRS)
+  assert cut.loglikelihood(requests) == ours.loglikelihood(requests)
+
+
+CHOICE = [
+  {'context': 'the cat', 'choices': ['sat', 'mat'], 'answer': 0},
+  {'context': 'def', 'choices': ['f', 'x', 'return'], 'answer': 2},
+  {'context': 'the', 'choices': ['cat', 'mat', 'x'], 'answer': 1},
+]
+LINE = [{'context': 'the cat', 'answer': ['sat']}] * 2
+CODE = [{
+  'prompt': 'def add(a, b):\n', 'entry_point': 'add',
+  'test': 'def check(candidate):\n  assert candidate(1, 2) == 3\n',
+}]  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def questions(tmp_path_factory):
+  """Files of questions of each kind, by name."""
+  folder = tmp_path_factory.mktemp('questions')
+  files = {}
+  for name, rows in (('choice', CHOICE), ('line', LINE), ('code', CODE)):
+    files[name] = folder / f'my_{name}.jsonl'
+    files[name].write_text('\n'.join(map(json.dumps, rows)))
+  return files
+
+
+def scored(model, path) -> dict:
+  """lm-eval's results of a file of questions."""
+  questions = sets.read(str(path))
+  return lm_eval.simple_evaluate(
+    model, tasks=[offline.task(questions)], log_samples=True, confirm_run_unsafe_code=True
+  )  # fmt: skip
+
+
+def test_accuracy(both, questions):
+  """The same of both models, question by question."""
+  ours, theirs, _ = both
+  got, want = (scored(model, questions['choice']) for model in (ours, theirs))
+  assert got['results']['my_choice']['acc,none'] == want['results']['my_choice']['acc,none']
+  for one, other in zip(got['samples']['my_choice'], want['samples']['my_choice']):
+    assert one['acc'] == other['acc'] and one['acc_norm'] == other['acc_norm']
+    values, wanted = ([v for [[v, _]] in x['resps']] for x in (one, other))
+    assert values == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_command(both, questions, tmp_path):
+  path = both[2]
+  tasks = f'--tasks={questions["choice"]},{questions["line"]}'
+  done = run('bam_jax.evaluate', f'--checkpoint={path}', tasks, f'--json={tmp_path}/facts')
+  assert done.returncode == 0, done.stderr
+  facts = json.loads((tmp_path / 'facts').read_text())
+  [row] = facts['rows']
+  assert set(row['tasks']) == {'my_choice', 'my_line'} and row['window'] == LENGTH
+  want = scored(both[1], questions['choice'])['results']['my_choice']['acc,none']
+  assert row['tasks']['my_choice']['metrics']['acc']['value'] == want
+  assert row['tasks']['my_choice']['questions'] == len(CHOICE)
+  assert row['tasks']['my_line']['metrics']['exact_match']['value'] == 0
+  assert 'my_choice' in done.stderr
+
+
+def test_code_is_not_run_unless_that_is_said(both, questions):
+  path, file, options = str(both[2]), str(questions['code']), session.Options('float32')
+  with pytest.raises(UserError, match='my_code.*--allow_generated_code'):
+    session.run([path], [file], options)
+  facts = session.run([path], [file], options._replace(allow_generated_code=True))
+  assert facts['rows'][0]['tasks']['my_code']['metrics']['pass_at_1']['value'] == 0
+  with pytest.raises(ValueError, match='unsafe'):
+    lm_eval.simple_evaluate(both[0], tasks=[offline.task(sets.read(file))])
+
+
+class Author(LM):
+  """Writes one and the same program."""
+
+  def __init__(self, program: str):
+    super().__init__()
+    self.program, self.contexts = program, []
+
+  def generate_until(self, requests):
+    self.contexts += [one.args[0] for one in requests]
+    return [self.program] * len(requests)
+
+  def loglikelihood(self, requests):
+    raise NotImplementedError
+
+  loglikelihood_rolling = loglikelihood
+
+
+@pytest.fixture(scope='module')
+def manager() -> TaskManager:
+  """lm-eval's tasks, which it takes seconds to find, and ours."""
+  return TaskManager(include_path=session.GROUPS)
+
+
+def local(name: str, tmp_path, **splits) -> dict:
+  """A task of ours whose data is in files."""
+  for split, rows in splits.items():
+    (tmp_path / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  files = {split: str(tmp_path / f'{split}.jsonl') for split in splits}
+  kwargs = {'data_files': files, 'cache_dir': str(tmp_path / 'cache')}
+  changes = {'dataset_path': 'json', 'dataset_name': None, 'dataset_kwargs': kwargs}
+  return {'group': 'local', 'task': [{'task': name, **changes}]}
+
+
+@pytest.mark.parametrize('program, value', [('  return a + b', 1.0), ('  return a', 0.0)])
+def test_human_eval(manager, tmp_path, program, value):
+  results = lm_eval.simple_evaluate(
+    Author(program), tasks=[local('bam_humaneval', tmp_path, test=CODE)],
+    task_manager=manager, confirm_run_unsafe_code=True,
+  )  # fmt: skip
+  assert results['results']['bam_humaneval']['pass_at_1,none'] == value
+
+
+@pytest.mark.parametrize('program, value', [('f = lambda x: x', 1.0), ('f = print', 0.0)])
+def test_mbpp(manager, tmp_path, program, value):
+  rows = [
+    {'task_id': n, 'text': f'Task {n}.', 'code': f'code {n}', 'test_setup_code': '',
+     'test_list': [f'assert f({n}) == {n}', f'assert f({n}1) == {n}1', 'assert True']}
+    for n in range(1, 11)
+  ]  # fmt: skip
+  author = Author(program)
+  results = lm_eval.simple_evaluate(
+    author, tasks=[local('bam_mbpp', tmp_path, test=rows[5:7], prompt=rows)],
+    task_manager=manager, confirm_run_unsafe_code=True,
+  )  # fmt: skip
+  assert results['results']['bam_mbpp']['pass_at_1,none'] == value
+  solved = [f'[BEGIN]\ncode {n}\n[DONE]' in author.contexts[0] for n in range(1, 11)]
+  assert solved == [n in (2, 3, 4) for n in range(1, 11)]
+  assert author.contexts[0].endswith('assert True\n[BEGIN]\n')
+
+
+QUAC = {
+  'wikipedia_page_title': 'Cats', 'section_title': 'Mats', 'context': 'A cat sat. CANNOTANSWER',
+  'questions': ['Who sat?', 'Where?'], 'orig_answers': {'texts': ['A cat', 'CANNOTANSWER']},
+  'answers': {'texts': [['A cat', 'cat', 'CANNOTANSWER'], ['CANNOTANSWER', 'there']]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('answer, value', [('the cat!', 0.5), ('CANNOTANSWER', 0.5), ('x', 0.0)])
+def test_quac(manager, tmp_path, answer, value):
+  author = Author(answer)
+  results = lm_eval.simple_evaluate(
+    author, tasks=[local('bam_quac', tmp_path, train=[QUAC], validation=[QUAC])],
+    task_manager=manager,
+  )  # fmt: skip
+  assert results['results']['bam_quac']['f1,none'] == value
+  first = 'Cats: Mats\n\nA cat sat.\n\nQ: Who sat?\nA:'
+  assert author.contexts == [first, f'{first} A cat\nQ: Where?\nA:']
+
+
+@pytest.mark.parametrize('answer, references, value', [
+  ('the black cat', ['cat'], 2 / 3), ('cat', ['A cat.', 'dog'], 0.5), ('', ['cat'], 0.0),
+  ('cat cat', ['cat dog'], 0.5), ('x y', ['x', 'x y', 'z'], (2 / 3 + 1 + 1) / 3),
+])  # fmt: skip
+def test_f1(answer, references, value):
+  assert quac.f1(answer, references) == pytest.approx(value)
+
+
+def test_the_group(manager):
+  """Its tasks are all known, with the paper's numbers of examples."""
+  known = set(manager.all_tasks)
+  group = yaml.safe_load((Path(session.GROUPS) / 'bam_paper.yaml').read_text())
+  shots = {}
+  for member in group['task']:
+    member = {'task': member} if isinstance(member, str) else member
+    name = member.get('group', member['task'] if isinstance(member.get('task'), str) else '')
+    names = member['task'] if isinstance(member.get('task'), list) else [name]
+    assert set(names) <= known
+    shots[name] = member.get('num_fewshot')
+  assert shots.pop('legalbench_international_citizenship_questions', '') is None
+  own = {shots.pop(name, '') for name in ('bam_humaneval', 'bam_mbpp', 'bam_quac')}
+  assert own <= {None, ''}
+  assert shots == {
+    'gsm8k': 8, 'math': 4, 'nq_open': 0, 'triviaqa': 0, 'arc_easy': 0, 'arc_challenge': 0,
+    'social_iqa': 0, 'piqa': 0, 'winogrande': 0, 'mmlu': 5,
+  }  # fmt: skip
+
+
+def test_mistakes(both, questions):
+  options, file = session.Options('float32'), str(questions['choice'])
+  for tasks, word in (
+    (['nowhere_at_all'], 'nowhere_at_all'), (['arc_easy'], 'arc_easy'), (['no.yaml'], 'no.yaml'),
+    ([file, file], 'my_choice'),
+  ):  # fmt: skip
+    with pytest.raises(UserError, match=f'--tasks={word}'):
+      session.run([str(both[2])], tasks, options)
+
+
+def test_tasks_that_run_code_without_our_limits(manager):
+  task = offline.task(sets.Questions('mine', sets.CODE, CODE))
+  unlimited = {**task, 'process_results': lambda doc, results: {'pass_at_1': 1.0}}
+  for spec, names in ((task, ['mine']), (unlimited, None)):
+    loaded = harness.Loaded(manager, [spec], manager.load([spec])['tasks'])
+    if names:
+      assert harness.unsafe(loaded) == names
+    else:
+      with pytest.raises(UserError, match='mine .*bam_humaneval'):
+        harness.unsafe(loaded)
+
+
+def test_its_own_command_line(both, questions, tmp_path):
+  (tmp_path / 'mine.yaml').write_text(
+    'task: mine\ndataset_path: json\noutput_type: multiple_choice\ntest_split: train\n'
+    f'dataset_kwargs: {{data_files: {questions["choice"]}, cache_dir: {tmp_path}/cache}}\n'
+    "doc_to_text: '{{context}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\n"
+    'metric_list: [{metric: acc}]\n'
+  )
+  line = 'bam_jax.tasks', 'run', '--model', 'bam_jax', '--tasks', f'{tmp_path}/mine.yaml'
+  output = '--output_path', f'{tmp_path}/out.json'
+  done = run(*line, '--model_args', f'checkpoint={both[2]},dtype=float32', *output)
+  assert done.returncode == 0, done.stderr
+  [file] = tmp_path.glob('out*.json')
+  want = scored(both[1], questions['choice'])['results']['my_choice']['acc,none']
+  assert json.loads(file.read_text())['results']['mine']['acc,none'] == want
+  done = run(*line, '--model_args', f'checkpoint={tmp_path}/nowhere')
+  assert done.returncode == 2 and 'nowhere' in done.stderr.splitlines()[-1]

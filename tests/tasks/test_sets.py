@@ -1,0 +1,86 @@
+"""Files of questions: read whole, or refused in a sentence that says where."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from bam_jax.errors import UserError
+from bam_jax.tasks import sets
+
+CHOICE = {'id': 'x/0', 'context': 'The sky is', 'choices': ['blue', 'green'], 'answer': 0}
+LINE = {'context': 'Q: 1 + 1?\nA:', 'answer': '2'}
+CODE = {'prompt': 'def f():\n', 'test': 'def check(f): assert f()', 'entry_point': 'f'}
+SHARED = Path(__file__).parents[3] / 'shared' / 'eval'
+
+
+def write(path, rows):
+  text = '\n'.join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+  opened = gzip.open if path.suffix == '.gz' else open
+  with opened(path, 'wt', encoding='utf-8') as file:
+    file.write(text)
+  return str(path)
+
+
+def test_kinds(tmp_path):
+  for name, row, kind in (('a.jsonl', CHOICE, 'choice'), ('b.v1.jsonl.gz', CODE, 'code')):
+    found = sets.read(write(tmp_path / name, [row, '', row]))
+    assert (found.name, found.kind) == (name.partition('.jsonl')[0], kind)
+    assert found.rows == [{k: v for k, v in row.items() if k != 'id'}] * 2
+  found = sets.read(write(tmp_path / 'c.jsonl', [LINE, {**LINE, 'answer': ['2', 'two']}]))
+  assert found.kind == 'line'
+  assert [row['answer'] for row in found.rows] == [['2'], ['2', 'two']]
+
+
+@pytest.mark.parametrize('row, word', [
+  ('{', 'not JSON'), ('[' * 100_000, 'not JSON'), ('1', 'context'), ('{}', 'context'),
+  ({**CHOICE, 'context': 1}, 'context'), ({**CHOICE, 'choices': ['x']}, 'choices'),
+  ({**CHOICE, 'choices': ['x', '']}, 'choices'), ({**CHOICE, 'choices': 'xy'}, 'choices'),
+  ({**CHOICE, 'answer': 2}, 'answer'), ({**CHOICE, 'answer': -1}, 'answer'),
+  ({**CHOICE, 'answer': True}, 'answer'), ({**CHOICE, 'answer': None}, 'answer'),
+  (LINE, 'choices'),
+])  # fmt: skip
+def test_bad_rows(tmp_path, row, word):
+  path = write(tmp_path / 'a.jsonl', [CHOICE, row])
+  with pytest.raises(UserError, match=f'{path}:2 .*{word}'):
+    sets.read(path)
+
+
+@pytest.mark.parametrize('first, changes, word', [
+  (LINE, {'answer': []}, 'answer'), (LINE, {'answer': 2}, 'answer'), (LINE, {'answer': ' '}, 'ans'),
+  (CODE, {'prompt': None}, 'prompt'), (CODE, {'test': 1}, 'test'),
+  (CODE, {'entry_point': 1}, 'entry_point'),
+])  # fmt: skip
+def test_bad_rows_of_other_kinds(tmp_path, first, changes, word):
+  with pytest.raises(UserError, match=f':2 .*{word}'):
+    sets.read(write(tmp_path / 'a.jsonl', [first, {**first, **changes}]))
+
+
+def test_bad_files(tmp_path):
+  (tmp_path / 'cut.jsonl.gz').write_bytes(gzip.compress(b'{}' * 1000)[:-9])
+  (tmp_path / 'odd.jsonl.gz').write_bytes(b'{}')
+  (tmp_path / 'empty.jsonl').write_bytes(b'\n\n')
+  (tmp_path / 'folder.jsonl').mkdir()
+  for name in ('cut.jsonl.gz', 'odd.jsonl.gz', 'empty.jsonl', 'folder.jsonl', 'nowhere.jsonl'):
+    with pytest.raises(UserError, match=f'--tasks={tmp_path}/{name}'):
+      sets.read(str(tmp_path / name))
+  (tmp_path / 'latin.jsonl').write_bytes(b'{"context": "\xe9"}')
+  with pytest.raises(UserError, match='latin.jsonl:1 '):
+    sets.read(str(tmp_path / 'latin.jsonl'))
+
+
+def test_large_files(tmp_path, monkeypatch):
+  monkeypatch.setattr(sets, 'MOST_BYTES', 100)
+  with pytest.raises(UserError, match='larger'):
+    sets.read(write(tmp_path / 'a.jsonl', [CHOICE] * 10))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason='the shared sets are not on this machine')
+@pytest.mark.parametrize('name, kind, number', [
+  ('quartz', 'choice', 3860), ('jee_math', 'choice', 431), ('us_tort_law', 'choice', 340),
+  ('humaneval_problems', 'code', 164),
+])  # fmt: skip
+def test_shared_sets(name, kind, number):
+  found = sets.read(str(SHARED / f'{name}.jsonl.gz'))
+  assert (found.name, found.kind, len(found.rows)) == (name, kind, number)
