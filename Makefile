@@ -21,7 +21,8 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-test lint
 	$(VENV)/bin/python -m pytest
 
-# Against Hugging Face's Cohere and Mixtral; its own environment, since torch is large.
+# Against Hugging Face's Cohere and Mixtral, and what lm-eval makes of them; its own environment, since
+# torch is large.
 test-parity: $(VENV)-parity/installed-test
 	$(VENV)-parity/bin/python -m pytest tests/parity
 
@@ -49,7 +50,8 @@ $(VENV)-parity/bin/python:
 	$(PARITY_PYTHON) -m venv $(VENV)-parity
 	$(VENV)-parity/bin/python -m pip install --quiet --upgrade pip
 
-$(VENV)-parity/installed-test: tests/parity/requirements.txt tests/requirements.txt requirements.txt | $(VENV)-parity/bin/python
+$(VENV)-parity/installed-test: tests/parity/requirements.txt tests/requirements.txt \
+		bam_jax/tasks/requirements.txt requirements.txt | $(VENV)-parity/bin/python
 	$(VENV)-parity/bin/python -m pip install --quiet -r tests/parity/requirements.txt
 	@touch $@
 

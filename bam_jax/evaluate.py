@@ -25,7 +25,8 @@ error; `--json` writes `data`, `split`, `dtype`, `mesh`, `confidence`, `resample
 
 With `--tasks` in place of `--data` it writes `tasks`, `dtype`, `mesh`, `few_shot`, `max_documents`,
 and `rows`, one object a checkpoint: checkpoint, run, step, method, tokenizer_hash, window, and
-  tasks: by name `few_shot`, `questions`, and `metrics`, each with `value` and `stderr` (or null).
+  tasks: by name `few_shot`, `questions`, and `metrics`, each with `value` and `stderr` (or null);
+    after the first checkpoint's also `difference` from it, with `difference_stderr`.
   groups: by name the metrics over all of a group's questions.
 """
 
@@ -81,6 +82,7 @@ def main() -> dict[str, Any]:
   mesh = cli.parse_mesh(_MESH.value)
   if _TASKS.value:
     return _tasks(dtype, mesh)
+  _refuse('without --tasks', _FEW_SHOT, _ALLOW)
   domains = corpus.read(_DATA.value, _SPLIT.value, _TEXT_FIELD.value, _MOST.value)
   options = comparison.Options(
     dtype=dtype,
@@ -97,10 +99,14 @@ def main() -> dict[str, Any]:
   return {'data': _DATA.value, 'split': _SPLIT.value} | facts
 
 
-def _tasks(dtype: str, mesh: config.Mesh) -> dict[str, Any]:
-  given = next((flag.name for flag in (_DATA, _STRIDE, _ROUTING) if flag.present), None)
+def _refuse(where: str, *unread: flags.FlagHolder) -> None:
+  given = next((flag.name for flag in unread if flag.present), None)
   if given:
-    raise UserError(f'--{given} is not for --tasks: leave one of the two out.')
+    raise UserError(f'--{given} means nothing {where}: leave it out.')
+
+
+def _tasks(dtype: str, mesh: config.Mesh) -> dict[str, Any]:
+  _refuse('with --tasks', _DATA, _SPLIT, _TEXT_FIELD, _STRIDE, _RESAMPLES, _CONFIDENCE, _ROUTING)
   options = tasks_session.Options(
     dtype=dtype,
     mesh=mesh,

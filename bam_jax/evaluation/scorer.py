@@ -81,13 +81,17 @@ class Scorer:
     self._platform = self._mesh.devices.flat[0].platform
 
   def loglikelihoods(
-    self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]
+    self,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    progress: Callable[[int], None] = lambda done: None,
   ) -> list[tuple[float, bool]]:
     """Log-likelihood of each continuation of a context, and whether greedy decoding would give it.
 
     Args:
       requests: tokens of context and continuation, at least one of each. A context that leaves no
         room is cut from the left.
+      progress: told how many more windows are done, of which a request has one, unless its
+        continuation alone is longer.
 
     Returns:
       Natural logarithms, in the order of the requests.
@@ -102,7 +106,7 @@ class Scorer:
       pieces += cut
       owners += [number] * len(cut)
     totals, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
-    for number, scored in self.score(pieces):
+    for number, scored in self.score(pieces, progress=progress):
       totals[owners[number]] -= scored.nll.sum(dtype=np.float64)
       greedy[owners[number]] &= scored.greedy.all()
     return list(zip(totals.tolist(), greedy.tolist()))

@@ -8,7 +8,7 @@ and lm-eval asks for all of one kind before the next.
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
+from tqdm import tqdm
 
 from bam_jax import checkpoint as checkpoint_lib
 from bam_jax import config, opening, sharding
@@ -26,6 +27,8 @@ from bam_jax.generation import generator, loading, sampling, text
 
 NAME = 'bam_jax'  # of the model, for lm-eval
 NEW_TOKENS = 256  # of a continuation, where a task gives no number: lm-eval's own
+# What other models' generation can do besides, at the values that change nothing.
+NEUTRAL = {'num_beams': 1, 'num_return_sequences': 1, 'repetition_penalty': 1.0, 'min_p': 0.0}
 
 Pair = tuple[Any, list[int], list[int]]  # texts, tokens of the context and of the continuation
 
@@ -80,6 +83,19 @@ class Model(TemplateLM):
     self._loaded: Any = None  # a Scorer, or a Generator
     self._told: set[str] = set()
 
+  def get_model_info(self) -> dict[str, Any]:
+    """What lm-eval writes beside its results."""
+    meta = checkpoint_lib.read_meta(self._path)
+    return {
+      'run': meta.run,
+      'step': meta.step,
+      'method': meta.method,
+      'tokenizer_hash': meta.tokenizer_hash,
+      'model_dtype': self._dtype,
+      'mesh': config.to_dict(self._mesh),
+      'max_length': self.max_length,
+    }
+
   @property
   def eot_token_id(self) -> int:
     return self.words.eos_id
@@ -105,8 +121,8 @@ class Model(TemplateLM):
     self, requests: Sequence[Instance], disable_tqdm: bool = False
   ) -> list[tuple[float, bool]]:
     """Natural logarithm of each continuation's likelihood, and whether greedy decoding gives it."""
-    del disable_tqdm
-    return self._loglikelihood_tokens([self._pair(*one.args) for one in requests])
+    pairs = [self._pair(*one.args) for one in requests]
+    return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
 
   def _pair(self, context: str, continuation: str) -> Pair:
     if context:
@@ -114,7 +130,7 @@ class Model(TemplateLM):
     return ((context, continuation), [self.prefix_token_id], self.words.encode(continuation))
 
   def _loglikelihood_tokens(
-    self, requests: Sequence[Pair], **kwargs: Any
+    self, requests: Sequence[Pair], disable_tqdm: bool = False, **kwargs: Any
   ) -> list[tuple[float, bool]]:
     del kwargs
     most = max((len(context) + len(tokens) for _, context, tokens in requests), default=0)
@@ -127,7 +143,8 @@ class Model(TemplateLM):
     asked = {(tuple(c), tuple(t)): (0.0, True) for _, c, t in requests}  # what is empty is certain
     pairs = [pair for pair in asked if pair[1]]
     if pairs:
-      asked.update(zip(pairs, self._scorer().loglikelihoods(pairs)))
+      with _bar(len(pairs), disable_tqdm) as bar:
+        asked.update(zip(pairs, self._scorer().loglikelihoods(pairs, bar.update)))
     if not all(math.isfinite(value) for value, _ in asked.values()):
       raise UserError(
         f'{self._path} gives a request no finite likelihood: its parameters are damaged, or its '
@@ -143,7 +160,6 @@ class Model(TemplateLM):
     The windows are lm-eval's: each token is scored once; of a text longer than one, the last window
     reaches back as far as the model reads, where those of `evaluate --data` begin a stride apart.
     """
-    del disable_tqdm
     pieces: list[Pair] = []
     owners: list[int] = []
     for number, one in enumerate(requests):
@@ -153,7 +169,8 @@ class Model(TemplateLM):
       pieces += cut
       owners += [number] * len(cut)
     totals = [0.0] * len(requests)
-    for owner, (value, _) in zip(owners, self._loglikelihood_tokens(pieces)):
+    scored = self._loglikelihood_tokens(pieces, disable_tqdm=disable_tqdm)
+    for owner, (value, _) in zip(owners, scored):
       totals[owner] += value
     return totals
 
@@ -161,21 +178,22 @@ class Model(TemplateLM):
     """The continuation of each context, up to the first of its stops or the end token.
 
     Of `gen_kwargs` this reads `until`, `max_gen_toks` and its other names, `do_sample`,
-    `temperature`, `top_k` and `top_p`.
+    `temperature`, `top_k` and `top_p`; UserError for another that would change the text.
     """
-    del disable_tqdm
     asked: dict[tuple, list[int]] = {}
     stops: list[tuple[str, ...]] = []
     for number, one in enumerate(requests):
-      wanted = normalize_gen_kwargs(one.args[1], NEW_TOKENS)
-      stops.append(tuple(wanted['until']))
-      asked.setdefault((self._room(wanted['max_gen_toks']), _sampling(wanted)), []).append(number)
+      ends, most, options = _wanted(one.args[1])
+      stops.append(ends)
+      asked.setdefault((self._room(most), options), []).append(number)
     written = [''] * len(requests)
-    for (most, options), numbers in asked.items():
-      rows = self._rows([requests[number].args[0] for number in numbers], most)
-      wanted = [stops[number] for number in numbers]
-      for number, words in zip(numbers, self._write(rows, most, options, wanted)):
-        written[number] = words
+    with _bar(len(requests), disable_tqdm) as bar:
+      for (most, options), numbers in asked.items():
+        rows = self._rows([requests[number].args[0] for number in numbers], most)
+        wanted = [stops[number] for number in numbers]
+        for number, words in zip(numbers, self._write(rows, most, options, wanted)):
+          written[number] = words
+        bar.update(len(numbers))
     return written
 
   def _write(
@@ -251,12 +269,24 @@ class Model(TemplateLM):
       print(f'{self._path}: {sentence}', file=sys.stderr)
 
 
-def _sampling(wanted: dict[str, Any]) -> sampling.Sampling:
-  if not wanted['do_sample'] or not wanted.get('temperature'):
-    return sampling.Sampling()
-  return sampling.Sampling(
-    float(wanted['temperature']), int(wanted.get('top_k') or 0), float(wanted.get('top_p') or 1)
-  )
+def _wanted(options: Mapping[str, Any]) -> tuple[tuple[str, ...], int, sampling.Sampling]:
+  """Stops, new tokens at most, and how they are drawn."""
+  left: dict[str, Any] = dict(normalize_gen_kwargs(dict(options), NEW_TOKENS))
+  ends, most, drawn = tuple(left.pop('until')), left.pop('max_gen_toks'), left.pop('do_sample')
+  temperature = left.pop('temperature', None)
+  top_k, top_p = left.pop('top_k', None) or 0, left.pop('top_p', None) or 1.0
+  for name, value in left.items():
+    if value is not None and value != NEUTRAL.get(name):
+      raise UserError(f'A task asks for generation with {name}={value}, which {NAME} does not do.')
+  if not drawn or temperature == 0:
+    return ends, most, sampling.Sampling()
+  temperature = 1.0 if temperature is None else float(temperature)
+  return ends, most, sampling.Sampling(temperature, int(top_k), float(top_p))
+
+
+def _bar(total: int, disable: bool) -> tqdm:
+  """Progress, at a terminal."""
+  return tqdm(total=total, disable=disable or None, desc=NAME)
 
 
 def _whole(name: str, value: Any) -> int:

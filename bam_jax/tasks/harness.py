@@ -1,6 +1,7 @@
 """What `evaluate --tasks` asks of lm-eval: tasks by name, and a checkpoint's scores in them."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,11 +22,22 @@ class Loaded(NamedTuple):
   tasks: Mapping[str, Any]  # by name, those of groups too
 
 
+class Scores(NamedTuple):
+  """Of one checkpoint."""
+
+  row: dict[str, Any]  # of `--json`
+  samples: Mapping[str, Sequence[Mapping[str, Any]]]  # lm-eval's, by task
+
+
 def load(tasks: Sequence[str | sets.Questions]) -> Loaded:
   """Finds tasks and their data; UserError when one is unknown or has none."""
   for name in ('lm_eval', 'datasets', 'httpx'):
     logging.getLogger(name).setLevel(logging.ERROR)
-  manager = TaskManager(include_path=GROUPS)
+  # lm-eval bootstraps some errors in processes that it forks, which JAX's threads do not survive.
+  os.environ['DISABLE_MULTIPROC'] = '1'
+  # Reading the names of its thousands of tasks takes it seconds, which files need not wait for.
+  named = any(isinstance(task, str) for task in tasks)
+  manager = TaskManager(include_path=GROUPS, include_defaults=named)
   specs = []
   for task in tasks:
     if isinstance(task, sets.Questions):
@@ -64,8 +76,8 @@ def unsafe(loaded: Loaded) -> list[str]:
   return names
 
 
-def score(path: str, loaded: Loaded, options: Options) -> dict[str, Any]:
-  """One of the rows of `--json`."""
+def score(path: str, loaded: Loaded, options: Options) -> Scores:
+  """Asks a checkpoint everything."""
   meta = checkpoint.read_meta(path)
   sizes = {'data': options.mesh.data, 'fsdp': options.mesh.fsdp}
   sizes |= {'expert': options.mesh.expert, 'tensor': options.mesh.tensor}
@@ -78,10 +90,9 @@ def score(path: str, loaded: Loaded, options: Options) -> dict[str, Any]:
     task_manager=loaded.manager,
     num_fewshot=options.few_shot,
     limit=options.most,
-    log_samples=False,
     confirm_run_unsafe_code=options.allow_generated_code,
   )
-  return {
+  row = {
     'checkpoint': path,
     'run': meta.run,
     'step': meta.step,
@@ -98,6 +109,7 @@ def score(path: str, loaded: Loaded, options: Options) -> dict[str, Any]:
     },
     'groups': {name: _metrics(facts) for name, facts in results.get('groups', {}).items()},
   }
+  return Scores(row, results['samples'])
 
 
 def _metrics(facts: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:

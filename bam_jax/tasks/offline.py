@@ -19,7 +19,7 @@ def task(questions: sets.Questions) -> dict[str, Any]:
     'task': questions.name,
     'custom_dataset': lambda **_: {'test': datasets.Dataset.from_list(questions.rows)},
     'test_split': 'test',
-    'num_fewshot': 0,
+    'fewshot_split': 'test',  # said, so that a question is no example of itself
     'metadata': {'version': 1.0},
     **_KINDS[questions.kind],
   }

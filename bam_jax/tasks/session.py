@@ -9,7 +9,7 @@ import rich.console
 from bam_jax import checkpoint, config, opening, sharding
 from bam_jax.errors import UserError
 from bam_jax.evaluation.programs import rows_mesh
-from bam_jax.tasks import sandbox, sets, tables
+from bam_jax.tasks import paired, sandbox, sets, tables
 
 GROUPS = str(Path(__file__).parent / 'groups')  # tasks of our own, for lm-eval
 INSTALL = f'pip install -r {Path(__file__).with_name("requirements.txt")}'
@@ -52,7 +52,10 @@ def run(checkpoints: Sequence[str], tasks: Sequence[str], options: Options) -> d
   harness = _harness()
   loaded = harness.load([files.get(task, task) for task in tasks])
   _refuse_code(harness.unsafe(loaded), options)
-  rows = [harness.score(path, loaded, options) for path in checkpoints]
+  scores = [harness.score(path, loaded, options) for path in checkpoints]
+  rows = [one.row for one in scores]
+  for row, samples in scores[1:]:
+    paired.add(row['tasks'], samples, scores[0].samples)
   console = rich.console.Console(stderr=True, markup=False, highlight=False)
   if not console.is_terminal:
     console.width = max(console.width, 120)

@@ -9,6 +9,8 @@ import rich.table
 def table(rows: Sequence[Mapping[str, Any]]) -> rich.table.Table:
   """Every metric of every task and group, a column a checkpoint, with its standard error.
 
+  In brackets the difference from the first checkpoint, with its own.
+
   Args:
     rows: of `--json`.
   """
@@ -30,5 +32,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> rich.table.Table:
 
 
 def _cell(measure: Mapping[str, float | None]) -> str:
-  error = measure['stderr']
-  return f'{measure["value"]:.4f}' + ('' if error is None else f' ± {error:.4f}')
+  said = _with_error(f'{measure["value"]:.4f}', measure['stderr'])
+  difference = measure.get('difference')
+  if difference is None:
+    return said
+  return f'{said} ({_with_error(f"{difference:+.4f}", measure["difference_stderr"])})'
+
+
+def _with_error(value: str, error: float | None) -> str:
+  return value if error is None else f'{value} ± {error:.4f}'

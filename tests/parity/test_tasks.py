@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,14 @@ def test_draws(both):
   assert ours.generate_until(requests) == first
 
 
+@pytest.mark.parametrize('name, value', [('num_beams', 4), ('repetition_penalty', 1.2)])
+def test_what_it_cannot_do_is_not_left_out(both, name, value):
+  ask_for = lambda v: ask('generate_until', [('the cat', {'max_gen_toks': 2, name: v})])
+  with pytest.raises(UserError, match=f'{name}={value}'):
+    both[0].generate_until(ask_for(value))
+  assert both[0].generate_until(ask_for(1)) == both[0].generate_until(ask_for(None))
+
+
 def test_arguments(both):
   path = str(both[2])
   for wrong in (
@@ -176,7 +185,7 @@ CHOICE = [
   {'context': 'def', 'choices': ['f', 'x', 'return'], 'answer': 2},
   {'context': 'the', 'choices': ['cat', 'mat', 'x'], 'answer': 1},
 ]
-LINE = [{'context': 'the cat', 'answer': ['sat']}] * 2
+LINE = [{'context': 'the cat', 'answer': ['sat']}, {'context': 'def', 'answer': ['f']}]
 CODE = [{
   'prompt': 'def add(a, b):\n', 'entry_point': 'add',
   'test': 'def check(candidate):\n  assert candidate(1, 2) == 3\n',
@@ -211,6 +220,25 @@ def test_accuracy(both, questions):
     assert one['acc'] == other['acc'] and one['acc_norm'] == other['acc_norm']
     values, wanted = ([v for [[v, _]] in x['resps']] for x in (one, other))
     assert values == pytest.approx(wanted, abs=1e-4)
+
+
+def test_solved_questions_come_before_each(questions):
+  """Of the same file, and never the question itself."""
+  author = Author('x')
+  lm_eval.simple_evaluate(
+    author, tasks=[offline.task(sets.read(str(questions['line'])))], num_fewshot=1
+  )
+  assert author.contexts == ['def f\n\nthe cat', 'the cat sat\n\ndef']
+
+
+def test_differences_from_the_first(both, questions, tmp_path):
+  """A copy gives the same answers."""
+  copy = shutil.copytree(both[2], tmp_path / 'copy')
+  paths, tasks = [str(both[2]), str(copy)], [str(questions['choice'])]
+  first, second = session.run(paths, tasks, session.Options('float32'))['rows']
+  assert 'difference' not in first['tasks']['my_choice']['metrics']['acc']
+  for measure in second['tasks']['my_choice']['metrics'].values():
+    assert measure['difference'] == measure['difference_stderr'] == 0
 
 
 def test_the_command(both, questions, tmp_path):
@@ -380,6 +408,8 @@ def test_its_own_command_line(both, questions, tmp_path):
   assert done.returncode == 0, done.stderr
   [file] = tmp_path.glob('out*.json')
   want = scored(both[1], questions['choice'])['results']['my_choice']['acc,none']
-  assert json.loads(file.read_text())['results']['mine']['acc,none'] == want
+  facts = json.loads(file.read_text())
+  assert facts['results']['mine']['acc,none'] == want
+  assert facts['config']['tokenizer_hash'] == both[0].words.hash
   done = run(*line, '--model_args', f'checkpoint={tmp_path}/nowhere')
   assert done.returncode == 2 and 'nowhere' in done.stderr.splitlines()[-1]
