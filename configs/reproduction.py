@@ -10,7 +10,7 @@ own domain, and every mixture on a quarter of each domain, all with the same bat
 order. Shapes keep the paper's proportions at its small scale: as many KV heads as heads, an FFN's
 hidden width of twice the model's, embeddings apart. `:main` is the comparison that is repeated with
 other seeds; without an argument come the ablations too; `:learning_rates` trains BTX and BAM at
-three peaks each, which is how the mixtures' peak was chosen, the same for all; `:smoke` runs
+two other peaks each, which is how the mixtures' peak was chosen, the same for all; `:smoke` runs
 everything for a few steps. docs/results.md has what came out.
 """
 
@@ -23,26 +23,27 @@ SCALE = recipes.Scale(
   model=dict(
     vocab_size=4096,
     d_model=128,
-    num_layers=6,
+    num_layers=4,
     num_heads=4,
     num_kv_heads=4,
     head_dim=32,
     ffn_dim=256,
     tied_embeddings=False,
   ),
-  sequence_length=256,
+  sequence_length=128,
   batch_size=16,
-  seed_tokens=8_000_000,
+  seed_tokens=4_000_000,
   seed_schedule=dict(peak_learning_rate=4e-3, warmup_steps=100, final_fraction=0.1),
-  specialist_tokens=2_500_000,
-  mixture_tokens=2_500_000,
+  specialist_tokens=1_000_000,
+  mixture_tokens=1_000_000,
   mixture_schedule=dict(peak_learning_rate=2e-3, warmup_steps=50, final_fraction=0.1),
   devices=1,
   accumulate=1,
-  compute=dict(unroll=6),
-  every=dict(log=10, evaluate=100, checkpoint=200, keep=1),
+  compute=dict(unroll=4),
+  every=dict(log=10, evaluate=200, checkpoint=200, keep=1),
 )
-PEAKS = (1e-3, 2e-3, 4e-3)
+PEAKS = (1e-3, 2e-3, 4e-3)  # of mixtures: the chosen one, and others
+SWEPT = ('btx', 'bam_kv')
 ARGUMENTS = ('', 'main', 'learning_rates', 'smoke')
 
 
@@ -63,7 +64,6 @@ def main_runs() -> dict[str, dict]:
     bam_shared_kv=recipes.mixture(SCALE, *shared_kv),
     bam_kv_cm=recipes.compute_matched(SCALE, f'{kv[0]}, CM', kv[1]),
     bam_shared_kv_cm=recipes.compute_matched(SCALE, f'{shared_kv[0]}, CM', shared_kv[1]),
-    dense=dense(),
   )
 
 
@@ -85,17 +85,19 @@ def ablations() -> dict[str, dict]:
   sparse = recipes.mixture(
     SCALE, 'sparse upcycling', 'sparse', sources=['seed'], num_experts=len(recipes.SOURCES)
   )
-  return routed | dict(sparse=sparse, average=recipes.mixture(SCALE, 'dense average', 'average'))
+  average = recipes.mixture(SCALE, 'dense average', 'average')
+  return routed | dict(sparse=sparse, average=average, dense=dense())
 
 
 def learning_rates() -> dict[str, dict]:
-  """BTX and BAM at every peak."""
-  runs = {}
-  for name, (label, method) in (('btx', ('BTX', 'btx')), ('bam_kv', recipes.BAM_KV)):
+  """BTX and BAM at every peak: the runs of the comparison, and theirs at the other peaks."""
+  runs = {name: run for name, run in main_runs().items() if name in SWEPT}
+  for name, run in list(runs.items()):
     for peak in PEAKS:
-      run = recipes.mixture(SCALE, f'{label}, peak {peak:g}', method)
-      schedule = run['schedule'] | dict(peak_learning_rate=peak)
-      runs[f'{name}_{peak:g}'.replace('.', '_')] = run | dict(schedule=schedule)
+      if peak != run['schedule']['peak_learning_rate']:
+        schedule = run['schedule'] | dict(peak_learning_rate=peak)
+        other = run | dict(label=f'{run["label"]}, peak {peak:g}', schedule=schedule)
+        runs[f'{name}_{peak:g}'.replace('.', '_')] = other
   return runs
 
 
@@ -114,5 +116,5 @@ def get_config(argument: str = '') -> ConfigDict:
   recipe['data'] |= dict(
     path='data/reproduction', prepare=dict(input='data/corpus', train_tokenizer=4096)
   )
-  recipe['evaluation'] = dict(batch_size=16, tokens=16_384, domains=recipes.DOMAINS)
+  recipe['evaluation'] = dict(batch_size=32, tokens=32_768, domains=recipes.DOMAINS)
   return config.complete(recipes.smoke(recipe) if argument == 'smoke' else recipe)

@@ -72,8 +72,7 @@ RESULTS = {
     result('btx', (10, 20, 5, 10)),
     result('bam_kv', (9, 18, 4, 13), flops=1.5e6),
     result('btx_0_001', (8, 8, 8, 8)),
-    result('btx_0_002', (4, 4, 4, 4)),
-    result('bam_kv_0_001', (6, 6, 6, 6)),
+    result('bam_kv_0_004', (6, 6, 6, 6)),
   ],
   1: [result('btx', (20, 20, 20, 20)), result('bam_kv', (20, 20, 20, 20), flops=1.5e6)],
 }
@@ -158,8 +157,10 @@ def test_routing_by_the_papers_averages(seeds):
 
 def test_learning_rates_and_cost(seeds):
   section = pages.learning_rates(seeds)
-  assert cells(section, '0.001') == ['8.00', '6.00']
-  assert cells(section, '0.002') == ['4.00', 'missing']
+  assert cells(section, '0.001') == ['8.00', 'missing']
+  # The runs of the comparison, of seed 0 alone: seed 1 has no other peak.
+  assert cells(section, '0.002') == ['11.25', '11.00']
+  assert cells(section, '0.004') == ['missing', '6.00']
   assert cells(pages.cost(seeds), 'BAM, KV experts') == [
     '1,234,567', '1,000,000', '2,000,000', '3e+12', '1.50', '1m 01s (1m 01s to 1m 01s)',
   ]  # fmt: skip

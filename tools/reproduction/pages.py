@@ -75,7 +75,7 @@ def other_makings(seeds: Seeds) -> str:
 def learning_rates(seeds: Seeds) -> str:
   """Average perplexity of BTX and BAM by peak learning rate."""
   peaks = sorted({run['schedule']['peak_learning_rate'] for run in SWEEP.values()})
-  sweeps = {name: sweep(seeds, name) for name in ('btx', 'bam_kv')}
+  sweeps = {name: sweep(seeds, name) for name in reproduction.SWEPT}
   lines = [
     [f'{peak:g}', *(_cell(by_peak[peak], readings.number) for by_peak in sweeps.values())]
     for peak in peaks
@@ -84,11 +84,13 @@ def learning_rates(seeds: Seeds) -> str:
 
 
 def sweep(seeds: Seeds, name: str) -> dict[float, Spread | None]:
-  """Average perplexity by peak learning rate of the sweep's runs of one mixture."""
+  """Average perplexity by peak learning rate of one mixture, of the seeds that were swept."""
+  others = SWEEP.keys() - RUNS.keys()
+  swept = [seed for seed in seeds if others & seed['runs'].keys()]
   return {
-    run['schedule']['peak_learning_rate']: compare.perplexities(seeds, swept, AVERAGE)
-    for swept, run in SWEEP.items()
-    if swept.startswith(f'{name}_')
+    run['schedule']['peak_learning_rate']: compare.perplexities(swept, of_peak, AVERAGE)
+    for of_peak, run in SWEEP.items()
+    if of_peak == name or of_peak.startswith(f'{name}_')
   }
 
 
