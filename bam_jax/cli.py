@@ -51,6 +51,8 @@ def run(
       if len(argv) > 1 + most_arguments:
         argument = argv[1 + most_arguments]
         raise UserError(f'Unexpected argument {argument!r}: every option is a --flag=value.')
+      if _JSON.value:
+        check_json(_JSON.value)
       compilation.use_cache()
       facts = main(*argv[1:])
       if _JSON.value and facts is not None:
@@ -166,13 +168,31 @@ def command() -> str:
   return f'python -m {app_name()} {shlex.join(sys.argv[1:])}'
 
 
+def check_json(path: str) -> None:
+  """Raises UserError where `write_json` could not write, before hours of work."""
+  if path == '-':
+    return
+  there = os.path.abspath(path)
+  while not os.path.lexists(there):
+    there = os.path.dirname(there)
+  folder = there != os.path.abspath(path)
+  if os.path.isdir(there) != folder:
+    reason = f'{there} is no folder' if folder else 'that is a folder'
+  elif not os.access(there, os.W_OK):
+    reason = f'{there} is read-only'
+  else:
+    return
+  raise UserError(f'--json={path} cannot be written: {reason}.')
+
+
 def write_json(path: str, facts: dict[str, Any]) -> None:
-  """Writes one JSON object to `path`, or to standard output when it is "-"."""
+  """Writes one JSON object to `path`, whose folder is made, or to standard output if it is "-"."""
   text = json.dumps(facts, indent=1, sort_keys=True) + '\n'
   if path == '-':
     sys.stdout.write(text)
     return
   try:
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, 'w', encoding='utf-8') as file:
       file.write(text)
   except OSError as error:

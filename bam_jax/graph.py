@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bam_jax import checkpoint, config, memory, sharding
 from bam_jax.data import shards
@@ -126,22 +127,40 @@ def check(
     attention.check(node.model, recipe.data.sequence_length, jax.default_backend())
     abstract = transformer.Network(node.model, node.run.compute).abstract()
     sharding.check(abstract, node.run.mesh, f'config.runs.{name}')
-    _check_room(node)
+    _check_room(node, recipe)
   return domains
 
 
-def _check_room(node: Node) -> None:
-  """UserError when the devices cannot hold a run's state; activations come on top."""
-  copies = 2 if node.run.compute.offload_optimizer else 4  # gradients; two moments of AdamW
-  needed = copies * 4 * arithmetic.parameters(node.model).total
-  if jax.default_backend() != 'cpu':  # every fake device of a CPU has its part in the one memory
-    needed //= node.run.mesh.size
+def _check_room(node: Node, recipe: config.Recipe) -> None:
+  """UserError when the devices cannot hold a run: its state, and the least of its activations."""
+  run, model, name = node.run, node.model, f'config.runs.{node.name}'
+  # Every fake device of a CPU has its part in the one memory.
+  parts = config.Mesh() if jax.default_backend() == 'cpu' else run.mesh
+  copies = 2 if run.compute.offload_optimizer else 4  # gradients; two moments of AdamW
+  state = copies * 4 * arithmetic.parameters(model).total // parts.size
   free = memory.free_bytes()
-  if free is not None and needed > free:
+  if free is None:
+    return
+  if state > free:
     raise UserError(
-      f'config.runs.{node.name} needs {needed / 1e9:,.1f} GB of a device for parameters, gradients '
-      f'and optimizer, and {free / 1e9:,.1f} GB are free: make model smaller or mesh larger.'
+      f'{name} needs {state / 1e9:,.1f} GB of a device for parameters, gradients and optimizer, '
+      f'and {free / 1e9:,.1f} GB are free: make model smaller or mesh larger.'
     )
+  itemsize = jnp.dtype(run.compute.dtype).itemsize
+  for key, batch_size, accumulate, layers in (
+    (f'{name}.batch_size', run.batch_size, run.accumulate, model.num_layers),
+    ('config.evaluation.batch_size', recipe.evaluation.batch_size, 1, 1),
+  ):
+    tokens = batch_size // accumulate * recipe.data.sequence_length // parts.batch_shards
+    logits = min(tokens, run.compute.loss_chunk or tokens)
+    # Whatever is done again in the backward pass, each block's input is kept for it.
+    needed = state + layers * tokens * model.d_model * itemsize + logits * model.vocab_size * 4
+    if needed > free:
+      raise UserError(
+        f'{key}={batch_size} needs at least {needed / 1e9:,.1f} GB of a device, for blocks, logits '
+        f'and the state of {name}, and {free / 1e9:,.1f} GB are free: make it smaller, or set '
+        f'{name}.accumulate or compute.loss_chunk.'
+      )
 
 
 def _check_tokenizer(node: Node, dataset: shards.Dataset) -> None:

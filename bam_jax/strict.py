@@ -122,12 +122,12 @@ _NAMES = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 
 
 
 def _scalar(hint: type, value: Any, key: str) -> Any:
+  if hint is int and isinstance(value, float) and value.is_integer():
+    value = int(value)
   if isinstance(value, int) and abs(value) >= 2**63:
     raise UserError(f'{key} is past 64 bits: choose a smaller number.')
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
-  if hint is int and isinstance(value, float) and value.is_integer():
-    return int(value)
   if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
     raise UserError(f'{key} must be {_NAMES[hint]}, not {value!r}.')
   return value

@@ -10,6 +10,7 @@ from typing import Self
 USUAL = 10  # times the usual step is a stall, if it is also as long as was asked
 REMEMBERED = 100  # steps that say what is usual
 LOOKS = 20  # in the time of a stall
+LEAST, MOST = 0.01, 3600.0  # seconds between two looks
 
 WAITS = {
   'step': 'the devices',
@@ -17,6 +18,7 @@ WAITS = {
   'compile': 'the compiler',
   'checkpoint': 'a checkpoint to be written',
   'evaluate': 'the held-out losses',
+  'restart': 'what comes before the first step',
 }
 
 
@@ -67,7 +69,7 @@ class Watch:
     self._step, self._since, self._told = step, now, False
 
   def _look(self) -> None:
-    while not self._ended.wait(self._seconds / LOOKS):
+    while not self._ended.wait(min(max(self._seconds / LOOKS, LEAST), MOST)):
       waited = time.monotonic() - self._since
       usual = statistics.median(list(self._took)) if self._took else 0.0
       if not self._told and waited > max(self._seconds, USUAL * usual):

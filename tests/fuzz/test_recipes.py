@@ -138,6 +138,48 @@ def test_any_value_of_any_key_on_the_command_line(server, world):
       server.run('account', *line).check('config', key.path[-1], '--run')
 
 
+REFUSED = {  # past what any machine holds
+  'data.sequence_length', 'runs.seed.batch_size', 'runs.seed.mesh.data', 'runs.seed.mesh.fsdp',
+  'runs.seed.mesh.expert', 'runs.seed.mesh.tensor', 'runs.seed.accumulate', 'evaluation.batch_size',
+}  # fmt: skip
+FRACTIONS = {
+  f'runs.seed.{key}' for key in ('schedule.final_fraction', 'optimizer.b1', 'optimizer.b2')
+}
+SIZES = REFUSED | {'seed', 'runs.seed.compute.unroll', 'runs.seed.guard.window'}  # of 32 bits
+
+
+def numbers() -> Iterator[tuple[str, bool]]:
+  """Keys of a run that starts from nothing, and whether they are whole numbers."""
+  for key in keys():
+    kinds = {int, float} & {key.hint, *typing.get_args(key.hint)}
+    others = {'model', 'steps', 'upcycle', 'prepare', 'general', 'router_warmup_steps'} & {
+      *key.path
+    }
+    if kinds and not others and typing.get_origin(key.hint) is not Mapping:
+      yield '.'.join(key.path), int in kinds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('high', [False, True])
+def test_numbers_at_their_limits_train(server, world, tmp_path, high):
+  """All at once: what a bound lets through is used by something."""
+  line = world.line('main', tmp_path / 'w')
+  for key, whole in numbers():
+    if not whole:
+      line.append(f'--config.{key}={1e30 if high and key not in FRACTIONS else 1e-30}')
+    elif high and key not in REFUSED:
+      line.append(f'--config.{key}={2**31 - 1 if key in SIZES else 2**62}')
+  assert server.run('main', *line, seconds=120).check().status == 0
+
+
+@pytest.mark.parametrize('key', sorted(REFUSED))
+def test_sizes_past_any_machine_are_refused(server, world, tmp_path, key):
+  line = world.line('main', tmp_path / 'w')
+  line += [f'--config.{key}={2**31 - 1}', f'--config.runs.seed.tokens={2**62}']
+  outcome = server.run('main', *line).check(key.rpartition('.')[2], 'mesh', 'batch')
+  assert outcome.status == 2 and not (tmp_path / 'w' / 'seed').exists()
+
+
 @pytest.mark.parametrize(
   'flag',
   [

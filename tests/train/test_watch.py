@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from bam_jax.train import watch
+from bam_jax.train import goodput, watch
 
 
 @pytest.fixture
@@ -47,3 +47,7 @@ def test_nothing_watches_when_nobody_asks(told):
     looking.done(1)
     assert not looking._thread.is_alive()
   assert told == []
+
+
+def test_there_is_a_word_for_whatever_a_run_may_wait_for():
+  assert watch.WAITS.keys() == set(goodput.KINDS)
