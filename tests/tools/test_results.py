@@ -166,6 +166,15 @@ def test_learning_rates_and_cost(seeds):
   ]  # fmt: skip
 
 
+def test_the_summary(seeds):
+  section = pages.summary(seeds)
+  assert cells(section, 'BAM, KV experts') == [
+    '15.50 (11.00 to 20.00)', '−1.1% (−2.2% to +0.0%)', '*−9.5%*', '1.50',
+  ]  # fmt: skip
+  assert cells(section, 'BTX')[1:] == ['+0.0% (+0.0% to +0.0%)', '*+0.0%*', '1.00']
+  assert cells(section, 'BAM, shared KV') == ['missing', 'missing', '*−3.8%*', 'missing']
+
+
 @pytest.mark.parametrize(
   'values, mean', [((1.0,), 1.0), ((1.0, None, 2.0), 1.5), ((None, None), None)]
 )
@@ -233,15 +242,20 @@ def test_the_commands(tmp_path):
     tmp_path / 'p.md',
   )
   page.write_text((ROOT / 'docs' / 'results.md').read_text())
+  readme = tmp_path / 'README.md'
+  readme.write_text((ROOT / 'README.md').read_text())
   done = results('collect', f'--workdir=0={work}', f'--output={folder}')
   assert done.returncode == 0, done.stderr
   for _ in range(2):  # the second drawing changes nothing
-    done = results('draw', f'--results={folder}', f'--page={page}', '--json=-')
+    done = results(
+      'draw', f'--results={folder}', f'--page={page}', f'--readme={readme}', '--json=-'
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)['seeds'] == [0]
     text = page.read_text()
     assert '![Perplexity of each run against BTX](results/against_btx.png)' in text
     assert text.count('python … --seed=0') == 1
+    assert '| BTX | 11.25 | +0.0% |' in readme.read_text()
   done = results('collect', f'--workdir={work}')
   assert done.returncode == 2 and 'names no seed: write --workdir=0=' in done.stderr
   assert 'Traceback' not in done.stderr

@@ -10,6 +10,7 @@ from bam_jax.train.progress import duration
 from configs import reproduction
 from tools.reproduction import compare
 from tools.reproduction.compare import AVERAGE, COLUMNS, Seeds, Spread, spread
+from tools.reproduction.facts import Run
 
 MISSING = 'missing'  # a run that no seed has finished
 ABSENT = '–'  # what the paper did not print
@@ -17,6 +18,7 @@ ABSENT = '–'  # what the paper did not print
 RUNS = reproduction.branches() | reproduction.main_runs() | reproduction.ablations()
 SWEEP = reproduction.learning_rates()
 BAMS = ('bam_kv', 'bam_shared_kv', 'bam_kv_cm', 'bam_shared_kv_cm')
+SUMMARY = ('seed', 'btx', 'btx_6_top3', 'bam_shared_kv_cm', 'bam_kv_cm', 'bam_shared_kv', 'bam_kv')
 
 Paper = Callable[[str, str], float | None]  # run, column -> relative change
 
@@ -94,11 +96,33 @@ def sweep(seeds: Seeds, name: str) -> dict[float, Spread | None]:
   }
 
 
+def summary(seeds: Seeds) -> str:
+  """The comparison in one table, for the README."""
+  lines = []
+  for name in SUMMARY:
+    paper = compare.paper_change(name, 'btx', AVERAGE)
+    flops = [
+      _flops(seed['runs'][name]) / _flops(seed['runs']['btx'])
+      for seed in seeds
+      if {name, 'btx'} <= seed['runs'].keys()
+    ]
+    lines.append(
+      [
+        label(name),
+        _cell(compare.perplexities(seeds, name, AVERAGE), readings.number),
+        _cell(compare.changes(seeds, name, 'btx', AVERAGE), _percent),
+        ABSENT if paper is None else f'*{_percent(paper)}*',
+        f'{flops[0]:.2f}' if flops else MISSING,
+      ]
+    )
+  header = ['run', 'average perplexity', 'against BTX', 'the paper', "of BTX's training FLOPs"]
+  return _table(header, lines)
+
+
 def cost(seeds: Seeds) -> str:
   """Parameters, tokens, FLOPs and time."""
   header = ['run', 'parameters', 'active', 'tokens', 'training FLOPs', "of BTX's", 'wall time']
   finished = lambda name: [seed['runs'][name] for seed in seeds if name in seed['runs']]
-  flops = lambda run: run['flops_per_token'] * run['tokens']
   btx, lines = finished('btx'), []
   for name in RUNS:
     if not (runs := finished(name)):
@@ -108,8 +132,8 @@ def cost(seeds: Seeds) -> str:
       [
         label(name),
         *(f'{runs[0][key]:,}' for key in ('parameters', 'active_parameters', 'tokens')),
-        f'{flops(runs[0]):.3g}',
-        f'{flops(runs[0]) / flops(btx[0]):.2f}' if btx else MISSING,
+        f'{_flops(runs[0]):.3g}',
+        f'{_flops(runs[0]) / _flops(btx[0]):.2f}' if btx else MISSING,
         _cell(spread([run['wall_seconds'] for run in runs]), duration),
       ]
     )
@@ -178,6 +202,10 @@ def _changes(
       shown = [cell if column in columns else '' for column, cell in zip(COLUMNS, cells)]
       lines.append([head, count, *shown])
   return lines
+
+
+def _flops(run: Run) -> float:
+  return run['flops_per_token'] * run['tokens']
 
 
 def _percent(change: float) -> str:
