@@ -10,9 +10,11 @@ own domain, and every mixture on a quarter of each domain, all with the same bat
 order. Shapes keep the paper's proportions at its small scale: as many KV heads as heads, an FFN's
 hidden width of twice the model's, embeddings apart. `:main` is the comparison that is repeated with
 other seeds; without an argument come the ablations too; `:learning_rates` trains BTX and BAM at
-two other peaks each, which is how the mixtures' peak was chosen, the same for all; `:smoke` runs
-everything for a few steps. docs/results.md has what came out.
+two other peaks each, the same for both; `:budgets` gives both regimes less and more to read;
+`:smoke` runs everything for a few steps. docs/results.md has what came out.
 """
+
+import dataclasses
 
 from ml_collections import ConfigDict
 
@@ -44,7 +46,8 @@ SCALE = recipes.Scale(
 )
 PEAKS = (1e-3, 2e-3, 4e-3)  # of mixtures: the chosen one, and others
 SWEPT = ('btx', 'bam_kv')
-ARGUMENTS = ('', 'main', 'learning_rates', 'smoke')
+LONG = 3  # times the mixtures' budget
+ARGUMENTS = ('', 'main', 'learning_rates', 'budgets', 'smoke')
 
 
 def branches() -> dict[str, dict]:
@@ -101,8 +104,20 @@ def learning_rates() -> dict[str, dict]:
   return runs
 
 
+def budgets() -> dict[str, dict]:
+  """BTX on as few tokens as BAM has for its compute; and both, for LONG times that compute."""
+  label, method = recipes.BAM_KV
+  long = dataclasses.replace(SCALE, mixture_tokens=LONG * SCALE.mixture_tokens)
+  short = dict(label="BTX, on BAM's CM tokens", tokens=main_runs()['bam_kv_cm']['tokens'])
+  return dict(
+    btx_short=recipes.btx(SCALE) | short,
+    btx_long=recipes.btx(long) | dict(label=f'BTX, {LONG} times the budget'),
+    bam_kv_cm_long=recipes.compute_matched(long, f'{label}, CM, {LONG} times the budget', method),
+  )
+
+
 def get_config(argument: str = '') -> ConfigDict:
-  """The recipe; `argument` is empty, "main", "learning_rates" or "smoke"."""
+  """The recipe; `argument` is empty or one of ARGUMENTS."""
   if argument not in ARGUMENTS:
     raise UserError(
       f'configs/reproduction.py has no argument {argument!r}: use none, or one of '
@@ -110,6 +125,8 @@ def get_config(argument: str = '') -> ConfigDict:
     )
   if argument == 'learning_rates':
     runs = branches() | learning_rates()
+  elif argument == 'budgets':
+    runs = branches() | budgets()
   else:
     runs = branches() | main_runs() | ({} if argument == 'main' else ablations())
   recipe = recipes.recipe('reproduction', SCALE, runs)

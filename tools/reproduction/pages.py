@@ -17,6 +17,7 @@ ABSENT = '–'  # what the paper did not print
 
 RUNS = reproduction.branches() | reproduction.main_runs() | reproduction.ablations()
 SWEEP = reproduction.learning_rates()
+BUDGETS = reproduction.budgets()
 BAMS = ('bam_kv', 'bam_shared_kv', 'bam_kv_cm', 'bam_shared_kv_cm')
 SUMMARY = ('seed', 'btx', 'btx_6_top3', 'bam_shared_kv_cm', 'bam_kv_cm', 'bam_shared_kv', 'bam_kv')
 
@@ -25,7 +26,7 @@ Paper = Callable[[str, str], float | None]  # run, column -> relative change
 
 def label(name: str) -> str:
   """What tables call a run, finished or not."""
-  return RUNS[name]['label']
+  return (RUNS | BUDGETS)[name]['label']
 
 
 def perplexity(seeds: Seeds) -> str:
@@ -119,6 +120,18 @@ def summary(seeds: Seeds) -> str:
   return _table(header, lines)
 
 
+def budgets(seeds: Seeds) -> str:
+  """BAM against BTX on the same tokens, few and many, and for the same compute, little and much."""
+  pairs = [
+    ('bam_kv_cm', 'btx_short'), ('bam_kv', 'btx'), ('bam_kv_cm', 'btx'),
+    ('bam_kv_cm_long', 'btx_long'),
+  ]  # fmt: skip
+  lines = []
+  for name, base in pairs:
+    lines += _changes(seeds, [name], base, said=f' against {label(base)}')
+  return _table(['run', 'seeds', *COLUMNS], lines)
+
+
 def cost(seeds: Seeds) -> str:
   """Parameters, tokens, FLOPs and time."""
   header = ['run', 'parameters', 'active', 'tokens', 'training FLOPs', "of BTX's", 'wall time']
@@ -165,6 +178,7 @@ SECTIONS: dict[str, Callable[[Seeds], str]] = {
     routing,
     other_makings,
     learning_rates,
+    budgets,
     cost,
     commands,
   )
