@@ -207,7 +207,7 @@ def _changes(
   lines = []
   for name in names:
     ours = [_cell(compare.changes(seeds, name, base, column), _percent) for column in COLUMNS]
-    named = [(label(name) + said, _count(seeds, name), ours)]
+    named = [(label(name) + said, _count(seeds, name, base), ours)]
     if paper:
       printed = [paper(name, column) for column in COLUMNS]
       theirs = [f'*{_percent(change)}*' if change is not None else ABSENT for change in printed]
@@ -226,8 +226,8 @@ def _percent(change: float) -> str:
   return readings.percent(round(change, 3) or 0.0, 1)  # no minus before what is printed as zero
 
 
-def _count(seeds: Seeds, name: str) -> str:
-  return str(sum(name in seed['runs'] for seed in seeds))
+def _count(seeds: Seeds, *names: str) -> str:
+  return str(sum({*names} <= seed['runs'].keys() for seed in seeds))
 
 
 def _cell(values: Spread | None, say: Callable[[float], str]) -> str:
