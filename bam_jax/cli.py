@@ -173,7 +173,7 @@ def check_json(path: str) -> None:
   if path == '-':
     return
   there = os.path.abspath(path)
-  while not os.path.lexists(there):
+  while not os.path.exists(there):  # a link to nothing is a file to be made
     there = os.path.dirname(there)
   folder = there != os.path.abspath(path)
   if os.path.isdir(there) != folder:

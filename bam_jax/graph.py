@@ -146,20 +146,21 @@ def _check_room(node: Node, recipe: config.Recipe) -> None:
       f'{name} needs {state / 1e9:,.1f} GB of a device for parameters, gradients and optimizer, '
       f'and {free / 1e9:,.1f} GB are free: make model smaller or mesh larger.'
     )
-  itemsize = jnp.dtype(run.compute.dtype).itemsize
+  # Gradients come while activations go: only one of the two is whole at any time.
+  kept, itemsize = state * (copies - 1) // copies, jnp.dtype(run.compute.dtype).itemsize
   for key, batch_size, accumulate, layers in (
     (f'{name}.batch_size', run.batch_size, run.accumulate, model.num_layers),
     ('config.evaluation.batch_size', recipe.evaluation.batch_size, 1, 1),
   ):
     tokens = batch_size // accumulate * recipe.data.sequence_length // parts.batch_shards
-    logits = min(tokens, run.compute.loss_chunk or tokens)
+    logits = min(tokens, run.compute.loss_chunk or tokens) * model.vocab_size // parts.tensor
     # Whatever is done again in the backward pass, each block's input is kept for it.
-    needed = state + layers * tokens * model.d_model * itemsize + logits * model.vocab_size * 4
+    needed = kept + layers * tokens * model.d_model * itemsize + 4 * logits
     if needed > free:
       raise UserError(
         f'{key}={batch_size} needs at least {needed / 1e9:,.1f} GB of a device, for blocks, logits '
-        f'and the state of {name}, and {free / 1e9:,.1f} GB are free: make it smaller, or set '
-        f'{name}.accumulate or compute.loss_chunk.'
+        f'and the state of {name}, and {free / 1e9:,.1f} GB are free: make it smaller, or cut it '
+        f'with {name}.accumulate (training alone) or its compute.loss_chunk.'
       )
 
 

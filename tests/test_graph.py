@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import jax
 import pytest
 
-from bam_jax import checkpoint, config, graph
+from bam_jax import checkpoint, config, graph, memory
 from bam_jax.errors import UserError
+from bam_jax.model import arithmetic
 
 
 def resolve(recipe: dict, data_hash: str = '') -> dict[str, graph.Node]:
@@ -217,6 +219,58 @@ MISFITS = {
     ['config.runs.seed.mesh', 'blocks/ffn/down', '50', '4 parts'],
   ),
 }
+
+
+PARAMETERS = 1000 * 1000  # of a model of nobody's, so that bytes can be counted by hand
+# A token: 2 layers x 24 channels x 2 bytes, and 320 logits of 4 bytes; 3 of 4 copies of the state.
+ROOM = [
+  ({}, 'gradients and optimizer', 16 * PARAMETERS),
+  ({'batch_size': 80_000}, 'runs.seed.batch_size=80000', 12 * PARAMETERS + 1_280_000 * (96 + 1280)),
+  (
+    {'batch_size': 80_000, 'accumulate': 2},
+    'runs.seed.batch_size=80000',
+    12 * PARAMETERS + 640_000 * (96 + 1280),
+  ),
+  (
+    {'batch_size': 80_000, 'loss_chunk': 1000},
+    'runs.seed.batch_size=80000',
+    12 * PARAMETERS + 1_280_000 * 96 + 1000 * 1280,
+  ),
+  (
+    {'evaluation': 80_000},
+    'config.evaluation.batch_size=80000',
+    12 * PARAMETERS + 1_280_000 * (48 + 1280),
+  ),
+]
+
+
+@pytest.mark.parametrize('sizes, key, least', ROOM)
+def test_the_least_memory_by_hand(recipe_dict, dataset, monkeypatch, sizes, key, least):
+  monkeypatch.setattr(
+    arithmetic, 'parameters', lambda model: arithmetic.Parameters(PARAMETERS, PARAMETERS)
+  )
+  recipe_dict['model'] |= {'d_model': 24, 'num_layers': 2}
+  run = recipe_dict['runs']['seed']
+  run['tokens'] = 10**9
+  run['compute'] = {'dtype': 'bfloat16', 'loss_chunk': sizes.get('loss_chunk', 0)}
+  run |= {
+    name: size for name, size in sizes.items() if name in ('batch_size', 'accumulate', 'mesh')
+  }
+  recipe_dict['evaluation']['batch_size'] = sizes.get('evaluation', 8)
+  monkeypatch.setattr(memory, 'free_bytes', lambda: least)
+  check(recipe_dict, dataset)
+  monkeypatch.setattr(memory, 'free_bytes', lambda: least - 1)
+  with pytest.raises(UserError, match='are free') as caught:
+    check(recipe_dict, dataset)
+  assert key in str(caught.value)
+
+
+def test_what_a_mesh_cuts_by_hand(recipe_dict, dataset, monkeypatch):
+  """On devices with memories of their own."""
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  sizes = {'batch_size': 80_000, 'mesh': {'fsdp': 2, 'tensor': 2}}
+  least = 12 * PARAMETERS // 4 + 640_000 * (96 + 1280 // 2)
+  test_the_least_memory_by_hand(recipe_dict, dataset, monkeypatch, sizes, 'batch_size', least)
 
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(recipe_dict, dataset, written):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from bam_jax import report
+from bam_jax import cli, report
 from bam_jax.data import prepare, shards
 from bam_jax.errors import UserError
 from tests.faults.conftest import SEED, assert_sentence, remount
@@ -50,6 +50,15 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_training(text, undis
   done = run(text, workdir, *SEED)
   assert_sentence(done, f'{workdir}/seed cannot be written: Read-only file system')
   assert 'starts' not in done.stderr
+
+
+@pytest.mark.parametrize('name', ['there.json', 'new.json', 'new/new.json'])
+def test_facts_for_a_read_only_disk_are_refused_before_the_work(disk, name):
+  folder = disk(100)
+  (folder / 'there.json').touch()
+  remount(folder, 'ro')
+  with pytest.raises(UserError, match=rf'--json={folder}/{name} cannot be written: .* read-only'):
+    cli.check_json(str(folder / name))
 
 
 def test_a_report_that_finds_no_room(disk, undisturbed):
