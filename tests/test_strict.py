@@ -135,6 +135,7 @@ REFUSALS = {
   ),
   'another word': ({'count': 1, 'start': 'scratchy'}, "it.start='scratchy' is none of"),
   'past every machine': ({'count': 10**400}, 'it.count'),
+  'past every machine, as a float': ({'count': 1e300}, 'it.count is past 64 bits'),
   'past every float': ({'count': 1, 'shares': {'p': 10**400}}, 'it.shares.p'),
   'two groups at once': (
     {'count': 1, 'start': {'name': 'n', 'path': 'p'}},

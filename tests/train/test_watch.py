@@ -49,5 +49,13 @@ def test_nothing_watches_when_nobody_asks(told):
   assert told == []
 
 
+@pytest.mark.parametrize('seconds', [1e-30, 1e30])
+def test_any_time_can_be_waited_for(told, seconds):
+  with watch.Watch('seed', 0, seconds, lambda: 'step', told.append) as looking:
+    time.sleep(0.1)
+    assert looking._thread.is_alive()
+  assert len(told) == (seconds < 1)
+
+
 def test_there_is_a_word_for_whatever_a_run_may_wait_for():
   assert watch.WAITS.keys() == set(goodput.KINDS)
