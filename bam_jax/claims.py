@@ -28,10 +28,11 @@ class Claims:
 
   Args:
     tell: is told a sentence of a lock that cannot be had, or takes time.
+    look: is called again and again while it takes time; what it raises ends the wait.
   """
 
-  def __init__(self, tell: Callable[[str], None]):
-    self._held, self._tell = contextlib.ExitStack(), tell
+  def __init__(self, tell: Callable[[str], None], look: Callable[[], None] = lambda: None):
+    self._held, self._tell, self._look = contextlib.ExitStack(), tell, look
 
   def __enter__(self) -> Self:
     return self
@@ -84,7 +85,8 @@ class Claims:
         lambda holder: self._tell(
           f'{folder} was being trained by {holder}: waiting up to {leases.LEASE_SECONDS:.0f} s to '
           'see whether it still is'
-        )
+        ),
+        self._look,
       )
     except leases.Held as held:
       raise _taken(folder, str(held)) from None

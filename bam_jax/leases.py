@@ -47,11 +47,12 @@ class Lease:
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._beat, name='lease', daemon=True)
 
-  def take(self, wait: Callable[[str], None]) -> None:
+  def take(self, wait: Callable[[str], None], look: Callable[[], None] = lambda: None) -> None:
     """Takes the lease, and holds it until `give_back` or the end of the process.
 
     Args:
       wait: is told who may have been lost, when it takes time to see.
+      look: is called again and again in that time; what it raises ends the wait.
 
     Raises:
       Held: its holder lives.
@@ -61,7 +62,7 @@ class Lease:
       seen = self._read()
       if seen.state == 'value' and not _is_gone(_facts(seen.value)):
         wait(_facts(seen.value)['holder'])
-        seen = self._watch(seen)
+        seen = self._watch(seen, look)
       self._generation = self._write(_mine(self._id), seen.stamp.generation)
       if not self._generation:
         raise Held(_facts(self._read().value)['holder'])
@@ -79,11 +80,12 @@ class Lease:
         self._write(None, self._generation)
       self._generation = b''
 
-  def _watch(self, seen: Any) -> Any:
+  def _watch(self, seen: Any, look: Callable[[], None]) -> Any:
     """What is there when its holder has given it back, or has been lost; Held if neither."""
     until = time.monotonic() + LEASE_SECONDS
     while time.monotonic() < until:
       time.sleep(LOOK_SECONDS)
+      look()
       now = self._read()
       if now.state != 'value':
         return now

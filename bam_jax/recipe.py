@@ -66,17 +66,21 @@ def execute(
   def is_finished(name: str) -> bool:
     return finished(workdir / name, nodes[name], steps[name], domains)
 
-  def claim() -> None:
-    held.take(workdir / name for name in asked if not is_finished(name))
+  def claim() -> int | None:
+    try:
+      held.take(workdir / name for name in asked if not is_finished(name))
+    except stop.Stopped as stopped:
+      return stopped.signum
 
   for name in asked:
     processes.check_mesh(nodes[name].run.mesh, f'config.runs.{name}')
   with (
     stop.catch() as stopping,
     Progress(steps, enabled=progress_enabled) as progress,
-    claims.Claims(progress.note) as held,
+    claims.Claims(progress.note, stopping.check) as held,
   ):
-    processes.decide(claim)
+    if signum := processes.decide(claim):
+      raise stop.Stopped(signum)
     for name in asked:
       processes.decide(functools.partial(_check_identity, workdir / name, nodes[name]))
     for name in asked:

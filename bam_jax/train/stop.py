@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-  """A run was asked to stop and has saved its state."""
+  """A job was asked to stop, and what it has to save is saved."""
 
   def __init__(self, signum: int):
     super().__init__(signal.Signals(signum).name)
@@ -29,6 +29,11 @@ class Flag:
     if self.signum == signum == signal.SIGINT:
       raise KeyboardInterrupt
     self.signum = signum
+
+  def check(self) -> None:
+    """Raises Stopped when this process was asked to stop."""
+    if self.signum is not None:
+      raise Stopped(self.signum)
 
   def agreed(self) -> int | None:
     """The signal at which to stop after this step, for all processes the same; all ask every step.

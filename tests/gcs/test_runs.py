@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bam_jax import checkpoint, claims
+from bam_jax import checkpoint, claims, leases
 from tests import test_main
 from tests.gcs.conftest import command, files, holding
 from tests.test_main import assert_same_end, run, start
@@ -134,6 +134,21 @@ def test_every_command_opens_a_checkpoint_of_a_bucket(folder, text, undisturbed,
   exported = command('convert', 'export-hf', f'--checkpoint={made}', f'--output={tmp_path}/hf')
   assert exported.returncode == 0, exported.stderr
   assert (tmp_path / 'hf' / 'config.json').exists()
+
+
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+def test_stopped_while_it_waits_for_a_lease(folder, text, signum):
+  (folder / 'seed').mkdir(parents=True)
+  (folder / 'seed' / claims.NAME).write_text('[')
+  waiting = start(text, folder, *SEED)
+  assert any('waiting up to 60 s' in line for line in waiting.stderr)
+  asked = time.monotonic()
+  waiting.send_signal(signum)
+  _, stderr = waiting.communicate(timeout=60)
+  assert waiting.returncode == 128 + signum
+  assert time.monotonic() - asked < leases.LEASE_SECONDS / 2
+  assert stderr == f'Stopped by {signum.name}; the same command goes on from here.\n'
+  assert (folder / 'seed' / claims.NAME).read_text() == '['
 
 
 def test_a_bucket_that_is_not_there_is_one_sentence(service, text):
