@@ -8,6 +8,9 @@ PYTHON ?= $(shell for python in python3.12 $(wildcard $(HOME)/.pyenv/versions/3.
 VENV ?= .venv
 PARITY_PYTHON ?= $(PYTHON)
 WORKDIR ?= runs/quickstart
+# Processes that run the tests side by side; each takes some 3 GB and, at times, several cores.
+JOBS ?= 2
+PYTEST = -m pytest --numprocesses=$(JOBS) --dist=worksteal
 
 # On Linux: large pages for large buffers. XLA on CPU takes fresh ones for every step, and mapping them
 # 4 KB at a time is a third of a small model's step.
@@ -19,15 +22,15 @@ quickstart: $(VENV)/installed
 	$(VENV)/bin/python -m bam_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
 
 test: $(VENV)/installed-test lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python $(PYTEST)
 
 # Against Hugging Face's Cohere and Mixtral, and what lm-eval makes of them; its own environment, since
 # torch is large.
 test-parity: $(VENV)-parity/installed-test
-	$(VENV)-parity/bin/python -m pytest tests/parity
+	$(VENV)-parity/bin/python $(PYTEST) tests/parity
 
 test-slow: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python $(PYTEST) -m slow
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

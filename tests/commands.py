@@ -1,6 +1,6 @@
 """Commands by the hundred: a process that has imported everything forks a child for each.
 
-    python -m tests.fuzz.server < requests.jsonl
+    python -m tests.commands < requests.jsonl
 
 A request is {'module', 'argv', 'folder', 'seconds', 'list'}: the child does what
 `python -m MODULE ARGV` does in that folder, or, with `list`, tells the module's flags. The answer
@@ -80,7 +80,7 @@ class Server:
   def __enter__(self) -> Self:
     kept = {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'JAX_NUM_CPU_DEVICES')}
     self._process = subprocess.Popen(
-      [sys.executable, '-m', 'tests.fuzz.server'],
+      [sys.executable, '-m', 'tests.commands'],
       cwd=ROOT, env=kept | {'JAX_PLATFORMS': 'cpu', 'COLUMNS': '100'}, text=True,
       stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip

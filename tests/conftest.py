@@ -22,6 +22,7 @@ from etils import epath
 import bam_jax
 from bam_jax import config, folders
 from bam_jax.data import prepare, shards
+from tests.commands import Server
 from tests.gcs.service import serve
 
 # A shell that runs the tests in the background lets them ignore Ctrl-C, and what they start too.
@@ -31,6 +32,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # for its devices. Commands that a test starts get the CPU too, but one device, as users' do.
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
+# Most programs here run once. Commands that a test starts are compiled as for their users.
+jax.config.update('jax_disable_most_optimizations', True)
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Nor leave what they compile, some of it cut short on purpose, in the user's cache.
 _cache = tempfile.TemporaryDirectory()
@@ -100,6 +103,13 @@ def hold() -> Iterator[Callable[..., subprocess.Popen]]:
   for process in started:
     process.kill()
     process.communicate()
+
+
+@pytest.fixture(scope='session')
+def server(tmp_path_factory) -> Iterator[Server]:
+  """Runs commands in milliseconds each; tests/commands.py says how."""
+  with Server(tmp_path_factory.mktemp('cwd')) as server:
+    yield server
 
 
 @pytest.fixture(scope='session')

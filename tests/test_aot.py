@@ -44,10 +44,10 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize('name', MISTAKES)
-def test_a_mistake_is_one_sentence_and_status_2(name):
+def test_a_mistake_is_one_sentence_and_status_2(server, name):
   flags, sentence = MISTAKES[name]
-  done = door(*flags)
-  assert done.returncode == 2 and sentence in done.stderr, done.stderr
+  done = server.run('aot', *flags, folder=ROOT)
+  assert done.status == 2 and sentence in done.stderr, done.stderr
   assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout
 
 

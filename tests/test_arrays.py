@@ -178,7 +178,6 @@ def test_pieces_are_the_array_and_chunks_are_bounded(path, shape, dtype, bound):
     ((1, 1), lambda a: a[None], 'not'),
     ((1, 1), lambda a: a.astype(np.float32), 'not'),
   ],
-  ids=str,
 )
 def test_what_a_caller_gets_wrong(small_chunks, tmp_path, index, change, words):
   values = draw()['blocks/ffn/up']

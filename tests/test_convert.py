@@ -153,15 +153,15 @@ def test_a_disk_that_takes_no_more(runs, tmp_path, limit):
   if not shutil.which(line[0]):
     pytest.skip('without prlimit, a disk cannot be made to take no more')
   done = run(line)
-  assert_sentence(done, ['cannot be written', 'File too large'])
+  assert_sentence(done.returncode, done.stderr, ['cannot be written', 'File too large'])
   assert list(tmp_path.iterdir()) == []
 
 
-def assert_sentence(done: subprocess.CompletedProcess, words: list[str]) -> None:
+def assert_sentence(status: int, stderr: str, words: list[str]) -> None:
   """Status 2 and one sentence, below the progress bar if it had begun."""
-  lines = [line for line in done.stderr.splitlines() if line.strip() and ' ━' not in line]
-  assert done.returncode == 2, done.stderr
-  assert len(lines) == 1 and lines[0].startswith('bam_jax.convert'), done.stderr
+  lines = [line for line in stderr.splitlines() if line.strip() and ' ━' not in line]
+  assert status == 2, stderr
+  assert len(lines) == 1 and lines[0].startswith('bam_jax.convert'), stderr
   for word in words:
     assert word in lines[0]
 
@@ -196,8 +196,9 @@ MISUSED = {
 
 
 @pytest.mark.parametrize('arguments, words', MISUSED.values(), ids=MISUSED)
-def test_misuse_is_answered_in_a_sentence(arguments, words):
-  assert_sentence(run([sys.executable, '-m', 'bam_jax.convert', *arguments]), words)
+def test_misuse_is_answered_in_a_sentence(server, arguments, words):
+  done = server.run('convert', *arguments)
+  assert_sentence(done.status, done.stderr, words)
 
 
 @pytest.mark.parametrize('verb, words', [

@@ -123,6 +123,7 @@ def test_kill_and_resume_is_bitwise_equal(text, undisturbed, tmp_path):
   assert_same_end(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_goes_on(text, undisturbed, tmp_path):
   for victim, signum in (('seed', signal.SIGINT), ('code', signal.SIGTERM)):
     stopped = start(text, tmp_path)
@@ -214,16 +215,16 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize('name', MISTAKES)
-def test_a_mistake_is_one_sentence_and_status_2(text, undisturbed, name):
+def test_a_mistake_is_one_sentence_and_status_2(server, text, undisturbed, name):
   flag, sentence = MISTAKES[name]
   if flag is None:
-    line = [sys.executable, '-m', 'bam_jax.main', f'--workdir={undisturbed}']
+    line = [f'--workdir={undisturbed}']
   elif flag.startswith('--config='):
-    line = [sys.executable, '-m', 'bam_jax.main', flag, f'--workdir={undisturbed}']
+    line = [flag, f'--workdir={undisturbed}']
   else:
-    line = command(text, undisturbed, flag)
-  done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True)
-  assert done.returncode == 2, done.stderr
+    line = command(text, undisturbed, flag)[3:]
+  done = server.run('main', *line)
+  assert done.status == 2, done.stderr
   assert 'Traceback' not in done.stderr and sentence in done.stderr, done.stderr
   assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 

@@ -21,6 +21,7 @@ def undisturbed(text, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_one_step(text, undisturbed, tmp_path):
   """The checkpoint that both write is one, and the same command goes on to the same end."""
   with job(tmp_path, text, 2, MESH, '--runs=seed', steps=STEPS) as both:

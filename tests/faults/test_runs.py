@@ -30,6 +30,7 @@ def poisoned(text: Path, workdir: Path, steps: str, first: int, *flags: str):
   )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_step_without_a_number_halts_and_may_be_skipped(text, tmp_path):
   """The guard may be set when it is needed, not only from the start."""
   halted = poisoned(text, tmp_path, '8', 0)

@@ -1,10 +1,10 @@
-"""What the commands are given where nothing is wrong, and the process that runs them."""
+"""What the commands are given where nothing is wrong."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.fuzz.server import ROOT, Server
+from tests.commands import ROOT
 from tests.hf import folders
 
 
@@ -72,9 +72,3 @@ class World:
 @pytest.fixture(scope='session')
 def world(text, dataset, tmp_path_factory) -> World:
   return World(tmp_path_factory.mktemp('world'), text, dataset.path)
-
-
-@pytest.fixture(scope='session')
-def server(tmp_path_factory):
-  with Server(tmp_path_factory.mktemp('cwd')) as server:
-    yield server

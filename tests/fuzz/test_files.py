@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.commands import ROOT
 from tests.fuzz import values
-from tests.fuzz.server import ROOT
 
 DEEP = '[' * 100_000 + ']' * 100_000
 

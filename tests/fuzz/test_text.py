@@ -72,6 +72,7 @@ def test_json_lines_that_are_none(server, tmp_path, line):
   assert outcome.check('a.jsonl, line 2').status == 2
 
 
+@pytest.mark.slow
 def test_bombs(server, tmp_path):
   """A gigabyte or more in a megabyte: a document is refused before memory is full."""
   blank = b' ' * 2**20

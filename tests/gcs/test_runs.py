@@ -136,7 +136,9 @@ def test_every_command_opens_a_checkpoint_of_a_bucket(folder, text, undisturbed,
   assert (tmp_path / 'hf' / 'config.json').exists()
 
 
-@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+  'signum', [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_stopped_while_it_waits_for_a_lease(folder, text, signum):
   (folder / 'seed').mkdir(parents=True)
   (folder / 'seed' / claims.NAME).write_text('[')

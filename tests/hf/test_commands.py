@@ -94,12 +94,12 @@ def test_a_model_of_transformers_is_a_seed_and_goes_back(tmp_path):
     (['export-hf', '--checkpoint=x', '--output={out}', '--max_shard_size=5TB'], '5TB is no size'),
   ],
 )
-def test_mistakes_are_one_sentence(tmp_path, arguments, named):
+def test_mistakes_are_one_sentence(server, tmp_path, arguments, named):
   facts = CONFIG | {'architectures': ['LlamaForCausalLM']}
   llama = folders.write_hf(tmp_path / 'llama', facts, cohere_tensors())
   out = tmp_path / 'out'
-  done = run('convert', *(a.format(llama=llama, out=out) for a in arguments))
-  assert done.returncode == 2 and named in done.stderr, done.stderr
+  done = server.run('convert', *(a.format(llama=llama, out=out) for a in arguments))
+  assert done.status == 2 and named in done.stderr, done.stderr
   assert len(done.stderr.strip().splitlines()) == 1 and not out.exists()
 
 

@@ -118,9 +118,8 @@ def test_a_recipe_from_its_seed_to_its_mixtures(tpu, recipe):
   assert tpu.resources() == []
 
 
-@pytest.mark.parametrize(
-  'how', [pytest.param(signal.SIGINT), pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM])
 def test_stopped_it_deletes_all_and_started_again_it_skips_what_is_finished(tpu, recipe, how):
   end(tpu, 'seed')
   process = recipe()

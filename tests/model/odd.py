@@ -38,9 +38,11 @@ MODELS: dict[str, tuple[str, Change]] = {
   'room_for_all': ('bam_kv_experts', _with(ffn_experts=config.FFNExperts(4, buffer_factor=4.0))),
   'with_a_capacity': ('bam_kv_experts', _with(ffn_experts=config.FFNExperts(4, buffer_factor=1.0))),
 }
+EVERYWHERE = 'untied', 'bam_kv_experts', 'routed_attention'
 LIKE_CONFTEST = 'dense', 'untied', 'btx', 'bam_kv_experts', 'bam_shared_kv', 'routed_attention'
 
 Shape = tuple[int, int, int, int]  # of a mesh
+ALL_BUT_DATA = (1, 2, 2, 2)
 
 
 def cases(
@@ -49,7 +51,10 @@ def cases(
   quick: Container[tuple[str, Shape]],
   fits: Callable[[str, Shape], bool],
 ) -> list:
-  """Every model of conftest and of `names` on every mesh that it fits; slow but for the quick."""
+  """Models on meshes that they fit; slow but for the quick.
+
+  Every model of conftest and of `names` on a mesh that cuts nearly all, and some on every mesh.
+  """
   return [
     pytest.param(
       name,
@@ -59,5 +64,5 @@ def cases(
     )
     for name in (*LIKE_CONFTEST, *names)
     for shape in shapes
-    if fits(name, shape)
+    if fits(name, shape) and (shape == ALL_BUT_DATA or name in EVERYWHERE or (name, shape) in quick)
   ]

@@ -17,7 +17,6 @@ from bam_jax.model import decoder as decoder_lib
 from tests.model import odd
 
 TOLERANCE = 1e-5  # of the largest score
-QUICK_COMPILE = {'xla_backend_optimization_level': 0}
 MESHES = [(1, 1, 1, 1), (2, 2, 2, 1), (1, 1, 4, 1), (1, 2, 2, 2)]
 PIECE, LENGTH, SLOTS = 7, 11, 16
 FIRST = np.array([0, 3, 1, 6], np.int32)  # padding in front; the last row is one token at first
@@ -25,7 +24,6 @@ ODD = [name for name in odd.MODELS if name != 'room_for_all']
 QUICK = {
   ('bam_kv_experts', (1, 1, 1, 1)),
   ('untied', (1, 2, 2, 2)),
-  ('btx', (1, 1, 4, 1)),
   ('norms_of_shared_heads', (1, 2, 2, 2)),
 }
 
@@ -50,7 +48,7 @@ def uncached(named, start, rows):
     segments = (slots >= FIRST[:, None]).astype(np.int32)
     positions = np.maximum(slots - FIRST[:, None], 0).astype(np.int32)
 
-    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    @jax.jit
     def scores(params):
       return network.logits(params, network.hidden(params, rows, segments, positions)[0])
 
@@ -69,7 +67,7 @@ def reader_of(model, dtype, shape):
     decoder.read, (*specs, resident.ROWS, resident.ROWS, P()), (resident.ROWS, cache_spec)
   )
   cache = cache_lib.zeros(decoder.model, decoder.layout, len(FIRST), SLOTS, dtype)
-  return decoder, jax.jit(read, donate_argnums=1, compiler_options=QUICK_COMPILE), cache
+  return decoder, jax.jit(read, donate_argnums=1), cache
 
 
 CASES = odd.cases(ODD, MESHES, QUICK, lambda name, shape: shape[2] <= 2 or 'six' not in name)

@@ -170,6 +170,20 @@ CASES = {
   ),
 }
 # The other cases run in float64 alone, unless slow tests are asked for: one of each kind of layer.
+AS_USERS_RUNS = {
+  'xla_backend_optimization_level': 3, 'xla_llvm_disable_expensive_passes': False
+}  # fmt: skip
+SLOW_IN_FLOAT64 = (
+  'bam_shared_kv',
+  'bam_kv_experts_qk_norm',
+  'btx_top_2',
+  'renormalised_top_1',
+  'one_expert',
+  'routed_attention_top_1',
+  'routed_attention_renormalised',
+  'dropping',
+  'roomy_buffer',
+)
 QUICK_IN_FLOAT32 = (
   'dense_gqa',
   'dense_qk_norm',
@@ -266,7 +280,7 @@ def program(model: config.Model, compute: config.Compute) -> Callable:
 
   # Float64 is there to compare equations: compile it fast. The others compile as users' runs do.
   wide = compute.dtype == 'float64'
-  options = {'xla_backend_optimization_level': 0} if wide else None
+  options = None if wide else AS_USERS_RUNS
   compiled = jax.jit(run, compiler_options=options)
 
   def answer(params, batch):
@@ -309,7 +323,9 @@ def differences(got: Answer, want: Answer, tolerance: float) -> dict[str, float]
   return {key: value for key, value in found.items() if not value < tolerance}  # NaN is not
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(
+  'name', [pytest.param(n, marks=pytest.mark.slow if n in SLOW_IN_FLOAT64 else ()) for n in CASES]
+)
 def test_model_is_the_oracle(name):
   assert differences(answer(name, FLOAT64), expected(name), TOLERANCE['float64']) == {}
 

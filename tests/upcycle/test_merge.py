@@ -185,7 +185,7 @@ def logits(params: dict, model: config.Model, batch: dict) -> np.ndarray:
   def run(params, tokens, segments, positions):
     return network.logits(params, network.hidden(params, tokens, segments, positions)[0])
 
-  compiled = jax.jit(run, compiler_options={'xla_backend_optimization_level': 0})
+  compiled = jax.jit(run)
   got = compiled(params, batch['tokens'], batch['segments'], batch['positions'])
   return np.asarray(got)[batch['segments'] > 0]
 

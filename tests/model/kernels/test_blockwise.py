@@ -29,9 +29,10 @@ def value_and_slopes(kernel, arrays, segments_BT):
   return output, *pull(slope)
 
 
-@pytest.mark.parametrize('block', [1, 4, 7, 64])
 @pytest.mark.parametrize('heads, groups', [(2, 2), (6, 2), (3, 1)])
-@pytest.mark.parametrize('length', [1, 5, 12, 23])
+@pytest.mark.parametrize(
+  'block, length', [(1, 1), (1, 5), (4, 5), (4, 12), (7, 1), (7, 12), (7, 23), (64, 12), (64, 64)]
+)
 def test_it_is_plain_attention(monkeypatch, block, heads, groups, length):
   monkeypatch.setattr(blockwise, 'BLOCK', block)
   with jax.enable_x64(True):
