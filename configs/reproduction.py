@@ -11,7 +11,8 @@ order. Shapes keep the paper's proportions at its small scale: as many KV heads 
 hidden width of twice the model's, embeddings apart. `:main` is the comparison that is repeated with
 other seeds; without an argument come the ablations too; `:learning_rates` trains BTX and BAM at
 two other peaks each, the same for both; `:budgets` gives both regimes less and more to read;
-`:smoke` runs everything for a few steps. docs/results.md has what came out.
+`:vocabulary`, in a workdir of its own, is of models whose FLOPs are mostly the output embedding's,
+as in the paper; `:smoke` runs everything for a few steps. docs/results.md has what came out.
 """
 
 import dataclasses
@@ -44,29 +45,32 @@ SCALE = recipes.Scale(
   compute=dict(unroll=4),
   every=dict(log=10, evaluate=200, checkpoint=200, keep=1),
 )
+# KV experts take 1.35 times BTX's FLOPs a token here, 1.34 in the paper's 590M, and 1.79 above.
+VOCABULARY = dataclasses.replace(SCALE, model=SCALE.model | dict(num_layers=2, vocab_size=8192))
 PEAKS = (1e-3, 2e-3, 4e-3)  # of mixtures: the chosen one, and others
 SWEPT = ('btx', 'bam_kv')
 LONG = 3  # times the mixtures' budget
-ARGUMENTS = ('', 'main', 'learning_rates', 'budgets', 'smoke')
+COMPARED = ('btx', 'bam_kv', 'bam_kv_cm')  # with that vocabulary
+ARGUMENTS = ('', 'main', 'learning_rates', 'budgets', 'vocabulary', 'smoke')
 
 
-def branches() -> dict[str, dict]:
+def branches(scale: recipes.Scale = SCALE) -> dict[str, dict]:
   """The seed, which has seen some of every domain, and the specialists."""
-  runs = recipes.branches(SCALE)
+  runs = recipes.branches(scale)
   runs['seed']['data'] = dict(general=0.7, code=0.1, law=0.1, math=0.1)
   return runs
 
 
-def main_runs() -> dict[str, dict]:
+def main_runs(scale: recipes.Scale = SCALE) -> dict[str, dict]:
   """BTX, as large as in the paper and as large as BAM, and BAM on its data and for its compute."""
   kv, shared_kv = recipes.BAM_KV, recipes.BAM_SHARED_KV
   return dict(
-    btx=recipes.btx(SCALE),
-    btx_6_top3=recipes.mixture(SCALE, 'BTX, 6 experts, top 3', 'btx', num_experts=6, top_k=3),
-    bam_kv=recipes.mixture(SCALE, *kv),
-    bam_shared_kv=recipes.mixture(SCALE, *shared_kv),
-    bam_kv_cm=recipes.compute_matched(SCALE, f'{kv[0]}, CM', kv[1]),
-    bam_shared_kv_cm=recipes.compute_matched(SCALE, f'{shared_kv[0]}, CM', shared_kv[1]),
+    btx=recipes.btx(scale),
+    btx_6_top3=recipes.mixture(scale, 'BTX, 6 experts, top 3', 'btx', num_experts=6, top_k=3),
+    bam_kv=recipes.mixture(scale, *kv),
+    bam_shared_kv=recipes.mixture(scale, *shared_kv),
+    bam_kv_cm=recipes.compute_matched(scale, f'{kv[0]}, CM', kv[1]),
+    bam_shared_kv_cm=recipes.compute_matched(scale, f'{shared_kv[0]}, CM', shared_kv[1]),
   )
 
 
@@ -116,6 +120,11 @@ def budgets() -> dict[str, dict]:
   )
 
 
+def vocabulary() -> dict[str, dict]:
+  """BTX and BAM where BAM costs little more."""
+  return {name: run for name, run in main_runs(VOCABULARY).items() if name in COMPARED}
+
+
 def get_config(argument: str = '') -> ConfigDict:
   """The recipe; `argument` is empty or one of ARGUMENTS."""
   if argument not in ARGUMENTS:
@@ -123,15 +132,18 @@ def get_config(argument: str = '') -> ConfigDict:
       f'configs/reproduction.py has no argument {argument!r}: use none, or one of '
       f'{", ".join(ARGUMENTS[1:])}.'
     )
-  if argument == 'learning_rates':
+  scale = VOCABULARY if argument == 'vocabulary' else SCALE
+  if argument == 'vocabulary':
+    runs = branches(VOCABULARY) | vocabulary()
+  elif argument == 'learning_rates':
     runs = branches() | learning_rates()
   elif argument == 'budgets':
     runs = branches() | budgets()
   else:
     runs = branches() | main_runs() | ({} if argument == 'main' else ablations())
-  recipe = recipes.recipe('reproduction', SCALE, runs)
-  recipe['data'] |= dict(
-    path='data/reproduction', prepare=dict(input='data/corpus', train_tokenizer=4096)
-  )
+  recipe = recipes.recipe('reproduction', scale, runs)
+  words = scale.model['vocab_size']
+  path = 'data/reproduction' if scale is SCALE else f'data/reproduction_{words}'
+  recipe['data'] |= dict(path=path, prepare=dict(input='data/corpus', train_tokenizer=words))
   recipe['evaluation'] = dict(batch_size=32, tokens=32_768, domains=recipes.DOMAINS)
   return config.complete(recipes.smoke(recipe) if argument == 'smoke' else recipe)

@@ -185,6 +185,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
     time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_runs_flag_trains_a_part_in_the_same_way(text, undisturbed, tmp_path):
   refused = run(text, tmp_path, '--runs=code')
   assert refused.returncode == 2
@@ -193,6 +194,15 @@ def test_runs_flag_trains_a_part_in_the_same_way(text, undisturbed, tmp_path):
     assert run(text, tmp_path, f'--runs={names}').returncode == 0
   assert_same_end(tmp_path, undisturbed, ('seed', 'code'))
   assert not (tmp_path / 'btx').exists()
+
+
+@pytest.mark.slow
+def test_two_jobs_train_different_runs_of_one_workdir(text, undisturbed, tmp_path):
+  assert run(text, tmp_path, '--runs=seed,code').returncode == 0
+  jobs = [start(text, tmp_path, f'--runs={name}') for name in ('btx', 'bam_kv_experts')]
+  ends = [job.communicate(timeout=300)[1] for job in jobs]
+  assert [job.returncode for job in jobs] == [0, 0], ends
+  assert_same_end(tmp_path, undisturbed, ('seed', 'code', 'btx', 'bam_kv_experts'))
 
 
 MISTAKES = {

@@ -86,7 +86,7 @@ def test_output_does_not_depend_on_the_workers(sources, undisturbed, tmp_path):
     assert len(splits['train']['shards']) > 1
 
 
-@pytest.mark.parametrize('workers', [1, 2])
+@pytest.mark.parametrize('workers', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_and_rerun_gives_the_same_bytes(sources, undisturbed, tmp_path, workers):
   output, partial = tmp_path / 'data', tmp_path / 'data.partial'
   flags = [f'--input={sources}', f'--output={output}', f'--workers={workers}', *FLAGS]
@@ -136,6 +136,7 @@ def test_finished_chunks_and_tokenizer_are_taken_over(sources, tmp_path, monkeyp
   assert contents(tmp_path / 'data') == contents(tmp_path / 'fresh')
 
 
+@pytest.mark.slow
 def test_unfinished_work_of_another_plan_is_dropped(sources, tmp_path, monkeypatch):
   inputs = {'a': sources / 'a'}
   monkeypatch.setattr(prepare_lib, '_assemble', lambda *args: 1 / 0)

@@ -83,6 +83,7 @@ def test_prepare_goes_on_when_there_is_room_again(text, disk, tmp_path):
   shards.open_dataset(small / 'data').verify()
 
 
+@pytest.mark.slow
 def test_data_that_is_cut_short_while_a_run_reads_it(text, undisturbed, tmp_path):
   """A sentence, where a mapped file would end the process without a word."""
   shutil.copytree(undisturbed / 'data', tmp_path / 'data')

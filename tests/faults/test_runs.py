@@ -95,6 +95,7 @@ def test_steps_that_are_done_again_are_no_goodput(text, copied):
   assert restart[10] - restart[9] >= lost
 
 
+@pytest.mark.slow
 def test_a_profile_on_request(text, tmp_path):
   done = run(text, tmp_path, *SEED, '--config.runs.seed.watch.profile_from=5')
   assert done.returncode == 0, done.stderr

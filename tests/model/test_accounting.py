@@ -44,7 +44,7 @@ def models(draw):
   )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(models())
 def test_formulas_and_arrays_count_the_same(model):
   total, active = arithmetic.total_parts(model), arithmetic.active_parts(model)

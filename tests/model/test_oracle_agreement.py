@@ -178,21 +178,15 @@ SLOW_IN_FLOAT64 = (
   'bam_kv_experts_qk_norm',
   'btx_top_2',
   'renormalised_top_1',
+  'renormalised_top_2',
+  'more_experts_than_tokens',
   'one_expert',
   'routed_attention_top_1',
   'routed_attention_renormalised',
   'dropping',
   'roomy_buffer',
 )
-QUICK_IN_FLOAT32 = (
-  'dense_gqa',
-  'dense_qk_norm',
-  'bam_kv_experts',
-  'bam_shared_kv',
-  'btx_top_3_of_6',
-  'routed_attention_top_2',
-  'dropping_top_2_of_3',
-)
+QUICK_IN_FLOAT32 = 'dense_qk_norm', 'bam_kv_experts', 'btx_top_3_of_6', 'dropping_top_2_of_3'
 
 
 @dataclass(frozen=True)

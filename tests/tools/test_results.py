@@ -190,7 +190,7 @@ def test_the_page_of_this_project_can_be_drawn_with_any_runs(seeds, tmp_path):
   page.write_text(text)
   for some in ([], seeds):
     drawn = text
-    for name, section in pages.SECTIONS.items():
+    for name, section in [*pages.SECTIONS.items(), ('vocabulary', pages.vocabulary)]:
       drawn = pages.replace(drawn, name, section(some), page)
     outside = lambda t: [part.split('<!-- end -->')[-1] for part in t.split('<!-- drawn: ')]
     assert outside(drawn) == outside(text)

@@ -68,9 +68,8 @@ def near(got, want, tolerance=1e-5) -> bool:
   return np.abs(got - want).max() <= tolerance * (np.abs(want).max() or 1)
 
 
-@pytest.mark.parametrize(
-  'variant', ['btx', pytest.param('routed_attention', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('variant', ['btx', 'routed_attention'])
 def test_balance_over_the_global_batch_knows_no_micro_batches(models, make_batch, variant):
   batch = make_batch(8, 12, seed=1)
   whole, whole_metrics = once(models[variant], batch, loss=GLOBAL)
@@ -83,6 +82,7 @@ def test_balance_over_the_global_batch_knows_no_micro_batches(models, make_batch
   assert abs(own.loss - whole_metrics.loss) > 1e-3
 
 
+@pytest.mark.slow
 def test_one_micro_batch_is_the_global_batch(models, make_batch):
   batch = make_batch(4, 6)
   got, want = (once(models['btx'], batch, loss=loss) for loss in (GLOBAL, LOSS))
@@ -197,6 +197,7 @@ def test_bias_is_counted_cut_and_made_by_a_rule(models, biased):
 FACTORS = {'embed': 0.0, 'blocks/attention': 0.5, 'blocks/attention/key': 0.0, 'blocks/*/router': 2}
 
 
+@pytest.mark.slow
 def test_factors_freeze_and_scale(models, make_batch):
   model, batch = models['bam_kv_experts'], make_batch(4, 8)
   before = flat(init(model))

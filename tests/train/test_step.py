@@ -133,7 +133,7 @@ def test_many_devices_are_one_device(run, variant, shape):
   [
     ('dense', ONE, 4, LOSS),
     # Routers' losses are of each micro-batch's own statistics: without them the sums are exact.
-    ('bam_kv_experts', ONE, 2, NLL),
+    pytest.param('bam_kv_experts', ONE, 2, NLL, marks=pytest.mark.slow),
     pytest.param('bam_kv_experts', (1, 2, 2, 2), 2, NLL, marks=pytest.mark.slow),
     pytest.param('bam_shared_kv', ONE, 4, NLL, marks=pytest.mark.slow),
     pytest.param('dense', (2, 1, 1, 1), 4, LOSS, marks=pytest.mark.slow),
@@ -157,6 +157,7 @@ def test_micro_batches_weigh_their_routers_losses(run):
   assert metrics.loss - nll > 2 * LOSS.load_balance * 0.9
 
 
+@pytest.mark.slow
 def test_moments_stay_on_the_host(run):
   after, *_ = run('btx', (1, 2, 2, 1), compute=config.Compute(offload_optimizer=True))
   for path, leaf in jax.tree_util.tree_leaves_with_path(after):

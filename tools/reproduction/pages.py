@@ -132,6 +132,13 @@ def budgets(seeds: Seeds) -> str:
   return _table(['run', 'seeds', *COLUMNS], lines)
 
 
+def vocabulary(seeds: Seeds) -> str:
+  """Table 1 of the runs with the large vocabulary, whose seeds are not those of the others."""
+  paper = lambda name, column: compare.paper_change(name, 'btx', column)
+  names = [name for name in reproduction.COMPARED if name != 'btx']
+  return _table(['against BTX', 'seeds', *COLUMNS], _changes(seeds, names, 'btx', paper))
+
+
 def cost(seeds: Seeds) -> str:
   """Parameters, tokens, FLOPs and time."""
   header = ['run', 'parameters', 'active', 'tokens', 'training FLOPs', "of BTX's", 'wall time']
