@@ -69,6 +69,8 @@ def main() -> dict[str, Any]:
   """Trains, disturbs, compares, and prints what came out."""
   if not _WORKDIR.value:
     raise UserError('Where to? Give --workdir=FOLDER.')
+  # A shell that starts this in the background lets it ignore Ctrl-C, and what it starts too.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   workdir = Path(_WORKDIR.value).absolute()
   console = rich.console.Console(stderr=True, markup=False, highlight=False)
   quiet, chance = workdir / 'quiet', random.Random(_SEED.value)
