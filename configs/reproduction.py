@@ -51,7 +51,6 @@ PEAKS = (1e-3, 2e-3, 4e-3)  # of mixtures: the chosen one, and others
 SWEPT = ('btx', 'bam_kv')
 LONG = 3  # times the mixtures' budget
 COMPARED = ('btx', 'bam_kv', 'bam_kv_cm')  # with that vocabulary
-ARGUMENTS = ('', 'main', 'learning_rates', 'budgets', 'vocabulary', 'smoke')
 
 
 def branches(scale: recipes.Scale = SCALE) -> dict[str, dict]:
@@ -125,6 +124,12 @@ def vocabulary() -> dict[str, dict]:
   return {name: run for name, run in main_runs(VOCABULARY).items() if name in COMPARED}
 
 
+STUDIES = dict(
+  main=main_runs, learning_rates=learning_rates, budgets=budgets, vocabulary=vocabulary
+)
+ARGUMENTS = ('', *STUDIES, 'smoke')
+
+
 def get_config(argument: str = '') -> ConfigDict:
   """The recipe; `argument` is empty or one of ARGUMENTS."""
   if argument not in ARGUMENTS:
@@ -133,15 +138,8 @@ def get_config(argument: str = '') -> ConfigDict:
       f'{", ".join(ARGUMENTS[1:])}.'
     )
   scale = VOCABULARY if argument == 'vocabulary' else SCALE
-  if argument == 'vocabulary':
-    runs = branches(VOCABULARY) | vocabulary()
-  elif argument == 'learning_rates':
-    runs = branches() | learning_rates()
-  elif argument == 'budgets':
-    runs = branches() | budgets()
-  else:
-    runs = branches() | main_runs() | ({} if argument == 'main' else ablations())
-  recipe = recipes.recipe('reproduction', scale, runs)
+  runs = STUDIES[argument]() if argument in STUDIES else main_runs() | ablations()
+  recipe = recipes.recipe('reproduction', scale, branches(scale) | runs)
   words = scale.model['vocab_size']
   path = 'data/reproduction' if scale is SCALE else f'data/reproduction_{words}'
   recipe['data'] |= dict(path=path, prepare=dict(input='data/corpus', train_tokenizer=words))

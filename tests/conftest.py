@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,26 @@ def hold() -> Iterator[Callable[..., subprocess.Popen]]:
   for process in started:
     process.kill()
     process.communicate()
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Callable[..., pathlib.Path]]:
+  """The function that makes a real file system of so many KB, and gives its folder."""
+  folder = tmp_path / 'disk'
+
+  def mount(kilobytes: int, *options: str) -> pathlib.Path:
+    folder.mkdir(exist_ok=True)
+    option = ','.join([f'size={kilobytes}k', *options])
+    line = ['mount', '-t', 'tmpfs', '-o', option, 'tmpfs', str(folder)]
+    # Only root may mount, and some containers' root may not: there prlimit is what fills a disk,
+    # in test_convert.py and faults/test_disks.py.
+    if shutil.which('mount') is None or subprocess.run(line, capture_output=True).returncode:
+      pytest.skip('this user may not mount a file system')
+    return folder
+
+  yield mount
+  if folder.exists():
+    subprocess.run(['umount', '-l', str(folder)], capture_output=True)
 
 
 @pytest.fixture(scope='session')

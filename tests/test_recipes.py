@@ -69,6 +69,33 @@ def test_the_graph(name, options):
   accounting.account(recipe)  # every mesh divides every model
 
 
+@pytest.mark.parametrize(
+  'argument', ['', 'main', 'learning_rates', 'budgets', 'vocabulary', 'smoke']
+)
+def test_the_reproduction(argument):
+  recipe = load(f'reproduction:{argument}')
+  nodes = graph.resolve(recipe)
+  assert tuple(nodes)[:4] == BRANCHES and {'btx', 'btx_long'} & set(nodes)
+  tokens = recipe.runs['seed'].batch_size * recipe.data.sequence_length
+  rows = {row['run']: row for row in accounting.account(recipe)['rows']}
+  budget = lambda run: rows[run]['training_flops']['total'] * rows[run]['tokens']
+  for name in tuple(nodes)[4:]:
+    run = recipe.runs[name]
+    assert run.data == dict.fromkeys(('general', 'code', 'law', 'math'), 0.25)
+    assert (run.data_seed, run.batch_size) == (recipe.runs[tuple(nodes)[4]].data_seed, 16)
+    base = 'btx_long' if name.endswith('_long') else 'btx'
+    if '_cm' in name and base in rows and argument != 'smoke':
+      spent, step = budget(base), rows[name]['training_flops']['total'] * tokens
+      assert spent - step < budget(name) <= spent, 'BTX would buy a step more, or less'
+
+
+@pytest.mark.parametrize('argument, ratio', [('main', 1.79), ('vocabulary', 1.35)])
+def test_what_bam_costs_over_btx_in_the_reproduction(argument, ratio):
+  rows = accounting.account(load(f'reproduction:{argument}'))['rows']
+  flops = {row['run']: row['training_flops']['total'] for row in rows}
+  assert flops['bam_kv'] / flops['btx'] == pytest.approx(ratio, abs=0.005)
+
+
 @pytest.mark.parametrize('name', EVERY)
 def test_meshes_are_of_the_stated_hardware(name):
   devices = 64 if name == 'large_2b' else 16
@@ -225,6 +252,7 @@ def test_unknown_arguments_are_refused(file):
 
 SMOKES = {
   'small_590m': 'small_590m.py:smoke',
+  'large_2b': 'large_2b.py:smoke',
   'ablations:btx_6_top3': 'ablations.py:btx_6_top3,smoke',
   'ablations:bam_top2': 'ablations.py:bam_top2,smoke',
 }

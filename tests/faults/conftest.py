@@ -26,25 +26,6 @@ def copied(undisturbed, tmp_path) -> Path:
   return shutil.copytree(undisturbed, tmp_path / 'copied')
 
 
-@pytest.fixture
-def disk(tmp_path):
-  """The function that makes a real file system of so many KB, and gives its folder."""
-  folder = tmp_path / 'disk'
-
-  def mount(kilobytes: int, *options: str) -> Path:
-    folder.mkdir(exist_ok=True)
-    option = ','.join([f'size={kilobytes}k', *options])
-    line = ['mount', '-t', 'tmpfs', '-o', option, 'tmpfs', str(folder)]
-    # Only root may mount, and some containers' root may not.
-    if shutil.which('mount') is None or subprocess.run(line, capture_output=True).returncode:
-      pytest.skip('this user may not mount a file system')
-    return folder
-
-  yield mount
-  if folder.exists():
-    subprocess.run(['umount', '-l', str(folder)], capture_output=True)
-
-
 def remount(folder: Path, option: str) -> None:
   subprocess.run(['mount', '-o', f'remount,{option}', str(folder)], check=True)
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -74,7 +73,9 @@ def test_other_commands_refuse_a_damaged_checkpoint(text, copied):
   assert_sentence(run(text, copied, '--runs=code'), 'seed/checkpoints/12 is damaged')
 
 
-def survives_kills(text: Path, workdir: Path, undisturbed: Path, kills: int, seed: int) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(2))
+def test_the_only_checkpoint_outlives_many_kills(text, undisturbed, tmp_path, seed):
   """A run that keeps one checkpoint and is killed while it writes the next, again and again."""
   flags = [
     *SEED,
@@ -82,12 +83,12 @@ def survives_kills(text: Path, workdir: Path, undisturbed: Path, kills: int, see
     '--config.runs.seed.every.keep=1',
     '--config.runs.seed.every.evaluate=0',
   ]
-  checkpoints, chance = workdir / 'seed' / 'checkpoints', random.Random(seed)
-  for _ in range(kills):
+  checkpoints, chance = tmp_path / 'seed' / 'checkpoints', random.Random(seed)
+  for _ in range(12):
     before = checkpoint.finished_step(checkpoints) or 0
     if before == 12:
       break
-    process = start(text, workdir, *flags)
+    process = start(text, tmp_path, *flags)
     while (checkpoint.finished_step(checkpoints) or 0) <= before and process.poll() is None:
       time.sleep(0.001)
     time.sleep(chance.uniform(0, 0.05))
@@ -97,12 +98,6 @@ def survives_kills(text: Path, workdir: Path, undisturbed: Path, kills: int, see
     assert newest is not None and newest > before
     whole = checkpoints / str(newest)
     assert checksums.fault(whole, checksums.read(whole)) is None
-  done = run(text, workdir, *flags)
+  done = run(text, tmp_path, *flags)
   assert done.returncode == 0, done.stderr
-  assert_same_end(workdir, undisturbed, ['seed'])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('seed', range(2))
-def test_the_only_checkpoint_outlives_many_kills(text, undisturbed, tmp_path, seed):
-  survives_kills(text, tmp_path, undisturbed, kills=12, seed=seed)
+  assert_same_end(tmp_path, undisturbed, ['seed'])

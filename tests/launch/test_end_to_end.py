@@ -38,8 +38,7 @@ def checkout(tmp_path):
 def test_two_workers_one_preempted_the_recipe_ends(cloud, checkout, gcloud, tmp_path):
   tpu = Launcher(cloud, checkout, gcloud, tmp_path)
   workdir = tmp_path / 'the work'
-  runs = RUNS[:3]
-  flags = [f'--runs={",".join(runs)}', *(f'--config.runs.{run}.mesh.data=2' for run in runs)]
+  flags = [f'--config.runs.{run}.mesh.data=2' for run in RUNS]
   command = 'exec python -m bam_jax.main --process_id=$BAM_WORKER --process_count=$BAM_WORKERS "$@"'
   process = tpu.start(
     'supervise', 'exp-1', '--delete-on-exit', '--', 'bash', '-c', command, '-',
@@ -54,7 +53,7 @@ def test_two_workers_one_preempted_the_recipe_ends(cloud, checkout, gcloud, tmp_
   out, err = process.communicate(timeout=1500)
   assert process.returncode == 0, err + out
   assert 'restart 1 of 10' in err
-  assert all((workdir / run / 'result.json').exists() for run in runs)
+  assert all((workdir / run / 'result.json').exists() for run in RUNS)
   assert (workdir / 'seed' / 'result.json').stat().st_mtime_ns == kept
   assert (workdir / 'report' / 'report.md').exists()
   assert cloud.read()['created'] == ['zone-a/exp-1'] * 2 and tpu.resources() == []

@@ -134,6 +134,7 @@ def test_means_and_changes(seeds):
     '2', '−5.0% (−10.0% to +0.0%)', '−5.0% (−10.0% to +0.0%)', '−10.0% (−20.0% to +0.0%)',
     '+15.0% (+0.0% to +30.0%)', '−1.1% (−2.2% to +0.0%)',
   ]  # fmt: skip
+  assert cells(pages.vocabulary(seeds), kv) == cells(against, kv)
   # 24.02 / 26.72, 3.45 / 3.78, 6.04 / 6.63, 5.31 / 5.77, and 9.705 / 10.725
   assert lines_below(against, kv) == ['', '*−10.1%*', '*−8.7%*', '*−8.9%*', '*−8.0%*', '*−9.5%*']
   assert cells(against, 'BAM, shared KV') == ['0', *['missing'] * 5]
@@ -190,7 +191,7 @@ def test_the_page_of_this_project_can_be_drawn_with_any_runs(seeds, tmp_path):
   page.write_text(text)
   for some in ([], seeds):
     drawn = text
-    for name, section in [*pages.SECTIONS.items(), ('vocabulary', pages.vocabulary)]:
+    for name, section in (pages.SECTIONS | pages.APART).items():
       drawn = pages.replace(drawn, name, section(some), page)
     outside = lambda t: [part.split('<!-- end -->')[-1] for part in t.split('<!-- drawn: ')]
     assert outside(drawn) == outside(text)
@@ -246,6 +247,8 @@ def test_the_commands(tmp_path):
   readme.write_text((ROOT / 'README.md').read_text())
   done = results('collect', f'--workdir=0={work}', f'--output={folder}')
   assert done.returncode == 0, done.stderr
+  apart = facts.collect(1, workdir(tmp_path / 'v', 1, RESULTS[1]))
+  facts.write(folder / 'vocabulary' / 'seed_1.json', apart)
   for _ in range(2):  # the second drawing changes nothing
     done = results(
       'draw', f'--results={folder}', f'--page={page}', f'--readme={readme}', '--json=-'
@@ -255,6 +258,8 @@ def test_the_commands(tmp_path):
     text = page.read_text()
     assert '![Perplexity of each run against BTX](results/against_btx.png)' in text
     assert text.count('python … --seed=0') == 1
+    drawn = text.split('<!-- drawn: vocabulary -->')[1].split('<!-- end -->')[0]
+    assert cells(drawn, 'BAM, KV experts') == ['1', *['+0.0%'] * 5]
     assert '| BTX | 11.25 | +0.0% |' in readme.read_text()
   done = results('collect', f'--workdir={work}')
   assert done.returncode == 2 and 'names no seed: write --workdir=0=' in done.stderr

@@ -27,8 +27,8 @@ def main() -> dict[str, Any]:
   seeds = facts.read(folder)
   for name, section in pages.SECTIONS.items():
     text = pages.replace(text, name, section(seeds), page)
-  apart = facts.read(folder / pages.vocabulary.__name__)
-  text = pages.replace(text, pages.vocabulary.__name__, pages.vocabulary(apart), page)
+  for name, section in pages.APART.items():
+    text = pages.replace(text, name, section(facts.read(folder / name)), page)
   summary = pages.replace(summary, 'summary', pages.summary(seeds), readme)
   drawn = pictures.draw(seeds, folder)
   said = '\n\n'.join(f'![{told}]({folder.name}/{name})' for name, told in drawn.items())

@@ -191,6 +191,9 @@ SECTIONS: dict[str, Callable[[Seeds], str]] = {
   )
 }
 
+# Of runs in another shape, whose facts are in a folder of that name.
+APART = {'vocabulary': vocabulary}
+
 
 def replace(text: str, name: str, content: str, page: Path) -> str:
   """The page with one drawn part changed; UserError when it has no such part, or two."""
