@@ -33,7 +33,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # for its devices. Commands that a test starts get the CPU too, but one device, as users' do.
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
-# Most programs here run once. Commands that a test starts are compiled as for their users.
+# Most programs here run once. Smoke runs of recipes are compiled as for their users.
 jax.config.update('jax_disable_most_optimizations', True)
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Nor leave what they compile, some of it cut short on purpose, in the user's cache.

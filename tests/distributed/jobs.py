@@ -43,6 +43,7 @@ class Job:
       'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
       'JAX_COMPILATION_CACHE_DIR': str(CACHE),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
     }
     self.processes = [
       subprocess.Popen(
