@@ -21,7 +21,7 @@ from bam_jax.model import transformer
 
 ROOT = Path(__file__).parent.parent
 RUNS = ('seed', 'code', 'btx', 'bam_shared_kv', 'bam_kv_experts')
-CACHE = Path(tempfile.mkdtemp(prefix='bam_jax_test_'))
+CACHE = tempfile.TemporaryDirectory(prefix='bam_jax_test_')  # which goes with this process
 
 
 def command(text: Path, workdir: Path, *flags: str) -> list[str]:
@@ -41,7 +41,7 @@ def environment() -> dict[str, str]:
   kept = {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'JAX_NUM_CPU_DEVICES')}
   return kept | {
     'JAX_PLATFORMS': 'cpu',
-    'JAX_COMPILATION_CACHE_DIR': str(CACHE),
+    'JAX_COMPILATION_CACHE_DIR': CACHE.name,
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
   }

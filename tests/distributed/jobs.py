@@ -19,7 +19,7 @@ from bam_jax import checkpoint, config
 from bam_jax.model import transformer
 
 ROOT = Path(__file__).parents[2]
-CACHE = Path(tempfile.mkdtemp(prefix='bam_jax_test_'))
+CACHE = tempfile.TemporaryDirectory(prefix='bam_jax_test_')  # which goes with this process
 MESH = '1x1x2x1'  # of two processes: every expert on a host of its own
 MAIN = ('-m', 'bam_jax.main')
 SECONDS = 240  # that a job of these sizes may take on a busy machine
@@ -41,7 +41,7 @@ class Job:
       'JAX_PLATFORMS': 'cpu',
       'JAX_NUM_CPU_DEVICES': str(devices),
       'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
-      'JAX_COMPILATION_CACHE_DIR': str(CACHE),
+      'JAX_COMPILATION_CACHE_DIR': CACHE.name,
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
     }
