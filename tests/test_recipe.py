@@ -1,12 +1,16 @@
 """What a recipe's runs record of where they came from; `main` as a process is in test_main."""
 
+import json
+import os
 import shutil
+import signal
 
 import pytest
 
 from bam_jax import checkpoint, config, recipe
-from bam_jax.data import shards
+from bam_jax.data import mixture, shards
 from bam_jax.errors import UserError
+from bam_jax.train import stop
 from bam_jax.upcycle import rules
 
 
@@ -41,6 +45,38 @@ def test_checkpoints_say_what_they_were_made_from(tmp_path, dataset, recipe_dict
   assert made.upcycle == parsed.runs['btx'].init.upcycle
   assert (made.seed, made.name) == (7, 'btx') and made.made == rules.record(metas['btx'].model)
   assert metas['btx'].sources == ('seed', 'code', 'seed')
+
+
+@pytest.mark.parametrize('signum', stop.SIGNALS)
+def test_the_last_evaluation_may_be_stopped(tmp_path, dataset, recipe_dict, monkeypatch, signum):
+  """All held-out text may take long; the state is saved before it, and a resume does it anew."""
+  recipe_dict['runs'] = {'seed': recipe_dict['runs']['seed']}
+  recipe_dict['runs']['seed'] |= {'tokens': 0}
+  recipe_dict['runs']['seed']['schedule'] |= {'warmup_steps': 0}
+  recipe_dict |= {'evaluation': {'batch_size': 1, 'domains': ['law']}}
+  execute = lambda name: recipe.execute(
+    config.parse(recipe_dict), tmp_path / name, dataset, progress_enabled=False
+  )
+  domains = lambda name: json.loads((tmp_path / name / 'seed/result.json').read_text())['domains']
+  execute('undisturbed')
+
+  heldout, evaluated = mixture.heldout, []
+
+  def stopped_at_the_second(*arguments, **keywords):
+    for number, batch in enumerate(heldout(*arguments, **keywords)):
+      if number == 1:
+        os.kill(os.getpid(), signum)
+      evaluated.append(number)
+      yield batch
+
+  with monkeypatch.context() as patch:
+    patch.setattr(mixture, 'heldout', stopped_at_the_second)
+    with pytest.raises(stop.Stopped, match=signal.Signals(signum).name):
+      execute('stopped')
+  assert evaluated == [0, 1]
+  assert checkpoint.finished_step(tmp_path / 'stopped/seed/checkpoints') == 0
+  execute('stopped')
+  assert domains('stopped') == domains('undisturbed')
 
 
 @pytest.mark.parametrize('name', ['config.json', 'result.json'])

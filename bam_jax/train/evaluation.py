@@ -21,7 +21,8 @@ def heldout_nll(
   options: config.Evaluation,
   sequence_length: int,
   mesh: jax.sharding.Mesh,
-  tokens: int | None = None,
+  tokens: int | None,
+  between: Callable[[], None],
 ) -> dict[str, Any]:
   """Negative log-likelihood of each domain's held-out documents.
 
@@ -34,6 +35,7 @@ def heldout_nll(
     sequence_length: T; documents are packed and cut at it.
     mesh: where to run.
     tokens: how much of each domain to read, rounded up to whole batches; None is all.
+    between: called after every batch, by every process as often.
 
   Returns:
     For each domain: `nll` (a sum, nats), `tokens` and `bytes` that it is over, and the `routing`
@@ -48,12 +50,13 @@ def heldout_nll(
       sequence_length,
       mesh,
       tokens,
+      between,
     )
     for domain in domains
   }
 
 
-def _domain(evaluate, params, documents, batch_size, sequence_length, mesh, tokens):
+def _domain(evaluate, params, documents, batch_size, sequence_length, mesh, tokens, between):
   part, parts = processes.share_of_batch(mesh)
   batches = mixture.heldout(
     documents,
@@ -71,6 +74,7 @@ def _domain(evaluate, params, documents, batch_size, sequence_length, mesh, toke
     # of adding them, so that the result is the same over any number of processes.
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64).sum(0), sums)
     total = sums if total is None else jax.tree.map(np.add, total, sums)
+    between()
   pairs = documents.num_tokens - len(documents)
   return {
     'nll': float(total.nll),

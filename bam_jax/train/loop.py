@@ -124,13 +124,19 @@ def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> di
         writer.flush()  # a resume at this step reads back what was told of the steps before
         checkpoints.save(step, state.params, state.opt_state, data, job.meta(step))
 
-    def heldout(tokens: int | None) -> dict[str, Any]:
+    def heldout(tokens: int | None, between: Callable[[], None]) -> dict[str, Any]:
       recorder.settle()
       with spent.spend('evaluate'):
         return evaluation.heldout_nll(
           evaluate, state.params, job.dataset, job.domains, options,
-          recipe.data.sequence_length, mesh, tokens,
+          recipe.data.sequence_length, mesh, tokens, between,
         )  # fmt: skip
+
+    def may_stop() -> None:
+      """Between the batches of all held-out text, which may be long; by then the state is saved."""
+      watch.goes_on()
+      if signum := stopping.agreed():
+        raise stop.Stopped(signum)
 
     stack.enter_context(spent.spend('step'))
     for step in range(first_step + 1, total_steps + 1):
@@ -144,7 +150,7 @@ def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> di
       if step == total_steps:
         break
       if _due(step, run.every.evaluate):
-        recorder.valid(step, evaluation.nats_per_token(heldout(options.tokens)))
+        recorder.valid(step, evaluation.nats_per_token(heldout(options.tokens, watch.goes_on)))
       signum = stopping.agreed()
       if _due(step, run.every.checkpoint) or signum:
         save(step)
@@ -153,7 +159,7 @@ def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> di
 
     if checkpoints.latest() != total_steps:
       save(total_steps)
-    domains = heldout(None)
+    domains = heldout(None, may_stop)
     recorder.valid(total_steps, evaluation.nats_per_token(domains))
     with spent.spend('checkpoint'):
       checkpoints.wait()

@@ -28,7 +28,8 @@ class Watch:
   Args:
     name: of the run.
     first_step: steps done before this attempt.
-    seconds: without a step, and at least USUAL times the median, until a line says so; 0 is never.
+    seconds: without a step or a held-out batch, and at least USUAL times the median step, until a
+      line says so; 0 is never.
     kind: what the run is doing, one of WAITS.
     tell: prints a line.
   """
@@ -67,6 +68,13 @@ class Watch:
     elif self._step > self._first:  # the first one compiles
       self._took.append(now - self._since)
     self._step, self._since, self._told = step, now, False
+
+  def goes_on(self) -> None:
+    """What the run waits for between two steps has done a part."""
+    self._since = time.monotonic()
+    if self._told:
+      self._told = False
+      self._tell(f'{self._name}: goes on')
 
   def _look(self) -> None:
     while not self._ended.wait(min(max(self._seconds / LOOKS, LEAST), MOST)):

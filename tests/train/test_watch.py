@@ -33,6 +33,20 @@ def test_a_stall_is_told_once_and_its_end_too(told):
   assert len(told) == 2
 
 
+def test_what_goes_on_between_two_steps_is_no_stall(told):
+  """Held-out batches: of them too, one that does not finish is told."""
+  with watch.Watch('seed', 6, 1.0, lambda: 'evaluate', told.append) as looking:
+    for _ in range(15):
+      time.sleep(0.1)
+      looking.goes_on()
+    assert told == []
+    wait_for(told, 1)
+    looking.goes_on()
+    looking.goes_on()
+    assert told[1:] == ['seed: goes on']
+  assert 'after step 6; it waits for the held-out losses' in told[0]
+
+
 def test_slow_steps_are_no_stall(told):
   """Ten times as long as usual, at least: what is usual is the run's own."""
   with watch.Watch('seed', 0, 0.05, lambda: 'step', told.append) as looking:
