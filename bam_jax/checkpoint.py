@@ -22,7 +22,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from bam_jax import arrays, checksums, config, damage, folders, json_file, sharding, strict
+from bam_jax import (
+  arrays,
+  checksums,
+  config,
+  damage,
+  errors,
+  folders,
+  json_file,
+  processes,
+  sharding,
+  strict,
+)
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, read_file
 from bam_jax.errors import UserError
 from bam_jax.manifest import Manifest
@@ -124,7 +135,12 @@ class Checkpoints:
       step: a finished step.
       params: jax.ShapeDtypeStruct leaves whose shardings say where each array goes.
       opt_state: the same.
+
+    Raises:
+      UserError: the step is of a newer format, or has not the data state of a run.
     """
+    folder = self.folder / str(step)
+    processes.decide(lambda: read_meta(folder) and None)
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -133,6 +149,8 @@ class Checkpoints:
         data=ocp.args.JsonRestore(),
       ),
     )
+    if 'iterator' not in (restored['data'] or {}):
+      raise UserError(f'{folder}/data is damaged: delete {folder} to go on from the one before.')
     return restored['params'], restored['opt_state'], restored['data']
 
   def wait(self) -> None:
@@ -160,6 +178,8 @@ class Checkpoints:
       try:
         yield
       except (OSError, ValueError) as error:
+        if errors.of_jax(error):  # another process was lost
+          raise
         raise UserError(f'{self.folder} cannot be written: {arrays.reason(error)}.') from error
 
 
@@ -175,7 +195,7 @@ def write_meta(folder: epath.Path, meta: Meta) -> None:
 def finished_step(folder: Path) -> int | None:
   """The newest finished step below `folder`, without opening a manager; None without one."""
   # A folder that a kill left behind has a longer name until all of it is written.
-  steps = {path.parent for path in folder.glob('*/meta') if path.parent.name.isdigit()}
+  steps = {path.parent for path in folder.glob('*/meta') if path.parent.name.isdecimal()}
   return max((int(step.name) for step in steps if folders.is_complete(step)), default=None)
 
 

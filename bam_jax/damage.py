@@ -40,7 +40,7 @@ def set_aside(folder: Path) -> list[str]:
 def _numbered(folder: Path) -> list[str]:
   """Names of the steps' folders, the newest first, whatever is in them."""
   names = (path.name for path in folder.glob('*') if folders.is_complete(path))
-  return sorted((name for name in names if name.isdigit()), key=int, reverse=True)
+  return sorted((name for name in names if name.isdecimal()), key=int, reverse=True)
 
 
 def _rename(folder: Path, what: str) -> str:

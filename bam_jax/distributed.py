@@ -32,7 +32,7 @@ from typing import NamedTuple, NoReturn
 import jax
 from absl import flags
 
-from bam_jax import cli
+from bam_jax import cli, errors
 from bam_jax.errors import UserError
 
 FAILED = 1  # exit status of an error, where it is for Python to choose
@@ -41,6 +41,7 @@ AUTO = 'auto'
 # Seconds that process 0 waits: the others end with it, in C++, and an error that all have found let
 # each say in its own words.
 GRACE = 2.0
+MOST = 10**6  # processes, or seconds; JAX holds them in 32 bits
 
 
 class Place(NamedTuple):
@@ -59,13 +60,23 @@ def define_flags() -> None:
     'For a job of several processes: HOST:PORT of process 0, or "auto" to ask SLURM, Open MPI or '
     'Kubernetes. TPU pods need none of these flags.',
   )
-  flags.DEFINE_integer('process_count', None, 'How many processes the job has.', lower_bound=1)
+  flags.DEFINE_integer(
+    'process_count', None, 'How many processes the job has.', lower_bound=1, upper_bound=MOST
+  )
   flags.DEFINE_integer('process_id', None, 'Which one this is, from 0.', lower_bound=0)
   flags.DEFINE_integer(
-    'join_timeout', 300, 'Seconds to wait at the start for all processes.', lower_bound=1
+    'join_timeout',
+    300,
+    'Seconds to wait at the start for all processes.',
+    lower_bound=1,
+    upper_bound=MOST,
   )
   flags.DEFINE_integer(
-    'lost_timeout', 100, 'Seconds of silence after which a process is lost.', lower_bound=5
+    'lost_timeout',
+    100,
+    'Seconds of silence after which a process is lost.',
+    lower_bound=5,
+    upper_bound=MOST,
   )
 
 
@@ -91,11 +102,11 @@ def joined() -> Iterator[None]:
   witness.note(f'{this} was killed, or taken down by JAX since another one was lost: {AGAIN}.')
   try:
     yield
-  except UserError as error:
-    _leave(str(error), cli.USER_ERROR, witness, GRACE if jax.process_index() == 0 else 0.0)
   except KeyboardInterrupt:
     _leave('interrupted at once, nothing saved.', 128 + signal.SIGINT, witness)
   except Exception as error:
+    if told := errors.sentence(error):
+      _leave(told, cli.USER_ERROR, witness, GRACE if jax.process_index() == 0 else 0.0)
     if said := _of_jax(error):
       sentence = f'{this} cannot go on ({said}), most likely since another one was lost: {AGAIN}.'
     else:
@@ -108,7 +119,7 @@ def joined() -> Iterator[None]:
 def _of_jax(error: BaseException | None) -> str:
   """The first line of the error of JAX that an error is or comes from; '' if there is none."""
   while error is not None:
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if errors.of_jax(error):
       return (str(error).splitlines() or [type(error).__name__])[0]
     error = error.__cause__ or error.__context__
   return ''

@@ -1,4 +1,11 @@
-"""The one exception a user should ever see."""
+"""The one exception a user should ever see, and what else is told in a sentence."""
+
+import os
+
+import jax
+
+# Of the runtime's errors: where a program is started they are ValueErrors of such a beginning.
+STATUSES = ('ABORTED', 'CANCELLED', 'DEADLINE_EXCEEDED', 'INTERNAL', 'UNAVAILABLE', 'UNKNOWN')
 
 
 class UserError(Exception):
@@ -6,3 +13,22 @@ class UserError(Exception):
 
   The commands print it without a traceback and exit with status 2.
   """
+
+
+def sentence(error: BaseException) -> str | None:
+  """What a user reads of an error that he can mend, be it Python's or JAX's; None of another."""
+  said = str(error).partition('\n')[0]
+  if isinstance(error, UserError):
+    return str(error)
+  if isinstance(error, OSError) and error.filename is not None:
+    return f'{os.fsdecode(error.filename)} cannot be used: {error.strerror}.'
+  if isinstance(error, MemoryError) or (of_jax(error) and 'RESOURCE_EXHAUSTED' in said):
+    return f'the memory does not suffice ({said}): ask for less at once.'
+  return None
+
+
+def of_jax(error: BaseException | None) -> bool:
+  """Whether the runtime of JAX raised it, as it does where another process was lost."""
+  if isinstance(error, ValueError):
+    return str(error).startswith(tuple(f'{status}: ' for status in STATUSES))
+  return isinstance(error, jax.errors.JaxRuntimeError)

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bam_jax import config, sharding
+from bam_jax import config, errors, sharding
 from bam_jax.errors import UserError
 
 TEXT_BYTES = 1024
@@ -33,7 +33,7 @@ def decide(question: Callable[[], T]) -> T:
   """Process 0's answer, for all; all must ask.
 
   Args:
-    question: returns what JSON can hold; a UserError is raised in every process.
+    question: returns what JSON can hold; what a user can mend is raised in every process.
   """
   if jax.process_count() == 1:
     return question()
@@ -41,8 +41,10 @@ def decide(question: Callable[[], T]) -> T:
   if jax.process_index() == 0:
     try:
       answer = {'value': question()}
-    except UserError as error:
-      answer = {'error': str(error)}
+    except Exception as error:
+      if not (said := errors.sentence(error)):
+        raise
+      answer = {'error': said}
   text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
   size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
   text = multihost_utils.broadcast_one_to_all(np.resize(text, size))

@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from bam_jax.train import goodput, loop, stop
 from bam_jax.train.progress import Progress
 from bam_jax.upcycle import centroids, merge, rules
 
-RECORDED = ('identity', 'hash')  # what a resume reads of a run's config.json
+RECORDED = {'identity': dict, 'hash': str}  # what a resume reads of a run's config.json
 
 
 def execute(
@@ -113,7 +113,7 @@ def finished(folder: Path, node: graph.Node, total_steps: int, domains: Sequence
   """Whether a run has its last checkpoint, by this configuration, and a result on `domains`."""
   step = checkpoint.finished_step(folder / 'checkpoints')
   recorded = _read_json(folder / 'config.json', RECORDED)
-  result = _read_json(folder / 'result.json', ('domains',))
+  result = _read_json(folder / 'result.json', {'domains': dict})
   return (
     step == total_steps
     and result is not None
@@ -290,10 +290,12 @@ def _result(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:
   }
 
 
-def _read_json(path: Path, keys: Collection[str]) -> dict[str, Any] | None:
+def _read_json(path: Path, keys: Mapping[str, type]) -> dict[str, Any] | None:
   try:
     facts = json_file.load(path)
-    if not isinstance(facts, dict) or not facts.keys() >= set(keys):
+    if not isinstance(facts, dict):
+      raise ValueError
+    if not all(isinstance(facts.get(key), kind) for key, kind in keys.items()):
       raise ValueError
     return facts
   except FileNotFoundError:

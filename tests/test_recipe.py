@@ -47,16 +47,40 @@ def test_checkpoints_say_what_they_were_made_from(tmp_path, dataset, recipe_dict
   assert metas['btx'].sources == ('seed', 'code', 'seed')
 
 
-@pytest.mark.parametrize('signum', stop.SIGNALS)
-def test_the_last_evaluation_may_be_stopped(tmp_path, dataset, recipe_dict, monkeypatch, signum):
-  """All held-out text may take long; the state is saved before it, and a resume does it anew."""
+@pytest.fixture
+def execute(tmp_path, dataset, recipe_dict):
+  """Trains a seed of no steps in the folder of a name, and evaluates it on one domain."""
   recipe_dict['runs'] = {'seed': recipe_dict['runs']['seed']}
   recipe_dict['runs']['seed'] |= {'tokens': 0}
   recipe_dict['runs']['seed']['schedule'] |= {'warmup_steps': 0}
   recipe_dict |= {'evaluation': {'batch_size': 1, 'domains': ['law']}}
-  execute = lambda name: recipe.execute(
+  return lambda name: recipe.execute(
     config.parse(recipe_dict), tmp_path / name, dataset, progress_enabled=False
   )
+
+
+@pytest.mark.parametrize(
+  'item, change, sentence',
+  [
+    ('meta', {'format': 2, 'unheard_of': 1}, 'has format 2, and .* upgrade bam_jax'),
+    ('data', None, 'data is damaged: delete .*/0 to go on from the one before'),
+  ],
+)
+def test_what_a_resume_cannot_read(tmp_path, execute, item, change, sentence):
+  """A checkpoint of a newer version, or one without the state of the data."""
+  execute('run')
+  (tmp_path / 'run/seed/result.json').unlink()
+  step = tmp_path / 'run/seed/checkpoints/0'
+  shutil.rmtree(step / 'checksums')
+  file = step / item / 'metadata'
+  file.write_text(json.dumps(json.loads(file.read_text()) | change if change else {}))
+  with pytest.raises(UserError, match=sentence):
+    execute('run')
+
+
+@pytest.mark.parametrize('signum', stop.SIGNALS)
+def test_the_last_evaluation_may_be_stopped(tmp_path, execute, monkeypatch, signum):
+  """All held-out text may take long; the state is saved before it, and a resume does it anew."""
   domains = lambda name: json.loads((tmp_path / name / 'seed/result.json').read_text())['domains']
   execute('undisturbed')
 
@@ -80,7 +104,9 @@ def test_the_last_evaluation_may_be_stopped(tmp_path, dataset, recipe_dict, monk
 
 
 @pytest.mark.parametrize('name', ['config.json', 'result.json'])
-@pytest.mark.parametrize('content', ['[]', '3', '{}', '{"hash": "x"}', 'nothing', '\xff'])
+@pytest.mark.parametrize(
+  'content', ['[]', '3', '{}', '{"hash": "x"}', '{"domains": 3}', 'nothing', '\xff']
+)
 def test_a_record_of_something_else_is_damaged(tmp_path, dataset, recipe_dict, name, content):
   recipe_dict['runs'] = {'seed': recipe_dict['runs']['seed']}
   (tmp_path / 'seed').mkdir()

@@ -9,7 +9,7 @@ from typing import Any
 import grain
 import jax
 
-from bam_jax import checkpoint, config, damage, processes, sharding
+from bam_jax import checkpoint, config, damage, errors, processes, sharding
 from bam_jax.data import mixture, shards
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
@@ -176,7 +176,7 @@ def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> di
 
 def _close(checkpoints: checkpoint.Checkpoints, error: BaseException | None) -> None:
   # What is being written cannot be finished without a process that was lost.
-  if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+  if jax.process_count() > 1 and errors.of_jax(error):
     return
   try:
     checkpoints.close()
