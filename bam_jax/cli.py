@@ -5,18 +5,19 @@ import importlib
 import json
 import math
 import os
+import select
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
-import jax
 import rich.console
 import rich.progress
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from bam_jax import compilation, config, recipe_file, sharding
+from bam_jax import compilation, config, errors, recipe_file, sharding
 from bam_jax.errors import UserError
 
 USER_ERROR = 2  # exit status of a user's mistake
@@ -57,20 +58,24 @@ def run(
       facts = main(*argv[1:])
       if _JSON.value and facts is not None:
         write_json(_JSON.value, facts)
-    except UserError as error:
-      return _refuse(str(error))
-    except OSError as error:
-      if error.filename is None:
+    except Exception as error:
+      if not (said := errors.sentence(error)):
         raise
-      return _refuse(f'{os.fsdecode(error.filename)} cannot be used: {error.strerror}.')
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-      said = str(error).partition('\n')[0]
-      if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in said:
-        raise
-      return _refuse(f'the memory does not suffice ({said}): ask for less at once.')
+      return _refuse(said)
     return 0
 
-  app.run(guarded, flags_parser=_parse)
+  try:
+    app.run(guarded, flags_parser=_parse)
+  except KeyboardInterrupt:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one may hit what Python does at its exit
+    sys.exit(_refuse('interrupted.', 128 + signal.SIGINT))
+  except BrokenPipeError:
+    unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+    if not unread:
+      raise  # by a pipe of our own
+    for stream in unread:
+      _leave(stream)
+    sys.exit(128 + signal.SIGPIPE)  # what a shell has of a program that did not ignore the signal
 
 
 def run_verbs(verbs: Mapping[str, str]) -> None:
@@ -127,7 +132,7 @@ def read_recipe(flag: flags.FlagHolder) -> config.Recipe:
 def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
   """A progress bar on standard error; yields the function that is told bytes done and in all."""
   columns = (
-    rich.progress.TextColumn('{task.description}'),
+    rich.progress.TextColumn('{task.description}', markup=False),
     rich.progress.BarColumn(),
     rich.progress.DownloadColumn(),
     rich.progress.TransferSpeedColumn(),
@@ -152,7 +157,8 @@ def parse_mesh(items: Sequence[str]) -> config.Mesh:
   sizes: dict[str, int] = {}
   for item in items:
     axis, _, size = item.partition('=')
-    if axis not in sharding.AXES or not size.isdigit() or axis in sizes:
+    number = size.isascii() and size.isdecimal() and len(size) < 20
+    if axis not in sharding.AXES or not number or axis in sizes:
       raise UserError(f'--mesh={item} is none of {", ".join(f"{a}=N" for a in sharding.AXES)}.')
     sizes[axis] = int(size)
   return config.Mesh(**sizes)
@@ -172,30 +178,56 @@ def check_json(path: str) -> None:
   """Raises UserError where `write_json` could not write, before hours of work."""
   if path == '-':
     return
-  there = os.path.abspath(path)
-  while not os.path.exists(there):  # a link to nothing is a file to be made
+  link = os.path.islink(path)  # one to nothing is a file to be made
+  whole = os.path.realpath(path) if link else os.path.abspath(path)
+  there = whole
+  while not os.path.exists(there):
     there = os.path.dirname(there)
-  folder = there != os.path.abspath(path)
-  if os.path.isdir(there) != folder:
-    reason = f'{there} is no folder' if folder else 'that is a folder'
+  folder = there != whole
+  if folder and path.endswith(os.sep) or os.path.isdir(there) and not folder:
+    reason = 'that is a folder'
+  elif folder and not os.path.isdir(there):
+    reason = f'{there} is no folder'
   elif not os.access(there, os.W_OK):
     reason = f'{there} is read-only'
-  else:
+  elif link and folder and there != os.path.dirname(whole):
+    reason = f'it is a link to {whole}, whose folder is not there'
+  elif not (reason := _refused_name(there, whole)):
     return
   raise UserError(f'--json={path} cannot be written: {reason}.')
+
+
+def _refused_name(there: str, whole: str) -> str | None:
+  """What the file system has against a name that is to be made in `there`, or a path so long."""
+  parts = whole[len(there) :].split(os.sep)
+  for path in (*(os.path.join(there, part) for part in parts if part), whole):
+    try:
+      os.stat(path)
+    except FileNotFoundError:
+      pass
+    except OSError as error:
+      return error.strerror
+    except ValueError as error:  # it has a null
+      return str(error)
+  return None
 
 
 def write_json(path: str, facts: dict[str, Any]) -> None:
   """Writes one JSON object to `path`, whose folder is made, or to standard output if it is "-"."""
   text = json.dumps(facts, indent=1, sort_keys=True) + '\n'
-  if path == '-':
-    sys.stdout.write(text)
-    return
   try:
+    if path == '-':
+      sys.stdout.write(text)
+      sys.stdout.flush()
+      return
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, 'w', encoding='utf-8') as file:
       file.write(text)
   except OSError as error:
+    if path == '-' and isinstance(error, BrokenPipeError):
+      raise
+    if path == '-':
+      _leave(sys.stdout)
     raise UserError(f'--json={path} cannot be written: {error.strerror}.') from error
 
 
@@ -242,11 +274,23 @@ def _check_numbers() -> None:
       raise UserError(f'--{name}={value} is not finite: give a number.')
 
 
-def _refuse(sentence: str) -> int:
+def _is_unread(stream: TextIO) -> bool:
+  """Whether a stream is a pipe whose reader has left."""
+  poll = select.poll()
+  poll.register(stream.fileno(), 0)
+  return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _leave(stream: TextIO) -> None:
+  """Lets what could not be written go nowhere: Python tries again at its exit, and complains."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _refuse(sentence: str, status: int = USER_ERROR) -> int:
   """Prints a sentence in one line that cannot move the cursor; the status to exit with."""
   shown = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
   if len(shown) > MOST_CHARACTERS:
     half = MOST_CHARACTERS // 2
     shown = f'{shown[:half]} ... {shown[-half:]}'
   print(f'{app_name()}: {shown}', file=sys.stderr)
-  return USER_ERROR
+  return status

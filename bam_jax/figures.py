@@ -28,6 +28,10 @@ SHARE = LinearSegmentedColormap.from_list(
   'share', ['#fbfbf9', '#cfe3ee', '#7fb4d6', '#2a7fb5', '#083d66']
 )
 PANELS = {'seed': 'Seed', 'specialist': 'Specialists', 'mixture': 'Mixtures'}
+ROUTERS = {
+  'attention': 'Attention router: mean gate',
+  'ffn': 'FFN router: share of the tokens',
+}
 
 
 @contextlib.contextmanager
@@ -52,6 +56,7 @@ def style() -> Iterator[None]:
       'grid.color': '#e6e8eb',
       'grid.linewidth': 0.6,
       'text.color': INK,
+      'text.parse_math': False,  # a label may have dollars
       'xtick.color': INK,
       'ytick.color': INK,
       'xtick.major.size': 0,
@@ -171,10 +176,6 @@ def routing(path: Path, row: Mapping[str, Any]) -> None:
     router: np.stack([np.asarray(load) for load in by_domain.values()])
     for router, by_domain in row['routing'].items()
   }
-  titles = {
-    'attention': 'Attention router: mean gate',
-    'ffn': 'FFN router: share of the tokens',
-  }
   with style():
     num_domains, num_layers, num_experts = next(iter(loads.values())).shape
     columns = min(num_layers, 4 if len(loads) == 1 else 2)
@@ -186,7 +187,7 @@ def routing(path: Path, row: Mapping[str, Any]) -> None:
     figure.suptitle(f'{row["label"]}: where each domain goes', x=0.01, ha='left', weight='bold')
     parts = figure.subfigures(1, len(loads), squeeze=False)[0]
     for part, (router, load) in zip(parts, loads.items()):
-      part.suptitle(titles[router], fontsize=9)
+      part.suptitle(ROUTERS[router], fontsize=9)
       grid = part.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
       for layer, axis in enumerate(grid.flat):
         if layer >= num_layers:

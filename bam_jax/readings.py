@@ -1,9 +1,13 @@
 """What a report's numbers say, in sentences that the numbers choose."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 SAME = 0.0005  # relative differences below this are printed as 0.0%: no difference
+# Nats per token of a model that diverged, past which a float cannot hold the perplexity, nor JSON
+# what comes instead; with room for sums. Such a perplexity is given as exp(MOST_NATS), 5e299.
+MOST_NATS = 690.0
 
 
 def compute(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -34,14 +38,22 @@ def compute(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   return [reading for reading in readings if reading]
 
 
+def perplexity(nats: float) -> float:
+  """Of so many nats per token, and finite."""
+  return math.exp(min(nats, MOST_NATS))
+
+
 def number(value: float) -> str:
   """A perplexity, with as many decimals as matter."""
+  if value >= 1e9:
+    return '>1e299' if value > 1e299 else f'{value:.1e}'
   return f'{value:.2f}' if value < 1000 else f'{value:,.0f}'
 
 
 def percent(change: float, decimals: int) -> str:
   """A relative change, with its sign: +0.2%, −57.0%."""
-  return f'{100 * change:+.{decimals}f}%'.replace('-', '−')
+  form = f'+.{decimals}f' if change < 1e6 else '+.1e'
+  return f'{100 * change:{form}}%'.replace('-', '−')
 
 
 def _compare(row: Mapping[str, Any], base: Mapping[str, Any], domain: str) -> dict[str, Any]:
@@ -116,8 +128,8 @@ def _bam_btx(bam: Mapping[str, Any], btx: Mapping[str, Any]) -> dict[str, Any] |
     relation = f'the same average perplexity as {btx["label"]}'
   else:
     relation = (
-      f'an average perplexity {100 * abs(change):.1f}% {"lower" if change < 0 else "higher"} than'
-      f' {btx["label"]}'
+      f'an average perplexity {percent(abs(change), 1)[1:]} {"lower" if change < 0 else "higher"}'
+      f' than {btx["label"]}'
     )
   sentence = (
     f'{bam["label"]} has {relation} ({number(value)} against {number(against)}), for {cost:.2f}'

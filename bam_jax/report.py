@@ -10,28 +10,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from etils import epath
 from rich.table import Table
+from rich.text import Text
 
 from bam_jax import buckets, figures, folders, json_file, readings
 from bam_jax.errors import UserError
+from bam_jax.train import metrics
 from bam_jax.train.progress import duration
 
 Row = dict[str, Any]
 
-COPIED = (
-  'run',
-  'label',
-  'kind',
-  'method',
-  'sources',
-  'step',
-  'tokens',
-  'wall_seconds',
-  'parameters',
-  'active_parameters',
-  'flops_per_token',
-)
+COPIED = {
+  'run': str,
+  'label': str,
+  'kind': str,
+  'method': str | None,
+  'sources': list,
+  'step': int,
+  'tokens': int,
+  'wall_seconds': int | float,
+  'parameters': int,
+  'active_parameters': int,
+  'flops_per_token': int | float,
+}
 BEST = '★'
 
 
@@ -49,7 +52,7 @@ def write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
       recipe: `recipe.json`, or None.
       domains: the columns.
       rows: one object a finished run: facts copied from its result, `training_flops`,
-        `perplexity` and `bits_per_byte` by domain, `average_perplexity` and
+        `perplexity` (at most exp(690)) and `bits_per_byte` by domain, `average_perplexity` and
         `average_bits_per_byte` (arithmetic means over the domains), `experts` (their names) and
         `routing` (router -> domain -> load [L][E]).
       not_finished: names of runs.
@@ -71,6 +74,8 @@ def _write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
   recipe = _read(workdir / 'recipe.json')
   results = {run: _read(workdir / run / 'result.json') for run in runs}
   finished = {run: result for run, result in results.items() if result is not None}
+  for run, result in finished.items():
+    _check(workdir / run / 'result.json', run, result)
   domains = list(dict.fromkeys(d for result in finished.values() for d in result['domains']))
   rows = [_row(result, domains) for result in finished.values()]
   report = {
@@ -95,16 +100,16 @@ def _write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
 
 def table(report: Mapping[str, Any]) -> Table:
   """The perplexities for a terminal: best mixture in bold, best run of all with a star."""
-  result = Table(title=f'{report["name"]}: held-out perplexity', title_justify='left', box=None)
+  # As a Text, nothing that a user named is markup.
+  title = Text(f'{report["name"]}: held-out perplexity', 'table.title')
+  result = Table(title=title, title_justify='left', box=None)
   result.add_column('run', no_wrap=True)
   for name in (*report['domains'], 'average'):
-    result.add_column(name, justify='right')
+    result.add_column(Text(name), justify='right')
   marks = _marks(report, 'perplexity')
   for row in report['rows']:
-    cells = (
-      f'[bold]{text}[/bold]' if bold else text for text, bold in _cells(row, 'perplexity', marks)
-    )
-    result.add_row(row['label'], *cells)
+    cells = (Text(text, 'bold' if bold else '') for text, bold in _cells(row, 'perplexity', marks))
+    result.add_row(Text(row['label']), *cells)
   for run in report['not_finished']:
     result.add_row(f'{run}: not finished', style='dim')
   return result
@@ -160,10 +165,30 @@ def _read(path: Path | epath.Path) -> dict[str, Any] | None:
     raise UserError(f'{path} is not JSON ({error}): delete it and train that run again.') from error
 
 
+def _check(path: Path | epath.Path, run: str, result: Any) -> None:
+  """UserError unless a result holds what a row needs."""
+  shapes = {}
+  try:
+    good = result['run'] == run and all(isinstance(result[k], kind) for k, kind in COPIED.items())
+    good = good and all(isinstance(source, str) for source in result['sources'])
+    for scores in result['domains'].values():
+      math.isfinite(scores['nll'])  # or raises
+      good = good and scores['tokens'] >= 0 and scores['bytes'] >= min(scores['tokens'], 1)
+      for router, statistics in scores['routing'].items():
+        load = np.asarray(statistics['load'], float)
+        good = good and router in figures.ROUTERS and load.ndim == 2 and load.size > 0
+        good = good and load.shape == shapes.setdefault(router, load.shape)
+    good = good and result['domains']
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+    good = False
+  if not good:
+    raise UserError(f'{path} is damaged: delete its folder and train the run again.')
+
+
 def _row(result: Mapping[str, Any], domains: Sequence[str]) -> Row:
-  # A domain without held-out text has no score.
-  scored = {d: v for d, v in result['domains'].items() if v['tokens']}
-  perplexity = {d: math.exp(v['nll'] / v['tokens']) for d, v in scored.items()}
+  # A domain without held-out text has no score, nor has one of which a model gives no likelihood.
+  scored = {d: v for d, v in result['domains'].items() if v['tokens'] and math.isfinite(v['nll'])}
+  perplexity = {d: readings.perplexity(v['nll'] / v['tokens']) for d, v in scored.items()}
   bits_per_byte = {d: v['nll'] / (math.log(2) * v['bytes']) for d, v in scored.items()}
   routing = {}
   for domain, scores in scored.items():
@@ -194,21 +219,16 @@ def _average(scores: Mapping[str, float], domains: Sequence[str]) -> float | Non
 def _metrics(path: Path | epath.Path) -> list[dict[str, Any]]:
   """One line a step, in order: a resumed run writes some steps again, and the last word counts."""
   lines = {}
-  if path.exists():
-    for text in path.read_text(encoding='utf-8').splitlines():
-      try:
-        line = json_file.loads(text)
-      except ValueError:
-        continue  # a run that is killed may leave half a line; it then writes that step again
-      lines[line['step']] = lines.get(line['step'], {}) | line
+  for _, line in metrics.read_lines(path):
+    lines[line['step']] = lines.get(line['step'], {}) | line
   return [lines[step] for step in sorted(lines)]
 
 
 def _draw(
   workdir: Path | epath.Path, folder: Path, rows: Sequence[Row], domains: Sequence[str]
 ) -> list[str]:
-  metrics = {row['run']: _metrics(workdir / row['run'] / 'metrics.jsonl') for row in rows}
-  figures.loss_curves(folder / 'loss_curves.png', rows, metrics)
+  lines = {row['run']: _metrics(workdir / row['run'] / 'metrics.jsonl') for row in rows}
+  figures.loss_curves(folder / 'loss_curves.png', rows, lines)
   figures.perplexity(folder / 'perplexity.png', rows, domains)
   pictures = ['loss_curves.png', 'perplexity.png']
   for row in rows:

@@ -10,7 +10,7 @@ both, SIGTERM to one, Ctrl-C to both, one that hangs. Whatever it was, both must
 time, and the same command goes on. When the recipe is done and time is left, a new round begins.
 
 `--json` writes, of all rounds: `rounds`, `minutes`, `events` (how many of each kind), `statuses`
-(how often a process ended with which), `attempts`, `lost_steps` (done again after a resume),
+(how often a process ended with which), `attempts`, `lost_steps` (logged, and done again),
 `steps` whose losses were compared, their `largest_difference` from the undisturbed ones,
 `equal_parameters` (all final arrays, to the bit) and `equal_results` (held-out sums).
 """
@@ -46,13 +46,14 @@ _STEPS = flags.DEFINE_integer('steps', 0, 'Of each run; default: what the recipe
 _SEED = flags.DEFINE_integer('seed', 0, 'Of what happens when.')
 
 RUNS = ('seed', 'code', 'law', 'math', 'bam_kv')
+CHECKPOINT = 20  # steps from one to the next
 LOST_SECONDS = 10  # after which a process that hangs is given up
 JOIN_SECONDS = 90  # after which one that waits for the other to start gives up
 END_SECONDS = 180  # in which all must have ended, whatever happened
 RECIPE = (
   '--config=configs/quickstart.py',
   f'--runs={",".join(RUNS)}',
-  *(f'--config.runs.{name}.every.checkpoint=20' for name in RUNS),
+  *(f'--config.runs.{name}.every.checkpoint={CHECKPOINT}' for name in RUNS),
   *(f'--config.runs.{name}.mesh.fsdp=2' for name in RUNS[:-1]),
   '--config.runs.bam_kv.mesh.expert=2',
 )
@@ -92,8 +93,11 @@ def main() -> dict[str, Any]:
       event, told = _attempt(disturbed, chance, facts['statuses'])
       if event:
         facts['events'][event] += 1
-      for name, step in re.findall(r'(\w+): resumes at step ([\d,]+)', told):
-        facts['lost_steps'] += before[name] - int(step.replace(',', ''))
+      for name, step in re.findall(r'^(\w+): (?:resumes at step ([\d,]+)|starts)', told, re.M):
+        lost = before[name] - int((step or '0').replace(',', ''))
+        if lost > 2 * CHECKPOINT:  # the newest may be unfinished, but not the one before
+          raise UserError(f'{name} has lost {lost} steps.')
+        facts['lost_steps'] += lost
       console.print(f'{(time.monotonic() - began) / 60:5.1f} min: {event or "the recipe is done"}')
     for name in RUNS:
       _compare(disturbed / name, quiet / name, facts)
@@ -132,12 +136,20 @@ def _attempt(
   both = _start(workdir)
   event, wait = chance.choice([*DISTURBANCES]), chance.expovariate(1 / _EVERY.value)
   try:
-    both[0].wait(wait)
-    event = None
-  except subprocess.TimeoutExpired:
-    DISTURBANCES[event](both, chance)
-  statuses.update(_end(both, event))
-  return event, (workdir / 'process_0.log').read_text(encoding='utf-8')
+    try:
+      both[0].wait(wait)
+      event = None
+    except subprocess.TimeoutExpired:
+      DISTURBANCES[event](both, chance)
+    statuses.update(_end(both, event))
+  finally:
+    for process in both:
+      process.kill()
+  logs = [(workdir / f'process_{n}.log').read_text(encoding='utf-8') for n in range(len(both))]
+  # Python has its own for Ctrl-C while it imports.
+  if any('Traceback' in log and 'KeyboardInterrupt' not in log for log in logs):
+    raise UserError(f'After {event!r} a process prints a traceback: see {workdir}/process_*.log.')
+  return event, logs[0]
 
 
 def _end(both: list[subprocess.Popen], event: str | None) -> list[str]:

@@ -56,3 +56,63 @@ def test_a_run_is_refused_before_it_begins(tmp_path):
   assert (done.returncode, done.stdout) == (2, '')
   assert done.stderr == f'bam_jax.main: --json={tmp_path} cannot be written: that is a folder.\n'
   assert not (tmp_path / 'w').exists()
+
+
+@pytest.mark.parametrize(
+  'name', ['x' * 300, f'new/{"x" * 300}/b', 'x/' * 3000, 'new/', 'link', 'loop']
+)
+def test_what_the_file_system_refuses_is_said_at_once(tmp_path, name):
+  (tmp_path / 'link').symlink_to(tmp_path / 'nowhere' / 'file')
+  (tmp_path / 'loop').symlink_to(tmp_path / 'loop')
+  with pytest.raises(UserError, match='^--json=.* cannot be written: .*[.]$'):
+    cli.check_json(os.path.join(tmp_path, name))
+  assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize('size', ['²', '٣', '', '-1', '9' * 5000])
+def test_a_mesh_of_no_number(size):
+  with pytest.raises(UserError, match='^--mesh=data=.* is none of data=N'):
+    cli.parse_mesh([f'data={size}'])
+
+
+COMMAND = """
+import os, signal, sys
+from bam_jax import cli
+
+def main():
+  {}
+
+sys.argv[0] = 'x.py'
+cli.run(main)
+"""
+
+
+def command(body, *arguments, **options):
+  """A command of one line."""
+  line = [sys.executable, '-c', COMMAND.format(body), *arguments]
+  return subprocess.run(line, cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_ctrl_c_is_no_traceback():
+  done = command('os.kill(os.getpid(), signal.SIGINT)')
+  assert (done.returncode, done.stderr) == (130, 'bam_jax.x: interrupted.\n')
+
+
+def test_a_reader_that_left_is_no_traceback():
+  read, write = os.pipe()
+  os.close(read)
+  done = command('return {"x": "x" * 10**5}', '--json=-', stdout=write)
+  os.close(write)
+  assert (done.returncode, done.stderr) == (141, '')
+
+
+def test_a_broken_pipe_of_our_own_is_no_reader_that_left():
+  done = command('raise BrokenPipeError("mine")')
+  assert done.returncode == 1 and 'BrokenPipeError: mine' in done.stderr
+
+
+def test_standard_output_on_a_full_disk():
+  with open('/dev/full', 'w') as full:
+    done = command('return {}', '--json=-', stdout=full)
+  said = 'bam_jax.x: --json=- cannot be written: No space left on device.\n'
+  assert (done.returncode, done.stderr) == (2, said)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bam_jax import figures, folders, report
+from bam_jax import figures, folders, readings, report
 from bam_jax.errors import UserError
+from bam_jax.evaluation import comparison
 
 DOMAINS = ('general', 'code')
 KINDS = {'seed': 'seed', 'code': 'specialist'}
@@ -287,6 +288,70 @@ def test_the_terminal_table(tmp_path):
   text = console.export_text()
   for words in ('BAM', '19.00 ★', '12.50', 'law: not finished', 'average'):
     assert words in text
+
+
+def test_a_run_that_diverged_is_in_a_report_that_json_can_hold(tmp_path):
+  """No float holds exp(800); and a run without a likelihood has no score."""
+  wild, mute = result('bam', scores(19.0, 5.0), 'btx'), result('mute', scores(19.0, 5.0))
+  wild['domains']['code']['nll'] = 800 * 100
+  mute['domains']['code']['nll'] = math.nan
+  found = write(tmp_path, [*RESULTS[:2], wild, mute])
+
+  def refuse(literal):
+    raise AssertionError(literal)
+
+  text = (tmp_path / 'report' / 'report.json').read_text()
+  assert json.loads(text, parse_constant=refuse) == found
+  page = cells((tmp_path / 'report' / 'report.md').read_text(), 'Perplexity')
+  assert page['SEED'] == ['20.00', '10.00', '15.00']
+  assert page['BAM'] == ['**19.00 ★**', '**>1e299**', '**>1e299**']
+  assert page['MUTE'] == ['**19.00 ★**', '–', '–']
+  assert all(len(reading['sentence']) < 200 for reading in found['readings'])
+
+
+def test_a_comparison_has_no_infinite_perplexity():
+  bytes_nll_tokens = np.array([[40.0, 8000.0, 10.0], [40.0, 30.0, 10.0]])
+  wild, tame = comparison.measures(bytes_nll_tokens, 0)['perplexity']
+  assert (readings.number(wild), tame) == ('>1e299', np.exp(3.0))
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'domains': {}},
+    {'domains': {'general': {}}},
+    {'domains': {'general': {'nll': '1', 'tokens': 1, 'bytes': 1, 'routing': {}}}},
+    {'domains': {'general': {'nll': 1, 'tokens': 1, 'bytes': 0, 'routing': {}}}},
+    {'domains': {'general': {'nll': 1, 'tokens': 1, 'bytes': 1, 'routing': {'ffn': {'load': 3}}}}},
+    {'domains': []},
+    {'label': None},
+    {'parameters': '3'},
+    {'sources': [3]},
+    {'run': '../x'},
+  ],
+)
+def test_a_result_of_something_else_is_damaged(tmp_path, change):
+  save(tmp_path, RESULTS[:1])
+  (tmp_path / 'seed' / 'result.json').write_text(json.dumps(RESULTS[0] | change))
+  with pytest.raises(UserError, match='seed/result.json is damaged: delete its folder'):
+    report.write(tmp_path, ['seed'])
+
+
+def test_lines_of_the_metrics_that_say_nothing_are_passed_over(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(b'\xff\n{"loss": 3}\n[]\n{"step": "2"}\n{"step": 1, "loss": 5.0}\n')
+  assert report._metrics(path) == [{'step': 1, 'loss': 5.0}]
+
+
+def test_names_are_no_markup(tmp_path):
+  recipe = {'name': 'a[/b]', 'command': 'x', 'seed': 3}
+  (tmp_path / 'recipe.json').write_text(json.dumps(recipe))
+  label = {'label': r'[/c] $\frac$'}
+  found = write(tmp_path, [RESULTS[0] | label, RESULTS[2] | label])
+  console = Console(width=90, record=True, file=open('/dev/null', 'w'))
+  console.print(report.table(found))
+  text = console.export_text()
+  assert 'a[/b]: held-out' in text and r'[/c] $\frac$' in text
 
 
 def test_smoothing():

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bam_jax import checkpoint, config, opening, sharding
+from bam_jax import checkpoint, config, opening, readings, sharding
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.evaluation import bootstrap, corpus, routing, windows
@@ -162,7 +162,7 @@ def measures(totals: np.ndarray, place: int) -> dict[str, np.ndarray]:
   """Each measure of one checkpoint, given column sums (..., C)."""
   nbytes, nll, tokens = totals[..., 0], totals[..., 1 + 2 * place], totals[..., 2 + 2 * place]
   nats = nll / tokens
-  values = nats, np.exp(nats), nll / (math.log(2) * nbytes)
+  values = nats, np.exp(np.minimum(nats, readings.MOST_NATS)), nll / (math.log(2) * nbytes)
   return dict(zip(MEASURES, values))
 
 

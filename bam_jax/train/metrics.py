@@ -85,7 +85,7 @@ class Writer:
     if jax.process_index():
       return
     self._path = path = folder / 'metrics.jsonl'
-    lines = _lines(path)
+    lines = read_lines(path)
     self.dropped = [facts for _, facts in lines if facts['step'] > start_step]
     kept = ''.join(text for text, facts in lines if facts['step'] <= start_step)
     self._mirror, self._flushed = buckets.Mirror(path), time.monotonic()
@@ -122,7 +122,7 @@ class Writer:
       self._events.close()
 
 
-def _lines(path: Path | epath.Path) -> list[tuple[str, dict[str, Any]]]:
+def read_lines(path: Path | epath.Path) -> list[tuple[str, dict[str, Any]]]:
   """A file's lines and what they say; a kill or a full disk may have cut one short."""
   if not path.exists():
     return []

@@ -125,14 +125,15 @@ class Progress:
     if self._enabled:
       self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
-  def finish(self, run: str, loss: float) -> None:
-    """`run` is done."""
+  def finish(self, run: str, loss: float | None) -> None:
+    """`run` is done; `loss` is of its last step, None where no step was left to do."""
     this = self._runs[run]
     this.state, this.step, this.loss = 'done', this.total, loss
     this.seconds = self._clock() - this.started
     left = self._recipe_left()
+    told = '' if loss is None else f'loss {loss:.4f}, '
     self._line(
-      f'{run}: done, loss {loss:.4f}, {duration(this.seconds)}'
+      f'{run}: done, {told}{duration(this.seconds)}'
       + (f'; about {duration(left)} left for the recipe' if left else '')
     )
 

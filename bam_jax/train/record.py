@@ -53,7 +53,7 @@ class Recorder:
     self._pending: tuple[int, step_lib.StepMetrics] | None = None
     self._mark: tuple[int, float] | None = None  # step and time that the speed is measured from
     self._speed = 0.0
-    self.loss = float('nan')
+    self.loss: float | None = None
     progress.start(name, first_step)
 
   def step(self, step: int, step_metrics: step_lib.StepMetrics) -> None:

@@ -110,6 +110,26 @@ def test_data_that_is_cut_short_while_a_run_reads_it(text, undisturbed, tmp_path
     again.communicate()
 
 
+@pytest.mark.slow
+def test_data_that_disappears_while_a_run_reads_it(text, undisturbed, tmp_path):
+  """What is open is read on; what is opened later, the held-out text, is a sentence."""
+  shutil.copytree(undisturbed / 'data', tmp_path / 'data')
+  running = start(text, tmp_path, *SEED)
+  wait_for_step(tmp_path / 'seed', 1, running)
+  gone = list((tmp_path / 'data').glob('*/*.npy'))
+  for path in gone:
+    path.unlink()
+  _, stderr = running.communicate(timeout=60)
+  done = subprocess.CompletedProcess([], running.returncode, '', stderr)
+  assert_sentence(done, 'tokens.npy is missing: prepare the dataset anew')
+  assert_sentence(run(text, tmp_path, *SEED), 'npy is missing')
+  for path in gone:
+    shutil.copy(undisturbed / path.relative_to(tmp_path), path)
+  again = run(text, tmp_path, *SEED)
+  assert again.returncode == 0 and 'seed: resumes at step' in again.stderr, again.stderr
+  assert_same_end(tmp_path, undisturbed, ('seed',))
+
+
 def test_jobs_that_write_one_report_do_not_disturb_each_other(undisturbed, tmp_path):
   """Whoever reads it finds it whole, at every moment."""
   (tmp_path / 'seed').mkdir()

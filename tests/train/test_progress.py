@@ -44,6 +44,14 @@ def test_a_log_gets_plain_lines_and_few_of_them():
   ]
 
 
+def test_a_run_that_resumes_at_its_end_has_no_loss():
+  progress, _, out = display(terminal=False)
+  with progress:
+    progress.start('code', 50)
+    progress.finish('code', None)
+  assert 'code: done, 0s' in out.getvalue().splitlines()[1]
+
+
 def test_the_first_step_is_compiling_and_does_not_count():
   progress, clock, out = display(terminal=False)
   with progress:
