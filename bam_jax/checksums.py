@@ -10,6 +10,7 @@ where the store vouches for what it holds.
 import concurrent.futures
 import json
 import os
+import stat
 import zlib
 from collections.abc import Collection, Iterable
 
@@ -75,6 +76,9 @@ def read(folder: epath.PathLike, items: Collection[str] = ()) -> Sums:
   try:
     listed = json_file.load(epath.Path(path))
     sums = {name: (int(size), int(crc)) for name, (size, crc) in listed.items()}
+    for name in sums:
+      if os.path.isabs(name) or '..' in name.split('/'):
+        raise ValueError(f'{name!r} leads out of the checkpoint')
   except FileNotFoundError:
     return {}
   except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -86,10 +90,12 @@ def fault(folder: epath.PathLike, sums: Sums) -> str | None:
   """What is wrong with one of the files, in a few words; None when all are as they were written."""
   for name, (size, _) in sums.items():
     try:
-      found = os.stat(os.path.join(folder, name)).st_size
+      facts = os.stat(os.path.join(folder, name))
     except OSError as error:
       return f'{name}: {error.strerror}'
-    if found != size:
+    if not stat.S_ISREG(facts.st_mode):  # a device could be read for ever
+      return f'{name} is not a file'
+    if (found := facts.st_size) != size:
       return f'{name} has {found} bytes and not {size}'
   try:
     found = measure(folder, sums)

@@ -136,6 +136,22 @@ def test_finished_chunks_and_tokenizer_are_taken_over(sources, tmp_path, monkeyp
   assert contents(tmp_path / 'data') == contents(tmp_path / 'fresh')
 
 
+def test_damaged_unfinished_work_is_a_sentence_or_made_anew(sources, tmp_path, monkeypatch):
+  inputs = {'a': sources / 'a'}
+  monkeypatch.setattr(prepare_lib, '_assemble', lambda *args: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    prepare(inputs, tmp_path / 'data', train_tokenizer=300)
+  monkeypatch.undo()
+  chunk = max((tmp_path / 'data.partial').glob('chunks/a/train-*.npz'))
+  os.truncate(chunk, 100)
+  with pytest.raises(UserError, match=f'{chunk} is damaged .*: delete it, and the same command'):
+    prepare(inputs, tmp_path / 'data', train_tokenizer=300)
+  (tmp_path / 'data.partial' / 'plan.json').write_bytes(b'\xff')
+  prepare(inputs, tmp_path / 'data', train_tokenizer=300)
+  prepare(inputs, tmp_path / 'fresh', train_tokenizer=300)
+  assert contents(tmp_path / 'data') == contents(tmp_path / 'fresh')
+
+
 @pytest.mark.slow
 def test_unfinished_work_of_another_plan_is_dropped(sources, tmp_path, monkeypatch):
   inputs = {'a': sources / 'a'}

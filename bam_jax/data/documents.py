@@ -3,10 +3,11 @@
 import gzip
 import itertools
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from bam_jax import json_file
 from bam_jax.errors import UserError
@@ -16,6 +17,10 @@ PARQUET = ('.parquet',)
 TEXT = ('.txt', '.txt.gz', '.md')  # one document a file
 EXTENSIONS = JSON_LINES + PARQUET + TEXT
 DOCUMENT_BYTES = 2**27  # at most: what a small gzipped file unpacks to would fill any memory
+# Of a line of JSON, beside what its strings hold: "{}," takes 24 times its bytes of memory.
+SYNTAX_BYTES = 2**22
+ROWS, ROWS_BYTES = 256, 2**28  # of Parquet, read at a time, at most
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 
 class Document(NamedTuple):
@@ -67,6 +72,8 @@ def _json_lines(path: Path, text_field: str) -> Iterator[Document]:
       if not line.strip():
         continue
       where = f'{path}, line {number}'
+      if len(line) > SYNTAX_BYTES and _has_much_syntax(line):
+        raise UserError(f'{where} is not a text with a few facts: put one document on each line.')
       try:
         record = json_file.loads(_utf8(line, where))
       except json.JSONDecodeError as error:
@@ -92,15 +99,37 @@ def _parquet(path: Path, text_field: str) -> Iterator[Document]:
           f'{path} has no column {text_field!r}: choose --text_field from {", ".join(names)}.'
         )
       size, rows, row = path.stat().st_size, max(file.metadata.num_rows, 1), 0
-      for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-        for text in batch.column(0).to_pylist():
-          row += 1
-          where = f'{path}, row {row}'
-          yield Document(_field({text_field: text}, text_field, where), size * row // rows)
+      for group in range(file.metadata.num_row_groups):
+        most = _most_rows(file.metadata.row_group(group), text_field)
+        for batch in file.iter_batches(most, [group], [text_field]):
+          for text in batch.column(0).to_pylist():
+            row += 1
+            where = f'{path}, row {row}'
+            yield Document(_field({text_field: text}, text_field, where), size * row // rows)
   except UnicodeDecodeError as error:
     raise UserError(f'{path}, after row {row}: {text_field!r} is not UTF-8.') from error
   except (pa.ArrowException, OSError) as error:
     raise UserError(f'{path} is not a Parquet file that can be read: {error}.') from error
+
+
+def _most_rows(group: Any, text_field: str) -> int:
+  """How many rows of a Parquet file's group to read at a time.
+
+  A dictionary has a text once for many rows, and that one may be all there is.
+  """
+  columns = (group.column(number) for number in range(group.num_columns))
+  sizes = (c.total_uncompressed_size for c in columns if c.path_in_schema == text_field)
+  return max(1, min(ROWS, ROWS_BYTES // max(1, *sizes, 1)))
+
+
+def _has_much_syntax(line: bytes) -> bool:
+  """Whether a line has over SYNTAX_BYTES outside its strings, each of which counts as two."""
+  outside, end = 0, 0
+  for string in _STRING.finditer(line):
+    outside, end = outside + string.start() - end + 2, string.end()
+    if outside > SYNTAX_BYTES:
+      return True
+  return outside + len(line) - end > SYNTAX_BYTES
 
 
 def _text(path: Path, text_field: str) -> Iterator[Document]:

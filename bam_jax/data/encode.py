@@ -5,7 +5,9 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import signal
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
@@ -63,6 +65,7 @@ def _start_worker(tokenizer: Tokenizer) -> None:
   global _worker_tokenizer
   _worker_tokenizer = tokenizer
   os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the processes are the parallelism
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
   threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -93,5 +96,10 @@ def _encode_chunk(tokenizer: Tokenizer, path: Path, texts: list[str]) -> None:
 
 def read_chunk(path: Path) -> Encoded:
   """Reads what `encoder` wrote."""
-  with np.load(path, allow_pickle=False) as arrays:
-    return Encoded(**arrays)
+  try:
+    with np.load(path, allow_pickle=False) as arrays:
+      return Encoded(**arrays)
+  except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    raise UserError(
+      f'{path} is damaged ({error}): delete it, and the same command writes it again.'
+    ) from error

@@ -240,7 +240,7 @@ def _workplace(partial: Path, plan: dict[str, Any]) -> Iterator[None]:
       raise UserError(f'Another prepare is at work in {partial}: wait for it to end.') from error
     wanted = json.dumps({**plan, 'chunk_bytes': CHUNK_BYTES}, indent=1)
     file = partial / 'plan.json'
-    if not file.exists() or file.read_text(encoding='utf-8') != wanted:
+    if not file.exists() or file.read_bytes() != wanted.encode():
       for entry in partial.iterdir():
         if entry.is_dir():
           shutil.rmtree(entry)

@@ -115,7 +115,8 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
     Two lists, sorted by the path inside the folder.
 
   Raises:
-    UserError: the path is missing, of an unknown kind, or a folder with no readable file.
+    UserError: the path is missing, of an unknown kind, or a folder with no readable file, with
+      what only looks like one, or with a link to what is read anyway.
   """
   if path.is_file():
     if extension(path) is None:
@@ -123,14 +124,20 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
     return [path], []
   if not path.is_dir():
     raise UserError(f'{path} does not exist: mend the path.')
-  files = []
+  files, walked = [], set()
   for folder, folders, names in os.walk(path, followlinks=True):
+    if (real := os.path.realpath(folder)) in walked:
+      raise UserError(f'{folder} is read twice, once of them by a link: remove the link.')
+    walked.add(real)
     folders[:] = [name for name in folders if not name.startswith('.')]
     files += [Path(folder, name) for name in names if not name.startswith('.')]
   files.sort(key=lambda file: file.relative_to(path).parts)
   readable = [file for file in files if extension(file)]
   if not readable:
     raise UserError(f'{path} holds no file that can be read: put {", ".join(EXTENSIONS)} there.')
+  for file in readable:
+    if not file.is_file():  # a pipe would be waited for
+      raise UserError(f'{file} is not a file: remove it.')
   return readable, [file for file in files if not extension(file)]
 
 

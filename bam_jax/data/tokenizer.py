@@ -192,7 +192,9 @@ class _HuggingFace:
   def __init__(self, content: bytes):
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-    except Exception as error:  # the library raises a bare Exception
+    except (KeyboardInterrupt, SystemExit):
+      raise
+    except BaseException as error:  # a bare Exception, or what Rust calls a panic
       raise UserError(f'is not a tokenizer.json that can be read ({_line(error)}).') from error
     # A tokenizer.json may carry its model's truncation, which would silently cut documents.
     self._tokenizer.no_truncation()
@@ -204,7 +206,10 @@ class _HuggingFace:
     return self._tokenizer.token_to_id(token)
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    try:
+      encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as error:  # a bare one: its model has no token for what it does not know
+      raise UserError(f'The tokenizer cannot encode a text ({_line(error)}): mend it.') from error
     return [encoding.ids for encoding in encodings]
 
   def decode(self, ids: list[int]) -> str:

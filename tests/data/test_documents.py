@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import os
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -99,6 +102,47 @@ def test_parquet_errors(tmp_path):
     list(read_documents(path))
 
 
+def test_a_small_parquet_file_does_not_fill_the_memory(tmp_path):
+  """One text of 8 MiB for all of 256 rows, as a dictionary of one entry."""
+  path, text = tmp_path / 'a.parquet', 'x' * 2**23
+  table = pa.table({'text': pa.DictionaryArray.from_arrays(np.zeros(256, np.int32), [text])})
+  pq.write_table(table, path, compression='zstd')
+  assert path.stat().st_size < 2**13
+  tracemalloc.start()
+  before = pa.total_allocated_bytes()
+  count = 0
+  for document in read_documents(path):
+    count += document.text == text
+    assert pa.total_allocated_bytes() - before < 2**29
+  assert count == 256
+  assert tracemalloc.get_traced_memory()[1] < 2**29
+  tracemalloc.stop()
+
+
+@pytest.mark.parametrize('number', [1, 5000])
+def test_large_texts_of_parquet_are_read_a_few_at_a_time(tmp_path, number):
+  path = tmp_path / 'a.parquet'
+  texts = [f'{i} {"x" * 1000}' for i in range(number)] + [chr(97 + i) * 2**22 for i in range(3)]
+  pq.write_table(pa.table({'text': texts}), path)
+  assert [document.text for document in read_documents(path)] == texts
+
+
+def test_a_small_file_of_json_does_not_fill_the_memory(tmp_path):
+  path = tmp_path / 'a.jsonl.gz'
+  with gzip.open(path, 'wb') as file:
+    file.write(b'{"text": "x"}\n{"text": "x", "a": [' + b'{},' * 2**22 + b'{}]}\n')
+  assert path.stat().st_size < 2**16
+  with pytest.raises(UserError, match='line 2 is not a text with a few facts'):
+    list(read_documents(path))
+
+
+def test_a_large_text_of_json_may_hold_anything(tmp_path):
+  text = r'{"a": [1, "\", {}]},' * 2**18
+  path = tmp_path / 'a.jsonl'
+  path.write_text(json.dumps({'text': text, 'a': list(range(100))}))
+  assert [document.text for document in read_documents(path)] == [text]
+
+
 def test_missing_file(tmp_path):
   with pytest.raises(UserError, match='gone.txt is not a file'):
     list(read_documents(tmp_path / 'gone.txt'))
@@ -117,6 +161,24 @@ def test_find_files_is_sorted_and_names_what_it_leaves(tmp_path):
     find_files(tmp_path / 'gone')
   with pytest.raises(UserError, match='unknown kind'):
     find_files(tmp_path / 'b' / 'x.py')
+
+
+@pytest.mark.parametrize('link', ['.', 'inner/..', 'inner'])
+def test_no_document_is_read_twice_by_a_link(tmp_path, link):
+  (tmp_path / 'inner').mkdir()
+  (tmp_path / 'inner' / 'a.txt').write_text('text')
+  (tmp_path / 'latest').symlink_to(link)
+  with pytest.raises(UserError, match='is read twice, once of them by a link: remove the link'):
+    find_files(tmp_path)
+
+
+def test_what_is_not_a_file_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / 'pipe.txt')
+  (tmp_path / 'inner').mkdir()
+  (tmp_path / 'inner' / 'zero.jsonl').symlink_to('/dev/zero')
+  for folder in (tmp_path, tmp_path / 'inner'):
+    with pytest.raises(UserError, match='(pipe.txt|zero.jsonl) is not a file: remove it'):
+      find_files(folder)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Tokenizers: lossless, deterministic, the same interface over both file formats."""
 
 import io
+import json
 import pickle
 import subprocess
 import sys
@@ -134,3 +135,18 @@ def test_errors(tmp_path):
   with pytest.raises(UserError, match="no token '<end>': mend --eos_token"):
     Tokenizer.load(path, bos_token='<begin>', eos_token='<end>')
   assert Tokenizer.load(path, bos_token='<begin>', eos_token='a').eos_id == 0
+
+
+def test_a_panic_of_the_library_is_a_sentence():
+  facts = json.loads(hugging_face('<begin>').to_str())
+  facts['normalizer'] = {'type': 'Precompiled', 'precompiled_charsmap': 'AAAA'}
+  with pytest.raises(UserError, match='is not a tokenizer.json that can be read'):
+    Tokenizer(json.dumps(facts).encode(), 'tokenizer.json', '<begin>', '<begin>')
+
+
+def test_what_a_tokenizer_cannot_encode_is_a_sentence():
+  words = tokenizers.Tokenizer(tokenizers.models.WordLevel({'<begin>': 0, 'a': 1}, '<unknown>'))
+  tokenizer = Tokenizer(words.to_str().encode(), 'tokenizer.json', '<begin>', '<begin>')
+  assert tokenizer.encode('a') == [1]
+  with pytest.raises(UserError, match='The tokenizer cannot encode a text'):
+    tokenizer.encode('b')

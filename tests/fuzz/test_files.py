@@ -208,6 +208,14 @@ def test_no_manifest_leads_out_of_its_folder(server, world, tmp_path, outside):
   listed = json.loads(sums.read_text())
   sums.write_text(json.dumps({f'params/{outside}': value for value in listed.values()}))
   assert server.run('convert inspect', str(tmp_path / 'dense')).check().status == 2
+  for name in ('/dev/zero', 'meta/../../../../../../../../dev/zero'):
+    sums.write_text(json.dumps(listed | {name: [0, 0]}))
+    outcome = server.run('convert inspect', str(tmp_path / 'dense'))
+    assert outcome.check('leads out of the checkpoint').status == 2
+  (tmp_path / 'dense' / 'meta' / 'a pipe').symlink_to('/dev/zero')
+  sums.write_text(json.dumps(listed | {'meta/a pipe': [0, 0]}))
+  outcome = server.run('convert inspect', str(tmp_path / 'dense'))
+  assert outcome.check('is not a file').status == 2
 
 
 def test_a_newer_format(server, world, tmp_path):
