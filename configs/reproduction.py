@@ -107,26 +107,21 @@ def learning_rates() -> dict[str, dict]:
   return runs
 
 
-def long_runs(scale: recipes.Scale) -> dict[str, dict]:
-  """BTX, and BAM for its compute, with LONG times the budget."""
-  label, method = recipes.BAM_KV
-  scale = dataclasses.replace(scale, mixture_tokens=LONG * scale.mixture_tokens)
-  return dict(
-    btx_long=recipes.btx(scale) | dict(label=f'BTX, {LONG} times the budget'),
-    bam_kv_cm_long=recipes.compute_matched(scale, f'{label}, CM, {LONG} times the budget', method),
-  )
-
-
 def budgets() -> dict[str, dict]:
   """BTX on as few tokens as BAM has for its compute; and both, for LONG times that compute."""
+  label, method = recipes.BAM_KV
+  long = dataclasses.replace(SCALE, mixture_tokens=LONG * SCALE.mixture_tokens)
   short = dict(label="BTX, on BAM's CM tokens", tokens=main_runs()['bam_kv_cm']['tokens'])
-  return dict(btx_short=recipes.btx(SCALE) | short) | long_runs(SCALE)
+  return dict(
+    btx_short=recipes.btx(SCALE) | short,
+    btx_long=recipes.btx(long) | dict(label=f'BTX, {LONG} times the budget'),
+    bam_kv_cm_long=recipes.compute_matched(long, f'{label}, CM, {LONG} times the budget', method),
+  )
 
 
 def vocabulary() -> dict[str, dict]:
   """BTX and BAM where BAM costs little more."""
-  compared = {name: run for name, run in main_runs(VOCABULARY).items() if name in COMPARED}
-  return compared | long_runs(VOCABULARY)
+  return {name: run for name, run in main_runs(VOCABULARY).items() if name in COMPARED}
 
 
 STUDIES = dict(

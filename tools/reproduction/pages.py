@@ -121,9 +121,9 @@ def summary(seeds: Seeds) -> str:
 
 
 def budgets(seeds: Seeds) -> str:
-  """BAM against BTX on the same tokens, few and many, and for the same compute, little and much."""
+  """BAM against BTX on the same tokens, few and many; what tokens do for BTX; the same compute."""
   pairs = [
-    ('bam_kv_cm', 'btx_short'), ('bam_kv', 'btx'), ('bam_kv_cm', 'btx'),
+    ('bam_kv_cm', 'btx_short'), ('bam_kv', 'btx'), ('btx', 'btx_short'), ('bam_kv_cm', 'btx'),
     ('bam_kv_cm_long', 'btx_long'),
   ]  # fmt: skip
   lines = []
@@ -135,9 +135,8 @@ def budgets(seeds: Seeds) -> str:
 def vocabulary(seeds: Seeds) -> str:
   """Table 1 of the runs with the large vocabulary, whose seeds are not those of the others."""
   paper = lambda name, column: compare.paper_change(name, 'btx', column)
-  lines = _changes(seeds, ['bam_kv', 'bam_kv_cm'], 'btx', paper)
-  lines += _changes(seeds, ['bam_kv_cm_long'], 'btx_long', said=f' against {label("btx_long")}')
-  return _table(['against BTX', 'seeds', *COLUMNS], lines)
+  names = [name for name in reproduction.COMPARED if name != 'btx']
+  return _table(['against BTX', 'seeds', *COLUMNS], _changes(seeds, names, 'btx', paper))
 
 
 def cost(seeds: Seeds) -> str:
