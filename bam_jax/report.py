@@ -298,4 +298,5 @@ def _cost_table(report: Mapping[str, Any]) -> str:
 
 def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
   rule = ['---', *['---:'] * (len(header) - 1)]
-  return '\n'.join(f'| {" | ".join(line)} |' for line in (header, rule, *lines))
+  cell = lambda text: ' '.join(text.split()).replace('|', r'\|')
+  return '\n'.join(f'| {" | ".join(map(cell, line))} |' for line in (header, rule, *lines))

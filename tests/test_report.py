@@ -346,12 +346,13 @@ def test_lines_of_the_metrics_that_say_nothing_are_passed_over(tmp_path):
 def test_names_are_no_markup(tmp_path):
   recipe = {'name': 'a[/b]', 'command': 'x', 'seed': 3}
   (tmp_path / 'recipe.json').write_text(json.dumps(recipe))
-  label = {'label': r'[/c] $\frac$'}
+  label = {'label': '[/c] $\\frac$\n| d'}
   found = write(tmp_path, [RESULTS[0] | label, RESULTS[2] | label])
   console = Console(width=90, record=True, file=open('/dev/null', 'w'))
   console.print(report.table(found))
   text = console.export_text()
   assert 'a[/b]: held-out' in text and r'[/c] $\frac$' in text
+  assert r'| [/c] $\frac$ \| d | ' in (tmp_path / 'report' / 'report.md').read_text()
 
 
 def test_smoothing():
