@@ -117,12 +117,17 @@ def group_lives(group):
   return True
 
 
-def test_finished_chunks_and_tokenizer_are_taken_over(sources, tmp_path, monkeypatch):
+def interrupted(sources, tmp_path, monkeypatch):
+  """The inputs of a `prepare` that ended when all was encoded and nothing put together."""
   inputs = {'a': sources / 'a'}
-  monkeypatch.setattr(prepare_lib, '_assemble', lambda *args: 1 / 0)
-  with pytest.raises(ZeroDivisionError):
+  with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+    patch.setattr(prepare_lib, '_assemble', lambda *args: 1 / 0)
     prepare(inputs, tmp_path / 'data', train_tokenizer=300)
-  monkeypatch.undo()
+  return inputs
+
+
+def test_finished_chunks_and_tokenizer_are_taken_over(sources, tmp_path, monkeypatch):
+  inputs = interrupted(sources, tmp_path, monkeypatch)
   missing = max(tmp_path.glob('data.partial/chunks/a/train-*.npz'))
   missing.unlink()
   encoded = []
@@ -137,11 +142,7 @@ def test_finished_chunks_and_tokenizer_are_taken_over(sources, tmp_path, monkeyp
 
 
 def test_damaged_unfinished_work_is_a_sentence_or_made_anew(sources, tmp_path, monkeypatch):
-  inputs = {'a': sources / 'a'}
-  monkeypatch.setattr(prepare_lib, '_assemble', lambda *args: 1 / 0)
-  with pytest.raises(ZeroDivisionError):
-    prepare(inputs, tmp_path / 'data', train_tokenizer=300)
-  monkeypatch.undo()
+  inputs = interrupted(sources, tmp_path, monkeypatch)
   chunk = max((tmp_path / 'data.partial').glob('chunks/a/train-*.npz'))
   os.truncate(chunk, 100)
   with pytest.raises(UserError, match=f'{chunk} is damaged .*: delete it, and the same command'):
