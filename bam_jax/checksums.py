@@ -45,7 +45,10 @@ def measure(folder: epath.PathLike, names: Collection[str]) -> Sums:
 
 
 def write(folder: epath.PathLike, into: epath.PathLike) -> None:
-  """Writes the checksums of all items below a folder as the file `into`/FILE; none in a bucket."""
+  """Writes the checksums of all items below a folder as the file `into`/FILE; none in a bucket.
+
+  When it returns, all of them are on disk: the checkpoint before may be removed next.
+  """
   if folders.in_bucket(folder):
     return
   names = [
@@ -58,6 +61,7 @@ def write(folder: epath.PathLike, into: epath.PathLike) -> None:
   text = json.dumps(measure(folder, names))
   with open(os.path.join(into, FILE), 'w', encoding='utf-8') as file:
     file.write(text + '\n')
+  folders.sync(folder)
 
 
 def read(folder: epath.PathLike, items: Collection[str] = ()) -> Sums:
@@ -81,7 +85,7 @@ def read(folder: epath.PathLike, items: Collection[str] = ()) -> Sums:
         raise ValueError(f'{name!r} leads out of the checkpoint')
   except FileNotFoundError:
     return {}
-  except (OSError, ValueError, TypeError, AttributeError) as error:
+  except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
     raise Damaged(folder, f'{ITEM}/{FILE} cannot be read: {error}') from None
   return {k: v for k, v in sums.items() if not items or k.split('/')[0] in items}
 
@@ -93,6 +97,8 @@ def fault(folder: epath.PathLike, sums: Sums) -> str | None:
       facts = os.stat(os.path.join(folder, name))
     except OSError as error:
       return f'{name}: {error.strerror}'
+    except ValueError as error:  # NUL, or half a surrogate pair
+      return f'{name!r} names no file: {error}'
     if not stat.S_ISREG(facts.st_mode):  # a device could be read for ever
       return f'{name} is not a file'
     if (found := facts.st_size) != size:

@@ -1,6 +1,7 @@
 """New folders and files, complete or not there; paths that may lie in a bucket."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
@@ -17,6 +18,7 @@ from bam_jax.errors import UserError
 
 BESIDE = '.partial-'  # in the name of a folder that is being written
 CLIENTS = ('aiohttp', 'gcsfs', 'google')  # of buckets: what they raise has nothing else in common
+UNSYNCED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of file systems that know no fsync
 COMMITTED = 'commit_success.txt'  # Orbax writes it last into what it puts into a bucket
 
 
@@ -129,6 +131,14 @@ def _said(error: Exception) -> str:
   return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.')
 
 
+def sync(folder: epath.PathLike) -> None:
+  """Returns when all that is in a folder, on a disk, would outlive a power cut."""
+  for parent, _, names in os.walk(folder):
+    for name in names:
+      _sync_one(os.path.join(parent, name))
+    _sync_one(parent)
+
+
 def remove(folder: epath.PathLike) -> None:
   """Removes a folder with all that is in it, if it is there."""
   epath.Path(folder).rmtree(missing_ok=True)
@@ -157,7 +167,7 @@ def new_folder(path: epath.PathLike, nbytes: int = 0) -> Iterator[epath.Path]:
   try:
     yield beside
     if not remote:
-      _sync(beside)
+      sync(beside)
       os.rename(beside, path)
       _sync_one(path.parent)
   except BaseException as error:
@@ -205,17 +215,12 @@ def _lock(folder: epath.Path) -> int | None:
   return descriptor
 
 
-def _sync(folder: epath.Path) -> None:
-  """Returns when all that is in a folder is on disk."""
-  for parent, _, names in os.walk(folder):
-    for name in names:
-      _sync_one(os.path.join(parent, name))
-    _sync_one(parent)
-
-
 def _sync_one(path: epath.PathLike) -> None:
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)
+  except OSError as error:
+    if error.errno not in UNSYNCED:
+      raise
   finally:
     os.close(descriptor)

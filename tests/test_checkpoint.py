@@ -1,8 +1,11 @@
 """Checkpoints come back on any mesh, in part, and as what they are; anything else is refused."""
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from bam_jax import arrays, checkpoint, config, damage, sharding
+from bam_jax import arrays, checkpoint, checksums, config, damage, sharding
 from bam_jax.errors import UserError
 from bam_jax.train import step
 
@@ -255,6 +258,49 @@ def test_a_checkpoint_of_before_there_were_checksums_is_believed(two_steps, writ
   assert damage.set_aside(two_steps) == []
   wanted = abstract(models['bam_kv_experts']).params
   check_same(checkpoint.restore_params(two_steps, wanted), written[1][12].params)
+
+
+@pytest.fixture
+def listed(tmp_path):
+  """A folder with one file, and the list of its checksums."""
+  for item in ('meta', 'checksums'):
+    (tmp_path / item).mkdir()
+  (tmp_path / 'meta' / 'metadata').write_text('{}')
+  checksums.write(tmp_path, tmp_path / 'checksums')
+  return tmp_path
+
+
+@pytest.mark.parametrize(
+  'name, size',
+  [
+    ('/dev/zero', 0), ('meta/../../x', 0), ('meta/\0', 0), ('meta/\ud800', 0), ('meta', 0), ('', 0),
+    ('meta/metadata', 1), ('meta/metadata', float('inf')), ('meta/zero', 0), ('meta/pipe', 0),
+  ],
+)  # fmt: skip
+def test_no_list_of_checksums_has_other_things_than_files_read(listed, name, size):
+  checksums.check(listed, ['meta'])
+  (listed / 'meta' / 'zero').symlink_to('/dev/zero')
+  os.mkfifo(listed / 'meta' / 'pipe')
+  (listed / 'checksums' / 'crc32.json').write_text(json.dumps({name: [size, 0]}))
+  with pytest.raises(checksums.Damaged):
+    checksums.check(listed, [])
+
+
+def test_a_checkpoint_is_on_disk_before_the_one_before_is_removed(listed, monkeypatch):
+  synced = set()
+  monkeypatch.setattr(os, 'fsync', lambda file: synced.add(os.fstat(file).st_ino))
+  checksums.write(listed, listed / 'checksums')
+  assert synced == {path.stat().st_ino for path in (listed, *listed.rglob('*'))}
+
+
+@pytest.mark.parametrize('number, refused', [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_without_fsync_takes_checkpoints(listed, monkeypatch, number, refused):
+  def fsync(file):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(os, 'fsync', fsync)
+  with pytest.raises(OSError) if refused else contextlib.nullcontext():
+    checksums.write(listed, listed / 'checksums')
 
 
 @pytest.mark.parametrize('keep', [1, 2])

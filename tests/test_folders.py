@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+from pathlib import Path
 
 import pytest
 from etils import epath
@@ -17,6 +18,22 @@ def test_a_new_folder_is_there_at_the_end_and_not_before(tmp_path):
     (folder / 'file').write_text('all')
   assert (path / 'file').read_text() == 'all'
   assert [one.name for one in path.parent.iterdir()] == ['made']
+
+
+def test_a_new_folder_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+  synced, rename = set(), os.rename
+
+  def renamed(beside, path):
+    inside = {found.stat().st_ino for found in (Path(beside), *Path(beside).rglob('*'))}
+    assert len(inside) == 3 and inside <= synced
+    rename(beside, path)
+
+  monkeypatch.setattr(os, 'fsync', lambda file: synced.add(os.fstat(file).st_ino))
+  monkeypatch.setattr(os, 'rename', renamed)
+  with folders.new_folder(tmp_path / 'made') as folder:
+    (folder / 'inner').mkdir()
+    (folder / 'inner' / 'file').write_text('all')
+  assert tmp_path.stat().st_ino in synced, 'the name itself'
 
 
 @pytest.mark.parametrize('error', [ValueError('x'), KeyboardInterrupt(), UserError('x.')], ids=repr)

@@ -144,6 +144,11 @@ def test_finished_chunks_and_tokenizer_are_taken_over(sources, tmp_path, monkeyp
 def test_damaged_unfinished_work_is_a_sentence_or_made_anew(sources, tmp_path, monkeypatch):
   inputs = interrupted(sources, tmp_path, monkeypatch)
   chunk = max((tmp_path / 'data.partial').glob('chunks/a/train-*.npz'))
+  whole = chunk.read_bytes()
+  method = whole.index(b'PK\1\2') + 10
+  chunk.write_bytes(whole[:method] + b'\x63' + whole[method + 1 :])
+  with pytest.raises(UserError, match=f'{chunk} is damaged .*compression'):
+    prepare(inputs, tmp_path / 'data', train_tokenizer=300)
   os.truncate(chunk, 100)
   with pytest.raises(UserError, match=f'{chunk} is damaged .*: delete it, and the same command'):
     prepare(inputs, tmp_path / 'data', train_tokenizer=300)
@@ -151,6 +156,17 @@ def test_damaged_unfinished_work_is_a_sentence_or_made_anew(sources, tmp_path, m
   prepare(inputs, tmp_path / 'data', train_tokenizer=300)
   prepare(inputs, tmp_path / 'fresh', train_tokenizer=300)
   assert contents(tmp_path / 'data') == contents(tmp_path / 'fresh')
+
+
+def test_a_dataset_is_on_disk_before_it_has_its_name(tmp_path, undisturbed, monkeypatch):
+  synced = set()
+  monkeypatch.setattr(os, 'fsync', lambda file: synced.add(os.fstat(file).st_ino))
+  (tmp_path / 'a.txt').write_text('text')
+  options = dict(tokenizer=Tokenizer.load(undisturbed), valid_fraction=0)
+  prepare({'a': tmp_path / 'a.txt'}, tmp_path / 'data', **options)
+  written = [tmp_path / 'data', *(tmp_path / 'data').rglob('*')]
+  assert len(written) > 4
+  assert {path.stat().st_ino for path in written} <= synced
 
 
 @pytest.mark.slow

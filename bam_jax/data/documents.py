@@ -16,10 +16,15 @@ JSON_LINES = ('.jsonl', '.jsonl.gz')
 PARQUET = ('.parquet',)
 TEXT = ('.txt', '.txt.gz', '.md')  # one document a file
 EXTENSIONS = JSON_LINES + PARQUET + TEXT
-DOCUMENT_BYTES = 2**27  # at most: what a small gzipped file unpacks to would fill any memory
+# At most, of a text: a small gzipped file may unpack to any memory's worth, and a tokenizer takes
+# 100 times a text's bytes, 200 of one whose words are letters.
+DOCUMENT_BYTES = 2**24
 # Of a line of JSON, beside what its strings hold: "{}," takes 24 times its bytes of memory.
 SYNTAX_BYTES = 2**22
 ROWS, ROWS_BYTES = 256, 2**28  # of Parquet, read at a time, at most
+# Of Parquet, unpacked: a row group may be one page, which is unpacked whole. Text that packs like
+# all other text comes in pages of 1 MiB.
+GROUP_BYTES, PACKED = 2**29, 100
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 
@@ -100,7 +105,7 @@ def _parquet(path: Path, text_field: str) -> Iterator[Document]:
         )
       size, rows, row = path.stat().st_size, max(file.metadata.num_rows, 1), 0
       for group in range(file.metadata.num_row_groups):
-        most = _most_rows(file.metadata.row_group(group), text_field)
+        most = _most_rows(file.metadata.row_group(group), text_field, path)
         for batch in file.iter_batches(most, [group], [text_field]):
           for text in batch.column(0).to_pylist():
             row += 1
@@ -112,14 +117,21 @@ def _parquet(path: Path, text_field: str) -> Iterator[Document]:
     raise UserError(f'{path} is not a Parquet file that can be read: {error}.') from error
 
 
-def _most_rows(group: Any, text_field: str) -> int:
-  """How many rows of a Parquet file's group to read at a time.
+def _most_rows(group: Any, text_field: str, path: Path) -> int:
+  """How many rows of a Parquet file's group to read at a time; UserError for one to fill memory.
 
   A dictionary has a text once for many rows, and that one may be all there is.
   """
   columns = (group.column(number) for number in range(group.num_columns))
-  sizes = (c.total_uncompressed_size for c in columns if c.path_in_schema == text_field)
-  return max(1, min(ROWS, ROWS_BYTES // max(1, *sizes, 1)))
+  size = 1
+  for column in (column for column in columns if column.path_in_schema == text_field):
+    size = max(size, column.total_uncompressed_size)
+    if size > max(GROUP_BYTES, PACKED * column.total_compressed_size):
+      raise UserError(
+        f'{path} unpacks to {size >> 20} MiB in one row group, over {PACKED} times what it takes: '
+        'write it with fewer rows in a group.'
+      )
+  return max(1, min(ROWS, ROWS_BYTES // size))
 
 
 def _has_much_syntax(line: bytes) -> bool:

@@ -99,7 +99,7 @@ def read_chunk(path: Path) -> Encoded:
   try:
     with np.load(path, allow_pickle=False) as arrays:
       return Encoded(**arrays)
-  except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+  except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
     raise UserError(
       f'{path} is damaged ({error}): delete it, and the same command writes it again.'
     ) from error

@@ -106,6 +106,7 @@ def prepare(
       tokenizer = _trained(partial, domains, train_tokenizer, valid_fraction, tokenizer_bytes)
     skipped = _encode_all(partial, domains, tokenizer, valid_fraction, workers, progress)
     manifest = _assemble(partial, plan, skipped, tokenizer, shard_tokens)
+    folders.sync(partial / 'dataset')  # a dataset that exists is whole, even after a power cut
     (partial / 'dataset').rename(output)
     shutil.rmtree(partial)
   return manifest

@@ -123,7 +123,8 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
       raise UserError(f'{path} is of an unknown kind: only {", ".join(EXTENSIONS)} can be read.')
     return [path], []
   if not path.is_dir():
-    raise UserError(f'{path} does not exist: mend the path.')
+    found = 'is neither a file nor a folder' if path.exists() else 'does not exist'
+    raise UserError(f'{path} {found}: mend the path.')
   files, walked = [], set()
   for folder, folders, names in os.walk(path, followlinks=True):
     if (real := os.path.realpath(folder)) in walked:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -40,6 +40,7 @@ EOS_TOKENS = (
 # 256 bytes, beginning and end: what byte-level BPE needs before its first merge.
 SMALLEST_VOCAB = 258
 FILE_BYTES = 2**28  # at most, of a tokenizer's file
+BATCH_CHARACTERS = 2**22  # encoded at a time: each takes some 100 bytes, until all are encoded
 LARGEST_VOCAB = 2**20  # to train; the trainer makes room for all of it beforehand
 
 
@@ -192,9 +193,8 @@ class _HuggingFace:
   def __init__(self, content: bytes):
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-    except (KeyboardInterrupt, SystemExit):
-      raise
-    except BaseException as error:  # a bare Exception, or what Rust calls a panic
+    except BaseException as error:  # the library raises bare Exceptions
+      _check_own(error)
       raise UserError(f'is not a tokenizer.json that can be read ({_line(error)}).') from error
     # A tokenizer.json may carry its model's truncation, which would silently cut documents.
     self._tokenizer.no_truncation()
@@ -206,11 +206,15 @@ class _HuggingFace:
     return self._tokenizer.token_to_id(token)
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    try:
-      encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    except Exception as error:  # a bare one: its model has no token for what it does not know
-      raise UserError(f'The tokenizer cannot encode a text ({_line(error)}): mend it.') from error
-    return [encoding.ids for encoding in encodings]
+    ids = []
+    for batch in batches(texts):
+      try:
+        encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+      except BaseException as error:  # its model may have no token for what it does not know
+        _check_own(error)
+        raise UserError(f'The tokenizer cannot encode a text ({_line(error)}): mend it.') from error
+      ids += [encoding.ids for encoding in encodings]
+    return ids
 
   def decode(self, ids: list[int]) -> str:
     return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -242,5 +246,24 @@ class _SentencePiece:
     return self._processor.DecodeIds([i for i in ids if not self._processor.IsControl(i)])
 
 
-def _line(error: Exception) -> str:
+def batches(texts: Sequence[str], most: int = BATCH_CHARACTERS) -> Iterator[list[str]]:
+  """The texts in order, as many at a time as have `most` characters, or one that has more."""
+  batch, characters = [], 0
+  for text in texts:
+    if batch and characters + len(text) > most:
+      yield batch
+      batch, characters = [], 0
+    batch.append(text)
+    characters += len(text)
+  if batch:
+    yield batch
+
+
+def _check_own(error: BaseException) -> None:
+  """Raises an error again unless it is an Exception, or a panic of Rust, which is none."""
+  if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
+    raise error
+
+
+def _line(error: BaseException) -> str:
   return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

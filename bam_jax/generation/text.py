@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from bam_jax import json_file
+from bam_jax.data.documents import DOCUMENT_BYTES
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 
@@ -33,6 +34,10 @@ def read_prompts(path: str) -> list[str]:
   lines = content.split(b'\n')
   found = []
   for number, line in enumerate(lines, 1):
+    if len(line) > DOCUMENT_BYTES:
+      raise UserError(
+        f'{path}:{number} is larger than {DOCUMENT_BYTES >> 20} MiB: no model reads such a prompt.'
+      )
     try:
       text = line.decode('utf-8-sig' if number == 1 else 'utf-8').removesuffix('\r')
     except UnicodeDecodeError:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bam_jax.data import documents
 from bam_jax.data.documents import read_documents
 from bam_jax.data.sources import find_domains, find_files, find_split
 from bam_jax.errors import UserError
@@ -119,6 +120,17 @@ def test_a_small_parquet_file_does_not_fill_the_memory(tmp_path):
   tracemalloc.stop()
 
 
+def test_a_page_of_parquet_does_not_fill_the_memory(tmp_path, monkeypatch):
+  path, table = tmp_path / 'a.parquet', pa.table({'text': ['x' * 2**20] * 4})
+  pq.write_table(table, path, compression='zstd', use_dictionary=False)
+  assert len(texts_of(path)) == 4
+  monkeypatch.setattr(documents, 'GROUP_BYTES', 2**21)
+  with pytest.raises(UserError, match='a.parquet unpacks to 4 MiB .* fewer rows in a group'):
+    list(read_documents(path))
+  pq.write_table(table, path, compression='none', use_dictionary=False)
+  assert len(texts_of(path)) == 4
+
+
 @pytest.mark.parametrize('number', [1, 5000])
 def test_large_texts_of_parquet_are_read_a_few_at_a_time(tmp_path, number):
   path = tmp_path / 'a.parquet'
@@ -179,6 +191,8 @@ def test_what_is_not_a_file_is_not_waited_for(tmp_path):
   for folder in (tmp_path, tmp_path / 'inner'):
     with pytest.raises(UserError, match='(pipe.txt|zero.jsonl) is not a file: remove it'):
       find_files(folder)
+  with pytest.raises(UserError, match='pipe.txt is neither a file nor a folder'):
+    find_files(tmp_path / 'pipe.txt')
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.data.tokenizer import Tokenizer, batches
 from bam_jax.errors import UserError
 
 TEXTS = [f'The {i}th whale swam; def f(x): return x + {i}\n' for i in range(200)]
@@ -61,6 +61,15 @@ def test_special_tokens_are_skipped_when_decoding():
 
 def test_batch_is_one_by_one():
   assert BYTE_LEVEL.encode_batch(TEXTS[:5]) == [BYTE_LEVEL.encode(text) for text in TEXTS[:5]]
+
+
+@hypothesis.given(texts=st.lists(st.text(max_size=6), max_size=8), most=st.integers(1, 12))
+def test_batches_are_all_texts_in_order_and_small(texts, most):
+  found = list(batches(texts, most))
+  assert [text for batch in found for text in batch] == texts
+  assert all(len(batch) == 1 or sum(map(len, batch)) <= most for batch in found)
+  pairs = zip(found, found[1:])
+  assert all(sum(map(len, one)) + len(next_one[0]) > most for one, next_one in pairs)
 
 
 def test_save_and_load_are_exact(tmp_path, sentence_piece):
@@ -150,3 +159,22 @@ def test_what_a_tokenizer_cannot_encode_is_a_sentence():
   assert tokenizer.encode('a') == [1]
   with pytest.raises(UserError, match='The tokenizer cannot encode a text'):
     tokenizer.encode('b')
+
+
+class PanicException(BaseException):
+  pass
+
+
+@pytest.mark.parametrize(
+  'raised, told', [(PanicException, UserError), (KeyboardInterrupt, KeyboardInterrupt)]
+)
+def test_a_panic_while_encoding_is_a_sentence(monkeypatch, raised, told):
+  tokenizer = Tokenizer(hugging_face('<s>', '</s>').to_str().encode(), 'tokenizer.json')
+
+  class Library:
+    def encode_batch_fast(self, texts, **options):
+      raise raised('index out of bounds')
+
+  monkeypatch.setattr(tokenizer._backend, '_tokenizer', Library())
+  with pytest.raises(told, match='cannot encode .*out of bounds' if told is UserError else None):
+    tokenizer.encode('a')

@@ -110,6 +110,15 @@ def test_files_that_are_none(tmp_path, name, content, sentence):
     text.read_prompts(str(tmp_path / name))
 
 
+def test_a_prompt_that_would_fill_the_memory(tmp_path, monkeypatch):
+  monkeypatch.setattr(text, 'DOCUMENT_BYTES', 2**10)
+  (tmp_path / 'a.txt').write_text('x' * 2**10)
+  assert len(text.read_prompts(str(tmp_path / 'a.txt'))) == 1
+  (tmp_path / 'a.txt').write_text('fine\n' + 'x' * (2**10 + 1))
+  with pytest.raises(UserError, match=r'a\.txt:2 is larger than'):
+    text.read_prompts(str(tmp_path / 'a.txt'))
+
+
 def test_a_file_that_is_not_there(tmp_path):
   with pytest.raises(UserError, match='cannot be read'):
     text.read_prompts(str(tmp_path / 'none.txt'))
