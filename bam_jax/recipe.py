@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -321,5 +322,6 @@ def _copy_tokenizer(dataset: shards.Dataset, folder: Path) -> None:
 def write_command(workdir: Path, recipe: config.Recipe, command: str) -> None:
   """Records what made this workdir, for the report."""
   facts = {'name': recipe.name, 'command': command, 'seed': recipe.seed}
-  facts['versions'] = manifest.versions()
+  facts['devices'] = f'{jax.device_count()} {jax.devices()[0].device_kind}'
+  facts['versions'] = {'Python': platform.python_version(), **manifest.versions()}
   _write_json(workdir / 'recipe.json', facts)

@@ -98,7 +98,6 @@ def mixture(
   method: str,
   *,
   sources: Iterable[str] = SOURCES,
-  tokens: int | None = None,
   **upcycle,
 ) -> dict:
   """Mix: one model of dense ones, trained on a quarter of each domain.
@@ -108,19 +107,25 @@ def mixture(
     label: what tables call it.
     method: of config.Upcycle.
     sources: names of the dense runs.
-    tokens: the budget; None is the scale's, and all mixtures then read the same batches.
     **upcycle: other keys of config.Upcycle.
   """
   upcycle = {'from': tuple(sources), 'method': method, **upcycle}
   experts = upcycle.get('num_experts') or len(upcycle['from'])
+  return on_all_domains(
+    scale, label, dict(upcycle=upcycle), experts=1 if method == 'average' else experts
+  )
+
+
+def on_all_domains(scale: Scale, label: str, init: Mapping[str, Any], *, experts: int = 1) -> dict:
+  """A run on the batches of all mixtures, whatever it starts from."""
   return dict(
     label=label,
-    init=dict(upcycle=upcycle),
+    init=dict(init),
     data=dict.fromkeys(DOMAINS, 0.25),
     data_seed=2,
-    tokens=scale.mixture_tokens if tokens is None else tokens,
+    tokens=scale.mixture_tokens,
     schedule=dict(scale.mixture_schedule),
-    **_step(scale, 1 if method == 'average' else experts),
+    **_step(scale, experts),
   )
 
 

@@ -43,7 +43,7 @@ def write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
 
   Args:
     workdir: holds `<run>/result.json` and `<run>/metrics.jsonl` of each finished run, and
-      `recipe.json` with the name, command, seed and versions, where there is one.
+      `recipe.json` with the name, command, seed, devices and versions, where there is one.
     runs: the rows, in order. A run without a result is listed as not finished.
 
   Returns:
@@ -122,7 +122,8 @@ def markdown(report: Mapping[str, Any]) -> str:
   if recipe:
     parts.append(f'```\n{recipe["command"]}\n```')
     versions = [f'{name} {version}' for name, version in recipe.get('versions', {}).items()]
-    parts.append(', '.join([f'Seed {recipe["seed"]}', *versions]) + '.')
+    devices = [recipe['devices']] if 'devices' in recipe else []
+    parts.append(', '.join([f'Seed {recipe["seed"]}', *devices, *versions]) + '.')
   if not report['rows']:
     return '\n\n'.join([*parts, 'No run is finished.']) + '\n'
   parts += [

@@ -2,17 +2,18 @@
 
     python -m tools.build_corpus --output=data/corpus
     python -m bam_jax.main --config=configs/reproduction.py --workdir=runs/r_0
-    python -m bam_jax.main --config=configs/reproduction.py:main --config.seed=1 --workdir=runs/r_1
-    python -m bam_jax.main --config=configs/reproduction.py:main --config.seed=2 --workdir=runs/r_2
+    python -m bam_jax.main --config=configs/reproduction.py --config.seed=1 --workdir=runs/r_1
+    python -m bam_jax.main --config=configs/reproduction.py --config.seed=2 --workdir=runs/r_2
 
 A seed is trained on text that is mostly general, three specialists from it on nine tenths of their
 own domain, and every mixture on a quarter of each domain, all with the same batches in the same
 order. Shapes keep the paper's proportions at its small scale: as many KV heads as heads, an FFN's
-hidden width of twice the model's, embeddings apart. `:main` is the comparison that is repeated with
-other seeds; without an argument come the ablations too; `:learning_rates` trains BTX and BAM at
-two other peaks each, the same for both; `:budgets` gives both regimes less and more to read;
-`:vocabulary`, in a workdir of its own, is of models whose FLOPs are mostly the output embedding's,
-as in the paper; `:smoke` runs everything for a few steps. docs/results.md has what came out.
+hidden width of twice the model's, embeddings apart. `:main` is the comparison of the paper's first
+table; without an argument come the ablations too. `:learning_rates` trains BTX and BAM at other
+peaks, the same for both; `:starts` gives them sharper gates at the start, and a shorter warm-up;
+`:budgets` gives both regimes less and more to read; `:vocabulary`, in a workdir of its own, is of
+models whose FLOPs are mostly the output embedding's, as in the paper; `:smoke` runs everything for
+a few steps. docs/results.md has what came out.
 """
 
 import dataclasses
@@ -47,8 +48,13 @@ SCALE = recipes.Scale(
 )
 # KV experts take 1.35 times BTX's FLOPs a token here, 1.34 in the paper's 590M, and 1.79 above.
 VOCABULARY = dataclasses.replace(SCALE, model=SCALE.model | dict(num_layers=2, vocab_size=8192))
-PEAKS = (1e-3, 2e-3, 4e-3)  # of mixtures: the chosen one, and others
-SWEPT = ('btx', 'bam_kv')
+PEAKS = (5e-4, 1e-3, 2e-3, 4e-3)  # of mixtures: the chosen one, and others
+SWEPT = ('btx', 'bam_kv', 'bam_kv_cm')
+MORE_EXPERTS = (5, 6, 7, 8)  # of BTX, top 1
+STARTED = ('btx', 'bam_kv_cm')
+STARTS = dict(sharp='sharp gates', right='routers toward their data', soon='short warm-up')
+SHARP = 4.0  # of the routers' first weights: most of a gate is one expert's
+SOON = 10  # steps of warm-up, a fiftieth of BTX's: in the paper it is about a sixtieth
 LONG = 3  # times the mixtures' budget
 COMPARED = ('btx', 'bam_kv', 'bam_kv_cm')  # with that vocabulary
 
@@ -73,37 +79,72 @@ def main_runs(scale: recipes.Scale = SCALE) -> dict[str, dict]:
   )
 
 
-def dense() -> dict:
-  """The seed, trained on as the mixtures are."""
-  run = recipes.mixture(SCALE, 'seed, trained on', 'average')
-  return run | dict(init=dict(run='seed'))
-
-
 def ablations() -> dict[str, dict]:
-  """Routed attention at BTX's compute, and mixtures of other makings on the same data."""
-  label, method = recipes.BAM_KV
-  routed = {
-    f'bam_top{k}': recipes.compute_matched(
+  """More experts, routed attention at BTX's compute, and other makings on the same data."""
+  return (
+    {
+      f'btx_{n}': recipes.mixture(SCALE, f'BTX, {n} experts', 'btx', num_experts=n)
+      for n in MORE_EXPERTS
+    }
+    | routed('bam', *recipes.BAM_KV)
+    | routed('bam_shared', *recipes.BAM_SHARED_KV)
+    | dict(
+      sparse=recipes.mixture(
+        SCALE, 'sparse upcycling', 'sparse', sources=['seed'], num_experts=len(recipes.SOURCES)
+      ),
+      average=recipes.mixture(SCALE, 'dense average', 'average'),
+      dense=recipes.on_all_domains(SCALE, 'seed, trained on', dict(run='seed')),
+    )
+  )
+
+
+def routed(name: str, label: str, method: str) -> dict[str, dict]:
+  """One and two attention experts a token, for BTX's compute."""
+  return {
+    f'{name}_top{k}': recipes.compute_matched(
       SCALE, f'{label}, attention top {k}, CM', method, attention_top_k=k
     )
     for k in (1, 2)
   }
-  sparse = recipes.mixture(
-    SCALE, 'sparse upcycling', 'sparse', sources=['seed'], num_experts=len(recipes.SOURCES)
-  )
-  average = recipes.mixture(SCALE, 'dense average', 'average')
-  return routed | dict(sparse=sparse, average=average, dense=dense())
 
 
 def learning_rates() -> dict[str, dict]:
   """BTX and BAM at every peak: the runs of the comparison, and theirs at the other peaks."""
-  runs = {name: run for name, run in main_runs().items() if name in SWEPT}
+  runs = {name: main_runs()[name] for name in SWEPT}
   for name, run in list(runs.items()):
     for peak in PEAKS:
-      if peak != run['schedule']['peak_learning_rate']:
-        schedule = run['schedule'] | dict(peak_learning_rate=peak)
+      schedule = run['schedule'] | dict(peak_learning_rate=peak)
+      if schedule != run['schedule']:
         other = run | dict(label=f'{run["label"]}, peak {peak:g}', schedule=schedule)
-        runs[f'{name}_{peak:g}'.replace('.', '_')] = other
+        runs[at_peak(name, peak)] = other
+  return runs
+
+
+def at_peak(name: str, peak: float) -> str:
+  """What a mixture is called that is trained with a peak of PEAKS."""
+  chosen = SCALE.mixture_schedule['peak_learning_rate']
+  return name if peak == chosen else f'{name}_{peak:g}'.replace('.', '_')
+
+
+def starts() -> dict[str, dict]:
+  """Mixtures whose gates begin sharp, or right, and mixtures that warm up sooner.
+
+  At first a token's FFN expert is anyone's, and counts with its gate, about a half, where the dense
+  model's FFN counted whole: a short budget may end before that is learnt. And a fixed warm-up is a
+  larger part of the compute-matched run.
+  """
+  runs = {name: main_runs()[name] for name in STARTED}
+  for name, run in list(runs.items()):
+    upcycle = run['init']['upcycle'] | dict(router_scale=SHARP)
+    right = upcycle | dict(router_init='centroids')
+    soon = run['schedule'] | dict(warmup_steps=SOON)
+    changed = dict(
+      sharp=dict(init=dict(upcycle=upcycle)),
+      right=dict(init=dict(upcycle=right)),
+      soon=dict(schedule=soon),
+    )
+    for what, label in STARTS.items():
+      runs[f'{name}_{what}'] = run | changed[what] | dict(label=f'{run["label"]}, {label}')
   return runs
 
 
@@ -125,7 +166,11 @@ def vocabulary() -> dict[str, dict]:
 
 
 STUDIES = dict(
-  main=main_runs, learning_rates=learning_rates, budgets=budgets, vocabulary=vocabulary
+  main=main_runs,
+  learning_rates=learning_rates,
+  starts=starts,
+  budgets=budgets,
+  vocabulary=vocabulary,
 )
 ARGUMENTS = ('', *STUDIES, 'smoke')
 

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -69,24 +70,77 @@ def test_the_graph(name, options):
   accounting.account(recipe)  # every mesh divides every model
 
 
-@pytest.mark.parametrize(
-  'argument', ['', 'main', 'learning_rates', 'budgets', 'vocabulary', 'smoke']
-)
-def test_the_reproduction(argument):
+ALL_DOMAINS = dict.fromkeys(('general', 'code', 'law', 'math'), 0.25)
+STUDIES = ('', 'main', 'learning_rates', 'starts', 'budgets', 'vocabulary')
+
+
+@pytest.mark.parametrize('argument', STUDIES)
+def test_the_branches_of_the_reproduction(argument):
   recipe = load(f'reproduction:{argument}')
-  nodes = graph.resolve(recipe)
-  assert tuple(nodes)[:4] == BRANCHES and {'btx', 'btx_long'} & set(nodes)
+  runs = {name: recipe.runs[name] for name in BRANCHES}
+  assert list(recipe.runs)[:4] == list(BRANCHES)
+  assert runs['seed'].data == {'general': 0.7, 'code': 0.1, 'law': 0.1, 'math': 0.1}
+  assert {name: recipe.total_steps(name) for name in runs} == {
+    'seed': 1953, 'code': 488, 'law': 488, 'math': 488,
+  }  # fmt: skip
+  for name in BRANCHES[1:]:
+    assert runs[name].data == {name: 0.9, 'general': 0.1}
+    assert runs[name].init.run == 'seed'
+    assert runs[name].schedule.peak_learning_rate == 2e-3
+  assert runs['seed'].schedule.peak_learning_rate == 4e-3
+
+
+@pytest.mark.parametrize('argument', STUDIES)
+def test_mixtures_of_the_reproduction_differ_in_what_their_names_say(argument):
+  recipe = load(f'reproduction:{argument}')
   tokens = recipe.runs['seed'].batch_size * recipe.data.sequence_length
   rows = {row['run']: row for row in accounting.account(recipe)['rows']}
-  budget = lambda run: rows[run]['training_flops']['total'] * rows[run]['tokens']
-  for name in tuple(nodes)[4:]:
-    run = recipe.runs[name]
-    assert run.data == dict.fromkeys(('general', 'code', 'law', 'math'), 0.25)
-    assert (run.data_seed, run.batch_size) == (recipe.runs[tuple(nodes)[4]].data_seed, 16)
-    base = 'btx_long' if name.endswith('_long') else 'btx'
-    if '_cm' in name and base in rows and argument != 'smoke':
-      spent, step = budget(base), rows[name]['training_flops']['total'] * tokens
-      assert spent - step < budget(name) <= spent, 'BTX would buy a step more, or less'
+  spends = lambda name, steps: rows[name]['training_flops']['total'] * steps * tokens
+  for name in list(recipe.runs)[4:]:
+    run, steps = recipe.runs[name], recipe.total_steps(name)
+    assert (run.data, run.data_seed, run.batch_size) == (ALL_DOMAINS, 2, 16)
+    peak, warmup = 2e-3, 50
+    if number := re.search(r'_0_(0\d+)$', name):
+      peak = float(f'0.{number[1]}')
+    elif name.endswith('_soon'):
+      warmup = 10
+    assert run.schedule == config.Schedule(peak, warmup, 0.1)
+    routed = re.search('_top[12]$', name)
+    if name == 'btx_short':
+      assert steps == load('reproduction:main').total_steps('bam_kv_cm')
+    elif re.search('_cm(_|$)', name) or routed:
+      base, most = ('btx_long', 1464) if name.endswith('_long') else ('btx', 488)
+      budget = rows[base]['training_flops']['total'] * most * tokens
+      assert spends(name, steps) <= budget < spends(name, steps + 1), 'as many steps as BTX buys'
+      assert recipe.total_steps(base) == most
+    else:
+      assert steps == (1464 if name.endswith('_long') else 488)
+    if name == 'dense':
+      assert run.init.run == 'seed'
+      continue
+    mixed, kind = run.init.upcycle, re.match('btx|bam_kv|bam_shared|bam|sparse|average', name)[0]
+    assert mixed.method == {
+      'bam': 'bam_kv_experts', 'bam_kv': 'bam_kv_experts', 'bam_shared': 'bam_shared_kv',
+    }.get(kind, kind)  # fmt: skip
+    assert mixed.sources == (('seed',) if kind == 'sparse' else BRANCHES)
+    experts = re.match('btx_([5-8])', name)
+    assert mixed.experts == (int(experts[1]) if experts else 4)
+    assert mixed.top_k == (3 if name == 'btx_6_top3' else 1)
+    assert mixed.attention_top_k == (int(name[-1]) if routed else 0)
+    begins = re.search('_(sharp|right)$', name)
+    assert mixed.router_scale == (4 if begins else 1)
+    assert mixed.router_init == ('centroids' if name.endswith('_right') else 'random')
+
+
+def test_the_studies_of_the_reproduction():
+  main, every = (set(load(f'reproduction:{argument}').runs) for argument in ('main', ''))
+  bams = {'bam_kv', 'bam_shared_kv'}
+  assert main == {*BRANCHES, 'btx', 'btx_6_top3', *bams, *(f'{bam}_cm' for bam in bams)}
+  assert every - main == {
+    'btx_5', 'btx_6', 'btx_7', 'btx_8', 'sparse', 'average', 'dense',
+    *(f'{bam}_top{k}' for bam in ('bam', 'bam_shared') for k in (1, 2)),
+  }  # fmt: skip
+  assert set(load('reproduction:smoke').runs) == every
 
 
 @pytest.mark.parametrize('argument, ratio', [('main', 1.79), ('vocabulary', 1.35)])
@@ -255,6 +309,7 @@ SMOKES = {
   'large_2b': 'large_2b.py:smoke',
   'ablations:btx_6_top3': 'ablations.py:btx_6_top3,smoke',
   'ablations:bam_top2': 'ablations.py:bam_top2,smoke',
+  'reproduction': 'reproduction.py:smoke',
 }
 
 
@@ -266,7 +321,7 @@ def test_smoke_runs_from_end_to_end(name, tmp_path):
     [sys.executable, '-m', 'bam_jax.main', f'--config=configs/{SMOKES[name]}',
      f'--workdir={tmp_path}', f'--json={tmp_path}/facts.json'],
     cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True,
-    timeout=300,
+    timeout=900,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   facts = json.loads((tmp_path / 'facts.json').read_text())

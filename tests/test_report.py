@@ -138,11 +138,13 @@ def test_pictures_are_deterministic(tmp_path):
 
 
 def test_the_recipe_heads_the_page(tmp_path):
-  recipe = {'name': 'tiny', 'command': 'python -m x', 'seed': 3, 'versions': {'jax': '0.12.0'}}
+  recipe = {'name': 'tiny', 'command': 'python -m x', 'seed': 3, 'devices': '8 TPU v5e'}
+  recipe['versions'] = {'Python': '3.12.1', 'jax': '0.12.0'}
   (tmp_path / 'recipe.json').write_text(json.dumps(recipe))
   found = report.write(tmp_path, [])
   page = (tmp_path / 'report' / 'report.md').read_text()
-  assert page == '# tiny\n\n```\npython -m x\n```\n\nSeed 3, jax 0.12.0.\n\nNo run is finished.\n'
+  facts = 'Seed 3, 8 TPU v5e, Python 3.12.1, jax 0.12.0.'
+  assert page == f'# tiny\n\n```\npython -m x\n```\n\n{facts}\n\nNo run is finished.\n'
   assert found['rows'] == found['pictures'] == found['readings'] == []
 
 

@@ -159,8 +159,9 @@ def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> di
 
     if checkpoints.latest() != total_steps:
       save(total_steps)
+    # The curve's last point is over the text of all its points; the result is over everything.
+    recorder.valid(total_steps, evaluation.nats_per_token(heldout(options.tokens, may_stop)))
     domains = heldout(None, may_stop)
-    recorder.valid(total_steps, evaluation.nats_per_token(domains))
     with spent.spend('checkpoint'):
       checkpoints.wait()
     return {

@@ -1,18 +1,18 @@
 """Perplexities and their relative changes: of one run, of several seeds, and of the paper."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tools.reproduction import paper
+from bam_jax.recipes import DOMAINS
 from tools.reproduction.facts import Run
 
-DOMAINS = ('general', 'code', 'law', 'math')
 AVERAGE = 'average'
 COLUMNS = (*DOMAINS, AVERAGE)
 
 Seeds = Sequence[Mapping[str, Any]]  # facts of each seed
+Printed = Mapping[str, Mapping[str, float]]  # perplexities of the paper, by run and domain
 
 
 @dataclass(frozen=True)
@@ -67,24 +67,24 @@ def changes(seeds: Seeds, name: str, base: str, column: str) -> Spread | None:
   return spread([_change(value, against) for value, against in pairs])
 
 
-def paper_change(name: str, base: str, column: str) -> float | None:
-  """The paper's relative change by its table 1; None where it printed no such numbers."""
-  value, against = (_paper_perplexity(run, column) for run in (name, base))
-  return _change(value, against)
+def printed_change(table: Printed, name: str, base: str, column: str) -> float | None:
+  """A table's relative change; None where the paper printed no such numbers."""
+
+  def value(run: str) -> float | None:
+    domains = table.get(run, {})
+    return (
+      _average(domains.get(domain) for domain in DOMAINS)
+      if column == AVERAGE
+      else domains.get(column)
+    )
+
+  return _change(value(name), value(base))
 
 
-def paper_routing_change(name: str, column: str) -> float | None:
-  """The paper's relative change from BTX by its table 6, which has averages only."""
-  if column != AVERAGE:
-    return None
-  return _change(paper.AVERAGE_BY_ROUTING.get(name), paper.AVERAGE_BY_ROUTING['btx'])
-
-
-def _paper_perplexity(name: str, column: str) -> float | None:
-  printed = paper.PERPLEXITY.get(name, {})
-  if column == AVERAGE:
-    return _average(printed.get(domain) for domain in DOMAINS)
-  return printed.get(column)
+def alike(seeds: Seeds, names: Iterable[str]) -> Seeds:
+  """The seeds that have all of some runs that any has, so that a table's rows are of the same."""
+  finished = {name for name in names if any(name in seed['runs'] for seed in seeds)}
+  return [seed for seed in seeds if finished <= seed['runs'].keys()]
 
 
 def _change(value: float | None, against: float | None) -> float | None:

@@ -27,8 +27,10 @@ def main() -> dict[str, Any]:
   seeds = facts.read(folder)
   for name, section in pages.SECTIONS.items():
     text = pages.replace(text, name, section(seeds), page)
-  for name, section in pages.APART.items():
-    text = pages.replace(text, name, section(facts.read(folder / name)), page)
+  for apart, sections in pages.APART.items():
+    others = facts.read(folder / apart)
+    for name, section in sections.items():
+      text = pages.replace(text, name, section(others), page)
   summary = pages.replace(summary, 'summary', pages.summary(seeds), readme)
   drawn = pictures.draw(seeds, folder)
   said = '\n\n'.join(f'![{told}]({folder.name}/{name})' for name, told in drawn.items())

@@ -1,6 +1,6 @@
 """What is kept of a seed's runs: `docs/results/seed_<n>.json`, a line a run.
 
-seed, command, versions    what trained them; null and empty until all is trained
+seed, devices, versions    what trained them last; null and empty where it is not known
 runs.<name>                of each finished run:
   label, kind, method, experts, parameters, active_parameters, flops_per_token, step, tokens,
   wall_seconds
@@ -50,7 +50,7 @@ def collect(seed: int, workdir: Path) -> dict[str, Any]:
   recipe = _read(about) if about.exists() else {}
   return {
     'seed': seed,
-    'command': recipe.get('command'),
+    'devices': recipe.get('devices'),
     'versions': recipe.get('versions', {}),
     'runs': runs,
   }

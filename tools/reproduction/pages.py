@@ -1,38 +1,43 @@
 """The drawn parts of docs/results.md, each a function of the facts of the seeds."""
 
+import functools
 import re
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bam_jax import readings, recipes
 from bam_jax.errors import UserError
 from bam_jax.train.progress import duration
 from configs import reproduction
-from tools.reproduction import compare
-from tools.reproduction.compare import AVERAGE, COLUMNS, Seeds, Spread, spread
+from tools.reproduction import compare, paper
+from tools.reproduction.compare import AVERAGE, COLUMNS, Printed, Seeds, Spread, spread
 from tools.reproduction.facts import Run
 
 MISSING = 'missing'  # a run that no seed has finished
 ABSENT = '–'  # what the paper did not print
 
-RUNS = reproduction.branches() | reproduction.main_runs() | reproduction.ablations()
-SWEEP = reproduction.learning_rates()
-BUDGETS = reproduction.budgets()
+RUNS = (
+  reproduction.branches()
+  | reproduction.main_runs()
+  | reproduction.ablations()
+  | reproduction.learning_rates()
+  | reproduction.starts()
+  | reproduction.budgets()
+)
+VOCABULARY = reproduction.branches(reproduction.VOCABULARY) | reproduction.vocabulary()
 BAMS = ('bam_kv', 'bam_shared_kv', 'bam_kv_cm', 'bam_shared_kv_cm')
 SUMMARY = ('seed', 'btx', 'btx_6_top3', 'bam_shared_kv_cm', 'bam_kv_cm', 'bam_shared_kv', 'bam_kv')
-
-Paper = Callable[[str, str], float | None]  # run, column -> relative change
 
 
 def label(name: str) -> str:
   """What tables call a run, finished or not."""
-  return (RUNS | BUDGETS)[name]['label']
+  return RUNS[name]['label']
 
 
-def perplexity(seeds: Seeds) -> str:
+def perplexity(seeds: Seeds, runs: Mapping[str, dict] = RUNS) -> str:
   """All runs on all domains."""
   lines = []
-  for name in RUNS:
+  for name in runs:
     cells = [compare.perplexities(seeds, name, column) for column in COLUMNS]
     lines.append([label(name), _count(seeds, name), *(_cell(c, readings.number) for c in cells)])
   return _table(['run', 'seeds', *COLUMNS], lines)
@@ -40,68 +45,86 @@ def perplexity(seeds: Seeds) -> str:
 
 def against_seed(seeds: Seeds) -> str:
   """Table 1, as changes from the seed: specialists on their own domain, mixtures on all."""
-  paper = lambda name, column: compare.paper_change(name, 'seed', column)
   lines = []
   for domain in recipes.SPECIALTIES:
-    lines += _changes(seeds, [domain], 'seed', paper, columns=[domain])
-  lines += _changes(seeds, ['btx', *BAMS], 'seed', paper)
+    lines += _changes(seeds, [domain], 'seed', paper.TABLE_1, columns=[domain])
+  lines += _changes(seeds, ['btx', *BAMS], 'seed', paper.TABLE_1)
   return _table(['against the seed', 'seeds', *COLUMNS], lines)
 
 
 def against_btx(seeds: Seeds) -> str:
   """Table 1, as changes from BTX."""
-  paper = lambda name, column: compare.paper_change(name, 'btx', column)
-  return _table(['against BTX', 'seeds', *COLUMNS], _changes(seeds, BAMS, 'btx', paper))
+  lines = _changes(seeds, BAMS, 'btx', paper.TABLE_1)
+  return _table(['against BTX', 'seeds', *COLUMNS], lines)
+
+
+def more_experts(seeds: Seeds) -> str:
+  """Table 4: BTX with more and more experts, of which one serves a token, against BTX of 4."""
+  names = ['bam_kv', *(f'btx_{n}' for n in reproduction.MORE_EXPERTS)]
+  lines = _changes(compare.alike(seeds, names), names, 'btx', paper.TABLE_4)
+  return _table(['against BTX', 'seeds', *COLUMNS], lines)
 
 
 def parameter_matched(seeds: Seeds) -> str:
-  """BTX with as many parameters as BAM, total and active, against BTX, and BAM against it."""
+  """Table 5: BTX with as many parameters as BAM, total and active."""
   wide = label('btx_6_top3')
-  lines = _changes(seeds, ['btx_6_top3'], 'btx', said=' against BTX')
-  lines += _changes(seeds, ['bam_kv', 'bam_kv_cm'], 'btx_6_top3', said=f' against {wide}')
+  lines = _changes(seeds, ['btx_6_top3'], 'btx', paper.TABLE_5, said=' against BTX')
+  lines += _changes(seeds, ['bam_kv'], 'btx_6_top3', paper.TABLE_5, said=f' against {wide}')
+  lines += _changes(seeds, ['bam_kv_cm'], 'btx_6_top3', said=f' against {wide}')
   return _table(['run', 'seeds', *COLUMNS], lines)
 
 
 def routing(seeds: Seeds) -> str:
   """Table 6: soft, top-2 and top-1 attention routing, each with BTX's compute."""
-  names = ['bam_kv_cm', 'bam_top2', 'bam_top1']
-  lines = _changes(seeds, names, 'btx', compare.paper_routing_change)
+  shared = ['bam_shared_kv_cm', 'bam_shared_top2', 'bam_shared_top1']
+  experts = ['bam_kv_cm', 'bam_top2', 'bam_top1']
+  lines = _changes(compare.alike(seeds, shared), shared, 'btx', paper.TABLE_6)
+  lines += _changes(compare.alike(seeds, experts), experts, 'btx')
   return _table(['against BTX', 'seeds', *COLUMNS], lines)
 
 
 def other_makings(seeds: Seeds) -> str:
   """What needs no experts of several domains, or no experts at all, on the same data."""
-  lines = _changes(seeds, ['sparse', 'average', 'dense'], 'btx')
+  names = ['sparse', 'average', 'dense']
+  lines = _changes(compare.alike(seeds, names), names, 'btx')
   return _table(['against BTX', 'seeds', *COLUMNS], lines)
 
 
 def learning_rates(seeds: Seeds) -> str:
   """Average perplexity of BTX and BAM by peak learning rate."""
-  peaks = sorted({run['schedule']['peak_learning_rate'] for run in SWEEP.values()})
   sweeps = {name: sweep(seeds, name) for name in reproduction.SWEPT}
   lines = [
     [f'{peak:g}', *(_cell(by_peak[peak], readings.number) for by_peak in sweeps.values())]
-    for peak in peaks
+    for peak in reproduction.PEAKS
   ]
   return _table(['peak learning rate', *map(label, sweeps)], lines)
 
 
 def sweep(seeds: Seeds, name: str) -> dict[float, Spread | None]:
   """Average perplexity by peak learning rate of one mixture, of the seeds that were swept."""
-  others = SWEEP.keys() - RUNS.keys()
-  swept = [seed for seed in seeds if others & seed['runs'].keys()]
-  return {
-    run['schedule']['peak_learning_rate']: compare.perplexities(swept, of_peak, AVERAGE)
-    for of_peak, run in SWEEP.items()
-    if of_peak == name or of_peak.startswith(f'{name}_')
-  }
+  names = {peak: reproduction.at_peak(name, peak) for peak in reproduction.PEAKS}
+  swept = compare.alike(seeds, names.values())
+  return {peak: compare.perplexities(swept, run, AVERAGE) for peak, run in names.items()}
+
+
+def starts(seeds: Seeds) -> str:
+  """Other first gates and another warm-up, each against the same mixture without."""
+  alike = compare.alike(seeds, reproduction.starts())
+  lines = []
+  for base in reproduction.STARTED:
+    names = [f'{base}_{what}' for what in reproduction.STARTS]
+    lines += _changes(alike, names, base, said=f' against {label(base)}')
+  for end in ('', *(f'_{what}' for what in reproduction.STARTS)):
+    btx, bam = (name + end for name in reproduction.STARTED)
+    lines += _changes(alike, [bam], btx, said=f' against {label(btx)}')
+  return _table(['run', 'seeds', *COLUMNS], lines)
 
 
 def summary(seeds: Seeds) -> str:
   """The comparison in one table, for the README."""
   lines = []
   for name in SUMMARY:
-    paper = compare.paper_change(name, 'btx', AVERAGE)
+    printed = compare.printed_change(paper.ALL, name, 'btx', AVERAGE)
     flops = [
       _flops(seed['runs'][name]) / _flops(seed['runs']['btx'])
       for seed in seeds
@@ -112,7 +135,7 @@ def summary(seeds: Seeds) -> str:
         label(name),
         _cell(compare.perplexities(seeds, name, AVERAGE), readings.number),
         _cell(compare.changes(seeds, name, 'btx', AVERAGE), _percent),
-        ABSENT if paper is None else f'*{_percent(paper)}*',
+        ABSENT if printed is None else f'*{_percent(printed)}*',
         f'{flops[0]:.2f}' if flops else MISSING,
       ]
     )
@@ -126,52 +149,49 @@ def budgets(seeds: Seeds) -> str:
     ('bam_kv_cm', 'btx_short'), ('bam_kv', 'btx'), ('btx', 'btx_short'), ('bam_kv_cm', 'btx'),
     ('bam_kv_cm_long', 'btx_long'),
   ]  # fmt: skip
+  alike = compare.alike(seeds, reproduction.budgets())
   lines = []
   for name, base in pairs:
-    lines += _changes(seeds, [name], base, said=f' against {label(base)}')
+    lines += _changes(alike, [name], base, said=f' against {label(base)}')
   return _table(['run', 'seeds', *COLUMNS], lines)
 
 
 def vocabulary(seeds: Seeds) -> str:
   """Table 1 of the runs with the large vocabulary, whose seeds are not those of the others."""
-  paper = lambda name, column: compare.paper_change(name, 'btx', column)
   names = [name for name in reproduction.COMPARED if name != 'btx']
-  return _table(['against BTX', 'seeds', *COLUMNS], _changes(seeds, names, 'btx', paper))
+  lines = _changes(seeds, names, 'btx', paper.TABLE_1)
+  return _table(['against BTX', 'seeds', *COLUMNS], lines)
 
 
-def cost(seeds: Seeds) -> str:
+def cost(seeds: Seeds, runs: Mapping[str, dict] = RUNS) -> str:
   """Parameters, tokens, FLOPs and time."""
   header = ['run', 'parameters', 'active', 'tokens', 'training FLOPs', "of BTX's", 'wall time']
   finished = lambda name: [seed['runs'][name] for seed in seeds if name in seed['runs']]
   btx, lines = finished('btx'), []
-  for name in RUNS:
-    if not (runs := finished(name)):
+  for name in runs:
+    if not (of := finished(name)):
       lines.append([label(name), *[MISSING] * (len(header) - 1)])
       continue
     lines.append(
       [
         label(name),
-        *(f'{runs[0][key]:,}' for key in ('parameters', 'active_parameters', 'tokens')),
-        f'{_flops(runs[0]):.3g}',
-        f'{_flops(runs[0]) / _flops(btx[0]):.2f}' if btx else MISSING,
-        _cell(spread([run['wall_seconds'] for run in runs]), duration),
+        *(f'{of[0][key]:,}' for key in ('parameters', 'active_parameters', 'tokens')),
+        f'{_flops(of[0]):.3g}',
+        f'{_flops(of[0]) / _flops(btx[0]):.2f}' if btx else MISSING,
+        _cell(spread([run['wall_seconds'] for run in of]), duration),
       ]
     )
   return _table(header, lines)
 
 
-def commands(seeds: Seeds) -> str:
-  """What was typed last for each seed, and with which versions."""
-  if not seeds:
-    return 'No run is collected yet.'
-  parts = []
+def made_with(seeds: Seeds) -> str:
+  """Devices and versions, of each seed's last job."""
+  lines = []
   for seed in seeds:
-    if seed['command'] is None:
-      parts.append(f'Seed {seed["seed"]} is not finished.')
-      continue
-    versions = ', '.join(f'{name} {version}' for name, version in seed['versions'].items())
-    parts.append(f'Seed {seed["seed"]}, {versions}:\n\n```\n{seed["command"]}\n```')
-  return '\n\n'.join(parts)
+    versions = (f'{name} {version}' for name, version in seed['versions'].items())
+    facts = ', '.join([*([seed['devices']] if seed['devices'] else []), *versions])
+    lines.append(f'- Seed {seed["seed"]}: {facts or "not known"}.')
+  return '\n'.join(lines) or 'No run is collected yet.'
 
 
 # By the name that the page's markers give.
@@ -181,18 +201,27 @@ SECTIONS: dict[str, Callable[[Seeds], str]] = {
     perplexity,
     against_seed,
     against_btx,
+    more_experts,
     parameter_matched,
     routing,
     other_makings,
     learning_rates,
+    starts,
     budgets,
     cost,
-    commands,
+    made_with,
   )
 }
 
-# Of runs in another shape, whose facts are in a folder of that name.
-APART = {'vocabulary': vocabulary}
+# Of runs in another shape, whose facts are in a folder of their own.
+APART: dict[str, dict[str, Callable[[Seeds], str]]] = {
+  'vocabulary': {
+    'vocabulary': vocabulary,
+    'vocabulary_perplexity': functools.partial(perplexity, runs=VOCABULARY),
+    'vocabulary_cost': functools.partial(cost, runs=VOCABULARY),
+    'vocabulary_made_with': made_with,
+  }
+}
 
 
 def replace(text: str, name: str, content: str, page: Path) -> str:
@@ -208,18 +237,18 @@ def _changes(
   seeds: Seeds,
   names: Iterable[str],
   base: str,
-  paper: Paper | None = None,
+  table: Printed | None = None,
   *,
   columns: Container[str] = COLUMNS,
   said: str = '',
 ) -> list[list[str]]:
-  """A line of changes for each run, and if `paper` is given the paper's below each."""
+  """A line of changes for each run, and if a table of the paper is given its own below each."""
   lines = []
   for name in names:
     ours = [_cell(compare.changes(seeds, name, base, column), _percent) for column in COLUMNS]
     named = [(label(name) + said, _count(seeds, name, base), ours)]
-    if paper:
-      printed = [paper(name, column) for column in COLUMNS]
+    if table:
+      printed = [compare.printed_change(table, name, base, column) for column in COLUMNS]
       theirs = [f'*{_percent(change)}*' if change is not None else ABSENT for change in printed]
       named.append(('*the paper*', '', theirs))
     for head, count, cells in named:

@@ -7,12 +7,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bam_jax import figures
-from tools.reproduction import compare, pages
+from configs import reproduction
+from tools.reproduction import compare, pages, paper
 from tools.reproduction.compare import COLUMNS, Seeds
 
-CURVES = ('seed', 'code', 'law', 'math', 'dense', 'btx', 'btx_6_top3', *pages.BAMS)
+CURVES = ('seed', 'code', 'law', 'math', 'btx', 'btx_6_top3', *pages.BAMS, 'dense')
 ROUTED = ('btx', 'bam_kv', 'bam_shared_kv')
-COMPARED = (*pages.BAMS, 'btx_6_top3', 'bam_top2', 'bam_top1', 'sparse', 'average', 'dense')
+COMPARED = (
+  *pages.BAMS, 'bam_shared_top2', 'bam_shared_top1', 'bam_top2', 'bam_top1', 'btx_6_top3',
+  'btx_5', 'btx_6', 'btx_7', 'btx_8', 'sparse', 'average', 'dense',
+)  # fmt: skip
 
 
 def draw(seeds: Seeds, folder: Path) -> dict[str, str]:
@@ -22,11 +26,13 @@ def draw(seeds: Seeds, folder: Path) -> dict[str, str]:
   if any('btx' in seed['runs'] for seed in seeds):
     drawn['against_btx.png'] = 'Perplexity of each run against BTX'
     against_btx(folder / 'against_btx.png', seeds)
-  if any(any(pages.sweep(seeds, name).values()) for name in ('btx', 'bam_kv')):
+  if any(any(pages.sweep(seeds, name).values()) for name in reproduction.SWEPT):
     drawn['learning_rates.png'] = 'Perplexity by peak learning rate'
     learning_rates(folder / 'learning_rates.png', seeds)
   first = seeds[0]['runs'] if seeds else {}
-  rows = [{'run': name, **first[name]} for name in CURVES if name in first]
+  # What is trained on as the mixtures are stands among them.
+  kinds = {'dense': {'kind': 'mixture'}}
+  rows = [{'run': name} | first[name] | kinds.get(name, {}) for name in CURVES if name in first]
   if rows:
     drawn['loss_curves.png'] = f'Loss by step, seed {seeds[0]["seed"]}'
     metrics = {row['run']: _metrics(row) for row in rows}
@@ -55,10 +61,10 @@ def against_btx(path: Path, seeds: Seeds) -> None:
         axis.plot(
           values, [line] * len(values), 'o', color=figures.COLOURS[0], markersize=5, alpha=0.7
         )
-        paper = _paper(name, column)
-        if paper is not None:
+        printed = compare.printed_change(paper.ALL, name, 'btx', column)
+        if printed is not None:
           style = dict(color=figures.COLOURS[1], markersize=5, markerfacecolor='none')
-          axis.plot([100 * paper], [line], 'D', **style)
+          axis.plot([100 * printed], [line], 'D', **style)
       axis.set(title=column, xlabel='%')
       axis.margins(x=0.15)
     axes[0].set_yticks(range(len(names)), [pages.label(name) for name in names])
@@ -72,14 +78,15 @@ def learning_rates(path: Path, seeds: Seeds) -> None:
   with figures.style():
     figure = Figure(figsize=(4.4, 3.2), layout='constrained')
     axis = figure.subplots()
-    for colour, name in zip(figures.COLOURS, ('btx', 'bam_kv')):
+    for colour, name in zip(figures.COLOURS, reproduction.SWEPT):
       there = {peak: some for peak, some in sorted(pages.sweep(seeds, name).items()) if some}
       means = [some.mean for some in there.values()]
       axis.plot(list(there), means, color=colour, label=pages.label(name))
       dots = [(peak, value) for peak, some in there.items() for value in some.values]
-      axis.plot(*zip(*dots), 'o', color=colour, markersize=4.5) if dots else None
+      if dots:
+        axis.plot(*zip(*dots), 'o', color=colour, markersize=4.5)
     axis.set_xscale('log')
-    axis.set_xticks(sorted({run['schedule']['peak_learning_rate'] for run in pages.SWEEP.values()}))
+    axis.set_xticks(reproduction.PEAKS)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda peak, _: f'{peak:g}'))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set(xlabel='peak learning rate', ylabel='average perplexity')
@@ -87,16 +94,11 @@ def learning_rates(path: Path, seeds: Seeds) -> None:
     _save(figure, path)
 
 
-def _paper(name: str, column: str) -> float | None:
-  """By table 1, and by table 6 what is only there."""
-  change = compare.paper_change(name, 'btx', column)
-  return compare.paper_routing_change(name, column) if change is None else change
-
-
 def _metrics(row: dict[str, Any]) -> list[dict[str, Any]]:
+  # Without the last held-out loss, which some runs have over more text than those before.
   return [
     *({'step': step, 'loss': loss} for step, loss in row['loss']),
-    *({'step': step, 'valid': valid} for step, valid in row['valid']),
+    *({'step': step, 'valid': valid} for step, valid in row['valid'] if step < row['step']),
   ]
 
 
