@@ -104,7 +104,7 @@ def _loss_curve(
   if len(train):
     axis.plot(*train.T, color=colour, alpha=0.22, linewidth=0.8)
     axis.plot(train[:, 0], smooth(train[:, 1]), color=colour, label=row['label'])
-  held_out = [(line['step'], valid_loss(row, line['valid'])) for line in lines if 'valid' in line]
+  held_out = [(line['step'], valid_loss(row, line['valid'])) for line in lines if line.get('valid')]
   if held_out:
     dots = dict(marker='o', linestyle='', markersize=4.5, markeredgecolor='white', clip_on=False)
     axis.plot(*np.array(held_out).T, color=colour, **dots)

@@ -341,8 +341,10 @@ def test_a_result_of_something_else_is_damaged(tmp_path, change):
 
 def test_lines_of_the_metrics_that_say_nothing_are_passed_over(tmp_path):
   path = tmp_path / 'metrics.jsonl'
-  path.write_bytes(b'\xff\n{"loss": 3}\n[]\n{"step": "2"}\n{"step": 1, "loss": 5.0}\n')
-  assert report._metrics(path) == [{'step': 1, 'loss': 5.0}]
+  odd = b'{"step": 2, "loss": "x"}\n{"step": 2, "valid": 3}\n{"step": 2, "valid": {"law": []}}\n'
+  path.write_bytes(b'\xff\n{"loss": 3}\n[]\n{"step": "2"}\n' + odd + b'{"step": 1, "loss": NaN}\n')
+  [line] = report._metrics(path)
+  assert line['step'] == 1 and math.isnan(line['loss'])
 
 
 def test_names_are_no_markup(tmp_path):

@@ -123,16 +123,25 @@ class Writer:
 
 
 def read_lines(path: Path | epath.Path) -> list[tuple[str, dict[str, Any]]]:
-  """A file's lines and what they say; a kill or a full disk may have cut one short."""
+  """A file's sound lines and what they say; a kill or a full disk may have cut one short."""
   if not path.exists():
     return []
   lines = []
   for line in path.read_bytes().decode(errors='replace').splitlines(keepends=True):
     with contextlib.suppress(ValueError):
       facts = json_file.loads(line)
-      if line.endswith('\n') and isinstance(facts, dict) and isinstance(facts.get('step'), int):
+      if line.endswith('\n') and isinstance(facts, dict) and _is_sound(facts):
         lines.append((line, facts))
   return lines
+
+
+def _is_sound(facts: dict[str, Any]) -> bool:
+  valid = facts.get('valid', {})
+  return (
+    isinstance(facts.get('step'), int)
+    and isinstance(valid, dict)
+    and all(isinstance(loss, int | float) for loss in (facts.get('loss', 0.0), *valid.values()))
+  )
 
 
 def _flatten(value: Any, tag: str = '') -> list[tuple[str, float]]:
