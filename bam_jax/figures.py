@@ -75,7 +75,9 @@ def loss_curves(
   rows: Sequence[Mapping[str, Any]],
   metrics: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> None:
-  """Draws the training loss of each run, and its held-out loss as dots.
+  """Draws the negative log-likelihood of each run in training, and its held-out loss as dots.
+
+  What routers add to the loss is no part of it, as dense models have nothing to add.
 
   Args:
     path: the PNG to write.
@@ -100,7 +102,7 @@ def loss_curves(
 def _loss_curve(
   axis: Axes, row: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], colour: str
 ) -> None:
-  train = np.array([(line['step'], line['loss']) for line in lines if 'loss' in line])
+  train = np.array([(line['step'], line['nll']) for line in lines if 'nll' in line])
   if len(train):
     axis.plot(*train.T, color=colour, alpha=0.22, linewidth=0.8)
     axis.plot(train[:, 0], smooth(train[:, 1]), color=colour, label=row['label'])

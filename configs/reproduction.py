@@ -52,8 +52,14 @@ PEAKS = (5e-4, 1e-3, 2e-3, 4e-3)  # of mixtures: the chosen one, and others
 SWEPT = ('btx', 'bam_kv', 'bam_kv_cm')
 MORE_EXPERTS = (5, 6, 7, 8)  # of BTX, top 1
 STARTED = ('btx', 'bam_kv_cm')
-STARTS = dict(sharp='sharp gates', right='routers toward their data', soon='short warm-up')
+STARTS = dict(
+  sharp='sharp gates',
+  right='routers toward their data',
+  soon='short warm-up',
+  fast='fast routers',
+)
 SHARP = 4.0  # of the routers' first weights: most of a gate is one expert's
+FAST = 4.0  # times the learning rate of all else, for routers
 SOON = 10  # steps of warm-up, a fiftieth of BTX's: in the paper it is about a sixtieth
 LONG = 3  # times the mixtures' budget
 COMPARED = ('btx', 'bam_kv', 'bam_kv_cm')  # with that vocabulary
@@ -127,7 +133,7 @@ def at_peak(name: str, peak: float) -> str:
 
 
 def starts() -> dict[str, dict]:
-  """Mixtures whose gates begin sharp, or right, and mixtures that warm up sooner.
+  """Mixtures whose gates begin sharp, or right, or are learnt faster, or that warm up sooner.
 
   At first a token's FFN expert is anyone's, and counts with its gate, about a half, where the dense
   model's FFN counted whole: a short budget may end before that is learnt. And a fixed warm-up is a
@@ -142,6 +148,7 @@ def starts() -> dict[str, dict]:
       sharp=dict(init=dict(upcycle=upcycle)),
       right=dict(init=dict(upcycle=right)),
       soon=dict(schedule=soon),
+      fast=dict(learning_rate_factors={'blocks/*/router': FAST}),
     )
     for what, label in STARTS.items():
       runs[f'{name}_{what}'] = run | changed[what] | dict(label=f'{run["label"]}, {label}')

@@ -105,6 +105,8 @@ def test_mixtures_of_the_reproduction_differ_in_what_their_names_say(argument):
     elif name.endswith('_soon'):
       warmup = 10
     assert run.schedule == config.Schedule(peak, warmup, 0.1)
+    factors = {'blocks/*/router': 4.0} if name.endswith('_fast') else {}
+    assert run.learning_rate_factors == factors
     routed = re.search('_top[12]$', name)
     if name == 'btx_short':
       assert steps == load('reproduction:main').total_steps('bam_kv_cm')

@@ -72,7 +72,7 @@ def save(workdir, results, metrics=True):
     folder = workdir / r['run']
     folder.mkdir(parents=True)
     (folder / 'result.json').write_text(json.dumps(r))
-    lines = [{'step': s, 'loss': 5.0 - s / 50} for s in range(1, 51)]
+    lines = [{'step': s, 'nll': 5.0 - s / 50} for s in range(1, 51)]
     lines[-1]['valid'] = {d: 4.0 for d in r['domains']}
     if metrics:
       (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
@@ -341,10 +341,10 @@ def test_a_result_of_something_else_is_damaged(tmp_path, change):
 
 def test_lines_of_the_metrics_that_say_nothing_are_passed_over(tmp_path):
   path = tmp_path / 'metrics.jsonl'
-  odd = b'{"step": 2, "loss": "x"}\n{"step": 2, "valid": 3}\n{"step": 2, "valid": {"law": []}}\n'
-  path.write_bytes(b'\xff\n{"loss": 3}\n[]\n{"step": "2"}\n' + odd + b'{"step": 1, "loss": NaN}\n')
+  odd = b'{"step": 2, "nll": "x"}\n{"step": 2, "valid": 3}\n{"step": 2, "valid": {"law": []}}\n'
+  path.write_bytes(b'\xff\n{"loss": 3}\n[]\n{"step": "2"}\n' + odd + b'{"step": 1, "nll": NaN}\n')
   [line] = report._metrics(path)
-  assert line['step'] == 1 and math.isnan(line['loss'])
+  assert line['step'] == 1 and math.isnan(line['nll'])
 
 
 def test_names_are_no_markup(tmp_path):

@@ -140,7 +140,7 @@ def _is_sound(facts: dict[str, Any]) -> bool:
   return (
     isinstance(facts.get('step'), int)
     and isinstance(valid, dict)
-    and all(isinstance(loss, int | float) for loss in (facts.get('loss', 0.0), *valid.values()))
+    and all(isinstance(nll, int | float) for nll in (facts.get('nll', 0.0), *valid.values()))
   )
 
 

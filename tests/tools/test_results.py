@@ -53,9 +53,9 @@ def workdir(path, seed, results):
     (folder / 'result.json').write_text(json.dumps(r))
     identity = {'seed': seed, 'sources': {'seed': f'hash-{seed}'}, 'tokens': r['tokens']}
     (folder / 'config.json').write_text(json.dumps({'identity': identity}))
-    lines = [{'step': 1, 'loss': 9.0}, {'step': 1, 'loss': 5.00004}]
-    lines += [{'step': step, 'loss': 4.0, 'ffn': 'left out'} for step in range(2, 500)]
-    lines += [{'step': 500, 'loss': 3.0}, {'step': 500, 'valid': dict.fromkeys(DOMAINS, 3.5)}]
+    lines = [{'step': 1, 'nll': 9.0}, {'step': 1, 'nll': 5.00004}]
+    lines += [{'step': step, 'nll': 4.0, 'ffn': 'left out'} for step in range(2, 500)]
+    lines += [{'step': 500, 'nll': 3.0}, {'step': 500, 'valid': dict.fromkeys(DOMAINS, 3.5)}]
     (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n{"step": 5')
   (path / 'unfinished').mkdir()
   (path / 'recipe.json').write_text(
@@ -110,9 +110,9 @@ def test_what_is_collected(seeds):
   assert run['configuration'] == {'tokens': 2_000_000}
   assert run['wall_seconds'] == 61.2 and run['experts'] == ['seed', 'code', 'law', 'math']
   assert run['valid'] == [[500, dict.fromkeys(DOMAINS, 3.5)]]
-  loss = run['loss']
-  assert loss[0] == [1, 5.0] and loss[1] == [4, 4.0] and loss[-1] == [500, 3.0]
-  assert len(loss) <= facts.CURVE_POINTS + 1
+  nll = run['nll']
+  assert nll[0] == [1, 5.0] and nll[1] == [4, 4.0] and nll[-1] == [500, 3.0]
+  assert len(nll) <= facts.CURVE_POINTS + 1
 
 
 def test_files_are_stable_and_have_a_line_a_run(seeds, tmp_path):
@@ -268,8 +268,8 @@ def test_a_page_without_a_place_for_a_part_is_refused(page):
 
 
 def test_pictures_are_the_same_bytes_each_time(seeds, tmp_path):
-  names = ['against_btx.png', 'learning_rates.png', 'loss_curves.png', 'routing_btx.png',
-           'routing_bam_kv.png']  # fmt: skip
+  names = ['against_btx.png', 'learning_rates.png', 'loss_curves.png', 'loss_against_btx.png',
+           'routing_btx.png', 'routing_bam_kv.png']  # fmt: skip
   for folder in ('a', 'b'):
     assert list(pictures.draw(seeds, tmp_path / folder)) == names
   for name in names:

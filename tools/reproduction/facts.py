@@ -7,7 +7,7 @@ runs.<name>                of each finished run:
   domains.<domain>         the held-out nll (nats), tokens and bytes, summed
   routing.<router>.<domain>   the load of each expert [L][E]: L layers, E experts
   configuration            what its parameters follow from, but for the random seed
-  loss, valid              [step, training loss] and [step, {domain: held-out loss}]
+  nll, valid               [step, training nats per token] and [step, {domain: the same, held-out}]
 """
 
 import json
@@ -93,7 +93,7 @@ def _run(result: Mapping[str, Any], config: Mapping[str, Any], metrics: Sequence
     for router, statistics in scores['routing'].items():
       load = [[round(share, 4) for share in layer] for layer in statistics['load']]
       routing.setdefault(router, {})[domain] = load
-  loss = [[line['step'], round(line['loss'], 4)] for line in metrics if 'loss' in line]
+  nll = [[line['step'], round(line['nll'], 4)] for line in metrics if 'nll' in line]
   valid = [[line['step'], line['valid']] for line in metrics if 'valid' in line]
   return {
     **{key: result[key] for key in COPIED},
@@ -105,7 +105,7 @@ def _run(result: Mapping[str, Any], config: Mapping[str, Any], metrics: Sequence
     },
     'routing': routing,
     'configuration': {key: value for key, value in config.items() if key not in FROM_SEED},
-    'loss': _thin(loss),
+    'nll': _thin(nll),
     'valid': [[step, {d: round(v, 4) for d, v in by.items()}] for step, by in _thin(valid)],
   }
 

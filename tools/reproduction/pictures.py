@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -12,6 +13,7 @@ from tools.reproduction import compare, pages, paper
 from tools.reproduction.compare import COLUMNS, Seeds
 
 CURVES = ('seed', 'code', 'law', 'math', 'btx', 'btx_6_top3', *pages.BAMS, 'dense')
+SAME_BATCHES = ('bam_kv', 'bam_shared_kv', 'btx_6_top3', 'average', 'sparse', 'dense')  # as BTX
 ROUTED = ('btx', 'bam_kv', 'bam_shared_kv')
 COMPARED = (
   *pages.BAMS, 'bam_shared_top2', 'bam_shared_top1', 'bam_top2', 'bam_top1', 'btx_6_top3',
@@ -37,6 +39,9 @@ def draw(seeds: Seeds, folder: Path) -> dict[str, str]:
     drawn['loss_curves.png'] = f'Loss by step, seed {seeds[0]["seed"]}'
     metrics = {row['run']: _metrics(row) for row in rows}
     figures.loss_curves(folder / 'loss_curves.png', rows, metrics)
+  if any({'btx', name} <= seed['runs'].keys() for seed in seeds for name in SAME_BATCHES):
+    drawn['loss_against_btx.png'] = 'Training loss against that of BTX on the same batches'
+    loss_against_btx(folder / 'loss_against_btx.png', seeds)
   for row in rows:
     if row['run'] in ROUTED:
       name = f'routing_{row["run"]}.png'
@@ -73,6 +78,29 @@ def against_btx(path: Path, seeds: Seeds) -> None:
     _save(figure, path)
 
 
+def loss_against_btx(path: Path, seeds: Seeds) -> None:
+  """Draws how the runs on BTX's batches gain on it: a line for each, faint ones for each seed."""
+  with figures.style():
+    figure = Figure(figsize=(6.4, 3.6), layout='constrained')
+    axis = figure.subplots()
+    axis.axhline(0, color=figures.INK, linewidth=0.8)
+    for colour, name in zip(figures.COLOURS, SAME_BATCHES):
+      pairs = [
+        (dict(seed['runs'][name]['nll']), dict(seed['runs']['btx']['nll']))
+        for seed in seeds
+        if {'btx', name} <= seed['runs'].keys()
+      ]
+      if not pairs:
+        continue
+      steps = sorted(set.intersection(*(set(losses) for pair in pairs for losses in pair)))
+      gaps = [figures.smooth(np.array([run[s] - btx[s] for s in steps])) for run, btx in pairs]
+      axis.plot(steps, np.transpose(gaps), color=colour, alpha=0.22, linewidth=0.8)
+      axis.plot(steps, np.mean(gaps, axis=0), color=colour, label=pages.label(name))
+    axis.set(xlabel='step', ylabel='loss less that of BTX (nats per token)')
+    axis.legend()
+    _save(figure, path)
+
+
 def learning_rates(path: Path, seeds: Seeds) -> None:
   """Draws average perplexity by peak learning rate: the mean over the seeds, and a dot for each."""
   with figures.style():
@@ -97,7 +125,7 @@ def learning_rates(path: Path, seeds: Seeds) -> None:
 def _metrics(row: dict[str, Any]) -> list[dict[str, Any]]:
   # Without the last held-out loss, which some runs have over more text than those before.
   return [
-    *({'step': step, 'loss': loss} for step, loss in row['loss']),
+    *({'step': step, 'nll': nll} for step, nll in row['nll']),
     *({'step': step, 'valid': valid} for step, valid in row['valid'] if step < row['step']),
   ]
 
