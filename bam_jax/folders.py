@@ -118,7 +118,7 @@ def _replace(path: str, content: bytes) -> None:
     with open(beside, 'wb') as file:
       file.write(content)
       file.flush()
-      os.fsync(file.fileno())
+      fsync(file.fileno())
     os.replace(beside, path)
   except BaseException:
     with contextlib.suppress(OSError):
@@ -129,6 +129,15 @@ def _replace(path: str, content: bytes) -> None:
 def _said(error: Exception) -> str:
   """The first line of an error, without its full stop."""
   return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.')
+
+
+def fsync(descriptor: int) -> None:
+  """Returns when a file is on disk, as far as its file system can say so."""
+  try:
+    os.fsync(descriptor)
+  except OSError as error:
+    if error.errno not in UNSYNCED:
+      raise
 
 
 def sync(folder: epath.PathLike) -> None:
@@ -218,9 +227,6 @@ def _lock(folder: epath.Path) -> int | None:
 def _sync_one(path: epath.PathLike) -> None:
   descriptor = os.open(path, os.O_RDONLY)
   try:
-    os.fsync(descriptor)
-  except OSError as error:
-    if error.errno not in UNSYNCED:
-      raise
+    fsync(descriptor)
   finally:
     os.close(descriptor)

@@ -143,8 +143,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     'Each row is that run alone: a mixture also rests on the runs that it was made from.',
     '## Loss',
     '![Loss by step](loss_curves.png)',
-    'Lines: training loss, smoothed. Dots: held-out loss, of its own domain for a specialist and'
-    ' the mean over the domains for the others.',
+    'Lines: training loss without what routers add, smoothed. Dots: held-out loss, of its own'
+    ' domain for a specialist and the mean over the domains for the others.',
   ]
   routed = [row for row in report['rows'] if row['routing']]
   if routed:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from bam_jax import arrays, checkpoint, checksums, config, damage, sharding
+from bam_jax import arrays, checkpoint, checksums, config, damage, folders, sharding
 from bam_jax.errors import UserError
 from bam_jax.train import step
 
@@ -286,11 +286,25 @@ def test_no_list_of_checksums_has_other_things_than_files_read(listed, name, siz
     checksums.check(listed, [])
 
 
-def test_a_checkpoint_is_on_disk_before_the_one_before_is_removed(listed, monkeypatch):
-  synced = set()
+def test_a_checkpoint_is_on_disk_before_the_one_before_is_removed(tmp_path, models, monkeypatch):
+  synced, before, state = set(), [], draw(models['dense'], (1, 1, 1, 1), 0)
+  written = checksums.write  # the last to write into a checkpoint
+
+  def write(folder, into):
+    written(folder, into)
+    assert {path.stat().st_ino for path in Path(folder).rglob('*')} <= synced
+    before.append((tmp_path / '1').exists())
+
   monkeypatch.setattr(os, 'fsync', lambda file: synced.add(os.fstat(file).st_ino))
-  checksums.write(listed, listed / 'checksums')
-  assert synced == {path.stat().st_ino for path in (listed, *listed.rglob('*'))}
+  monkeypatch.setattr(checksums, 'write', write)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+  for at in (1, 2):
+    checkpoints.save(at, *state[:2], {}, meta(models['dense'], at))
+  checkpoints.close()
+  assert before == [False, True] and not (tmp_path / '1').exists()
+  # Empty, and read in buckets only.
+  later = {path for path in (tmp_path / '2').rglob('*') if path.stat().st_ino not in synced}
+  assert {path.name for path in later} <= {folders.COMMITTED}
 
 
 @pytest.mark.parametrize('number, refused', [(errno.EINVAL, False), (errno.EIO, True)])
@@ -299,8 +313,12 @@ def test_a_file_system_without_fsync_takes_checkpoints(listed, monkeypatch, numb
     raise OSError(number, os.strerror(number))
 
   monkeypatch.setattr(os, 'fsync', fsync)
-  with pytest.raises(OSError) if refused else contextlib.nullcontext():
-    checksums.write(listed, listed / 'checksums')
+  for write, error in (
+    (lambda: checksums.write(listed, listed / 'checksums'), OSError),
+    (lambda: folders.write_file(listed / 'config.json', '{}'), UserError),
+  ):
+    with pytest.raises(error) if refused else contextlib.nullcontext():
+      write()
 
 
 @pytest.mark.parametrize('keep', [1, 2])

@@ -78,6 +78,25 @@ def test_what_a_resume_cannot_read(tmp_path, execute, item, change, sentence):
     execute('run')
 
 
+def test_the_last_point_of_a_curve_is_over_the_text_of_all_its_points(
+  tmp_path, execute, recipe_dict
+):
+  def nll(tokens):
+    recipe_dict['evaluation']['tokens'] = tokens
+    name = f'of_{tokens}'
+    execute(name)
+    [line] = [
+      json.loads(text)
+      for text in (tmp_path / name / 'seed/metrics.jsonl').read_text().splitlines()
+      if '"valid"' in text
+    ]
+    law = json.loads((tmp_path / name / 'seed/result.json').read_text())['domains']['law']
+    return line['valid']['law'], law['nll'] / law['tokens']
+
+  (first, everything), (of_all, everything_again) = nll(1), nll(10**6)
+  assert first != everything == everything_again == of_all
+
+
 @pytest.mark.parametrize('signum', stop.SIGNALS)
 def test_the_last_evaluation_may_be_stopped(tmp_path, execute, monkeypatch, signum):
   """All held-out text may take long; the state is saved before it, and a resume does it anew."""

@@ -309,7 +309,6 @@ def test_unknown_arguments_are_refused(file):
 SMOKES = {
   'small_590m': 'small_590m.py:smoke',
   'large_2b': 'large_2b.py:smoke',
-  'ablations:btx_6_top3': 'ablations.py:btx_6_top3,smoke',
   'ablations:bam_top2': 'ablations.py:bam_top2,smoke',
   'reproduction': 'reproduction.py:smoke',
 }

@@ -342,6 +342,7 @@ def test_a_result_of_something_else_is_damaged(tmp_path, change):
 def test_lines_of_the_metrics_that_say_nothing_are_passed_over(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   odd = b'{"step": 2, "nll": "x"}\n{"step": 2, "valid": 3}\n{"step": 2, "valid": {"law": []}}\n'
+  odd += b'{"step": true, "nll": 1}\n{"step": 2, "nll": 1' + b'0' * 400 + b'}\n'
   path.write_bytes(b'\xff\n{"loss": 3}\n[]\n{"step": "2"}\n' + odd + b'{"step": 1, "nll": NaN}\n')
   [line] = report._metrics(path)
   assert line['step'] == 1 and math.isnan(line['nll'])

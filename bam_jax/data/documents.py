@@ -197,10 +197,10 @@ def _field(record: dict, text_field: str, where: str) -> str:
   text = record[text_field]
   if not isinstance(text, str):
     raise UserError(f'{where}: {text_field!r} holds {type(text).__name__}, not a string.')
-  if len(text) > DOCUMENT_BYTES:
-    raise _too_large(where)
   try:
-    text.encode()
+    size = len(text.encode())
   except UnicodeEncodeError as error:
     raise UserError(f'{where}: {text_field!r} holds half a surrogate pair.') from error
+  if size > DOCUMENT_BYTES:
+    raise _too_large(where)
   return text

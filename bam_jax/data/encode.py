@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bam_jax import folders
 from bam_jax.data.shards import Encoded, token_dtype
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
@@ -90,7 +91,7 @@ def _encode_chunk(tokenizer: Tokenizer, path: Path, texts: list[str]) -> None:
   with open(unfinished, 'wb') as file:
     np.savez(file, **encoded._asdict())
     file.flush()
-    os.fsync(file.fileno())  # a chunk that exists is whole, even after a power cut
+    folders.fsync(file.fileno())  # a chunk that exists is whole, even after a power cut
   unfinished.replace(path)
 
 

@@ -40,7 +40,7 @@ EOS_TOKENS = (
 # 256 bytes, beginning and end: what byte-level BPE needs before its first merge.
 SMALLEST_VOCAB = 258
 FILE_BYTES = 2**28  # at most, of a tokenizer's file
-BATCH_CHARACTERS = 2**22  # encoded at a time: each takes some 100 bytes, until all are encoded
+BATCH_BYTES = 2**22  # encoded at a time: each takes some 100 bytes, until all are encoded
 LARGEST_VOCAB = 2**20  # to train; the trainer makes room for all of it beforehand
 
 
@@ -246,15 +246,16 @@ class _SentencePiece:
     return self._processor.DecodeIds([i for i in ids if not self._processor.IsControl(i)])
 
 
-def batches(texts: Sequence[str], most: int = BATCH_CHARACTERS) -> Iterator[list[str]]:
-  """The texts in order, as many at a time as have `most` characters, or one that has more."""
-  batch, characters = [], 0
+def batches(texts: Sequence[str], most: int = BATCH_BYTES) -> Iterator[list[str]]:
+  """The texts in order, as many at a time as have `most` bytes of UTF-8, or one that has more."""
+  batch, total = [], 0
   for text in texts:
-    if batch and characters + len(text) > most:
+    size = len(text.encode(errors='surrogatepass'))
+    if batch and total + size > most:
       yield batch
-      batch, characters = [], 0
+      batch, total = [], 0
     batch.append(text)
-    characters += len(text)
+    total += size
   if batch:
     yield batch
 

@@ -136,12 +136,15 @@ def read_lines(path: Path | epath.Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _is_sound(facts: dict[str, Any]) -> bool:
-  valid = facts.get('valid', {})
-  return (
-    isinstance(facts.get('step'), int)
-    and isinstance(valid, dict)
-    and all(isinstance(nll, int | float) for nll in (facts.get('nll', 0.0), *valid.values()))
-  )
+  """Whether a curve can be drawn through a line."""
+  step, valid = facts.get('step'), facts.get('valid', {})
+  if type(step) is not int or not isinstance(valid, dict):
+    return False
+  numbers = [step, facts.get('nll', 0.0), *valid.values()]
+  try:
+    return all(isinstance(number, int | float) and float(number) is not None for number in numbers)
+  except OverflowError:
+    return False
 
 
 def _flatten(value: Any, tag: str = '') -> list[tuple[str, float]]:

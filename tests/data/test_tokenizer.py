@@ -67,9 +67,9 @@ def test_batch_is_one_by_one():
 def test_batches_are_all_texts_in_order_and_small(texts, most):
   found = list(batches(texts, most))
   assert [text for batch in found for text in batch] == texts
-  assert all(len(batch) == 1 or sum(map(len, batch)) <= most for batch in found)
-  pairs = zip(found, found[1:])
-  assert all(sum(map(len, one)) + len(next_one[0]) > most for one, next_one in pairs)
+  size = lambda texts: len(''.join(texts).encode())
+  assert all(len(batch) == 1 or size(batch) <= most for batch in found)
+  assert all(size([*one, after[0]]) > most for one, after in zip(found, found[1:]))
 
 
 def test_save_and_load_are_exact(tmp_path, sentence_piece):

@@ -82,9 +82,10 @@ def printed_change(table: Printed, name: str, base: str, column: str) -> float |
 
 
 def alike(seeds: Seeds, names: Iterable[str]) -> Seeds:
-  """The seeds that have all of some runs that any has, so that a table's rows are of the same."""
-  finished = {name for name in names if any(name in seed['runs'] for seed in seeds)}
-  return [seed for seed in seeds if finished <= seed['runs'].keys()]
+  """The seeds with the most of some runs, all the same, so that a table's rows are comparable."""
+  finished = [frozenset(names) & seed['runs'].keys() for seed in seeds]
+  most = max(finished, key=len, default=frozenset())
+  return [seed for seed, runs in zip(seeds, finished) if most <= runs]
 
 
 def _change(value: float | None, against: float | None) -> float | None:

@@ -103,7 +103,7 @@ def learning_rates(seeds: Seeds) -> str:
 def sweep(seeds: Seeds, name: str) -> dict[float, Spread | None]:
   """Average perplexity by peak learning rate of one mixture, of the seeds that were swept."""
   names = {peak: reproduction.at_peak(name, peak) for peak in reproduction.PEAKS}
-  swept = compare.alike(seeds, names.values())
+  swept = compare.alike(seeds, reproduction.learning_rates())
   return {peak: compare.perplexities(swept, run, AVERAGE) for peak, run in names.items()}
 
 
