@@ -101,6 +101,7 @@ def test_parquet_of_other_things(server, tmp_path):
     'other columns': pyarrow.table({'text\x1b[31m': ['x']}),
     'no columns': pyarrow.table({}),
     'a large text': pyarrow.table({'text': ['x' * (documents.DOCUMENT_BYTES + 1)]}),
+    'a wide text': pyarrow.table({'text': ['\U0001f600' * (documents.DOCUMENT_BYTES // 4 + 1)]}),
   }
   for name, table in odd.items():
     parquet.write_table(table, path)
