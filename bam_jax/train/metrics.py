@@ -141,10 +141,13 @@ def _is_sound(facts: dict[str, Any]) -> bool:
   if type(step) is not int or not isinstance(valid, dict):
     return False
   numbers = [step, facts.get('nll', 0.0), *valid.values()]
-  try:
-    return all(isinstance(number, int | float) and float(number) is not None for number in numbers)
-  except OverflowError:
+  if not all(isinstance(number, int | float) for number in numbers):
     return False
+  try:
+    np.array(numbers, np.float64)
+  except OverflowError:  # JSON's integers have no end
+    return False
+  return True
 
 
 def _flatten(value: Any, tag: str = '') -> list[tuple[str, float]]:
