@@ -17,8 +17,10 @@ import rich.progress
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from bam_jax import compilation, config, errors, recipe_file, sharding
+from bam_jax import config, errors
+from bam_jax.config import recipe_file
 from bam_jax.errors import UserError
+from bam_jax.parallel import compilation, sharding
 
 USER_ERROR = 2  # exit status of a user's mistake
 MOST_CHARACTERS = 2000  # of a sentence, which may repeat what the user typed
@@ -166,7 +168,8 @@ def parse_mesh(items: Sequence[str]) -> config.Mesh:
 
 def app_name() -> str:
   """The command as the user typed it: `bam_jax.prepare`, `bam_jax.convert upcycle`."""
-  return ' '.join(['bam_jax.' + os.path.splitext(os.path.basename(sys.argv[0]))[0], *_verb])
+  file = sys.argv[0].removesuffix(f'{os.sep}__main__.py')
+  return ' '.join(['bam_jax.' + os.path.splitext(os.path.basename(file))[0], *_verb])
 
 
 def command() -> str:

@@ -25,8 +25,12 @@ import jax
 import rich.console
 from absl import flags, logging
 
-from bam_jax import cli, distributed, folders, graph, processes, recipe, recipe_data, report
+from bam_jax import cli
 from bam_jax.errors import UserError
+from bam_jax.files import folders
+from bam_jax.parallel import distributed, processes
+from bam_jax.recipes import datasets, graph, runner
+from bam_jax.reports import report
 from bam_jax.train import stop
 
 _CONFIG = cli.define_recipe()
@@ -48,18 +52,18 @@ def main() -> dict[str, Any] | None:
   workdir = folders.at(_WORKDIR.value)
   folders.check_bucket(workdir)
   processes.check_shared(workdir)
-  parsed = recipe_data.with_workdir(parsed, workdir)
+  parsed = datasets.with_workdir(parsed, workdir)
   nodes = graph.resolve(parsed)
-  dataset = recipe_data.open_dataset(parsed.data)
+  dataset = datasets.open_dataset(parsed.data)
   try:
-    recipe.execute(parsed, workdir, dataset, _RUNS.value, jax.process_index() == 0)
+    runner.execute(parsed, workdir, dataset, _RUNS.value, jax.process_index() == 0)
   except stop.Stopped as stopped:
     if jax.process_index() == 0:
       print(f'Stopped by {stopped}; the same command goes on from here.', file=sys.stderr)
     sys.exit(128 + stopped.signum)
   if jax.process_index():
     return None
-  recipe.write_command(workdir, parsed, shlex.join(['python', '-m', 'bam_jax.main', *sys.argv[1:]]))
+  runner.write_command(workdir, parsed, shlex.join(['python', '-m', 'bam_jax.main', *sys.argv[1:]]))
   facts = report.write(workdir, list(nodes))
   rich.console.Console(stderr=True).print(report.table(facts))
   print(f'{workdir}/report/report.md has this, the costs and the pictures.', file=sys.stderr)

@@ -32,10 +32,12 @@ import rich.console
 import rich.table
 from absl import flags
 
-from bam_jax import cli, config, graph, sharding
+from bam_jax import cli, config
 from bam_jax.errors import UserError
-from bam_jax.generation import generator
+from bam_jax.generate import generator
 from bam_jax.model import arithmetic, transformer
+from bam_jax.parallel import sharding
+from bam_jax.recipes import graph
 
 _CONFIG = cli.define_recipe()
 _RUNS = flags.DEFINE_list('runs', ['btx'], 'Names of the runs; ratios are to the first.')

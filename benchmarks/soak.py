@@ -35,7 +35,8 @@ import numpy as np
 import rich.console
 from absl import flags
 
-from bam_jax import checkpoint, cli, config
+from bam_jax import cli, config
+from bam_jax.checkpoint import checkpoint
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
 
@@ -53,7 +54,7 @@ END_SECONDS = 180  # in which all must have ended, whatever happened
 RECIPE = (
   '--config=configs/quickstart.py',
   f'--runs={",".join(RUNS)}',
-  *(f'--config.runs.{name}.every.checkpoint={CHECKPOINT}' for name in RUNS),
+  *(f'--config.runs.{name}.intervals.checkpoint={CHECKPOINT}' for name in RUNS),
   *(f'--config.runs.{name}.mesh.fsdp=2' for name in RUNS[:-1]),
   '--config.runs.bam_kv.mesh.expert=2',
 )

@@ -22,9 +22,11 @@ import rich.console
 import rich.table
 from absl import flags
 
-from bam_jax import cli, graph, sharding
+from bam_jax import cli
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
+from bam_jax.parallel import sharding
+from bam_jax.recipes import graph
 from bam_jax.train import optimizer, stages
 from bam_jax.train import step as step_lib
 
@@ -65,7 +67,13 @@ class Stepper:
     start = time.perf_counter()
     self.mesh = sharding.make_mesh(run.mesh)
     self.step = step_lib.train_step(
-      node.model, run.compute, run.loss, run.optimizer, run.accumulate, self.mesh, stages.of(run)
+      node.model,
+      run.compute,
+      run.loss,
+      run.optimizer,
+      run.grad_accum_steps,
+      self.mesh,
+      stages.of(run),
     )
     self.rates = stages.rates(lambda step: 1e-4, run.router_warmup_steps)(0)
     abstract = step_lib.abstract_state(node.model, run.compute, run.optimizer, self.mesh)

@@ -30,8 +30,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from bam_jax import config, recipes
+from bam_jax import config
 from bam_jax.errors import UserError
+from bam_jax.recipes import paper
 
 SCALE = runpy.run_path(str(Path(__file__).with_name('small_590m.py')))['SCALE']
 
@@ -39,56 +40,56 @@ SCALE = runpy.run_path(str(Path(__file__).with_name('small_590m.py')))['SCALE']
 def more_btx(num_experts: int) -> dict:
   """BTX with copies of the seed's FFN as its extra experts."""
   label = f'BTX, {num_experts} experts'
-  return {f'btx_{num_experts}': recipes.mixture(SCALE, label, 'btx', num_experts=num_experts)}
+  return {f'btx_{num_experts}': paper.mixture(SCALE, label, 'btx', num_experts=num_experts)}
 
 
 def btx_top3() -> dict:
   """BTX that is as large as BAM with KV experts, and meets as much."""
   label = 'BTX, 6 experts, top 3'
   return dict(
-    btx_6_top3=recipes.mixture(SCALE, label, 'btx', num_experts=6, top_k=3),
-    bam_kv=recipes.mixture(SCALE, *recipes.BAM_KV),
+    btx_6_top3=paper.mixture(SCALE, label, 'btx', num_experts=6, top_k=3),
+    bam_kv=paper.mixture(SCALE, *paper.BAM_KV),
   )
 
 
 def routed(attention_top_k: int) -> dict:
   """BAM whose tokens visit some of the attention experts, and BAM whose tokens visit all."""
-  label, method = recipes.BAM_KV
-  sparse = recipes.compute_matched(
+  label, method = paper.BAM_KV
+  sparse = paper.compute_matched(
     SCALE, f'{label}, attention top {attention_top_k}', method, attention_top_k=attention_top_k
   )
-  soft = recipes.compute_matched(SCALE, f'{label}, CM', method)
+  soft = paper.compute_matched(SCALE, f'{label}, CM', method)
   return {f'bam_top{attention_top_k}': sparse, 'bam_kv_cm': soft}
 
 
 def sparse() -> dict:
   """The seed four times, which nothing has specialised."""
   return dict(
-    sparse=recipes.mixture(
-      SCALE, 'sparse upcycling', 'sparse', sources=['seed'], num_experts=len(recipes.SOURCES)
+    sparse=paper.mixture(
+      SCALE, 'sparse upcycling', 'sparse', sources=['seed'], num_experts=len(paper.SOURCES)
     )
   )
 
 
 def average() -> dict:
   """One dense model, the mean of the four."""
-  return dict(average=recipes.mixture(SCALE, 'dense average', 'average'))
+  return dict(average=paper.mixture(SCALE, 'dense average', 'average'))
 
 
 def compute_matched() -> dict:
   """Both kinds of BAM, for the training FLOPs of BTX."""
-  shared_kv, kv = recipes.BAM_SHARED_KV, recipes.BAM_KV
+  shared_kv, kv = paper.BAM_SHARED_KV, paper.BAM_KV
   return dict(
-    bam_shared_kv_cm=recipes.compute_matched(SCALE, f'{shared_kv[0]}, CM', shared_kv[1]),
-    bam_kv_cm=recipes.compute_matched(SCALE, f'{kv[0]}, CM', kv[1]),
+    bam_shared_kv_cm=paper.compute_matched(SCALE, f'{shared_kv[0]}, CM', shared_kv[1]),
+    bam_kv_cm=paper.compute_matched(SCALE, f'{kv[0]}, CM', kv[1]),
   )
 
 
 def data_matched() -> dict:
   """Both kinds of BAM, on the tokens of BTX."""
   return dict(
-    bam_shared_kv=recipes.mixture(SCALE, *recipes.BAM_SHARED_KV),
-    bam_kv=recipes.mixture(SCALE, *recipes.BAM_KV),
+    bam_shared_kv=paper.mixture(SCALE, *paper.BAM_SHARED_KV),
+    bam_kv=paper.mixture(SCALE, *paper.BAM_KV),
   )
 
 
@@ -115,6 +116,6 @@ def get_config(argument: str = '') -> ConfigDict:
       f'configs/ablations.py:{argument} is no ablation: name one of {", ".join(ABLATIONS)}, as in '
       'configs/ablations.py:cm or configs/ablations.py:cm,smoke.'
     )
-  runs = recipes.branches(SCALE) | dict(btx=recipes.btx(SCALE)) | ABLATIONS[name]
-  recipe = recipes.recipe(f'ablations_{name}', SCALE, runs)
-  return config.complete(recipes.smoke(recipe) if options else recipe)
+  runs = paper.branches(SCALE) | dict(btx=paper.btx(SCALE)) | ABLATIONS[name]
+  recipe = paper.recipe(f'ablations_{name}', SCALE, runs)
+  return config.complete(paper.smoke(recipe) if options else recipe)

@@ -18,10 +18,11 @@ too, BAM with KV experts is to be ahead of BTX in every domain, at equal tokens.
 
 from ml_collections import ConfigDict
 
-from bam_jax import config, recipes
+from bam_jax import config
 from bam_jax.errors import UserError
+from bam_jax.recipes import paper
 
-SCALE = recipes.Scale(
+SCALE = paper.Scale(
   model=dict(
     vocab_size=256_000,
     d_model=2304,
@@ -35,16 +36,16 @@ SCALE = recipes.Scale(
   sequence_length=2048,
   batch_size=2048,  # 4M tokens
   seed_tokens=750_000_000_000,
-  seed_schedule=dict(peak_learning_rate=1e-2, warmup_steps=2000, final_fraction=0.03),
+  seed_schedule=dict(peak_learning_rate=1e-2, warmup_steps=2000, min_lr_ratio=0.03),
   specialist_tokens=100_000_000_000,
   # The paper gives 305 TPU-core-days and no tokens. Its 25 core-days at the small scale, for
   # 100B tokens of BTX, tell the speed of a core; at that speed 305 buy 199B tokens here.
   mixture_tokens=200_000_000_000,
-  mixture_schedule=dict(peak_learning_rate=1e-4, warmup_steps=1000, final_fraction=0.1),
+  mixture_schedule=dict(peak_learning_rate=1e-4, warmup_steps=1000, min_lr_ratio=0.1),
   devices=64,
-  accumulate=8,  # 4 sequences a device at once
+  grad_accum_steps=8,  # 4 sequences a device at once
   compute=dict(dtype='bfloat16', remat='none', loss_chunk=8_192),  # 37 of a v5p's 103 GB
-  every=dict(log=50, evaluate=2_000, checkpoint=1_000),
+  intervals=dict(log=50, evaluate=2_000, checkpoint=1_000),
 )
 
 
@@ -52,10 +53,10 @@ def get_config(argument: str = '') -> ConfigDict:
   """The recipe; `argument` is empty or "smoke"."""
   if argument not in ('', 'smoke'):
     raise UserError(f'configs/large_2b.py has no argument {argument!r}: use none, or smoke.')
-  runs = recipes.branches(SCALE) | dict(
-    btx=recipes.btx(SCALE),
-    bam_shared_kv=recipes.mixture(SCALE, *recipes.BAM_SHARED_KV),
-    bam_kv=recipes.mixture(SCALE, *recipes.BAM_KV),
+  runs = paper.branches(SCALE) | dict(
+    btx=paper.btx(SCALE),
+    bam_shared_kv=paper.mixture(SCALE, *paper.BAM_SHARED_KV),
+    bam_kv=paper.mixture(SCALE, *paper.BAM_KV),
   )
-  recipe = recipes.recipe('large_2b', SCALE, runs)
-  return config.complete(recipes.smoke(recipe) if argument else recipe)
+  recipe = paper.recipe('large_2b', SCALE, runs)
+  return config.complete(paper.smoke(recipe) if argument else recipe)

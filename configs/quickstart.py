@@ -97,4 +97,6 @@ def mixture(label: str, method: str) -> dict:
 
 def common() -> dict:
   """4,096 tokens a step, and how often a run looks up from its work."""
-  return dict(batch_size=32, compute=dict(unroll=4), every=dict(log=5, evaluate=50, checkpoint=50))
+  return dict(
+    batch_size=32, compute=dict(unroll=4), intervals=dict(log=5, evaluate=50, checkpoint=50)
+  )

@@ -20,10 +20,11 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from bam_jax import config, recipes
+from bam_jax import config
 from bam_jax.errors import UserError
+from bam_jax.recipes import paper
 
-SCALE = recipes.Scale(
+SCALE = paper.Scale(
   model=dict(
     vocab_size=4096,
     d_model=128,
@@ -37,14 +38,14 @@ SCALE = recipes.Scale(
   sequence_length=128,
   batch_size=16,
   seed_tokens=4_000_000,
-  seed_schedule=dict(peak_learning_rate=4e-3, warmup_steps=100, final_fraction=0.1),
+  seed_schedule=dict(peak_learning_rate=4e-3, warmup_steps=100, min_lr_ratio=0.1),
   specialist_tokens=1_000_000,
   mixture_tokens=1_000_000,
-  mixture_schedule=dict(peak_learning_rate=2e-3, warmup_steps=50, final_fraction=0.1),
+  mixture_schedule=dict(peak_learning_rate=2e-3, warmup_steps=50, min_lr_ratio=0.1),
   devices=1,
-  accumulate=1,
+  grad_accum_steps=1,
   compute=dict(unroll=4),
-  every=dict(log=10, evaluate=200, checkpoint=200, keep=1),
+  intervals=dict(log=10, evaluate=200, checkpoint=200, keep=1),
 )
 # KV experts take 1.35 times BTX's FLOPs a token here, 1.34 in the paper's 590M, and 1.79 above.
 VOCABULARY = dataclasses.replace(SCALE, model=SCALE.model | dict(num_layers=2, vocab_size=8192))
@@ -65,23 +66,23 @@ LONG = 3  # times the mixtures' budget
 COMPARED = ('btx', 'bam_kv', 'bam_kv_cm')  # with that vocabulary
 
 
-def branches(scale: recipes.Scale = SCALE) -> dict[str, dict]:
+def branches(scale: paper.Scale = SCALE) -> dict[str, dict]:
   """The seed, which has seen some of every domain, and the specialists."""
-  runs = recipes.branches(scale)
+  runs = paper.branches(scale)
   runs['seed']['data'] = dict(general=0.7, code=0.1, law=0.1, math=0.1)
   return runs
 
 
-def main_runs(scale: recipes.Scale = SCALE) -> dict[str, dict]:
+def main_runs(scale: paper.Scale = SCALE) -> dict[str, dict]:
   """BTX, as large as in the paper and as large as BAM, and BAM on its data and for its compute."""
-  kv, shared_kv = recipes.BAM_KV, recipes.BAM_SHARED_KV
+  kv, shared_kv = paper.BAM_KV, paper.BAM_SHARED_KV
   return dict(
-    btx=recipes.btx(scale),
-    btx_6_top3=recipes.mixture(scale, 'BTX, 6 experts, top 3', 'btx', num_experts=6, top_k=3),
-    bam_kv=recipes.mixture(scale, *kv),
-    bam_shared_kv=recipes.mixture(scale, *shared_kv),
-    bam_kv_cm=recipes.compute_matched(scale, f'{kv[0]}, CM', kv[1]),
-    bam_shared_kv_cm=recipes.compute_matched(scale, f'{shared_kv[0]}, CM', shared_kv[1]),
+    btx=paper.btx(scale),
+    btx_6_top3=paper.mixture(scale, 'BTX, 6 experts, top 3', 'btx', num_experts=6, top_k=3),
+    bam_kv=paper.mixture(scale, *kv),
+    bam_shared_kv=paper.mixture(scale, *shared_kv),
+    bam_kv_cm=paper.compute_matched(scale, f'{kv[0]}, CM', kv[1]),
+    bam_shared_kv_cm=paper.compute_matched(scale, f'{shared_kv[0]}, CM', shared_kv[1]),
   )
 
 
@@ -89,17 +90,17 @@ def ablations() -> dict[str, dict]:
   """More experts, routed attention at BTX's compute, and other makings on the same data."""
   return (
     {
-      f'btx_{n}': recipes.mixture(SCALE, f'BTX, {n} experts', 'btx', num_experts=n)
+      f'btx_{n}': paper.mixture(SCALE, f'BTX, {n} experts', 'btx', num_experts=n)
       for n in MORE_EXPERTS
     }
-    | routed('bam', *recipes.BAM_KV)
-    | routed('bam_shared', *recipes.BAM_SHARED_KV)
+    | routed('bam', *paper.BAM_KV)
+    | routed('bam_shared', *paper.BAM_SHARED_KV)
     | dict(
-      sparse=recipes.mixture(
-        SCALE, 'sparse upcycling', 'sparse', sources=['seed'], num_experts=len(recipes.SOURCES)
+      sparse=paper.mixture(
+        SCALE, 'sparse upcycling', 'sparse', sources=['seed'], num_experts=len(paper.SOURCES)
       ),
-      average=recipes.mixture(SCALE, 'dense average', 'average'),
-      dense=recipes.on_all_domains(SCALE, 'seed, trained on', dict(run='seed')),
+      average=paper.mixture(SCALE, 'dense average', 'average'),
+      dense=paper.on_all_domains(SCALE, 'seed, trained on', dict(run='seed')),
     )
   )
 
@@ -107,7 +108,7 @@ def ablations() -> dict[str, dict]:
 def routed(name: str, label: str, method: str) -> dict[str, dict]:
   """One and two attention experts a token, for BTX's compute."""
   return {
-    f'{name}_top{k}': recipes.compute_matched(
+    f'{name}_top{k}': paper.compute_matched(
       SCALE, f'{label}, attention top {k}, CM', method, attention_top_k=k
     )
     for k in (1, 2)
@@ -157,13 +158,13 @@ def starts() -> dict[str, dict]:
 
 def budgets() -> dict[str, dict]:
   """BTX on as few tokens as BAM has for its compute; and both, for LONG times that compute."""
-  label, method = recipes.BAM_KV
+  label, method = paper.BAM_KV
   long = dataclasses.replace(SCALE, mixture_tokens=LONG * SCALE.mixture_tokens)
   short = dict(label="BTX, on BAM's CM tokens", tokens=main_runs()['bam_kv_cm']['tokens'])
   return dict(
-    btx_short=recipes.btx(SCALE) | short,
-    btx_long=recipes.btx(long) | dict(label=f'BTX, {LONG} times the budget'),
-    bam_kv_cm_long=recipes.compute_matched(long, f'{label}, CM, {LONG} times the budget', method),
+    btx_short=paper.btx(SCALE) | short,
+    btx_long=paper.btx(long) | dict(label=f'BTX, {LONG} times the budget'),
+    bam_kv_cm_long=paper.compute_matched(long, f'{label}, CM, {LONG} times the budget', method),
   )
 
 
@@ -191,9 +192,9 @@ def get_config(argument: str = '') -> ConfigDict:
     )
   scale = VOCABULARY if argument == 'vocabulary' else SCALE
   runs = STUDIES[argument]() if argument in STUDIES else main_runs() | ablations()
-  recipe = recipes.recipe('reproduction', scale, branches(scale) | runs)
+  recipe = paper.recipe('reproduction', scale, branches(scale) | runs)
   words = scale.model['vocab_size']
   path = 'data/reproduction' if scale is SCALE else f'data/reproduction_{words}'
   recipe['data'] |= dict(path=path, prepare=dict(input='data/corpus', train_tokenizer=words))
-  recipe['evaluation'] = dict(batch_size=32, tokens=32_768, domains=recipes.DOMAINS)
-  return config.complete(recipes.smoke(recipe) if argument == 'smoke' else recipe)
+  recipe['evaluation'] = dict(batch_size=32, tokens=32_768, domains=paper.DOMAINS)
+  return config.complete(paper.smoke(recipe) if argument == 'smoke' else recipe)

@@ -26,10 +26,11 @@ What it should reach, held-out perplexity in the paper's table 1, on data of its
 
 from ml_collections import ConfigDict
 
-from bam_jax import config, recipes
+from bam_jax import config
 from bam_jax.errors import UserError
+from bam_jax.recipes import paper
 
-SCALE = recipes.Scale(
+SCALE = paper.Scale(
   model=dict(
     vocab_size=256_000,
     d_model=1024,
@@ -43,14 +44,14 @@ SCALE = recipes.Scale(
   sequence_length=2048,
   batch_size=512,  # 1M tokens
   seed_tokens=400_000_000_000,
-  seed_schedule=dict(peak_learning_rate=1.2e-4, warmup_steps=1500, final_fraction=0.1),
+  seed_schedule=dict(peak_learning_rate=1.2e-4, warmup_steps=1500, min_lr_ratio=0.1),
   specialist_tokens=100_000_000_000,
   mixture_tokens=100_000_000_000,
-  mixture_schedule=dict(peak_learning_rate=1.2e-4, warmup_steps=1500, final_fraction=0.1),
+  mixture_schedule=dict(peak_learning_rate=1.2e-4, warmup_steps=1500, min_lr_ratio=0.1),
   devices=16,
-  accumulate=8,  # 4 sequences a device at once
+  grad_accum_steps=8,  # 4 sequences a device at once
   compute=dict(dtype='bfloat16', remat='full', loss_chunk=8_192),
-  every=dict(log=50, evaluate=2_000, checkpoint=1_000),
+  intervals=dict(log=50, evaluate=2_000, checkpoint=1_000),
 )
 
 
@@ -58,10 +59,10 @@ def get_config(argument: str = '') -> ConfigDict:
   """The recipe; `argument` is empty or "smoke"."""
   if argument not in ('', 'smoke'):
     raise UserError(f'configs/small_590m.py has no argument {argument!r}: use none, or smoke.')
-  runs = recipes.branches(SCALE) | dict(
-    btx=recipes.btx(SCALE),
-    bam_shared_kv=recipes.mixture(SCALE, *recipes.BAM_SHARED_KV),
-    bam_kv=recipes.mixture(SCALE, *recipes.BAM_KV),
+  runs = paper.branches(SCALE) | dict(
+    btx=paper.btx(SCALE),
+    bam_shared_kv=paper.mixture(SCALE, *paper.BAM_SHARED_KV),
+    bam_kv=paper.mixture(SCALE, *paper.BAM_KV),
   )
-  recipe = recipes.recipe('small_590m', SCALE, runs)
-  return config.complete(recipes.smoke(recipe) if argument else recipe)
+  recipe = paper.recipe('small_590m', SCALE, runs)
+  return config.complete(paper.smoke(recipe) if argument else recipe)

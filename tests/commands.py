@@ -13,6 +13,7 @@ is asked for, nor more than `seconds`.
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import pkgutil
@@ -115,12 +116,14 @@ class Server:
 def commands() -> list[str]:
   """All commands of the package, the verbs of those that have some one by one."""
   found = []
-  for path in sorted(Path(bam_jax.__file__).parent.glob('*.py')):
-    if "__name__ == '__main__'" in path.read_text(encoding='utf-8'):
+  root = Path(bam_jax.__file__).parent
+  for path in sorted([*root.glob('*.py'), *root.glob('*/__main__.py')]):
+    if "__name__ == '__main__'" in path.read_text(encoding='utf-8') and 'tasks' not in path.parts:
+      name = path.stem if path.parent == root else path.parent.name
       verbs = []
       if 'VERBS' in path.read_text(encoding='utf-8'):
-        verbs = importlib.import_module(f'bam_jax.{path.stem}').VERBS
-      found += [f'{path.stem} {verb}' for verb in verbs] or [path.stem]
+        verbs = importlib.import_module('bam_jax.convert.__main__').VERBS
+      found += [f'{name} {verb}' for verb in verbs] or [name]
   return found
 
 
@@ -187,7 +190,8 @@ def _run(request: dict[str, Any], most_bytes: int, out: int, err: int) -> None:
 
 
 def _list(name: str, verb: list[str]) -> None:
-  module = importlib.import_module(name)
+  package = importlib.util.find_spec(name).submodule_search_locations is not None
+  module = importlib.import_module(f'{name}.__main__' if package else name)
   if verb:
     importlib.import_module(module.VERBS[verb[0]])
   from absl import flags

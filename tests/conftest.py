@@ -21,8 +21,9 @@ import pytest
 from etils import epath
 
 import bam_jax
-from bam_jax import config, folders
+from bam_jax import config
 from bam_jax.data import prepare, shards
+from bam_jax.files import folders
 from tests.commands import Server
 from tests.gcs.service import serve
 
@@ -81,6 +82,7 @@ def door_doc():
 
   def read(name: str) -> str:
     path = pathlib.Path(bam_jax.__file__).parent / f'{name}.py'
+    path = path if path.exists() else path.parent / name / '__main__.py'
     return ast.get_docstring(ast.parse(path.read_text(encoding='utf-8')))
 
   return read

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from bam_jax import checkpoint
 from bam_jax import config as config_lib
+from bam_jax.checkpoint import checkpoint
 from bam_jax.model import transformer
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ CACHE = tempfile.TemporaryDirectory(prefix='bam_jax_test_')  # which goes with t
 
 
 def command(text: Path, workdir: Path, *flags: str) -> list[str]:
-  recipe = f'--config={ROOT}/tests/recipes/tiny.py:{text}'
+  recipe = f'--config={ROOT}/tests/assets/tiny.py:{text}'
   return [sys.executable, '-m', 'bam_jax.main', recipe, f'--workdir={workdir}', *flags]
 
 
@@ -146,8 +146,8 @@ def test_twenty_signals_at_random_moments(text, tmp_path):
   flags = [
     '--runs=seed',
     f'--config.runs.seed.tokens={300 * 64}',
-    '--config.runs.seed.every.evaluate=0',
-    '--config.runs.seed.every.checkpoint=100000',  # only for the signals
+    '--config.runs.seed.intervals.evaluate=0',
+    '--config.runs.seed.intervals.checkpoint=100000',  # only for the signals
   ]
   undisturbed, stopped = tmp_path / 'undisturbed', tmp_path / 'stopped'
   began = time.monotonic()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from bam_jax import strict
+from bam_jax.config import strict
 from bam_jax.config.model import AttentionExperts, Compute, FFNExperts, Model
 from bam_jax.config.recipe import (
   Data,
@@ -24,13 +24,13 @@ from bam_jax.config.recipe import (
   Run,
   parents,
 )
-from bam_jax.config.training import Every, Guard, Loss, Mesh, Optimizer, Schedule, Watch
+from bam_jax.config.training import Guard, Intervals, Loss, Mesh, Optimizer, Schedule, Watch
 from bam_jax.config.upcycle import Method, Upcycle
 
 __all__ = [
-  'AttentionExperts', 'Compute', 'Data', 'Evaluation', 'Every', 'FFNExperts', 'FromCheckpoint',
-  'FromRun', 'FromUpcycle', 'Guard', 'Init', 'Loss', 'Mesh', 'Method', 'Model', 'Optimizer',
-  'Prepare', 'Recipe', 'Run', 'Schedule', 'Upcycle', 'Watch', 'complete', 'parents', 'parse',
+  'AttentionExperts', 'Compute', 'Data', 'Evaluation', 'FFNExperts', 'FromCheckpoint',
+  'FromRun', 'FromUpcycle', 'Guard', 'Init', 'Intervals', 'Loss', 'Mesh', 'Method', 'Model',
+  'Optimizer', 'Prepare', 'Recipe', 'Run', 'Schedule', 'Upcycle', 'Watch', 'complete', 'parents', 'parse',
   'to_dict',
 ]  # fmt: skip
 

@@ -37,16 +37,18 @@ class FFNExperts:
   renormalize: bool = False  # divide the k gates by their sum; the paper does not
   # Rows of an expert's buffer over its even share, tokens * top_k / num_experts; tokens past it
   # are dropped. 0 is dropless.
-  buffer_factor: float = 0.0
+  capacity_factor: float = 0.0
   # A bias that evens the experts' loads: it counts in choosing the top-k and not in the gates.
-  balance_bias: bool = False
+  expert_bias: bool = False
 
   def __post_init__(self):
     checks.sizes(self, 'num_experts')
     checks.at_least(self, top_k=1)
     _check_top_k(self)
-    if self.buffer_factor != 0 and not self.buffer_factor >= 1:
-      raise UserError(f'buffer_factor={self.buffer_factor} is neither 0 (dropless) nor at least 1.')
+    if self.capacity_factor != 0 and not self.capacity_factor >= 1:
+      raise UserError(
+        f'capacity_factor={self.capacity_factor} is neither 0 (dropless) nor at least 1.'
+      )
 
 
 @dataclass(frozen=True)

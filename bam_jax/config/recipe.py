@@ -7,7 +7,7 @@ from typing import Literal
 
 from bam_jax.config import checks
 from bam_jax.config.model import Compute, Model
-from bam_jax.config.training import Every, Guard, Loss, Mesh, Optimizer, Schedule, Watch
+from bam_jax.config.training import Guard, Intervals, Loss, Mesh, Optimizer, Schedule, Watch
 from bam_jax.config.upcycle import Upcycle
 from bam_jax.errors import UserError
 
@@ -47,7 +47,7 @@ class Run:
   batch_size: int  # sequences a step
   schedule: Schedule
   optimizer: Optimizer = Optimizer()
-  accumulate: int = 1  # micro-batches a step
+  grad_accum_steps: int = 1  # micro-batches a step
   router_warmup_steps: int = 0  # first steps, in which only routers learn
   # Of groups of parameters, by the start of their path or a pattern such as "blocks/*/key": what
   # their learning rate is multiplied by. 0 freezes; the longest match wins.
@@ -56,12 +56,12 @@ class Run:
   loss: Loss = Loss()
   compute: Compute = Compute()
   mesh: Mesh = Mesh()
-  every: Every = Every()
+  intervals: Intervals = Intervals()
   guard: Guard = Guard()
   watch: Watch = Watch()
 
   def __post_init__(self):
-    checks.sizes(self, 'batch_size', 'accumulate')
+    checks.sizes(self, 'batch_size', 'grad_accum_steps')
     checks.at_least(self, tokens=0, data_seed=0, router_warmup_steps=0)
     for pattern, factor in self.learning_rate_factors.items():
       if not (math.isfinite(factor) and factor >= 0):
@@ -74,11 +74,11 @@ class Run:
     for domain, share in self.data.items():
       if not (math.isfinite(share) and share > 0):
         raise UserError(f'data[{domain!r}]={share} is not a positive share.')
-    shards = self.accumulate * self.mesh.batch_shards
+    shards = self.grad_accum_steps * self.mesh.batch_shards
     if self.batch_size % shards:
       raise UserError(
-        f'batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate} times '
-        f'the {self.mesh.batch_shards} parts that mesh cuts a batch into.'
+        f'batch_size={self.batch_size} is not a multiple of grad_accum_steps='
+        f'{self.grad_accum_steps} times the {self.mesh.batch_shards} parts that mesh cuts a batch into.'
       )
 
 
@@ -113,7 +113,7 @@ class Evaluation:
   """Held-out perplexity: after every run over all of the held-out text, during it over a part."""
 
   batch_size: int = 16  # sequences
-  tokens: int = 16_384  # of each domain, read at every `every.evaluate` steps
+  tokens: int = 16_384  # of each domain, read at every `intervals.evaluate` steps
   domains: tuple[str, ...] = ()  # columns of the tables; empty is every domain of the data
 
   def __post_init__(self):

@@ -13,12 +13,12 @@ class Schedule:
 
   peak_learning_rate: float
   warmup_steps: int
-  final_fraction: float = 0.1  # learning rate after the last step over the peak
+  min_lr_ratio: float = 0.1  # learning rate after the last step over the peak
 
   def __post_init__(self):
     checks.positive(self, 'peak_learning_rate')
     checks.at_least(self, warmup_steps=0)
-    checks.fraction(self, 'final_fraction')
+    checks.fraction(self, 'min_lr_ratio')
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,14 @@ class Loss:
 
   load_balance: float = 1e-2  # of L_LB = N sum_i f_i P_i; top-k routers only (Switch Transformers)
   router_z: float = 1e-3  # of L_z = mean logsumexp^2; every router (ST-MoE)
-  # What the two are over with accumulate > 1: 'global_batch' costs one more forward pass.
+  # What the two are over with grad_accum_steps > 1: 'global_batch' costs one more forward pass.
   balance_over: Literal['micro_batch', 'global_batch'] = 'micro_batch'
-  bias_rate: float = 1e-3  # what a step moves the biases of models with `balance_bias` by
+  expert_bias_update_rate: float = (
+    1e-3  # what a step moves the biases of models with `expert_bias` by
+  )
 
   def __post_init__(self):
-    checks.at_least(self, load_balance=0, router_z=0, bias_rate=0)
+    checks.at_least(self, load_balance=0, router_z=0, expert_bias_update_rate=0)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Mesh:
 
 
 @dataclass(frozen=True)
-class Every:
+class Intervals:
   """Steps between the things a run does beside training; 0 is only at the end."""
 
   log: int = 10

@@ -21,7 +21,7 @@ class Upcycle:
   top_k: int = 1  # of the FFN experts
   attention_top_k: int = 0  # of the attention experts; 0 is soft
   renormalize: bool = False
-  buffer_factor: float = 0.0
+  capacity_factor: float = 0.0
   router_scale: float = 1.0  # routers start normal with this standard deviation over sqrt(D)
   # The rest goes beyond the paper and is off; docs/options.md says when to use which.
   # 'zero': equal gates; 'centroids': columns of length router_scale toward each source's data.
@@ -30,7 +30,7 @@ class Upcycle:
   weights: tuple[float, ...] = ()  # of the sources, in any unit, for 'weighted'
   drop_ratio: float = 0.0  # of the hidden dimensions of copied FFN experts, drawn anew
   noise: float = 0.0  # added to copied experts, in standard deviations of each array
-  balance_bias: bool = False  # of the FFN experts
+  expert_bias: bool = False  # of the FFN experts
 
   def __post_init__(self):
     checks.at_least(self, num_experts=0, top_k=1, attention_top_k=0, router_scale=0)
@@ -57,9 +57,9 @@ class Upcycle:
     self._check_average()
     self._check_copies()
     self._check_router_init()
-    if self.balance_bias and self.method == 'average':
+    if self.expert_bias and self.method == 'average':
       raise UserError(
-        "balance_bias=True has no meaning for method 'average', which has no router: leave it out."
+        "expert_bias=True has no meaning for method 'average', which has no router: leave it out."
       )
 
   def _check_average(self) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from bam_jax import json_file
 from bam_jax.errors import UserError
+from bam_jax.files import json_file
 
 JSON_LINES = ('.jsonl', '.jsonl.gz')
 PARQUET = ('.parquet',)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bam_jax import folders
 from bam_jax.data.shards import Encoded, token_dtype
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
+from bam_jax.files import folders
 
 
 @contextlib.contextmanager

@@ -19,11 +19,11 @@ from typing import Any
 import tokenizers
 
 import bam_jax.data.shards as shards_lib
-from bam_jax import folders
 from bam_jax.data.encode import encoder, read_chunk
 from bam_jax.data.sources import TRAIN, VALID, Domain
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
+from bam_jax.files import folders
 
 CHUNK_BYTES = 2**21
 VALID_FRACTION = 0.02

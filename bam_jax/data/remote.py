@@ -15,9 +15,9 @@ from typing import Any
 
 from etils import epath
 
-from bam_jax import buckets, folders
 from bam_jax.data import shards
 from bam_jax.errors import UserError
+from bam_jax.files import buckets, folders
 
 
 def publish(source: epath.Path, prepare: Callable[[Path], Any]) -> None:

@@ -21,15 +21,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bam_jax import json_file
 from bam_jax.data import columns
-from bam_jax.data.tokenizer import (
-  HUGGING_FACE_FILE,
-  SENTENCEPIECE_FILE,
-  Tokenizer,
-  read_file,
-)
+from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer, read_file
 from bam_jax.errors import UserError
+from bam_jax.files import json_file
 
 FORMAT = 1
 MANIFEST = 'manifest.json'

@@ -10,8 +10,8 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from bam_jax import folders
 from bam_jax.errors import UserError
+from bam_jax.files import folders
 
 HUGGING_FACE_FILE = 'tokenizer.json'
 SENTENCEPIECE_FILE = 'tokenizer.model'

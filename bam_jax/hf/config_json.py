@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
-from bam_jax import config, strict
+from bam_jax import config
+from bam_jax.config import strict
 from bam_jax.errors import UserError
 
 COHERE, COHERE2, BAM = 'CohereForCausalLM', 'Cohere2ForCausalLM', 'BamForCausalLM'
@@ -48,8 +49,8 @@ _FFN_EXPERTS = {
   'num_experts': 'num_experts',
   'top_k': 'num_experts_per_tok',
   'renormalize': 'norm_topk_prob',
-  'buffer_factor': 'expert_buffer_factor',
-  'balance_bias': 'use_expert_bias',
+  'capacity_factor': 'expert_buffer_factor',
+  'expert_bias': 'use_expert_bias',
 }
 
 

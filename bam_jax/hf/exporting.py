@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from bam_jax import arrays, checkpoint, folders
+from bam_jax.checkpoint import arrays, checkpoint
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
+from bam_jax.files import folders
 from bam_jax.hf import card, config_json, files, names, tokenizer_files
 
 # What a mixture's folder holds for transformers to run: it imports nothing of ours.

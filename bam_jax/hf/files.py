@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from bam_jax import json_file
-from bam_jax.arrays import Spec
+from bam_jax.checkpoint.arrays import Spec
 from bam_jax.errors import UserError
+from bam_jax.files import json_file
 
 CONFIG = 'config.json'
 INDEX = 'model.safetensors.index.json'

@@ -76,9 +76,9 @@ def tensors(model: config.Model) -> dict[str, Tensor]:
     if experts:
       E, router = experts.num_experts, f'{layer}{name}.router.'
       made[f'blocks/{part}/router'] = Tensor(router + 'weight', (L,), (D, E), (E, D))
-  if ffn and ffn.balance_bias:
+  if ffn and ffn.expert_bias:
     bias = layer + 'mlp.router.e_score_correction_bias'
-    made['blocks/ffn/router_bias'] = Tensor(bias, (L,), (ffn.num_experts,), (ffn.num_experts,))
+    made['blocks/ffn/expert_bias'] = Tensor(bias, (L,), (ffn.num_experts,), (ffn.num_experts,))
   if not model.tied_embeddings:
     made['unembed/kernel'] = Tensor(HEAD, (), (D, V), (V, D))
   return made

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from bam_jax import config, sharding
+from bam_jax import config
 from bam_jax.model import parameters as parameter_names
 from bam_jax.model import transformer
+from bam_jax.parallel import sharding
 
 BACKWARD = 2  # FLOPs of a backward pass over those of its forward pass: two products for each one
 
@@ -157,7 +158,7 @@ def _experts(model: config.Model) -> _Experts:
     ffn=ffn.num_experts if ffn else 1,
     ffn_met=ffn.top_k if ffn else 1,
     router_columns=(N if attention else 0) + (ffn.num_experts if ffn else 0),
-    router_biases=ffn.num_experts if ffn and ffn.balance_bias else 0,
+    router_biases=ffn.num_experts if ffn and ffn.expert_bias else 0,
   )
 
 

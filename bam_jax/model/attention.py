@@ -12,8 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bam_jax import config
 from bam_jax.model import norm, parameters, remat, router
-from bam_jax.model.layout import Layout
 from bam_jax.model.tokens import Tokens
+from bam_jax.parallel.collectives import Layout
 
 
 def rotary(positions_BT: jax.Array, head_dim: int, theta: float, dtype: jnp.dtype) -> Callable:

@@ -8,8 +8,8 @@ from flax import nnx
 
 from bam_jax import config
 from bam_jax.model import attention, ffn, norm, router
-from bam_jax.model.layout import Layout
 from bam_jax.model.tokens import Tokens
+from bam_jax.parallel.collectives import Layout
 
 
 class Routing(NamedTuple):

@@ -39,7 +39,7 @@ class Decoder:
       platform: whose kernels; default: the mesh's.
     """
     if model.ffn_experts:
-      experts = dataclasses.replace(model.ffn_experts, buffer_factor=0.0)
+      experts = dataclasses.replace(model.ffn_experts, capacity_factor=0.0)
       model = dataclasses.replace(model, ffn_experts=experts)
     self.model = model
     self.dtype = dtype

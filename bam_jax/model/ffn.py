@@ -15,8 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from bam_jax import config
 from bam_jax.model import dispatch, parameters, remat, router
 from bam_jax.model.kernels import grouped
-from bam_jax.model.layout import Layout
 from bam_jax.model.tokens import Tokens
+from bam_jax.parallel.collectives import Layout
 
 
 def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
@@ -49,7 +49,7 @@ class MixtureOfFFN(nnx.Module):
   def __init__(self, model: config.Model, layout: Layout, *, rngs: nnx.Rngs):
     """Parameters of all the layers: `gate` and `up` LEDF, `down` LEFD, `router` LDE.
 
-    With a bias that balances, `router_bias` LE too.
+    With a bias that balances, `expert_bias` LE too.
     """
     L, D, F = model.num_layers, model.d_model, model.ffn_dim
     self.options = model.ffn_experts
@@ -59,8 +59,8 @@ class MixtureOfFFN(nnx.Module):
     self.up = parameters.normal(rngs, (L, E, D, F), D)
     self.down = parameters.normal(rngs, (L, E, F, D), F, (2 * L) ** -0.5)
     self.router = parameters.normal(rngs, (L, D, E), D)
-    if self.options.balance_bias:
-      self.router_bias = parameters.zeros((L, E))
+    if self.options.expert_bias:
+      self.expert_bias = parameters.zeros((L, E))
     self.choose = _choose(self.options)
     self.statistics = router.statistics  # what is reported; an observer puts its own here
     self.experts = _experts(self.options, layout.platform)
@@ -89,15 +89,15 @@ class MixtureOfFFN(nnx.Module):
 def _choose(options: config.FFNExperts) -> Callable:
   """How the top-k are chosen: (module, gates BTE) -> what `router.choose` returns."""
   k, renormalize = options.top_k, options.renormalize
-  if options.balance_bias:
-    return lambda m, gates: router.choose_biased(gates, m.router_bias[...], k, renormalize)
+  if options.expert_bias:
+    return lambda m, gates: router.choose_biased(gates, m.expert_bias[...], k, renormalize)
   return lambda m, gates: router.choose(gates, k, renormalize)
 
 
 def _experts(options: config.FFNExperts, platform: str) -> Callable:
   """How the experts compute: (rows PD, expert of each P, weights) -> (rows PD, dropped pairs)."""
-  if options.buffer_factor:
-    return _buffered(options.num_experts, options.buffer_factor)
+  if options.capacity_factor:
+    return _buffered(options.num_experts, options.capacity_factor)
   return _dropless(grouped.choose(platform), options.num_experts)
 
 

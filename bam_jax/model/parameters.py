@@ -9,9 +9,9 @@ from flax import nnx
 # Used in float32 whatever the compute dtype: a router's choice and a norm's scale are too coarse in
 # bfloat16, and too small to save anything.
 SCALES = frozenset({'scale', 'query_scale', 'key_scale'})  # of norms
-ROUTERS = frozenset({'router', 'router_bias'})
+ROUTERS = frozenset({'router', 'expert_bias'})
 FLOAT32_NAMES = SCALES | ROUTERS
-UNDECAYED = SCALES | {'router_bias'}  # by weight decay
+UNDECAYED = SCALES | {'expert_bias'}  # by weight decay
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, scale: float = 1.0) -> nnx.Param:

@@ -24,10 +24,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bam_jax import sharding
 from bam_jax.errors import UserError
 from bam_jax.model import parameters
-from bam_jax.model.layout import Layout
+from bam_jax.parallel import sharding
+from bam_jax.parallel.collectives import Layout
 
 ROWS = P(('data', 'fsdp'))
 

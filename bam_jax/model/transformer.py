@@ -9,8 +9,8 @@ from flax import nnx
 from bam_jax import config
 from bam_jax.model import attention, block, parameters, remat, vocabulary
 from bam_jax.model.kernels import attention as kernels
-from bam_jax.model.layout import Layout
 from bam_jax.model.tokens import Tokens
+from bam_jax.parallel.collectives import Layout
 
 Params = dict[str, Any]  # nested, as the layout in docs: layers on axis 0, experts on axis 1
 

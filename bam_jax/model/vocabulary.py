@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bam_jax.model import layout as layout_lib
+from bam_jax.parallel import collectives as layout_lib
 
 
 class Words(NamedTuple):

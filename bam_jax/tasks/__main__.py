@@ -10,8 +10,8 @@ writes: bam_humaneval and bam_mbpp within the limits of `bam_jax.tasks.sandbox`,
 
 import sys
 
-from bam_jax import compilation
 from bam_jax.errors import UserError
+from bam_jax.parallel import compilation
 from bam_jax.tasks import session
 
 

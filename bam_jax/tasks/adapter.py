@@ -19,11 +19,13 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from bam_jax import checkpoint as checkpoint_lib
-from bam_jax import config, opening, sharding
+from bam_jax import config
+from bam_jax.checkpoint import checkpoint as checkpoint_lib
+from bam_jax.checkpoint import opening
 from bam_jax.errors import UserError
-from bam_jax.evaluation.scorer import Scorer
-from bam_jax.generation import generator, loading, sampling, text
+from bam_jax.evaluate.scorer import Scorer
+from bam_jax.generate import generator, loading, sampling, text
+from bam_jax.parallel import sharding
 
 NAME = 'bam_jax'  # of the model, for lm-eval
 NEW_TOKENS = 256  # of a continuation, where a task gives no number: lm-eval's own

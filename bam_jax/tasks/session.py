@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import rich.console
 
-from bam_jax import checkpoint, config, opening, sharding
+from bam_jax import config
+from bam_jax.checkpoint import checkpoint, opening
 from bam_jax.errors import UserError
-from bam_jax.evaluation.programs import rows_mesh
+from bam_jax.evaluate.programs import rows_mesh
+from bam_jax.parallel import sharding
 from bam_jax.tasks import paired, sandbox, sets, tables
 
 GROUPS = str(Path(__file__).parent / 'groups')  # tasks of our own, for lm-eval

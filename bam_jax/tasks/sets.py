@@ -13,8 +13,8 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bam_jax import json_file
 from bam_jax.errors import UserError
+from bam_jax.files import json_file
 
 SUFFIXES = ('.jsonl', '.jsonl.gz')
 MOST_BYTES = 2**28  # of a file's text

@@ -9,7 +9,7 @@ from bam_jax import config
 from bam_jax.model import block, transformer
 from bam_jax.train import stages as stages_lib
 
-BIAS = 'blocks/ffn/router_bias'
+BIAS = 'blocks/ffn/expert_bias'
 
 
 def whole_step(network: transformer.Network, loss: config.Loss) -> Callable:
@@ -41,8 +41,8 @@ def bias_update(
   `b_i += rate * sign(mean load - load_i)`, a layer at a time; arXiv 2408.15664, algorithm 1.
   """
   experts = model.ffn_experts
-  rate = loss.bias_rate * stages_lib.factor(BIAS, stages.factors)
-  if experts is None or not experts.balance_bias or not rate:
+  rate = loss.expert_bias_update_rate * stages_lib.factor(BIAS, stages.factors)
+  if experts is None or not experts.expert_bias or not rate:
     return lambda params, routing: params
 
   def run(params, routing):
@@ -50,7 +50,7 @@ def bias_update(
     choices_LE = jnp.round(experts.top_k * routing.ffn.load)
     spare_LE = choices_LE.sum(-1, keepdims=True) - experts.num_experts * choices_LE
     ffn = params['blocks']['ffn']
-    bias_LE = ffn['router_bias'] + rate * jnp.sign(spare_LE)
-    return params | {'blocks': params['blocks'] | {'ffn': ffn | {'router_bias': bias_LE}}}
+    bias_LE = ffn['expert_bias'] + rate * jnp.sign(spare_LE)
+    return params | {'blocks': params['blocks'] | {'ffn': ffn | {'expert_bias': bias_LE}}}
 
   return run

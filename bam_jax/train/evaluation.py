@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from bam_jax import config, processes, sharding
+from bam_jax import config
 from bam_jax.data import mixture, shards
 from bam_jax.model import transformer
+from bam_jax.parallel import processes, sharding
 from bam_jax.train import loss, metrics
 
 

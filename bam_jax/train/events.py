@@ -13,7 +13,7 @@ from pathlib import Path
 import tensorboardX
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from bam_jax import buckets
+from bam_jax.files import buckets
 
 
 class Events:

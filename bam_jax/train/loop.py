@@ -9,10 +9,12 @@ from typing import Any
 import grain
 import jax
 
-from bam_jax import checkpoint, config, damage, errors, processes, sharding
+from bam_jax import config, errors
+from bam_jax.checkpoint import checkpoint, damage
 from bam_jax.data import mixture, shards
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
+from bam_jax.parallel import processes, sharding
 from bam_jax.train import (
   evaluation,
   goodput,
@@ -69,7 +71,14 @@ def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> di
   learning_rate = optimizer.learning_rate(run.schedule, recipe.warmup_steps(job.name), total_steps)
   mesh = sharding.make_mesh(run.mesh)
   train_step = step_lib.train_step(
-    job.model, run.compute, run.loss, run.optimizer, run.accumulate, mesh, stages.of(run), run.guard
+    job.model,
+    run.compute,
+    run.loss,
+    run.optimizer,
+    run.grad_accum_steps,
+    mesh,
+    stages.of(run),
+    run.guard,
   )
   rates = stages.rates(learning_rate, recipe.router_warmup_steps(job.name))
   evaluate = step_lib.evaluation_step(job.model, run.compute, mesh)
@@ -79,7 +88,7 @@ def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> di
     stack.enter_context(jax.set_mesh(mesh))
     for sentence in damage.set_aside(job.folder / 'checkpoints'):
       progress.note(sentence)
-    checkpoints = checkpoint.Checkpoints(job.folder / 'checkpoints', run.every.keep)
+    checkpoints = checkpoint.Checkpoints(job.folder / 'checkpoints', run.intervals.keep)
     stack.push(lambda kind, error, trace: _close(checkpoints, error))
     batches = mixture.iterate(batches_of(run, recipe, job.dataset), 0, PREFETCH)
     first_step, state, data = _start(job, mesh, checkpoints, batches)
@@ -106,7 +115,7 @@ def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> di
       step_tokens=step_tokens,
       flops_per_token=arithmetic.training_flops(job.model, recipe.data.sequence_length),
       num_devices=mesh.size,
-      log_every=run.every.log,
+      log_every=run.intervals.log,
       learning_rate=learning_rate,
     )
     profiler = profile.Profiler(job.folder / 'profile', run.watch, recorder.settle)
@@ -149,10 +158,10 @@ def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> di
       profiler.after(step)
       if step == total_steps:
         break
-      if _due(step, run.every.evaluate):
+      if _due(step, run.intervals.evaluate):
         recorder.valid(step, evaluation.nats_per_token(heldout(options.tokens, watch.goes_on)))
       signum = stopping.agreed()
-      if _due(step, run.every.checkpoint) or signum:
+      if _due(step, run.intervals.checkpoint) or signum:
         save(step)
       if signum:
         raise stop.Stopped(signum)

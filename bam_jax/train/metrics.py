@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from bam_jax import buckets, folders, json_file
+from bam_jax.files import buckets, folders, json_file
 from bam_jax.model import block, router
 from bam_jax.train import events
 from bam_jax.train import step as step_lib

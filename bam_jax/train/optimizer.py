@@ -9,8 +9,9 @@ from collections.abc import Callable
 import jax
 import optax
 
-from bam_jax import config, sharding
+from bam_jax import config
 from bam_jax.model import parameters
+from bam_jax.parallel import sharding
 
 
 def adamw(options: config.Optimizer) -> optax.GradientTransformation:
@@ -40,11 +41,11 @@ def learning_rate(
   """The learning rate of step n = 0, 1, ...
 
   It grows by equal parts, the first of them already at step 0, to the peak at step
-  `warmup_steps - 1`, and reaches `final_fraction` of it at the last step.
+  `warmup_steps - 1`, and reaches `min_lr_ratio` of it at the last step.
   """
-  peak, end = schedule.peak_learning_rate, schedule.final_fraction * schedule.peak_learning_rate
+  peak, end = schedule.peak_learning_rate, schedule.min_lr_ratio * schedule.peak_learning_rate
   cosine = optax.cosine_decay_schedule(
-    peak, max(total_steps - warmup_steps, 1), schedule.final_fraction
+    peak, max(total_steps - warmup_steps, 1), schedule.min_lr_ratio
   )
   warm = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
 

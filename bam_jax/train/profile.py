@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from bam_jax import buckets, config
+from bam_jax import config
+from bam_jax.files import buckets
 
 
 class Profiler:

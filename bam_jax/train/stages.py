@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bam_jax import config, sharding
+from bam_jax import config
 from bam_jax.errors import UserError
 from bam_jax.model import parameters, transformer
+from bam_jax.parallel import sharding
 
 
 @dataclass(frozen=True)

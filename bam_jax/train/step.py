@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from bam_jax import config, sharding
+from bam_jax import config
 from bam_jax.model import transformer
+from bam_jax.parallel import sharding
 from bam_jax.train import balance
 from bam_jax.train import guard as guard_lib
 from bam_jax.train import loss as loss_lib
@@ -55,7 +56,7 @@ def train_step(
   compute: config.Compute,
   loss: config.Loss,
   optimizer: config.Optimizer,
-  accumulate: int,
+  grad_accum_steps: int,
   mesh: jax.sharding.Mesh,
   stages: stages_lib.Stages = stages_lib.Stages(),  # noqa: B008
   guard: config.Guard = config.Guard(),  # noqa: B008
@@ -66,7 +67,7 @@ def train_step(
   `learning_rate` is, `stages.rates` says.
   """
   network = transformer.Network(model, compute, mesh)
-  gradients = spread_gradients(network, loss, accumulate)
+  gradients = spread_gradients(network, loss, grad_accum_steps)
   adamw = optimizer_lib.adamw(optimizer)
   learnable, learn = stages_lib.learnable(stages), stages_lib.learner(stages)
   move_bias = balance.bias_update(model, loss, stages)
@@ -117,12 +118,14 @@ def evaluation_step(
   return jax.jit(layout.spread(sums, specs, sharding.BATCH), out_shardings=everywhere)
 
 
-def spread_gradients(network: transformer.Network, loss: config.Loss, accumulate: int) -> Callable:
+def spread_gradients(
+  network: transformer.Network, loss: config.Loss, grad_accum_steps: int
+) -> Callable:
   """The function `(params, batch) -> ((loss, sums), gradients)` of global arrays."""
   layout = network.layout
   gradients = jax.value_and_grad(loss_lib.objective(network, loss), has_aux=True)
-  if accumulate > 1:
-    gradients = _accumulated(gradients, accumulate, network, loss)
+  if grad_accum_steps > 1:
+    gradients = _accumulated(gradients, grad_accum_steps, network, loss)
 
   def run(params, batch):
     (value, sums), grads = gradients(params, batch)
@@ -134,15 +137,17 @@ def spread_gradients(network: transformer.Network, loss: config.Loss, accumulate
 
 
 def _accumulated(
-  gradient: Callable, accumulate: int, network: transformer.Network, loss: config.Loss
+  gradient: Callable, grad_accum_steps: int, network: transformer.Network, loss: config.Loss
 ) -> Callable:
   """`gradient` over micro-batches: sums over the step's targets, divided once."""
   whole_step = balance.whole_step(network, loss)
 
   def run(params, batch):
     targets = network.layout.total(batch['weights'].sum())
-    # Micro-batch i takes every row i modulo `accumulate`, on every mesh the same rows.
-    micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    # Micro-batch i takes every row i modulo `grad_accum_steps`, on every mesh the same rows.
+    micro = jax.tree.map(
+      lambda x: x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), batch
+    )
     whole = whole_step(params, micro)
 
     def body(total, part):

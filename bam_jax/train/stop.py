@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import jax
 
-from bam_jax import processes
+from bam_jax.parallel import processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -18,11 +18,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bam_jax import config, processes, sharding
+from bam_jax import config
 from bam_jax.data import mixture
 from bam_jax.errors import UserError
 from bam_jax.model import parameters, transformer
-from bam_jax.model.layout import Layout
+from bam_jax.parallel import processes, sharding
+from bam_jax.parallel.collectives import Layout
 
 CENTROID_TOKENS = 32_768  # read of each source's data, rounded up to whole batches
 COPY_SPREAD = 0.1  # how far copies' columns are turned from the first source's

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Literal, NamedTuple
 
-from bam_jax import config, manifest
+from bam_jax import config
+from bam_jax.checkpoint import manifest
 
 How = Literal['mean', 'stack', 'router', 'zero']
 
@@ -31,8 +32,8 @@ def mixture_model(dense: config.Model, upcycle: config.Upcycle) -> config.Model:
       num_experts=upcycle.experts,
       top_k=upcycle.top_k,
       renormalize=upcycle.renormalize,
-      buffer_factor=upcycle.buffer_factor,
-      balance_bias=upcycle.balance_bias,
+      capacity_factor=upcycle.capacity_factor,
+      expert_bias=upcycle.expert_bias,
     )
   return dataclasses.replace(dense, attention_experts=attention, ffn_experts=ffn)
 
@@ -66,8 +67,8 @@ def rules(mixture: config.Model) -> tuple[Rule, ...]:
     table.append(Rule('blocks/attention/router', 'router', None))
   if ffn:
     table.append(Rule('blocks/ffn/router', 'router', None))
-  if ffn and ffn.balance_bias:
-    table.append(Rule('blocks/ffn/router_bias', 'zero', None))
+  if ffn and ffn.expert_bias:
+    table.append(Rule('blocks/ffn/expert_bias', 'zero', None))
   return tuple(table)
 
 

@@ -18,8 +18,11 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from bam_jax import arrays, checkpoint, checksums, config, folders, manifest, strict
+from bam_jax import config
+from bam_jax.checkpoint import arrays, checkpoint, checksums, manifest
+from bam_jax.config import strict
 from bam_jax.errors import UserError
+from bam_jax.files import folders
 from bam_jax.model import transformer
 from bam_jax.upcycle import merge, options, rules
 

@@ -13,7 +13,8 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bam_jax import cli, config, graph  # noqa: E402
+from bam_jax import cli, config
+from bam_jax.recipes import graph
 
 _CONFIG = cli.define_recipe()
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bam_jax import checkpoint, config
+from bam_jax import config
+from bam_jax.checkpoint import checkpoint
 from bam_jax.model import transformer
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +89,7 @@ class Job:
 def job(
   workdir: Path, text: Path, processes: int, mesh: str, *flags: str, steps: int = 12, main=MAIN
 ) -> Iterator[Job]:
-  """A job of `main` on the recipe tests/recipes/job.py; nothing of it is left afterwards.
+  """A job of `main` on the recipe tests/assets/job.py; nothing of it is left afterwards.
 
   Args:
     workdir: of the job.
@@ -99,7 +100,7 @@ def job(
     steps: of each run.
     main: what to run, in the same way.
   """
-  recipe = f'--config={ROOT}/tests/recipes/job.py:{text},{steps},{mesh}'
+  recipe = f'--config={ROOT}/tests/assets/job.py:{text},{steps},{mesh}'
   port = free_port()
   commands = []
   for process in range(processes):

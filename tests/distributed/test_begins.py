@@ -117,7 +117,7 @@ def open_mpi(process: int, number: int) -> dict[str, str]:
 @pytest.mark.parametrize('launcher', (slurm, open_mpi))
 def test_auto_finds_what_a_launcher_says(text, tmp_path, launcher):
   """The variables of each, without the launcher: the job gets as far as its recipe's mesh."""
-  recipe = f'--config={ROOT}/tests/recipes/job.py:{text},12,4x1x1x1'
+  recipe = f'--config={ROOT}/tests/assets/job.py:{text},12,4x1x1x1'
   line = [*MAIN, recipe, f'--workdir={tmp_path}', '--coordinator=auto']
   number = free_port() % 4096  # from which JAX makes a port
   variables = [launcher(process, number) for process in range(2)]

@@ -73,7 +73,7 @@ def test_a_killed_process_takes_the_other_down(text, undisturbed, tmp_path, vict
 @pytest.mark.slow
 def test_a_process_is_killed_between_two_steps(text, tmp_path):
   """Wherever the other one is told of it: JAX has several errors for it; all are one sentence."""
-  flags = ('--runs=seed', '--lost_timeout=10', '--config.runs.seed.every.checkpoint=0')
+  flags = ('--runs=seed', '--lost_timeout=10', '--config.runs.seed.intervals.checkpoint=0')
   for attempt in range(4):
     with job(tmp_path / str(attempt), text, 2, MESH, *flags, steps=4000) as both:
       both.wait_for_step(tmp_path / str(attempt) / 'seed', 3 + attempt)

@@ -6,9 +6,9 @@ import sys
 import jax
 import pytest
 
-from bam_jax import distributed
-from bam_jax.distributed import Place, place_of
 from bam_jax.errors import UserError
+from bam_jax.parallel import distributed
+from bam_jax.parallel.distributed import Place, place_of
 from tests.distributed.jobs import ROOT
 
 MISTAKES = {

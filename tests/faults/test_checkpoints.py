@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from bam_jax import checkpoint, checksums
+from bam_jax.checkpoint import checkpoint, checksums
+from tests.checkpoint.test_checkpoint import spoil
 from tests.distributed import jobs
 from tests.faults.conftest import SEED, assert_sentence
-from tests.test_checkpoint import spoil
 from tests.test_main import ROOT, assert_same_end, environment, run, start
 
 
@@ -79,9 +79,9 @@ def test_the_only_checkpoint_outlives_many_kills(text, undisturbed, tmp_path, se
   """A run that keeps one checkpoint and is killed while it writes the next, again and again."""
   flags = [
     *SEED,
-    '--config.runs.seed.every.checkpoint=1',
-    '--config.runs.seed.every.keep=1',
-    '--config.runs.seed.every.evaluate=0',
+    '--config.runs.seed.intervals.checkpoint=1',
+    '--config.runs.seed.intervals.keep=1',
+    '--config.runs.seed.intervals.evaluate=0',
   ]
   checkpoints, chance = tmp_path / 'seed' / 'checkpoints', random.Random(seed)
   for _ in range(12):

@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from bam_jax import cli, report
+from bam_jax import cli
 from bam_jax.data import prepare, shards
 from bam_jax.errors import UserError
+from bam_jax.reports import report
 from tests.faults.conftest import SEED, assert_sentence, remount
 from tests.test_main import ROOT, assert_same_end, command, environment, run, start, wait_for_step
 
@@ -87,7 +88,11 @@ def test_prepare_goes_on_when_there_is_room_again(text, disk, tmp_path):
 def test_data_that_is_cut_short_while_a_run_reads_it(text, undisturbed, tmp_path):
   """A sentence, where a mapped file would end the process without a word."""
   shutil.copytree(undisturbed / 'data', tmp_path / 'data')
-  flags = [*SEED, f'--config.runs.seed.tokens={2000 * 64}', '--config.runs.seed.every.checkpoint=5']
+  flags = [
+    *SEED,
+    f'--config.runs.seed.tokens={2000 * 64}',
+    '--config.runs.seed.intervals.checkpoint=5',
+  ]
   running = start(text, tmp_path, *flags)
   wait_for_step(tmp_path / 'seed', 12, running)
   for path in (tmp_path / 'data').glob('*/train*.tokens.npy'):

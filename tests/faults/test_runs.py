@@ -105,7 +105,7 @@ def test_a_profile_on_request(text, tmp_path):
 @pytest.mark.slow
 def test_a_stalled_step_is_reported(text, tmp_path):
   """One of two processes stands still: the other tells what it waits for, long before the end."""
-  never = [f'--config.runs.seed.every.{what}=0' for what in ('evaluate', 'checkpoint')]
+  never = [f'--config.runs.seed.intervals.{what}=0' for what in ('evaluate', 'checkpoint')]
   flags = [*SEED, *never, '--lost_timeout=20', '--config.runs.seed.watch.stall_seconds=2']
   with jobs.job(tmp_path, text, 2, jobs.MESH, *flags, steps=400) as both:
     both.wait_for_step(tmp_path / 'seed', 20)

@@ -26,7 +26,7 @@ class World:
     tensors = list(folders.cohere_tensors().items())
     shards = dict(tensors[:5]), dict(tensors[5:])
     self.hf_shards = folders.write_hf(folder / 'hf_shards', folders.CONFIG, *shards)
-    self.recipe = f'{ROOT}/tests/recipes/tiny.py:{text}'
+    self.recipe = f'{ROOT}/tests/assets/tiny.py:{text}'
 
   def line(self, command: str, output: Path) -> list[str]:
     """A command line that works; what it makes is at `output`."""

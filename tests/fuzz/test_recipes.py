@@ -140,10 +140,11 @@ def test_any_value_of_any_key_on_the_command_line(server, world):
 
 REFUSED = {  # past what any machine holds
   'data.sequence_length', 'runs.seed.batch_size', 'runs.seed.mesh.data', 'runs.seed.mesh.fsdp',
-  'runs.seed.mesh.expert', 'runs.seed.mesh.tensor', 'runs.seed.accumulate', 'evaluation.batch_size',
+  'runs.seed.mesh.expert', 'runs.seed.mesh.tensor', 'runs.seed.grad_accum_steps',
+  'evaluation.batch_size',
 }  # fmt: skip
 FRACTIONS = {
-  f'runs.seed.{key}' for key in ('schedule.final_fraction', 'optimizer.b1', 'optimizer.b2')
+  f'runs.seed.{key}' for key in ('schedule.min_lr_ratio', 'optimizer.b1', 'optimizer.b2')
 }
 SIZES = REFUSED | {'seed', 'runs.seed.compute.unroll', 'runs.seed.guard.window'}  # of 32 bits
 

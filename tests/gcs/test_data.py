@@ -5,9 +5,11 @@ import shutil
 import numpy as np
 import pytest
 
-from bam_jax import buckets, config, folders, recipe_data
+from bam_jax import config
 from bam_jax.data import remote, shards
 from bam_jax.errors import UserError
+from bam_jax.files import buckets, folders
+from bam_jax.recipes import datasets
 from tests.gcs.conftest import files
 
 
@@ -83,7 +85,7 @@ def test_what_cannot_be_copied_is_one_sentence(cache, published, what, monkeypat
 def test_a_recipe_prepares_into_a_bucket_the_same_bytes(cache, folder, text, tmp_path):
   def opened(path):
     how = config.Prepare(input=str(text), train_tokenizer=300)
-    return recipe_data.open_dataset(config.Data(path=str(path), sequence_length=16, prepare=how))
+    return datasets.open_dataset(config.Data(path=str(path), sequence_length=16, prepare=how))
 
   local, mine = opened(tmp_path / 'data'), opened(folder / 'data')
   assert mine.manifest == local.manifest and mine.path.is_relative_to(cache)

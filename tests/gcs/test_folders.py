@@ -3,8 +3,8 @@
 import pytest
 import tensorstore as ts
 
-from bam_jax import buckets, folders
 from bam_jax.errors import UserError
+from bam_jax.files import buckets, folders
 from tests.gcs.conftest import files
 
 

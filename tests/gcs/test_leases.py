@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from bam_jax import claims, leases
 from bam_jax.errors import UserError
+from bam_jax.files import claims, leases
 
 HOLD = """
 import sys

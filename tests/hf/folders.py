@@ -9,9 +9,10 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from bam_jax import arrays, checkpoint, config, manifest
+from bam_jax import config
+from bam_jax.checkpoint import arrays, checkpoint, manifest
 from bam_jax.data.tokenizer import Tokenizer
-from bam_jax.folders import new_folder
+from bam_jax.files.folders import new_folder
 from bam_jax.model import transformer
 
 # No two sizes that matter are equal, so that no transposition goes unseen.
@@ -69,12 +70,12 @@ MODELS = {
   },
   'shared_kv': {
     'attention_experts': config.AttentionExperts(3, shared_kv=True),
-    'ffn_experts': config.FFNExperts(4, buffer_factor=4.0),
+    'ffn_experts': config.FFNExperts(4, capacity_factor=4.0),
     'tied_embeddings': False,
   },
   'routed': {
     'attention_experts': config.AttentionExperts(3, top_k=2, renormalize=True),
-    'ffn_experts': config.FFNExperts(4, top_k=3, renormalize=True, balance_bias=True),
+    'ffn_experts': config.FFNExperts(4, top_k=3, renormalize=True, expert_bias=True),
   },
 }  # fmt: skip
 
@@ -99,7 +100,7 @@ def draw(model: config.Model, seed: int = 0) -> dict[str, np.ndarray]:
     noise = rng.normal(size=leaf.shape)
     if path.endswith('scale'):
       noise = 1 + 0.3 * noise
-    elif path.endswith('router_bias'):
+    elif path.endswith('expert_bias'):
       noise *= 0.2
     elif path != 'embed/table':
       noise *= 1.5 / model.d_model**0.5

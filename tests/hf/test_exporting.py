@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
-from bam_jax import manifest
+from bam_jax.checkpoint import manifest
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.hf import exporting, files, importing

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from bam_jax.arrays import Spec
+from bam_jax.checkpoint.arrays import Spec
 from bam_jax.errors import UserError
 from bam_jax.hf import files
 from tests.hf.folders import read_json, write_json

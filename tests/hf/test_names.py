@@ -81,7 +81,7 @@ def test_where_single_elements_of_a_mixture_go():
   assert theirs[layer + 'mlp.router.weight'][3, 7] == ours['blocks/ffn/router'][1, 7, 3]
   assert theirs[layer + 'self_attn.router.weight'][2, 7] == ours[attention + 'router'][1, 7, 2]
   bias = layer + 'mlp.router.e_score_correction_bias'
-  assert theirs[bias][3] == ours['blocks/ffn/router_bias'][1, 3]
+  assert theirs[bias][3] == ours['blocks/ffn/expert_bias'][1, 3]
   shared = make_model('shared_kv')
   ours = draw(shared)
   theirs = exported(shared, ours)

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from bam_jax import config, sharding
+from bam_jax import config
 from bam_jax.model import transformer
+from bam_jax.parallel import sharding
 from tests.model import odd
 
 

@@ -33,10 +33,13 @@ MODELS: dict[str, tuple[str, Change]] = {
   ),
   'norms_of_heads': ('bam_kv_experts', _with(qk_norm=True)),
   'norms_of_shared_heads': ('bam_shared_kv', _with(qk_norm=True)),
-  'biased': ('btx', _with(ffn_experts=config.FFNExperts(4, balance_bias=True))),
+  'biased': ('btx', _with(ffn_experts=config.FFNExperts(4, expert_bias=True))),
   'attention_experts_alone': ('bam_kv_experts', _with(ffn_experts=None, logit_scale=0.5)),
-  'room_for_all': ('bam_kv_experts', _with(ffn_experts=config.FFNExperts(4, buffer_factor=4.0))),
-  'with_a_capacity': ('bam_kv_experts', _with(ffn_experts=config.FFNExperts(4, buffer_factor=1.0))),
+  'room_for_all': ('bam_kv_experts', _with(ffn_experts=config.FFNExperts(4, capacity_factor=4.0))),
+  'with_a_capacity': (
+    'bam_kv_experts',
+    _with(ffn_experts=config.FFNExperts(4, capacity_factor=1.0)),
+  ),
 }
 LIKE_CONFTEST = 'dense', 'untied', 'btx', 'bam_kv_experts', 'bam_shared_kv', 'routed_attention'
 

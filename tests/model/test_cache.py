@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from bam_jax import config, sharding
+from bam_jax import config
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, resident, transformer
 from bam_jax.model import cache as cache_lib
 from bam_jax.model import decoder as decoder_lib
+from bam_jax.parallel import sharding
 from tests.model import odd
 
 TOLERANCE = 1e-5  # of the largest score
@@ -41,7 +42,7 @@ def uncached(named, start, rows):
   def run(name: str) -> np.ndarray:
     model = named(name)
     if model.ffn_experts:  # generation drops no token
-      dropless = dataclasses.replace(model.ffn_experts, buffer_factor=0.0)
+      dropless = dataclasses.replace(model.ffn_experts, capacity_factor=0.0)
       model = dataclasses.replace(model, ffn_experts=dropless)
     network = transformer.Network(model, config.Compute())
     slots = np.arange(LENGTH)

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from bam_jax import config, sharding
+from bam_jax import config
 from bam_jax.model import transformer
 from bam_jax.model.kernels import grouped, sorted_rows
-from bam_jax.model.layout import Layout
+from bam_jax.parallel import sharding
+from bam_jax.parallel.collectives import Layout
 from bam_jax.train import loss as loss_lib
 from bam_jax.train import step
 from tests.model import odd
@@ -180,8 +181,8 @@ def test_devices_whose_rows_do_not_fit_take_the_full_buffer(
   text = program.as_text()
   assert ' conditional(' in text
   crowded = start('biased')
-  crowded['blocks']['ffn']['router_bias'] = np.zeros_like(crowded['blocks']['ffn']['router_bias'])
-  crowded['blocks']['ffn']['router_bias'][0, 1] = 10
+  crowded['blocks']['ffn']['expert_bias'] = np.zeros_like(crowded['blocks']['ffn']['expert_bias'])
+  crowded['blocks']['ffn']['expert_bias'][0, 1] = 10
   params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), crowded, params)
 
   objective = loss_lib.objective(transformer.Network(named('biased'), config.Compute()), LOSS)

@@ -18,7 +18,7 @@ from bam_jax import config
 from bam_jax.model import transformer
 from bam_jax.model.kernels import grouped, sorted_rows
 from bam_jax.train import loss
-from tests import oracle
+from tests.model import oracle
 
 # Of the largest magnitude in each array that is compared.
 TOLERANCE = {'float32': 5e-5, 'float64': 1e-12}
@@ -159,14 +159,16 @@ CASES = {
   ),
   'all_to_one_expert': Case(model(**ffn(4)), change=force(2), shows=only(2)),
   'equal_gates': Case(model(**ffn(4, top_k=2)), change=tie, shows=only(0, 1)),
-  'dropping': Case(model(**ffn(3, buffer_factor=1.0)), 'full', shows=drops),
-  'dropping_beside_padding': Case(model(**ffn(3, buffer_factor=1.0)), shows=drops),
-  'dropping_all_but_a_few': Case(model(**ffn(3, buffer_factor=1.0)), change=force(1), shows=drops),
+  'dropping': Case(model(**ffn(3, capacity_factor=1.0)), 'full', shows=drops),
+  'dropping_beside_padding': Case(model(**ffn(3, capacity_factor=1.0)), shows=drops),
+  'dropping_all_but_a_few': Case(
+    model(**ffn(3, capacity_factor=1.0)), change=force(1), shows=drops
+  ),
   'dropping_top_2_of_3': Case(
-    model(**ffn(3, top_k=2, renormalize=True, buffer_factor=1.05)), 'full', shows=drops
+    model(**ffn(3, top_k=2, renormalize=True, capacity_factor=1.05)), 'full', shows=drops
   ),
   'roomy_buffer': Case(
-    model(**ffn(3, buffer_factor=3.0)), 'full', shows=lambda routes: not drops(routes)
+    model(**ffn(3, capacity_factor=3.0)), 'full', shows=lambda routes: not drops(routes)
   ),
 }
 # The other cases run in float64 alone, unless slow tests are asked for: one of each kind of layer.

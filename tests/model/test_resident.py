@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from bam_jax import config, sharding
+from bam_jax import config
 from bam_jax.errors import UserError
 from bam_jax.model import resident, transformer
+from bam_jax.parallel import sharding
 
 FFN = ('gate', 'up', 'down')
 

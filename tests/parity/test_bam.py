@@ -5,7 +5,7 @@ import inspect
 import numpy as np
 import pytest
 
-from bam_jax import checkpoint
+from bam_jax.checkpoint import checkpoint
 from bam_jax.hf import exporting, importing
 from tests.hf import folders
 from tests.parity.test_cohere import by_our_paths, check_same, distance, make_batch, ours, theirs
@@ -16,7 +16,7 @@ transformers = pytest.importorskip('transformers')
 
 # Sizes that a tiny model feels; expert biases have no gradient.
 FELT = dict(rope_theta=30.0, norm_epsilon=1e-2, logit_scale=0.4)
-BIAS = 'blocks/ffn/router_bias'
+BIAS = 'blocks/ffn/expert_bias'
 
 
 def load(folder, **options):

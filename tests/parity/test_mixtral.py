@@ -11,8 +11,8 @@ from flax import nnx
 from bam_jax import config
 from bam_jax.model import ffn
 from bam_jax.model.kernels import grouped, sorted_rows
-from bam_jax.model.layout import Layout
 from bam_jax.model.tokens import Tokens
+from bam_jax.parallel.collectives import Layout
 
 # torch's build is several GB on some platforms; `make test-parity` installs it.
 torch = pytest.importorskip('torch')
@@ -66,13 +66,13 @@ def theirs(x_BTD, cotangent_BTD):
 
 # Every way in which experts compute, with room for all the tokens.
 @pytest.mark.parametrize(
-  'buffer_factor, kernel', [(0.0, 'blocked'), (0.0, 'ragged'), (float(E), 'none')], ids=str
+  'capacity_factor, kernel', [(0.0, 'blocked'), (0.0, 'ragged'), (float(E), 'none')], ids=str
 )
-def test_the_layer_of_experts_is_theirs(buffer_factor, kernel, monkeypatch):
+def test_the_layer_of_experts_is_theirs(capacity_factor, kernel, monkeypatch):
   rng = np.random.default_rng(0)
   x_BTD, cotangent_BTD = rng.normal(size=(2, B, T, D)).astype(np.float32)
   params, their_output_BTD, their_slopes = theirs(x_BTD, cotangent_BTD)
-  experts = config.FFNExperts(E, top_k=2, renormalize=True, buffer_factor=buffer_factor)
+  experts = config.FFNExperts(E, top_k=2, renormalize=True, capacity_factor=capacity_factor)
   model = config.Model(
     vocab_size=2, d_model=D, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, ffn_dim=F,
     ffn_experts=experts,
@@ -103,5 +103,5 @@ def test_the_layer_of_experts_is_theirs(buffer_factor, kernel, monkeypatch):
   far = {'output': distance(output_BTD, their_output_BTD)}
   assert slopes.keys() == their_slopes.keys()
   far |= {name: distance(slopes[name], slope) for name, slope in their_slopes.items()}
-  print(buffer_factor, kernel, max(far.items(), key=lambda item: item[1]))
+  print(capacity_factor, kernel, max(far.items(), key=lambda item: item[1]))
   assert {name: value for name, value in far.items() if not value < TOLERANCE} == {}

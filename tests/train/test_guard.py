@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from bam_jax import config, sharding
+from bam_jax import config
 from bam_jax.errors import UserError
+from bam_jax.parallel import sharding
 from bam_jax.train import guard, optimizer, step
 
 OPTIMIZER, LOSS = config.Optimizer(), config.Loss()
@@ -26,10 +27,12 @@ def begin(model, mesh, how: config.Guard) -> step.State:
   return step.State(params, opt_state, guard.history(how))
 
 
-def run(model, shape, how: config.Guard, batches, accumulate=1):
+def run(model, shape, how: config.Guard, batches, grad_accum_steps=1):
   """States after each batch, on the host, and what the steps said."""
   mesh = sharding.make_mesh(config.Mesh(*shape))
-  take = step.train_step(model, config.Compute(), LOSS, OPTIMIZER, accumulate, mesh, guard=how)
+  take = step.train_step(
+    model, config.Compute(), LOSS, OPTIMIZER, grad_accum_steps, mesh, guard=how
+  )
   states, said = [], []
   with jax.set_mesh(mesh):
     state = begin(model, mesh, how)
@@ -52,16 +55,16 @@ def poisoned(batch: dict, row: int) -> dict:
   return batch | {'weights': weights}
 
 
-@pytest.mark.parametrize('shape, accumulate', [((1, 1, 1, 1), 1), ((1, 2, 2, 1), 2)], ids=str)
-def test_a_step_with_nan_is_skipped_to_the_bit(models, make_batch, shape, accumulate):
+@pytest.mark.parametrize('shape, grad_accum_steps', [((1, 1, 1, 1), 1), ((1, 2, 2, 1), 2)], ids=str)
+def test_a_step_with_nan_is_skipped_to_the_bit(models, make_batch, shape, grad_accum_steps):
   good = [make_batch(8, 12, seed) for seed in (1, 2)]
   how = config.Guard(on_nan='skip')
   model = models['bam_kv_experts']
-  states, said = run(model, shape, how, [good[0], poisoned(good[1], 5), good[1]], accumulate)
+  states, said = run(model, shape, how, [good[0], poisoned(good[1], 5), good[1]], grad_accum_steps)
   assert not np.isfinite(said[1].loss)
   assert same(states[2], states[1]) and not same(states[1], states[0])
   # As if the bad batch had never been.
-  clean, _ = run(model, shape, how, good, accumulate)
+  clean, _ = run(model, shape, how, good, grad_accum_steps)
   assert same(states[3], clean[2])
 
 

@@ -11,9 +11,11 @@ from flax import traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bam_jax import config, graph, sharding
+from bam_jax import config
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, block, router, transformer
+from bam_jax.parallel import sharding
+from bam_jax.recipes import graph
 from bam_jax.train import balance, stages, step
 from bam_jax.upcycle import merge, rules
 
@@ -25,7 +27,7 @@ RATE = 0.1
 
 @pytest.fixture(scope='module')
 def biased(models) -> config.Model:
-  experts = dataclasses.replace(models['btx'].ffn_experts, balance_bias=True)
+  experts = dataclasses.replace(models['btx'].ffn_experts, expert_bias=True)
   return dataclasses.replace(models['btx'], ffn_experts=experts)
 
 
@@ -36,7 +38,7 @@ def init(model: config.Model) -> dict:
   )
 
 
-def compiled(model, batch, *, loss=LOSS, accumulate=1, staged=stages.Stages(), rate=RATE):  # noqa: B008
+def compiled(model, batch, *, loss=LOSS, grad_accum_steps=1, staged=stages.Stages(), rate=RATE):  # noqa: B008
   """The function state, learning rate -> state, metrics of one step; and a state to start from."""
   mesh = sharding.make_mesh(config.Mesh())
   with jax.set_mesh(mesh):
@@ -44,7 +46,7 @@ def compiled(model, batch, *, loss=LOSS, accumulate=1, staged=stages.Stages(), r
     state = step.State(
       init(model), jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract.opt_state)
     )
-    make = step.train_step(model, config.Compute(), loss, OPTIMIZER, accumulate, mesh, staged)
+    make = step.train_step(model, config.Compute(), loss, OPTIMIZER, grad_accum_steps, mesh, staged)
     run = make.lower(state, batch, rate).compile()
 
   def call(state, rate):
@@ -73,12 +75,12 @@ def near(got, want, tolerance=1e-5) -> bool:
 def test_balance_over_the_global_batch_knows_no_micro_batches(models, make_batch, variant):
   batch = make_batch(8, 12, seed=1)
   whole, whole_metrics = once(models[variant], batch, loss=GLOBAL)
-  parts, parts_metrics = once(models[variant], batch, loss=GLOBAL, accumulate=4)
+  parts, parts_metrics = once(models[variant], batch, loss=GLOBAL, grad_accum_steps=4)
   assert near(parts_metrics.loss, whole_metrics.loss, 1e-6)
   for got, want in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
     assert near(got, want)
   # Another objective than each micro-batch's own, or nothing here is tested.
-  _, own = once(models[variant], batch, accumulate=4)
+  _, own = once(models[variant], batch, grad_accum_steps=4)
   assert abs(own.loss - whole_metrics.loss) > 1e-3
 
 
@@ -113,19 +115,19 @@ def test_losses_of_parts_add_up(loads):
 def test_bias_update(choices, k):
   model = config.Model(
     vocab_size=5, d_model=2, num_layers=len(choices), num_heads=1, num_kv_heads=1, head_dim=2,
-    ffn_dim=2, ffn_experts=config.FFNExperts(3, top_k=k, balance_bias=True),
+    ffn_dim=2, ffn_experts=config.FFNExperts(3, top_k=k, expert_bias=True),
   )  # fmt: skip
   start = np.linspace(-0.3, 0.2, 3 * len(choices), dtype=np.float32).reshape(-1, 3)
-  params = {'blocks': {'ffn': {'router_bias': start, 'up': np.ones(2)}}, 'embed': np.ones(1)}
+  params = {'blocks': {'ffn': {'expert_bias': start, 'up': np.ones(2)}}, 'embed': np.ones(1)}
   zero = np.float32(0)
   load = np.array(choices, np.float32) / np.float32(k)
   routing = block.Routing(None, router.Statistics(zero, load, load, zero, zero, zero))
-  update = balance.bias_update(model, config.Loss(bias_rate=0.25), stages.Stages())
+  update = balance.bias_update(model, config.Loss(expert_bias_update_rate=0.25), stages.Stages())
   got = update(params, routing)
   for layer, counts in enumerate(choices):
     for expert, count in enumerate(counts):
       want = start[layer, expert] + 0.25 * np.sign(sum(counts) - 3 * count)
-      assert got['blocks']['ffn']['router_bias'][layer, expert] == pytest.approx(want)
+      assert got['blocks']['ffn']['expert_bias'][layer, expert] == pytest.approx(want)
   assert (
     got['embed'] is params['embed'] and got['blocks']['ffn']['up'] is params['blocks']['ffn']['up']
   )
@@ -147,27 +149,27 @@ def test_bias_chooses_and_does_not_weigh(k):
 def test_zero_bias_is_no_bias(models, biased, make_batch):
   batch = make_batch(4, 8)
   want, want_metrics = once(models['btx'], batch)
-  still = dataclasses.replace(LOSS, bias_rate=0.0)
+  still = dataclasses.replace(LOSS, expert_bias_update_rate=0.0)
   network = transformer.Network(biased, config.Compute())
   params = init(models['btx'])
-  ffn = params['blocks']['ffn'] | {'router_bias': np.zeros((2, 4), np.float32)}
+  ffn = params['blocks']['ffn'] | {'expert_bias': np.zeros((2, 4), np.float32)}
   params = params | {'blocks': params['blocks'] | {'ffn': ffn}}
   assert jax.tree.structure(params) == jax.tree.structure(network.abstract())
   call, state = compiled(biased, batch, loss=still)
   got, metrics = call(state._replace(params=params), RATE)
   assert metrics.loss == want_metrics.loss
   got = flat(got.params)
-  assert not got.pop('blocks/ffn/router_bias').any(), 'neither Adam nor weight decay moves it'
+  assert not got.pop('blocks/ffn/expert_bias').any(), 'neither Adam nor weight decay moves it'
   assert all(near(got[path], array) for path, array in flat(want.params).items())
 
 
 def test_bias_evens_loads(biased, make_batch):
   batch = make_batch(8, 12, seed=2)
-  loss = config.Loss(load_balance=0, router_z=0, bias_rate=0.02)
+  loss = config.Loss(load_balance=0, router_z=0, expert_bias_update_rate=0.02)
   call, state = compiled(biased, batch, loss=loss)
   ffn = state.params['blocks']['ffn']
   # Gates of nothing but chance, and a push to the first expert that is larger than they differ.
-  skewed = ffn | {'router_bias': np.tile(np.array([0.6, 0, 0, -0.2], np.float32), (2, 1))}
+  skewed = ffn | {'expert_bias': np.tile(np.array([0.6, 0, 0, -0.2], np.float32), (2, 1))}
   state = state._replace(params=state.params | {'blocks': state.params['blocks'] | {'ffn': skewed}})
   worst = []
   for _ in range(60):
@@ -183,15 +185,15 @@ def test_bias_is_counted_cut_and_made_by_a_rule(models, biased):
   )  # fmt: skip
   assert arithmetic.total_parts(biased).routers == arithmetic.total_parts(models['btx']).routers + 8
   assert arithmetic.forward_flops(biased, 16) == arithmetic.forward_flops(models['btx'], 16)
-  upcycle = config.Upcycle(('a', 'b'), 'bam_kv_experts', num_experts=4, balance_bias=True)
+  upcycle = config.Upcycle(('a', 'b'), 'bam_kv_experts', num_experts=4, expert_bias=True)
   mixture = rules.mixture_model(models['dense'], upcycle)
   target = transformer.Network(mixture, config.Compute()).abstract()
   made = merge.merge([init(models['dense'])] * 2, target, mixture, upcycle, jax.random.key(0))
-  bias = made['blocks']['ffn']['router_bias']
+  bias = made['blocks']['ffn']['expert_bias']
   assert bias.shape == (2, 4) and bias.dtype == np.float32 and not bias.any()
   sharding.tree(target, sharding.make_mesh(config.Mesh(expert=2)))
-  with pytest.raises(UserError, match='balance_bias'):
-    config.Upcycle(('a', 'b'), 'average', balance_bias=True)
+  with pytest.raises(UserError, match='expert_bias'):
+    config.Upcycle(('a', 'b'), 'average', expert_bias=True)
 
 
 FACTORS = {'embed': 0.0, 'blocks/attention': 0.5, 'blocks/attention/key': 0.0, 'blocks/*/router': 2}
@@ -244,7 +246,7 @@ def test_routers_learn_first(biased, make_batch):
   state, _ = call(state, rates(1))
   for path, array in flat(state.params).items():
     moved = not np.array_equal(array, before[path])
-    assert moved == (path.split('/')[-1] in ('router', 'router_bias')), path
+    assert moved == (path.split('/')[-1] in ('router', 'expert_bias')), path
   state, _ = call(state, rates(2))
   assert all(not np.array_equal(x, before[path]) for path, x in flat(state.params).items())
 
@@ -277,7 +279,7 @@ def test_stages_of_a_recipe(recipe_dict):
     ),
     ('seed', dict(learning_rate_factors={'embed': -1}), ["learning_rate_factors['embed']=-1"]),
     ('seed', dict(learning_rate_factors={'embed': float('nan')}), ['learning_rate_factors']),
-    ('seed', dict(loss={'bias_rate': -0.1}), ['bias_rate=-0.1']),
+    ('seed', dict(loss={'expert_bias_update_rate': -0.1}), ['expert_bias_update_rate=-0.1']),
     ('seed', dict(loss={'balance_over': 'batch'}), ['balance_over', "'global_batch'"]),
   ],
   ids=str,

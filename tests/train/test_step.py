@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from bam_jax import config, sharding
+from bam_jax import config
 from bam_jax.model import transformer
+from bam_jax.parallel import sharding
 from bam_jax.train import loss as loss_lib
 from bam_jax.train import step
 
@@ -42,7 +43,7 @@ def run(models, start, make_batch):
   """The function that takes one step: (state, metrics, what state should be, state before)."""
 
   @functools.cache
-  def take(variant: str, shape=ONE, accumulate=1, loss=LOSS, compute=config.Compute()):  # noqa: B008
+  def take(variant: str, shape=ONE, grad_accum_steps=1, loss=LOSS, compute=config.Compute()):  # noqa: B008
     model = models[variant]
     mesh = sharding.make_mesh(config.Mesh(*shape))
     with jax.set_mesh(mesh):
@@ -54,7 +55,7 @@ def run(models, start, make_batch):
       )
       before = step.State(params, opt_state)
       batch = sharding.put_batch(make_batch(8, 12, seed=1), mesh)
-      train_step = step.train_step(model, compute, loss, OPTIMIZER, accumulate, mesh)
+      train_step = step.train_step(model, compute, loss, OPTIMIZER, grad_accum_steps, mesh)
       compiled = train_step.lower(before, batch, LEARNING_RATE).compile()
       after, metrics = compiled(before, batch, LEARNING_RATE)
     return after, metrics, abstract, before
@@ -129,7 +130,7 @@ def test_many_devices_are_one_device(run, variant, shape):
 
 
 @pytest.mark.parametrize(
-  'variant, shape, accumulate, loss',
+  'variant, shape, grad_accum_steps, loss',
   [
     ('dense', ONE, 4, LOSS),
     # Routers' losses are of each micro-batch's own statistics: without them the sums are exact.
@@ -139,18 +140,18 @@ def test_many_devices_are_one_device(run, variant, shape):
     pytest.param('dense', (2, 1, 1, 1), 4, LOSS, marks=pytest.mark.slow),
   ],
 )
-def test_micro_batches_are_the_batch(run, make_batch, variant, shape, accumulate, loss):
-  targets = make_batch(8, 12, seed=1)['weights'].reshape(-1, accumulate, 12).sum((0, 2))
-  assert len(set(targets)) == accumulate, 'or a mean of means would pass'
+def test_micro_batches_are_the_batch(run, make_batch, variant, shape, grad_accum_steps, loss):
+  targets = make_batch(8, 12, seed=1)['weights'].reshape(-1, grad_accum_steps, 12).sum((0, 2))
+  assert len(set(targets)) == grad_accum_steps, 'or a mean of means would pass'
   whole, whole_metrics, *_ = run(variant, loss=loss)
-  parts, parts_metrics, *_ = run(variant, shape, accumulate, loss)
+  parts, parts_metrics, *_ = run(variant, shape, grad_accum_steps, loss)
   check_equal(parts_metrics, whole_metrics)
   check_equal(parts, whole)
 
 
 def test_micro_batches_weigh_their_routers_losses(run):
-  _, bare, *_ = run('bam_kv_experts', accumulate=2, loss=NLL)
-  _, metrics, *_ = run('bam_kv_experts', accumulate=2)
+  _, bare, *_ = run('bam_kv_experts', grad_accum_steps=2, loss=NLL)
+  _, metrics, *_ = run('bam_kv_experts', grad_accum_steps=2)
   nll = metrics.sums.nll / metrics.sums.targets
   assert bare.loss == pytest.approx(float(nll), rel=1e-5)
   # Two layers, each of at least the load balance of equal shares, and a positive z loss.

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from bam_jax import checkpoint, config, graph, recipe, sharding
+from bam_jax import config
+from bam_jax.checkpoint import checkpoint
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
+from bam_jax.parallel import sharding
+from bam_jax.recipes import graph, runner
 from bam_jax.train import loop
 from bam_jax.upcycle import centroids
 
@@ -128,7 +131,7 @@ def initial(recipe_dict, dataset, tmp_path, monkeypatch):
     made = sharding.make_mesh(node.run.mesh)
     shardings = sharding.tree(transformer.Network(node.model, node.run.compute).abstract(), made)
     with jax.set_mesh(made):
-      params = recipe.initial_params(
+      params = runner.initial_params(
         parsed, graph.resolve(parsed), node, tmp_path, dataset, shardings
       )
     return types.SimpleNamespace(recipe=parsed, node=node, params=params)

@@ -16,8 +16,8 @@ from bam_jax.errors import UserError
 from bam_jax.model import attention, block, transformer
 from bam_jax.model import ffn as ffn_lib
 from bam_jax.model.kernels import attention as kernels
-from bam_jax.model.layout import Layout
 from bam_jax.model.tokens import Tokens
+from bam_jax.parallel.collectives import Layout
 from bam_jax.upcycle import merge, rules
 
 METHODS = typing.get_args(config.Method)

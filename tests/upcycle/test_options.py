@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from bam_jax import config, graph
+from bam_jax import config
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
+from bam_jax.recipes import graph
 from bam_jax.upcycle import merge, options, rules
 
 METHODS = typing.get_args(config.Method)

@@ -96,7 +96,7 @@ def test_norms_of_heads_go_where_the_heads_go(models, method):
 
 def test_mixture_models(models):
   dense = models['dense']
-  options = dict(top_k=2, renormalize=True, buffer_factor=1.5)
+  options = dict(top_k=2, renormalize=True, capacity_factor=1.5)
   ffn = config.FFNExperts(4, **options)
   attention = config.AttentionExperts(4, top_k=3, renormalize=True)
   bam = dict(attention_top_k=3, **options)

@@ -13,9 +13,13 @@ from flax import traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bam_jax import arrays, checkpoint, config, graph, manifest, recipe, sharding, strict
+from bam_jax import config
+from bam_jax.checkpoint import arrays, checkpoint, manifest
+from bam_jax.config import strict
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
+from bam_jax.parallel import sharding
+from bam_jax.recipes import graph, runner
 from bam_jax.upcycle import merge, rules, stream
 
 METHODS = typing.get_args(config.Method)
@@ -100,8 +104,8 @@ OPTIONS = {
   'noise': dict(noise=0.1, **COPIES),
   'zero': dict(router_init='zero', **COPIES),
   'everything': dict(
-    drop_ratio=0.5, noise=0.05, average='first', balance_bias=True, router_scale=2.0, top_k=2,
-    renormalize=True, buffer_factor=1.5, **COPIES,
+    drop_ratio=0.5, noise=0.05, average='first', expert_bias=True, router_scale=2.0, top_k=2,
+    renormalize=True, capacity_factor=1.5, **COPIES,
   ),
 }  # fmt: skip
 
@@ -199,7 +203,7 @@ def test_with_a_recipes_seed_and_name_it_is_the_recipes_mixture(
   nodes = graph.resolve(parsed)
   mesh = sharding.make_mesh(config.Mesh())
   layout = lambda node: sharding.tree(abstract(node.model), mesh)
-  make = lambda r, n: recipe.initial_params(r, n, n['bam'], tmp_path, dataset, layout(n['bam']))
+  make = lambda r, n: runner.initial_params(r, n, n['bam'], tmp_path, dataset, layout(n['bam']))
   want = make(parsed, nodes)
   convert(tmp_path / 'mix', how(tmp_path, 'bam_kv_experts'), seed=11, name='bam')
   got = checkpoint.restore_host_params(tmp_path / 'mix', abstract(nodes['bam'].model))

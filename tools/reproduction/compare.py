@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bam_jax.recipes import DOMAINS
+from bam_jax.recipes.paper import DOMAINS
 from tools.reproduction.facts import Run
 
 AVERAGE = 'average'

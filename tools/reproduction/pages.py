@@ -5,8 +5,9 @@ import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from bam_jax import readings, recipes
 from bam_jax.errors import UserError
+from bam_jax.recipes import paper as recipes
+from bam_jax.reports import readings
 from bam_jax.train.progress import duration
 from configs import reproduction
 from tools.reproduction import compare, paper

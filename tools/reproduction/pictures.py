@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from bam_jax import figures
+from bam_jax.reports import figures
 from configs import reproduction
 from tools.reproduction import compare, pages, paper
 from tools.reproduction.compare import COLUMNS, Seeds

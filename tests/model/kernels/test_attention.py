@@ -17,7 +17,7 @@ from bam_jax import config
 from bam_jax.errors import UserError
 from bam_jax.model import remat
 from bam_jax.model.kernels import attention, blockwise
-from tests import oracle
+from tests.model import oracle
 
 MODEL = config.Model(
   vocab_size=8, d_model=8, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=8

@@ -1,0 +1,60 @@
+"""Counts what the runs of a recipe hold and cost; needs neither their data nor their devices.
+
+    python -m bam_jax.account --config=configs/small_590m.py
+    python -m bam_jax.account --config=configs/small_590m.py --run=bam_kv --context=256
+    python -m bam_jax.account --config=configs/small_590m.py --against=btx
+
+Tables go to standard error, `--json` writes `recipe`, `context`, `against` and `rows`, one object
+a run, in the order of training:
+  run, label, kind, method: as in the report of bam_jax.main.
+  parameters, active_parameters: by part: `embeddings`, `norms`, `attention`, `ffn`, `routers`, and
+    `total`. Active is what one token meets: of routed experts the top-k.
+  forward_flops, training_flops: of one token, by the same parts; 2 for a multiply and add, matrix
+    products only (`embeddings` is the logits), causal scores at half the context, nothing
+    recomputed.
+  layer_forward_flops: of one layer: `attention`, `ffn`, `routers`.
+  cache_bytes, cache_dtype: keys and values of one token, in the dtype that the run computes in.
+  mesh, devices, bytes_per_device: `parameters`, `gradients`, `optimizer` and `total`, float32;
+    activations come on top.
+  steps, step_tokens, tokens, budget_flops: what the run is trained for, in whole steps.
+  matched_tokens, matched_steps: with --against=RUN, what RUN's `budget_flops` buy for this run.
+  notes: where the paper's own count of this very model is in error.
+"""
+
+from typing import Any
+
+import jax
+import rich.console
+from absl import flags
+
+from bam_jax import cli
+from bam_jax.account import accounting
+
+_CONFIG = cli.define_recipe()
+_RUN = flags.DEFINE_string('run', None, 'The run to count; default: every run.')
+_AGAINST = flags.DEFINE_string('against', None, 'A run whose training FLOPs to match.')
+_CONTEXT = flags.DEFINE_integer(
+  'context', None, "Tokens of a sequence; default: the data's sequence_length.", lower_bound=1
+)
+
+
+def main() -> dict[str, Any]:
+  """Counts what the flags ask for, and prints it."""
+  # Counting holds no accelerator: another process may be training on it.
+  jax.config.update('jax_platforms', 'cpu')
+  names = [_RUN.value] if _RUN.value else []
+  recipe = cli.read_recipe(_CONFIG)
+  facts = accounting.account(recipe, names, _CONTEXT.value or 0, _AGAINST.value or '')
+  console = rich.console.Console(stderr=True, markup=False, highlight=False)
+  if not console.is_terminal:
+    console.width = max(console.width, 120)
+  for table in accounting.tables(facts):
+    console.print(table, '')
+  for row in facts['rows']:
+    for note in row['notes']:
+      console.print(f'{row["run"]}: {note}', soft_wrap=True)
+  return facts
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,122 @@
+"""Compiles a run's real step for TPUs that nobody has at hand, to train or to generate; reads it.
+
+    python -m bam_jax.aot --config=configs/large_2b.py --run=bam_kv --topology=v5p:4x4x4
+    python -m bam_jax.aot --config=... --run=... --topology=v5e:4x4 --sequences_per_chip=2 --search
+    python -m bam_jax.aot --config=... --run=... --topology=v5p:4x4x4 --slices=2 --save=step.bin
+    python -m bam_jax.aot --config=... --run=... --topology=v5e:2x2 --phase=decode --context=272 \
+        --config.runs.bam_kv.mesh.expert=4 --config.runs.bam_kv.mesh.fsdp=1
+
+Needs the TPU compiler on any Linux machine, `pip install 'jax[tpu]'`, and neither a TPU nor the
+recipe's data. Chips: v4, v5e, v5p, v6e. The mesh is the run's: `--config.runs.bam_kv.mesh.fsdp=16`.
+docs/aot.md says how to read the numbers and what they assume.
+
+Tables go to standard error. `--json` writes, of one step, FLOPs of all chips and the rest of one:
+  phase, run, label, topology, slices, chips, mesh, compute, batch_size, grad_accum_steps,
+    sequences_per_chip, sequence_length, versions: what was compiled.
+  fits, reason, peak_bytes, hbm_limit_bytes, headroom_bytes, memory: `arguments`, `temporaries`,
+    `outputs`, `aliased`; the peak is their sum, aliased outputs counted once. `reason` is the
+    compiler's, of a step that does not fit, and nothing below is known of it.
+  model_flops, compiled_flops, flops_ratio, uncounted_kernels: `matmul`, `grouped` (rows at even
+    load), `attention` and other kernels, `total`; over what the model needs without recomputation.
+  hbm_bytes: read and written.
+  collectives: `kind`, `axes`, `count`, how many of them are `asynchronous`, `operand_bytes`,
+    `wire_bytes` sent by a chip, `seconds` on its links.
+  loops: `source`, `trips`, `times` that it is entered.
+  seconds, mfu, tokens_per_second_per_chip: three bounds: `roofline` (all overlaps), `in_order`,
+    `no_overlap`; seconds also of `compute`, `hbm`, `wire` by axes, `between_slices`.
+  lower_seconds, compile_seconds: of this machine.
+With --phase=decode a step is one token of each row, and there are no `compute`, `grad_accum_steps`,
+`sequences_per_chip`, `sequence_length`, `tokens_per_second_per_chip`. Instead:
+  dtype, context, slots: what was compiled; tokens of a row, and the cache's room for them.
+  needed_bytes, hbm_ratio: `weights` and `cache` that a chip must read; `hbm_bytes` over them.
+  tokens_per_second: of all rows, for each bound.
+With --search:
+  candidates, flags: what was compiled, best first: `mesh`, `remat`, `grad_accum_steps`,
+    `sequences_per_chip`, `fits`, `peak_bytes`, `seconds`, `mfu`; and the overrides that give the
+    best, which all the rest describes.
+"""
+
+from typing import Any
+
+import jax
+import rich.console
+from absl import flags
+
+from bam_jax import cli
+from bam_jax.aot import decode, program, report, save, search, topology
+from bam_jax.errors import UserError
+
+_CONFIG = cli.define_recipe()
+_RUN = flags.DEFINE_string('run', None, 'The run whose step to compile.')
+_PHASE = flags.DEFINE_enum('phase', 'train', ['train', 'decode'], 'What the step is of.')
+_TOPOLOGY = flags.DEFINE_string('topology', None, 'Such as v5e:4x4 or v5p:4x4x4.')
+_SLICES = flags.DEFINE_integer('slices', 1, 'Equal slices of that topology.', lower_bound=1)
+_SEQUENCES = flags.DEFINE_integer(
+  'sequences_per_chip',
+  None,
+  'Sequences a chip in one step without accumulation; default: what the run says.',
+  lower_bound=1,
+)
+_BATCH = flags.DEFINE_integer('batch_size', 1, 'Decode: rows at once.', lower_bound=1)
+_CONTEXT = flags.DEFINE_integer(
+  'context', None, "Decode: a row's prompt and new tokens; default: the recipe's.", lower_bound=1
+)
+_DTYPE = flags.DEFINE_enum(
+  'dtype', 'bfloat16', ['float32', 'bfloat16'], 'Decode: of weights, activations and cache.'
+)
+_SAVE = flags.DEFINE_string('save', None, 'File for the serialised executable.')
+_HLO = flags.DEFINE_string('hlo', None, "File for the optimized program's text.")
+_SEARCH = flags.DEFINE_bool('search', False, 'Propose mesh, remat and sequences a chip.')
+_SEARCH_SECONDS = flags.DEFINE_integer(
+  'search_seconds', 900, 'How long to search; a compilation begun is finished.', lower_bound=1
+)
+
+
+def main() -> dict[str, Any]:
+  """Compiles what the flags ask for, and prints what it found."""
+  jax.config.update('jax_platforms', 'cpu')  # compiling holds no accelerator
+  # What is compiled for devices that are not there is written to the cache and cannot be read back.
+  jax.config.update('jax_enable_compilation_cache', False)
+  recipe = cli.read_recipe(_CONFIG)
+  for flag in (_RUN, _TOPOLOGY):
+    if not flag.value:
+      raise UserError(f'Which {flag.name}? Give --{flag.name}=...')
+  job = program.job(recipe, _RUN.value)
+  target = topology.parse(_TOPOLOGY.value, _SLICES.value)
+  console = rich.console.Console(stderr=True, markup=False, highlight=False)
+  _check_phase()
+  if _PHASE.value == 'decode':
+    context = _CONTEXT.value or recipe.data.sequence_length
+    shape = decode.Shape(_BATCH.value, context, _DTYPE.value)
+    compiled, facts = decode.step(job, shape, target)
+  else:
+    if _SEARCH.value:
+      found = search.search(job, target, _SEQUENCES.value, _SEARCH_SECONDS.value, console)
+    else:
+      found = search.one(job, target, _SEQUENCES.value)
+    compiled, facts = found.compiled, found.facts
+  for table in report.tables(facts):
+    console.print(table, '')
+  for note in report.notes(facts):
+    console.print(note, soft_wrap=True)
+  if _SAVE.value:
+    save.executable(compiled, _SAVE.value)
+  if _HLO.value:
+    save.text(compiled, _HLO.value)
+  return facts
+
+
+def _check_phase() -> None:
+  """UserError for a flag of the other phase."""
+  flags_of = {
+    'train': (_SEQUENCES, _SEARCH, _SEARCH_SECONDS),
+    'decode': (_BATCH, _CONTEXT, _DTYPE),
+  }
+  (other,) = flags_of.keys() - {_PHASE.value}
+  for flag in flags_of[other]:
+    if flag.present:
+      raise UserError(f'--{flag.name} is for --phase={other}: leave it out, or give that phase.')
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,321 @@
+"""A checkpoint's arrays on disk, a region at a time: however large they are, memory is bounded.
+
+Orbax makes the files, so that every later Orbax restores them on any mesh; tensorstore, which Orbax
+itself stores arrays with, reads and fills them. Arrays are named by path, 'blocks/ffn/up'.
+"""
+
+import collections
+import concurrent.futures
+import functools
+import itertools
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from bam_jax.checkpoint import checksums
+from bam_jax.errors import UserError
+from bam_jax.files import folders
+from bam_jax.parallel import sharding
+
+CHUNK_BYTES = 16 * 2**20  # at most, of what is read and written as one
+READ_BYTES = 2 * CHUNK_BYTES  # at most, unless of one region, read before it is asked for
+CACHE_BYTES = 2**30  # at most, of decoded chunks, for checkpoints whose chunks hold many layers
+READ_THREADS = 4
+PENDING_BYTES = 4 * CHUNK_BYTES  # at most, of arrays that are on their way to the disk
+
+Index = tuple[int | slice, ...]
+
+
+class Spec(NamedTuple):
+  """An array without its values."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of its values."""
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Reader:
+  """Reads regions of the arrays of a `params` item, whatever mesh it was written from.
+
+  Attributes:
+    specs: all of its arrays by path.
+  """
+
+  def __init__(self, folder: epath.PathLike, check: bool = True):
+    """Opens the item.
+
+    Args:
+      folder: of the item.
+      check: read its files once beforehand and compare their checksums, where there are some.
+
+    Raises:
+      UserError: it is not there, or damaged.
+    """
+    self.folder = epath.Path(folder)
+    if check:
+      checksums.check(self.folder.parent, [self.folder.name])
+    try:
+      self._stores = self._open(2 * CHUNK_BYTES)
+      self.specs = {
+        path: Spec(tuple(store.shape), store.dtype.numpy_dtype)
+        for path, store in self._stores.items()
+      }
+      # A chunk that layers share is decoded for each of them, unless it is still in memory.
+      shared = [
+        self.specs[path].nbytes
+        for path, store in self._stores.items()
+        if _stacked(path, self.specs[path]) and store.chunk_layout.read_chunk.shape[0] > 1
+      ]
+      if shared:
+        self._stores = self._open(min(max(2 * CHUNK_BYTES, *shared), CACHE_BYTES))
+    except (OSError, ValueError) as error:
+      raise UserError(f'{folder} cannot be read ({reason(error)}): it is damaged.') from error
+    if not self.specs:
+      raise UserError(f'{folder} holds no arrays: it is damaged, or no checkpoint.')
+
+  def read(self, path: str, index: Index = ()) -> np.ndarray:
+    """A region of an array; with integers in `index`, without those axes.
+
+    Raises:
+      UserError: the values are missing or damaged.
+    """
+    try:
+      return self._stores[path][index].read().result()
+    except (OSError, ValueError) as error:
+      raise UserError(
+        f'{path} of {self.folder} cannot be read ({reason(error)}): it is damaged.'
+      ) from error
+
+  def _open(self, cache_bytes: int) -> dict[str, ts.TensorStore]:
+    """All arrays; decoded chunks stay in memory up to `cache_bytes`."""
+    # Mapped anew for every read, with a look at its size: no memory has to be filled first.
+    context = ts.Context(
+      {'cache_pool': {'total_bytes_limit': cache_bytes}, 'file_io_mode': {'mode': 'memmap'}}
+    )
+    kvstore = ts.KvStore.open({'driver': 'ocdbt', 'base': _files(self.folder)}, context=context)
+    keys = (key.decode() for key in kvstore.result().list().result())
+    names = sorted(key.removesuffix('/.zarray') for key in keys if key.endswith('/.zarray'))
+    # A chunk that was never written is an error and not zeros; nobody changes a checkpoint.
+    options = {
+      'fill_missing_data_reads': False,
+      'recheck_cached_data': False,
+      'recheck_cached_metadata': False,
+    }
+    opening = {
+      path: ts.open(_store(self.folder, path) | options, context=context)
+      for path in (name.replace('.', '/') for name in names)
+    }
+    return {path: store.result() for path, store in opening.items()}
+
+
+class Writer:
+  """Writes a new `params` item in regions of whole chunks, each once, in any order.
+
+  Every array is cut into chunks of at most CHUNK_BYTES, each in one layer of one expert. Values are
+  not compressed: float noise is 8% smaller then, and takes three times as long to read.
+  """
+
+  def __init__(self, folder: epath.PathLike, specs: Mapping[str, Spec]):
+    """Makes the item, all of its arrays empty.
+
+    Args:
+      folder: does not exist; its parent does.
+      specs: the arrays by path.
+
+    Raises:
+      UserError: the disk is full or cannot be written.
+    """
+    self.folder, self.specs = epath.Path(folder), dict(specs)
+    self._chunks = {path: chunk_shape(path, spec) for path, spec in specs.items()}
+    self._written = {
+      path: np.zeros([-(-n // c) for n, c in zip(spec.shape, self._chunks[path])], bool)
+      for path, spec in specs.items()
+    }
+    self._pending: collections.deque[tuple[ts.Future, int]] = collections.deque()
+    folders.watch(self)
+    # Orbax writes one value of each array, and with it all that it keeps about an item. Then each
+    # array is replaced by an empty one: Orbax's own description of it, but for shape and chunks.
+    ones: dict[str, Any] = {}
+    for path, spec in specs.items():
+      *groups, name = path.split('/')
+      group = functools.reduce(lambda tree, key: tree.setdefault(key, {}), groups, ones)
+      group[name] = np.zeros([1] * len(spec.shape), spec.dtype)
+    try:
+      with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+        checkpointer.save(self.folder, ocp.args.PyTreeSave(ones))
+      # `new_folder` sees to it that everything is on disk, once and not after each chunk.
+      context = ts.Context({'file_io_sync': False, 'cache_pool': {'total_bytes_limit': 0}})
+      self._stores = {path: self._create(path, context) for path in specs}
+    except (OSError, ValueError) as error:
+      raise self._failed(error) from error
+
+  def write(self, path: str, index: Index, array: np.ndarray) -> None:
+    """Starts to write a region; waits while PENDING_BYTES are under way.
+
+    Args:
+      path: of the array.
+      index: whole chunks of it, as `pieces` gives them.
+      array: the region's values, in the array's dtype; it must not change any more.
+
+    Raises:
+      UserError: the disk is full or cannot be written.
+      ValueError: the region is none of whole chunks or was written before, or the values do not
+        fit it.
+    """
+    spec, grid = self.specs[path], []
+    where = bounds(spec, index)
+    for (start, stop), size, chunk in zip(where, spec.shape, self._chunks[path]):
+      if start % chunk or (stop % chunk and stop != size) or not start < stop <= size:
+        raise ValueError(f'{path}[{index}] is no region of whole chunks {self._chunks[path]}.')
+      grid.append(slice(start // chunk, -(-stop // chunk)))
+    target = self._stores[path][index]
+    if array.shape != target.shape or array.dtype != spec.dtype:
+      raise ValueError(
+        f'{path}[{index}] is {spec.dtype}{target.shape}, not {array.dtype}{array.shape}.'
+      )
+    if self._written[path][tuple(grid)].any():
+      raise ValueError(f'{path}[{index}] is written twice.')
+    self._written[path][tuple(grid)] = True
+    future = target.write(array, can_reference_source_data_indefinitely=True)
+    self._pending.append((future, array.nbytes))
+    self._wait(PENDING_BYTES)
+
+  def finish(self) -> None:
+    """Waits until every value is in its file; ValueError when something was never written."""
+    self._wait(0)
+    missing = [path for path, written in self._written.items() if not written.all()]
+    if missing:
+      raise ValueError(f'{", ".join(missing)} of {self.folder} was not written whole.')
+
+  def _create(self, path: str, context: ts.Context) -> ts.TensorStore:
+    """Replaces an array of one value by an empty one of the shape that it shall have."""
+    store = _store(self.folder, path)
+    described = ts.open(store, context=context).result().spec().to_json()['metadata']
+    described |= {'shape': self.specs[path].shape, 'chunks': self._chunks[path]}
+    # Zeros are stored like any other values: what is not stored was not written.
+    options = {'create': True, 'delete_existing': True, 'store_data_equal_to_fill_value': True}
+    return ts.open(store | options | {'metadata': described}, context=context).result()
+
+  def settle(self) -> None:
+    """Waits until nothing is under way, whatever became of it."""
+    while self._pending:
+      self._pending.popleft()[0].exception()
+
+  def _wait(self, most: int) -> None:
+    while sum(nbytes for _, nbytes in self._pending) > most:
+      future, _ = self._pending.popleft()
+      try:
+        future.result()
+      except (OSError, ValueError) as error:
+        raise self._failed(error) from error
+
+  def _failed(self, error: Exception) -> UserError:
+    return UserError(f'{self.folder} cannot be written: {reason(error)}.')
+
+
+def chunk_shape(path: str, spec: Spec) -> tuple[int, ...]:
+  """What is stored as one: at most CHUNK_BYTES, and of one layer and one expert.
+
+  A matrix of a layer is cut along its first axis, as FSDP cuts it; what has no layers along its
+  longest, the vocabulary.
+  """
+  stacked = _stacked(path, spec)
+  chunk = [1 if axis < stacked else size for axis, size in enumerate(spec.shape)]
+  axes = range(stacked, len(chunk)) if stacked else [int(np.argmax(spec.shape))]
+  for axis in axes:
+    others = math.prod(chunk[:axis] + chunk[axis + 1 :])
+    fits = max(1, CHUNK_BYTES // (spec.dtype.itemsize * others))
+    chunk[axis] = -(-spec.shape[axis] // -(-spec.shape[axis] // fits))  # equal parts
+  return tuple(chunk)
+
+
+def pieces(path: str, spec: Spec) -> Iterator[Index]:
+  """Regions of whole chunks that together are the array.
+
+  Of arrays with layers each is one layer, of one expert; of the others, one chunk. They come in the
+  order of the values as far as the chunks allow: always so within each slice of the first axis.
+  """
+  stacked = _stacked(path, spec)
+  if stacked:
+    yield from itertools.product(*map(range, spec.shape[:stacked]))
+    return
+  chunk = chunk_shape(path, spec)
+  for start in itertools.product(*(range(0, n, c) for n, c in zip(spec.shape, chunk))):
+    yield tuple(slice(at, min(at + c, n)) for at, c, n in zip(start, chunk, spec.shape))
+
+
+def bounds(spec: Spec, index: Index) -> tuple[tuple[int, int], ...]:
+  """Start and stop of a region on every axis."""
+  index = (*index, *[slice(None)] * (len(spec.shape) - len(index)))
+  return tuple(
+    (axis, axis + 1) if isinstance(axis, int) else axis.indices(size)[:2]
+    for axis, size in zip(index, spec.shape)
+  )
+
+
+def read_ahead(requests: Iterable[tuple[Reader, str, Index]]) -> Iterator[np.ndarray]:
+  """Regions in order; while one is worked on, the next ones are read, about READ_BYTES."""
+  pending: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
+  ahead = 0
+  with concurrent.futures.ThreadPoolExecutor(READ_THREADS) as pool:
+    for reader, path, index in requests:
+      spec = reader.specs[path]
+      nbytes = spec.dtype.itemsize * math.prod(b - a for a, b in bounds(spec, index))
+      pending.append((nbytes, pool.submit(reader.read, path, index)))
+      ahead += nbytes
+      while ahead > READ_BYTES and len(pending) > 1:
+        nbytes, region = pending.popleft()
+        ahead -= nbytes
+        yield region.result()
+    while pending:
+      yield pending.popleft()[1].result()
+
+
+def save_args(path: str, spec: Spec) -> ocp.SaveArgs:
+  """How Orbax shall cut an array that it writes itself, so that reading a layer reads no other."""
+  if spec.nbytes <= CHUNK_BYTES:
+    return ocp.SaveArgs()
+  if stacked := _stacked(path, spec):
+    # Each in its shards; a bound on the bytes would cut columns, which no layout does first.
+    return ocp.SaveArgs(shard_axes=tuple(range(stacked)))
+  return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+
+
+def _stacked(path: str, spec: Spec) -> int:
+  """How many of the first axes count layers and experts."""
+  if not path.startswith('blocks/'):
+    return 0
+  return 1 + sharding.has_experts(path, len(spec.shape))
+
+
+def _store(folder: epath.Path, path: str) -> dict[str, Any]:
+  """The tensorstore spec of one array."""
+  name = path.replace('/', '.') + '/'
+  return {'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': _files(folder), 'path': name}}
+
+
+def _files(folder: epath.Path) -> dict[str, Any]:
+  """The tensorstore spec of a folder."""
+  if folders.in_bucket(folder):
+    bucket, _, name = os.fspath(folder).removeprefix('gs://').partition('/')
+    return {'driver': 'gcs', 'bucket': bucket, 'path': f'{name}/'}
+  return {'driver': 'file', 'path': f'{os.path.abspath(folder)}/'}
+
+
+def reason(error: Exception) -> str:
+  """The cause in an error of tensorstore or of the system, in a few words."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  system = re.search(r"os_error_code='(\d+)'", str(error))
+  return os.strerror(int(system[1])) if system else str(error).split(' [')[0].strip()

@@ -1,0 +1,234 @@
+"""Checkpoints side by side on the same documents: their scores, intervals and differences."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bam_jax import config
+from bam_jax.checkpoint import checkpoint, opening
+from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.errors import UserError
+from bam_jax.evaluate import bootstrap, corpus, routing, windows
+from bam_jax.evaluate.programs import rows_mesh
+from bam_jax.evaluate.scorer import Scorer
+from bam_jax.parallel import sharding
+from bam_jax.reports import readings
+
+MEASURES = ('nats_per_token', 'perplexity', 'bits_per_byte')
+# (what is scored, windows in all) -> the function that is told how many more are done
+Progress = Callable[[str, int], Callable[[int], None]]
+
+
+class Options(NamedTuple):
+  """How documents are scored, and how sure one can be."""
+
+  dtype: str = 'float32'
+  mesh: config.Mesh = config.Mesh()
+  batch_size: int = 16
+  window: int | None = None  # tokens that are read at once; None: what each was trained at
+  stride: int | None = None  # tokens from one window to the next; None: the window's
+  resamples: int = 1000
+  confidence: float = 0.95
+  seed: int = 0  # of the resamples
+  routing: bool = False
+
+
+class Entry(NamedTuple):
+  """One checkpoint to compare."""
+
+  path: str
+  label: str
+  meta: checkpoint.Meta
+  tokenizer: Tokenizer
+  window: int
+  stride: int
+
+
+class Result(NamedTuple):
+  """What one checkpoint scored: by domain, sums of each document, and records of the routers."""
+
+  entry: Entry
+  nll: dict[str, np.ndarray]  # float64 nats
+  tokens: dict[str, np.ndarray]  # that were scored
+  records: dict[str, routing.Record]  # empty unless asked for
+
+
+def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Options) -> list[Entry]:
+  """The checkpoints, all checked before the first is scored.
+
+  Raises:
+    UserError: one is none, is given twice, or does not go with the data or the options.
+  """
+  if not paths:
+    raise UserError('Which models? Give --checkpoint=DIR, once for each.')
+  sharding.make_mesh(rows_mesh(options.mesh))
+  folders = [str(checkpoint.find(path)) for path in paths]
+  twice = next((p for p, f in zip(paths, folders) if folders.count(f) > 1), None)
+  if twice:
+    raise UserError(f'--checkpoint={twice} is given twice: name each checkpoint once.')
+  metas = [checkpoint.read_meta(path) for path in paths]
+  runs = [meta.run for meta in metas]
+  entries = []
+  for path, meta in zip(paths, metas):
+    tokenizer = opening.tokenizer(path, meta)
+    for domain in domains:
+      domain.check(tokenizer, path)
+    window = options.window or meta.sequence_length
+    stride = options.stride or window
+    if stride > window:
+      raise UserError(
+        f'--stride={stride} is above the window of {window} tokens, and would leave tokens out: '
+        'lower it.'
+      )
+    label = meta.run if runs.count(meta.run) == 1 else path
+    entries.append(Entry(path, label, meta, tokenizer, window, stride))
+  return entries
+
+
+def score(
+  entry: Entry, domains: Sequence[corpus.Domain], options: Options, progress: Progress
+) -> Result:
+  """Scores every document under one checkpoint."""
+  scorer = Scorer(
+    entry.path, options.dtype, options.mesh, batch_size=options.batch_size, length=entry.window
+  )
+  result = Result(entry, {}, {}, {})
+  for domain in domains:
+    documents = domain.documents(entry.tokenizer)
+    pieces, owners = [], []
+    for number, tokens in enumerate(documents):
+      cut = list(windows.cut(tokens, entry.window, entry.stride))
+      pieces += cut
+      owners += [number] * len(cut)
+    record = routing.Record()
+    nll = np.zeros(len(pieces))
+    more = progress(f'{entry.label}: {domain.name}', len(pieces))
+    for number, scored in scorer.score(pieces, options.routing, more):
+      # Summed by window first and by document later, in an order that nothing else has a part in.
+      nll[number] = scored.nll.sum(dtype=np.float64)
+      record.add(owners[number], number, scored.routing)
+    result.nll[domain.name] = np.bincount(owners, weights=nll, minlength=len(documents))
+    result.tokens[domain.name] = np.array([len(tokens) - 1 for tokens in documents])
+    if options.routing:
+      result.records[domain.name] = record
+    _check_finite(entry, domain.name, result.nll[domain.name])
+  return result
+
+
+def compare(
+  results: Sequence[Result], domains: Sequence[corpus.Domain], options: Options
+) -> list[dict[str, Any]]:
+  """The rows of `--json`; see `python -m bam_jax.evaluate --help`."""
+  # Columns of a domain's sums: bytes, then nats and tokens of each checkpoint.
+  sums, drawn = {}, {}
+  for domain in domains:
+    name = domain.name
+    columns = [column for r in results for column in (r.nll[name], r.tokens[name])]
+    sums[name] = np.stack([domain.byte_counts, *columns], axis=1).astype(np.float64)
+    drawn[name] = bootstrap.totals(sums[name], options.resamples, options.seed, name)
+  single = {name: len(x) == 1 for name, x in sums.items()}
+  whole = {name: x.sum(0, keepdims=True) for name, x in sums.items()}
+  rows = []
+  for place, result in enumerate(results):
+    entry, meta = result.entry, result.entry.meta
+    same = entry.tokenizer.hash == results[0].entry.tokenizer.hash
+    facts = lambda totals, draws, certain, p=place, s=same: _score(
+      totals, None if certain else draws, p, s, options.confidence
+    )
+    by_domain = {
+      name: {'documents': len(sums[name])} | facts(whole[name], drawn[name], single[name])
+      for name in sums
+    }
+    overall = facts(sum(whole.values()), sum(drawn.values()), any(single.values()))
+    rows.append(
+      {
+        'label': entry.label,
+        'checkpoint': entry.path,
+        'run': meta.run,
+        'step': meta.step,
+        'method': meta.method,
+        'tokenizer_hash': meta.tokenizer_hash,
+        'window': entry.window,
+        'stride': entry.stride,
+        'domains': by_domain,
+        'overall': {'documents': sum(map(len, sums.values()))} | overall,
+        'experts': routing.expert_names(meta),
+        'routing': _routing(result) if options.routing else None,
+      }
+    )
+  return rows
+
+
+def measures(totals: np.ndarray, place: int) -> dict[str, np.ndarray]:
+  """Each measure of one checkpoint, given column sums (..., C)."""
+  nbytes, nll, tokens = totals[..., 0], totals[..., 1 + 2 * place], totals[..., 2 + 2 * place]
+  nats = nll / tokens
+  values = nats, np.exp(np.minimum(nats, readings.MOST_NATS)), nll / (math.log(2) * nbytes)
+  return dict(zip(MEASURES, values))
+
+
+def _score(
+  totals: np.ndarray, draws: np.ndarray | None, place: int, same: bool, confidence: float
+) -> dict[str, Any]:
+  """A checkpoint's scores in one column of the table, and their differences to the first's."""
+  values, base = (measures(totals[0], p) for p in (place, 0))
+  drawn, drawn_base = (
+    (measures(draws, p) for p in (place, 0)) if draws is not None else (None, None)
+  )
+
+  def one(value, resampled):
+    low, high = (None, None) if resampled is None else bootstrap.interval(resampled, confidence)
+    return {'value': float(value), 'low': low, 'high': high}
+
+  facts = {
+    'tokens': int(totals[0, 2 + 2 * place]),
+    'bytes': int(totals[0, 0]),
+    'nll': float(totals[0, 1 + 2 * place]),
+    **{m: one(values[m], drawn and drawn[m]) for m in MEASURES},
+    'difference': None,
+  }
+  if place:
+    facts['difference'] = {
+      m: one(values[m] - base[m], drawn and drawn[m] - drawn_base[m])
+      if same or m == 'bits_per_byte'
+      else None
+      for m in MEASURES
+    }
+  return facts
+
+
+def _routing(result: Result) -> dict[str, dict[str, Any]] | None:
+  experts = routing.expert_names(result.entry.meta)
+  by_router: dict[str, dict[str, Any]] = {}
+  for domain, record in result.records.items():
+    for router, facts in record.facts(domain, experts).items():
+      by_router.setdefault(router, {})[domain] = facts
+  return by_router or None
+
+
+def _check_finite(entry: Entry, domain: str, nll: np.ndarray) -> None:
+  bad = np.flatnonzero(~np.isfinite(nll))
+  if len(bad):
+    raise UserError(
+      f'{entry.path} gives document {bad[0]} of {domain} no finite likelihood: its parameters are '
+      'damaged, or its training diverged.'
+    )
+
+
+def notes(entries: Sequence[Entry]) -> list[str]:
+  """What a reader should know of the numbers, in sentences."""
+  found = []
+  for entry in entries:
+    trained = entry.meta.sequence_length
+    if entry.window > trained:
+      found.append(
+        f'{entry.label} was trained on sequences of {trained:,} tokens and reads {entry.window:,} '
+        'at once: what it says past its own length may be worth little.'
+      )
+  if len({entry.tokenizer.hash for entry in entries}) > 1:
+    found.append('The tokenizers differ: compare bits per byte, not perplexity.')
+  if len({(entry.window, entry.stride) for entry in entries}) > 1:
+    found.append('The windows differ: give --window and --stride for one and the same context.')
+  return found

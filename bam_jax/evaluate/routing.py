@@ -1,0 +1,88 @@
+"""Where routers send tokens: sums by domain, and a few documents token by token.
+
+A token counts once: in the window in which the token after it is scored. So begin counts, and the
+end of a document, from which nothing is predicted, does not.
+
+Legend: L layers, T tokens, E experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bam_jax.checkpoint import checkpoint
+from bam_jax.evaluate.scorer import Routed
+
+SHOWN = 2  # documents of each domain that are kept token by token,
+SHOWN_TOKENS = 320  # and so many tokens of each
+
+
+class Record:
+  """What the routers of one checkpoint did with one domain."""
+
+  def __init__(self):
+    self.tokens = 0
+    self._kept: dict[int, dict[int, Mapping[str, Routed]]] = {}  # document -> window -> routing
+    self._sums: dict[str, dict[str, np.ndarray]] = {}
+
+  def add(self, document: int, window: int, routing: Mapping[str, Routed]) -> None:
+    """Counts the tokens of a window; keeps those of the first documents.
+
+    Args:
+      document: its number.
+      window: its number, which grows within a document; windows may come in any order.
+      routing: of its scored tokens, by router.
+    """
+    for name, routed in routing.items():
+      gate_LTE = routed.gate_LTE.astype(np.float64)
+      # The limit of g log g at 0 is 0.
+      log_LTE = np.log(np.maximum(gate_LTE, np.finfo(np.float64).tiny))
+      new = {
+        'gate': gate_LTE.sum(1),
+        'load': routed.load_LTE.sum(1, dtype=np.float64),
+        'entropy': -(gate_LTE * log_LTE).sum((1, 2)),
+      }
+      sums = self._sums.setdefault(name, {key: np.zeros_like(value) for key, value in new.items()})
+      for key, value in new.items():
+        sums[key] += value
+    self.tokens += next(iter(routing.values())).gate_LTE.shape[1] if routing else 0
+    if document < SHOWN:
+      self._kept.setdefault(document, {})[window] = routing
+
+  def shown(self, document: int) -> dict[str, Routed]:
+    """By router, what it did with the first tokens of one of the first documents."""
+    parts = [routing for _, routing in sorted(self._kept[document].items())]
+    return {
+      name: Routed(
+        *(np.concatenate(x, axis=1)[:, :SHOWN_TOKENS] for x in zip(*(part[name] for part in parts)))
+      )
+      for name in parts[0]
+    }
+
+  def facts(self, domain: str, experts: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """By router and layer, means over the tokens: see `python -m bam_jax.evaluate --help`."""
+    made = {}
+    for router, sums in self._sums.items():
+      means = {name: value / self.tokens for name, value in sums.items()}
+      own = [number for number, name in enumerate(experts[router]) if name == domain]
+      made[router] = {name: value.tolist() for name, value in means.items()}
+      made[router]['own_share'] = means['load'][:, own].sum(1).tolist() if own else None
+    return made
+
+
+def expert_names(meta: checkpoint.Meta) -> dict[str, list[str]]:
+  """By router, the sources of its experts, in order; numbers where they are not known."""
+  sections = {'attention': meta.model.attention_experts, 'ffn': meta.model.ffn_experts}
+  named = {}
+  for router, section in sections.items():
+    if section is not None:
+      known = len(meta.sources) == section.num_experts
+      named[router] = list(meta.sources if known else map(str, range(section.num_experts)))
+  return named
+
+
+def strongest(routed: Routed) -> tuple[np.ndarray, np.ndarray]:
+  """Of the experts that each token visits, that with the largest gate, and the gate; both LT."""
+  visited_LTE = np.where(routed.load_LTE > 0, routed.gate_LTE, -1.0)
+  return visited_LTE.argmax(-1), visited_LTE.max(-1)

@@ -1,0 +1,105 @@
+"""Files of a bucket that are written on this machine, or read from it, and copied whole.
+
+An object cannot grow, nor be mapped into memory, and many libraries know files only.
+"""
+
+import concurrent.futures
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from bam_jax.files import folders
+
+THREADS = 8  # that copy at a time
+
+
+class Mirror:
+  """A file that grows: the file itself on a disk, a copy of a local one in a bucket.
+
+  Attributes:
+    path: on this machine, to write to.
+  """
+
+  def __init__(self, target: epath.PathLike):
+    """Opens nothing; the folder of `target` is there, if it is on a disk."""
+    self._target, self._folder, self._sent = target, None, 0
+    self.path = Path(target)
+    if folders.in_bucket(target):
+      self._folder = tempfile.mkdtemp(prefix='bam_jax-')
+      self.path = Path(self._folder, self.path.name)
+
+  def send(self) -> None:
+    """Has the bucket hold all that the file does; UserError when it cannot."""
+    if self._folder and (size := self.path.stat().st_size) != self._sent:
+      with folders.writing(self._target):
+        _client().put_file(str(self.path), str(self._target))
+      self._sent = size
+
+  def close(self) -> None:
+    """Sends the file, and removes it here if it is a copy."""
+    if self._folder:
+      try:
+        self.send()
+      finally:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder = None
+
+
+@contextlib.contextmanager
+def drafts(target: epath.PathLike) -> Iterator[Path]:
+  """A folder to write into; when the block ends, its files appear in `target`, each whole.
+
+  On a disk it lies in `target`: if the disk has room for all of them, they all appear.
+  """
+  remote = folders.in_bucket(target)
+  if not remote:
+    Path(target).mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix=folders.BESIDE, dir=None if remote else target) as beside:
+    yield Path(beside)
+    files = [path for path in sorted(Path(beside).rglob('*')) if path.is_file()]
+    names = [str(path.relative_to(beside)) for path in files]
+    if remote:
+      send(Path(beside), epath.Path(target), names)
+      return
+    for path, name in zip(files, names):
+      Path(target, name).parent.mkdir(parents=True, exist_ok=True)
+      path.replace(Path(target, name))
+
+
+def send(folder: Path, target: epath.Path, names: Iterable[str]) -> None:
+  """Copies files of a folder into a bucket's; UserError when the bucket does not take them."""
+  with folders.writing(target):
+    client = _client()
+    _each(lambda name: client.put_file(str(folder / name), str(target / name)), names)
+
+
+def fetch(source: epath.Path, folder: Path, names: Iterable[str]) -> None:
+  """Copies files of a bucket's folder into one here, and makes the folders between.
+
+  Raises:
+    UserError: one is not there, or the disk does not take it.
+  """
+
+  def copy(name: str) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    client.get_file(str(source / name), str(folder / name))
+
+  with folders.writing(folder):
+    client = _client()
+    _each(copy, names)
+
+
+def _each(copy: Callable[[str], None], names: Iterable[str]) -> None:
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    list(pool.map(copy, names))
+
+
+def _client() -> Any:
+  import fsspec  # comes with gcsfs, which only buckets need
+
+  return fsspec.filesystem('gcs')

@@ -1,0 +1,177 @@
+"""What the processes of a job share out, and what they decide together; alone, nothing is sent.
+
+Every host sees the workdir, and each at its own moments: an answer that comes from the disk and
+leads to one step or another must be one process's answer.
+"""
+
+import collections
+import functools
+import json
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bam_jax import config, errors
+from bam_jax.errors import UserError
+from bam_jax.parallel import sharding
+
+TEXT_BYTES = 1024
+SHARED_SECONDS = 30.0  # that a network file system may take to show a new file
+
+T = TypeVar('T')
+
+
+def decide(question: Callable[[], T]) -> T:
+  """Process 0's answer, for all; all must ask.
+
+  Args:
+    question: returns what JSON can hold; what a user can mend is raised in every process.
+  """
+  if jax.process_count() == 1:
+    return question()
+  answer = {}
+  if jax.process_index() == 0:
+    try:
+      answer = {'value': question()}
+    except Exception as error:
+      if not (said := errors.sentence(error)):
+        raise
+      answer = {'error': said}
+  text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+  text = multihost_utils.broadcast_one_to_all(np.resize(text, size))
+  answer = json.loads(text.tobytes())
+  if 'error' in answer:
+    raise UserError(answer['error'])
+  return answer['value']
+
+
+def same(facts: Any, what: str) -> None:
+  """UserError unless all processes hold the same facts, which JSON can hold.
+
+  Args:
+    facts: to compare with process 0's.
+    what: the facts are about, for the sentence.
+  """
+  mine = json.loads(json.dumps(facts))
+  _all_agree(
+    mine == decide(lambda: mine),
+    f'do not have the same {what} as process 0: start all processes with the same flags and files',
+  )
+
+
+def first(text: str) -> str:
+  """The first text, of at most TEXT_BYTES, that is not empty among all processes'; all must ask."""
+  if jax.process_count() == 1:
+    return text
+  mine = np.zeros(TEXT_BYTES, np.uint8)
+  encoded = np.frombuffer(text.encode()[:TEXT_BYTES], np.uint8)
+  mine[: encoded.size] = encoded
+  rows = multihost_utils.process_allgather(mine)
+  texts = (row.tobytes().rstrip(b'\0').decode(errors='ignore') for row in rows)
+  return next(filter(None, texts), '')
+
+
+def check_shared(folder: Path) -> None:
+  """UserError unless all processes see what process 0 writes in a folder, which it makes."""
+  if jax.process_count() == 1:
+    return
+  file = folder / f'.{decide(lambda: _write_mark(folder))}'
+  deadline = time.monotonic() + SHARED_SECONDS
+  while not (seen := file.exists()) and time.monotonic() < deadline:
+    time.sleep(0.1)
+  try:
+    _all_agree(seen, f'do not see {folder} as process 0 does: name a folder that all hosts share')
+  finally:
+    if jax.process_index() == 0:
+      file.unlink()
+
+
+def check_mesh(mesh: config.Mesh, where: str) -> None:
+  """UserError when a mesh cannot be that of a job of several processes."""
+  if jax.process_count() == 1:
+    return
+  if mesh.size != jax.device_count():
+    raise UserError(
+      f'{where}.mesh has {mesh.size} devices, and the {jax.process_count()} processes '
+      f'{jax.device_count()}: every device of a job needs its place in the mesh.'
+    )
+  share_of_batch(sharding.make_mesh(mesh), where)
+
+
+def share_of_batch(mesh: jax.sharding.Mesh, where: str = 'the run') -> tuple[int, int]:
+  """Which part of every batch this process reads, and how many parts there are.
+
+  Processes whose devices hold the same rows, cut along `tensor`, read the same part.
+  """
+  rows = collections.defaultdict(set)  # of each process
+  places = sharding.batch(mesh).devices_indices_map((mesh.size,))
+  for device, (part,) in places.items():
+    rows[device.process_index].add(part.indices(mesh.size)[:2])
+  parts = sorted({tuple(sorted(held)) for held in rows.values()})
+  pieces = [piece for part in parts for piece in part]
+  if len({len(part) for part in parts}) > 1 or len(pieces) > len(set(pieces)):
+    raise UserError(
+      f'{where}.mesh gives processes overlapping parts of a batch: choose mesh.tensor such that '
+      f'it divides the {jax.local_device_count()} devices of a process, or is a multiple of them.'
+    )
+  return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+  """Arrays that every process has whole, laid out by shardings; each process keeps its parts."""
+
+  def one(array, sharding):
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+  return jax.tree.map(one, tree, shardings)
+
+
+def highest(value: int) -> jax.Array:
+  """The highest of all processes' numbers, on the devices: returns before it is known."""
+  return _reduction()(_on_devices(value))
+
+
+@functools.cache
+def _reduction() -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(jnp.max, out_shardings=NamedSharding(_line(), P()))
+
+
+@functools.cache
+def _on_devices(value: int) -> jax.Array:
+  """This process's number on each of its devices; made once, since it is asked every step."""
+  number = lambda index: np.full(1, value, np.int32)
+  sharding = NamedSharding(_line(), P('devices'))
+  return jax.make_array_from_callback((jax.device_count(),), sharding, number)
+
+
+def _line() -> jax.sharding.Mesh:
+  return jax.sharding.Mesh(jax.devices(), 'devices')
+
+
+def _all_agree(agree: bool, sentence: str) -> None:
+  if jax.process_count() == 1:
+    return
+  agreeing = multihost_utils.process_allgather(np.asarray(agree))
+  if not agreeing.all():
+    others = ', '.join(map(str, np.flatnonzero(~agreeing)))
+    raise UserError(f'processes {others} {sentence}.')
+
+
+def _write_mark(folder: Path) -> str:
+  name = f'job-{uuid.uuid4().hex}'
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f'.{name}').touch()
+  except OSError as error:
+    raise UserError(f'{folder} cannot be written: {error.strerror or error}.') from None
+  return name

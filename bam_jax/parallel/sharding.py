@@ -1,0 +1,188 @@
+"""The device mesh, and where every array lies on it.
+
+Parameters are matched by path, most of the table once for dense models and once for mixtures, whose
+expert axis takes the mesh's. An unmatched path raises: nothing is replicated by accident.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bam_jax import config
+from bam_jax.errors import UserError
+
+AXES = ('data', 'fsdp', 'expert', 'tensor')
+BATCH = P(('data', 'fsdp', 'expert'))
+FSDP = ('fsdp', 'expert')  # without experts of its own, an array is sharded over that axis as well
+HOST = 'pinned_host'  # the memory kind of a device's host
+VOCABULARY = ('tensor', 'expert', 'fsdp')  # what fsdp cuts is contiguous, to be gathered alone
+
+# Output projections are sharded on their second-to-last dimension: a slice of D need not be a
+# multiple of the hardware's tile, and then a reduce-scatter becomes an all-reduce.
+DENSE = {
+  'embed/table': P(VOCABULARY, None),
+  'unembed/kernel': P(None, VOCABULARY),
+  'final_norm/scale': P(),
+  'blocks/norm/scale': P(),
+  'blocks/attention/query': P(None, FSDP, 'tensor', None),
+  'blocks/attention/key': P(None, FSDP, 'tensor', None),
+  'blocks/attention/value': P(None, FSDP, 'tensor', None),
+  'blocks/attention/out': P(None, 'tensor', FSDP, None),
+  'blocks/attention/query_scale': P(None, 'tensor', None),
+  'blocks/attention/key_scale': P(None, 'tensor', None),
+  'blocks/attention/router': P(),
+  'blocks/ffn/gate': P(None, FSDP, 'tensor'),
+  'blocks/ffn/up': P(None, FSDP, 'tensor'),
+  'blocks/ffn/down': P(None, ('tensor', *FSDP), None),
+  'blocks/ffn/router': P(),
+  'blocks/ffn/expert_bias': P(),
+}
+EXPERTS = {
+  'blocks/attention/query': P(None, 'expert', 'fsdp', 'tensor', None),
+  'blocks/attention/key': P(None, 'expert', 'fsdp', 'tensor', None),
+  'blocks/attention/value': P(None, 'expert', 'fsdp', 'tensor', None),
+  'blocks/attention/out': P(None, 'expert', 'tensor', 'fsdp', None),
+  'blocks/attention/query_scale': P(None, 'expert', 'tensor', None),
+  'blocks/attention/key_scale': P(None, 'expert', 'tensor', None),
+  'blocks/ffn/gate': P(None, 'expert', 'fsdp', 'tensor'),
+  'blocks/ffn/up': P(None, 'expert', 'fsdp', 'tensor'),
+  'blocks/ffn/down': P(None, 'expert', ('tensor', 'fsdp'), None),
+}
+
+
+def make_mesh(mesh: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+  """The mesh over the first devices; UserError when there are too few.
+
+  Args:
+    mesh: sizes of its axes.
+    devices: default: those of this job.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  if mesh.size > len(devices):
+    raise UserError(
+      f'mesh {config.to_dict(mesh)} needs {mesh.size} devices and there are {len(devices)}: '
+      'shrink mesh.'
+    )
+  shape = (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)
+  if devices[0].platform == 'tpu' and mesh.size == len(devices):
+    grid = _neighbours(shape, devices)
+  else:
+    grid = np.asarray(devices[: mesh.size]).reshape(shape)
+  return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _neighbours(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+  """TPUs such that each axis runs along links of their torus, and `data` across slices.
+
+  Their own order is host by host, in which the groups of different axes would share links.
+  """
+  slices = _num_slices(devices)
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  if shape[0] % slices:
+    raise UserError(
+      f'mesh.data={shape[0]} is not a multiple of the {slices} slices: between slices only data '
+      'may be cut.'
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+    (shape[0] // slices, *shape[1:]),
+    (slices, *[1] * (len(shape) - 1)),
+    devices,
+    allow_split_physical_axes=True,
+  )
+
+
+def lines(mesh: jax.sharding.Mesh, axis: str) -> tuple[int, ...]:
+  """Sizes of the lines of the TPUs' torus that an axis of the mesh runs along, outermost first.
+
+  More than one only where the axis is all of a slice: elsewhere XLA sees to it by itself.
+  """
+  size, slices = mesh.shape[axis], _num_slices(mesh.devices.flat)
+  if mesh.devices.flat[0].platform != 'tpu' or size * slices < mesh.size:
+    return (size,)
+  along = np.moveaxis(mesh.devices, AXES.index(axis), 0).reshape(size, -1)[:, 0]
+  places = np.asarray([device.coords for device in along])
+  moving = [column for column in places.T if len(set(column)) > 1]
+  moving.sort(key=lambda column: -np.argmax(column != column[0]))
+  sizes = tuple(len(set(column)) for column in moving)
+  return sizes if np.prod(sizes, initial=1) == size else (size,)
+
+
+def _num_slices(devices: Iterable[Any]) -> int:
+  return len({getattr(device, 'slice_index', 0) for device in devices})
+
+
+def path_of(key_path: tuple) -> str:
+  """The dictionary keys of a JAX key path, joined by "/"; what an optimizer adds is left out."""
+  return '/'.join(key.key for key in key_path if isinstance(key, jax.tree_util.DictKey))
+
+
+def spec_of(path: str, ndim: int) -> P:
+  """The PartitionSpec of a parameter; ValueError for one that no rule names."""
+  for table in (DENSE, EXPERTS):
+    spec = table.get(path)
+    if spec is not None and (spec == P() or len(spec) == ndim):
+      return spec
+  raise ValueError(f'No sharding rule for {path} with {ndim} dimensions.')
+
+
+def has_experts(path: str, ndim: int) -> bool:
+  """Whether a parameter has an axis of experts."""
+  return path in EXPERTS and len(EXPERTS[path]) == ndim
+
+
+def names(axes: None | str | tuple[str, ...]) -> tuple[str, ...]:
+  """The mesh axes in one entry of a PartitionSpec."""
+  return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def tree(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Shardings of a tree that holds parameters, or optimizer state shaped like them.
+
+  Args:
+    abstract: leaves have `shape`; a leaf with no dictionary key in its path is a counter.
+  """
+
+  def one(key_path, leaf):
+    path = path_of(key_path)
+    spec = spec_of(path, len(leaf.shape)) if path else P()
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(one, abstract)
+
+
+def on_host(shardings: Any) -> Any:
+  """The same, in the memory of the devices' hosts, except for counters: arrays in no part of it."""
+  return jax.tree_util.tree_map_with_path(
+    lambda key_path, s: s.with_memory_kind(HOST) if path_of(key_path) else s, shardings
+  )
+
+
+def check(abstract: Any, mesh: config.Mesh, where: str) -> None:
+  """UserError when an axis of the mesh does not divide a parameter's dimension."""
+  sizes = dict(zip(AXES, (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)))
+  for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+    path = path_of(key_path)
+    for dimension, axes in zip(leaf.shape, spec_of(path, len(leaf.shape))):
+      parts = int(np.prod([sizes[name] for name in names(axes)], initial=1))
+      if dimension % parts:
+        raise UserError(
+          f'{where}.mesh cuts {path} of shape {tuple(leaf.shape)} into {parts} parts along '
+          f'{" and ".join(names(axes))}, which do not divide {dimension}: choose other mesh sizes.'
+        )
+
+
+def batch(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """The sharding of a batch's arrays, cut along their first axis."""
+  return NamedSharding(mesh, BATCH)
+
+
+def put_batch(arrays: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+  """This process's rows of a batch, as its part of the global arrays."""
+  sharding = batch(mesh)
+  return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in arrays.items()}

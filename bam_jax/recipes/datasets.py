@@ -1,0 +1,48 @@
+"""The dataset of a recipe: prepared when it is missing, copied to this machine from a bucket."""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+
+from bam_jax import config
+from bam_jax.data import prepare, remote, shards, sources
+from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.files import folders
+from bam_jax.parallel import processes
+
+SAMPLE = Path(__file__).parent / 'data' / 'sample'
+
+
+def open_dataset(data: config.Data) -> shards.Dataset:
+  """The token shards of a recipe, prepared first when they are missing and the recipe says how."""
+  processes.decide(functools.partial(_prepare_missing, data))
+  path = folders.at(data.path)
+  return shards.open_dataset(remote.fetch(path) if folders.in_bucket(path) else path)
+
+
+def _prepare_missing(data: config.Data) -> None:
+  path, options = folders.at(data.path), data.prepare
+  folders.check_bucket(path)
+  if not options or (path / shards.MANIFEST).exists():
+    return
+  print(f'Preparing {path} from {options.input}.', file=sys.stderr)
+
+  def prepare_in(folder: Path) -> None:
+    prepare.prepare(
+      sources.find_domains([str(SAMPLE) if options.input == 'sample' else options.input]),
+      folder,
+      tokenizer=Tokenizer.load(options.tokenizer) if options.tokenizer else None,
+      train_tokenizer=options.train_tokenizer or None,
+    )
+
+  if folders.in_bucket(path):
+    remote.publish(path, prepare_in)
+  else:
+    prepare_in(path)
+
+
+def with_workdir(recipe: config.Recipe, workdir: Path) -> config.Recipe:
+  """The recipe with "{workdir}" in its data path replaced."""
+  path = recipe.data.path.replace('{workdir}', str(workdir))
+  return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=path))

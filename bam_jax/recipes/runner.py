@@ -1,0 +1,321 @@
+"""Runs what is asked for of a recipe: in order, skipping what is finished, each from its init."""
+
+import dataclasses
+import functools
+import json
+import math
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bam_jax import config
+from bam_jax.checkpoint import checkpoint, manifest
+from bam_jax.config import strict
+from bam_jax.data import shards
+from bam_jax.errors import UserError
+from bam_jax.files import claims, folders, json_file
+from bam_jax.model import arithmetic, transformer
+from bam_jax.parallel import processes, sharding
+from bam_jax.recipes import graph
+from bam_jax.train import goodput, loop, stop
+from bam_jax.train.progress import Progress
+from bam_jax.upcycle import centroids, merge, rules
+
+RECORDED = {'identity': dict, 'hash': str}  # what a resume reads of a run's config.json
+
+
+def execute(
+  recipe: config.Recipe,
+  workdir: Path,
+  dataset: shards.Dataset,
+  only: Sequence[str] = (),
+  progress_enabled: bool = True,
+) -> list[str]:
+  """Trains the runs that are asked for and not finished, in order; their names, in order.
+
+  Args:
+    recipe: the graph.
+    workdir: every run has a folder in it; it may be one of a bucket.
+    dataset: the token shards.
+    only: names of runs; empty is all.
+    progress_enabled: whether to show progress on standard error.
+
+  Raises:
+    UserError: before anything is trained, for a recipe that cannot run here or does not match the
+      workdir; while training, for a loss that is not a number.
+    stop.Stopped: a signal came, and the run's state is saved.
+  """
+  nodes = graph.resolve(recipe, graph.digest(dataset.manifest['domains']))
+  everything = [config.to_dict(recipe), {name: nodes[name].identity for name in nodes}, list(only)]
+  processes.same(graph.digest(everything), 'recipe, flags and data')
+  asked = processes.decide(functools.partial(_asked, nodes, only, workdir))
+  domains = graph.check(recipe, nodes, dataset, asked)
+  steps = {name: recipe.total_steps(name) for name in asked}
+  began = goodput.process_began()
+
+  def is_finished(name: str) -> bool:
+    return finished(workdir / name, nodes[name], steps[name], domains)
+
+  def claim() -> int | None:
+    try:
+      held.take(workdir / name for name in asked if not is_finished(name))
+    except stop.Stopped as stopped:
+      return stopped.signum
+
+  for name in asked:
+    processes.check_mesh(nodes[name].run.mesh, f'config.runs.{name}')
+  with (
+    stop.catch() as stopping,
+    Progress(steps, enabled=progress_enabled) as progress,
+    claims.Claims(progress.note, stopping.check) as held,
+  ):
+    if signum := processes.decide(claim):
+      raise stop.Stopped(signum)
+    for name in asked:
+      processes.decide(functools.partial(_check_identity, workdir / name, nodes[name]))
+    for name in asked:
+      node, folder = nodes[name], workdir / name
+      if processes.decide(functools.partial(is_finished, name)):
+        progress.skip(name)
+        continue
+      _write_json(folder / 'config.json', _record(recipe, node))
+      _copy_tokenizer(dataset, folder)
+      job = loop.Job(
+        name=name,
+        run=node.run,
+        model=node.model,
+        recipe=recipe,
+        dataset=dataset,
+        domains=tuple(domains),
+        folder=folder,
+        init=functools.partial(initial_params, recipe, nodes, node, workdir, dataset),
+        meta=functools.partial(_meta, recipe, node, workdir, dataset),
+      )
+      facts = loop.train(job, progress, stopping, began)
+      began = time.monotonic()
+      loss = facts.pop('loss')
+      _write_json(folder / 'result.json', _result(recipe, node) | facts)
+      progress.finish(name, loss)
+  return asked
+
+
+def finished(folder: Path, node: graph.Node, total_steps: int, domains: Sequence[str] = ()) -> bool:
+  """Whether a run has its last checkpoint, by this configuration, and a result on `domains`."""
+  step = checkpoint.finished_step(folder / 'checkpoints')
+  recorded = _read_json(folder / 'config.json', RECORDED)
+  result = _read_json(folder / 'result.json', {'domains': dict})
+  return (
+    step == total_steps
+    and result is not None
+    and set(domains) <= set(result['domains'])
+    and recorded is not None
+    and recorded['hash'] == graph.digest(node.identity)
+  )
+
+
+def initial_params(
+  recipe: config.Recipe,
+  nodes: dict[str, graph.Node],
+  node: graph.Node,
+  workdir: Path,
+  dataset: shards.Dataset,
+  shardings: Any,
+) -> transformer.Params:
+  """The parameters that a run starts from, laid out by `shardings`."""
+  network = transformer.Network(node.model, node.run.compute)
+  key = merge.run_key(recipe.seed, node.name)
+  find = lambda path: folders.at(processes.decide(lambda: str(checkpoint.find(path))))
+  match node.run.init:
+    case 'scratch':
+      return jax.jit(network.init, out_shardings=shardings)(key)
+    case config.FromRun(parent):
+      path = find(workdir / parent)
+      return checkpoint.restore_params(path, checkpoint.abstract(network.abstract(), shardings))
+    case config.FromCheckpoint(path):
+      return checkpoint.restore_params(
+        find(path), checkpoint.abstract(network.abstract(), shardings)
+      )
+    case config.FromUpcycle(upcycle):
+      # The dense sources pass through host memory: a mixture's mesh need not suit them.
+      dense = transformer.Network(nodes[upcycle.sources[0]].model, node.run.compute)
+      load = functools.partial(checkpoint.restore_host_params, params=dense.abstract())
+      sources = [load(find(workdir / name)) for name in upcycle.sources]
+      routers = {}
+      if upcycle.router_init == 'centroids':
+        runs = [nodes[name].run for name in upcycle.sources]
+        routers = _centroids(recipe, node, runs, dataset, dense, sources, key)
+      params = merge.merge(sources, network.abstract(), node.model, upcycle, key, routers)
+      return processes.put(params, shardings)
+  raise AssertionError(node.run.init)
+
+
+def _centroids(
+  recipe: config.Recipe,
+  node: graph.Node,
+  runs: Sequence[config.Run],
+  dataset: shards.Dataset,
+  dense: transformer.Network,
+  sources: Sequence[transformer.Params],
+  key: jax.Array,
+) -> dict[str, np.ndarray]:
+  """A mixture's routers, from the first batches that each of its sources was trained on."""
+  upcycle, rows = node.upcycle, node.run.batch_size // node.run.grad_accum_steps
+  soup = config.Upcycle(
+    upcycle.sources, 'average', average=upcycle.average, weights=upcycle.weights
+  )
+  params = merge.merge(sources, dense.abstract(), dense.model, soup, key)
+  count = math.ceil(centroids.CENTROID_TOKENS / (rows * recipe.data.sequence_length))
+  batches = []
+  for run in runs:
+    # In the mixture's micro-batches, which its mesh can hold.
+    run = dataclasses.replace(run, batch_size=rows, grad_accum_steps=1, mesh=node.run.mesh)
+    read = loop.batches_of(run, recipe, dataset)
+    batches.append(map(read.__getitem__, range(count)))
+  paths = [rule.target for rule in rules.rules(node.model) if rule.how == 'router']
+  mesh = sharding.make_mesh(node.run.mesh)
+  return centroids.routers(dense, params, batches, mesh, paths, upcycle, key)
+
+
+def _asked(nodes: dict[str, graph.Node], only: Sequence[str], workdir: Path) -> list[str]:
+  for name in only:
+    if name not in nodes:
+      raise UserError(f'--runs names {name!r}; the recipe has {", ".join(nodes)}.')
+  asked = [name for name in nodes if not only or name in only]
+  for name in asked:
+    for parent in config.parents(nodes[name].run):
+      if parent not in asked and not _has_result(workdir / parent, nodes[parent]):
+        raise UserError(
+          f'--runs asks for {name!r}, which starts from {parent!r}, and {workdir / parent} does '
+          f'not hold it finished by this configuration: add {parent!r} to --runs.'
+        )
+  return asked
+
+
+def _has_result(folder: Path, node: graph.Node) -> bool:
+  return finished(folder, node, node.identity['total_steps'])
+
+
+def _check_identity(folder: Path, node: graph.Node) -> None:
+  recorded = _read_json(folder / 'config.json', RECORDED)
+  if recorded is None or recorded['hash'] == graph.digest(node.identity):
+    return
+  changes = strict.differences(recorded['identity'], json.loads(json.dumps(node.identity)))
+  shown = '; '.join(changes[:3]) + (f'; and {len(changes) - 3} more' if len(changes) > 3 else '')
+  raise UserError(
+    f'{folder} was begun with another configuration of {node.name!r} ({shown}): undo the change, '
+    'choose another --workdir, or delete that folder.'
+  )
+
+
+def _record(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:
+  return {
+    'recipe': recipe.name,
+    'run': config.to_dict(node.run),
+    'identity': node.identity,
+    'hash': graph.digest(node.identity),
+  }
+
+
+def _meta(
+  recipe: config.Recipe, node: graph.Node, workdir: Path, dataset: shards.Dataset, step: int
+) -> checkpoint.Meta:
+  return checkpoint.Meta(
+    format=checkpoint.FORMAT,
+    model=node.model,
+    sequence_length=recipe.data.sequence_length,
+    tokenizer_hash=dataset.tokenizer_hash,
+    tokenizer_path=str(folders.absolute(recipe.data.path)),
+    run=node.name,
+    step=step,
+    method=node.upcycle.method if node.upcycle else None,
+    sources=_experts(node),
+    versions=manifest.versions(),
+    bos_token=dataset.manifest['tokenizer']['bos_token'],
+    eos_token=dataset.manifest['tokenizer']['eos_token'],
+    manifest=_manifest(recipe, node, workdir),
+  )
+
+
+def _manifest(recipe: config.Recipe, node: graph.Node, workdir: Path) -> manifest.Manifest | None:
+  """What a run's first parameters were made from; hashes would take reading all of it again."""
+  match node.run.init:
+    case 'scratch':
+      return None
+    case config.FromCheckpoint(path):
+      origins = [manifest.Source(path)]
+    case _:
+      origins = [
+        manifest.Source(str(folders.absolute(workdir / name)), name, recipe.total_steps(name))
+        for name in config.parents(node.run)
+      ]
+  return manifest.Manifest(
+    command='',
+    time=manifest.now(),
+    sources=tuple(origins),
+    made=rules.record(node.model) if node.upcycle else (),
+    upcycle=node.upcycle,
+    seed=recipe.seed,
+    name=node.name,
+  )
+
+
+def _experts(node: graph.Node) -> tuple[str, ...]:
+  if not node.upcycle:
+    return ()
+  sources = node.upcycle.sources
+  return sources + sources[:1] * (node.upcycle.experts - len(sources))
+
+
+def _result(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:
+  counts = arithmetic.parameters(node.model)
+  return {
+    'run': node.name,
+    'label': node.run.label,
+    'kind': node.kind,
+    'method': node.upcycle.method if node.upcycle else None,
+    'sources': list(_experts(node)),
+    'parameters': counts.total,
+    'active_parameters': counts.active,
+    'flops_per_token': arithmetic.training_flops(node.model, recipe.data.sequence_length),
+  }
+
+
+def _read_json(path: Path, keys: Mapping[str, type]) -> dict[str, Any] | None:
+  try:
+    facts = json_file.load(path)
+    if not isinstance(facts, dict):
+      raise ValueError
+    if not all(isinstance(facts.get(key), kind) for key, kind in keys.items()):
+      raise ValueError
+    return facts
+  except FileNotFoundError:
+    return None
+  except ValueError:
+    raise UserError(f'{path} is damaged: delete its folder and train the run again.') from None
+
+
+def _write_json(path: Path, facts: dict[str, Any]) -> None:
+  if jax.process_index() == 0:
+    with folders.writing(path):
+      path.parent.mkdir(parents=True, exist_ok=True)
+    folders.write_file(path, json.dumps(facts, indent=1) + '\n')
+
+
+def _copy_tokenizer(dataset: shards.Dataset, folder: Path) -> None:
+  """Puts the tokenizer's file beside a run's checkpoints, which may outlive the data."""
+  name = dataset.manifest['tokenizer']['file']
+  if jax.process_index() == 0 and not (folder / name).exists():
+    folders.write_file(folder / name, (dataset.path / name).read_bytes())
+
+
+def write_command(workdir: Path, recipe: config.Recipe, command: str) -> None:
+  """Records what made this workdir, for the report."""
+  facts = {'name': recipe.name, 'command': command, 'seed': recipe.seed}
+  facts['devices'] = f'{jax.device_count()} {jax.devices()[0].device_kind}'
+  facts['versions'] = {'Python': platform.python_version(), **manifest.versions()}
+  _write_json(workdir / 'recipe.json', facts)

@@ -1,0 +1,229 @@
+"""The report's pictures: loss curves, perplexity against the seed, and who is routed where.
+
+Legend: L layers, E experts.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from bam_jax.reports import readings
+
+INK, FAINT = '#2b2f36', '#9aa1ab'
+# Okabe and Ito's palette, safe for the colour-blind, without its yellow, too pale for a line.
+COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#5b5b5b')
+BETTER_WORSE = LinearSegmentedColormap.from_list(
+  'better_worse', ['#0b5a8f', '#7fb4d6', '#f7f7f5', '#f0b27a', '#b8520a']
+)
+SHARE = LinearSegmentedColormap.from_list(
+  'share', ['#fbfbf9', '#cfe3ee', '#7fb4d6', '#2a7fb5', '#083d66']
+)
+PANELS = {'seed': 'Seed', 'specialist': 'Specialists', 'mixture': 'Mixtures'}
+ROUTERS = {
+  'attention': 'Attention router: mean gate',
+  'ffn': 'FFN router: share of the tokens',
+}
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+  """The one look of all pictures, for the figures made and saved inside."""
+  with matplotlib.rc_context(
+    {
+      'figure.dpi': 150,
+      'figure.facecolor': 'white',
+      'savefig.facecolor': 'white',
+      'font.size': 9,
+      'axes.titlesize': 10,
+      'axes.titleweight': 'bold',
+      'axes.titlelocation': 'left',
+      'axes.edgecolor': FAINT,
+      'axes.labelcolor': INK,
+      'axes.titlecolor': INK,
+      'axes.spines.top': False,
+      'axes.spines.right': False,
+      'axes.grid': True,
+      'axes.axisbelow': True,
+      'grid.color': '#e6e8eb',
+      'grid.linewidth': 0.6,
+      'text.color': INK,
+      'text.parse_math': False,  # a label may have dollars
+      'xtick.color': INK,
+      'ytick.color': INK,
+      'xtick.major.size': 0,
+      'ytick.major.size': 0,
+      'legend.frameon': False,
+      'legend.fontsize': 8,
+      'lines.linewidth': 1.6,
+      'lines.solid_capstyle': 'round',
+    }
+  ):
+    yield
+
+
+def loss_curves(
+  path: Path,
+  rows: Sequence[Mapping[str, Any]],
+  metrics: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> None:
+  """Draws the negative log-likelihood of each run in training, and its held-out loss as dots.
+
+  What routers add to the loss is no part of it, as dense models have nothing to add.
+
+  Args:
+    path: the PNG to write.
+    rows: the report's rows, in order.
+    metrics: the lines of each run's metrics, in order of steps.
+  """
+  kinds = [kind for kind in PANELS if any(row['kind'] == kind for row in rows)]
+  with style():
+    figure = Figure(figsize=(1.0 + 3.4 * len(kinds), 3.2), layout='constrained')
+    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for axis, kind in zip(axes, kinds):
+      for i, row in enumerate(row for row in rows if row['kind'] == kind):
+        _loss_curve(axis, row, metrics[row['run']], COLOURS[i % len(COLOURS)])
+      axis.set(title=PANELS[kind], xlabel='step')
+      axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+      if axis.get_legend_handles_labels()[0]:
+        axis.legend(handlelength=1.4)
+    axes[0].set_ylabel('loss (nats per token)')
+    _save(figure, path)
+
+
+def _loss_curve(
+  axis: Axes, row: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], colour: str
+) -> None:
+  train = np.array([(line['step'], line['nll']) for line in lines if 'nll' in line])
+  if len(train):
+    axis.plot(*train.T, color=colour, alpha=0.22, linewidth=0.8)
+    axis.plot(train[:, 0], smooth(train[:, 1]), color=colour, label=row['label'])
+  held_out = [(line['step'], valid_loss(row, line['valid'])) for line in lines if line.get('valid')]
+  if held_out:
+    dots = dict(marker='o', linestyle='', markersize=4.5, markeredgecolor='white', clip_on=False)
+    axis.plot(*np.array(held_out).T, color=colour, **dots)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+  """The mean over about a tenth of the run, centred but for its end."""
+  reach, index = len(values) // 20, np.arange(len(values))
+  before = np.minimum(reach, index)
+  # Symmetric at the start, where a lopsided window would lower a steep curve.
+  after = np.minimum(before, index[::-1])
+  sums = np.concatenate([[0.0], np.cumsum(values)])
+  return (sums[index + after + 1] - sums[index - before]) / (before + after + 1)
+
+
+def valid_loss(row: Mapping[str, Any], valid: Mapping[str, float]) -> float:
+  """A specialist's held-out loss on its own domain, another run's mean over the domains."""
+  if row['kind'] == 'specialist' and row['run'] in valid:
+    return valid[row['run']]
+  return sum(valid.values()) / len(valid)
+
+
+def perplexity(path: Path, rows: Sequence[Mapping[str, Any]], domains: Sequence[str]) -> None:
+  """Draws each run's perplexity by domain, coloured by its change from the seed's.
+
+  Args:
+    path: the PNG to write.
+    rows: the report's rows of finished runs; the first seed, or else the first row, is the base.
+    domains: the columns.
+  """
+  base = next((row for row in rows if row['kind'] == 'seed'), rows[0])
+  values, bases = (
+    np.array([[row['perplexity'].get(d, math.nan) for d in domains] for row in some])
+    for some in (rows, [base])
+  )
+  change = np.log(values / bases)
+  limit = max(0.05, np.nanmax(np.abs(change), initial=0.0))
+  with style():
+    size = (max(4.0, 2.6 + 1.05 * len(domains)), 1.4 + 0.46 * len(rows))
+    figure = Figure(figsize=size, layout='constrained')
+    axis = figure.subplots()
+    axis.imshow(change, cmap=BETTER_WORSE, vmin=-limit, vmax=limit, aspect='auto')
+    for i, j in np.ndindex(change.shape):
+      if math.isnan(change[i, j]):
+        continue
+      colour = 'white' if abs(change[i, j]) > 0.72 * limit else INK
+      centred = dict(ha='center', va='center', color=colour)
+      note = '' if rows[i] is base else readings.percent(math.expm1(change[i, j]), 0)
+      axis.text(j, i - (0.13 if note else 0), readings.number(values[i, j]), **centred)
+      axis.text(j, i + 0.24, note, fontsize=6.5, **centred)
+    _grid(axis, domains, [row['label'] for row in rows])
+    axis.xaxis.tick_top()
+    for i in range(1, len(rows)):
+      if rows[i]['kind'] != rows[i - 1]['kind']:
+        axis.axhline(i - 0.5, color=INK, linewidth=1.5, zorder=3)
+    legend = f'perplexity and its change from {base["label"]}\nblue is better, orange is worse'
+    figure.supxlabel(legend, fontsize=8)
+    _save(figure, path)
+
+
+def routing(path: Path, row: Mapping[str, Any]) -> None:
+  """Draws, for each router of a mixture and each layer, which experts serve which domain.
+
+  Args:
+    path: the PNG to write.
+    row: a report's row with `routing`: router -> domain -> load [L][E], and `experts`, E names.
+  """
+  loads = {
+    router: np.stack([np.asarray(load) for load in by_domain.values()])
+    for router, by_domain in row['routing'].items()
+  }
+  with style():
+    num_domains, num_layers, num_experts = next(iter(loads.values())).shape
+    columns = min(num_layers, 4 if len(loads) == 1 else 2)
+    lines = math.ceil(num_layers / columns)
+    cell = 0.42
+    width = len(loads) * (1.0 + columns * (num_experts * cell + 0.25)) + 0.6
+    height = 1.25 + lines * (num_domains * cell + 0.32)
+    figure = Figure(figsize=(width, height), layout='constrained')
+    figure.suptitle(f'{row["label"]}: where each domain goes', x=0.01, ha='left', weight='bold')
+    parts = figure.subfigures(1, len(loads), squeeze=False)[0]
+    for part, (router, load) in zip(parts, loads.items()):
+      part.suptitle(ROUTERS[router], fontsize=9)
+      grid = part.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+      for layer, axis in enumerate(grid.flat):
+        if layer >= num_layers:
+          axis.set_axis_off()
+          continue
+        _load(axis, load[:, layer])
+        _grid(axis, row['experts'], list(row['routing'][router]))
+        axis.set_title(f'layer {layer + 1}', fontsize=8, weight='normal')
+      for axis in grid[-1]:
+        axis.tick_params(axis='x', rotation=90 if num_experts > 4 else 0)
+      part.supxlabel('expert', fontsize=8)
+      part.supylabel('domain', fontsize=8)
+    _save(figure, path)
+
+
+def _load(axis: Axes, load: np.ndarray) -> None:
+  axis.imshow(load, cmap=SHARE, vmin=0.0, vmax=1.0, aspect='auto')
+  for i, j in np.ndindex(load.shape):
+    colour = 'white' if load[i, j] > 0.55 else INK
+    axis.text(j, i, f'{load[i, j]:.2f}', ha='center', va='center', color=colour, fontsize=6.5)
+
+
+def _grid(axis: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
+  """Names the cells of a heat map and parts them with white lines."""
+  axis.set_xticks(range(len(columns)), columns)
+  axis.set_yticks(range(len(rows)), rows)
+  axis.grid(False)
+  axis.spines[:].set_visible(False)
+  axis.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)
+  axis.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)
+  axis.grid(which='minor', color='white', linewidth=1.5)
+  axis.tick_params(which='minor', length=0)
+
+
+def _save(figure: Figure, path: Path) -> None:
+  # Without the library's version in the file, the same numbers give the same bytes.
+  figure.savefig(path, metadata={'Software': None})

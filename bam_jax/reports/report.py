@@ -1,0 +1,304 @@
+"""The report of a recipe: what its runs reached, what they cost, and what can be read from that.
+
+`write` reads what each run left in its folder and writes `WORKDIR/report/`: `report.json` for a
+program, `report.md` and its pictures for a person.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from rich.table import Table
+from rich.text import Text
+
+from bam_jax.errors import UserError
+from bam_jax.files import buckets, folders, json_file
+from bam_jax.reports import figures, readings
+from bam_jax.train import metrics
+from bam_jax.train.progress import duration
+
+Row = dict[str, Any]
+
+COPIED = {
+  'run': str,
+  'label': str,
+  'kind': str,
+  'method': str | None,
+  'sources': list,
+  'step': int,
+  'tokens': int,
+  'wall_seconds': int | float,
+  'parameters': int,
+  'active_parameters': int,
+  'flops_per_token': int | float,
+}
+BEST = '★'
+
+
+def write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
+  """Writes the report of the runs of a recipe.
+
+  Args:
+    workdir: holds `<run>/result.json` and `<run>/metrics.jsonl` of each finished run, and
+      `recipe.json` with the name, command, seed, devices and versions, where there is one.
+    runs: the rows, in order. A run without a result is listed as not finished.
+
+  Returns:
+    What `report.json` holds:
+      name: of the recipe.
+      recipe: `recipe.json`, or None.
+      domains: the columns.
+      rows: one object a finished run: facts copied from its result, `training_flops`,
+        `perplexity` (at most exp(690)) and `bits_per_byte` by domain, `average_perplexity` and
+        `average_bits_per_byte` (arithmetic means over the domains), `experts` (their names) and
+        `routing` (router -> domain -> load [L][E]).
+      not_finished: names of runs.
+      readings: what the numbers say; see `readings.compute`.
+      pictures: file names.
+
+  Raises:
+    UserError: when a result cannot be read, or the report cannot be written.
+  """
+  workdir = folders.at(workdir)
+  while True:
+    report = _write(workdir, runs)
+    # Jobs that train other runs of the workdir write it too; the last of them must know of all.
+    if report['not_finished'] == _unfinished(workdir, report['not_finished']):
+      return report
+
+
+def _write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
+  recipe = _read(workdir / 'recipe.json')
+  results = {run: _read(workdir / run / 'result.json') for run in runs}
+  finished = {run: result for run, result in results.items() if result is not None}
+  for run, result in finished.items():
+    _check(workdir / run / 'result.json', run, result)
+  domains = list(dict.fromkeys(d for result in finished.values() for d in result['domains']))
+  rows = [_row(result, domains) for result in finished.values()]
+  report = {
+    'name': recipe['name'] if recipe else workdir.resolve().name,
+    'recipe': recipe,
+    'domains': domains,
+    'rows': rows,
+    'not_finished': [run for run in runs if results[run] is None],
+    'readings': readings.compute(rows),
+    'pictures': [],
+  }
+  folder = workdir / 'report'
+  with folders.writing(folder):
+    # Each file appears whole: jobs that train other runs of the workdir write the report too.
+    with buckets.drafts(folder) as beside:
+      if rows:
+        report['pictures'] = _draw(workdir, beside, rows, domains)
+  folders.write_file(folder / 'report.json', json.dumps(report, indent=1) + '\n')
+  folders.write_file(folder / 'report.md', markdown(report))
+  return report
+
+
+def table(report: Mapping[str, Any]) -> Table:
+  """The perplexities for a terminal: best mixture in bold, best run of all with a star."""
+  # As a Text, nothing that a user named is markup.
+  title = Text(f'{report["name"]}: held-out perplexity', 'table.title')
+  result = Table(title=title, title_justify='left', box=None)
+  result.add_column('run', no_wrap=True)
+  for name in (*report['domains'], 'average'):
+    result.add_column(Text(name), justify='right')
+  marks = _marks(report, 'perplexity')
+  for row in report['rows']:
+    cells = (Text(text, 'bold' if bold else '') for text, bold in _cells(row, 'perplexity', marks))
+    result.add_row(Text(row['label']), *cells)
+  for run in report['not_finished']:
+    result.add_row(f'{run}: not finished', style='dim')
+  return result
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+  """The report as a page of Markdown, given what `write` returns."""
+  parts = [f'# {report["name"]}']
+  recipe = report['recipe']
+  if recipe:
+    parts.append(f'```\n{recipe["command"]}\n```')
+    versions = [f'{name} {version}' for name, version in recipe.get('versions', {}).items()]
+    devices = [recipe['devices']] if 'devices' in recipe else []
+    parts.append(', '.join([f'Seed {recipe["seed"]}', *devices, *versions]) + '.')
+  if not report['rows']:
+    return '\n\n'.join([*parts, 'No run is finished.']) + '\n'
+  parts += [
+    '## Perplexity',
+    _score_table(report, 'perplexity'),
+    f'Held-out text; lower is better. Bold: the best mixture. {BEST}: the best of all runs.'
+    ' The average is the arithmetic mean over the domains.',
+    '![Perplexity by run and domain](perplexity.png)',
+    '## Readings',
+    '\n'.join(f'- {reading["sentence"]}' for reading in report['readings']),
+    'Each row is one run from one random seed, so small differences may be chance.',
+    '## Bits per byte',
+    _score_table(report, 'bits_per_byte'),
+    'The same losses for each byte of text, which do not depend on the tokenizer.',
+    '## Cost',
+    _cost_table(report),
+    'Each row is that run alone: a mixture also rests on the runs that it was made from.',
+    '## Loss',
+    '![Loss by step](loss_curves.png)',
+    'Lines: training loss without what routers add, smoothed. Dots: held-out loss, of its own'
+    ' domain for a specialist and the mean over the domains for the others.',
+  ]
+  routed = [row for row in report['rows'] if row['routing']]
+  if routed:
+    parts.append('## Routing')
+    parts += [f'![Routing of {row["label"]}](routing_{row["run"]}.png)' for row in routed]
+  return '\n\n'.join(part.strip() for part in parts) + '\n'
+
+
+def _unfinished(workdir: Path | epath.Path, runs: Sequence[str]) -> list[str]:
+  return [run for run in runs if not (workdir / run / 'result.json').exists()]
+
+
+def _read(path: Path | epath.Path) -> dict[str, Any] | None:
+  if not path.exists():
+    return None
+  try:
+    return json_file.load(path)
+  except ValueError as error:
+    raise UserError(f'{path} is not JSON ({error}): delete it and train that run again.') from error
+
+
+def _check(path: Path | epath.Path, run: str, result: Any) -> None:
+  """UserError unless a result holds what a row needs."""
+  shapes = {}
+  try:
+    good = result['run'] == run and all(isinstance(result[k], kind) for k, kind in COPIED.items())
+    good = good and all(isinstance(source, str) for source in result['sources'])
+    for scores in result['domains'].values():
+      math.isfinite(scores['nll'])  # or raises
+      good = good and scores['tokens'] >= 0 and scores['bytes'] >= min(scores['tokens'], 1)
+      for router, statistics in scores['routing'].items():
+        load = np.asarray(statistics['load'], float)
+        good = good and router in figures.ROUTERS and load.ndim == 2 and load.size > 0
+        good = good and load.shape == shapes.setdefault(router, load.shape)
+    good = good and result['domains']
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+    good = False
+  if not good:
+    raise UserError(f'{path} is damaged: delete its folder and train the run again.')
+
+
+def _row(result: Mapping[str, Any], domains: Sequence[str]) -> Row:
+  # A domain without held-out text has no score, nor has one of which a model gives no likelihood.
+  scored = {d: v for d, v in result['domains'].items() if v['tokens'] and math.isfinite(v['nll'])}
+  perplexity = {d: readings.perplexity(v['nll'] / v['tokens']) for d, v in scored.items()}
+  bits_per_byte = {d: v['nll'] / (math.log(2) * v['bytes']) for d, v in scored.items()}
+  routing = {}
+  for domain, scores in scored.items():
+    for router, statistics in scores['routing'].items():
+      routing.setdefault(router, {})[domain] = statistics['load']
+  num_experts = len(next(iter(next(iter(routing.values())).values()))[0]) if routing else 0
+  sources = result['sources']
+  named = sources if len(sources) == num_experts else [str(i) for i in range(num_experts)]
+  return {
+    **{key: result[key] for key in COPIED},
+    'training_flops': result['flops_per_token'] * result['tokens'],
+    'perplexity': perplexity,
+    'average_perplexity': _average(perplexity, domains),
+    'bits_per_byte': bits_per_byte,
+    'average_bits_per_byte': _average(bits_per_byte, domains),
+    'experts': named if routing else [],
+    'routing': routing,
+  }
+
+
+def _average(scores: Mapping[str, float], domains: Sequence[str]) -> float | None:
+  """None where a domain is missing, as the mean of fewer domains compares with no other."""
+  if not domains or any(domain not in scores for domain in domains):
+    return None
+  return sum(scores[domain] for domain in domains) / len(domains)
+
+
+def _metrics(path: Path | epath.Path) -> list[dict[str, Any]]:
+  """One line a step, in order: a resumed run writes some steps again, and the last word counts."""
+  lines = {}
+  for _, line in metrics.read_lines(path):
+    lines[line['step']] = lines.get(line['step'], {}) | line
+  return [lines[step] for step in sorted(lines)]
+
+
+def _draw(
+  workdir: Path | epath.Path, folder: Path, rows: Sequence[Row], domains: Sequence[str]
+) -> list[str]:
+  lines = {row['run']: _metrics(workdir / row['run'] / 'metrics.jsonl') for row in rows}
+  figures.loss_curves(folder / 'loss_curves.png', rows, lines)
+  figures.perplexity(folder / 'perplexity.png', rows, domains)
+  pictures = ['loss_curves.png', 'perplexity.png']
+  for row in rows:
+    if row['routing']:
+      pictures.append(f'routing_{row["run"]}.png')
+      figures.routing(folder / pictures[-1], row)
+  return pictures
+
+
+def _scores(row: Row, score: str, domains: Sequence[str]) -> list[float | None]:
+  return [*(row[score].get(domain) for domain in domains), row[f'average_{score}']]
+
+
+def _marks(report: Mapping[str, Any], score: str) -> tuple[list, list, Sequence[str]]:
+  """By column, the best score of the mixtures and that of all runs; and the domains."""
+
+  def best(rows):
+    columns = zip(*(_scores(row, score, report['domains']) for row in rows))
+    return [min((v for v in column if v is not None), default=None) for column in columns]
+
+  mixtures = [row for row in report['rows'] if row['kind'] == 'mixture']
+  none = [None] * (len(report['domains']) + 1)
+  return best(mixtures) or none, best(report['rows']), report['domains']
+
+
+def _cells(row: Row, score: str, marks: tuple[list, list, Sequence[str]]) -> list[tuple[str, bool]]:
+  """The text of each cell of a row, and whether it is bold."""
+  mixture_best, best, domains = marks
+  cells = []
+  for value, best_mixture, best_of_all in zip(_scores(row, score, domains), mixture_best, best):
+    if value is None:
+      cells.append(('–', False))
+      continue
+    text = readings.number(value) if score == 'perplexity' else f'{value:.3f}'
+    star = f' {BEST}' if value == best_of_all else ''
+    cells.append((text + star, row['kind'] == 'mixture' and value == best_mixture))
+  return cells
+
+
+def _score_table(report: Mapping[str, Any], score: str) -> str:
+  marks = _marks(report, score)
+  lines = [
+    [row['label'], *(f'**{text}**' if bold else text for text, bold in _cells(row, score, marks))]
+    for row in report['rows']
+  ]
+  blanks = [''] * (len(report['domains']) + 1)
+  lines += [[f'{run}: not finished', *blanks] for run in report['not_finished']]
+  return _markdown_table(['run', *report['domains'], 'average'], lines)
+
+
+def _cost_table(report: Mapping[str, Any]) -> str:
+  header = ['run', 'parameters', 'active', 'steps', 'tokens', 'training FLOPs', 'wall time']
+  lines = [
+    [
+      row['label'],
+      f'{row["parameters"]:,}',
+      f'{row["active_parameters"]:,}',
+      f'{row["step"]:,}',
+      f'{row["tokens"]:,}',
+      f'{row["training_flops"]:.3g}',
+      duration(row['wall_seconds']),
+    ]
+    for row in report['rows']
+  ]
+  return _markdown_table(header, lines)
+
+
+def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+  rule = ['---', *['---:'] * (len(header) - 1)]
+  cell = lambda text: ' '.join(text.split()).replace('|', r'\|')
+  return '\n'.join(f'| {" | ".join(map(cell, line))} |' for line in (header, rule, *lines))

@@ -1,0 +1,123 @@
+"""Counts of any model: formulas against arrays, FLOPs against the program, caches and budgets."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bam_jax import config
+from bam_jax.model import arithmetic, transformer
+
+sizes = st.integers(1, 7)
+
+
+@st.composite
+def experts(draw, kind, **more):
+  """A config of experts, or None."""
+  number = draw(st.integers(0, 5))
+  least = 0 if kind is config.AttentionExperts else 1  # 0 is soft
+  if not number:
+    return None
+  return kind(number, draw(st.integers(least, number)), **{k: draw(v) for k, v in more.items()})
+
+
+@st.composite
+def models(draw):
+  """Any model at all: grouped queries, tied or not, dense, soft, routed, shared."""
+  kv_heads = draw(st.integers(1, 3))
+  return config.Model(
+    vocab_size=draw(st.integers(2, 50)),
+    d_model=draw(sizes),
+    num_layers=draw(st.integers(1, 4)),
+    num_heads=kv_heads * draw(st.integers(1, 3)),
+    num_kv_heads=kv_heads,
+    head_dim=2 * draw(st.integers(1, 4)),
+    ffn_dim=draw(sizes),
+    tied_embeddings=draw(st.booleans()),
+    qk_norm=draw(st.booleans()),
+    attention_experts=draw(experts(config.AttentionExperts, shared_kv=st.booleans())),
+    ffn_experts=draw(experts(config.FFNExperts)),
+  )
+
+
+@settings(max_examples=80, deadline=None)
+@given(models())
+def test_formulas_and_arrays_count_the_same(model):
+  total, active = arithmetic.total_parts(model), arithmetic.active_parts(model)
+  assert arithmetic.counted(model) == (total, active)
+  assert arithmetic.parameters(model) == arithmetic.Parameters(total.total, active.total)
+  for all_of_it, met in zip(dataclasses.astuple(total), dataclasses.astuple(active)):
+    assert met <= all_of_it
+
+
+@given(models(), st.integers(1, 5000))
+def test_flops_are_twice_the_active_weights_and_the_scores(model, context):
+  active = arithmetic.active_parts(model)
+  weights = active.attention + active.ffn + active.routers + model.vocab_size * model.d_model
+  attention = model.attention_experts
+  visited = attention.top_k or attention.num_experts if attention else 1
+  heads = model.num_layers * visited * model.num_heads * model.head_dim
+  assert arithmetic.forward_flops(model, context) == 2 * weights + 2 * context * heads
+  parts = arithmetic.training_parts(model, context)
+  assert parts.total == arithmetic.training_flops(model, context)
+  assert parts == arithmetic.forward_parts(model, context).times(3)
+
+
+def matmul_flops(jaxpr) -> int:
+  """FLOPs of the matrix products of a program, 2 for a multiply and add."""
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      (contracted, _), _ = equation.params['dimension_numbers']
+      left, right = (v.aval for v in equation.invars)
+      shared = math.prod(left.shape[i] for i in contracted)
+      total += 2 * shared * math.prod(equation.outvars[0].aval.shape)
+    times = equation.params['length'] if equation.primitive.name == 'scan' else 1
+    for inner in jax.tree.leaves(tuple(equation.params.values())):
+      inner = getattr(inner, 'jaxpr', inner)
+      total += times * matmul_flops(inner) if hasattr(inner, 'eqns') else 0
+  return total
+
+
+# Not routed attention: there the program computes every expert, and the formula counts the top-k.
+@pytest.mark.parametrize('name', ['dense', 'untied', 'btx', 'bam_kv_experts', 'bam_shared_kv'])
+def test_forward_flops_are_those_of_the_program(models, name):
+  """Of what is traced, less what the formula names as no part of the model."""
+  model = models[name]
+  if model.ffn_experts:  # full buffers and no empty rows
+    options = dataclasses.replace(model.ffn_experts, capacity_factor=1.0)
+    model = dataclasses.replace(model, ffn_experts=options)
+  network = transformer.Network(model, config.Compute())
+  B, T = 4, 16
+
+  def forward(params, tokens, segments, positions):
+    hidden, routing = network.hidden(params, tokens, segments, positions)
+    return network.logits(params, hidden), routing
+
+  integers = jax.ShapeDtypeStruct((B, T), jnp.int32)
+  traced = jax.make_jaxpr(forward)(network.abstract(), integers, integers, integers)
+  columns = [e.num_experts for e in (model.attention_experts, model.ffn_experts) if e]
+  statistics = 4 * sum(columns)  # sums of loads and of gates
+  combining = 2 * model.ffn_experts.top_k * model.d_model if model.ffn_experts else 0
+  beside = model.num_layers * (statistics + combining)
+  # The program's scores are a full square, the model's a triangle.
+  expected = arithmetic.forward_flops(model, 2 * T) + beside
+  assert matmul_flops(traced.jaxpr) == B * T * expected
+
+
+def test_cache_is_one_for_each_expert_that_owns_its_keys(models):
+  one = 2 * 2 * 2 * 8  # layers, keys and values, heads, head_dim
+  for name, caches in dict(dense=1, btx=1, bam_kv_experts=4, bam_shared_kv=1).items():
+    assert arithmetic.cache_bytes(models[name], 'float32') == 4 * caches * one
+    assert arithmetic.cache_bytes(models[name], 'bfloat16') == 2 * caches * one
+
+
+@given(models(), st.integers(1, 3000), st.integers(0, 10**30))
+def test_matched_tokens_spend_the_budget_and_no_more(model, context, budget):
+  tokens = arithmetic.matched_tokens(model, context, budget)
+  flops = arithmetic.training_flops(model, context)
+  assert tokens * flops <= budget < (tokens + 1) * flops

@@ -1,0 +1,96 @@
+"""Layouts that a topology allows, and the order in which they are compiled."""
+
+import dataclasses
+import itertools
+from types import SimpleNamespace
+
+import pytest
+
+from bam_jax import config
+from bam_jax.aot import candidates, network, program, topology
+
+
+def job(model: config.Model, batch_size: int, **changes) -> program.Job:
+  run = config.Run(
+    label='', init='scratch', data={'general': 1.0}, tokens=16 * batch_size, batch_size=batch_size,
+    schedule=config.Schedule(1e-2, 1), **changes,
+  )  # fmt: skip
+  return program.Job('run', model, run, 16)
+
+
+def sizes(meshes: list[config.Mesh]) -> set[tuple[int, ...]]:
+  return {dataclasses.astuple(mesh) for mesh in meshes}
+
+
+def test_meshes_of_a_dense_model_have_no_experts_and_divide_its_heads(models):
+  found = sizes(candidates.meshes(models['dense'], topology.parse('v5e:2x4')))
+  powers = [1, 2, 4, 8]
+  assert found == {
+    (data, fsdp, 1, tensor)
+    for data, fsdp, tensor in itertools.product(powers, repeat=3)
+    if data * fsdp * tensor == 8 and tensor <= models['dense'].num_kv_heads
+  }
+
+
+def test_meshes_of_a_mixture_divide_its_experts_and_the_model(models):
+  found = sizes(candidates.meshes(models['btx'], topology.parse('v5e:2x4')))
+  assert {expert for _, _, expert, _ in found} == {1, 2, 4}
+  assert (1, 2, 4, 1) in found and (8, 1, 1, 1) in found
+  odd = dataclasses.replace(models['dense'], d_model=36)  # 4 cuts, not 8
+  assert {mesh.fsdp for mesh in candidates.meshes(odd, topology.parse('v5e:2x4'))} == {1, 2, 4}
+
+
+def test_only_replicas_lie_in_different_slices(models):
+  found = candidates.meshes(models['dense'], topology.parse('v5e:2x2', slices=2))
+  assert found and all(mesh.data % 2 == 0 and mesh.size == 8 for mesh in found)
+
+
+def test_layouts_keep_the_batch(models):
+  found = list(candidates.layouts(job(models['dense'], 32), topology.parse('v5e:2x2'), None))
+  assert found and all(layout.run.batch_size == 32 for layout in found)
+  for layout in found:
+    run = layout.run
+    assert layout.sequences_per_chip * run.grad_accum_steps * run.mesh.batch_shards == 32
+  fsdp = [layout for layout in found if layout.run.mesh == config.Mesh(fsdp=4)]
+  assert {layout.sequences_per_chip for layout in fsdp} == {1, 2, 4, 8}
+  assert {layout.run.compute.remat for layout in fsdp} == set(candidates.REMAT)
+
+
+def test_layouts_take_the_sequences_that_they_are_told(models):
+  found = list(candidates.layouts(job(models['dense'], 32), topology.parse('v5e:2x2'), 3))
+  assert {(x.sequences_per_chip, x.run.grad_accum_steps) for x in found} == {(3, 1)}
+
+
+def guess(model, mesh, batch_size=32, grad_accum_steps=1, **compute) -> candidates.Guess:
+  target = topology.parse('v5e:2x4')
+  coords = itertools.product(range(2), range(4))
+  links = network.Network(target, [SimpleNamespace(coords=(*place, 0)) for place in coords])
+  compute = config.Compute(**compute)
+  asked = job(model, batch_size, mesh=mesh, grad_accum_steps=grad_accum_steps, compute=compute)
+  return candidates.guess(asked, target, links)
+
+
+WIDE = config.Model(
+  vocab_size=32_000, d_model=1024, num_layers=8, num_heads=8, num_kv_heads=8, head_dim=128,
+  ffn_dim=4096, ffn_experts=config.FFNExperts(num_experts=4),
+)  # fmt: skip
+
+
+def test_guesses_know_what_costs_memory_and_what_costs_time():
+  fsdp = config.Mesh(fsdp=8)
+  memory = [guess(WIDE, fsdp, remat=name).peak_bytes for name in candidates.REMAT]
+  assert memory == sorted(memory, reverse=True)  # 'none' most, 'full' least
+  replicas = guess(WIDE, config.Mesh(data=8), remat='full')
+  assert replicas.peak_bytes > 4 * guess(WIDE, fsdp, remat='full').peak_bytes
+  gathers_again = guess(WIDE, fsdp, remat='matmuls').seconds_per_token
+  assert gathers_again > guess(WIDE, fsdp, remat='none').seconds_per_token
+  again = guess(WIDE, fsdp, remat='full').seconds_per_token
+  assert again > guess(WIDE, fsdp, remat='matmuls').seconds_per_token
+  # Weights gathered for each of four micro-batches, or once.
+  often = guess(WIDE, fsdp, grad_accum_steps=4).seconds_per_token
+  assert often > guess(WIDE, fsdp).seconds_per_token
+
+
+@pytest.mark.parametrize('variant', ['btx', 'bam_kv_experts', 'bam_shared_kv', 'routed_attention'])
+def test_every_variant_has_layouts(models, variant):
+  assert len(list(candidates.layouts(job(models[variant], 8), topology.parse('v5e:2x2'), 1))) > 4

@@ -1,0 +1,112 @@
+"""Groups of devices in every form in which HLO writes them."""
+
+import pytest
+
+from bam_jax.aot import collectives, hlo
+
+SIZES = dict(data=1, fsdp=4, expert=2, tensor=1)
+ALL = (tuple(range(8)),)
+EVERY_SECOND = ((0, 2, 4, 6), (1, 3, 5, 7))
+PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7))
+MESH = "mesh['data'=1,'fsdp'=4,'expert'=2,'tensor'=1]"
+FORMS = {
+  'replica_groups={}': (ALL, ('fsdp', 'expert')),
+  'replica_groups={{0,2,4,6},{1,3,5,7}}': (EVERY_SECOND, ('fsdp',)),
+  'replica_groups=[4,2]<=[8]': (PAIRS, ('expert',)),
+  'replica_groups=[2,4]<=[4,2]T(1,0)': (EVERY_SECOND, ('fsdp',)),
+  f"replica_groups={MESH} {{'expert'}}": (PAIRS, ('expert',)),
+  f"replica_groups={MESH} {{'fsdp'}}": (EVERY_SECOND, ('fsdp',)),
+  f"replica_groups={MESH} {{'fsdp','expert'}}": (ALL, ('fsdp', 'expert')),
+  f"replica_groups={MESH} {{'fsdp':(2)2,'expert'}}": (
+    ((0, 1, 2, 3), (4, 5, 6, 7)),
+    ('fsdp', 'expert'),
+  ),
+  f"replica_groups={MESH} {{'fsdp':(1)2}}": (((0, 4), (1, 5), (2, 6), (3, 7)), ('fsdp',)),
+  "replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}": (PAIRS, ('expert',)),
+  "replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]<=[4,2]T(1,0)) {'b'}": (
+    EVERY_SECOND,
+    ('fsdp',),
+  ),
+  "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}": (
+    ((0, 4), (1, 5), (2, 6), (3, 7)),
+    ('fsdp',),
+  ),
+}
+
+
+def read(opcode: str, attributes: str) -> collectives.Collective | None:
+  module = hlo.parse(
+    'ENTRY %main (x: f32[8,24]) -> f32[8,24] {\n'
+    '  %x = f32[8,24]{1,0} parameter(0)\n'
+    f'  ROOT %y = f32[8,24]{{1,0}} {opcode}(%x), channel_id=1, {attributes}, to_apply=%add\n}}\n'
+  )
+  return collectives.read(module.entry, module.entry.root, 8)
+
+
+@pytest.mark.parametrize('text', FORMS)
+def test_forms(text):
+  groups, axes = FORMS[text]
+  found = read('all-reduce', text)
+  assert {frozenset(group) for group in found.groups} == {frozenset(group) for group in groups}
+  assert collectives.axes(found, SIZES) == axes
+
+
+def test_pairs():
+  found = read('collective-permute', 'source_target_pairs={{0,2},{2,4},{1,1},{4,0}}')
+  assert found.groups == ((0, 2), (2, 4), (4, 0))
+  assert collectives.axes(found, SIZES) == ('fsdp',)
+  assert found.wire_bytes == 8 * 24 * 4
+
+
+def test_one_device_sends_nothing():
+  assert read('all-reduce', 'replica_groups=[8,1]<=[8]') is None
+  assert read('collective-permute', 'source_target_pairs={{0,0},{1,1}}') is None
+  assert read('multiply', 'metadata={}') is None
+
+
+def test_an_unknown_form_raises():
+  with pytest.raises(ValueError, match='a form that is not known'):
+    read('all-reduce', 'replica_groups=@mesh {"x"}')
+
+
+SCATTERED = """\
+%all-reduce-scatter (x: f32[32,4]) -> f32[8,4] {
+  %x = f32[32,4]{1,0} parameter(0)
+  %sum = f32[32,4]{1,0} all-reduce(%x), replica_groups=[2,4]<=[8], to_apply=%add
+  %start = s32[] constant(0)
+  ROOT %part = f32[8,4]{1,0} dynamic-slice(%sum, %start, %start), dynamic_slice_sizes={8,4}
+}
+
+ENTRY %main (y: f32[32,4]) -> f32[8,4] {
+  %y = f32[32,4]{1,0} parameter(0)
+  ROOT %mine = f32[8,4]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+def test_an_all_reduce_of_which_a_part_is_kept_is_a_reduce_scatter():
+  computation = hlo.parse(SCATTERED).computations['all-reduce-scatter']
+  found = collectives.read(computation, computation['sum'], 8)
+  assert found.kind == 'reduce-scatter' and found.wire_bytes == 32 * 4 * 4 * 3 / 4
+
+
+SEND = """\
+ENTRY %main (x: f32[8,24]) -> f32[8,24] {
+  %x = f32[8,24]{1,0} parameter(0)
+  %start = token[] after-all()
+  %send = (f32[8,24]{1,0}, u32[]{:S(2)}, token[]) send(%x, %start), channel_id=3, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %sent = token[] send-done(%send), channel_id=3
+}
+"""
+
+
+def test_slices_send_through_their_hosts():
+  module = hlo.parse(SEND)
+  found = collectives.read(module.entry, module.entry['send'], 8)
+  assert found.kind == 'all-reduce' and found.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+  assert collectives.axes(found, dict(data=2, fsdp=4)) == ('data',)
+  assert found.wire_bytes == 8 * 24 * 4
+  other = hlo.parse(SEND.replace('_xla_megascale_transfer_type="ALL_REDUCE"', 'x="y"'))
+  assert collectives.read(other.entry, other.entry['send'], 8) is None

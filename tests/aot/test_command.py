@@ -1,0 +1,147 @@
+"""The door as a process: its mistakes, and, where the TPU's compiler is, real programs."""
+
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = '--config=tests/assets/tiny.py'
+needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None,
+  reason="needs the TPU's compiler: pip install 'jax[tpu]'",
+)
+
+
+def door(*flags: str) -> subprocess.CompletedProcess:
+  # A platform that is not there: compiling must not ask for it.
+  environment = os.environ | {'JAX_PLATFORMS': 'tpu', 'COLUMNS': '100'}
+  return subprocess.run(
+    [sys.executable, '-m', 'bam_jax.aot', *flags], cwd=ROOT, env=environment,
+    capture_output=True, text=True,
+  )  # fmt: skip
+
+
+MISTAKES = {
+  'no run': ((RECIPE, '--topology=v5e:2x2'), 'Which run? Give --run'),
+  'no topology': ((RECIPE, '--run=seed'), 'Which topology? Give --topology'),
+  'no such run': ((RECIPE, '--run=dense', '--topology=v5e:2x2'), "--run names 'dense'"),
+  'a flag of decoding': (
+    (RECIPE, '--run=seed', '--topology=v5e:2x2', '--context=99'),
+    '--context is for --phase=decode: leave it out, or give that phase',
+  ),
+  'a flag of training': (
+    (RECIPE, '--run=seed', '--topology=v5e:2x2', '--phase=decode', '--search'),
+    '--search is for --phase=train',
+  ),
+  'no such chip': ((RECIPE, '--run=seed', '--topology=v9:2x2'), '--topology=v9:2x2 is not CHIP'),
+}
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_a_mistake_is_one_sentence_and_status_2(server, name):
+  flags, sentence = MISTAKES[name]
+  done = server.run('aot', *flags, folder=ROOT)
+  assert done.status == 2 and sentence in done.stderr, done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is not None, reason='libtpu is installed')
+def test_without_the_compiler():
+  done = door(RECIPE, '--run=seed', '--topology=v5e:2x2')
+  assert done.returncode == 2 and "pip install 'jax[tpu]'" in done.stderr
+
+
+def facts_of(*flags: str) -> dict:
+  done = door(*flags, '--json=-')
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)
+
+
+SMALL = '--config=configs/small_590m.py'
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_mixture_on_a_slice(tmp_path):
+  key = '--config.runs.bam_kv'
+  flags = (
+    SMALL, '--run=bam_kv', '--topology=v5e:2x4', '--sequences_per_chip=2', f'{key}.mesh.fsdp=2',
+    f'{key}.mesh.expert=4', f'{key}.compute.remat=full',
+  )  # fmt: skip
+  facts = facts_of(*flags, f'--save={tmp_path}/step', f'--hlo={tmp_path}/step.txt')
+  assert facts['fits'] and facts['chips'] == 8 and not facts['uncounted_kernels']
+  assert 1.0 < facts['flops_ratio'] < 1.4  # the blocks' forward pass twice, the logits' once
+  # Nine grouped products a layer of the three weights, and those that are computed again.
+  model, rows = 6 * 2 * 3 * 1024 * 2048, facts['batch_size'] * facts['sequence_length']
+  assert 3 * model * rows <= facts['compiled_flops']['grouped'] <= 4 * model * rows
+  assert [loop['trips'] for loop in facts['loops']].count(6) == 2  # and chunks of the loss
+  kinds = {(row['kind'], row['axes']) for row in facts['collectives']}
+  assert {('all-gather', 'expert'), ('reduce-scatter', 'expert'), ('all-gather', 'fsdp')} <= kinds
+  reduced = sum(r['wire_bytes'] for r in facts['collectives'] if r['kind'] == 'all-reduce')
+  assert reduced < 0.1e9
+  assert 'ENTRY' in (tmp_path / 'step.txt').read_text()
+  executable, in_tree, _ = pickle.loads((tmp_path / 'step').read_bytes())
+  assert len(executable) > 1e6 and in_tree.num_leaves > 30
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_token_of_experts_on_a_slice(tmp_path):
+  """Four chips, each with an attention expert: a token reads what it must, at BTX's speed."""
+  key, made = '--config.runs', {}
+  for run in ('btx', 'bam_kv'):
+    mesh = f'{key}.{run}.mesh.expert=4', f'{key}.{run}.mesh.fsdp=1', f'{key}.{run}.mesh.data=1'
+    flags = (SMALL, f'--run={run}', '--topology=v5e:2x2', '--phase=decode', '--context=272', *mesh)
+    made[run] = facts_of(*flags, f'--save={tmp_path}/{run}', f'--hlo={tmp_path}/{run}.txt')
+    # Weights of experts that nobody visits are not read, and nothing is read twice.
+    assert made[run]['fits'] and made[run]['hbm_ratio'] < 1.1
+    assert not made[run]['uncounted_kernels']
+    counts = {row['kind']: row['count'] for row in made[run]['collectives']}
+    assert counts['all-reduce'] == 7  # six layers, and the embedding
+    assert 'visited_experts' in (tmp_path / f'{run}.txt').read_text()
+    assert len(pickle.loads((tmp_path / run).read_bytes())[0]) > 1e5
+  ratio = made['bam_kv']['seconds']['roofline'] / made['btx']['seconds']['roofline']
+  assert ratio < 1.05
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_run_that_is_too_large():
+  flags = ('--config=configs/large_2b.py', '--run=seed', '--config.runs.seed.mesh.fsdp=1')
+  facts = facts_of(*flags, '--topology=v5e:1x1', '--sequences_per_chip=1')
+  assert not facts['fits'] and facts['headroom_bytes'] < 0 and 'memory' in facts['reason']
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_replicas_lie_in_different_slices():
+  key = '--config.runs.seed.mesh'
+  flags = (RECIPE, '--run=seed', '--topology=v5e:2x2', '--slices=2', '--sequences_per_chip=1')
+  facts = facts_of(*flags, f'{key}.data=2', f'{key}.fsdp=4', '--config.runs.seed.batch_size=8')
+  assert facts['chips'] == 8 and facts['seconds']['between_slices'] > 0
+  assert all('data' in row['axes'] or row['axes'] == 'fsdp' for row in facts['collectives'])
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_search_compiles_and_ranks():
+  flags = (RECIPE, '--run=btx', '--topology=v5e:2x2', '--sequences_per_chip=2', '--search')
+  facts = facts_of(*flags, '--search_seconds=60')
+  assert facts['candidates'] and all('mesh' in row for row in facts['candidates'])
+  times = [row['seconds']['roofline'] for row in facts['candidates'] if row['fits']]
+  assert times == sorted(times) and facts['candidates'][0]['mesh'] == facts['mesh']
+  assert all(flag.startswith('--config.runs.btx.') for flag in facts['flags'])
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_mesh_of_another_size():
+  done = door(RECIPE, '--run=seed', '--topology=v5e:2x2')
+  assert done.returncode == 2
+  assert 'config.runs.seed.mesh has 1 devices and --topology=v5e:2x2 4' in done.stderr

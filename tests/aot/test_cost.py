@@ -1,0 +1,242 @@
+"""Counts of compiled programs, against what was asked to be computed and XLA's own analysis."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bam_jax import config
+from bam_jax.aot import collectives, cost, program
+from bam_jax.model import arithmetic
+from bam_jax.parallel import sharding
+from bam_jax.train import step
+
+
+def shapes(*sizes: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
+  return [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
+
+
+def compiled(function, *args) -> jax.stages.Compiled:
+  return jax.jit(function).lower(*args).compile()
+
+
+def read(function, *args) -> cost.Program:
+  return cost.read(compiled(function, *args).as_text(), 1)
+
+
+CONVOLUTION = dict(window_strides=(2, 1), padding=((1, 2), (0, 3)))
+LAYOUT = dict(dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+PRODUCTS = {
+  'matmul': (lambda x, y: x @ y, (128, 64), (64, 32)),
+  'batched': (lambda x, y: jnp.einsum('btd,bsd->bts', x, y), (4, 128, 64), (4, 32, 64)),
+  'two contracted': (lambda x, y: jnp.einsum('bthk,hkd->btd', x, y), (2, 16, 4, 8), (4, 8, 32)),
+  'convolution': (
+    lambda x, k: jax.lax.conv_general_dilated(
+      x, k, lhs_dilation=(1, 2), rhs_dilation=(2, 1), **CONVOLUTION, **LAYOUT
+    ),
+    (2, 16, 16, 8),
+    (3, 3, 8, 4),
+  ),
+  'groups': (
+    lambda x, k: jax.lax.conv_general_dilated(
+      x, k, feature_group_count=2, **CONVOLUTION, **LAYOUT
+    ),
+    (2, 16, 16, 8),
+    (3, 3, 4, 4),
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', PRODUCTS)
+def test_products_as_xla_counts_them(name):
+  function, *sizes = PRODUCTS[name]
+  executable = compiled(function, *shapes(*sizes))
+  program = cost.read(executable.as_text(), 1)
+  assert sum(program.flops().values()) == executable.cost_analysis()['flops'] > 0
+
+
+TRAFFIC = {
+  'matmul': (lambda x, y: jnp.tanh(x @ y) * 2, (128, 64), (64, 32)),
+  'softmax': (lambda x: jax.nn.softmax(3 * x).T @ x, (1000, 64)),
+  'slice': (lambda x: jax.lax.dynamic_slice(x, (jnp.int32(x[0, 0]), 0), (10, 64)) + 1, (1000, 64)),
+}
+
+
+@pytest.mark.parametrize('name', TRAFFIC)
+def test_traffic_as_xla_counts_it(name):
+  function, *sizes = TRAFFIC[name]
+  executable = compiled(function, *shapes(*sizes))
+  program = cost.read(executable.as_text(), 1)
+  assert program.hbm_bytes() == executable.cost_analysis()['bytes accessed']
+
+
+def test_a_gather_reads_what_it_takes():
+  program = read(lambda x: x[jnp.array([5, 900, 3])], *shapes((1000, 64)))
+  assert program.hbm_bytes() == pytest.approx(2 * 3 * 64 * 4, rel=0.05)  # and the indices
+
+
+def test_an_update_in_place_writes_what_it_changes():
+  def run(x, rows):
+    put = lambda x, part: (jax.lax.dynamic_update_slice(x, part[0][None], (part[1], 0)), None)
+    return jax.lax.scan(put, x, (rows, jnp.arange(50)))[0]
+
+  x, rows = shapes((4000, 64), (50, 64))
+  program = read(run, x, rows)
+  assert [loop.trips for loop in program.loops] == [50]
+  # Not 50 times the array: it is copied once, since it is not donated, and every row moved.
+  assert program.hbm_bytes() < 3 * 4000 * 64 * 4
+
+
+def test_loops_run_as_often_as_they_say():
+  def run(x):
+    inner = lambda x, _: (x @ x, None)
+    outer = lambda x, _: (jax.lax.scan(inner, x, length=5)[0] @ x, None)
+    return jax.lax.scan(outer, x, length=3)[0]
+
+  program = read(run, *shapes((16, 16)))
+  assert program.flops() == {'matmul': 3 * (5 + 1) * 2 * 16**3}
+  assert sorted((loop.trips, loop.times) for loop in program.loops) == [(3, 1), (5, 3)]
+
+
+def test_a_conditional_costs_its_dearest_branch():
+  branches = [lambda x: x, lambda x: x @ x, lambda x: x @ x @ x]
+  program = read(lambda x: jax.lax.switch(jnp.int32(x[0, 0]), branches, x), *shapes((16, 16)))
+  assert program.flops() == {'matmul': 2 * 2 * 16**3}
+
+
+EITHER_BUFFER = """
+%short (few: bf16[64,32]) -> bf16[64,16] {
+  %few = bf16[64,32]{1,0} parameter(0)
+  ROOT %ragged-dot.1 = bf16[64,16]{1,0} custom-call(%few), KERNEL
+}
+
+%full (all: bf16[128,32]) -> bf16[64,16] {
+  %all = bf16[128,32]{1,0} parameter(0)
+  %ragged-dot.2 = bf16[128,16]{1,0} custom-call(%all), KERNEL
+  ROOT %slice = bf16[64,16]{1,0} slice(%ragged-dot.2), slice={[0:64], [0:16]}
+}
+
+ENTRY %main (which: s32[], few.1: bf16[64,32], all.1: bf16[128,32]) -> bf16[64,16] {
+  %which = s32[] parameter(0)
+  %few.1 = bf16[64,32]{1,0} parameter(1)
+  %all.1 = bf16[128,32]{1,0} parameter(2)
+  ROOT %either = bf16[64,16]{1,0} conditional(%which, ARGUMENTS), branch_computations={BRANCHES}
+}
+"""
+KERNEL = (
+  'custom_call_target="tpu_custom_call", '
+  'backend_config={"custom_call_config":{"cost_estimate":{"flops":"6400"}}}'
+)
+
+
+@pytest.mark.parametrize(
+  'arguments, branches', [('%few.1, %all.1', '%short, %full'), ('%all.1, %few.1', '%full, %short')]
+)
+def test_an_even_load_takes_the_shorter_buffer(arguments, branches):
+  text = EITHER_BUFFER.replace('ARGUMENTS', arguments).replace('BRANCHES', branches)
+  program = cost.read(text.replace('KERNEL', KERNEL), 1, even_rows=32)
+  # Half of the shorter one's rows; of the longer one's a quarter.
+  assert program.flops() == {'grouped': 6400 / 2}
+  assert program.hbm_bytes() == 2 * 64 * (32 + 16) / 2
+
+
+COLLECTIVES = {
+  # For x of 8 x 24 a device: how it is sent, the kind, and what one device sends, in floats.
+  'sum': (lambda x: jax.lax.psum(x, 'b'), 'all-reduce', 2 * 8 * 24 * 3 / 4),
+  'gather': (lambda x: jax.lax.all_gather(x, 'b', tiled=True), 'all-gather', 8 * 24 * 3),
+  'scatter': (
+    lambda x: jax.lax.psum_scatter(x, 'b', tiled=True),
+    'reduce-scatter',
+    8 * 24 * 3 / 4,
+  ),
+  'transpose': (lambda x: jax.lax.all_to_all(x, 'b', 0, 0), 'all-to-all', 8 * 24 * 3 / 4),
+  'shift': (
+    lambda x: jax.lax.ppermute(x, 'b', [(i, (i + 1) % 4) for i in range(4)]),
+    'collective-permute',
+    8 * 24,
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('trips', [1, 3])
+@pytest.mark.parametrize('name', COLLECTIVES)
+def test_collectives(name, trips):
+  send, kind, floats = COLLECTIVES[name]
+  mesh = jax.make_mesh((2, 4), ('a', 'b'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  spec = jax.sharding.PartitionSpec(('a', 'b'))
+
+  def run(x):
+    # A different array every time, or XLA would send it once.
+    step = lambda total, i: (total + send(jnp.sin(i * x.reshape(4, 2, 24))).sum(), None)
+    return jax.lax.scan(step, jnp.zeros(()), jnp.arange(float(trips)))[0][None]
+
+  x = jax.ShapeDtypeStruct((64, 24), jnp.float32)
+  mapped = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+  program = cost.read(compiled(mapped, x).as_text(), 8)
+  (event,) = program.collectives()
+  assert event.collective.kind == kind and event.times == trips
+  assert collectives.axes(event.collective, dict(mesh.shape)) == ('b',)
+  assert event.collective.devices == (2 if kind == 'collective-permute' else 4)
+  assert event.collective.wire_bytes == 4 * floats
+
+
+ONE = config.Mesh()
+
+
+def job(model: config.Model, mesh: config.Mesh = ONE, **compute) -> program.Job:
+  run = config.Run(
+    label='', init='scratch', data={'general': 1.0}, tokens=8 * 16, batch_size=8,
+    schedule=config.Schedule(1e-2, 1), mesh=mesh, compute=config.Compute(**compute),
+  )  # fmt: skip
+  return program.Job('seed', model, run, 16)
+
+
+def step_flops(model: config.Model, **compute) -> float:
+  asked = job(model, **compute)
+  mesh = sharding.make_mesh(asked.run.mesh, jax.devices())
+  text = program.compile_step(asked, mesh).executable.as_text()
+  return sum(cost.read(text, 1).flops().values())
+
+
+def test_scanned_layers_are_what_two_unrolled_depths_say():
+  def loss(weights, x, unroll):
+    layer = jax.checkpoint(lambda x, w: (x + jnp.tanh(x @ w[0]) @ w[1], None))
+    return (jax.lax.scan(layer, x, weights, unroll=unroll)[0] ** 2).sum()
+
+  def flops(layers: int, unroll: int) -> float:
+    weights = jax.ShapeDtypeStruct((layers, 2, 32, 32), jnp.float32)
+    gradient = lambda weights, x: jax.grad(loss, (0, 1))(weights, x, unroll)
+    return read(gradient, weights, *shapes((16, 32))).flops()['matmul']
+
+  two, four = flops(2, 2), flops(4, 4)
+  assert flops(9, 1) == two + 7 * (four - two) / 2 > 9 * 6 * 2 * 16 * 32 * 32
+
+
+def test_a_dense_step_is_the_models_flops_and_some_scores(models):
+  model, tokens = models['dense'], 8 * 16
+  expected = tokens * arithmetic.training_flops(model, 16)
+  assert 1 <= step_flops(model) / expected < 1.1  # both halves of the square, or blocks of it
+
+
+def test_a_mesh_divides_the_flops_and_the_collectives_are_on_its_axes(models):
+  model, mesh = models['dense'], config.Mesh(data=2, fsdp=4)
+  asked = job(model, mesh)
+  compiled = program.compile_step(asked, sharding.make_mesh(mesh, jax.devices()))
+  read = cost.read(compiled.executable.as_text(), 8)
+  assert 1 <= sum(read.flops().values()) / (step_flops(model) / 8) < 1.02
+  sizes = dict(zip(sharding.AXES, dataclasses.astuple(mesh)))
+  axes = {collectives.axes(event.collective, sizes) for event in read.collectives()}
+  assert axes and all(set(names) <= {'data', 'fsdp'} for names in axes)
+  blocks = [x for x in read.collectives() if x.collective.kind == 'all-gather' and x.times > 1]
+  assert blocks and all(collectives.axes(x.collective, sizes) == ('fsdp',) for x in blocks)
+
+
+def test_memory_of_a_donated_state(models):
+  asked = job(models['dense'])
+  run, mesh = asked.run, sharding.make_mesh(asked.run.mesh, jax.devices())
+  plan = program.compile_step(asked, mesh).memory
+  state = step.abstract_state(asked.model, run.compute, run.optimizer, mesh)
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  assert plan.aliased >= size and plan.arguments >= size
+  assert plan.peak == plan.arguments + plan.temporaries + plan.outputs - plan.aliased

@@ -1,0 +1,106 @@
+"""The text of HLO modules: shapes, memory spaces, long lines, trip counts."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bam_jax.aot import hlo
+
+MODULE = """\
+HloModule jit_step, is_scheduled=true
+
+FileNames
+1 "step.py"
+
+%body (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %one = s32[]{:T(128)} constant(3)
+  %state = (s32[]{:T(128)}, f32[8]{0:T(128)S(1)}) parameter(0)
+  %count = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %copied = s32[]{:T(128)S(6)} copy(%count)
+  %next = s32[]{:T(128)} add(%copied, %one)
+  %value = f32[8]{0:T(128)S(1)} get-tuple-element(%state), index=1
+  ROOT %out = (s32[]{:T(128)}, f32[8]{0:T(128)S(1)}) tuple(%next, %value)
+}
+
+%condition (state.1: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(11)
+  %state.1 = (s32[]{:T(128)}, f32[8]{0:T(128)S(1)}) parameter(0)
+  %count.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  ROOT %test = pred[]{:T(512)} compare(%count.1, %limit), direction=LT
+}
+
+ENTRY %main.1_spmd (p: f32[8], q: bf16[4,2,16]) -> (f32[8], /*index=1*/bf16[4,2,16]) {
+  %p = f32[8]{0:T(128)} parameter(0), metadata={op_name="x[\\'a\\']"}
+  %q = bf16[4,2,16]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %zero = s32[]{:T(128)} constant(1)
+  %tuple.9 = (s32[]{:T(128)}, f32[8]{0:T(128)}) tuple(%zero, %p)
+  %loop = (s32[]{:T(128)}, f32[8]{0:T(128)S(1)}) while(%tuple.9), condition=%condition, body=%body
+  %kernel = (bf16[4,2,16]{2,1,0:T(8,128)(2,1)}, f32[]{:T(128)}) \
+custom-call(%q, /*index=1*/%p), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(step)/kernel"}
+  %value.1 = f32[8]{0:T(128)S(1)} get-tuple-element(%loop), index=1
+  %moved = bf16[4,2,16]{2,1,0:T(8,128)(2,1)} get-tuple-element(%kernel), index=0
+  ROOT %result = (f32[8]{0:T(128)S(1)}, /*index=1*/bf16[4,2,16]{2,1,0}) tuple(%value.1, %moved)
+}
+"""
+
+
+def test_a_module():
+  module = hlo.parse(MODULE)
+  assert [*module.computations] == ['body', 'condition', 'main.1_spmd']
+  assert module.entry.name == 'main.1_spmd' and module.entry.root.name == 'result'
+  assert [parameter.name for parameter in module.entry.parameters] == ['p', 'q']
+  kernel = module.entry['kernel']
+  assert kernel.target == 'tpu_custom_call' and kernel.source == 'jit(step)/kernel'
+  assert kernel.operands == ('q', 'p') and len(kernel.arrays) == 2
+  assert kernel.arrays[0] == hlo.Array('bf16', (4, 2, 16)) and kernel.arrays[0].bytes == 256
+  assert module.entry['value.1'].arrays[0].memory_space == 1
+  assert module.called(module.entry['loop'], 'body').name == 'body'
+  assert {user.name for user in module.entry.users['p']} == {'tuple.9', 'kernel'}
+
+
+def test_trips_follow_start_step_and_limit():
+  module = hlo.parse(MODULE)
+  assert hlo.trip_count(module, module.entry, module.entry['loop']) == len(range(1, 11, 3))
+
+
+@pytest.mark.parametrize(
+  'old, new',
+  [
+    ('direction=LT', 'direction=NE'),
+    ('%limit = s32[]{:T(128)} constant(11)', '%limit = s32[]{:T(128)} iota()'),
+    ('add(%copied, %one)', 'add(%copied, %copied)'),
+    ('tuple(%zero, %p)', 'fusion(%zero, %p)'),
+  ],
+)
+def test_trips_that_the_text_does_not_tell(old, new):
+  assert old in MODULE
+  module = hlo.parse(MODULE.replace(old, new))
+  assert hlo.trip_count(module, module.entry, module.entry['loop']) is None
+
+
+def test_bytes_of_dtypes():
+  sizes = {x.dtype: x.bytes for x in hlo.arrays('(pred[3], s4[3], f8e4m3fn[3], bf16[3], c64[3])')}
+  assert sizes == {'pred': 3, 's4': 2, 'f8e4m3fn': 3, 'bf16': 6, 'c64': 24}
+  assert hlo.arrays('f32[]')[0].bytes == 4 and hlo.arrays('f32[<=7,2]')[0].dims == (7, 2)
+
+
+@pytest.mark.parametrize('length', [1, 7])
+def test_trips_of_a_compiled_scan(length):
+  run = lambda x: jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, length=length)[0]
+  text = jax.jit(run).lower(jnp.ones((4, 4))).compile().as_text()
+  module = hlo.parse(text)
+  trips = [
+    hlo.trip_count(module, computation, instruction)
+    for computation in module.computations.values()
+    for instruction in computation
+    if instruction.opcode == 'while'
+  ]
+  assert trips == ([length] if length > 1 else [])  # XLA removes a loop of one trip
+
+
+def test_what_is_no_module():
+  with pytest.raises(ValueError, match='No ENTRY computation'):
+    hlo.parse('module @jit_step {\n}\n')

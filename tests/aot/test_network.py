@@ -1,0 +1,87 @@
+"""Times on a TPU's links, of groups that lie in different ways on its grid."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+
+from bam_jax.aot import network, topology
+from bam_jax.aot.collectives import Collective
+
+GB = 10**9
+
+
+def grid(name: str, slices: int = 1) -> network.Network:
+  """A network whose devices are numbered with the first dimension slowest, slice by slice."""
+  target = topology.parse(name, slices)
+  devices = [
+    SimpleNamespace(coords=(*coords, 0), slice_index=number)
+    for number in range(slices)
+    for coords in itertools.product(*map(range, target.shape))
+  ]
+  return network.Network(target, devices)
+
+
+def seconds(net: network.Network, kind: str, *groups: tuple[int, ...], size: int = GB):
+  return net.seconds(Collective(kind, size, groups))
+
+
+LINK = 50e9  # of v5e, each way
+
+
+@pytest.mark.parametrize(
+  'group, bandwidth',
+  [
+    ((0, 1, 2, 3), LINK),  # a line: its ends have one link
+    ((0, 4, 8, 12), LINK),
+    ((0, 2), LINK / 2),  # and 1, 3 share the line
+    ((0, 1, 4, 5), 2 * LINK),  # a square
+    (tuple(range(16)), 2 * LINK),
+  ],
+)
+def test_a_gather_on_a_grid(group, bandwidth):
+  inside, between = seconds(grid('v5e:4x4'), 'all-gather', group)
+  assert inside == pytest.approx((len(group) - 1) * GB / bandwidth) and between == 0
+
+
+def test_long_dimensions_are_rings():
+  line, ring = grid('v5e:8x8'), grid('v5e:16x16')
+  assert line.bandwidth([*range(8)]) == LINK and ring.bandwidth([*range(16)]) == 2 * LINK
+  cube = grid('v5p:4x4x4')
+  assert cube.bandwidth([*range(4)]) == 2 * 100e9
+  assert cube.bandwidth([*range(16)]) == 4 * 100e9
+  assert cube.bandwidth([*range(64)]) == 6 * 100e9
+  assert grid('v5p:2x2x2').bandwidth([*range(8)]) == 3 * 100e9  # two chips have one link
+
+
+@pytest.mark.parametrize(
+  'kind, sent',
+  [('all-gather', 3), ('reduce-scatter', 3 / 4), ('all-reduce', 3 / 2), ('all-to-all', 3 / 4)],
+)
+def test_what_a_device_sends(kind, sent):
+  assert seconds(grid('v5e:4x4'), kind, (0, 1, 2, 3))[0] == pytest.approx(sent * GB / LINK)
+
+
+def test_the_slowest_group_is_the_time():
+  net = grid('v5e:4x4')
+  assert seconds(net, 'all-gather', (0, 1, 4, 5), (2, 6, 10, 14)) == seconds(
+    net, 'all-gather', (2, 6, 10, 14)
+  )
+
+
+def test_between_slices():
+  net, everyone = grid('v5e:2x2', slices=3), tuple(range(12))
+  slow, fast = 3.125e9, 2 * LINK
+  # Gather: each device takes 2 peers' parts over the network, and passes 3 parts on to 3 others.
+  inside, between = seconds(net, 'all-gather', everyone)
+  assert between == pytest.approx(2 * GB / slow) and inside == pytest.approx(9 * GB / fast)
+  # Reduce: a quarter of the sum crosses, 4/3 times for three slices.
+  inside, between = seconds(net, 'all-reduce', everyone)
+  assert between == pytest.approx(GB / 4 * 4 / 3 / slow)
+  assert inside == pytest.approx(GB * 3 / 2 / fast)
+  # Everyone to everyone: 8 of 12 parts go to other slices.
+  inside, between = seconds(net, 'all-to-all', everyone)
+  assert between == pytest.approx(GB * 8 / 12 / slow)
+  assert inside == pytest.approx(GB * 3 / 12 / fast)
+  # Replicas that lie one in each slice send nothing inside.
+  assert seconds(net, 'all-reduce', (0, 4, 8)) == (0.0, pytest.approx(GB * 4 / 3 / slow))

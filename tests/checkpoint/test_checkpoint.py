@@ -1,0 +1,423 @@
+"""Checkpoints come back on any mesh, in part, and as what they are; anything else is refused."""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from bam_jax import config
+from bam_jax.checkpoint import arrays, checkpoint, checksums, damage
+from bam_jax.errors import UserError
+from bam_jax.files import folders
+from bam_jax.parallel import sharding
+from bam_jax.train import step
+
+OPTIMIZER = config.Optimizer()
+
+
+def meta(model: config.Model, at: int, **changes) -> checkpoint.Meta:
+  facts = dict(
+    format=checkpoint.FORMAT,
+    model=model,
+    sequence_length=16,
+    tokenizer_hash='abc',
+    tokenizer_path='/tokens',
+    run='bam',
+    step=at,
+    method='bam_kv_experts',
+    sources=('seed', 'code', 'seed'),
+    versions={'jax': jax.__version__},
+  )
+  return checkpoint.Meta(**(facts | changes))
+
+
+def abstract(model: config.Model, shape=(1, 1, 1, 1), offload: bool = False) -> step.State:
+  compute = config.Compute(offload_optimizer=offload)
+  return step.abstract_state(model, compute, OPTIMIZER, sharding.make_mesh(config.Mesh(*shape)))
+
+
+def draw(model: config.Model, shape, seed: int) -> step.State:
+  """Random values in every array, the optimizer's too."""
+  rng = np.random.default_rng(seed)
+
+  def one(leaf):
+    value = rng.normal(size=leaf.shape) if leaf.dtype == np.float32 else rng.integers(1, 9)
+    return jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
+
+  return jax.tree.map(one, abstract(model, shape))
+
+
+def check_same(got, want) -> None:
+  """The same values to the last bit, whatever the layout."""
+  got_leaves, got_tree = jax.tree.flatten(got)
+  want_leaves, want_tree = jax.tree.flatten(want)
+  assert got_tree == want_tree
+  for ours, theirs in zip(got_leaves, want_leaves):
+    assert ours.dtype == theirs.dtype
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory, models):
+  """A run's folder with steps 3 and 12 of a mixture, written from eight devices, and the states."""
+  folder = tmp_path_factory.mktemp('bam')
+  model, states = models['bam_kv_experts'], {}
+  checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=2)
+  for at in (3, 12):
+    states[at] = draw(model, (1, 2, 2, 2), at)
+    checkpoints.save(
+      at, *states[at][:2], {'iterator': {'next': at}, 'seconds': 1.5}, meta(model, at)
+    )
+  checkpoints.close()
+  return folder, states
+
+
+@pytest.mark.parametrize(
+  'shape, offload',
+  [((1, 1, 1, 1), False), ((1, 1, 4, 2), False), ((2, 4, 1, 1), False), ((1, 2, 2, 1), True)],
+  ids=str,
+)
+def test_restore_on_another_mesh(written, models, shape, offload):
+  folder, states = written
+  checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=2)
+  assert checkpoints.latest() == 12
+  wanted = abstract(models['bam_kv_experts'], shape, offload)
+  params, opt_state, data = checkpoints.restore(12, wanted.params, wanted.opt_state)
+  checkpoints.close()
+  restored = step.State(params, opt_state)
+  check_same(restored, states[12])
+  for leaf, want in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+    assert leaf.sharding == want.sharding  # the kind of memory is a part of it
+  assert data == {'iterator': {'next': 12}, 'seconds': 1.5}
+
+
+def test_parameters_alone(written, models):
+  folder, states = written
+  wanted = abstract(models['bam_kv_experts'], (1, 1, 4, 1)).params
+  params = checkpoint.restore_params(folder / 'checkpoints' / '3', wanted)
+  check_same(params, states[3].params)
+  for leaf, want in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
+    assert leaf.sharding == want.sharding
+
+
+def test_parameters_without_the_optimizer_on_disk(written, models, tmp_path):
+  folder, states = written
+  # A checkpoint to hand around need not hold the optimizer: twice the parameters' size.
+  (tmp_path / '3').mkdir()
+  for item in ('params', 'meta'):
+    (tmp_path / '3' / item).symlink_to(folder / 'checkpoints' / '3' / item)
+  params = checkpoint.restore_params(tmp_path, abstract(models['bam_kv_experts']).params)
+  check_same(params, states[3].params)
+  assert checkpoint.read_meta(tmp_path) == meta(models['bam_kv_experts'], 3)
+
+
+def test_parameters_in_host_memory(written, models):
+  folder, states = written
+  params = checkpoint.restore_host_params(folder, abstract(models['bam_kv_experts']).params)
+  assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
+  check_same(params, states[12].params)
+
+
+# Orbax warns of reads that it began and does not finish.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.parametrize('how', [checkpoint.restore_params, checkpoint.restore_host_params])
+def test_another_model_is_not_restored(written, models, how):
+  wider = dataclasses.replace(models['bam_kv_experts'], ffn_dim=64)
+  with pytest.raises((ValueError, UserError)):
+    how(written[0], abstract(wider).params)
+  with pytest.raises((ValueError, UserError)):
+    how(written[0], abstract(models['untied']).params)
+
+
+def test_find(written):
+  folder, _ = written
+  newest = folder / 'checkpoints' / '12'  # and not 3, which is last by name
+  assert checkpoint.find(folder) == newest
+  assert checkpoint.find(folder / 'checkpoints') == newest
+  assert checkpoint.find(newest) == newest
+  assert checkpoint.find(str(folder / 'checkpoints' / '3')).name == '3'
+  assert checkpoint.finished_step(folder / 'checkpoints') == 12
+
+
+@pytest.mark.parametrize('exists', [True, False])
+def test_find_refuses_a_folder_without_a_checkpoint(tmp_path, exists):
+  path = tmp_path if exists else tmp_path / 'nowhere'
+  with pytest.raises(UserError, match='holds no checkpoint') as caught:
+    checkpoint.find(path)
+  assert str(path) in str(caught.value)
+  assert checkpoint.finished_step(path) is None
+
+
+def test_what_a_kill_leaves_behind_is_no_checkpoint(tmp_path, models):
+  left = tmp_path / 'checkpoints' / '7.orbax-checkpoint-tmp' / 'meta'
+  left.mkdir(parents=True)
+  (tmp_path / 'checkpoints' / '9').mkdir()  # empty
+  (tmp_path / 'checkpoints' / 'notes').mkdir()
+  assert checkpoint.finished_step(tmp_path / 'checkpoints') is None
+  with pytest.raises(UserError, match='holds no checkpoint'):
+    checkpoint.find(tmp_path)
+
+
+def test_a_run_goes_on_beside_what_a_kill_left_behind(tmp_path, models):
+  model, folder = models['dense'], tmp_path / 'checkpoints'
+  (folder / '7.orbax-checkpoint-tmp' / 'meta').mkdir(parents=True)
+  checkpoints = checkpoint.Checkpoints(folder, keep=2)
+  assert checkpoints.latest() is None and checkpoints.newest_folder() is None
+  checkpoints.save(7, *draw(model, (1, 1, 1, 1), 7)[:2], {}, meta(model, 7))
+  assert checkpoints.newest_folder() == folder / '7'
+  checkpoints.close()
+  assert checkpoint.find(tmp_path) == folder / '7'
+
+
+def spoil(step: Path, what: str) -> str:
+  """Does what disks do to one file of a checkpoint; its path."""
+  item, how = what.split(' ')
+  # The largest file has the values, and nothing in its format vouches for them.
+  files = [path for path in (step / item).rglob('*') if path.is_file()]
+  path = max(files, key=lambda path: path.stat().st_size)
+  content = bytearray(path.read_bytes())
+  if how == 'flipped':
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+  elif how == 'cut':
+    path.write_bytes(content[:-1])
+  else:
+    path.unlink()
+  return str(path.relative_to(step))
+
+
+DAMAGE = [
+  'params flipped', 'params cut', 'params gone', 'opt_state flipped', 'data flipped',
+  'meta flipped', 'meta gone', 'checksums flipped',
+]  # fmt: skip
+
+
+@pytest.fixture
+def two_steps(written, tmp_path):
+  """A copy of a run's checkpoints, 3 and 12."""
+  return shutil.copytree(written[0] / 'checkpoints', tmp_path / 'checkpoints')
+
+
+def test_whole_checkpoints_stay(two_steps):
+  assert damage.set_aside(two_steps) == []
+  assert damage.set_aside(two_steps / 'nowhere') == []
+  assert checkpoint.finished_step(two_steps) == 12
+
+
+@pytest.mark.parametrize('what', DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(two_steps, written, models, what):
+  file = spoil(two_steps / '12', what)
+  (sentence,) = damage.set_aside(two_steps)
+  assert f'{two_steps}/12 is damaged' in sentence
+  assert file in sentence or what.startswith('checksums'), 'which may be of any file'
+  assert '12.damaged now' in sentence
+  assert checkpoint.finished_step(two_steps) == 3
+  # The step can be saved again, and what is set aside takes no good one's place.
+  model = models['bam_kv_experts']
+  checkpoints = checkpoint.Checkpoints(two_steps, keep=2)
+  assert checkpoints.latest() == 3
+  wanted = abstract(model)
+  params, opt_state, data = checkpoints.restore(3, wanted.params, wanted.opt_state)
+  check_same(step.State(params, opt_state), written[1][3])
+  assert data['iterator'] == {'next': 3}
+  checkpoints.save(12, params, opt_state, data, meta(model, 12))
+  checkpoints.close()
+  assert damage.set_aside(two_steps) == []
+  assert {path.name for path in two_steps.iterdir()} == {'3', '12', '12.damaged'}
+
+
+def test_when_every_checkpoint_is_damaged_none_is_touched(two_steps):
+  for number in ('3', '12'):
+    spoil(two_steps / number, 'params flipped')
+  with pytest.raises(UserError, match=f'{two_steps}/12 is damaged .* no other that is whole'):
+    damage.set_aside(two_steps)
+  assert {path.name for path in two_steps.iterdir()} == {'3', '12'}
+
+
+def test_a_damaged_checkpoint_gives_no_parameters(two_steps, models):
+  file = spoil(two_steps / '12', 'params flipped')
+  wanted = abstract(models['bam_kv_experts']).params
+  for read in (
+    lambda: checkpoint.restore_params(two_steps, wanted),
+    lambda: checkpoint.restore_host_params(two_steps, wanted),
+    lambda: arrays.Reader(two_steps / '12' / 'params'),
+  ):
+    with pytest.raises(UserError, match=f'12 is damaged .*{file} has other bytes'):
+      read()
+  spoil(two_steps / '3', 'opt_state flipped')
+  checkpoint.restore_host_params(two_steps / '3', wanted)  # which does not read it
+
+
+def test_a_checkpoint_of_before_there_were_checksums_is_believed(two_steps, written, models):
+  shutil.rmtree(two_steps / '12' / 'checksums')
+  assert damage.set_aside(two_steps) == []
+  wanted = abstract(models['bam_kv_experts']).params
+  check_same(checkpoint.restore_params(two_steps, wanted), written[1][12].params)
+
+
+@pytest.fixture
+def listed(tmp_path):
+  """A folder with one file, and the list of its checksums."""
+  for item in ('meta', 'checksums'):
+    (tmp_path / item).mkdir()
+  (tmp_path / 'meta' / 'metadata').write_text('{}')
+  checksums.write(tmp_path, tmp_path / 'checksums')
+  return tmp_path
+
+
+@pytest.mark.parametrize(
+  'name, size',
+  [
+    ('/dev/zero', 0), ('meta/../../x', 0), ('meta/\0', 0), ('meta/\ud800', 0), ('meta', 0), ('', 0),
+    ('meta/metadata', 1), ('meta/metadata', float('inf')), ('meta/zero', 0), ('meta/pipe', 0),
+  ],
+)  # fmt: skip
+def test_no_list_of_checksums_has_other_things_than_files_read(listed, name, size):
+  checksums.check(listed, ['meta'])
+  (listed / 'meta' / 'zero').symlink_to('/dev/zero')
+  os.mkfifo(listed / 'meta' / 'pipe')
+  (listed / 'checksums' / 'crc32.json').write_text(json.dumps({name: [size, 0]}))
+  with pytest.raises(checksums.Damaged):
+    checksums.check(listed, [])
+
+
+def test_a_checkpoint_is_on_disk_before_the_one_before_is_removed(tmp_path, models, monkeypatch):
+  synced, before, state = set(), [], draw(models['dense'], (1, 1, 1, 1), 0)
+  written = checksums.write  # the last to write into a checkpoint
+
+  def write(folder, into):
+    written(folder, into)
+    assert {path.stat().st_ino for path in Path(folder).rglob('*')} <= synced
+    before.append((tmp_path / '1').exists())
+
+  monkeypatch.setattr(os, 'fsync', lambda file: synced.add(os.fstat(file).st_ino))
+  monkeypatch.setattr(checksums, 'write', write)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+  for at in (1, 2):
+    checkpoints.save(at, *state[:2], {}, meta(models['dense'], at))
+  checkpoints.close()
+  assert before == [False, True] and not (tmp_path / '1').exists()
+  # Empty, and read in buckets only.
+  later = {path for path in (tmp_path / '2').rglob('*') if path.stat().st_ino not in synced}
+  assert {path.name for path in later} <= {folders.COMMITTED}
+
+
+@pytest.mark.parametrize('number, refused', [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_without_fsync_takes_checkpoints(listed, monkeypatch, number, refused):
+  def fsync(file):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(os, 'fsync', fsync)
+  for write, error in (
+    (lambda: checksums.write(listed, listed / 'checksums'), OSError),
+    (lambda: folders.write_file(listed / 'config.json', '{}'), UserError),
+  ):
+    with pytest.raises(error) if refused else contextlib.nullcontext():
+      write()
+
+
+@pytest.mark.parametrize('keep', [1, 2])
+def test_old_checkpoints_are_removed(tmp_path, models, keep):
+  model = models['dense']
+  state = draw(model, (1, 1, 1, 1), 0)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep)
+  for at in (1, 2, 10):
+    checkpoints.save(at, *state[:2], {}, meta(model, at))
+  checkpoints.close()
+  steps = sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit())
+  assert steps == [1, 2, 10][-keep:]
+
+
+@pytest.mark.parametrize('changes', [{}, dict(method=None, sources=(), run='seed')], ids=str)
+def test_meta_comes_back(tmp_path, models, changes):
+  model = models['bam_shared_kv'] if not changes else models['untied']
+  want = meta(model, 5, **changes)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+  checkpoints.save(5, {'a': np.zeros(1)}, {'a': np.zeros(1)}, {}, want)
+  checkpoints.close()
+  assert checkpoint.read_meta(tmp_path) == want
+
+
+@pytest.fixture
+def fake(tmp_path, models):
+  """The function that writes the text of a `meta` by hand and gives the checkpoint's folder."""
+
+  def write(text: str | None = None, **changes):
+    facts = dataclasses.asdict(meta(models['dense'], 5)) | changes
+    (tmp_path / '5' / 'meta').mkdir(parents=True)
+    path = tmp_path / '5' / 'meta' / 'metadata'
+    path.write_text(json.dumps(facts) if text is None else text)
+    return tmp_path / '5'
+
+  return write
+
+
+def test_a_meta_by_hand_is_read(fake, models):
+  assert checkpoint.read_meta(fake()) == meta(models['dense'], 5)
+
+
+@pytest.mark.parametrize(
+  'text, changes, words',
+  [
+    (None, {'format': checkpoint.FORMAT + 1}, ['format 1']),
+    (None, {'format': None}, ['format 1']),
+    ('[1]', {}, ['format 1']),
+    ('{"format":', {}, ['meta', 'damaged']),
+    ('', {}, ['meta', 'damaged']),
+    (None, {'zzz': 1}, ['meta', 'zzz']),
+    (None, {'model': {}}, ['meta', 'model.vocab_size', 'missing']),
+  ],
+  ids=str,
+)
+def test_a_meta_that_is_not_ours_is_refused(fake, text, changes, words):
+  folder = fake(text, **changes)
+  with pytest.raises(UserError) as caught:
+    checkpoint.read_meta(folder)
+  for word in [str(folder), *words]:
+    assert word in str(caught.value)
+
+
+def test_a_meta_without_what_came_later_is_read(tmp_path, models):
+  facts = config.to_dict(meta(models['dense'], 5))
+  for later in ('manifest', 'bos_token', 'eos_token'):
+    del facts[later]
+  (tmp_path / '5' / 'meta').mkdir(parents=True)
+  (tmp_path / '5' / 'meta' / 'metadata').write_text(json.dumps(facts))
+  assert checkpoint.read_meta(tmp_path) == meta(models['dense'], 5)
+
+
+def test_what_is_still_being_written_is_no_checkpoint(tmp_path, models):
+  checkpoint.write_meta(tmp_path / 'mix.partial-1-ab', meta(models['dense'], 5))
+  with pytest.raises(UserError, match='holds no checkpoint'):
+    checkpoint.find(tmp_path / 'mix.partial-1-ab')
+  (tmp_path / 'mix.partial-1-ab').rename(tmp_path / 'mix')
+  assert checkpoint.read_meta(tmp_path / 'mix') == meta(models['dense'], 5)
+
+
+@pytest.mark.parametrize('place', ['run/checkpoints/5', 'run', 'data'])
+def test_a_tokenizer_is_found_where_it_may_be(tmp_path, models, place):
+  right = hashlib.sha256(b'right').hexdigest()
+  facts = meta(models['dense'], 5, tokenizer_hash=right, tokenizer_path=str(tmp_path / 'data'))
+  for folder in ('run/checkpoints/5', 'data'):
+    (tmp_path / folder).mkdir(parents=True)
+  checkpoint.write_meta(tmp_path / 'run' / 'checkpoints' / '5', facts)
+  (tmp_path / 'run' / 'tokenizer.json').write_bytes(b'wrong')
+  with pytest.raises(UserError, match=f'{right[:12]}.*copy the file there'):
+    checkpoint.find_tokenizer(tmp_path / 'run')
+  (tmp_path / place / 'tokenizer.model').write_bytes(b'right')
+  assert checkpoint.find_tokenizer(tmp_path / 'run') == tmp_path / place / 'tokenizer.model'
+
+
+def test_a_meta_that_is_not_there_is_refused(fake):
+  folder = fake()
+  (folder / 'meta' / 'metadata').unlink()
+  with pytest.raises(UserError, match='damaged'):
+    checkpoint.read_meta(folder)

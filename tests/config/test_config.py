@@ -1,0 +1,374 @@
+"""A recipe is read back as it was written; what it may not be is refused in one sentence."""
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bam_jax import config
+from bam_jax.errors import UserError
+
+
+def put(recipe: dict, **changes) -> dict:
+  """Sets keys; `runs__seed__tokens=3` is `recipe['runs']['seed']['tokens'] = 3`."""
+  for path, value in changes.items():
+    *groups, last = path.split('__')
+    group = recipe
+    for name in groups:
+      group = group.setdefault(name, {})
+    group[last] = value
+  return recipe
+
+
+def upcycle(recipe: dict, **changes) -> dict:
+  """Changes keys of the mixture `btx`; None deletes one."""
+  options = recipe['runs']['btx']['init']['upcycle']
+  options |= {('from' if key == 'from_' else key): value for key, value in changes.items()}
+  return recipe
+
+
+def test_round_trip(recipe_dict):
+  put(recipe_dict, runs__seed__mesh={'fsdp': 2}, data__prepare={'input': 'x', 'tokenizer': 'y'})
+  upcycle(recipe_dict, num_experts=5, top_k=2, capacity_factor=1.5, renormalize=True)
+  put(recipe_dict, runs__more={**recipe_dict['runs']['seed'], 'init': {'checkpoint': '/nowhere'}})
+  parsed = config.parse(recipe_dict)
+  plain = config.to_dict(parsed)
+  assert config.parse(plain) == parsed
+  assert config.parse(json.loads(json.dumps(plain))) == parsed
+  inits = [run.init for run in parsed.runs.values()]
+  assert inits[0] == 'scratch'
+  assert inits[1] == config.FromRun('seed')
+  assert inits[3].upcycle.sources == ('seed', 'code', 'law') and inits[3].upcycle.experts == 5
+  assert inits[5] == config.FromCheckpoint('/nowhere')
+
+
+def test_a_completed_recipe_has_every_key_and_says_the_same(recipe_dict):
+  completed = config.complete(recipe_dict)
+  assert config.parse(completed.to_dict()) == config.parse(recipe_dict)
+  completed.runs.seed.compute.dtype = 'bfloat16'  # as a flag on the command line does
+  assert config.parse(completed.to_dict()).runs['seed'].compute.dtype == 'bfloat16'
+  assert list(completed.runs) == ['seed', 'code', 'law', 'btx', 'bam']
+
+
+def test_runs_keep_the_order_they_are_written_in(recipe_dict):
+  assert list(config.parse(recipe_dict).runs) == ['seed', 'code', 'law', 'btx', 'bam']
+
+
+def test_steps_of_a_run(recipe_dict):
+  parsed = config.parse(put(recipe_dict, runs__seed__tokens=6 * 128 + 127))
+  assert parsed.step_tokens('seed') == 128
+  assert parsed.total_steps('seed') == 6 and parsed.warmup_steps('seed') == 2
+  parsed = config.parse(put(recipe_dict, steps=3))
+  assert parsed.total_steps('seed') == 3 and parsed.warmup_steps('seed') == 1
+  recipe_dict['runs']['seed'] |= dict(tokens=0, schedule=dict(peak_learning_rate=1, warmup_steps=0))
+  parsed = config.parse(recipe_dict)
+  assert parsed.total_steps('seed') == 0
+
+
+def test_a_bound_that_cuts_nothing_changes_nothing(recipe_dict):
+  put(recipe_dict, runs__seed__schedule__warmup_steps=5)
+  free, bounded = config.parse(recipe_dict), config.parse(put(recipe_dict, steps=1000))
+  assert bounded.total_steps('seed') == free.total_steps('seed') == 6
+  assert bounded.warmup_steps('seed') == free.warmup_steps('seed') == 5
+
+
+def test_dense(models):
+  dense = models['bam_kv_experts'].dense()
+  assert dense == models['dense'] and dense == dense.dense()
+
+
+def test_parents(recipe_dict):
+  runs = config.parse(recipe_dict).runs
+  assert config.parents(runs['seed']) == ()
+  assert config.parents(runs['code']) == ('seed',)
+  assert config.parents(runs['btx']) == ('seed', 'code', 'law')
+
+
+def test_num_experts(recipe_dict):
+  plain = config.parse(recipe_dict).runs['btx'].init.upcycle
+  assert plain.experts == 3
+  more = config.parse(upcycle(recipe_dict, num_experts=7)).runs['btx'].init.upcycle
+  assert more.experts == 7
+
+
+# A change to a valid recipe, and words of the sentence that it is refused with: the key, the value.
+REFUSALS = {
+  'unknown key': (dict(modle={}), ['config.modle', "did you mean 'model'?"]),
+  'unknown key of a run': (
+    dict(runs__code__sceduler=1),
+    ['config.runs.code.sceduler', "'schedule'"],
+  ),
+  'whole number': (dict(model__d_model=1.5), ['config.model.d_model', 'whole number', '1.5']),
+  'bool': (dict(model__num_layers=True), ['config.model.num_layers', 'whole number', 'True']),
+  'string': (dict(name=3), ['config.name', 'string', '3']),
+  'zero': (dict(model__ffn_dim=0), ['config.model', 'ffn_dim=0', 'below 1']),
+  'negative': (dict(seed=-1), ['config', 'seed=-1', 'below 0']),
+  'head counts': (
+    dict(model__num_heads=3),
+    ['config.model', 'num_heads=3', 'multiple', 'num_kv_heads=2'],
+  ),
+  'odd head': (dict(model__head_dim=7), ['config.model', 'head_dim=7', 'odd']),
+  'rope_theta': (dict(model__rope_theta=0), ['config.model', 'rope_theta=0', 'not positive']),
+  'logit scale': (dict(model__logit_scale=0), ['config.model', 'logit_scale=0', 'not positive']),
+  'epsilon nan': (dict(model__norm_epsilon=math.nan), ['config.model', 'norm_epsilon=nan']),
+  'experts in the model': (
+    dict(model__ffn_experts={'num_experts': 2}),
+    ['config', 'model has experts', 'upcycle'],
+  ),
+  'top_k of experts': (
+    dict(model__ffn_experts={'num_experts': 2, 'top_k': 3}),
+    ['config.model.ffn_experts', 'top_k=3', 'num_experts=2'],
+  ),
+  'capacity_factor': (
+    dict(model__ffn_experts={'num_experts': 2, 'capacity_factor': 0.5}),
+    ['config.model.ffn_experts', 'capacity_factor=0.5', 'dropless'],
+  ),
+  'dtype': (
+    dict(runs__seed__compute={'dtype': 'float16'}),
+    ['config.runs.seed.compute.dtype', "'float16'", "'bfloat16'"],
+  ),
+  'remat': (
+    dict(runs__seed__compute={'remat': True}),
+    ['config.runs.seed.compute.remat', "'full'"],
+  ),
+  'unroll': (dict(runs__seed__compute={'unroll': 0}), ['config.runs.seed.compute', 'unroll=0']),
+  'learning rate': (
+    dict(runs__seed__schedule__peak_learning_rate=0),
+    ['config.runs.seed.schedule', 'peak_learning_rate=0', 'not positive'],
+  ),
+  'infinite rate': (
+    dict(runs__seed__schedule__peak_learning_rate=math.inf),
+    ['config.runs.seed.schedule', 'peak_learning_rate=inf'],
+  ),
+  'min_lr_ratio': (
+    dict(runs__seed__schedule__final_fraction=1.5),
+    ['config.runs.seed.schedule', 'min_lr_ratio=1.5', 'between 0 and 1'],
+  ),
+  'warmup': (
+    dict(runs__seed__schedule__warmup_steps=7),
+    ['config', 'runs.seed.schedule.warmup_steps=7', '6 steps'],
+  ),
+  'b1': (
+    dict(runs__seed__optimizer={'b1': 1.0}),  # would divide by zero in the bias correction
+    ['config.runs.seed.optimizer', 'b1=1.0'],
+  ),
+  'weight_decay': (
+    dict(runs__seed__optimizer={'weight_decay': -0.1}),
+    ['config.runs.seed.optimizer', 'weight_decay=-0.1'],
+  ),
+  'loss': (dict(runs__seed__loss={'router_z': math.nan}), ['config.runs.seed.loss', 'router_z']),
+  'batch of shards': (
+    dict(runs__seed__mesh={'data': 3}),
+    ['config.runs.seed', 'batch_size=8', 'grad_accum_steps=1', '3 parts', 'mesh'],
+  ),
+  'batch of micro-batches': (
+    dict(runs__seed__mesh={'data': 4}, runs__seed__accumulate=4),
+    ['config.runs.seed', 'batch_size=8', 'grad_accum_steps=4', '4 parts'],
+  ),
+  'an axis of none': (dict(runs__seed__mesh={'tensor': 0}), ['config.runs.seed.mesh', 'tensor=0']),
+  'log': (dict(runs__seed__intervals={'log': 0}), ['config.runs.seed.intervals', 'log=0']),
+  'keep': (dict(runs__seed__intervals={'keep': 0}), ['config.runs.seed.intervals', 'keep=0']),
+  'guard': (
+    dict(runs__seed__guard={'on_nan': 'ignore'}),
+    ['config.runs.seed.guard', 'on_nan', 'halt', 'skip'],
+  ),
+  'window': (dict(runs__seed__guard={'window': 1}), ['config.runs.seed.guard', 'window=1']),
+  'stall': (
+    dict(runs__seed__watch={'stall_seconds': -1}),
+    ['config.runs.seed.watch', 'stall_seconds=-1'],
+  ),
+  'tokens': (dict(runs__seed__tokens=127), ['config', 'runs.seed.tokens=127', 'one batch']),
+  'no data': (dict(runs__seed__data={}), ['config.runs.seed', 'data', 'no domain']),
+  'share of zero': (dict(runs__seed__data__law=0), ['config.runs.seed', "data['law']=0"]),
+  'share of nan': (dict(runs__seed__data__law=math.nan), ['config.runs.seed', "data['law']=nan"]),
+  'no runs': (dict(runs={}), ['config', 'runs', 'names no run']),
+  'name of a run': (dict(runs={'a/b': {}}), ['config.runs.a/b']),
+  'init': (
+    dict(runs__code__init='scratchy'),
+    ['config.runs.code.init', "'scratchy'", "'scratch'"],
+  ),
+  'init of nothing known': (
+    dict(runs__code__init={'runs': 'seed'}),
+    ['config.runs.code.init', "{'runs': 'seed'}", "'scratch'", 'run', 'checkpoint', 'upcycle'],
+  ),
+  'unknown parent': (
+    dict(runs__code__init={'run': 'sead'}),
+    ['config', 'runs.code.init', "'sead'", 'seed'],
+  ),
+  'sequence_length': (dict(data__sequence_length=0), ['config.data', 'sequence_length=0']),
+  'two tokenizers': (
+    dict(data__prepare={'input': 'x', 'tokenizer': 'y', 'train_tokenizer': 300}),
+    ['config.data.prepare', 'train_tokenizer', 'one of'],
+  ),
+  'no tokenizer': (
+    dict(data__prepare={'input': 'x'}),
+    ['config.data.prepare', 'train_tokenizer', 'one of'],
+  ),
+  'evaluation': (dict(evaluation__batch_size=0), ['config.evaluation', 'batch_size=0']),
+}
+
+
+@pytest.mark.parametrize('changes, words', REFUSALS.values(), ids=REFUSALS)
+def test_a_refusal_names_the_key(recipe_dict, changes, words):
+  check_refused(put(recipe_dict, **changes), words)
+
+
+UPCYCLE_REFUSALS = {
+  'method': (dict(method='bxt'), ["'bxt'", "'btx'", "'bam_kv_experts'"]),
+  'unknown source': (dict(from_=['seed', 'laws']), ["'laws'", 'law']),
+  'a source twice': (dict(from_=['seed', 'seed']), ['from=', 'twice']),
+  'no source': (dict(from_=[]), ['from=[]', "'btx'", 'two sources']),
+  'one source': (dict(from_=['seed']), ['from=', "'btx'", 'two sources']),
+  'one source of an average': (
+    dict(from_=['seed'], method='average'),
+    ['from=', "'average'", 'two'],
+  ),
+  'sparse of two': (
+    dict(method='sparse', num_experts=4),
+    ['from=', "'sparse'", 'exactly one source'],
+  ),
+  'sparse of no size': (dict(method='sparse', from_=['seed']), ['num_experts=0', "'sparse'"]),
+  'fewer experts than sources': (dict(num_experts=2), ['num_experts=2', '3 sources']),
+  'attention of a method without': (dict(attention_top_k=1), ['attention_top_k=1', "'btx'"]),
+  'top_k of zero': (dict(top_k=0), ['top_k=0', 'below 1']),
+  'scale': (dict(router_scale=math.nan), ['router_scale=nan']),
+  'unknown key': (dict(topk=1), ['topk', "'top_k'"]),
+}
+
+
+@pytest.mark.parametrize('changes, words', UPCYCLE_REFUSALS.values(), ids=UPCYCLE_REFUSALS)
+def test_a_refused_upcycle_names_the_key(recipe_dict, changes, words):
+  check_refused(upcycle(recipe_dict, **changes), ['config', 'runs.btx.init', *words])
+
+
+def test_a_sparse_upcycle_is_one_source_and_a_number(recipe_dict):
+  upcycle(recipe_dict, method='sparse', from_=['seed'], num_experts=4)
+  assert config.parse(recipe_dict).runs['btx'].init.upcycle.experts == 4
+
+
+@pytest.mark.parametrize(
+  'key',
+  ['name', 'model', 'data', 'runs', 'model.d_model', 'data.path', 'runs.code.tokens'],
+)
+def test_what_is_missing_is_named(recipe_dict, key):
+  *groups, last = key.split('.')
+  group = recipe_dict
+  for name in groups:
+    group = group[name]
+  del group[last]
+  check_refused(recipe_dict, [f'config.{key} is missing.'])
+
+
+@pytest.mark.parametrize('name', ['a/b', '..', 'a b', '', '-', '_', 'report'])
+def test_names_of_runs_are_names_of_folders(recipe_dict, name):
+  # `report` is where the workdir keeps its tables.
+  recipe_dict['runs'][name] = recipe_dict['runs']['seed']
+  check_refused(recipe_dict, ['config', repr(name)])
+
+
+@pytest.mark.parametrize('number', [2**32, 2**32 + 1, 2**64])
+def test_a_seed_past_32_bits_is_refused(recipe_dict, number):
+  # JAX keeps 32 bits of a seed: 2^32 would be 0 again.
+  check_refused(put(recipe_dict, seed=number), ['config', 'seed'])
+
+
+@pytest.mark.parametrize(
+  'key', ['model__d_model', 'model__rope_theta', 'runs__seed__tokens', 'runs__seed__data__law']
+)
+def test_numbers_past_every_machine_are_refused(recipe_dict, key):
+  check_refused(put(recipe_dict, **{key: 10**400}), ['config', key.split('__')[-1]])
+
+
+def check_refused(recipe: dict, words: list[str]) -> None:
+  with pytest.raises(UserError) as caught:
+    config.parse(recipe)
+  message = str(caught.value)
+  for word in words:
+    assert word in message
+  assert '\n' not in message and message.endswith(('.', '?')), message
+
+
+SCALARS = (
+  st.none()
+  | st.booleans()
+  | st.integers(-3, 12)
+  | st.sampled_from([10**9, 10**20, -(10**20), 10**400, 2**63])
+  | st.floats()
+  | st.sampled_from(['', 'seed', 'code', 'btx', 'sparse', 'scratch', 'float32', 'full', 'x/y'])
+  | st.text(max_size=3)
+  | st.binary(max_size=2)
+)
+KEYS = st.sampled_from(
+  ['run', 'from', 'upcycle', 'checkpoint', 'num_experts', 'top_k', 'zzz', '']
+) | st.integers(0, 2)
+VALUES = st.recursive(
+  SCALARS,
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+  max_leaves=5,
+)
+
+
+def places(group: dict, path: tuple = ()) -> Iterator[tuple]:
+  """Paths to every key of nested dicts."""
+  for name, value in group.items():
+    yield *path, name
+    if isinstance(value, dict):
+      yield from places(value, (*path, name))
+
+
+@settings(
+  max_examples=400,
+  deadline=None,
+  suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_anything_else_is_refused_or_sane(recipe_dict, data):
+  recipe = config.to_dict(config.parse(recipe_dict))  # with every key that there is
+  for _ in range(data.draw(st.integers(1, 3))):
+    *groups, last = data.draw(st.sampled_from(list(places(recipe))))
+    group = recipe
+    for name in groups:
+      group = group[name]
+    match data.draw(st.sampled_from(['delete', 'set', 'set', 'set', 'add'])):
+      case 'delete':
+        del group[last]
+      case 'set':
+        group[last] = data.draw(VALUES)
+      case 'add':
+        group[data.draw(KEYS)] = data.draw(VALUES)
+  before = copy.deepcopy(recipe)
+  try:
+    parsed = config.parse(recipe)
+  except UserError as error:
+    assert str(error).startswith('config')
+    return
+  assert repr(recipe) == repr(before)
+  check_sane(parsed)
+  assert config.parse(config.to_dict(parsed)) == parsed
+
+
+def check_sane(recipe: config.Recipe) -> None:
+  """What the rest of the code relies on."""
+  model = recipe.model
+  assert model.num_heads % model.num_kv_heads == 0 and model.head_dim % 2 == 0
+  assert min(model.vocab_size, model.d_model, model.num_layers, model.ffn_dim) >= 1
+  assert 0 < model.norm_epsilon < math.inf and 0 < model.rope_theta < math.inf
+  assert recipe.runs and recipe.data.sequence_length >= 1
+  for name, run in recipe.runs.items():
+    assert isinstance(name, str) and '/' not in name
+    assert run.batch_size % (run.grad_accum_steps * run.mesh.batch_shards) == 0
+    assert all(0 < share < math.inf for share in run.data.values()) and run.data
+    assert recipe.total_steps(name) >= (1 if run.tokens else 0)
+    assert 0 <= recipe.warmup_steps(name) <= max(recipe.total_steps(name), 1)
+    assert 0 < run.schedule.peak_learning_rate < math.inf
+    assert all(parent in recipe.runs for parent in config.parents(run))
+    assert 0 <= run.optimizer.b1 < 1 and 0 <= run.optimizer.b2 < 1 and run.optimizer.epsilon > 0
+    assert run.intervals.log >= 1 and run.intervals.keep >= 1
+    if isinstance(run.init, config.FromUpcycle):
+      upcycle = run.init.upcycle
+      assert upcycle.experts >= len(upcycle.sources) >= 1
+      assert math.isfinite(upcycle.router_scale) and math.isfinite(upcycle.capacity_factor)

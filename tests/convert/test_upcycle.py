@@ -1,0 +1,234 @@
+"""`convert` as its users run it: a whole process, with whole sentences, killed, on a full disk."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from bam_jax import config
+from bam_jax.checkpoint import arrays, checkpoint, manifest
+from bam_jax.errors import UserError
+from bam_jax.model import transformer
+
+ROOT = Path(__file__).parents[2]
+# Large enough that a process can be stopped in the middle of it, at 4 MB a matrix.
+MODEL = config.Model(
+  vocab_size=1000, d_model=512, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=2048
+)
+NAMES = ('seed', 'code')
+
+
+def save(folder: Path, seed: int) -> None:
+  """A run's folder with one dense checkpoint and a tokenizer."""
+  rng = np.random.default_rng(seed)
+  params = jax.tree.map(
+    lambda leaf: rng.standard_normal(leaf.shape, np.float32),
+    transformer.Network(MODEL, config.Compute()).abstract(),
+  )
+  tokenizer = b'{}'
+  meta = checkpoint.Meta(
+    format=checkpoint.FORMAT,
+    model=MODEL,
+    sequence_length=16,
+    tokenizer_hash=hashlib.sha256(tokenizer).hexdigest(),
+    tokenizer_path='/nowhere',
+    run=folder.name,
+    step=2,
+    method=None,
+    sources=(),
+    versions=manifest.versions(),
+  )
+  checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=1)
+  checkpoints.save(2, params, {'count': np.zeros(())}, {}, meta)
+  checkpoints.close()
+  (folder / 'tokenizer.json').write_bytes(tokenizer)
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory) -> Path:
+  folder = tmp_path_factory.mktemp('runs')
+  for number, name in enumerate(NAMES):
+    save(folder / name, number)
+  return folder
+
+
+def command(runs: Path, output: Path, *flags: str) -> list[str]:
+  sources = [f'--from={runs / name}' for name in NAMES]
+  start = [sys.executable, '-m', 'bam_jax.convert', 'upcycle', '--method=bam_kv_experts']
+  return [*start, *sources, f'--output={output}', *flags]
+
+
+def run(line: list[str], **more) -> subprocess.CompletedProcess:
+  return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, **more)
+
+
+def values(folder: Path) -> dict[str, np.ndarray]:
+  reader = arrays.Reader(folder / 'params')
+  return {path: reader.read(path) for path in reader.specs}
+
+
+@pytest.fixture(scope='module')
+def made(runs, tmp_path_factory) -> Path:
+  """What an undisturbed process makes, and what it says."""
+  output = tmp_path_factory.mktemp('made') / 'mix'
+  done = run(command(runs, output, '--json=-', '--experts=3', '--seed=5', '--name=bam'))
+  assert done.returncode == 0, done.stderr
+  facts = json.loads(done.stdout)
+  (output.parent / 'facts.json').write_text(done.stdout)
+  assert str(output) in done.stderr and 'Traceback' not in done.stderr
+  assert facts['output'] == str(output) and facts['seconds'] > 0
+  return output
+
+
+def test_a_mixture_and_its_record(runs, made):
+  meta = checkpoint.read_meta(made)
+  facts = json.loads((made.parent / 'facts.json').read_text())
+  assert facts['meta']['model']['ffn_experts']['num_experts'] == 3
+  assert meta.manifest.command == (
+    f'python -m bam_jax.convert upcycle --method=bam_kv_experts --from={runs}/seed '
+    f'--from={runs}/code --output={made} --json=- --experts=3 --seed=5 --name=bam'
+  )
+  assert (meta.manifest.seed, meta.manifest.name) == (5, 'bam')
+  assert meta.sources == ('seed', 'code', 'seed')
+  seed = values(runs / 'seed' / 'checkpoints' / '2')
+  np.testing.assert_array_equal(values(made)['blocks/ffn/up'][:, 2], seed['blocks/ffn/up'])
+
+
+def test_a_killed_process_leaves_nothing_that_is_taken_for_a_checkpoint(runs, made, tmp_path):
+  output = tmp_path / 'mix'
+  line = command(runs, output, '--experts=3', '--seed=5', '--name=bam')
+  moments = {
+    'as it begins': lambda folder: True,
+    'a third': lambda folder: size(folder) > 20e6,
+    'two thirds': lambda folder: size(folder) > 40e6,
+    'at the end': lambda folder: (folder / 'tokenizer.json').exists(),
+  }
+  for moment, reached in moments.items():
+    process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not any(map(reached, tmp_path.glob(f'mix.partial-{process.pid}-*'))):
+      assert process.poll() is None, f'{moment}: it ended before it could be killed'
+      time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if output.exists():  # it was done before the signal came
+      assert moment == 'at the end'
+      break
+    assert checkpoint.finished_step(tmp_path) is None
+    for left in [tmp_path, *tmp_path.iterdir()]:
+      with pytest.raises(UserError, match='holds no checkpoint'):
+        checkpoint.find(left)
+  if not output.exists():
+    again = run(line)
+    assert again.returncode == 0, again.stderr
+  assert [path.name for path in tmp_path.iterdir()] == ['mix'], 'what was left behind is removed'
+  for path, want in values(made).items():
+    np.testing.assert_array_equal(values(output)[path], want)
+
+
+def size(folder: Path) -> int:
+  """Bytes of the files that are still there when they are looked at."""
+  total = 0
+  for parent, _, names in os.walk(folder):
+    for name in names:
+      with contextlib.suppress(FileNotFoundError):
+        total += os.path.getsize(os.path.join(parent, name))
+  return total
+
+
+@pytest.mark.parametrize('limit', [10_000, 1_000_000, 4_000_000])
+def test_a_disk_that_takes_no_more(runs, tmp_path, limit):
+  line = ['prlimit', f'--fsize={limit}', *command(runs, tmp_path / 'mix')]
+  # Of Linux alone (util-linux): macOS has nothing that bounds another program's files this way.
+  if not shutil.which(line[0]):
+    pytest.skip('without prlimit, a disk cannot be made to take no more')
+  done = run(line)
+  assert_sentence(done.returncode, done.stderr, ['cannot be written', 'File too large'])
+  assert list(tmp_path.iterdir()) == []
+
+
+def assert_sentence(status: int, stderr: str, words: list[str]) -> None:
+  """Status 2 and one sentence, below the progress bar if it had begun."""
+  lines = [line for line in stderr.splitlines() if line.strip() and ' ━' not in line]
+  assert status == 2, stderr
+  assert len(lines) == 1 and lines[0].startswith('bam_jax.convert'), stderr
+  for word in words:
+    assert word in lines[0]
+
+
+MISUSED = {
+  'no verb': ([], ['upcycle', 'inspect', '--help']),
+  'unknown verb': (['upcylce'], ['upcylce', 'upcycle']),
+  'unknown flag': (['upcycle', '--form=x'], ['form']),
+  'nothing to mix': (['upcycle', '--method=btx'], ['--from', '--output']),
+  'a word too many': (['upcycle', 'x'], ["'x'", '--flag=value']),
+  'no method': (['upcycle', '--method=bam'], ['--method', 'bam_kv_experts']),
+  'no numbers': (
+    ['upcycle', '--from=x', '--method=btx', '--output=y', '--average=weighted', '--weights=1,b'],
+    ['--weights=1,b'],
+  ),
+  'flags by their names': (
+    ['upcycle', '--from=x', '--from=z', '--method=btx', '--output=y', '--experts=1'],
+    ['--experts=1', "--from=['x', 'z']"],
+  ),
+  'routing of what is dense': (
+    ['upcycle', '--from=x', '--from=z', '--method=btx', '--output=y', '--attention_routing=top2'],
+    ['--attention_routing=top2', "'btx'"],
+  ),
+  'no checkpoint': (
+    ['upcycle', '--from=/nowhere', '--from=z', '--method=btx', '--output=y'],
+    ['/nowhere holds no checkpoint'],
+  ),
+  'nothing to inspect': (['inspect'], ['one checkpoint', 'two']),
+  'three to inspect': (['inspect', 'a', 'b', 'c'], ["'c'"]),
+  'inspect nothing': (['inspect', '/nowhere'], ['/nowhere holds no checkpoint']),
+}
+
+
+@pytest.mark.parametrize('arguments, words', MISUSED.values(), ids=MISUSED)
+def test_misuse_is_answered_in_a_sentence(server, arguments, words):
+  done = server.run('convert', *arguments)
+  assert_sentence(done.status, done.stderr, words)
+
+
+@pytest.mark.parametrize('verb, words', [
+  ([], ['upcycle', 'inspect', 'VERB --help']), (['upcycle'], ['--from', '--drop_ratio', '--json']),
+  (['inspect'], ['inspect DIR', '--json']),
+])  # fmt: skip
+def test_help(verb, words):
+  done = run([sys.executable, '-m', 'bam_jax.convert', *verb, '--help'])
+  assert done.returncode == 0 and done.stderr == ''
+  for word in words:
+    assert word in done.stdout
+
+
+def test_inspect(runs, made):
+  done = run([sys.executable, '-m', 'bam_jax.convert', 'inspect', str(made), '--json=-'])
+  assert done.returncode == 0, done.stderr
+  facts = json.loads(done.stdout)
+  assert facts['meta']['manifest']['seed'] == 5
+  for word in ('blocks/ffn/up', 'bam_kv_experts', 'stack', 'upcycle --method'):
+    assert re.search(word, done.stderr)
+  done = run([sys.executable, '-m', 'bam_jax.convert', 'inspect', *(f'{runs}/{n}' for n in NAMES)])
+  assert done.returncode == 0 and 'attention' in done.stderr and done.stdout == ''
+
+
+def test_the_mixture_is_a_model(made):
+  meta = checkpoint.read_meta(made)
+  network = transformer.Network(meta.model, config.Compute())
+  params = checkpoint.restore_host_params(made, network.abstract())
+  tokens_BT = np.ones((1, 4), np.int32)
+  hidden_BTD, _ = network.hidden(params, tokens_BT, tokens_BT, np.arange(4)[None])
+  assert np.isfinite(hidden_BTD).all()
+  assert sorted(traverse_util.flatten_dict(params, sep='/')) == sorted(values(made))

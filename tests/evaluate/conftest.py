@@ -1,0 +1,58 @@
+"""Checkpoints on disk of the tiny models, for whatever loads them."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from bam_jax.data import shards
+from bam_jax.evaluate import windows
+from tests.evaluate.folders import LENGTH, write_checkpoint
+from tests.model import oracle
+
+
+@pytest.fixture(scope='session')
+def start(models):
+  """The function name -> parameters of a model, float32."""
+
+  @functools.cache
+  def make(name: str) -> dict:
+    params = oracle.random_params(models[name], np.random.default_rng(1))
+    return oracle.map_leaves(lambda x: x.astype(np.float32), params)
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def saved(models, start, dataset, tmp_path_factory):
+  """The function name -> the folder of a checkpoint of that model."""
+  folder = tmp_path_factory.mktemp('saved')
+  sources = ('general', 'code', 'law', 'math')
+
+  @functools.cache
+  def make(name: str) -> str:
+    mixture = models[name].ffn_experts is not None
+    return str(
+      write_checkpoint(
+        folder / name,
+        models[name],
+        start(name),
+        dataset.tokenizer(),
+        sources=sources if mixture else (),
+        method=name if mixture else None,
+      )  # fmt: skip
+    )
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def documents(dataset: shards.Dataset) -> list[np.ndarray]:
+  """Held-out documents of 10 to 60 words: some fit a window, and some take several."""
+  return [d for name in ('code', 'law') for d in dataset.documents(name, 'valid')]
+
+
+@pytest.fixture(scope='session')
+def pieces(documents) -> list[windows.Window]:
+  """Windows of all the documents, overlapping."""
+  return [w for tokens in documents for w in windows.cut(tokens, LENGTH, 10)]

@@ -1,0 +1,46 @@
+"""The bootstrap against a loop over documents, and against what theory says of a mean."""
+
+import numpy as np
+
+from bam_jax.evaluate import bootstrap
+
+
+def test_totals_are_those_of_a_loop(monkeypatch):
+  monkeypatch.setattr(bootstrap, 'AT_ONCE', 40)  # three resamples at a time
+  sums_NC = np.random.default_rng(0).normal(size=(13, 3))
+  totals_RC = bootstrap.totals(sums_NC, 10, 7, 'law')
+  counts = [c for part in bootstrap.draws(13, 10, 7, 'law') for c in part]
+  assert totals_RC.shape == (10, 3) and len(counts) == 10
+  for total_C, count_N in zip(totals_RC, counts):
+    assert count_N.sum() == 13 and (count_N >= 0).all()
+    slow = np.zeros(3)
+    for document, times in enumerate(count_N):
+      for _ in range(int(times)):
+        slow += sums_NC[document]
+    np.testing.assert_allclose(total_C, slow, rtol=1e-12)
+
+
+def test_every_document_is_drawn_as_often():
+  counts_RN = np.concatenate(list(bootstrap.draws(50, 4000, 0, 'x')))
+  # Multinomial: each count has mean 1 and variance 1 - 1/N, and two have covariance -1/N.
+  np.testing.assert_allclose(counts_RN.mean(0), 1, atol=0.08)
+  np.testing.assert_allclose(counts_RN.var(), 1 - 1 / 50, rtol=0.03)
+  np.testing.assert_allclose(np.cov(counts_RN[:, 0], counts_RN[:, 1])[0, 1], -1 / 50, atol=0.05)
+
+
+def test_draws_are_those_of_seed_and_domain():
+  a, b, other_seed, other_name = (
+    np.concatenate(list(bootstrap.draws(20, 5, seed, name)))
+    for seed, name in ((3, 'law'), (3, 'law'), (4, 'law'), (3, 'code'))
+  )
+  np.testing.assert_array_equal(a, b)
+  assert (a != other_seed).any() and (a != other_name).any()
+
+
+def test_the_interval_of_a_mean_is_what_theory_says():
+  values_N = np.random.default_rng(1).normal(3, 2, size=400)
+  draws_R = bootstrap.totals(values_N[:, None], 4000, 0, 'x')[:, 0] / 400
+  low, high = bootstrap.interval(draws_R, 0.95)
+  reach = 1.96 * values_N.std() / 20
+  np.testing.assert_allclose([low, high], values_N.mean() + reach * np.array([-1, 1]), atol=0.02)
+  assert bootstrap.interval(draws_R, 0.5)[0] > low

@@ -1,0 +1,101 @@
+"""What `--data` may name, and the sentences about what it may not."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.errors import UserError
+from bam_jax.evaluate import corpus
+
+TEXTS = ['the court shall', '', 'naïve café', 'z']
+
+
+@pytest.fixture
+def files(tmp_path):
+  lines = [json.dumps({'text': text, 'body': text.upper()}) + '\n' for text in TEXTS]
+  (tmp_path / 'law.jsonl').write_text(''.join(lines), encoding='utf-8')
+  folder = tmp_path / 'code'
+  folder.mkdir()
+  (folder / 'train-0.txt').write_text('def f(x): return x', encoding='utf-8')
+  (folder / 'valid-0.txt').write_text('x = 1', encoding='utf-8')
+  (folder / 'test.txt.gz').write_bytes(gzip.compress(b'y = 2'))
+  return tmp_path
+
+
+def test_text_is_read_by_each_tokenizer(files, dataset):
+  law, code = corpus.read([f'law={files}/law.jsonl', f'code={files}/code'], 'valid', 'text', None)
+  assert (law.name, code.name) == ('law', 'code')
+  full = [text for text in TEXTS if text]
+  assert law.byte_counts.tolist() == [len(text.encode()) for text in full]
+  tokenizers = dataset.tokenizer(), Tokenizer.train(TEXTS, 258)
+  for tokenizer in (*tokenizers, tokenizers[0]):
+    law.check(tokenizer, 'any')
+    documents = law.documents(tokenizer)
+    assert [tokenizer.decode(tokens) for tokens in documents] == full
+    for tokens in documents:
+      assert tokens[0] == tokenizer.bos_id and tokens[-1] == tokenizer.eos_id
+  (tokens,) = code.documents(tokenizers[1])  # the valid file, and not what was trained on
+  assert tokenizers[1].decode(tokens) == 'x = 1'
+
+
+def test_text_is_what_prepare_makes_of_it(dataset):
+  path = dataset.path.parent / 'text/law/valid.jsonl'
+  (text,) = corpus.read([f'law={path}'], 'valid', 'text', None)
+  prepared = next(d for d in corpus.read([str(dataset.path)], 'valid', '', None) if d.name == 'law')
+  np.testing.assert_array_equal(text.byte_counts, prepared.byte_counts)
+  tokenizer = dataset.tokenizer()
+  for mine, theirs in zip(text.documents(tokenizer), prepared.documents(tokenizer), strict=True):
+    np.testing.assert_array_equal(mine, theirs)
+
+
+def test_options(files, dataset):
+  (test,) = corpus.read([f'code={files}/code'], 'test', 'text', None)
+  assert test.byte_counts.tolist() == [5]
+  (marked,) = corpus.read([f'code={files}/code/train-0.txt'], 'valid', 'text', None)
+  assert marked.byte_counts.tolist() == [18]  # a file is what was asked for
+  (other,) = corpus.read([f'law={files}/law.jsonl'], 'valid', 'body', 2)
+  assert [*map(int, other.byte_counts)] == [15, 12]  # the first two that hold something
+  prepared = corpus.read([str(dataset.path), f'acts={files}/law.jsonl'], 'train', 'text', 3)
+  assert [d.name for d in prepared] == ['code', 'general', 'law', 'math', 'acts']
+  assert all(len(d.byte_counts) == len(d.documents(dataset.tokenizer())) == 3 for d in prepared)
+
+
+def test_a_dataset_of_another_tokenizer(dataset):
+  (first, *_) = corpus.read([str(dataset.path)], 'valid', 'text', None)
+  first.check(dataset.tokenizer(), 'DIR')
+  with pytest.raises(UserError, match=r'another tokenizer than that of DIR: give the text, --data'):
+    first.check(Tokenizer.train(TEXTS, 258), 'DIR')
+
+
+MISTAKES = {
+  'nothing': ([], 'On what?'),
+  'no domain': (['{}/law.jsonl'], 'write --data=DOMAIN={}/law.jsonl'),
+  'no name': (['a/b={}/law.jsonl'], 'a domain is named with'),
+  'not there': (['law={}/no.jsonl'], 'does not exist'),
+  'unknown kind': (['law={}/law.bin'], 'unknown kind'),
+  'twice': (['law={}/law.jsonl', 'law={}/code'], 'the domain law is given twice'),
+  'no document': (['law={}/empty.jsonl'], 'holds no document of the domain law'),
+  'damaged': (['law={}/bad.jsonl'], 'line 1 is not JSON'),
+  'no split': (['code={}/split'], "no file marked 'valid': give --split, of test"),
+}
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_mistakes(files, name):
+  (files / 'empty.jsonl').write_text('{"text": ""}\n', encoding='utf-8')
+  (files / 'bad.jsonl').write_text('{"text": "\n', encoding='utf-8')
+  (files / 'law.bin').write_bytes(b'x')
+  (files / 'split').mkdir()
+  (files / 'split/test.txt').write_text('x', encoding='utf-8')
+  given, sentence = MISTAKES[name]
+  with pytest.raises(UserError) as caught:
+    corpus.read([item.format(files) for item in given], 'valid', 'text', None)
+  assert sentence.format(files) in str(caught.value)
+
+
+def test_no_such_split(dataset):
+  with pytest.raises(UserError, match="no split 'test' of the domain code: it has train, valid"):
+    corpus.read([str(dataset.path)], 'test', 'text', None)

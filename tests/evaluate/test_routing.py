@@ -1,0 +1,190 @@
+"""What is counted of the routers, and the page and pictures that show it."""
+
+import dataclasses
+import html.parser
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from bam_jax.checkpoint import checkpoint
+from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.evaluate import comparison, corpus, page, routing, windows
+from bam_jax.evaluate.scorer import Routed, Scorer
+
+EXPERTS = ['general', 'code', 'law', 'general']  # as with a copy of the first source
+
+
+def routed(rng, layers=2, tokens=9, top_k=0) -> Routed:
+  gates = rng.dirichlet([0.5] * 4, (layers, tokens))
+  load = gates if not top_k else np.zeros_like(gates)
+  for place in np.ndindex(layers, tokens if top_k else 0):
+    load[place][np.argsort(-gates[place])[:top_k]] = 1 / top_k
+  return Routed(gates.astype(np.float32), load.astype(np.float32))
+
+
+def test_sums_over_windows():
+  rng = np.random.default_rng(0)
+  record, parts = routing.Record(), []
+  for number, tokens in enumerate((9, 4, 6)):
+    parts.append(
+      {'attention': routed(rng, tokens=tokens), 'ffn': routed(rng, tokens=tokens, top_k=2)}
+    )
+    record.add(number, number, parts[-1])
+  assert record.tokens == 19
+  names = {'attention': EXPERTS, 'ffn': EXPERTS}
+  facts = record.facts('general', names)
+  for router in ('attention', 'ffn'):
+    gates = np.concatenate([part[router].gate_LTE for part in parts], axis=1).astype(float)
+    loads = np.concatenate([part[router].load_LTE for part in parts], axis=1).astype(float)
+    np.testing.assert_allclose(facts[router]['gate'], gates.mean(1), rtol=1e-6)
+    np.testing.assert_allclose(facts[router]['load'], loads.mean(1), rtol=1e-6)
+    entropy = [np.mean([-sum(g * np.log(g) for g in token) for token in layer]) for layer in gates]
+    np.testing.assert_allclose(facts[router]['entropy'], entropy, rtol=1e-5)
+    own = loads.mean(1)[:, 0] + loads.mean(1)[:, 3]
+    np.testing.assert_allclose(facts[router]['own_share'], own, rtol=1e-6)
+  assert record.facts('math', names)['ffn']['own_share'] is None
+
+
+def test_the_first_tokens_of_the_first_documents(monkeypatch):
+  monkeypatch.setattr(routing, 'SHOWN_TOKENS', 11)
+  rng = np.random.default_rng(0)
+  parts = [{'ffn': routed(rng, tokens=tokens)} for tokens in (5, 5, 5)]
+  record = routing.Record()
+  for number in (2, 0, 1):
+    record.add(1, 7 + number, parts[number])
+  joined = np.concatenate([part['ffn'].gate_LTE for part in parts], axis=1)
+  np.testing.assert_array_equal(record.shown(1)['ffn'].gate_LTE, joined[:, :11])
+
+
+def test_a_gate_of_zero_has_no_entropy():
+  gates = np.zeros((1, 3, 4), np.float32)
+  gates[..., 1] = 1
+  record = routing.Record()
+  record.add(0, 0, {'ffn': Routed(gates, gates)})
+  assert record.facts('law', {'ffn': EXPERTS})['ffn']['entropy'] == [0.0]
+
+
+def test_the_strongest_of_those_visited():
+  gates = np.array([[[0.1, 0.6, 0.3]]], np.float32)
+  biased = np.array([[[0.5, 0.0, 0.5]]], np.float32)  # a bias kept the largest gate out
+  expert, gate = routing.strongest(Routed(gates, biased))
+  assert expert.tolist() == [[2]] and gate.item() == np.float32(0.3)
+
+
+def test_names_of_experts(models, saved):
+  meta = checkpoint.read_meta(saved('bam_kv_experts'))
+  names = ['general', 'code', 'law', 'math']
+  assert routing.expert_names(meta) == {'attention': names, 'ffn': names}
+  unknown = dataclasses.replace(meta, sources=())
+  assert routing.expert_names(unknown)['ffn'] == ['0', '1', '2', '3']
+  assert routing.expert_names(checkpoint.read_meta(saved('dense'))) == {}
+
+
+def test_a_token_counts_once(saved, documents):
+  """Where windows overlap, too."""
+  scorer, record = Scorer(saved('bam_kv_experts')), routing.Record()
+  pieces = [w for tokens in documents for w in windows.cut(tokens, scorer.length, 7)]
+  for number, scored in scorer.score(pieces, routing=True):
+    record.add(number, number, scored.routing)
+  assert record.tokens == sum(len(tokens) - 1 for tokens in documents)
+
+
+@pytest.fixture(scope='module')
+def shown(saved, tmp_path_factory):
+  """The page of two mixtures and a dense model on texts that would break a careless one."""
+  folder = tmp_path_factory.mktemp('page')
+  nasty = '</b><script>alert("1")</script> <!-- BODY --> COLOURS naïve \u2603 court & act'
+  domains = [corpus.Text('law', [nasty, 'the court shall', 'x']), corpus.Text('code', ['x = 1'])]
+  options = comparison.Options(routing=True, resamples=10)
+  paths = [saved(name) for name in ('dense', 'btx', 'bam_kv_experts')]
+  entries = comparison.enter(paths, domains, options)
+  results = [comparison.score(e, domains, options, lambda *_: lambda more: None) for e in entries]
+  facts = {'domains': ['law', 'code'], 'rows': comparison.compare(results, domains, options)}
+  return page.write(folder, facts, results, domains), facts, nasty
+
+
+class Reader(html.parser.HTMLParser):
+  """Collects tags, and the text of the documents."""
+
+  def __init__(self):
+    super().__init__()
+    self.open, self.seen, self.documents, self.loads = [], [], [], []
+
+  def handle_starttag(self, tag, attrs):
+    attrs = dict(attrs)
+    self.seen.append(tag)
+    self.loads += [attrs[key] for key in ('src', 'href') if key in attrs]
+    if tag not in ('meta', 'img'):
+      self.open.append(tag)
+    if attrs.get('class') == 'text':
+      self.documents.append([])
+    if tag == 'b':
+      self.documents[-1].append((attrs, ''))
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if self.open and self.open[-1] == 'b':
+      attrs, text = self.documents[-1][-1]
+      self.documents[-1][-1] = attrs, text + data
+
+
+def test_the_page_stands_alone(shown):
+  path, facts, nasty = shown
+  reader = Reader()
+  reader.feed(path.read_text(encoding='utf-8'))
+  assert reader.open == [] and reader.seen.count('script') == 1
+  assert reader.seen.count('img') == 4  # by layer, and a heat map for each router
+  assert all(place.startswith('data:image/png;base64,') for place in reader.loads)
+  # Two methods for each of two documents of law and one of code.
+  texts = [''.join(text for _, text in document) for document in reader.documents]
+  assert texts[:4] == ['<|bos|>' + nasty] * 2 + ['<|bos|>the court shall'] * 2 and len(texts) == 6
+  assert len(list(path.parent.glob('*.png'))) == 4
+
+
+def test_tokens_have_their_experts(shown, saved):
+  reader = Reader()
+  reader.feed(shown[0].read_text(encoding='utf-8'))
+  scorer = Scorer(saved('bam_kv_experts'))
+  tokens = corpus.Text('law', [shown[2]]).documents(scorer.tokenizer)[0]
+  ((_, scored), *_) = scorer.score(list(windows.cut(tokens, 24, 24))[:1], routing=True)
+  spans = [attrs for attrs, _ in reader.documents[1]]
+  assert len(spans) == len(tokens) - 1 > 24
+  spans = spans[:24]
+  for router, choices in scored.routing.items():
+    for token, attrs in enumerate(spans):
+      digits = attrs[f'data-{router}']
+      assert len(digits) == 4  # two layers
+      for layer in range(2):
+        expert, strength = int(digits[2 * layer]), int(digits[2 * layer + 1])
+        assert choices.load_LTE[layer, token, expert] > 0
+        gate = choices.gate_LTE[layer, token]
+        assert gate[expert] == gate.max()
+        assert strength == min(9, max(1, round(10 * float(gate.max()))))
+
+
+@pytest.mark.skipif(not shutil.which('node'), reason='needs node to run the script of the page')
+def test_the_script_colours_tokens(shown):
+  text = shown[0].read_text(encoding='utf-8')
+  script = text[text.rindex('<script>') + 8 : text.rindex('</script>')]
+  stand_in = """
+    const token = {dataset: {ffn: '0327'}, style: {}}, other = {dataset: {}, style: {}};
+    const choices = {router: {value: 'ffn'}, layer: {value: '1'}};
+    const document = {getElementById: id => choices[id], querySelectorAll: () => [token, other]};
+  """
+  say = 'console.log(JSON.stringify([token.style.background, other.style.background]))'
+  done = subprocess.run(
+    ['node', '-e', stand_in + script + say], capture_output=True, text=True, check=True
+  )
+  assert json.loads(done.stdout) == ['rgb(0 158 115 / 0.7)', '']
+
+
+def test_characters_of_several_tokens(saved):
+  tokenizer = Tokenizer.train(['a'], 258)
+  tokens = [tokenizer.bos_id, *tokenizer.encode('a\u2603b')]
+  assert page._pieces(tokenizer, tokens) == ['<|bos|>', 'a', '', '', '\u2603', 'b']
+  assert page._pieces(tokenizer, tokens[:4])[-1] == '\ufffd'  # cut in the middle

@@ -1,0 +1,124 @@
+"""Text as it comes: no half characters, no beginnings of stops, and prompts of any kind."""
+
+import json
+
+import pytest
+
+from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.errors import UserError
+from bam_jax.generate import text
+
+WORDS = 'Größe Москва 東京 🦀🦀 naïve end. '
+
+
+@pytest.fixture(scope='module')
+def tokenizer() -> Tokenizer:
+  """Bytes and hardly more: characters are spelled by several tokens."""
+  return Tokenizer.train(['the cat sat on the mat '] * 50, 270)
+
+
+def pieces(tokenizer, prompt: str, continuation: str, stops=()) -> tuple[list[str], object]:
+  ids = text.prompt_tokens(tokenizer, [prompt])[0]
+  one = text.Continuation(tokenizer, ids, stops)
+  shown = [one.add([token]) for token in tokenizer.encode(continuation)]
+  return [*shown, one.finish()], one
+
+
+@pytest.mark.parametrize('prompt', ['', 'the', 'Привет, '])
+def test_no_half_character_is_shown(tokenizer, prompt):
+  shown, one = pieces(tokenizer, prompt, WORDS * 8)
+  assert all('\ufffd' not in piece for piece in shown)
+  assert ''.join(shown) == one.text == WORDS * 8
+  assert max(map(len, shown)) < 12  # and nothing waits for the end
+
+
+def test_a_character_that_never_ends_is_shown_at_the_end(tokenizer):
+  ids = tokenizer.encode('ab🦀')[:-1]
+  one = text.Continuation(tokenizer, [tokenizer.bos_id])
+  assert one.add(ids) == 'ab'
+  assert one.finish() == '\ufffd'
+
+
+def test_bytes_that_are_no_text_do_not_hold_up_what_follows(tokenizer):
+  broken = tokenizer.encode('é')[1]  # the second half of a character, again and again
+  one = text.Continuation(tokenizer, [tokenizer.bos_id])
+  shown = one.add([broken] * 20)
+  assert len(shown) >= 16
+  assert shown + one.add(tokenizer.encode('ok')) + one.finish() == '\ufffd' * 20 + 'ok'
+
+
+def test_several_tokens_at_once_are_as_one_at_a_time(tokenizer):
+  ids = tokenizer.encode(WORDS)
+  one = text.Continuation(tokenizer, [tokenizer.bos_id])
+  assert one.add(ids) + one.finish() == WORDS
+
+
+@pytest.mark.parametrize(
+  'stops, wanted',
+  [
+    (['end.'], 'a e en the '),
+    (['zzz'], 'a e en the end. more'),
+    (['end.', 'the'], 'a e en '),
+    (['m', ' e'], 'a'),
+    ([''], 'a e en the end. more'),
+  ],
+)
+def test_stops(tokenizer, stops, wanted):
+  shown, one = pieces(tokenizer, 'x', 'a e en the end. more', stops)
+  assert ''.join(shown) == one.text == wanted
+  assert one.stopped == (wanted != 'a e en the end. more')
+  assert tokenizer.decode(one.tokens).startswith(wanted)
+
+
+def test_nothing_of_a_stop_is_shown_before_it_is_whole(tokenizer):
+  one = text.Continuation(tokenizer, [tokenizer.bos_id], ['###'])
+  shown = [one.add([token]) for token in tokenizer.encode('a##b###c')]
+  assert ''.join(shown) == 'a##b' and '#' not in shown[1]
+  assert one.stopped and one.add(tokenizer.encode('more')) == ''
+
+
+def test_a_prompt_begins_as_a_document(tokenizer):
+  assert text.prompt_tokens(tokenizer, ['', 'cat']) == [
+    [tokenizer.bos_id], [tokenizer.bos_id, *tokenizer.encode('cat')]
+  ]  # fmt: skip
+
+
+def test_files_of_prompts(tmp_path):
+  lines = tmp_path / 'a.txt'
+  lines.write_bytes('\ufefföne\r\n\n two \n'.encode())
+  assert text.read_prompts(str(lines)) == ['öne', ' two ']
+  objects = tmp_path / 'a.jsonl'
+  facts = [{'prompt': 'a\nb'}, {'prompt': '', 'id': 3}]
+  objects.write_text('\n'.join(map(json.dumps, facts)), encoding='utf-8')
+  assert text.read_prompts(str(objects)) == ['a\nb', '']
+
+
+@pytest.mark.parametrize(
+  'name, content, sentence',
+  [
+    ('a.txt', b'fine\n\xff\xfe', r'a\.txt:2 is not UTF-8'),
+    ('a.txt', b'\n \n', 'holds no prompt'),
+    ('a.jsonl', b'{"prompt": "x"}\n{"prompt": ', r'a\.jsonl:2 is not JSON'),
+    ('a.jsonl', b'{"text": "x"}', r'a\.jsonl:1 has no text under the key "prompt"'),
+    ('a.jsonl', b'[1]', r'a\.jsonl:1 has no text'),
+    ('a.jsonl', b'{"prompt": "\\ud800"}', r'a\.jsonl:1 is not UTF-8'),
+  ],
+)
+def test_files_that_are_none(tmp_path, name, content, sentence):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(UserError, match=sentence):
+    text.read_prompts(str(tmp_path / name))
+
+
+def test_a_prompt_that_would_fill_the_memory(tmp_path, monkeypatch):
+  monkeypatch.setattr(text, 'DOCUMENT_BYTES', 2**10)
+  (tmp_path / 'a.txt').write_text('x' * 2**10)
+  assert len(text.read_prompts(str(tmp_path / 'a.txt'))) == 1
+  (tmp_path / 'a.txt').write_text('fine\n' + 'x' * (2**10 + 1))
+  with pytest.raises(UserError, match=r'a\.txt:2 is larger than'):
+    text.read_prompts(str(tmp_path / 'a.txt'))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+  with pytest.raises(UserError, match='cannot be read'):
+    text.read_prompts(str(tmp_path / 'none.txt'))

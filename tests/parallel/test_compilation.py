@@ -1,0 +1,73 @@
+"""The compilation cache, by processes that compile the same step after one another."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bam_jax.parallel import compilation
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import jax, jax.numpy as jnp
+from bam_jax import compilation
+compilation.use_cache()
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+def loss(w, x):
+  return jnp.sum(jax.nn.silu(x @ w) ** 3)
+step = jax.jit(jax.value_and_grad(loss))
+value, grad = step(jnp.linspace(-1, 1, 64 * 96).reshape(64, 96), jnp.ones((32, 64)) / 7)
+print(value, bytes(grad).hex())
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+  """The function `(**environment) -> (standard output, cached files)`; nothing may be warned of."""
+
+  def run(**environment):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith('JAX_')}
+    done = subprocess.run(
+      [sys.executable, '-c', PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True,
+      env=clean | {'JAX_PLATFORMS': 'cpu', 'XDG_CACHE_HOME': str(tmp_path)} | environment,
+    )  # fmt: skip
+    assert not done.stderr
+    return done.stdout, sorted(tmp_path.rglob('*-cache'))
+
+  return run
+
+
+def test_what_is_loaded_is_what_was_compiled(run, tmp_path):
+  first, files = run()
+  assert files and all(tmp_path / 'bam_jax' / compilation.machine() in x.parents for x in files)
+  times = [file.stat().st_mtime_ns for file in files]
+  again, after = run()
+  assert again == first and after == files
+  assert [file.stat().st_mtime_ns for file in after] == times  # read, not written
+  never, _ = run(JAX_ENABLE_COMPILATION_CACHE='false')
+  assert never == first
+
+
+def test_the_user_moves_it_and_turns_it_off(run, tmp_path):
+  assert run(JAX_ENABLE_COMPILATION_CACHE='false')[1] == []
+  _, files = run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'mine'))
+  assert files and all(file.parent == tmp_path / 'mine' for file in files)
+
+
+def test_a_home_that_cannot_be_written_is_no_trouble(run, tmp_path):
+  (tmp_path / 'file').write_text('')
+  assert run(XDG_CACHE_HOME=str(tmp_path / 'file'))[1] == []
+
+
+def test_machines_that_differ_share_nothing(monkeypatch):
+  here = compilation.cache_folder()
+  for name, value in (('_cpu_features', 'sse2'), ('platform.libc_ver', ('glibc', '2.17'))):
+    with monkeypatch.context() as patch:
+      target = f'bam_jax.parallel.compilation.{name}'
+      patch.setattr(target, lambda value=value: value)
+      compilation.machine.cache_clear()
+      assert compilation.cache_folder() != here
+  compilation.machine.cache_clear()
+  assert compilation.cache_folder() == here

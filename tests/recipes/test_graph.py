@@ -1,0 +1,321 @@
+"""The graph of runs: its order, what a run's identity is made of, and what is refused unstarted."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from bam_jax import config
+from bam_jax.checkpoint import checkpoint
+from bam_jax.errors import UserError
+from bam_jax.model import arithmetic
+from bam_jax.parallel import memory
+from bam_jax.recipes import graph
+
+
+def resolve(recipe: dict, data_hash: str = '') -> dict[str, graph.Node]:
+  return graph.resolve(config.parse(recipe), data_hash)
+
+
+def refused(recipe: dict) -> str:
+  with pytest.raises(UserError) as caught:
+    resolve(recipe)
+  return str(caught.value)
+
+
+def test_every_run_comes_after_those_it_starts_from(recipe_dict):
+  runs = recipe_dict['runs']
+  recipe_dict['runs'] = {name: runs[name] for name in ('btx', 'law', 'bam', 'code', 'seed')}
+  nodes = resolve(recipe_dict)
+  # Among the orders that are possible, the one closest to the recipe's.
+  assert list(nodes) == ['seed', 'law', 'code', 'btx', 'bam']
+  assert [node.kind for node in nodes.values()] == ['seed', 'specialist', 'specialist'] + [
+    'mixture'
+  ] * 2
+
+
+def test_models(recipe_dict):
+  recipe_dict['runs']['more'] = {**recipe_dict['runs']['code'], 'init': {'run': 'bam'}}
+  recipe_dict['runs']['bam']['init']['upcycle'] |= {'num_experts': 5, 'attention_top_k': 2}
+  nodes = resolve(recipe_dict)
+  dense = config.parse(recipe_dict).model
+  assert nodes['seed'].model == nodes['code'].model == dense
+  assert nodes['btx'].model == dataclasses.replace(dense, ffn_experts=config.FFNExperts(3))
+  assert nodes['bam'].model == dataclasses.replace(
+    dense,
+    ffn_experts=config.FFNExperts(5),
+    attention_experts=config.AttentionExperts(5, top_k=2),
+  )
+  assert nodes['more'].model == nodes['bam'].model  # a mixture may be trained on
+
+
+def test_a_cycle_is_refused(recipe_dict):
+  recipe_dict['runs']['seed']['init'] = {'run': 'law'}
+  message = refused(recipe_dict)
+  assert 'config.runs has a cycle' in message and 'seed' in message and 'law' in message
+
+
+def test_a_run_from_itself_is_refused(recipe_dict):
+  recipe_dict['runs']['seed']['init'] = {'run': 'seed'}
+  assert 'config.runs has a cycle: seed <- seed.' in refused(recipe_dict)
+
+
+def test_a_mixture_of_mixtures_is_refused(recipe_dict):
+  recipe_dict['runs']['bam']['init']['upcycle']['from'] = ['seed', 'btx']
+  message = refused(recipe_dict)
+  assert 'config.runs.bam.init.upcycle.from' in message and "'btx', which is a mixture" in message
+
+
+def test_top_k_above_the_experts_is_refused_with_its_place(recipe_dict):
+  recipe_dict['runs']['bam']['init']['upcycle']['top_k'] = 4
+  message = refused(recipe_dict)
+  assert 'config.runs.bam.init.upcycle' in message
+  assert 'top_k=4' in message and 'num_experts=3' in message
+
+
+@pytest.fixture
+def written(monkeypatch):
+  """Stands in for a checkpoint whose model has eight layers more."""
+
+  def read_meta(path):
+    model = config.Model(
+      vocab_size=320, d_model=32, num_layers=10, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48
+    )
+    return checkpoint.Meta(1, model, 16, '', '', str(path), 1, None, (), {})
+
+  monkeypatch.setattr(checkpoint, 'read_meta', read_meta)
+
+
+def test_the_model_of_a_checkpoint(recipe_dict, written):
+  recipe_dict['runs']['seed']['init'] = {'checkpoint': '/somewhere'}
+  assert {node.model.num_layers for node in resolve(recipe_dict).values()} == {10}
+
+
+def test_sources_of_different_models_are_refused(recipe_dict, written):
+  recipe_dict['runs']['law']['init'] = {'checkpoint': '/somewhere'}
+  message = refused(recipe_dict)
+  assert 'config.runs.btx.init.upcycle.from' in message
+  assert "'seed' and 'law'" in message and 'differ' in message
+
+
+def digests(recipe: dict, data_hash: str = '') -> dict[str, str]:
+  return {name: graph.digest(node.identity) for name, node in resolve(recipe, data_hash).items()}
+
+
+def changed(recipe: dict, change, data_hash: str = '') -> set[str]:
+  """Names of the runs whose identity a change of the recipe changes."""
+  before = digests(recipe)
+  change(recipe)
+  after = digests(recipe, data_hash)
+  return {name for name in before if before[name] != after[name]}
+
+
+EVERY = {'seed', 'code', 'law', 'btx', 'bam'}
+MIXTURES = {'btx', 'bam'}
+
+
+def set_run(name: str, **values):
+  return lambda recipe: recipe['runs'][name].update(values)
+
+
+def set_group(group: str, **values):
+  return lambda recipe: recipe[group].update(values)
+
+
+CHANGES = {
+  'nothing': (lambda recipe: None, set()),
+  'label': (set_run('seed', label='other'), set()),
+  'mesh': (set_run('seed', mesh={'fsdp': 8}), set()),
+  'intervals': (set_run('seed', intervals={'log': 1, 'checkpoint': 2}), set()),
+  'the name of the recipe': (lambda recipe: recipe.update(name='other'), set()),
+  'another run': (
+    lambda recipe: recipe['runs'].update(other={**recipe['runs']['code'], 'label': 'o'}),
+    set(),
+  ),
+  'the order of the runs': (
+    lambda recipe: recipe['runs'].update(seed=recipe['runs'].pop('seed')),
+    set(),
+  ),
+  'where the data lies': (set_group('data', path='/elsewhere'), set()),
+  'defaults spelled out': (set_run('seed', grad_accum_steps=1, data_seed=0), set()),
+  'a bound on steps that cuts nothing': (lambda recipe: recipe.update(steps=100), set()),
+  'model': (set_group('model', norm_epsilon=1e-4), EVERY),
+  'seed': (lambda recipe: recipe.update(seed=1), EVERY),
+  'steps': (lambda recipe: recipe.update(steps=5), EVERY),
+  'sequence length': (set_group('data', sequence_length=8), EVERY),
+  "the seed's learning rate": (
+    set_run('seed', schedule={'peak_learning_rate': 2e-2, 'warmup_steps': 2}),
+    EVERY,
+  ),
+  "a specialist's data": (set_run('code', data={'code': 1.0}), {'code'} | MIXTURES),
+  "a specialist's data seed": (set_run('law', data_seed=3), {'law'} | MIXTURES),
+  "a mixture's batch": (set_run('btx', batch_size=16), {'btx'}),
+  "a mixture's micro-batches": (set_run('btx', grad_accum_steps=2), {'btx'}),
+  "a mixture's loss": (set_run('bam', loss={'router_z': 0.0}), {'bam'}),
+  "a mixture's optimizer": (set_run('bam', optimizer={'weight_decay': 0.0}), {'bam'}),
+  "a mixture's precision": (set_run('bam', compute={'dtype': 'bfloat16'}), {'bam'}),
+  "a mixture's experts": (
+    lambda recipe: recipe['runs']['btx']['init']['upcycle'].update(num_experts=4),
+    {'btx'},
+  ),
+  'the order of the experts': (
+    set_run('btx', init={'upcycle': {'from': ['seed', 'law', 'code'], 'method': 'btx'}}),
+    {'btx'},
+  ),
+}
+
+
+@pytest.mark.parametrize('change, whose', CHANGES.values(), ids=CHANGES)
+def test_identity_changes_exactly_when_it_should(recipe_dict, change, whose):
+  assert changed(recipe_dict, change) == whose
+
+
+def test_the_data_is_part_of_the_identity(recipe_dict):
+  assert changed(recipe_dict, lambda recipe: None, 'other data') == EVERY
+
+
+def test_warm_up_that_a_bound_shortens_is_part_of_the_identity(recipe_dict):
+  # Two recipes that train with different learning rates must not pass for each other.
+  long = {'peak_learning_rate': 1e-2, 'warmup_steps': 5}
+  recipe_dict['runs']['btx']['schedule'] = long
+  one = config.parse(recipe_dict)
+  recipe_dict['steps'] = 1000
+  other = config.parse(recipe_dict)
+  same = digests(config.to_dict(one))['btx'] == digests(config.to_dict(other))['btx']
+  assert same == (one.warmup_steps('btx') == other.warmup_steps('btx'))
+
+
+def check(recipe: dict, dataset, asked=('seed',)) -> tuple[str, ...]:
+  parsed = config.parse(recipe)
+  return graph.check(parsed, graph.resolve(parsed), dataset, asked)
+
+
+def test_a_recipe_that_fits_passes(recipe_dict, dataset):
+  assert check(recipe_dict, dataset, tuple(EVERY)) == ('code', 'general', 'law', 'math')
+  recipe_dict['evaluation']['domains'] = ['math', 'code']
+  assert check(recipe_dict, dataset) == ('math', 'code')
+
+
+MISFITS = {
+  'a domain to evaluate': (
+    set_group('evaluation', domains=['poetry']),
+    ["'poetry'", 'code, general, law, math'],
+  ),
+  'a domain to train on': (
+    set_run('seed', data={'poetry': 1.0}),
+    ['config.runs.seed.data', "'poetry'", 'code, general, law, math'],
+  ),
+  'vocabulary': (
+    set_group('model', vocab_size=312),
+    ['config.model.vocab_size=312', '320 tokens', 'raise it to 320'],
+  ),
+  'devices': (
+    set_run('seed', mesh={'tensor': 2, 'fsdp': 8}),
+    ['config.runs.seed.mesh', '16 devices', 'there are 8'],
+  ),
+  "evaluation's batch": (
+    set_group('evaluation', batch_size=6),
+    ['config.evaluation.batch_size=6', '4 parts', 'config.runs.seed.mesh'],
+  ),
+  'a dimension': (
+    set_group('model', ffn_dim=50),
+    ['config.runs.seed.mesh', 'blocks/ffn/down', '50', '4 parts'],
+  ),
+}
+
+
+PARAMETERS = 1000 * 1000  # of a model of nobody's, so that bytes can be counted by hand
+# A token: 2 layers x 24 channels x 2 bytes, and 320 logits of 4 bytes; 3 of 4 copies of the state.
+ROOM = [
+  ({}, 'gradients and optimizer', 16 * PARAMETERS),
+  ({'batch_size': 80_000}, 'runs.seed.batch_size=80000', 12 * PARAMETERS + 1_280_000 * (96 + 1280)),
+  (
+    {'batch_size': 80_000, 'grad_accum_steps': 2},
+    'runs.seed.batch_size=80000',
+    12 * PARAMETERS + 640_000 * (96 + 1280),
+  ),
+  (
+    {'batch_size': 80_000, 'loss_chunk': 1000},
+    'runs.seed.batch_size=80000',
+    12 * PARAMETERS + 1_280_000 * 96 + 1000 * 1280,
+  ),
+  (
+    {'evaluation': 80_000},
+    'config.evaluation.batch_size=80000',
+    12 * PARAMETERS + 1_280_000 * (48 + 1280),
+  ),
+]
+
+
+@pytest.mark.parametrize('sizes, key, least', ROOM)
+def test_the_least_memory_by_hand(recipe_dict, dataset, monkeypatch, sizes, key, least):
+  monkeypatch.setattr(
+    arithmetic, 'parameters', lambda model: arithmetic.Parameters(PARAMETERS, PARAMETERS)
+  )
+  recipe_dict['model'] |= {'d_model': 24, 'num_layers': 2}
+  run = recipe_dict['runs']['seed']
+  run['tokens'] = 10**9
+  run['compute'] = {'dtype': 'bfloat16', 'loss_chunk': sizes.get('loss_chunk', 0)}
+  run |= {
+    name: size for name, size in sizes.items() if name in ('batch_size', 'grad_accum_steps', 'mesh')
+  }
+  recipe_dict['evaluation']['batch_size'] = sizes.get('evaluation', 8)
+  monkeypatch.setattr(memory, 'free_bytes', lambda: least)
+  check(recipe_dict, dataset)
+  monkeypatch.setattr(memory, 'free_bytes', lambda: least - 1)
+  with pytest.raises(UserError, match='are free') as caught:
+    check(recipe_dict, dataset)
+  assert key in str(caught.value)
+
+
+def test_what_a_mesh_cuts_by_hand(recipe_dict, dataset, monkeypatch):
+  """On devices with memories of their own."""
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  sizes = {'batch_size': 80_000, 'mesh': {'fsdp': 2, 'tensor': 2}}
+  least = 12 * PARAMETERS // 4 + 640_000 * (96 + 1280 // 2)
+  test_the_least_memory_by_hand(recipe_dict, dataset, monkeypatch, sizes, 'batch_size', least)
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(recipe_dict, dataset, written):
+  for name in ('seed', 'code', 'law'):
+    recipe_dict['runs'][name]['init'] = {'checkpoint': '/somewhere'}
+  with pytest.raises(UserError, match='runs.seed.init.checkpoint=/somewhere .*another tokenizer'):
+    check(recipe_dict, dataset)
+
+
+@pytest.mark.parametrize('change, words', MISFITS.values(), ids=MISFITS)
+def test_what_does_not_fit_is_refused(recipe_dict, dataset, change, words):
+  recipe_dict['runs']['seed']['mesh'] = {'fsdp': 4}
+  change(recipe_dict)
+  with pytest.raises(UserError) as caught:
+    check(recipe_dict, dataset)
+  for word in words:
+    assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  'left, words',
+  [
+    (['valid'], ['config.runs.seed.data', "'law'", 'train']),
+    (['train'], ['held-out', "'law'"]),
+  ],
+  ids=str,
+)
+def test_a_domain_without_one_of_its_splits_is_refused(
+  recipe_dict, dataset, monkeypatch, left, words
+):
+  splits = type(dataset).splits
+  monkeypatch.setattr(
+    type(dataset), 'splits', lambda self, name: left if name == 'law' else splits(self, name)
+  )
+  with pytest.raises(UserError) as caught:
+    check(recipe_dict, dataset)
+  for word in words:
+    assert word in str(caught.value)
+
+
+def test_runs_that_are_not_asked_for_need_not_fit(recipe_dict, dataset):
+  recipe_dict['runs']['law']['data'] = {'poetry': 1.0}
+  check(recipe_dict, dataset, ('seed', 'code'))
+  with pytest.raises(UserError):
+    check(recipe_dict, dataset, ('law',))

@@ -1,0 +1,346 @@
+"""The paper's recipes: every number of its tables, every ablation, and small runs of the graphs."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bam_jax import config
+from bam_jax.account import accounting
+from bam_jax.errors import UserError
+from bam_jax.model import arithmetic
+from bam_jax.recipes import graph, paper
+from bam_jax.upcycle import rules
+
+ROOT = Path(__file__).parents[2]
+ABLATIONS = ('btx_5', 'btx_6', 'btx_7', 'btx_8', 'btx_6_top3', 'bam_top1', 'bam_top2', 'sparse',
+             'average', 'cm', 'dm')  # fmt: skip
+EVERY = ('small_590m', 'large_2b', *(f'ablations:{name}' for name in ABLATIONS))
+BRANCHES = ('seed', 'code', 'law', 'math')
+
+
+@functools.cache
+def get_config(file: str):
+  return runpy.run_path(str(ROOT / 'configs' / f'{file}.py'))['get_config']
+
+
+@functools.cache
+def load(name: str, *options: str) -> config.Recipe:
+  """`load('ablations:cm', 'smoke')`, as `--config=configs/ablations.py:cm,smoke` has it."""
+  file, *argument = name.split(':')
+  return config.parse(get_config(file)(','.join([*argument, *options])).to_dict())
+
+
+def upcycle(recipe: config.Recipe, run: str) -> config.Upcycle:
+  return recipe.runs[run].init.upcycle
+
+
+@pytest.mark.parametrize('name', EVERY)
+@pytest.mark.parametrize('options', [(), ('smoke',)], ids=['whole', 'smoke'])
+def test_the_graph(name, options):
+  recipe = load(name, *options)
+  nodes = graph.resolve(recipe)
+  assert tuple(nodes)[:4] == BRANCHES and 'btx' in nodes and len(nodes) > 5
+  assert recipe.evaluation.domains == ('general', 'code', 'law', 'math')
+  for run, node in nodes.items():
+    schedule = node.run.schedule
+    assert recipe.evaluation.batch_size % node.run.mesh.batch_shards == 0
+    if run == 'seed':
+      assert node.run.init == 'scratch' and node.run.data == {'general': 1.0}
+    elif run in BRANCHES:
+      assert node.run.init == config.FromRun('seed')
+      assert node.run.data == {run: 0.9, 'general': 0.1}
+      assert schedule == dataclasses.replace(
+        recipe.runs['seed'].schedule,
+        peak_learning_rate=recipe.runs['seed'].schedule.peak_learning_rate / 2,
+      )
+    else:
+      sources = ('seed',) if run == 'sparse' else BRANCHES
+      assert upcycle(recipe, run).sources == sources
+      assert node.run.data == dict.fromkeys(('general', 'code', 'law', 'math'), 0.25)
+      # Same batches for all, in the same order, as far as each one goes.
+      assert node.run.data_seed == recipe.runs['btx'].data_seed
+      assert schedule == recipe.runs['btx'].schedule
+  accounting.account(recipe)  # every mesh divides every model
+
+
+ALL_DOMAINS = dict.fromkeys(('general', 'code', 'law', 'math'), 0.25)
+STUDIES = ('', 'main', 'learning_rates', 'starts', 'budgets', 'vocabulary')
+
+
+@pytest.mark.parametrize('argument', STUDIES)
+def test_the_branches_of_the_reproduction(argument):
+  recipe = load(f'reproduction:{argument}')
+  runs = {name: recipe.runs[name] for name in BRANCHES}
+  assert list(recipe.runs)[:4] == list(BRANCHES)
+  assert runs['seed'].data == {'general': 0.7, 'code': 0.1, 'law': 0.1, 'math': 0.1}
+  assert {name: recipe.total_steps(name) for name in runs} == {
+    'seed': 1953, 'code': 488, 'law': 488, 'math': 488,
+  }  # fmt: skip
+  for name in BRANCHES[1:]:
+    assert runs[name].data == {name: 0.9, 'general': 0.1}
+    assert runs[name].init.run == 'seed'
+    assert runs[name].schedule.peak_learning_rate == 2e-3
+  assert runs['seed'].schedule.peak_learning_rate == 4e-3
+
+
+@pytest.mark.parametrize('argument', STUDIES)
+def test_mixtures_of_the_reproduction_differ_in_what_their_names_say(argument):
+  recipe = load(f'reproduction:{argument}')
+  tokens = recipe.runs['seed'].batch_size * recipe.data.sequence_length
+  rows = {row['run']: row for row in accounting.account(recipe)['rows']}
+  spends = lambda name, steps: rows[name]['training_flops']['total'] * steps * tokens
+  for name in list(recipe.runs)[4:]:
+    run, steps = recipe.runs[name], recipe.total_steps(name)
+    assert (run.data, run.data_seed, run.batch_size) == (ALL_DOMAINS, 2, 16)
+    peak, warmup = 2e-3, 50
+    if number := re.search(r'_0_(0\d+)$', name):
+      peak = float(f'0.{number[1]}')
+    elif name.endswith('_soon'):
+      warmup = 10
+    assert run.schedule == config.Schedule(peak, warmup, 0.1)
+    factors = {'blocks/*/router': 4.0} if name.endswith('_fast') else {}
+    assert run.learning_rate_factors == factors
+    routed = re.search('_top[12]$', name)
+    if name == 'btx_short':
+      assert steps == load('reproduction:main').total_steps('bam_kv_cm')
+    elif re.search('_cm(_|$)', name) or routed:
+      base, most = ('btx_long', 1464) if name.endswith('_long') else ('btx', 488)
+      budget = rows[base]['training_flops']['total'] * most * tokens
+      assert spends(name, steps) <= budget < spends(name, steps + 1), 'as many steps as BTX buys'
+      assert recipe.total_steps(base) == most
+    else:
+      assert steps == (1464 if name.endswith('_long') else 488)
+    if name == 'dense':
+      assert run.init.run == 'seed'
+      continue
+    mixed, kind = run.init.upcycle, re.match('btx|bam_kv|bam_shared|bam|sparse|average', name)[0]
+    assert mixed.method == {
+      'bam': 'bam_kv_experts', 'bam_kv': 'bam_kv_experts', 'bam_shared': 'bam_shared_kv',
+    }.get(kind, kind)  # fmt: skip
+    assert mixed.sources == (('seed',) if kind == 'sparse' else BRANCHES)
+    experts = re.match('btx_([5-8])', name)
+    assert mixed.experts == (int(experts[1]) if experts else 4)
+    assert mixed.top_k == (3 if name == 'btx_6_top3' else 1)
+    assert mixed.attention_top_k == (int(name[-1]) if routed else 0)
+    begins = re.search('_(sharp|right)$', name)
+    assert mixed.router_scale == (4 if begins else 1)
+    assert mixed.router_init == ('centroids' if name.endswith('_right') else 'random')
+
+
+def test_the_studies_of_the_reproduction():
+  main, every = (set(load(f'reproduction:{argument}').runs) for argument in ('main', ''))
+  bams = {'bam_kv', 'bam_shared_kv'}
+  assert main == {*BRANCHES, 'btx', 'btx_6_top3', *bams, *(f'{bam}_cm' for bam in bams)}
+  assert every - main == {
+    'btx_5', 'btx_6', 'btx_7', 'btx_8', 'sparse', 'average', 'dense',
+    *(f'{bam}_top{k}' for bam in ('bam', 'bam_shared') for k in (1, 2)),
+  }  # fmt: skip
+  assert set(load('reproduction:smoke').runs) == every
+
+
+@pytest.mark.parametrize('argument, ratio', [('main', 1.79), ('vocabulary', 1.35)])
+def test_what_bam_costs_over_btx_in_the_reproduction(argument, ratio):
+  rows = accounting.account(load(f'reproduction:{argument}'))['rows']
+  flops = {row['run']: row['training_flops']['total'] for row in rows}
+  assert flops['bam_kv'] / flops['btx'] == pytest.approx(ratio, abs=0.005)
+
+
+@pytest.mark.parametrize('name', EVERY)
+def test_meshes_are_of_the_stated_hardware(name):
+  devices = 64 if name == 'large_2b' else 16
+  for node in graph.resolve(load(name)).values():
+    assert node.run.mesh.size == devices
+    experts = node.model.ffn_experts.num_experts if node.model.ffn_experts else 1
+    assert experts % node.run.mesh.expert == 0
+
+
+SCHEDULES = {
+  # Seed and mixture: batch and tokens; peak, warm-up and final fraction of the learning rate.
+  'small_590m': ((400e9, 1.2e-4, 1500, 0.10), (100e9, 1.2e-4, 1500, 0.10), 2**20),
+  'large_2b': ((750e9, 1e-2, 2000, 0.03), (200e9, 1e-4, 1000, 0.10), 2**22),
+}
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_budgets_and_schedules(name):
+  recipe, (seed, mixture, batch) = load(name), SCHEDULES[name]
+  assert {recipe.runs[run].tokens for run in BRANCHES[1:]} == {100e9}
+  mixtures = dict.fromkeys(list(recipe.runs)[4:], mixture)
+  for run, (tokens, *schedule) in {'seed': seed, **mixtures}.items():
+    assert recipe.runs[run].tokens == tokens
+    assert recipe.runs[run].schedule == config.Schedule(*schedule)
+  for run in recipe.runs:
+    assert recipe.step_tokens(run) == batch
+    assert recipe.runs[run].optimizer.weight_decay == 0.1
+    assert recipe.total_steps(run) == recipe.runs[run].tokens // batch
+    assert recipe.warmup_steps(run) == recipe.runs[run].schedule.warmup_steps
+
+
+def test_the_large_mixture_budget_is_the_papers_core_days():
+  """305 core-days at the speed of the small scale's 25, for 100B tokens of BTX."""
+  flops = {
+    name: arithmetic.training_flops(graph.resolve(load(name))['btx'].model, 2048)
+    for name in SCHEDULES
+  }
+  tokens = 305 / 25 * 100e9 * flops['small_590m'] / flops['large_2b']
+  assert load('large_2b').runs['btx'].tokens == pytest.approx(tokens, rel=0.01)
+
+
+@pytest.mark.parametrize('name, total', [('small_590m', 2.1e21), ('large_2b', 2.3e22)])
+def test_the_flops_that_the_docstrings_state(name, total):
+  rows = accounting.account(load(name))['rows']
+  assert float(f'{sum(row["budget_flops"] for row in rows):.1e}') == total
+
+
+def test_methods():
+  small = {run: upcycle(load('small_590m'), run) for run in ('btx', 'bam_shared_kv', 'bam_kv')}
+  assert {run: (u.method, u.experts, u.top_k, u.attention_top_k) for run, u in small.items()} == {
+    'btx': ('btx', 4, 1, 0),
+    'bam_shared_kv': ('bam_shared_kv', 4, 1, 0),
+    'bam_kv': ('bam_kv_experts', 4, 1, 0),
+  }
+  for name, run, *expected in (
+    *((f'btx_{n}', f'btx_{n}', 'btx', n, 1, 0) for n in (5, 6, 7, 8)),
+    ('btx_6_top3', 'btx_6_top3', 'btx', 6, 3, 0),
+    ('btx_6_top3', 'bam_kv', 'bam_kv_experts', 4, 1, 0),
+    ('bam_top1', 'bam_top1', 'bam_kv_experts', 4, 1, 1),
+    ('bam_top2', 'bam_top2', 'bam_kv_experts', 4, 1, 2),
+    ('bam_top2', 'bam_kv_cm', 'bam_kv_experts', 4, 1, 0),
+    ('sparse', 'sparse', 'sparse', 4, 1, 0),
+    ('average', 'average', 'average', 4, 1, 0),
+    ('cm', 'bam_kv_cm', 'bam_kv_experts', 4, 1, 0),
+    ('cm', 'bam_shared_kv_cm', 'bam_shared_kv', 4, 1, 0),
+    ('dm', 'bam_kv', 'bam_kv_experts', 4, 1, 0),
+    ('dm', 'bam_shared_kv', 'bam_shared_kv', 4, 1, 0),
+  ):
+    u = upcycle(load(f'ablations:{name}'), run)
+    assert [u.method, u.experts, u.top_k, u.attention_top_k] == expected, (name, run)
+
+
+@pytest.mark.parametrize('name', ABLATIONS)
+def test_tokens_are_matched_by_data_or_by_compute(name):
+  recipe = load(f'ablations:{name}')
+  facts = accounting.account(recipe, against='btx')
+  rows = {row['run']: row for row in facts['rows']}
+  budget = rows['btx']['budget_flops']
+  for run in set(rows) - {*BRANCHES, 'btx'}:
+    step = rows[run]['step_tokens'] * rows[run]['training_flops']['total']
+    if run.endswith('_cm') or run.startswith('bam_top'):
+      assert budget - step < rows[run]['budget_flops'] <= budget
+      assert rows[run]['steps'] == rows[run]['matched_steps']
+      assert recipe.runs[run].tokens == rows[run]['tokens']  # whole steps
+    else:
+      assert rows[run]['tokens'] == rows['btx']['tokens']
+
+
+@pytest.mark.parametrize('name', ABLATIONS)
+def test_runs_of_one_name_are_one_run(name):
+  """So that every ablation can share a workdir with the small recipe, and with the others."""
+  known = {}
+  for other in ('small_590m', *(f'ablations:{ablation}' for ablation in ABLATIONS)):
+    for run, node in graph.resolve(load(other)).items():
+      known.setdefault(run, node.identity)
+  for run, node in graph.resolve(load(f'ablations:{name}')).items():
+    assert node.identity == known[run]
+
+
+@pytest.mark.parametrize('name', EVERY)
+def test_smoke_keeps_the_structure(name):
+  whole, small = (graph.resolve(load(name, *options)) for options in ((), ('smoke',)))
+  assert list(whole) == list(small)
+  for run, node in small.items():
+    model, original = node.model, whole[run].model
+    for field in ('attention_experts', 'ffn_experts', 'tied_embeddings'):
+      assert getattr(model, field) == getattr(original, field)
+    assert model.num_heads * original.num_kv_heads == original.num_heads * model.num_kv_heads
+    assert model.ffn_dim * original.d_model == original.ffn_dim * model.d_model
+    assert model.num_heads * model.head_dim == model.d_model
+    assert node.run.init == whole[run].run.init
+    assert node.run.compute.dtype == 'bfloat16'
+    assert node.run.compute.remat == whole[run].run.compute.remat
+    assert node.run.grad_accum_steps == 2 and node.run.mesh.size == 1
+    micro_batch = node.run.batch_size // 2 * load(name, 'smoke').data.sequence_length
+    assert 0 < node.run.compute.loss_chunk < micro_batch
+    assert load(name, 'smoke').total_steps(run) == 4
+
+
+def test_smoke_of_a_recipe_that_leaves_defaults_out(recipe_dict):
+  before = json.dumps(recipe_dict)
+  small = config.parse(paper.smoke(recipe_dict))
+  assert json.dumps(recipe_dict) == before
+  assert small.runs['btx'].compute == config.Compute() and small.runs['btx'].grad_accum_steps == 1
+  assert small.model.num_heads == 2 * small.model.num_kv_heads
+
+
+def test_compute_matching_by_hand():
+  """A dense average costs what BTX costs, but for its routers; BAM costs more."""
+  scale = get_config('small_590m').__globals__['SCALE']
+  step = scale.batch_size * scale.sequence_length
+  dense = config.Model(**scale.model)
+  mixed = rules.mixture_model(dense, config.Upcycle(BRANCHES, 'bam_kv_experts'))
+  btx = rules.mixture_model(dense, config.Upcycle(BRANCHES, 'btx'))
+  ratio = arithmetic.training_flops(btx, 2048) / arithmetic.training_flops(mixed, 2048)
+  steps = 100_000_000_000 // step
+  run = paper.compute_matched(scale, 'BAM', 'bam_kv_experts')
+  assert run['tokens'] == math.floor(steps * ratio) * step
+  assert paper.compute_matched(scale, 'BTX', 'btx')['tokens'] == steps * step
+
+
+@pytest.mark.parametrize('argument', ['', 'moe', 'cm,fast', 'cm,smoke,smoke', 'smoke'])
+def test_unknown_ablations_are_refused_with_the_names(argument):
+  with pytest.raises(UserError) as caught:
+    get_config('ablations')(argument)
+  assert all(name in str(caught.value) for name in ABLATIONS)
+
+
+@pytest.mark.parametrize('file', ['small_590m', 'large_2b'])
+def test_unknown_arguments_are_refused(file):
+  with pytest.raises(UserError, match='use none, or smoke'):
+    get_config(file)('tiny')
+
+
+SMOKES = {
+  'small_590m': 'small_590m.py:smoke',
+  'large_2b': 'large_2b.py:smoke',
+  'ablations:bam_top2': 'ablations.py:bam_top2,smoke',
+  'reproduction': 'reproduction.py:smoke',
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', SMOKES)
+def test_smoke_runs_from_end_to_end(name, tmp_path):
+  recipe = load(name, 'smoke')
+  done = subprocess.run(
+    [sys.executable, '-m', 'bam_jax.main', f'--config=configs/{SMOKES[name]}',
+     f'--workdir={tmp_path}', f'--json={tmp_path}/facts.json'],
+    cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True,
+    timeout=900,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  facts = json.loads((tmp_path / 'facts.json').read_text())
+  assert [row['run'] for row in facts['rows']] == list(graph.resolve(recipe))
+  expected = {row['run']: row for row in accounting.account(recipe)['rows']}
+  for row in facts['rows']:
+    assert row['step'] == 4
+    assert row['perplexity'].keys() == set(recipe.evaluation.domains)
+    # Four steps of a random model: somewhere about the vocabulary's size.
+    assert all(1 < p < 10 * recipe.model.vocab_size for p in row['perplexity'].values())
+    assert row['parameters'] == expected[row['run']]['parameters']['total']
+    assert row['flops_per_token'] == expected[row['run']]['training_flops']['total']
+    lines = [
+      json.loads(line) for line in (tmp_path / row['run'] / 'metrics.jsonl').read_text().split('\n')
+      if line
+    ]  # fmt: skip
+    losses = [line['loss'] for line in lines if 'loss' in line]
+    assert len(losses) == 4 and all(map(math.isfinite, losses))
+  assert (tmp_path / 'report' / 'report.md').exists()

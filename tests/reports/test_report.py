@@ -1,0 +1,396 @@
+"""The report against numbers worked out by hand, whatever the runs turned out to be."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from bam_jax.errors import UserError
+from bam_jax.evaluate import comparison
+from bam_jax.files import folders
+from bam_jax.reports import figures, readings, report
+
+DOMAINS = ('general', 'code')
+KINDS = {'seed': 'seed', 'code': 'specialist'}
+
+
+def result(run, perplexities, method=None, sources=(), routing=None, flops=1e6):
+  """A result with 100 tokens and 400 bytes in each domain."""
+  return {
+    'run': run,
+    'label': run.upper(),
+    'kind': KINDS.get(run, 'mixture'),
+    'method': method,
+    'sources': list(sources),
+    'step': 50,
+    'tokens': 2_000_000,
+    'wall_seconds': 61.2,
+    'parameters': 1_234_567,
+    'active_parameters': 1_000_000,
+    'flops_per_token': flops,
+    'domains': {
+      domain: {
+        'nll': 100 * math.log(value),
+        'tokens': 100,
+        'bytes': 400,
+        'routing': (routing or {}).get(domain, {}),
+      }
+      for domain, value in perplexities.items()
+    },
+  }
+
+
+def routing(router_names, own=0.75):
+  """Two layers, two experts: `own` of each domain goes to the expert of its place."""
+  loads = {'general': [own, 1 - own], 'code': [1 - own, own]}
+  return {
+    domain: {router: {'load': [load, load], 'entropy': [0.5, 0.5]} for router in router_names}
+    for domain, load in loads.items()
+  }
+
+
+def scores(general, code):
+  return {'general': general, 'code': code}
+
+
+def mixture(run, method, perplexities, routers=('attention', 'ffn'), own=0.75, flops=1e6):
+  sources = ['seed', 'code']
+  return result(run, perplexities, method, sources, routing(routers, own), flops)
+
+
+RESULTS = [
+  result('seed', scores(20.0, 10.0)),
+  result('code', scores(25.0, 4.0), sources=['seed']),
+  mixture('bam', 'bam_kv_experts', scores(19.0, 5.0), flops=1.5e6),
+  mixture('btx', 'btx', scores(21.0, 4.0), routers=['ffn']),
+]
+
+
+def save(workdir, results, metrics=True):
+  for r in results:
+    folder = workdir / r['run']
+    folder.mkdir(parents=True)
+    (folder / 'result.json').write_text(json.dumps(r))
+    lines = [{'step': s, 'nll': 5.0 - s / 50} for s in range(1, 51)]
+    lines[-1]['valid'] = {d: 4.0 for d in r['domains']}
+    if metrics:
+      (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
+  return [r['run'] for r in results]
+
+
+def write(workdir, results, **options):
+  return report.write(workdir, save(workdir, results, **options))
+
+
+def sentences(found, claim):
+  return [(r['holds'], r['sentence']) for r in found['readings'] if r['claim'] == claim]
+
+
+def cells(page, heading):
+  """The table under a heading of the page: first cell -> the others."""
+  section = page.split(f'## {heading}\n')[1].split('\n## ')[0]
+  lines = [line for line in section.splitlines() if line.startswith('|')]
+  rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
+  return {row[0]: row[1:] for row in rows}
+
+
+def test_tables_by_hand(tmp_path):
+  found = write(tmp_path, RESULTS)
+  page = (tmp_path / 'report' / 'report.md').read_text()
+  assert cells(page, 'Perplexity') == {
+    'run': ['general', 'code', 'average'],
+    '---': ['---:', '---:', '---:'],
+    'SEED': ['20.00', '10.00', '15.00'],
+    'CODE': ['25.00', '4.00 ★', '14.50'],
+    'BAM': ['**19.00 ★**', '5.00', '**12.00 ★**'],
+    'BTX': ['21.00', '**4.00 ★**', '12.50'],
+  }
+  # A token is four bytes, so bits per byte are a quarter of the bits per token.
+  bits = cells(page, 'Bits per byte')
+  assert bits['BTX'] == ['1.098', '**0.500 ★**', '**0.799 ★**']
+  assert cells(page, 'Cost')['BAM'] == [
+    '1,234,567', '1,000,000', '50', '2,000,000', '3e+12', '1m 01s',
+  ]  # fmt: skip
+  row = found['rows'][3]
+  assert row['average_perplexity'] == pytest.approx(12.5)
+  assert row['bits_per_byte']['code'] == pytest.approx(0.5)
+  assert row['training_flops'] == 2e12
+
+
+def test_the_json_is_what_is_returned(tmp_path):
+  found = write(tmp_path, RESULTS)
+  assert json.loads((tmp_path / 'report' / 'report.json').read_text()) == found
+  assert found['recipe'] is None and found['name'] == tmp_path.name
+  assert found['pictures'] == [
+    'loss_curves.png', 'perplexity.png', 'routing_bam.png', 'routing_btx.png',
+  ]  # fmt: skip
+  for name in found['pictures']:
+    assert (tmp_path / 'report' / name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_pictures_are_deterministic(tmp_path):
+  pages = []
+  for name in ('one', 'two'):
+    write(tmp_path / name, RESULTS)
+    pages.append({p.name: p.read_bytes() for p in (tmp_path / name / 'report').glob('*.png')})
+  assert pages[0] == pages[1] and len(pages[0]) == 4
+
+
+def test_the_recipe_heads_the_page(tmp_path):
+  recipe = {'name': 'tiny', 'command': 'python -m x', 'seed': 3, 'devices': '8 TPU v5e'}
+  recipe['versions'] = {'Python': '3.12.1', 'jax': '0.12.0'}
+  (tmp_path / 'recipe.json').write_text(json.dumps(recipe))
+  found = report.write(tmp_path, [])
+  page = (tmp_path / 'report' / 'report.md').read_text()
+  facts = 'Seed 3, 8 TPU v5e, Python 3.12.1, jax 0.12.0.'
+  assert page == f'# tiny\n\n```\npython -m x\n```\n\n{facts}\n\nNo run is finished.\n'
+  assert found['rows'] == found['pictures'] == found['readings'] == []
+
+
+def test_unfinished_runs_are_listed(tmp_path):
+  runs = save(tmp_path, RESULTS[:1])
+  found = report.write(tmp_path, [*runs, 'law'])
+  assert found['not_finished'] == ['law']
+  page = (tmp_path / 'report' / 'report.md').read_text()
+  assert cells(page, 'Perplexity')['law: not finished'] == ['', '', '']
+  assert found['readings'] == []
+
+
+def test_readings_when_the_method_works(tmp_path):
+  found = write(tmp_path, RESULTS)
+  assert sentences(found, 'specialists_beat_seed') == [
+    (
+      True,
+      'Every specialist beats the seed on its own domain: code (4.00 against 10.00, −60.0%).',
+    )
+  ]
+  assert sentences(found, 'mixture_beats_seed') == [
+    (True, 'BAM beats the seed on every domain.'),
+    (
+      False,
+      'BTX beats the seed on 1 of 2 domains, but not on general (21.00 against 20.00, +5.0%).',
+    ),
+  ]
+  assert sentences(found, 'bam_beats_btx') == [
+    (
+      True,
+      'BAM has an average perplexity 4.0% lower than BTX (12.00 against 12.50), for 1.50 times the'
+      ' training FLOPs. By average bits per byte it is the other way round (0.821 against 0.799).',
+    )
+  ]
+  assert sentences(found, 'experts_serve_own_domain')[0] == (
+    True,
+    'The FFN router of BAM sends 75% of code to the expert of that name; an even split would send'
+    ' 50%.',
+  )
+
+
+def test_readings_when_it_does_not(tmp_path):
+  found = write(
+    tmp_path,
+    [
+      result('seed', scores(20.0, 10.0)),
+      result('code', scores(25.0, 11.0)),
+      mixture('bam', 'bam_shared_kv', scores(30.0, 12.0), own=0.25),
+      mixture('btx', 'btx', scores(28.0, 12.0), routers=['ffn']),
+    ],
+  )
+  assert sentences(found, 'specialists_beat_seed') == [
+    (False, 'No specialist beats the seed on its own domain: code (11.00 against 10.00, +10.0%).')
+  ]
+  assert sentences(found, 'mixture_beats_seed')[0] == (
+    False,
+    'BAM beats the seed on no domain: general (30.00 against 20.00, +50.0%) and code (12.00 against'
+    ' 10.00, +20.0%).',
+  )
+  holds, sentence = sentences(found, 'bam_beats_btx')[0]
+  assert not holds and '5.0% higher than BTX' in sentence
+  assert sentences(found, 'experts_serve_own_domain')[0][0] is False
+
+
+def test_some_specialists_win_and_equal_averages_are_no_win(tmp_path, monkeypatch):
+  monkeypatch.setitem(KINDS, 'general', 'specialist')
+  found = write(
+    tmp_path,
+    [
+      result('seed', scores(20.0, 10.0)),
+      result('general', scores(21.0, 10.0)),
+      result('code', scores(25.0, 4.0)),
+      mixture('bam', 'bam_kv_experts', scores(19.0, 5.0)),
+      mixture('btx', 'btx', scores(20.0, 4.0), routers=['ffn']),
+    ],
+  )
+  [(holds, sentence)] = sentences(found, 'specialists_beat_seed')
+  assert not holds
+  assert sentence.startswith('1 of 2 specialists beats the seed on its own domain: general (21.00')
+  [(holds, sentence)] = sentences(found, 'bam_beats_btx')
+  assert not holds and 'the same average perplexity as BTX' in sentence
+
+
+def test_routers_that_a_model_lacks(tmp_path):
+  found = write(tmp_path, RESULTS)
+  seed, _, bam, btx = found['rows']
+  assert seed['routing'] == {} and seed['experts'] == []
+  assert set(bam['routing']) == {'attention', 'ffn'} and set(btx['routing']) == {'ffn'}
+  assert bam['experts'] == ['seed', 'code']
+
+
+def test_experts_without_sources_are_numbered(tmp_path):
+  soup = mixture('bam', 'bam_kv_experts', scores(19.0, 5.0)) | {'sources': ['seed']}
+  found = write(tmp_path, [soup])
+  assert found['rows'][0]['experts'] == ['0', '1']
+  assert sentences(found, 'experts_serve_own_domain') == []
+
+
+def test_a_mixture_without_experts_has_no_routing_picture(tmp_path):
+  average = result('soup', scores(19.0, 5.0), 'average', ['seed', 'code'])
+  found = write(tmp_path, [RESULTS[0], average])
+  assert 'routing_soup.png' not in found['pictures']
+  assert len(sentences(found, 'mixture_beats_seed')) == 1
+
+
+def test_one_domain(tmp_path):
+  found = write(
+    tmp_path, [result('seed', {'general': 7.0}), result('bam', {'general': 6.0}, 'btx')]
+  )
+  assert [row['average_perplexity'] for row in found['rows']] == pytest.approx([7.0, 6.0])
+
+
+def test_a_domain_that_one_run_lacks_is_blank_and_has_no_average(tmp_path):
+  found = write(tmp_path, [RESULTS[0], mixture('btx', 'btx', {'code': 4.0}, routers=['ffn'])])
+  assert found['rows'][1]['average_perplexity'] is None
+  page = (tmp_path / 'report' / 'report.md').read_text()
+  assert cells(page, 'Perplexity')['BTX'] == ['–', '**4.00 ★**', '–']
+
+
+def test_no_metrics_no_curve_but_a_report(tmp_path):
+  assert len(write(tmp_path, RESULTS[:2], metrics=False)['rows']) == 2
+
+
+def test_metrics_of_a_resumed_run(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  lines = ['{"step": 1, "loss": 5.0}', '{"step": 2, "loss": 9.0}', '{"step": 3, "lo']
+  path.write_text('\n'.join([*lines, '{"step": 2, "loss": 4.0}', '']))
+  assert report._metrics(path) == [{'step': 1, 'loss': 5.0}, {'step': 2, 'loss': 4.0}]
+
+
+def test_a_broken_result_is_named(tmp_path):
+  save(tmp_path, RESULTS[:1])
+  (tmp_path / 'seed' / 'result.json').write_text('{"run": ')
+  with pytest.raises(UserError, match='seed/result.json is not JSON'):
+    report.write(tmp_path, ['seed'])
+
+
+def test_the_terminal_table(tmp_path):
+  runs = save(tmp_path, RESULTS)
+  found = report.write(tmp_path, [*runs, 'law'])
+  console = Console(width=90, record=True, file=open('/dev/null', 'w'))
+  console.print(report.table(found))
+  text = console.export_text()
+  for words in ('BAM', '19.00 ★', '12.50', 'law: not finished', 'average'):
+    assert words in text
+
+
+def test_a_run_that_diverged_is_in_a_report_that_json_can_hold(tmp_path):
+  """No float holds exp(800); and a run without a likelihood has no score."""
+  wild, mute = result('bam', scores(19.0, 5.0), 'btx'), result('mute', scores(19.0, 5.0))
+  wild['domains']['code']['nll'] = 800 * 100
+  mute['domains']['code']['nll'] = math.nan
+  found = write(tmp_path, [*RESULTS[:2], wild, mute])
+
+  def refuse(literal):
+    raise AssertionError(literal)
+
+  text = (tmp_path / 'report' / 'report.json').read_text()
+  assert json.loads(text, parse_constant=refuse) == found
+  page = cells((tmp_path / 'report' / 'report.md').read_text(), 'Perplexity')
+  assert page['SEED'] == ['20.00', '10.00', '15.00']
+  assert page['BAM'] == ['**19.00 ★**', '**>1e299**', '**>1e299**']
+  assert page['MUTE'] == ['**19.00 ★**', '–', '–']
+  assert all(len(reading['sentence']) < 200 for reading in found['readings'])
+
+
+def test_a_comparison_has_no_infinite_perplexity():
+  bytes_nll_tokens = np.array([[40.0, 8000.0, 10.0], [40.0, 30.0, 10.0]])
+  wild, tame = comparison.measures(bytes_nll_tokens, 0)['perplexity']
+  assert (readings.number(wild), tame) == ('>1e299', np.exp(3.0))
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'domains': {}},
+    {'domains': {'general': {}}},
+    {'domains': {'general': {'nll': '1', 'tokens': 1, 'bytes': 1, 'routing': {}}}},
+    {'domains': {'general': {'nll': 1, 'tokens': 1, 'bytes': 0, 'routing': {}}}},
+    {'domains': {'general': {'nll': 1, 'tokens': 1, 'bytes': 1, 'routing': {'ffn': {'load': 3}}}}},
+    {'domains': []},
+    {'label': None},
+    {'parameters': '3'},
+    {'sources': [3]},
+    {'run': '../x'},
+  ],
+)
+def test_a_result_of_something_else_is_damaged(tmp_path, change):
+  save(tmp_path, RESULTS[:1])
+  (tmp_path / 'seed' / 'result.json').write_text(json.dumps(RESULTS[0] | change))
+  with pytest.raises(UserError, match='seed/result.json is damaged: delete its folder'):
+    report.write(tmp_path, ['seed'])
+
+
+def test_lines_of_the_metrics_that_say_nothing_are_passed_over(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  odd = b'{"step": 2, "nll": "x"}\n{"step": 2, "valid": 3}\n{"step": 2, "valid": {"law": []}}\n'
+  odd += b'{"step": true, "nll": 1}\n{"step": 2, "nll": 1' + b'0' * 400 + b'}\n'
+  path.write_bytes(b'\xff\n{"loss": 3}\n[]\n{"step": "2"}\n' + odd + b'{"step": 1, "nll": NaN}\n')
+  [line] = report._metrics(path)
+  assert line['step'] == 1 and math.isnan(line['nll'])
+
+
+def test_names_are_no_markup(tmp_path):
+  recipe = {'name': 'a[/b]', 'command': 'x', 'seed': 3}
+  (tmp_path / 'recipe.json').write_text(json.dumps(recipe))
+  label = {'label': '[/c] $\\frac$\n| d'}
+  found = write(tmp_path, [RESULTS[0] | label, RESULTS[2] | label])
+  console = Console(width=90, record=True, file=open('/dev/null', 'w'))
+  console.print(report.table(found))
+  text = console.export_text()
+  assert 'a[/b]: held-out' in text and r'[/c] $\frac$' in text
+  assert r'| [/c] $\frac$ \| d | ' in (tmp_path / 'report' / 'report.md').read_text()
+
+
+def test_smoothing():
+  line = np.linspace(5.0, 1.0, 100)
+  smoothed = figures.smooth(line)
+  assert smoothed[:90] == pytest.approx(line[:90])
+  assert figures.smooth(np.full(100, 3.0)) == pytest.approx(np.full(100, 3.0))
+  noise = np.random.default_rng(0).normal(size=400)
+  assert figures.smooth(noise)[50:].std() < 0.3
+  assert figures.smooth(np.array([2.0])) == pytest.approx([2.0])
+
+
+def test_held_out_loss_of_a_curve():
+  valid = {'general': 3.0, 'code': 1.0}
+  assert figures.valid_loss({'run': 'code', 'kind': 'specialist'}, valid) == 1.0
+  assert figures.valid_loss({'run': 'seed', 'kind': 'seed'}, valid) == 2.0
+
+
+def test_a_run_that_ends_while_the_report_is_written_is_in_it(tmp_path, monkeypatch):
+  """Two jobs of one workdir that end at a time: whoever writes last has both."""
+  write_file = folders.write_file
+
+  def end_another(path, content):
+    write_file(path, content)
+    if path.name == 'report.md' and not (tmp_path / 'code').exists():
+      (tmp_path / 'code').mkdir()
+      write_file(tmp_path / 'code' / 'result.json', json.dumps(result('code', scores(5, 2))))
+
+  (tmp_path / 'seed').mkdir()
+  (tmp_path / 'seed' / 'result.json').write_text(json.dumps(result('seed', scores(4, 3))))
+  monkeypatch.setattr(folders, 'write_file', end_another)
+  facts = report.write(tmp_path, ['seed', 'code', 'law'])
+  assert [row['run'] for row in facts['rows']] == ['seed', 'code']
+  assert facts['not_finished'] == ['law']
+  assert json.loads((tmp_path / 'report' / 'report.json').read_text()) == facts
