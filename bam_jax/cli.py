@@ -30,12 +30,12 @@ _JSON = flags.DEFINE_string(
 )
 
 
-_verb: list[str] = []  # of the command that is running, if it has verbs
+_subcommand: list[str] = []  # the one that is running, if the command has any
 
 
 def run(
   main: Callable[..., dict[str, Any] | None],
-  most_arguments: int = 0,
+  max_arguments: int = 0,
   verbosity: int = logging.ERROR,
 ) -> None:
   """Parses the flags, calls `main`, and writes what it returns where `--json` says.
@@ -43,7 +43,7 @@ def run(
   Args:
     main: the command; returns the facts of its `--json` object, or None. Raises UserError for a
       user's mistake.
-    most_arguments: how many arguments that are no flags it takes; `main` is called with them.
+    max_arguments: how many arguments that are no flags it takes; `main` is called with them.
     verbosity: what libraries may log, without --verbosity: Orbax warns of what is no trouble.
   """
 
@@ -51,8 +51,8 @@ def run(
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(verbosity)
     try:
-      if len(argv) > 1 + most_arguments:
-        argument = argv[1 + most_arguments]
+      if len(argv) > 1 + max_arguments:
+        argument = argv[1 + max_arguments]
         raise UserError(f'Unexpected argument {argument!r}: every option is a --flag=value.')
       if _JSON.value:
         check_json(_JSON.value)
@@ -80,29 +80,29 @@ def run(
     sys.exit(128 + signal.SIGPIPE)  # what a shell has of a program that did not ignore the signal
 
 
-def run_verbs(verbs: Mapping[str, str]) -> None:
-  """Runs the verb that the first argument names.
+def run_subcommands(subcommands: Mapping[str, str]) -> None:
+  """Runs the subcommand that the first argument names.
 
   Args:
-    verbs: for each the name of its module, which is imported only when it runs and which has flags,
-      `main`, a docstring for `--help`, and, if `main` takes arguments, MOST_ARGUMENTS.
+    subcommands: the module of each, imported only when it runs; it has flags,
+      `main`, a docstring for `--help`, and, if `main` takes arguments, MAX_ARGUMENTS.
   """
-  verb = sys.argv[1] if len(sys.argv) > 1 else ''
-  if verb.lstrip('-') in ('help', 'helpfull', 'helpshort', 'h', '?'):
+  name = sys.argv[1] if len(sys.argv) > 1 else ''
+  if name.lstrip('-') in ('help', 'helpfull', 'helpshort', 'h', '?'):
     print(sys.modules['__main__'].__doc__)
     sys.exit(0)
-  if verb not in verbs:
-    asked = f'{verb!r} is no verb' if verb else 'Do what'
-    sys.exit(_refuse(f'{asked}: give one of {", ".join(verbs)}. (Try --help.)'))
-  module = importlib.import_module(verbs[verb])
-  _verb.append(verb)
+  if name not in subcommands:
+    problem = f'{name!r} is not a subcommand' if name else 'A subcommand is required'
+    sys.exit(_refuse(f'{problem}: give one of {", ".join(subcommands)}. (Try --help.)'))
+  module = importlib.import_module(subcommands[name])
+  _subcommand.append(name)
   del sys.argv[1]
   if {'--help', '-help', '-h'} & set(sys.argv):
     print(module.__doc__)
     print(flags.FLAGS.module_help(module), flags.FLAGS.module_help(__name__), sep='\n')
     sys.exit(0)
-  # Orbax logs a traceback of every error that a verb reports in a sentence.
-  run(module.main, getattr(module, 'MOST_ARGUMENTS', 0), logging.FATAL)
+  # Orbax logs a traceback of every error that a subcommand reports in a sentence.
+  run(module.main, getattr(module, 'MAX_ARGUMENTS', 0), logging.FATAL)
 
 
 def define_recipe() -> flags.FlagHolder:
@@ -169,7 +169,7 @@ def parse_mesh(items: Sequence[str]) -> config.Mesh:
 def app_name() -> str:
   """The command as the user typed it: `bam_jax.prepare`, `bam_jax.convert upcycle`."""
   file = sys.argv[0].removesuffix(f'{os.sep}__main__.py')
-  return ' '.join(['bam_jax.' + os.path.splitext(os.path.basename(file))[0], *_verb])
+  return ' '.join(['bam_jax.' + os.path.splitext(os.path.basename(file))[0], *_subcommand])
 
 
 def command() -> str:

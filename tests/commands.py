@@ -94,14 +94,14 @@ class Server:
   def run(
     self, module: str, *argv: str, folder: Path | None = None, seconds: int = SECONDS
   ) -> Outcome:
-    """What `python -m bam_jax.MODULE ARGV` does; a verb of `convert` is 'convert VERB'."""
-    module, *verb = module.split()
-    return Outcome(**self._ask(module, [*verb, *argv], folder, seconds))
+    """What `python -m bam_jax.MODULE ARGV` does; a subcommand of `convert` is 'convert SUBCOMMAND'."""
+    module, *subcommand = module.split()
+    return Outcome(**self._ask(module, [*subcommand, *argv], folder, seconds))
 
   def flags(self, module: str) -> list[dict[str, Any]]:
-    """`name`, `type`, `multiple`, `default` of all flags that a command or a verb has."""
-    module, *verb = module.split()
-    outcome = Outcome(**self._ask(module, verb, None, SECONDS, list=True))
+    """`name`, `type`, `multiple`, `default` of all flags that a command or subcommand has."""
+    module, *subcommand = module.split()
+    outcome = Outcome(**self._ask(module, subcommand, None, SECONDS, list=True))
     assert outcome.status == 0, outcome.stderr
     return json.loads(outcome.stdout)
 
@@ -114,16 +114,16 @@ class Server:
 
 
 def commands() -> list[str]:
-  """All commands of the package, the verbs of those that have some one by one."""
+  """All commands of the package, the subcommands of those that have some one by one."""
   found = []
   root = Path(bam_jax.__file__).parent
   for path in sorted([*root.glob('*.py'), *root.glob('*/__main__.py')]):
     if "__name__ == '__main__'" in path.read_text(encoding='utf-8') and 'tasks' not in path.parts:
       name = path.stem if path.parent == root else path.parent.name
-      verbs = []
-      if 'VERBS' in path.read_text(encoding='utf-8'):
-        verbs = importlib.import_module('bam_jax.convert.__main__').VERBS
-      found += [f'{name} {verb}' for verb in verbs] or [name]
+      subcommands = []
+      if 'SUBCOMMANDS' in path.read_text(encoding='utf-8'):
+        subcommands = importlib.import_module('bam_jax.convert.__main__').SUBCOMMANDS
+      found += [f'{name} {subcommand}' for subcommand in subcommands] or [name]
   return found
 
 
@@ -189,11 +189,11 @@ def _run(request: dict[str, Any], most_bytes: int, out: int, err: int) -> None:
     os._exit(status)
 
 
-def _list(name: str, verb: list[str]) -> None:
+def _list(name: str, subcommand: list[str]) -> None:
   package = importlib.util.find_spec(name).submodule_search_locations is not None
   module = importlib.import_module(f'{name}.__main__' if package else name)
-  if verb:
-    importlib.import_module(module.VERBS[verb[0]])
+  if subcommand:
+    importlib.import_module(module.SUBCOMMANDS[subcommand[0]])
   from absl import flags
 
   print(

@@ -3,16 +3,16 @@
     python -m tools.results collect --workdir=0=runs/r_0 --workdir=1=runs/r_1 --workdir=2=runs/r_2
     python -m tools.results draw
 
-Verbs:
+Subcommands:
   collect   what finished runs say, a file for each seed, into docs/results/
   draw      the tables of docs/results.md and the pictures, from those files alone
 
-`python -m tools.results VERB --help` lists a verb's flags.
+`python -m tools.results SUBCOMMAND --help` lists its flags.
 """
 
 from bam_jax import cli
 
-VERBS = {'collect': 'tools.reproduction.collect', 'draw': 'tools.reproduction.draw'}
+SUBCOMMANDS = {'collect': 'tools.reproduction.collect', 'draw': 'tools.reproduction.draw'}
 
 if __name__ == '__main__':
-  cli.run_verbs(VERBS)
+  cli.run_subcommands(SUBCOMMANDS)

@@ -4,20 +4,20 @@
     python -m bam_jax.convert inspect DIR
     python -m bam_jax.convert inspect DIR OTHER
 
-Verbs:
+Subcommands:
   upcycle     dense checkpoints to a mixture's
   import-hf   a folder for transformers to a checkpoint
   export-hf   a checkpoint to a folder for transformers
   inspect     what a checkpoint is, or how two differ
 
-`python -m bam_jax.convert VERB --help` lists a verb's flags. What a verb writes is complete or not
-there: it is written beside --output and renamed at the end.
+`python -m bam_jax.convert SUBCOMMAND --help` lists its flags. What a subcommand writes is complete or
+not there: it is written beside --output and renamed at the end.
 """
 
 from bam_jax import cli
 
 # Each is a module: its flags, its docstring for --help, and its `main`.
-VERBS = {
+SUBCOMMANDS = {
   'upcycle': 'bam_jax.convert.upcycle',
   'import-hf': 'bam_jax.convert.import_hf',
   'export-hf': 'bam_jax.convert.export_hf',
@@ -25,4 +25,4 @@ VERBS = {
 }
 
 if __name__ == '__main__':
-  cli.run_verbs(VERBS)
+  cli.run_subcommands(SUBCOMMANDS)

@@ -22,7 +22,7 @@ from bam_jax import cli
 from bam_jax.convert import inspection
 from bam_jax.errors import UserError
 
-MOST_ARGUMENTS = 2
+MAX_ARGUMENTS = 2
 
 
 def main(*paths: str) -> dict[str, Any]:
