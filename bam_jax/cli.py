@@ -22,15 +22,11 @@ from bam_jax.config import recipe_file
 from bam_jax.errors import UserError
 from bam_jax.parallel import compilation, sharding
 
-USER_ERROR = 2  # exit status of a user's mistake
 MOST_CHARACTERS = 2000  # of a sentence, which may repeat what the user typed
 
 _JSON = flags.DEFINE_string(
   'json', None, 'Also write the facts as one JSON object to this file; "-" is standard output.'
 )
-
-
-_subcommand: list[str] = []  # the one that is running, if the command has any
 
 
 def run(
@@ -95,7 +91,7 @@ def run_subcommands(subcommands: Mapping[str, str]) -> None:
     problem = f'{name!r} is not a subcommand' if name else 'A subcommand is required'
     sys.exit(_refuse(f'{problem}: give one of {", ".join(subcommands)}. (Try --help.)'))
   module = importlib.import_module(subcommands[name])
-  _subcommand.append(name)
+  errors.subcommand = name
   del sys.argv[1]
   if {'--help', '-help', '-h'} & set(sys.argv):
     print(module.__doc__)
@@ -166,15 +162,9 @@ def parse_mesh(items: Sequence[str]) -> config.Mesh:
   return config.Mesh(**sizes)
 
 
-def app_name() -> str:
-  """The command as the user typed it: `bam_jax.prepare`, `bam_jax.convert upcycle`."""
-  file = sys.argv[0].removesuffix(f'{os.sep}__main__.py')
-  return ' '.join(['bam_jax.' + os.path.splitext(os.path.basename(file))[0], *_subcommand])
-
-
 def command() -> str:
   """The whole command line, for a record of what made something."""
-  return f'python -m {app_name()} {shlex.join(sys.argv[1:])}'
+  return f'python -m {errors.program_name()} {shlex.join(sys.argv[1:])}'
 
 
 def check_json(path: str) -> None:
@@ -289,11 +279,11 @@ def _leave(stream: TextIO) -> None:
   os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _refuse(sentence: str, status: int = USER_ERROR) -> int:
+def _refuse(sentence: str, status: int = errors.USER_ERROR) -> int:
   """Prints a sentence in one line that cannot move the cursor; the status to exit with."""
   shown = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
   if len(shown) > MOST_CHARACTERS:
     half = MOST_CHARACTERS // 2
     shown = f'{shown[:half]} ... {shown[-half:]}'
-  print(f'{app_name()}: {shown}', file=sys.stderr)
+  print(f'{errors.program_name()}: {shown}', file=sys.stderr)
   return status

@@ -1,4 +1,6 @@
-"""What a user is told of an error, and what is not his to mend."""
+"""What a user is told of an error, and what is not for a user to fix."""
+
+import sys
 
 import jax
 import pytest
@@ -21,7 +23,7 @@ MEMORY = 'the memory does not suffice (RESOURCE_EXHAUSTED: 9 bytes): ask for les
     (KeyError('x'), None),
   ],
 )
-def test_what_a_user_can_mend(error, sentence):
+def test_what_a_user_can_fix(error, sentence):
   assert errors.sentence(error) == sentence
 
 
@@ -31,3 +33,11 @@ def test_the_loss_of_a_process_has_several_errors():
   assert not errors.of_jax(ValueError('UNKNOWN letters'))
   assert not errors.of_jax(OSError('UNKNOWN: '))
   assert not errors.of_jax(None)
+
+
+def test_the_program_is_named_as_it_was_typed(monkeypatch):
+  monkeypatch.setattr(sys, 'argv', ['/x/bam_jax/evaluate/__main__.py', '--a'])
+  assert errors.program_name() == 'bam_jax.evaluate'
+  monkeypatch.setattr(sys, 'argv', ['/x/bam_jax/convert.py', '--a'])
+  monkeypatch.setattr(errors, 'subcommand', 'upcycle')
+  assert errors.program_name() == 'bam_jax.convert upcycle'

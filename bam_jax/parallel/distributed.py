@@ -32,7 +32,7 @@ from typing import NamedTuple, NoReturn
 import jax
 from absl import flags
 
-from bam_jax import cli, errors
+from bam_jax import errors
 from bam_jax.errors import UserError
 
 FAILED = 1  # exit status of an error, where it is for Python to choose
@@ -106,7 +106,7 @@ def joined() -> Iterator[None]:
     _leave('interrupted at once, nothing saved.', 128 + signal.SIGINT, witness)
   except Exception as error:
     if told := errors.sentence(error):
-      _leave(told, cli.USER_ERROR, witness, GRACE if jax.process_index() == 0 else 0.0)
+      _leave(told, errors.USER_ERROR, witness, GRACE if jax.process_index() == 0 else 0.0)
     if said := _of_jax(error):
       sentence = f'{this} cannot go on ({said}), most likely since another one was lost: {AGAIN}.'
     else:
@@ -184,7 +184,7 @@ def _join(place: Place, join_timeout: int, lost_timeout: int) -> '_Witness | Non
     late += f' with --coordinator={place.coordinator}, and each with its own --process_id'
   witness.note(f'{late}.')
   # Where JAX's own time-out ends, it aborts.
-  alarm = threading.Timer(join_timeout, _leave, [f'{late}.', cli.USER_ERROR, witness])
+  alarm = threading.Timer(join_timeout, _leave, [f'{late}.', errors.USER_ERROR, witness])
   alarm.daemon = True
   alarm.start()
   try:
@@ -206,7 +206,7 @@ def _join(place: Place, join_timeout: int, lost_timeout: int) -> '_Witness | Non
     witness.note('')
   if place.process_count not in (None, count):
     said = f'--process_count={place.process_count}, but another process says {count}'
-    _leave(f'{said}: give all the same.', cli.USER_ERROR, witness)
+    _leave(f'{said}: give all the same.', errors.USER_ERROR, witness)
   return witness if count > 1 else None
 
 
@@ -228,7 +228,7 @@ def _why_not(place: Place, error: Exception) -> str:
 def _leave(sentence: str, status: int, witness: '_Witness', after: float = 0.0) -> NoReturn:
   """Ends the process without the farewell that JAX waits for, which the others may never answer."""
   witness.note('')
-  print(f'{cli.app_name()}: {sentence}', file=sys.stderr)
+  print(f'{errors.program_name()}: {sentence}', file=sys.stderr)
   sys.stdout.flush()
   sys.stderr.flush()
   time.sleep(after)
@@ -252,7 +252,7 @@ class _Witness:
 
   def note(self, sentence: str) -> None:
     """What to say if this process ends now; nothing if empty."""
-    line = f'{cli.app_name()}: {sentence}\n' if sentence else '\n'
+    line = f'{errors.program_name()}: {sentence}\n' if sentence else '\n'
     with contextlib.suppress(BrokenPipeError):  # someone killed the shell
       self._shell.stdin.write(line)
       self._shell.stdin.flush()
