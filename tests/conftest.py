@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 
@@ -37,9 +36,12 @@ jax.config.update('jax_num_cpu_devices', 8)
 # Most programs here run once. Smoke runs of recipes are compiled as for their users.
 jax.config.update('jax_disable_most_optimizations', True)
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# Nor leave what they compile, some of it cut short on purpose, in the user's cache.
-_cache = tempfile.TemporaryDirectory()
-os.environ['XDG_CACHE_HOME'] = _cache.name
+# What tests compile is kept for the next run, apart from the user's own cache: the programs of this
+# process here, those of commands that tests start (compiled as for users) in `compilation`'s folder.
+CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'tests'
+os.environ['XDG_CACHE_HOME'] = str(CACHE / 'commands')
+jax.config.update('jax_compilation_cache_dir', str(CACHE / 'tests'))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 for noisy in ('absl', 'jax', 'orbax'):
   logging.getLogger(noisy).setLevel(logging.ERROR)
