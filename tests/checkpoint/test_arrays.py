@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bam_jax import config
-from bam_jax.checkpoint import arrays, checkpoint
+from bam_jax import checkpoint, config
+from bam_jax.checkpoint import arrays
 from bam_jax.errors import UserError
 from bam_jax.files import folders
 from bam_jax.model import transformer
@@ -278,7 +278,7 @@ def test_a_bucket_is_read(tmp_path):
   handler = type('Served', (Bucket,), {'root': tmp_path})
   program = f"""
 import numpy as np
-from bam_jax import arrays
+from bam_jax.checkpoint import arrays
 reader, want = arrays.Reader('gs://bucket/a b/params'), np.load({str(tmp_path / 'want.npz')!r})
 assert sorted(reader.specs) == sorted(want)
 for path in want:

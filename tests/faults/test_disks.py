@@ -141,7 +141,7 @@ def test_jobs_that_write_one_report_do_not_disturb_each_other(undisturbed, tmp_p
   for name in ('result.json', 'metrics.jsonl'):
     shutil.copy(undisturbed / 'seed' / name, tmp_path / 'seed')
   code = (
-    "import sys; from bam_jax import report\nfor _ in range(6): report.write(sys.argv[1], ['seed'])"
+    "import sys; from bam_jax.reports import report\nfor _ in range(6): report.write(sys.argv[1], ['seed'])"
   )
   jobs = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path)]) for _ in range(2)]
   read = 0

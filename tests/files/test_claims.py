@@ -12,7 +12,7 @@ from bam_jax.files import claims
 HOLD = """
 import sys
 from pathlib import Path
-from bam_jax import claims
+from bam_jax.files import claims
 with claims.Claims(print) as held:
   held.take(map(Path, sys.argv[1:]))
   print('taken', flush=True)

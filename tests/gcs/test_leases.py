@@ -11,7 +11,7 @@ from bam_jax.files import claims, leases
 HOLD = """
 import sys
 from etils import epath
-from bam_jax import claims, leases
+from bam_jax.files import claims, leases
 leases.BEAT_SECONDS, leases.LEASE_SECONDS, leases.LOOK_SECONDS = map(float, sys.argv[1:4])
 with claims.Claims(lambda sentence: print('told', sentence, flush=True)) as held:
   held.take(map(epath.Path, sys.argv[4:]))
