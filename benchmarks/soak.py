@@ -35,8 +35,7 @@ import numpy as np
 import rich.console
 from absl import flags
 
-from bam_jax import cli, config
-from bam_jax.checkpoint import checkpoint
+from bam_jax import checkpoint, cli, config
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
 

@@ -32,8 +32,8 @@ import rich.console
 import rich.table
 from absl import flags
 
-from bam_jax import cli, config
-from bam_jax.checkpoint import checkpoint, manifest
+from bam_jax import checkpoint, cli, config
+from bam_jax.checkpoint import manifest
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
 from bam_jax.upcycle import merge, rules, stream

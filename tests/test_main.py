@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import pytest
 
+from bam_jax import checkpoint
 from bam_jax import config as config_lib
-from bam_jax.checkpoint import checkpoint
 from bam_jax.model import transformer
 
 ROOT = Path(__file__).parent.parent

@@ -1,0 +1,22 @@
+"""Checkpoints: `checkpoint.find`, `checkpoint.read_meta`, `checkpoint.restore_params`."""
+
+from bam_jax.checkpoint.manager import (
+  FORMAT,
+  Checkpoints,
+  Meta,
+  abstract,
+  find,
+  find_tokenizer,
+  finished_step,
+  read_meta,
+  restore_host_params,
+  restore_params,
+  write_meta,
+)
+from bam_jax.checkpoint.opening import open_params, open_tokenizer
+
+__all__ = [
+  'FORMAT', 'Checkpoints', 'Meta', 'abstract', 'find', 'find_tokenizer', 'finished_step',
+  'open_params', 'open_tokenizer', 'read_meta', 'restore_host_params', 'restore_params',
+  'write_meta',
+]  # fmt: skip

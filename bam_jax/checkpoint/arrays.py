@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from bam_jax.checkpoint import checksums
+from bam_jax.checkpoint import integrity
 from bam_jax.errors import UserError
 from bam_jax.files import folders
 from bam_jax.parallel import sharding
@@ -64,7 +64,7 @@ class Reader:
     """
     self.folder = epath.Path(folder)
     if check:
-      checksums.check(self.folder.parent, [self.folder.name])
+      integrity.check(self.folder.parent, [self.folder.name])
     try:
       self._stores = self._open(2 * CHUNK_BYTES)
       self.specs = {

@@ -4,16 +4,16 @@ import jax
 from etils import epath
 
 from bam_jax import config
-from bam_jax.checkpoint import arrays, checkpoint
+from bam_jax.checkpoint import arrays, manager
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
 from bam_jax.parallel import sharding
 
 
-def tokenizer(path: epath.PathLike, meta: checkpoint.Meta) -> Tokenizer:
+def open_tokenizer(path: epath.PathLike, meta: manager.Meta) -> Tokenizer:
   """The checkpoint's own tokenizer; UserError when it has more words than the model."""
-  file = checkpoint.find_tokenizer(path)
+  file = manager.find_tokenizer(path)
   words = Tokenizer.load(file, meta.bos_token, meta.eos_token)
   if words.vocab_size > meta.model.vocab_size:
     raise UserError(
@@ -23,9 +23,9 @@ def tokenizer(path: epath.PathLike, meta: checkpoint.Meta) -> Tokenizer:
   return words
 
 
-def reader(path: epath.PathLike, model: config.Model) -> arrays.Reader:
+def open_params(path: epath.PathLike, model: config.Model) -> arrays.Reader:
   """Reads the parameters; UserError when one of the model's is missing or has another shape."""
-  opened = arrays.Reader(checkpoint.find(path) / 'params')
+  opened = arrays.Reader(manager.find(path) / 'params')
   wanted = transformer.Network(model, config.Compute()).abstract()
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
     name = sharding.path_of(key_path)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import rich.table
 
-from bam_jax.checkpoint import arrays, checkpoint
+from bam_jax import checkpoint
+from bam_jax.checkpoint import arrays
 from bam_jax.config import strict
 from bam_jax.errors import UserError
 

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bam_jax import config
-from bam_jax.checkpoint import checkpoint, opening
+from bam_jax import checkpoint, config
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.evaluate import bootstrap, corpus, routing, windows
@@ -72,7 +71,7 @@ def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Optio
   runs = [meta.run for meta in metas]
   entries = []
   for path, meta in zip(paths, metas):
-    tokenizer = opening.tokenizer(path, meta)
+    tokenizer = checkpoint.open_tokenizer(path, meta)
     for domain in domains:
       domain.check(tokenizer, path)
     window = options.window or meta.sequence_length

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bam_jax.checkpoint import checkpoint
+from bam_jax import checkpoint
 from bam_jax.evaluate.scorer import Routed
 
 SHOWN = 2  # documents of each domain that are kept token by token,

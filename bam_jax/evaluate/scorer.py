@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from bam_jax import config
-from bam_jax.checkpoint import arrays, checkpoint, opening
+from bam_jax import checkpoint, config
+from bam_jax.checkpoint import arrays
 from bam_jax.errors import UserError
 from bam_jax.evaluate import programs
 from bam_jax.evaluate import windows as windows_lib
@@ -73,7 +73,7 @@ class Scorer:
       UserError: it is no whole checkpoint, or does not fit the mesh.
     """
     self.meta = checkpoint.read_meta(path)
-    self.tokenizer = opening.tokenizer(path, self.meta)
+    self.tokenizer = checkpoint.open_tokenizer(path, self.meta)
     self.length = length or self.meta.sequence_length
     rows = programs.rows_mesh(mesh)
     self._mesh = sharding.make_mesh(rows)
@@ -166,7 +166,7 @@ def _load(
   path: str, model: config.Model, dtype: str, sizes: config.Mesh, mesh: jax.sharding.Mesh
 ) -> transformer.Params:
   """Parameters on the mesh, matrices in the dtype in which they are used."""
-  reader = opening.reader(path, model)
+  reader = checkpoint.open_params(path, model)
   wanted = transformer.Network(model, config.Compute()).abstract()
   try:
     sharding.check(wanted, sizes, '-')

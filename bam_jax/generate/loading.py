@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 
-from bam_jax.checkpoint import checkpoint, opening
+from bam_jax import checkpoint
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.generate import generator
 
@@ -29,7 +29,7 @@ def load(path: str, dtype: str, mesh: jax.sharding.Mesh | None = None) -> Loaded
     UserError: it is no whole checkpoint, or does not fit the mesh.
   """
   meta = checkpoint.read_meta(path)
-  tokenizer, reader = opening.tokenizer(path, meta), opening.reader(path, meta.model)
+  tokenizer, reader = checkpoint.open_tokenizer(path, meta), checkpoint.open_params(path, meta.model)
   made = generator.Generator(
     meta.model,
     reader.read,

@@ -2,8 +2,7 @@
 
 import os
 
-from bam_jax import config
-from bam_jax.checkpoint import checkpoint
+from bam_jax import checkpoint, config
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, Tokenizer
 from bam_jax.model import arithmetic
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from bam_jax import config
-from bam_jax.checkpoint import arrays, checkpoint, manifest
+from bam_jax import checkpoint, config
+from bam_jax.checkpoint import arrays, manifest
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.files import folders

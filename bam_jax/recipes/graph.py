@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bam_jax import config
-from bam_jax.checkpoint import checkpoint
+from bam_jax import checkpoint, config
 from bam_jax.data import shards
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from bam_jax import config
-from bam_jax.checkpoint import checkpoint, manifest
+from bam_jax import checkpoint, config
+from bam_jax.checkpoint import manifest
 from bam_jax.config import strict
 from bam_jax.data import shards
 from bam_jax.errors import UserError

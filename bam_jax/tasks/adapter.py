@@ -19,9 +19,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
+from bam_jax import checkpoint as checkpoint_lib
 from bam_jax import config
-from bam_jax.checkpoint import checkpoint as checkpoint_lib
-from bam_jax.checkpoint import opening
 from bam_jax.errors import UserError
 from bam_jax.evaluate.scorer import Scorer
 from bam_jax.generate import generator, loading, sampling, text
@@ -78,7 +77,7 @@ class Model(TemplateLM):
       raise UserError(f'{wrong} is none of {known}, {", ".join(sharding.AXES)}: mend --model_args.')
     self._mesh = config.Mesh(**{axis: _whole(axis, size) for axis, size in axes.items()})
     meta = checkpoint_lib.read_meta(checkpoint)
-    self.words = opening.tokenizer(checkpoint, meta)
+    self.words = checkpoint_lib.open_tokenizer(checkpoint, meta)
     self.max_length = (
       meta.sequence_length if max_length is None else _whole('max_length', max_length)
     )

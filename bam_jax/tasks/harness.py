@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import lm_eval
 from lm_eval.tasks import TaskManager
 
-from bam_jax.checkpoint import checkpoint
+from bam_jax import checkpoint
 from bam_jax.errors import UserError
 from bam_jax.tasks import adapter, code, offline, sets
 from bam_jax.tasks.session import GROUPS, Options

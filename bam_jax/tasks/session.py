@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 import rich.console
 
-from bam_jax import config
-from bam_jax.checkpoint import checkpoint, opening
+from bam_jax import checkpoint, config
 from bam_jax.errors import UserError
 from bam_jax.evaluate.programs import rows_mesh
 from bam_jax.parallel import sharding
@@ -47,7 +46,7 @@ def run(checkpoints: Sequence[str], tasks: Sequence[str], options: Options) -> d
     raise UserError('A --checkpoint is given twice: name each checkpoint once.')
   sharding.make_mesh(rows_mesh(options.mesh))
   for path in checkpoints:
-    opening.tokenizer(path, checkpoint.read_meta(path))
+    checkpoint.open_tokenizer(path, checkpoint.read_meta(path))
   files = {task: sets.read(task) for task in tasks if sets.is_file(task)}
   _refuse_code((task for task, questions in files.items() if questions.kind == sets.CODE), options)
   # Not before what can be refused without it: seconds, and an extra.

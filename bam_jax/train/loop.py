@@ -9,8 +9,8 @@ from typing import Any
 import grain
 import jax
 
-from bam_jax import config, errors
-from bam_jax.checkpoint import checkpoint, damage
+from bam_jax import checkpoint, config, errors
+from bam_jax.checkpoint import integrity
 from bam_jax.data import mixture, shards
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
@@ -86,7 +86,7 @@ def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> di
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
-    for sentence in damage.set_aside(job.folder / 'checkpoints'):
+    for sentence in integrity.set_aside(job.folder / 'checkpoints'):
       progress.note(sentence)
     checkpoints = checkpoint.Checkpoints(job.folder / 'checkpoints', run.intervals.keep)
     stack.push(lambda kind, error, trace: _close(checkpoints, error))

@@ -18,8 +18,8 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from bam_jax import config
-from bam_jax.checkpoint import arrays, checkpoint, checksums, manifest
+from bam_jax import checkpoint, config
+from bam_jax.checkpoint import arrays, integrity, manifest
 from bam_jax.config import strict
 from bam_jax.errors import UserError
 from bam_jax.files import folders
@@ -98,7 +98,7 @@ def upcycle(
     concurrent.futures.ThreadPoolExecutor(1) as checking,
   ):
     # Ahead of the mixing, which finds in memory what was checked: the disk reads all of it once.
-    checks = [checking.submit(checksums.check, one.folder, ['params']) for one in sources]
+    checks = [checking.submit(integrity.check, one.folder, ['params']) for one in sources]
     writer = arrays.Writer(folder / 'params', wanted)
     try:
       hashes = mix(sources, writer, mixture, how, merge.run_key(seed, name), advance)

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from bam_jax import config
-from bam_jax.checkpoint import arrays, checkpoint, checksums, damage
+from bam_jax import checkpoint, config
+from bam_jax.checkpoint import arrays, integrity
 from bam_jax.errors import UserError
 from bam_jax.files import folders
 from bam_jax.parallel import sharding
@@ -207,15 +207,15 @@ def two_steps(written, tmp_path):
 
 
 def test_whole_checkpoints_stay(two_steps):
-  assert damage.set_aside(two_steps) == []
-  assert damage.set_aside(two_steps / 'nowhere') == []
+  assert integrity.set_aside(two_steps) == []
+  assert integrity.set_aside(two_steps / 'nowhere') == []
   assert checkpoint.finished_step(two_steps) == 12
 
 
 @pytest.mark.parametrize('what', DAMAGE)
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(two_steps, written, models, what):
   file = spoil(two_steps / '12', what)
-  (sentence,) = damage.set_aside(two_steps)
+  (sentence,) = integrity.set_aside(two_steps)
   assert f'{two_steps}/12 is damaged' in sentence
   assert file in sentence or what.startswith('checksums'), 'which may be of any file'
   assert '12.damaged now' in sentence
@@ -230,7 +230,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(two_steps, written
   assert data['iterator'] == {'next': 3}
   checkpoints.save(12, params, opt_state, data, meta(model, 12))
   checkpoints.close()
-  assert damage.set_aside(two_steps) == []
+  assert integrity.set_aside(two_steps) == []
   assert {path.name for path in two_steps.iterdir()} == {'3', '12', '12.damaged'}
 
 
@@ -238,7 +238,7 @@ def test_when_every_checkpoint_is_damaged_none_is_touched(two_steps):
   for number in ('3', '12'):
     spoil(two_steps / number, 'params flipped')
   with pytest.raises(UserError, match=f'{two_steps}/12 is damaged .* no other that is whole'):
-    damage.set_aside(two_steps)
+    integrity.set_aside(two_steps)
   assert {path.name for path in two_steps.iterdir()} == {'3', '12'}
 
 
@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint_gives_no_parameters(two_steps, models):
 
 def test_a_checkpoint_of_before_there_were_checksums_is_believed(two_steps, written, models):
   shutil.rmtree(two_steps / '12' / 'checksums')
-  assert damage.set_aside(two_steps) == []
+  assert integrity.set_aside(two_steps) == []
   wanted = abstract(models['bam_kv_experts']).params
   check_same(checkpoint.restore_params(two_steps, wanted), written[1][12].params)
 
@@ -269,7 +269,7 @@ def listed(tmp_path):
   for item in ('meta', 'checksums'):
     (tmp_path / item).mkdir()
   (tmp_path / 'meta' / 'metadata').write_text('{}')
-  checksums.write(tmp_path, tmp_path / 'checksums')
+  integrity.write(tmp_path, tmp_path / 'checksums')
   return tmp_path
 
 
@@ -281,17 +281,17 @@ def listed(tmp_path):
   ],
 )  # fmt: skip
 def test_no_list_of_checksums_has_other_things_than_files_read(listed, name, size):
-  checksums.check(listed, ['meta'])
+  integrity.check(listed, ['meta'])
   (listed / 'meta' / 'zero').symlink_to('/dev/zero')
   os.mkfifo(listed / 'meta' / 'pipe')
   (listed / 'checksums' / 'crc32.json').write_text(json.dumps({name: [size, 0]}))
-  with pytest.raises(checksums.Damaged):
-    checksums.check(listed, [])
+  with pytest.raises(integrity.Damaged):
+    integrity.check(listed, [])
 
 
 def test_a_checkpoint_is_on_disk_before_the_one_before_is_removed(tmp_path, models, monkeypatch):
   synced, before, state = set(), [], draw(models['dense'], (1, 1, 1, 1), 0)
-  written = checksums.write  # the last to write into a checkpoint
+  written = integrity.write  # the last to write into a checkpoint
 
   def write(folder, into):
     written(folder, into)
@@ -299,7 +299,7 @@ def test_a_checkpoint_is_on_disk_before_the_one_before_is_removed(tmp_path, mode
     before.append((tmp_path / '1').exists())
 
   monkeypatch.setattr(os, 'fsync', lambda file: synced.add(os.fstat(file).st_ino))
-  monkeypatch.setattr(checksums, 'write', write)
+  monkeypatch.setattr(integrity, 'write', write)
   checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
   for at in (1, 2):
     checkpoints.save(at, *state[:2], {}, meta(models['dense'], at))
@@ -317,7 +317,7 @@ def test_a_file_system_without_fsync_takes_checkpoints(listed, monkeypatch, numb
 
   monkeypatch.setattr(os, 'fsync', fsync)
   for write, error in (
-    (lambda: checksums.write(listed, listed / 'checksums'), OSError),
+    (lambda: integrity.write(listed, listed / 'checksums'), OSError),
     (lambda: folders.write_file(listed / 'config.json', '{}'), UserError),
   ):
     with pytest.raises(error) if refused else contextlib.nullcontext():

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from bam_jax import config
-from bam_jax.checkpoint import arrays, checkpoint, manifest
+from bam_jax import checkpoint, config
+from bam_jax.checkpoint import arrays, manifest
 from bam_jax.convert import inspection
 from bam_jax.errors import UserError
 from bam_jax.files import folders

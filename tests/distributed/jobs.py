@@ -15,8 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bam_jax import config
-from bam_jax.checkpoint import checkpoint
+from bam_jax import checkpoint, config
 from bam_jax.model import transformer
 
 ROOT = Path(__file__).parents[2]

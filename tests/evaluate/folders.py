@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bam_jax import config
-from bam_jax.checkpoint import checkpoint, manifest
+from bam_jax import checkpoint, config
+from bam_jax.checkpoint import manifest
 from bam_jax.data.tokenizer import Tokenizer
 
 LENGTH = 24  # that the tiny models were "trained" at

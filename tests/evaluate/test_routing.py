@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from bam_jax.checkpoint import checkpoint
+from bam_jax import checkpoint
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.evaluate import comparison, corpus, page, routing, windows
 from bam_jax.evaluate.scorer import Routed, Scorer

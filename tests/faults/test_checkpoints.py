@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from bam_jax.checkpoint import checkpoint, checksums
+from bam_jax import checkpoint
+from bam_jax.checkpoint import integrity
 from tests.checkpoint.test_checkpoint import spoil
 from tests.distributed import jobs
 from tests.faults.conftest import SEED, assert_sentence
@@ -36,13 +37,13 @@ def test_two_processes_go_on_from_the_checkpoint_before(text, tmp_path):
   whole, workdir = tmp_path / 'whole', tmp_path / 'damaged'
   with jobs.job(whole, text, 2, jobs.MESH, *SEED, steps=20) as both:
     both.succeeds()
-  files = sorted(checksums.read(whole / 'seed' / 'checkpoints' / '20'))
+  files = sorted(integrity.read(whole / 'seed' / 'checkpoints' / '20'))
   for number in (0, 1):  # of the process whose share it is
     shutil.rmtree(workdir, ignore_errors=True)
     shutil.copytree(whole, workdir)
     (workdir / 'seed' / 'result.json').unlink()
     step = workdir / 'seed' / 'checkpoints' / '20'
-    listed = list(checksums.read(step))
+    listed = list(integrity.read(step))
     file = next(name for name in files if listed.index(name) % 2 == number)
     (step / file).write_bytes(b'?')
     with jobs.job(workdir, text, 2, jobs.MESH, *SEED, steps=20) as both:
@@ -97,7 +98,7 @@ def test_the_only_checkpoint_outlives_many_kills(text, undisturbed, tmp_path, se
     newest = checkpoint.finished_step(checkpoints)
     assert newest is not None and newest > before
     whole = checkpoints / str(newest)
-    assert checksums.fault(whole, checksums.read(whole)) is None
+    assert integrity.fault(whole, integrity.read(whole)) is None
   done = run(text, tmp_path, *flags)
   assert done.returncode == 0, done.stderr
   assert_same_end(tmp_path, undisturbed, ['seed'])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bam_jax.checkpoint import checkpoint
+from bam_jax import checkpoint
 from bam_jax.files import claims, leases
 from tests import test_main
 from tests.gcs.conftest import command, files, holding

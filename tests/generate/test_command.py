@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from bam_jax import cli, config
-from bam_jax.checkpoint import checkpoint, manifest
+from bam_jax import checkpoint, cli, config
+from bam_jax.checkpoint import manifest
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.generate import loading

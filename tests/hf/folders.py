@@ -9,8 +9,8 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from bam_jax import config
-from bam_jax.checkpoint import arrays, checkpoint, manifest
+from bam_jax import checkpoint, config
+from bam_jax.checkpoint import arrays, manifest
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.files.folders import new_folder
 from bam_jax.model import transformer

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bam_jax.checkpoint import checkpoint
+from bam_jax import checkpoint
 from tests.hf import folders
 from tests.hf.folders import CONFIG, cohere_tensors
 

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bam_jax.checkpoint import checkpoint
+from bam_jax import checkpoint
 from bam_jax.errors import UserError
 from bam_jax.hf import importing
 from tests.hf import folders

@@ -5,7 +5,7 @@ import inspect
 import numpy as np
 import pytest
 
-from bam_jax.checkpoint import checkpoint
+from bam_jax import checkpoint
 from bam_jax.hf import exporting, importing
 from tests.hf import folders
 from tests.parity.test_cohere import by_our_paths, check_same, distance, make_batch, ours, theirs

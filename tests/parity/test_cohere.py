@@ -14,8 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from bam_jax import config
-from bam_jax.checkpoint import checkpoint
+from bam_jax import checkpoint, config
 from bam_jax.hf import exporting, names
 from bam_jax.model import transformer
 from bam_jax.train import loss

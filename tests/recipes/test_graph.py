@@ -5,8 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from bam_jax import config
-from bam_jax.checkpoint import checkpoint
+from bam_jax import checkpoint, config
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic
 from bam_jax.parallel import memory

@@ -7,8 +7,7 @@ import signal
 
 import pytest
 
-from bam_jax import config
-from bam_jax.checkpoint import checkpoint
+from bam_jax import checkpoint, config
 from bam_jax.data import mixture, shards
 from bam_jax.errors import UserError
 from bam_jax.recipes import runner

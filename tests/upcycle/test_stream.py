@@ -13,8 +13,8 @@ from flax import traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bam_jax import config
-from bam_jax.checkpoint import arrays, checkpoint, manifest
+from bam_jax import checkpoint, config
+from bam_jax.checkpoint import arrays, manifest
 from bam_jax.config import strict
 from bam_jax.errors import UserError
 from bam_jax.model import transformer

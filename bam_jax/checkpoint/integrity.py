@@ -12,17 +12,22 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
+import jax
 from etils import epath
 
 from bam_jax.errors import UserError
 from bam_jax.files import folders, json_file
+from bam_jax.parallel import processes
 
 ITEM = 'checksums'
 FILE = 'crc32.json'
 PIECE_BYTES = 2**18
 THREADS = 4
+SET_ASIDE = '.damaged'  # in the name of a step's folder that was found damaged
 
 Sums = dict[str, tuple[int, int]]  # of each file by its path: bytes, CRC-32
 
@@ -125,3 +130,63 @@ def _sum(path: str) -> tuple[int, int]:
     while count := file.readinto(piece):
       size, crc = size + count, zlib.crc32(piece[:count], crc)
   return size, crc
+
+
+def set_aside(folder: Path) -> list[str]:
+  """Renames a run's newest checkpoints as long as they are damaged; a sentence about each.
+
+  All processes must ask; together they read the newest checkpoint once.
+
+  Raises:
+    UserError: none is whole; then none is renamed.
+  """
+  faults: dict[str, str] = {}
+  for step in processes.decide(lambda: _numbered(folder)):
+    what = fault_of_all(folder / step)
+    if not what:
+      break
+    faults[step] = what
+  else:
+    if faults:
+      newest = next(iter(faults))
+      raise UserError(
+        f'{folder / newest} is damaged ({faults[newest]}), and {folder} holds no other that is '
+        f'whole: put a copy in its place, or delete {folder} to train the run from its start.'
+      )
+  return processes.decide(lambda: [_rename(folder / step, what) for step, what in faults.items()])
+
+
+def _numbered(folder: Path) -> list[str]:
+  """Names of the steps' folders, the newest first, whatever is in them."""
+  names = (path.name for path in folder.glob('*') if folders.is_complete(path))
+  return sorted((name for name in names if name.isdecimal()), key=int, reverse=True)
+
+
+def _rename(folder: Path, what: str) -> str:
+  aside = folder.with_name(folder.name + SET_ASIDE)
+  try:
+    folders.remove(aside)
+    folder.rename(aside)
+  except OSError as error:
+    raise UserError(
+      f'{folder} is damaged and cannot be renamed: {error.strerror or error}.'
+    ) from error
+  return f'{folder} is damaged ({what}): it is {aside.name} now, and the one before is taken.'
+
+
+def fault_of_all(folder: epath.PathLike, items: Sequence[str] = ()) -> str:
+  """What is wrong with a checkpoint's items, or ''; every process reads its share of the files."""
+
+  def listed() -> dict[str, Any]:
+    try:
+      if not (folder / 'meta').is_dir():
+        return {'fault': 'it has no meta'}
+      return {'sums': read(folder, items)}
+    except Damaged as damaged:
+      return {'fault': damaged.what}
+
+  found = processes.decide(listed)
+  if 'fault' in found:
+    return found['fault']
+  mine = dict(list(found['sums'].items())[jax.process_index() :: jax.process_count()])
+  return processes.first(fault(folder, mine) or '')

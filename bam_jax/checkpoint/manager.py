@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from bam_jax import config, errors
-from bam_jax.checkpoint import arrays, checksums, damage
+from bam_jax.checkpoint import arrays, integrity
 from bam_jax.checkpoint.manifest import Manifest
 from bam_jax.config import strict
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, read_file
@@ -64,7 +64,7 @@ class _ChecksumsHandler(ocp.CheckpointHandler):
     pass
 
   def finalize(self, directory: epath.Path) -> None:
-    checksums.write(directory.parent, directory)
+    integrity.write(directory.parent, directory)
 
 
 @ocp.args.register_with_handler(_ChecksumsHandler, for_save=True, for_restore=True)
@@ -77,7 +77,7 @@ class Checkpoints:
   """The checkpoints of one run; writing is asynchronous."""
 
   def __init__(self, folder: Path, keep: int):
-    """Opens the folder, which need not exist; `damage.set_aside` comes before."""
+    """Opens the folder, which need not exist; `integrity.set_aside` comes before."""
     self.folder = folder
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
@@ -89,7 +89,7 @@ class Checkpoints:
     handlers = {
       item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in ('params', 'opt_state')
     } | {item: ocp.JsonCheckpointHandler() for item in ('data', 'meta')}
-    handlers[checksums.ITEM] = _ChecksumsHandler()  # the last: Orbax finalizes in this order
+    handlers[integrity.ITEM] = _ChecksumsHandler()  # the last: Orbax finalizes in this order
     self._manager = ocp.CheckpointManager(
       folders.absolute(folder), options=options, item_handlers=handlers
     )
@@ -181,8 +181,8 @@ def write_meta(folder: epath.Path, meta: Meta) -> None:
   with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
     checkpointer.save(folder / 'meta', ocp.args.JsonSave(strict.to_dict(meta)))
   if not folders.in_bucket(folder):
-    (folder / checksums.ITEM).mkdir()
-    checksums.write(folder, folder / checksums.ITEM)
+    (folder / integrity.ITEM).mkdir()
+    integrity.write(folder, folder / integrity.ITEM)
 
 
 def finished_step(folder: Path) -> int | None:
@@ -227,7 +227,7 @@ def find_tokenizer(path: epath.PathLike) -> epath.Path:
 def read_meta(path: epath.PathLike) -> Meta:
   """The `meta` of the checkpoint at or below `path`; UserError when it is not one of ours."""
   folder = find(path)
-  checksums.check(folder, ['meta'])
+  integrity.check(folder, ['meta'])
   try:
     facts = json_file.load(folder / 'meta' / 'metadata')
   except (OSError, ValueError) as error:
@@ -267,8 +267,8 @@ def _restore_checked(path: epath.PathLike, params: Any, args: ocp.args.PyTreeRes
   """Restores, after comparing what is on disk with what is asked for; Orbax alone may not."""
   whole = folders.absolute(find(path))
   folder = whole / 'params'
-  if what := damage.fault(whole, ['params']):
-    raise checksums.Damaged(whole, what)
+  if what := integrity.fault_of_all(whole, ['params']):
+    raise integrity.Damaged(whole, what)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     stored = _shapes(checkpointer.metadata(folder).item_metadata.tree)
     wanted = _shapes(params)
