@@ -11,7 +11,7 @@ from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.files import folders
 from bam_jax.parallel import processes
 
-SAMPLE = Path(__file__).parent / 'data' / 'sample'
+SAMPLE = Path(prepare.__file__).parent / 'sample'
 
 
 def open_dataset(data: config.Data) -> shards.Dataset:
