@@ -1,7 +1,8 @@
 """The decode step of `generate`, compiled for devices that need not be there, and what it costs.
 
-The program is the one that writes up to `programs.WRITES` tokens of each row in a call. All facts
-are of one token of each row, a full call's over its tokens, with every slot of the cache in use.
+The program is `generator.decode`, which appends up to MAX_STEPS tokens to each row in a call. All
+facts are of one token of each row, a full call's over its tokens, with every slot of the cache in
+use.
 """
 
 import math
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from bam_jax.aot import cost, program, report
 from bam_jax.aot.topology import Topology
 from bam_jax.errors import UserError
-from bam_jax.generate import generator, programs, sampling
+from bam_jax.generate import generator
 from bam_jax.model import arithmetic, resident
 from bam_jax.model.decoder import Decoder
 from bam_jax.parallel import sharding
@@ -77,10 +78,9 @@ def compile_step(
   decoder: Decoder, shape: Shape, mesh: jax.sharding.Mesh
 ) -> program.Compiled | program.TooLarge:
   """Compiles the very program that `bam_jax.generate` runs."""
-  kind = sampling.Sampling().kind()
-  write = programs.programs(decoder.model, shape.dtype, mesh, kind).write
-  arguments = programs.abstract_arguments(decoder, shape.batch_size, shape.slots)
-  return program.compile_lowered(lambda: write.lower(*_placed(arguments, mesh)))
+  key = generator.Program(decoder.model, shape.dtype, mesh)
+  arguments = generator.abstract_arguments(decoder, shape.batch_size, shape.slots)
+  return program.compile_lowered(lambda: generator.decode.lower(key, *_placed(arguments, mesh)))
 
 
 def _placed(arguments: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -113,9 +113,9 @@ def facts(
     return result
   # The arithmetic counts half of the context, a sequence's average; this token sees all of it.
   model_flops = shape.batch_size * arithmetic.forward_flops(job.model, 2 * shape.slots)
-  trips = {programs.STEPS: programs.WRITES}
+  trips = {generator.DECODE_LOOP: generator.MAX_STEPS}
   call = cost.read(compiled.executable.as_text(), topology.size, trips=trips)
-  result |= report.costs(topology, mesh, call.part(programs.WRITES), model_flops)
+  result |= report.costs(topology, mesh, call.part(generator.MAX_STEPS), model_flops)
   speeds = {name: shape.batch_size / result['seconds'][name] for name in report.BOUNDS}
   ratio = result['hbm_bytes'] / sum(needed.values())
   return result | {'hbm_ratio': ratio, 'tokens_per_second': speeds}
@@ -132,7 +132,7 @@ def needed_bytes(decoder: Decoder, shape: Shape) -> dict[str, int]:
   if model.ffn_experts:
     pairs = shape.batch_size // layout.row_shards * model.ffn_experts.top_k
     visited = min(1.0, pairs / model.ffn_experts.num_experts)
-  params, state, *_ = programs.abstract_arguments(decoder, shape.batch_size, shape.slots)
+  params, state, *_ = generator.abstract_arguments(decoder, shape.batch_size, shape.slots)
   weights = 0
   for key_path, x in jax.tree_util.tree_leaves_with_path(params):
     path = sharding.path_of(key_path)

@@ -7,11 +7,11 @@
 
 A single continuation streams to standard output. `--mesh=expert=4` keeps each attention expert, its
 keys and values, and its share of the FFN experts on a device of its own; data and fsdp cut the rows
-of a batch, tensor heads and columns. A continuation ends with the tokenizer's end token, at a
+of a batch, tensor heads and columns. A continuation ends with the tokenizer's EOS token, at a
 `--stop`, or after --max_new_tokens.
 
 `--json` writes `checkpoint`, `dtype`, `mesh`, and `rows`, in the order of the prompts:
-  prompt, sample: what was continued, and which time.
+  prompt, sample: what was continued, and the number of the sample, from 0.
   text, tokens: the continuation without what ended it; its tokens, those of a `--stop` included.
   reason: 'end', 'stop' or 'length'.
 With `--json=-` that alone is on standard output.
@@ -19,6 +19,7 @@ With `--json=-` that alone is on standard output.
 
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,20 +27,23 @@ from absl import flags
 
 from bam_jax import cli, config
 from bam_jax.errors import UserError
-from bam_jax.generate import loading, sampling, session, text
+from bam_jax.generate import generator, text
+from bam_jax.generate.sampling import SamplingParams
 from bam_jax.parallel import compilation, sharding
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A run, one of its steps, or a conversion.')
-_PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be given again.')
+_PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be repeated.')
 _PROMPTS = flags.DEFINE_string('prompts', None, 'A file: a prompt a line, or .jsonl with `prompt`.')
-_MOST = flags.DEFINE_integer('max_new_tokens', 128, 'Tokens to make, at most.', lower_bound=1)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+  'max_new_tokens', 128, 'Tokens of a continuation, at most.', lower_bound=1
+)
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 takes the most probable token.')
-_TOP_K = flags.DEFINE_integer('top_k', 0, 'Choose among so many words; 0 is all.')
+_TOP_K = flags.DEFINE_integer('top_k', 0, 'Choose among this many words; 0 is all.')
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Choose among the words with this share of the mass.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of all draws.')
 _SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Continuations of each prompt.', lower_bound=1)
-_STOP = flags.DEFINE_multi_string('stop', [], 'Text that ends a continuation; may be given again.')
-_BATCH = flags.DEFINE_integer('batch_size', 8, 'The most continuations at once.', lower_bound=1)
+_STOP = flags.DEFINE_multi_string('stop', [], 'Text that ends a continuation; may be repeated.')
+_BATCH = flags.DEFINE_integer('batch_size', 8, 'Continuations at once, at most.', lower_bound=1)
 _DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16'], 'Default: float32 on CPU, bfloat16 elsewhere.'
 )
@@ -49,26 +53,92 @@ _MESH = flags.DEFINE_list('mesh', [], 'Devices along axes: data=2,expert=4.')
 def main() -> dict[str, Any]:
   """Continues what the flags ask for, and prints it."""
   if not _CHECKPOINT.value:
-    raise UserError('Which model? Give --checkpoint=DIR.')
-  options = sampling.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-  if _SAMPLES.value > 1 and not options.temperature:
-    raise UserError('--num_samples at temperature 0 are all the same: give --temperature=1, say.')
-  for prompt in (*_PROMPT.value, *_STOP.value):
-    text.check(prompt, f'{ascii(prompt)[:80]} on the command line')
+    raise UserError('--checkpoint=DIR is required.')
+  params = SamplingParams(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+  if _SAMPLES.value > 1 and not params.temperature:
+    raise UserError(
+      'The --num_samples are all the same at temperature 0: give --temperature=1, for example.'
+    )
   prompts = [*_PROMPT.value, *(text.read_prompts(_PROMPTS.value) if _PROMPTS.value else [])]
   if not prompts:
-    raise UserError("What to continue? Give --prompt='...' or --prompts=FILE.")
+    raise UserError("--prompt='...' or --prompts=FILE is required.")
   compilation.use_cache()
   dtype = _DTYPE.value or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
   sizes = cli.parse_mesh(_MESH.value)
-  loaded = loading.load(_CHECKPOINT.value, dtype, sharding.make_mesh(sizes))
-  output = sys.stderr if flags.FLAGS.json == '-' else sys.stdout
+  loaded = generator.load(_CHECKPOINT.value, dtype, sharding.make_mesh(sizes))
   for signum in (signal.SIGPIPE, signal.SIGINT):
     signal.signal(signum, signal.SIG_DFL)  # a reader that has seen enough: no traceback
-  reader = session.Session(loaded, options, _MOST.value, _SEED.value, tuple(_STOP.value), output)
-  rows = reader.run(prompts, _SAMPLES.value, _BATCH.value)
+  rows = _continue(loaded, prompts, params)
   mesh = config.to_dict(sizes)
   return {'checkpoint': _CHECKPOINT.value, 'dtype': dtype, 'mesh': mesh, 'rows': rows}
+
+
+def _continue(
+  loaded: generator.Loaded, prompts: Sequence[str], params: SamplingParams
+) -> list[dict[str, Any]]:
+  """The rows of `--json`; streams a single continuation, prints several at the end."""
+  tokenizer, num_samples = loaded.tokenizer, _SAMPLES.value
+  ids = text.prompt_tokens(tokenizer, prompts)
+  _warn_of_length(loaded, max(map(len, ids)))
+  rows = [generator.Row(tokens, i) for tokens in ids for i in range(num_samples)]
+  made = [text.Continuation(tokenizer, row.prompt, _STOP.value) for row in rows]
+  stream = len(rows) == 1
+  if stream:
+    _print(prompts[0])
+
+  def watch(number: int, tokens: list[int]) -> bool:
+    shown = made[number].add(tokens)
+    if stream:
+      _print(shown)
+    return made[number].stopped
+
+  loaded.generator.generate(
+    rows,
+    _MAX_NEW_TOKENS.value,
+    params,
+    seed=_SEED.value,
+    batch_size=_BATCH.value,
+    every=1 if stream else generator.MAX_STEPS,
+    watch=watch,
+  )
+  facts = []
+  for number, (row, one) in enumerate(zip(rows, made)):
+    prompt, rest = prompts[number // num_samples], one.finish()
+    _print(f'{rest}\n' if stream else f'{_title(prompt, row.sample)}\n{one.text}\n\n')
+    reason = 'length' if len(one.tokens) == _MAX_NEW_TOKENS.value else 'end'
+    facts.append(
+      {
+        'prompt': prompt,
+        'sample': row.sample,
+        'text': one.text,
+        'tokens': one.tokens,
+        'reason': 'stop' if one.stopped else reason,
+      }
+    )
+  return facts
+
+
+def _warn_of_length(loaded: generator.Loaded, longest: int) -> None:
+  trained = loaded.meta.sequence_length
+  if longest + _MAX_NEW_TOKENS.value > trained:
+    print(
+      f'The longest prompt has {longest:,} tokens and may get {_MAX_NEW_TOKENS.value:,} more; the '
+      f'model was trained on sequences of {trained:,}, and what it writes past them may make '
+      'little sense.',
+      file=sys.stderr,
+    )
+
+
+def _print(words: str) -> None:
+  output = sys.stderr if flags.FLAGS.json == '-' else sys.stdout
+  output.write(words)
+  output.flush()
+
+
+def _title(prompt: str, sample: int) -> str:
+  line = ' '.join(prompt.split())
+  line = line if len(line) <= 72 else line[:71] + '…'
+  return f'== {line}' + (f' ({sample + 1} of {_SAMPLES.value})' if _SAMPLES.value > 1 else '')
 
 
 if __name__ == '__main__':

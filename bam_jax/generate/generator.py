@@ -1,27 +1,171 @@
 """Prompts to continuations: batches of similar length, padded to shapes that are compiled once.
 
-Legend: B batch, T tokens of a piece.
+Two programs do the work: `prefill` reads a piece of the prompts into the KV cache, `decode` appends
+up to MAX_STEPS tokens to each row.
+
+Legend: B batch, T tokens of a piece, N tokens that a call appends, V vocabulary.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from bam_jax import config
+from bam_jax import checkpoint, config
+from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
-from bam_jax.generate import programs, sampling
-from bam_jax.model import arithmetic
-from bam_jax.model import decoder as decoder_lib
+from bam_jax.generate.sampling import SamplingParams, sample
+from bam_jax.model import arithmetic, resident
+from bam_jax.model import cache as cache_lib
+from bam_jax.model.decoder import Decoder
 from bam_jax.parallel import memory
 
+MAX_STEPS = 16  # of one call of `decode`
 PIECE = 512  # tokens of a prompt that are read at once
-STEP = 32  # tokens, the least between two buckets
-STOPS = 4  # room for tokens that finish a row
+BUCKET = 32  # tokens, the least distance of two buckets
+NO_TOKEN = -1  # in place of a token, of a row that is finished
+DECODE_LOOP = 'decode_loop'  # the scope of the loop over tokens, in a compiled program's text
+
+
+class Program(NamedTuple):
+  """What the programs are compiled for, beside shapes."""
+
+  model: config.Model
+  dtype: str  # of weights, activations and cache
+  mesh: jax.sharding.Mesh | None
+  sampling: tuple[bool, int, bool] = SamplingParams().static()
+  num_words: int | None = None  # words that may be chosen, the first of them; None is all
+
+
+class State(NamedTuple):
+  """A batch on the devices; its buffers are donated."""
+
+  cache: cache_lib.Cache
+  first_B: jax.Array  # int32, slots of padding in front of each row
+  filled: jax.Array  # int32, slots in use
+  token_B: jax.Array  # int32, chosen and not read yet; NO_TOKEN if finished
+  noise_B2: jax.Array  # uint32, what each row's draws depend on
+  temperature: jax.Array
+  top_p: jax.Array
+  stops: jax.Array  # int32, tokens that finish a row
+
+
+REST = resident.ROWS, P(), resident.ROWS, resident.ROWS, P(), P(), P()  # specs but for the cache
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def prefill(program: Program, params: Any, state: State, tokens_BT: jax.Array) -> State:
+  """Reads a piece of the prompts, int32; the state's token follows it."""
+  decoder = Decoder(program.model, program.dtype, program.mesh)
+
+  def run(params, state, tokens_BT):
+    return _advance(decoder, program, params, state, tokens_BT, state.first_B)
+
+  specs = _specs(decoder)
+  return decoder.layout.spread(run, (*specs, resident.ROWS), specs[1])(params, state, tokens_BT)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def decode(
+  program: Program, params: Any, state: State, finished_B: jax.Array, steps: jax.Array
+) -> tuple[State, jax.Array]:
+  """Appends tokens.
+
+  Args:
+    program: static.
+    params: what `Decoder.place` returned.
+    state: of the tokens so far.
+    finished_B: bool, rows that need no more.
+    steps: int32, at most MAX_STEPS.
+
+  Returns:
+    The state, and the tokens BN that follow the one before, of which the first `steps` count.
+  """
+  decoder = Decoder(program.model, program.dtype, program.mesh)
+
+  def run(params, state, finished_B, steps):
+    def step(number, carry):
+      state, new_BN = carry
+      over_B = (state.token_B == NO_TOKEN) | (state.token_B[:, None] == state.stops).any(1)
+      # The token of a finished row is padding, which visits no expert.
+      first_B = jnp.where(over_B, state.filled + 1, state.first_B)
+      tokens_B1 = jnp.maximum(state.token_B, 0)[:, None]
+      new = _advance(decoder, program, params, state, tokens_B1, first_B)
+      new = new._replace(token_B=jnp.where(over_B, NO_TOKEN, new.token_B))
+      column_B1 = new.token_B[:, None]
+      return new, jax.lax.dynamic_update_slice_in_dim(new_BN, column_B1, number, axis=1)
+
+    state = state._replace(token_B=jnp.where(finished_B, NO_TOKEN, state.token_B))
+    new_BN = jnp.full((state.token_B.shape[0], MAX_STEPS), NO_TOKEN, jnp.int32)
+    with jax.named_scope(DECODE_LOOP):
+      return jax.lax.fori_loop(0, steps, step, (state, new_BN))
+
+  specs, rows = _specs(decoder), resident.ROWS
+  spread = decoder.layout.spread(run, (*specs, rows, P()), (specs[1], rows))
+  return spread(params, state, finished_B, steps)
+
+
+def _advance(decoder, program: Program, params, state: State, tokens_BT, first_B) -> State:
+  """Reads tokens and chooses the next one."""
+  logits_BV, cache = decoder.read(params, state.cache, tokens_BT, first_B, state.filled)
+  num_words = program.num_words
+  if num_words is not None and num_words < logits_BV.shape[1]:
+    logits_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < num_words, logits_BV, -jnp.inf)
+  filled = state.filled + tokens_BT.shape[1]
+  # Of a row's own length and no more: its draws do not depend on what it shares a batch with.
+  keys_B = jax.vmap(_key)(state.noise_B2, filled - state.first_B)
+  token_B = sample(logits_BV, keys_B, program.sampling, state.temperature, state.top_p)
+  return state._replace(cache=cache, filled=filled, token_B=token_B)
+
+
+def _key(noise_2, number):
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(noise_2[0]), noise_2[1]), number)
+
+
+def _specs(decoder: Decoder) -> tuple[Any, State]:
+  """PartitionSpecs of parameters and state."""
+  layout = decoder.layout
+  return (
+    resident.specs(decoder.abstract, layout),
+    State(cache_lib.specs(decoder.model, layout), *REST),
+  )
+
+
+def abstract_arguments(decoder: Decoder, batch: int, slots: int) -> tuple:
+  """Shapes and shardings of the arguments of `decode`, to compile it for any devices."""
+  layout = decoder.layout
+
+  def abstract(x, spec):
+    sharded = NamedSharding(layout.mesh, spec) if layout.mesh else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharded)
+
+  rest = map(abstract, _rest([0] * batch, np.zeros((batch, 2)), SamplingParams(), ()), REST)
+  return (
+    resident.abstract(decoder.abstract, layout, decoder.dtype),
+    State(cache_lib.abstract(decoder.model, layout, batch, slots, decoder.dtype), *rest),
+    abstract(np.zeros(batch, bool), resident.ROWS),
+    abstract(np.int32(0), P()),
+  )
+
+
+def _rest(first_B, noise_B2, params: SamplingParams, stops: Sequence[int]) -> tuple:
+  """The state before anything is read, but for its cache."""
+  return (
+    np.asarray(first_B, np.int32),
+    np.int32(0),
+    np.full(len(first_B), NO_TOKEN, np.int32),
+    np.asarray(noise_B2, np.uint32),
+    np.float32(params.temperature or 1.0),
+    np.float32(params.top_p),
+    np.asarray(stops or (NO_TOKEN,), np.int32),
+  )
 
 
 class Row(NamedTuple):
@@ -55,24 +199,23 @@ class Generator:
       read: (path, index) -> the region of a parameter; `resident.reader` makes one of a tree.
       dtype: 'float32' or 'bfloat16', of weights, activations and cache.
       mesh: default: one device.
-      stops: at most `STOPS` tokens that finish a row.
+      stops: tokens that finish a row.
       num_words: words that may be chosen, the first of them; default: all.
     """
-    self.decoder = decoder_lib.Decoder(model, dtype, mesh)
+    self.decoder = Decoder(model, dtype, mesh)
     self.params = self.decoder.place(read)
-    self._mesh, self._num_words = mesh, num_words
-    self._stops = np.full(STOPS, programs.NONE, np.int32)
-    self._stops[: len(stops)] = stops
+    self._stops = tuple(stops)
+    self._program = Program(self.decoder.model, dtype, mesh, num_words=num_words)
 
   def generate(
     self,
     rows: Sequence[Row],
     max_new_tokens: int,
-    options: sampling.Sampling = sampling.Sampling(),  # noqa: B008
+    params: SamplingParams = SamplingParams(),  # noqa: B008
     *,
     seed: int = 0,
     batch_size: int = 8,
-    every: int = programs.WRITES,
+    every: int = MAX_STEPS,
     watch: Watch = lambda number, tokens: False,
   ) -> list[list[int]]:
     """The continuations of all rows, in their order, without what finished them.
@@ -80,41 +223,55 @@ class Generator:
     Args:
       rows: any number, of any lengths.
       max_new_tokens: of each.
-      options: how tokens are chosen.
+      params: how tokens are chosen.
       seed: of all draws; a row's depend on it, on its prompt and on its sample, on nothing else.
       batch_size: the most rows at once.
-      every: tokens of a row between two calls of `watch`, after the first, at most `WRITES`.
+      every: tokens of a row between two calls of `watch`, after the first, at most MAX_STEPS.
       watch: sees a row's new tokens as they come, and may finish it.
 
     Raises:
       UserError: keys and values of a batch do not fit into memory.
     """
-    knobs = programs.Knobs(
-      jnp.float32(options.temperature or 1.0), jnp.float32(options.top_p), jnp.asarray(self._stops)
-    )
-    run = programs.programs(
-      self.decoder.model, self.decoder.dtype, self._mesh, options.kind(), self._num_words
-    )
     made: list[list[int]] = [[] for _ in rows]
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].prompt))
     for at in range(0, len(order), batch_size):
       numbers = order[at : at + batch_size]
       running = np.ones(len(numbers), bool)
-      state, pieces = self._start([rows[number] for number in numbers], max_new_tokens, seed)
-      for new_BN in _calls(run, self.params, state, pieces, max_new_tokens, every, knobs, running):
-        stopped_BN = np.isin(new_BN[: len(numbers)], self._stops)
+      batch = [rows[number] for number in numbers]
+      for new_BN in self._batch(batch, max_new_tokens, params, seed, every, running):
         for row, number in enumerate(numbers):
           if running[row]:
-            tokens = new_BN[row, : _first(stopped_BN[row])].tolist()
-            made[number] += tokens
-            running[row] = not stopped_BN[row].any() and not (tokens and watch(number, tokens))
+            tokens = new_BN[row].tolist()
+            end = next((i for i, token in enumerate(tokens) if token in self._stops), None)
+            made[number] += tokens[:end]
+            watched = tokens[:end] and watch(number, tokens[:end])
+            running[row] = end is None and not watched
     return made
 
-  def _start(self, rows: Sequence[Row], max_new_tokens: int, seed: int):
-    """The empty state of a batch, and its prompts in pieces BT."""
-    shards = self.decoder.layout.row_shards
+  def _batch(
+    self, rows, max_new_tokens, params: SamplingParams, seed, every, running
+  ) -> Iterator[np.ndarray]:
+    """New tokens BN, for as long as a row is `running`, which the caller updates."""
+    program = self._program._replace(sampling=params.static())
+    state, pieces = self._start(rows, max_new_tokens, params, seed)
+    for tokens_BT in pieces:
+      state = prefill(program, self.params, state, tokens_BT)
+    yield np.asarray(state.token_B)[:, None]
+    left = max_new_tokens - 1
+    while left and running.any():
+      steps = min(every, left)
+      finished_B = np.ones(len(state.token_B), bool)
+      finished_B[: len(running)] = ~running
+      state, new_BN = decode(program, self.params, state, finished_B, jnp.int32(steps))
+      yield np.asarray(new_BN)[:, :steps]
+      left -= steps
+
+  def _start(self, rows: Sequence[Row], max_new_tokens: int, params: SamplingParams, seed: int):
+    """The state of a batch before anything is read, and its prompts in pieces BT."""
+    layout = self.decoder.layout
+    shards = layout.row_shards
     batch = shards * 2 ** math.ceil(math.log2(-(-len(rows) // shards)))
-    length, piece, slots = shape(max(len(row.prompt) for row in rows), max_new_tokens)
+    length, piece, slots = padded_shape(max(len(row.prompt) for row in rows), max_new_tokens)
     self._check_room(batch, slots)
     tokens_BT = np.zeros((batch, length), np.int32)
     first_B = np.full(batch, length, np.int32)
@@ -123,19 +280,22 @@ class Generator:
       first_B[number] = length - len(row.prompt)
       tokens_BT[number, first_B[number] :] = row.prompt
       noise_B2[number] = _noise(seed, row)
-    state = programs.start(self.decoder, slots, first_B, noise_B2)
-    return state, np.split(tokens_BT, length // piece, axis=1)
+    cache = cache_lib.zeros(self.decoder.model, layout, batch, slots, self.decoder.dtype)
+    rest = _rest(first_B, noise_B2, params, self._stops)
+    put = lambda x, spec: jax.device_put(
+      x, NamedSharding(layout.mesh, spec) if layout.mesh else None
+    )
+    return State(cache, *map(put, rest, REST)), np.split(tokens_BT, length // piece, axis=1)
 
   def _check_room(self, batch: int, slots: int) -> None:
     layout, model = self.decoder.layout, self.decoder.model
+    parts = layout.sizes['tensor'] * layout.row_shards
+    if model.attention_experts and not model.attention_experts.shared_kv:
+      parts *= layout.sizes['expert']
+    # All fake devices of a CPU share one memory.
+    here = parts if layout.platform == 'cpu' else 1
     of_token = arithmetic.cache_bytes(model, self.decoder.dtype)
-    experts = model.attention_experts
-    cut = layout.sizes['tensor'] * layout.row_shards
-    if experts and not experts.shared_kv:
-      cut *= layout.sizes['expert']
-    # Every fake device of a CPU has its part in the one memory.
-    here = cut if layout.platform == 'cpu' else 1
-    needed, free = batch * slots * of_token * here // cut, memory.free_bytes()
+    needed, free = batch * slots * of_token * here // parts, memory.free_bytes()
     if free is not None and needed > free:
       raise UserError(
         f'Keys and values of {batch} x {slots:,} tokens take {needed / 1e9:,.1f} GB, and '
@@ -144,22 +304,35 @@ class Generator:
       )
 
 
-def _calls(run, params, state, pieces, max_new_tokens, every, knobs, running) -> Iterator:
-  """New tokens BN of each call of a program, the rows that are `running` when it is made."""
-  for tokens_BT in pieces:
-    state = run.read(params, state, tokens_BT, knobs)
-  yield np.asarray(state.token_B)[:, None]
-  left = max_new_tokens - 1
-  while left and running.any():
-    steps = min(every, left)
-    finished_B = np.ones(len(state.token_B), bool)
-    finished_B[: len(running)] = ~running
-    state, written_BN = run.write(params, state, finished_B, jnp.int32(steps), knobs)
-    yield np.asarray(written_BN)[:, :steps]
-    left -= steps
+class Loaded(NamedTuple):
+  """A checkpoint that is ready to continue text."""
+
+  meta: checkpoint.Meta
+  tokenizer: Tokenizer
+  generator: Generator
 
 
-def shape(longest: int, max_new_tokens: int) -> tuple[int, int, int]:
+def load(path: str, dtype: str, mesh: jax.sharding.Mesh | None = None) -> Loaded:
+  """Loads the checkpoint at or below `path`, an array at a time, onto the mesh.
+
+  Args:
+    path: of a run, a step, or what `convert` wrote.
+    dtype: 'float32' or 'bfloat16'.
+    mesh: default: one device.
+
+  Raises:
+    UserError: it is not a complete checkpoint, or does not fit the mesh.
+  """
+  meta = checkpoint.read_meta(path)
+  tokenizer = checkpoint.open_tokenizer(path, meta)
+  read, stops = checkpoint.open_params(path, meta.model).read, [tokenizer.eos_id]
+  made = Generator(
+    meta.model, read, dtype=dtype, mesh=mesh, stops=stops, num_words=tokenizer.vocab_size
+  )
+  return Loaded(meta, tokenizer, made)
+
+
+def padded_shape(longest: int, max_new_tokens: int) -> tuple[int, int, int]:
   """Tokens that prompts are padded to, those of a piece of them, and the cache's slots."""
   if longest <= PIECE:
     length = piece = bucket(longest)
@@ -170,13 +343,9 @@ def shape(longest: int, max_new_tokens: int) -> tuple[int, int, int]:
 
 
 def bucket(tokens: int) -> int:
-  """The next multiple of STEP, from 256 on of 32, 64, 128 and so on: at most a quarter larger."""
-  step = max(STEP, 2 ** (math.ceil(math.log2(max(tokens, 1))) - 3))
+  """The next multiple of BUCKET, from 256 on of 32, 64, 128 and so on: at most a quarter larger."""
+  step = max(BUCKET, 2 ** (math.ceil(math.log2(max(tokens, 1))) - 3))
   return -(-tokens // step) * step
-
-
-def _first(stopped_N: np.ndarray) -> int:
-  return int(np.argmax(stopped_N)) if stopped_N.any() else len(stopped_N)
 
 
 def _noise(seed: int, row: Row) -> np.ndarray:

@@ -1,13 +1,12 @@
-"""The next token from its scores: the largest, or drawn after temperature, top-k and top-p.
+"""The next token from its logits: the largest, or drawn after temperature, top-k and top-p.
 
-Nothing is approximate: top-k keeps k words, of equal scores those with lower numbers; top-p keeps
-a word if all that are more probable have less than `top_p` of the mass, equals alike.
+Nothing is approximate: top-k keeps k words, of equal logits those with lower ids; top-p keeps a
+word if all that are more probable have less than `top_p` of the mass, equals alike.
 
 Legend: B batch, V vocabulary, N candidates, C blocks of them.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -19,63 +18,69 @@ BLOCK = 512  # candidates of a block
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
   """How tokens are chosen."""
 
-  temperature: float = 0.0  # what scores are divided by; 0 takes the largest
+  temperature: float = 0.0  # logits are divided by it; 0 is greedy decoding
   top_k: int = 0  # candidates; 0 is all words
-  top_p: float = 1.0  # the mass of the candidates, after top-k
+  top_p: float = 1.0  # the probability mass of the candidates, after top-k
 
   def __post_init__(self):
     if not 0 <= self.temperature < math.inf:
-      raise UserError(f'--temperature={self.temperature} is no number from 0 up: give one.')
+      raise UserError(f'--temperature={self.temperature} is not a number from 0 up: change it.')
     if self.top_k < 0:
       raise UserError(f'--top_k={self.top_k} is negative: give the number of words to choose from.')
     if not 0 < self.top_p <= 1:
       raise UserError(f'--top_p={self.top_p} is not above 0 and at most 1: give a share.')
     if not self.temperature and (self.top_k or self.top_p != 1):
       raise UserError(
-        '--top_k and --top_p choose among words and temperature 0 takes the first: '
-        'give --temperature=1, say.'
+        '--top_k and --top_p have no effect at temperature 0, which takes the most probable word: '
+        'give --temperature=1, for example.'
       )
 
-  def kind(self) -> tuple[bool, int, bool]:
-    """What a program is compiled for; temperature and top-p are its arguments."""
+  def static(self) -> tuple[bool, int, bool]:
+    """What a program is compiled for: whether it draws, top-k, and whether it applies top-p."""
     return self.temperature > 0, self.top_k, self.top_p < 1
 
 
-# (scores BV, keys B, temperature, top_p) -> words B, int32
-Choose = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+def sample(
+  logits_BV: jax.Array,
+  keys_B: jax.Array,
+  static: tuple[bool, int, bool],
+  temperature: jax.Array,
+  top_p: jax.Array,
+) -> jax.Array:
+  """One word for each row, int32 (B,).
 
-
-def chooser(kind: tuple[bool, int, bool]) -> Choose:
-  """The function that chooses, for `Sampling.kind`."""
-  draws, top_k, cuts = kind
+  Args:
+    logits_BV: float32; minus infinity for words that are not to be chosen.
+    keys_B: of the draws, one for each row.
+    static: `SamplingParams.static`.
+    temperature: above 0; unread in greedy decoding, as are the keys.
+    top_p: unread unless `static` has it.
+  """
+  draws, top_k, use_top_p = static
   if not draws:
-    return lambda logits_BV, *_: largest(logits_BV)
-
-  def choose(logits_BV, keys_B, temperature, top_p):
-    logits_BN, words_BN = logits_BV / temperature, None
-    if top_k:
-      logits_BN, words_BN = jax.lax.top_k(logits_BN, min(top_k, logits_BN.shape[1]))
-    if cuts:
-      logits_BN = nucleus(logits_BN, top_p)
-    drawn_B = draw(logits_BN, keys_B)
-    if words_BN is None:
-      return drawn_B
-    return jnp.take_along_axis(words_BN, drawn_B[:, None], axis=1)[:, 0]
-
-  return choose
+    return argmax(logits_BV)
+  logits_BN, words_BN = logits_BV / temperature, None
+  if top_k:
+    logits_BN, words_BN = jax.lax.top_k(logits_BN, min(top_k, logits_BN.shape[1]))
+  if use_top_p:
+    logits_BN = mask_top_p(logits_BN, top_p)
+  drawn_B = jax.vmap(_draw)(logits_BN, keys_B)
+  if words_BN is None:
+    return drawn_B
+  return jnp.take_along_axis(words_BN, drawn_B[:, None], axis=1)[:, 0]
 
 
-def largest(logits_BV: jax.Array) -> jax.Array:
-  """The word with the largest score, of equal ones the first."""
-  # On CPU argmax takes ten times as long.
+def argmax(logits_BV: jax.Array) -> jax.Array:
+  """The word with the largest logit, of equal ones the first."""
+  # On CPU jnp.argmax takes ten times as long.
   return jax.lax.top_k(logits_BV, 1)[1][:, 0]
 
 
-def nucleus(logits_BN: jax.Array, top_p: jax.Array) -> jax.Array:
-  """Scores, those outside of top-p minus infinity; arXiv 1904.09751.
+def mask_top_p(logits_BN: jax.Array, top_p: jax.Array) -> jax.Array:
+  """Logits, those outside of top-p minus infinity; nucleus sampling, arXiv 1904.09751.
 
   The least probability that stays is found by bisection over the bits of a float32, whose order is
   that of the numbers: 31 sums, where sorting 256,000 words takes CPUs twenty times as long.
@@ -92,15 +97,11 @@ def nucleus(logits_BN: jax.Array, top_p: jax.Array) -> jax.Array:
   return jnp.where(bits_BN >= least_B[:, None], logits_BN, -jnp.inf)
 
 
-def draw(logits_BN: jax.Array, keys_B: jax.Array) -> jax.Array:
-  """One candidate for each row, with the probabilities that the softmax gives: a block, then of it.
+def _draw(logits_N: jax.Array, key: jax.Array) -> jax.Array:
+  """A candidate with its softmax probability: first a block of candidates, then one of the block.
 
-  A row needs noise for a block of candidates and for the blocks, not for every candidate.
+  A row then needs noise for a block and for the blocks, not for every candidate.
   """
-  return jax.vmap(_draw_one)(logits_BN, keys_B)
-
-
-def _draw_one(logits_N, key):
   size = min(BLOCK, logits_N.shape[0])
   padded = jnp.pad(logits_N, (0, -logits_N.shape[0] % size), constant_values=-jnp.inf)
   logits_CN = padded.reshape(-1, size)

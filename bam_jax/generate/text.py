@@ -1,20 +1,20 @@
 """Text around the model: prompts to tokens, and tokens to text as they come."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from bam_jax.data.documents import DOCUMENT_BYTES
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.files import json_file
 
-CONTEXT = 8  # tokens before new ones that say how they are spelled: whether a space comes first
-BROKEN = '\ufffd'  # what a tokenizer makes of bytes that are no character, or half of one
-HALF = 3  # the most bytes of half a character
-PROMPTS_BYTES = 2**28  # at most, of a file of prompts
+CONTEXT = 8  # tokens before new ones that decide how they are spelled: whether a space comes first
+REPLACEMENT = '\ufffd'  # what a tokenizer makes of bytes that are not a character, or half of one
+MAX_HALF = 3  # bytes of half a character
 
 
 def prompt_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-  """Begin and the tokens of each text, as documents begin in training."""
+  """BOS and the tokens of each text, as documents begin in training."""
   return [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(list(texts))]
 
 
@@ -22,51 +22,40 @@ def read_prompts(path: str) -> list[str]:
   """The prompts in a file: JSON lines with the key `prompt` if it ends in .jsonl, else one a line.
 
   Raises:
-    UserError: it cannot be read, or a line of it.
+    UserError: the file, or a line of it, cannot be read.
   """
   try:
-    with open(path, 'rb') as file:
-      content = file.read(PROMPTS_BYTES + 1)
+    lines = Path(path).read_bytes().split(b'\n')
   except OSError as error:
     raise UserError(f'--prompts={path} cannot be read: {error.strerror}.') from error
-  if len(content) > PROMPTS_BYTES:
-    raise UserError(f'--prompts={path} is larger than {PROMPTS_BYTES >> 20} MiB: split the file.')
-  lines = content.split(b'\n')
-  found = []
+  prompts = []
   for number, line in enumerate(lines, 1):
+    where = f'{path}:{number}'
     if len(line) > DOCUMENT_BYTES:
-      raise UserError(
-        f'{path}:{number} is larger than {DOCUMENT_BYTES >> 20} MiB: no model reads such a prompt.'
-      )
+      raise UserError(f'{where} is larger than {DOCUMENT_BYTES >> 20} MiB: shorten the prompt.')
     try:
       text = line.decode('utf-8-sig' if number == 1 else 'utf-8').removesuffix('\r')
     except UnicodeDecodeError:
-      raise UserError(f'{path}:{number} is not UTF-8: convert the file.') from None
-    if not text.strip():
-      continue
-    found.append(_json_prompt(path, number, text) if path.endswith('.jsonl') else text)
-  if not found:
-    raise UserError(f'--prompts={path} holds no prompt.')
-  return found
+      raise UserError(f'{where} is not UTF-8: convert the file.') from None
+    if text.strip():
+      prompts.append(_json_prompt(where, text) if path.endswith('.jsonl') else text)
+  if not prompts:
+    raise UserError(f'--prompts={path} holds no prompt: write one on each line.')
+  return prompts
 
 
-def check(text: str, where: str) -> None:
-  """UserError for text that has no UTF-8: what a shell hands on of other encodings."""
-  try:
-    text.encode()
-  except UnicodeEncodeError:
-    raise UserError(f'{where} is not UTF-8: convert it.') from None
-
-
-def _json_prompt(path: str, number: int, line: str) -> str:
+def _json_prompt(where: str, line: str) -> str:
   try:
     fact = json_file.loads(line)
   except ValueError as error:
-    raise UserError(f'{path}:{number} is not JSON ({error}).') from None
+    raise UserError(f'{where} is not JSON ({error}): fix the line.') from None
   prompt = fact.get('prompt') if isinstance(fact, dict) else None
   if not isinstance(prompt, str):
-    raise UserError(f'{path}:{number} has no text under the key "prompt".')
-  check(prompt, f'{path}:{number}')
+    raise UserError(f'{where} has no text under the key "prompt": fix the line.')
+  try:
+    prompt.encode()
+  except UnicodeEncodeError:  # half of an escaped pair
+    raise UserError(f'{where} is not UTF-8: convert the file.') from None
   return prompt
 
 
@@ -88,7 +77,7 @@ class Continuation:
     self._stops = [stop for stop in stops if stop]
     self._spelled = ''  # all that is spelled, stops or not
     self._window = list(prompt[-CONTEXT:])
-    self._seen = len(tokenizer.decode(self._window))
+    self._seen = len(tokenizer.decode(self._window))  # characters of the window
 
   def add(self, tokens: Sequence[int]) -> str:
     """Takes new tokens, none after a stop; returns what is new of the text."""
@@ -98,37 +87,36 @@ class Continuation:
         break
       self.tokens.append(token)
       self._window.append(token)
-      shown += self._show(self._spell(last=False), last=False)
+      shown += self._show(last=False)
     return shown
 
   def finish(self) -> str:
-    """Returns what was held back, now that no token comes any more."""
-    return self._show(self._spell(last=True), last=True)
+    """Returns what was held back, now that no more tokens come."""
+    return '' if self.stopped else self._show(last=True)
+
+  def _show(self, last: bool) -> str:
+    """Spells what the window allows, and returns what of it cannot become a stop."""
+    self._spelled += self._spell(last)
+    found = [at for at in map(self._spelled.find, self._stops) if at >= 0]
+    self.stopped = bool(found)
+    end = min(found, default=len(self._spelled))
+    if not found and not last:
+      end -= max((_begun(self._spelled, stop) for stop in self._stops), default=0)
+    shown = self._spelled[len(self.text) : end]
+    self.text += shown
+    return shown
 
   def _spell(self, last: bool) -> str:
     text = self._tokenizer.decode(self._window)
     end = len(text)
     if not last:
-      end -= min(HALF, len(text) - len(text.rstrip(BROKEN)))
+      end -= min(MAX_HALF, len(text) - len(text.rstrip(REPLACEMENT)))
     new = text[self._seen : end]
     self._seen = max(self._seen, end)
     if end == len(text) and len(self._window) > 4 * CONTEXT:
       self._window = self._window[-CONTEXT:]
       self._seen = len(self._tokenizer.decode(self._window))
     return new
-
-  def _show(self, new: str, last: bool) -> str:
-    if self.stopped:
-      return ''
-    self._spelled += new
-    found = [at for at in (self._spelled.find(stop) for stop in self._stops) if at >= 0]
-    self.stopped = bool(found)
-    end = min(found) if found else len(self._spelled)
-    if not found and not last:
-      end -= max((_begun(self._spelled, stop) for stop in self._stops), default=0)
-    shown = self._spelled[len(self.text) : end]
-    self.text += shown
-    return shown
 
 
 def _begun(text: str, stop: str) -> int:

@@ -13,7 +13,7 @@ import pytest
 from bam_jax import config
 from bam_jax.aot import cost, decode, program, report, topology
 from bam_jax.errors import UserError
-from bam_jax.generate import programs
+from bam_jax.generate import generator
 from bam_jax.model import arithmetic
 
 TARGET = topology.parse('v5e:2x2')
@@ -61,8 +61,8 @@ def test_a_token_is_a_sixteenth_of_a_call(facts, job):
   layers = job('bam_kv_experts').model.num_layers
   counts = {row['kind']: row['count'] for row in facts['collectives']}
   assert counts == {'all-reduce': layers + 1, 'all-gather': 1}
-  (steps,) = [loop for loop in facts['loops'] if loop['trips'] == programs.WRITES]
-  assert steps['times'] == 1 and steps['source'].endswith('/steps/while')
+  (steps,) = [loop for loop in facts['loops'] if loop['trips'] == generator.MAX_STEPS]
+  assert steps['times'] == 1 and steps['source'].endswith('/decode_loop/while')
 
 
 def test_facts_agree_with_each_other(facts, job):

@@ -15,7 +15,7 @@ from bam_jax import checkpoint, cli, config
 from bam_jax.checkpoint import manifest
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
-from bam_jax.generate import loading
+from bam_jax.generate import generator
 from bam_jax.model import transformer
 
 ROOT = Path(__file__).parents[2]
@@ -96,9 +96,9 @@ def test_a_reader_that_has_seen_enough(run_folder):
 
 
 MISTAKES = {
-  'no checkpoint': (('--prompt=x',), 'Give --checkpoint=DIR'),
+  'no checkpoint': (('--prompt=x',), '--checkpoint=DIR is required'),
   'not a checkpoint': (('--checkpoint=/nowhere', '--prompt=x'), '/nowhere holds no checkpoint'),
-  'no prompt': (('--checkpoint={}',), "Give --prompt='...'"),
+  'no prompt': (('--checkpoint={}',), "--prompt='...' or --prompts=FILE is required"),
   'other bytes': (('--checkpoint={}', b'--prompt=\xff\xfe'), 'is not UTF-8'),
   'same samples': (('--checkpoint={}', '--prompt=x', '--num_samples=2'), 'give --temperature=1'),
   'too many devices': (('--checkpoint={}', '--prompt=x', '--mesh=data=64'), 'shrink mesh'),
@@ -131,4 +131,4 @@ def test_a_checkpoint_that_lost_an_array(run_folder, tmp_path):
   meta.write_text(json.dumps(facts))
   shutil.rmtree(meta.parents[1] / 'checksums')  # which would notice first
   with pytest.raises(UserError, match=r'has blocks/ffn/\w+ of shape .* is wanted: it is damaged'):
-    loading.load(str(tmp_path / 'run'), 'float32')
+    generator.load(str(tmp_path / 'run'), 'float32')

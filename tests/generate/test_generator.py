@@ -11,13 +11,13 @@ import pytest
 from bam_jax import config
 from bam_jax.errors import UserError
 from bam_jax.generate import generator as generator_lib
-from bam_jax.generate import programs, sampling
 from bam_jax.generate.generator import Generator, Row
+from bam_jax.generate.sampling import SamplingParams
 from bam_jax.model import cache, decoder, resident, transformer
 from bam_jax.parallel import sharding
 
 LENGTH = 24  # the most tokens of a row in these tests
-DRAWN = sampling.Sampling(1.0, top_k=100, top_p=0.95)
+DRAWN = SamplingParams(1.0, top_k=100, top_p=0.95)
 
 
 @pytest.fixture(scope='module')
@@ -191,7 +191,7 @@ def test_a_long_prompt_is_read_in_pieces(build, models, start):
 @pytest.mark.slow
 def test_words_past_the_tokenizers_are_never_chosen(models, start, rows):
   few = Generator(models['dense'], resident.reader(start('dense')), num_words=11)
-  made = few.generate(rows[:2], 12, sampling.Sampling(5.0))
+  made = few.generate(rows[:2], 12, SamplingParams(5.0))
   assert max(max(tokens) for tokens in made) < 11
 
 
@@ -213,16 +213,14 @@ def test_buckets_are_few_and_near():
   assert all(n <= size < max(n + 32, 1.25 * n + 1) for n, size in enumerate(sizes, 1))
   assert sizes == sorted(sizes) and len(set(sizes)) < 32
   for longest in (1, 16, 17, 300, 512, 513, 5000):
-    length, piece, slots = generator_lib.shape(longest, 20)
+    length, piece, slots = generator_lib.padded_shape(longest, 20)
     assert length >= longest and length % piece == 0 and slots >= length + 20
 
 
 def written(model: Generator, batch: int, slots: int):
   """The compiled program that writes."""
-  arguments = programs.abstract_arguments(model.decoder, batch, slots)
-  kind = sampling.Sampling().kind()
-  made = programs.programs(model.decoder.model, 'float32', model._mesh, kind)
-  return made.write.lower(*arguments).compile()
+  arguments = generator_lib.abstract_arguments(model.decoder, batch, slots)
+  return generator_lib.decode.lower(model._program, *arguments).compile()
 
 
 @pytest.mark.skipif(

@@ -7,6 +7,7 @@ import pytest
 
 from bam_jax.errors import UserError
 from bam_jax.generate import sampling
+from bam_jax.generate.sampling import SamplingParams
 
 DRAWS = 20_000
 
@@ -15,7 +16,7 @@ def scores(size: int, seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).normal(0, 2, size).astype(np.float32)
 
 
-def expected(logits: np.ndarray, options: sampling.Sampling) -> np.ndarray:
+def expected(logits: np.ndarray, options: SamplingParams) -> np.ndarray:
   """The probabilities of a choice, in float64, by sorting."""
   scaled = logits.astype(np.float64) / options.temperature
   order = np.argsort(-scaled, kind='stable')
@@ -29,12 +30,11 @@ def expected(logits: np.ndarray, options: sampling.Sampling) -> np.ndarray:
   return weights / weights.sum()
 
 
-def drawn(logits: np.ndarray, options: sampling.Sampling, draws: int = DRAWS) -> np.ndarray:
+def drawn(logits: np.ndarray, options: SamplingParams, draws: int = DRAWS) -> np.ndarray:
   """How often each word is drawn, by as many rows."""
-  choose = sampling.chooser(options.kind())
   keys = jax.random.split(jax.random.key(5), draws)
-  one = lambda key: choose(
-    jnp.asarray(logits)[None], key[None], jnp.float32(options.temperature), options.top_p
+  one = lambda key: sampling.sample(
+    jnp.asarray(logits)[None], key[None], options.static(), options.temperature, options.top_p
   )[0]
   words = jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=1000))(keys)
   return np.bincount(np.asarray(words), minlength=len(logits)) / draws
@@ -43,11 +43,11 @@ def drawn(logits: np.ndarray, options: sampling.Sampling, draws: int = DRAWS) ->
 @pytest.mark.parametrize(
   'options',
   [
-    sampling.Sampling(1.0),
-    sampling.Sampling(0.5),
-    sampling.Sampling(1.0, top_k=5),
-    sampling.Sampling(1.0, top_p=0.7),
-    sampling.Sampling(1.3, top_k=20, top_p=0.6),
+    SamplingParams(1.0),
+    SamplingParams(0.5),
+    SamplingParams(1.0, top_k=5),
+    SamplingParams(1.0, top_p=0.7),
+    SamplingParams(1.3, top_k=20, top_p=0.6),
   ],
   ids=str,
 )
@@ -64,7 +64,7 @@ def test_draws_over_blocks(monkeypatch):
   monkeypatch.setattr(sampling, 'BLOCK', 8)
   logits = scores(45)
   logits[8:16] = -np.inf
-  wanted, got = expected(logits, sampling.Sampling(1.0)), drawn(logits, sampling.Sampling(1.0))
+  wanted, got = expected(logits, SamplingParams(1.0)), drawn(logits, SamplingParams(1.0))
   assert (got[wanted == 0] == 0).all()
   assert (np.abs(got - wanted) <= 6 * np.sqrt(wanted * (1 - wanted) / DRAWS) + 1e-9).all()
 
@@ -74,7 +74,7 @@ def test_the_words_that_top_p_keeps(top_p):
   rows = np.stack([scores(1000, seed) for seed in range(4)])
   rows[1] = np.round(rows[1])  # a great many equals
   rows[2, 3] = 60  # one word has all the mass
-  kept = np.isfinite(jax.jit(sampling.nucleus)(rows, jnp.float32(top_p)))
+  kept = np.isfinite(jax.jit(sampling.mask_top_p)(rows, jnp.float32(top_p)))
   for row, mask in zip(rows, kept):
     weights = np.exp(row.astype(np.float64) - row.max())
     weights /= weights.sum()
@@ -86,23 +86,23 @@ def test_the_words_that_top_p_keeps(top_p):
 
 def test_of_equal_scores_the_first():
   rows = jnp.asarray([[1.0, 3, 3, 0], [2, 2, 2, 2]])
-  assert sampling.largest(rows).tolist() == [1, 0]
-  got = drawn(np.array([1.0, 3, 3, 3], np.float32), sampling.Sampling(1.0, top_k=2), 500)
+  assert sampling.argmax(rows).tolist() == [1, 0]
+  got = drawn(np.array([1.0, 3, 3, 3], np.float32), SamplingParams(1.0, top_k=2), 500)
   assert got[0] == got[3] == 0 and (got[1:3] > 0.4).all()
 
 
 def test_a_row_has_its_own_draw():
   logits = np.tile(scores(300), (6, 1))
-  choose = sampling.chooser(sampling.Sampling(1.0).kind())
+  choose = lambda logits, keys: sampling.sample(logits, keys, SamplingParams(1.0).static(), 1, 1)
   keys = jax.random.split(jax.random.key(0), 6)
-  together = choose(logits, keys, 1.0, 1.0)
-  alone = [choose(logits[:1], keys[i : i + 1], 1.0, 1.0)[0] for i in range(6)]
+  together = choose(logits, keys)
+  alone = [choose(logits[:1], keys[i : i + 1])[0] for i in range(6)]
   assert together.tolist() == [int(word) for word in alone]
   assert len(set(together.tolist())) > 1
 
 
 def test_more_candidates_than_words():
-  got = drawn(scores(6), sampling.Sampling(1.0, top_k=100), 200)
+  got = drawn(scores(6), SamplingParams(1.0, top_k=100), 200)
   assert got.sum() == 1
 
 
@@ -119,4 +119,4 @@ def test_more_candidates_than_words():
 )
 def test_what_makes_no_sense(options, flag):
   with pytest.raises(UserError, match=flag):
-    sampling.Sampling(**options)
+    SamplingParams(**options)
