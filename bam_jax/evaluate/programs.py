@@ -50,8 +50,12 @@ class Watched(transformer.Network):
     return made
 
 
-def _choices(gates_BTE, logits_BTE, load_BTE, counted_BT) -> Choices:
+def _choices(gates_BTE, logits_BTE, chosen_BTE, counted_BT) -> Choices:
   del logits_BTE, counted_BT
+  if chosen_BTE is None:
+    load_BTE = gates_BTE
+  else:
+    load_BTE = chosen_BTE / chosen_BTE.sum(-1, keepdims=True)
   return Choices(gates_BTE, load_BTE, jnp.zeros((), gates_BTE.dtype))
 
 

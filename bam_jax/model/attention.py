@@ -90,7 +90,7 @@ class MixtureOfAttention(nnx.Module):
   def __call__(self, y_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, router.Statistics]:
     """One layer's mixture of normalised tokens (B, T, D), as far as this device's experts go."""
     gates_BTE, logits_BTE = router.gates(y_BTD, self.router[...])
-    mixed_BTE, load_BTE = gates_BTE, gates_BTE
+    mixed_BTE, chosen_BTE = gates_BTE, None
     if self.options.top_k:
       gates_BTk, experts_BTk, chosen_BTE = router.choose(
         gates_BTE, self.options.top_k, self.options.renormalize
@@ -98,8 +98,7 @@ class MixtureOfAttention(nnx.Module):
       mixed_BTE = jnp.einsum(
         'btk,btke->bte', gates_BTk, jax.nn.one_hot(experts_BTk, gates_BTE.shape[-1])
       )
-      load_BTE = chosen_BTE / self.options.top_k
-    stats = self.statistics(gates_BTE, logits_BTE, load_BTE, tokens.counted_BT)
+    stats = self.statistics(gates_BTE, logits_BTE, chosen_BTE, tokens.counted_BT)
 
     num_experts = self.query.shape[0]
     y_BTD = y_BTD.astype(self.query.dtype)

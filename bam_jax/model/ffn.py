@@ -73,7 +73,7 @@ class MixtureOfFFN(nnx.Module):
     num_experts, k = self.gate.shape[0], self.options.top_k
     gates_BTE, logits_BTE = router.gates(y_BTD, self.router[...])
     gates_BTk, experts_BTk, chosen_BTE = self.choose(self, gates_BTE)
-    stats = self.statistics(gates_BTE, logits_BTE, chosen_BTE / k, tokens.counted_BT)
+    stats = self.statistics(gates_BTE, logits_BTE, chosen_BTE, tokens.counted_BT)
 
     experts_BTk = self.layout.my_numbers(experts_BTk, num_experts)
     experts_P = jnp.where(tokens.real_BT[..., None], experts_BTk, num_experts).reshape(-1)
@@ -83,7 +83,7 @@ class MixtureOfFFN(nnx.Module):
     # The gates' gradient needs it.
     output_BTkD = checkpoint_name(output_PD, remat.CHOICES).reshape(*gates_BTk.shape, -1)
     output_BTD = jnp.einsum('btkd,btk->btd', output_BTkD, gates_BTk.astype(output_PD.dtype))
-    return output_BTD, stats._replace(dropped=dropped.astype(stats.dropped.dtype))
+    return output_BTD, stats._replace(dropped=dropped.astype(jnp.int32))
 
 
 def _choose(options: config.FFNExperts) -> Callable:
@@ -130,6 +130,6 @@ def _dropless(kernel: grouped.Kernel, all_experts: int) -> Callable:
     num_experts, pairs = weights[0].shape[0], experts_P.size
     slots = dispatch.blocks(experts_P, num_experts, min(kernel.rows, pairs))
     usual = math.ceil(ROOM * pairs * num_experts / all_experts)
-    return kernel.swiglu(usual, x_PD, weights, slots), jnp.zeros(())
+    return kernel.swiglu(usual, x_PD, weights, slots), jnp.zeros((), jnp.int32)
 
   return run

@@ -12,15 +12,16 @@ import jax.numpy as jnp
 class Statistics(NamedTuple):
   """Sums over the real tokens of a batch; adding two batches' gives those of their union.
 
-  All are float32. After the scan over layers each has a leading axis L.
+  Counts are int32, and therefore exact whatever the batch; all else is float32. After the scan over
+  layers each has a leading axis L.
   """
 
-  tokens: jax.Array  # (): real tokens
-  load: jax.Array  # (E,): share of the token that went to expert i: gates if soft, else choices / k
+  tokens: jax.Array  # (), int32: real tokens
+  load: jax.Array  # (E,): assignments to each expert, int32; where routing is soft, `gate`
   gate: jax.Array  # (E,): gates before the top-k
   z: jax.Array  # (): logsumexp(logits)^2
   entropy: jax.Array  # (): entropy of the gates before the top-k, nats
-  dropped: jax.Array  # (): choices that found their expert's buffer full
+  dropped: jax.Array  # (), int32: assignments that found their expert's buffer full
 
 
 def gates(y_BTD: jax.Array, router_DE: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -42,7 +43,7 @@ def choose(
   """The k largest gates of each token; ties go to the lower expert.
 
   Returns:
-    Gates (B, T, k), expert numbers (B, T, k) int32, and the choices as a mask (B, T, E).
+    Gates (B, T, k), expert numbers (B, T, k) int32, and the choices as a 0/1 mask (B, T, E) int32.
   """
   return _chosen(gates_BTE, *jax.lax.top_k(gates_BTE, top_k), renormalize)
 
@@ -62,29 +63,49 @@ def choose_biased(
 def _chosen(gates_BTE, gates_BTk, experts_BTk, renormalize):
   if renormalize:
     gates_BTk = gates_BTk / gates_BTk.sum(-1, keepdims=True)
-  chosen_BTE = jax.nn.one_hot(experts_BTk, gates_BTE.shape[-1], dtype=gates_BTE.dtype).sum(-2)
+  chosen_BTE = jax.nn.one_hot(experts_BTk, gates_BTE.shape[-1], dtype=jnp.int32).sum(-2)
   return gates_BTk, experts_BTk, chosen_BTE
 
 
 def statistics(
-  gates_BTE: jax.Array, logits_BTE: jax.Array, load_BTE: jax.Array, real_BT: jax.Array
+  gates_BTE: jax.Array,
+  logits_BTE: jax.Array,
+  chosen_BTE: jax.Array | None,
+  real_BT: jax.Array,
 ) -> Statistics:
-  """Statistics over the tokens that `real_BT` marks; padding counts for nothing."""
+  """Statistics over the tokens that `real_BT` marks; padding counts for nothing.
+
+  Args:
+    gates_BTE: what `gates` returned.
+    logits_BTE: likewise.
+    chosen_BTE: the int32 mask that `choose` returned; None where routing is soft.
+    real_BT: bool.
+  """
   real = real_BT.astype(gates_BTE.dtype)
+  gate_E = jnp.einsum('bte,bt->e', gates_BTE, real)
+  if chosen_BTE is None:
+    load_E = jax.lax.stop_gradient(gate_E)
+  else:
+    load_E = jnp.sum(jnp.where(real_BT[..., None], chosen_BTE, 0), (0, 1), jnp.int32)
 
   def total(x_BT):
     return jnp.sum(x_BT * real)
 
   return Statistics(
-    tokens=real.sum(),
-    load=jax.lax.stop_gradient(jnp.einsum('bte,bt->e', load_BTE, real)),
-    gate=jnp.einsum('bte,bt->e', gates_BTE, real),
+    tokens=jnp.sum(real_BT, dtype=jnp.int32),
+    load=load_E,
+    gate=gate_E,
     z=total(jax.nn.logsumexp(logits_BTE, axis=-1) ** 2),
     entropy=jax.lax.stop_gradient(
       total(-jnp.sum(gates_BTE * jax.nn.log_softmax(logits_BTE), axis=-1))
     ),
-    dropped=jnp.zeros((), gates_BTE.dtype),
+    dropped=jnp.zeros((), jnp.int32),
   )
+
+
+def load_shares(stats: Statistics) -> jax.Array:
+  """The share of the assignments that each expert got; zeros where there was none."""
+  return stats.load / jnp.maximum(stats.load.sum(-1, keepdims=True), 1)
 
 
 def load_balance(stats: Statistics, whole: Statistics) -> jax.Array:
@@ -96,7 +117,7 @@ def load_balance(stats: Statistics, whole: Statistics) -> jax.Array:
   """
   tokens = jnp.maximum(whole.tokens, 1)[..., None]
   num_experts = stats.load.shape[-1]
-  return num_experts * jnp.sum((whole.load / tokens) * (stats.gate / tokens))
+  return num_experts * jnp.sum(load_shares(whole) * (stats.gate / tokens))
 
 
 def router_z(stats: Statistics, whole: Statistics) -> jax.Array:

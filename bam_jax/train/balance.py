@@ -46,11 +46,13 @@ def bias_update(
     return lambda params, routing: params
 
   def run(params, routing):
-    # Loads are choices / k: back to whole numbers, so that equal loads have no sign.
-    choices_LE = jnp.round(experts.top_k * routing.ffn.load)
-    spare_LE = choices_LE.sum(-1, keepdims=True) - experts.num_experts * choices_LE
+    # In whole numbers, so that equal loads move nothing: `mean - load` has the sign of the floor of
+    # the mean minus the load, and where these two are equal, of what the floor leaves out.
+    load_LE = routing.ffn.load
+    floor_L1, rest_L1 = jnp.divmod(load_LE.sum(-1, keepdims=True), experts.num_experts)
+    sign_LE = jnp.sign(2 * (floor_L1 - load_LE) + (rest_L1 > 0))
     ffn = params['blocks']['ffn']
-    bias_LE = ffn['expert_bias'] + rate * jnp.sign(spare_LE)
+    bias_LE = ffn['expert_bias'] + rate * sign_LE
     return params | {'blocks': params['blocks'] | {'ffn': ffn | {'expert_bias': bias_LE}}}
 
   return run

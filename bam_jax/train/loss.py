@@ -49,7 +49,7 @@ def objective(network: transformer.Network, loss: config.Loss) -> Callable:
     here = layout.total(metrics.targets)
     targets = jnp.maximum(here if targets is None else targets, 1)
     if whole is None:
-      over = jax.lax.stop_gradient(layout.total(metrics.routing))
+      over = layout.total(jax.lax.stop_gradient(metrics.routing))
       routers = here / targets * router_loss(network.model, loss, metrics.routing, over)
     else:
       routers = router_loss(network.model, loss, metrics.routing, whole)

@@ -53,10 +53,14 @@ def named_routers(routing: block.Routing) -> list[tuple[str, router.Statistics]]
 
 
 def of_router(stats: router.Statistics) -> dict[str, Any]:
-  """Means over the tokens, for every layer; `entropy` in nats, `dropped` a share of the tokens."""
+  """Means over the tokens, for every layer; `entropy` in nats, `dropped` a share of the tokens.
+
+  `load` is the share of the assignments that each expert got.
+  """
+  assigned = np.maximum(np.asarray(stats.load, np.float64).sum(-1, keepdims=True), 1)
   tokens = np.maximum(np.asarray(stats.tokens, np.float64), 1)
   return {
-    'load': (np.asarray(stats.load) / tokens[:, None]).tolist(),
+    'load': (np.asarray(stats.load) / assigned).tolist(),
     'entropy': (np.asarray(stats.entropy) / tokens).tolist(),
     'dropped': (np.asarray(stats.dropped) / tokens).tolist(),
   }

@@ -251,7 +251,7 @@ def measure(logits_BTV: np.ndarray, routes: list[oracle.Route], batch: dict) -> 
       layers.append(
         {
           'tokens': real_N.sum(),
-          'load': count_E / route.top_k if route.top_k else p_RE.sum(0),
+          'load': count_E if route.top_k else p_RE.sum(0),
           'gate': p_RE.sum(0),
           'z': (oracle.logsumexp(route.logits_NE[real_N]) ** 2).sum(),
           'entropy': -(p_RE * np.log(p_RE)).sum(),

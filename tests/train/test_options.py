@@ -95,7 +95,7 @@ def test_one_micro_batch_is_the_global_batch(models, make_batch):
 @given(st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=1, max_size=4))
 def test_losses_of_parts_add_up(loads):
   def stats(load):
-    load = np.array(load, np.float32)
+    load = np.array(load, np.int32)
     gate = load[::-1] * 0.7 + 0.1
     zero = np.float32(0)
     return router.Statistics(load.sum(), load, gate, load[0] ** 2, zero, zero)
@@ -120,7 +120,7 @@ def test_bias_update(choices, k):
   start = np.linspace(-0.3, 0.2, 3 * len(choices), dtype=np.float32).reshape(-1, 3)
   params = {'blocks': {'ffn': {'expert_bias': start, 'up': np.ones(2)}}, 'embed': np.ones(1)}
   zero = np.float32(0)
-  load = np.array(choices, np.float32) / np.float32(k)
+  load = np.array(choices, np.int32)
   routing = block.Routing(None, router.Statistics(zero, load, load, zero, zero, zero))
   update = balance.bias_update(model, config.Loss(expert_bias_update_rate=0.25), stages.Stages())
   got = update(params, routing)

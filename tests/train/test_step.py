@@ -211,4 +211,4 @@ def test_evaluation_sums_what_training_does(models, start, make_batch, run):
     evaluate = step.evaluation_step(models['btx'], config.Compute(), mesh)
     sums = evaluate(start('btx'), batch)
   assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(sums)), 'of each device by itself'
-  check_equal(jax.tree.map(lambda x: np.asarray(x).sum(0), sums), metrics.sums)
+  check_equal(jax.tree.map(lambda x: np.asarray(x).sum(0, x.dtype), sums), metrics.sums)

@@ -1,0 +1,46 @@
+"""Loads, drops and tokens are counts: whole numbers, and exact at any batch size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bam_jax import config
+from bam_jax.model import block, router
+from bam_jax.train import balance, stages
+
+
+@jax.jit
+def statistics(gates_BTE, real_BT) -> router.Statistics:
+  _, _, chosen_BTE = router.choose(gates_BTE, 3, renormalize=False)
+  return router.statistics(gates_BTE, jnp.log(gates_BTE), chosen_BTE, real_BT)
+
+
+def test_loads_add_up_to_every_assignment():
+  rng = np.random.default_rng(0)
+  gates_BTE = rng.dirichlet(np.ones(8), (2, 50_000)).astype(np.float32)
+  real_BT = np.arange(100_000).reshape(2, -1) < 94_978
+  stats = statistics(gates_BTE, real_BT)
+  assert stats.tokens == 94_978 and stats.load.sum() == 3 * 94_978
+  chosen_NC = np.argsort(-gates_BTE.reshape(-1, 8), axis=1)[:94_978, :3]
+  np.testing.assert_array_equal(stats.load, np.bincount(chosen_NC.ravel()))
+  assert [x.dtype for x in (stats.tokens, stats.load, stats.dropped)] == [jnp.int32] * 3
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_equal_loads_move_no_bias(seed):
+  # Every choice of three experts of four equally often, in a random order.
+  left_out_N = np.random.default_rng(seed).permutation(np.arange(131_072) % 4)
+  gates_BTE = np.where(left_out_N[:, None] == np.arange(4), 0.1, 0.3).astype(np.float32)
+  stats = statistics(gates_BTE.reshape(64, -1, 4), np.ones((64, 2048), bool))
+  routing = block.Routing(None, jax.tree.map(lambda x: x[None], stats))
+  model = config.Model(
+    vocab_size=5, d_model=2, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, ffn_dim=2,
+    ffn_experts=config.FFNExperts(4, top_k=3, expert_bias=True),
+  )  # fmt: skip
+  params = {'blocks': {'ffn': {'expert_bias': np.zeros((1, 4), np.float32)}}}
+  update = balance.bias_update(model, config.Loss(expert_bias_update_rate=0.1), stages.Stages())
+  moved = lambda routing: np.asarray(update(params, routing)['blocks']['ffn']['expert_bias'])
+  assert not moved(routing).any()
+  one_more = routing.ffn._replace(load=routing.ffn.load + np.array([1, 0, 0, 0]))
+  np.testing.assert_allclose(moved(routing._replace(ffn=one_more)), [[-0.1, 0.1, 0.1, 0.1]])
