@@ -13,7 +13,7 @@ from bam_jax.evaluate import bootstrap, corpus, routing, windows
 from bam_jax.evaluate.programs import rows_mesh
 from bam_jax.evaluate.scorer import Scorer
 from bam_jax.parallel import sharding
-from bam_jax.reports import readings
+from bam_jax.reports import scores
 
 MEASURES = ('nats_per_token', 'perplexity', 'bits_per_byte')
 # (what is scored, windows in all) -> the function that is told how many more are done
@@ -164,7 +164,7 @@ def measures(totals: np.ndarray, place: int) -> dict[str, np.ndarray]:
   """Each measure of one checkpoint, given column sums (..., C)."""
   nbytes, nll, tokens = totals[..., 0], totals[..., 1 + 2 * place], totals[..., 2 + 2 * place]
   nats = nll / tokens
-  values = nats, np.exp(np.minimum(nats, readings.MOST_NATS)), nll / (math.log(2) * nbytes)
+  values = nats, np.exp(np.minimum(nats, scores.MAX_NATS)), nll / (math.log(2) * nbytes)
   return dict(zip(MEASURES, values))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import rich.table
 
-from bam_jax.reports import readings
+from bam_jax.reports import scores
 
 Cell = Callable[[Mapping[str, Any]], str]
 
@@ -64,7 +64,7 @@ def own_share(facts: Mapping[str, Any]) -> str:
 
 
 def _perplexity(score: Mapping[str, Any]) -> str:
-  return _cell(score['perplexity'], readings.number)
+  return _cell(score['perplexity'], scores.number)
 
 
 def _bits(score: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The report's pictures: loss curves, perplexity against the seed, and who is routed where.
+"""Pictures: loss curves, perplexity against the seed, and where routers send tokens.
 
 Legend: L layers, E experts.
 """
@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bam_jax.reports import readings
+from bam_jax.reports import scores
 
 INK, FAINT = '#2b2f36', '#9aa1ab'
 # Okabe and Ito's palette, safe for the colour-blind, without its yellow, too pale for a line.
@@ -27,6 +27,7 @@ BETTER_WORSE = LinearSegmentedColormap.from_list(
 SHARE = LinearSegmentedColormap.from_list(
   'share', ['#fbfbf9', '#cfe3ee', '#7fb4d6', '#2a7fb5', '#083d66']
 )
+MARKERS = 'osD^vPX'  # tell lines apart without colours
 PANELS = {'seed': 'Seed', 'specialist': 'Specialists', 'mixture': 'Mixtures'}
 ROUTERS = {
   'attention': 'Attention router: mean gate',
@@ -36,7 +37,7 @@ ROUTERS = {
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-  """The one look of all pictures, for the figures made and saved inside."""
+  """The style of all pictures, for the figures made and saved inside."""
   with matplotlib.rc_context(
     {
       'figure.dpi': 150,
@@ -77,7 +78,7 @@ def loss_curves(
 ) -> None:
   """Draws the negative log-likelihood of each run in training, and its held-out loss as dots.
 
-  What routers add to the loss is no part of it, as dense models have nothing to add.
+  The routers' auxiliary losses are left out, as dense models have none.
 
   Args:
     path: the PNG to write.
@@ -154,8 +155,8 @@ def perplexity(path: Path, rows: Sequence[Mapping[str, Any]], domains: Sequence[
         continue
       colour = 'white' if abs(change[i, j]) > 0.72 * limit else INK
       centred = dict(ha='center', va='center', color=colour)
-      note = '' if rows[i] is base else readings.percent(math.expm1(change[i, j]), 0)
-      axis.text(j, i - (0.13 if note else 0), readings.number(values[i, j]), **centred)
+      note = '' if rows[i] is base else scores.percent(math.expm1(change[i, j]), 0)
+      axis.text(j, i - (0.13 if note else 0), scores.number(values[i, j]), **centred)
       axis.text(j, i + 0.24, note, fontsize=6.5, **centred)
     _grid(axis, domains, [row['label'] for row in rows])
     axis.xaxis.tick_top()
@@ -168,7 +169,7 @@ def perplexity(path: Path, rows: Sequence[Mapping[str, Any]], domains: Sequence[
 
 
 def routing(path: Path, row: Mapping[str, Any]) -> None:
-  """Draws, for each router of a mixture and each layer, which experts serve which domain.
+  """Draws a heat map of domains and experts for each router and layer of a mixture.
 
   Args:
     path: the PNG to write.
@@ -205,6 +206,46 @@ def routing(path: Path, row: Mapping[str, Any]) -> None:
     _save(figure, path)
 
 
+def routers_by_layer(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Draws for each router the share with the own expert and the entropy, a line a checkpoint.
+
+  Args:
+    path: the PNG to write.
+    rows: of `evaluate --json`, those with routers.
+  """
+  routers = [router for router in ROUTERS if any(router in row['routing'] for row in rows)]
+  quantities = {
+    'own_share': 'share of the tokens with\nthe expert of their domain',
+    'entropy': 'entropy of the gates (nats)',
+  }
+  lines = {}
+  with style():
+    size = (1.2 + 3.6 * len(routers), 5.2)
+    figure = Figure(figsize=size, layout='constrained')
+    axes = figure.subplots(2, len(routers), squeeze=False, sharex='col', sharey='row')
+    for (quantity, title), pair in zip(quantities.items(), axes):
+      for router, axis in zip(routers, pair):
+        for i, row in enumerate(rows):
+          domains = row['routing'].get(router, {}).values()
+          values = [facts[quantity] for facts in domains if facts[quantity] is not None]
+          if values:
+            mean_L = np.mean(values, axis=0)
+            look = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)])
+            layers = np.arange(1, len(mean_L) + 1)
+            lines[i], *_ = axis.plot(layers, mean_L, **look, markersize=4, clip_on=False)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+      pair[0].set_ylabel(title)
+      pair[0].set_ylim(bottom=0)  # of both, when all lines are there
+    for router, axis in zip(routers, axes[0]):
+      axis.set_title(f'{"FFN" if router == "ffn" else router} router')
+    for axis in axes[1]:
+      axis.set_xlabel('layer')
+    labels = [row['label'] for row in rows]
+    handles = [lines[i] for i in range(len(rows))]
+    figure.legend(handles, labels, loc='outside lower center', ncols=min(3, len(labels)))
+    _save(figure, path)
+
+
 def _load(axis: Axes, load: np.ndarray) -> None:
   axis.imshow(load, cmap=SHARE, vmin=0.0, vmax=1.0, aspect='auto')
   for i, j in np.ndindex(load.shape):
@@ -213,7 +254,7 @@ def _load(axis: Axes, load: np.ndarray) -> None:
 
 
 def _grid(axis: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
-  """Names the cells of a heat map and parts them with white lines."""
+  """Names the cells of a heat map and separates them with white lines."""
   axis.set_xticks(range(len(columns)), columns)
   axis.set_yticks(range(len(rows)), rows)
   axis.grid(False)

@@ -1,4 +1,4 @@
-"""The report of a recipe: what its runs reached, what they cost, and what can be read from that.
+"""The report of a recipe: what its runs reached and what they cost.
 
 `write` reads what each run left in its folder and writes `WORKDIR/report/`: `report.json` for a
 program, `report.md` and its pictures for a person.
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from bam_jax.errors import UserError
 from bam_jax.files import buckets, folders, json_file
-from bam_jax.reports import figures, readings
+from bam_jax.reports import figures, scores
 from bam_jax.train import metrics
 from bam_jax.train.progress import duration
 
@@ -57,17 +57,16 @@ def write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
         `average_bits_per_byte` (arithmetic means over the domains), `experts` (their names) and
         `routing` (router -> domain -> load [L][E]).
       not_finished: names of runs.
-      readings: what the numbers say; see `readings.compute`.
       pictures: file names.
 
   Raises:
-    UserError: when a result cannot be read, or the report cannot be written.
+    UserError: a result cannot be read, or the report cannot be written.
   """
   workdir = folders.at(workdir)
   while True:
     report = _write(workdir, runs)
     # Jobs that train other runs of the workdir write it too; the last of them must know of all.
-    if report['not_finished'] == _unfinished(workdir, report['not_finished']):
+    if not any((workdir / run / 'result.json').exists() for run in report['not_finished']):
       return report
 
 
@@ -76,7 +75,9 @@ def _write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
   results = {run: _read(workdir / run / 'result.json') for run in runs}
   finished = {run: result for run, result in results.items() if result is not None}
   for run, result in finished.items():
-    _check(workdir / run / 'result.json', run, result)
+    if not _is_sound(run, result):
+      path = workdir / run / 'result.json'
+      raise UserError(f'{path} is damaged: delete its folder and train the run again.')
   domains = list(dict.fromkeys(d for result in finished.values() for d in result['domains']))
   rows = [_row(result, domains) for result in finished.values()]
   report = {
@@ -84,16 +85,14 @@ def _write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
     'recipe': recipe,
     'domains': domains,
     'rows': rows,
-    'not_finished': [run for run in runs if results[run] is None],
-    'readings': readings.compute(rows),
+    'not_finished': [run for run in runs if run not in finished],
     'pictures': [],
   }
   folder = workdir / 'report'
-  with folders.writing(folder):
-    # Each file appears whole: jobs that train other runs of the workdir write the report too.
-    with buckets.drafts(folder) as beside:
-      if rows:
-        report['pictures'] = _draw(workdir, beside, rows, domains)
+  # Each file appears whole: jobs that train other runs of the workdir write the report too.
+  with folders.writing(folder), buckets.drafts(folder) as drafts:
+    if rows:
+      report['pictures'] = _draw(workdir, drafts, rows, domains)
   folders.write_file(folder / 'report.json', json.dumps(report, indent=1) + '\n')
   folders.write_file(folder / 'report.md', markdown(report))
   return report
@@ -107,10 +106,10 @@ def table(report: Mapping[str, Any]) -> Table:
   result.add_column('run', no_wrap=True)
   for name in (*report['domains'], 'average'):
     result.add_column(Text(name), justify='right')
-  marks = _marks(report, 'perplexity')
-  for row in report['rows']:
-    cells = (Text(text, 'bold' if bold else '') for text, bold in _cells(row, 'perplexity', marks))
-    result.add_row(Text(row['label']), *cells)
+  for row, cells in zip(report['rows'], _cells(report, 'perplexity')):
+    result.add_row(
+      Text(row['label']), *(Text(text, 'bold' if bold else '') for text, bold in cells)
+    )
   for run in report['not_finished']:
     result.add_row(f'{run}: not finished', style='dim')
   return result
@@ -131,11 +130,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     '## Perplexity',
     _score_table(report, 'perplexity'),
     f'Held-out text; lower is better. Bold: the best mixture. {BEST}: the best of all runs.'
-    ' The average is the arithmetic mean over the domains.',
+    ' The average is the arithmetic mean over the domains. Each row is one run from one random'
+    ' seed, so small differences may be chance.',
     '![Perplexity by run and domain](perplexity.png)',
-    '## Readings',
-    '\n'.join(f'- {reading["sentence"]}' for reading in report['readings']),
-    'Each row is one run from one random seed, so small differences may be chance.',
     '## Bits per byte',
     _score_table(report, 'bits_per_byte'),
     'The same losses for each byte of text, which do not depend on the tokenizer.',
@@ -144,18 +141,14 @@ def markdown(report: Mapping[str, Any]) -> str:
     'Each row is that run alone: a mixture also rests on the runs that it was made from.',
     '## Loss',
     '![Loss by step](loss_curves.png)',
-    'Lines: training loss without what routers add, smoothed. Dots: held-out loss, of its own'
-    ' domain for a specialist and the mean over the domains for the others.',
+    "Lines: training loss without the routers' auxiliary losses, smoothed. Dots: held-out loss, of"
+    ' its own domain for a specialist and the mean over the domains for the others.',
   ]
   routed = [row for row in report['rows'] if row['routing']]
   if routed:
     parts.append('## Routing')
     parts += [f'![Routing of {row["label"]}](routing_{row["run"]}.png)' for row in routed]
   return '\n\n'.join(part.strip() for part in parts) + '\n'
-
-
-def _unfinished(workdir: Path | epath.Path, runs: Sequence[str]) -> list[str]:
-  return [run for run in runs if not (workdir / run / 'result.json').exists()]
 
 
 def _read(path: Path | epath.Path) -> dict[str, Any] | None:
@@ -167,38 +160,39 @@ def _read(path: Path | epath.Path) -> dict[str, Any] | None:
     raise UserError(f'{path} is not JSON ({error}): delete it and train that run again.') from error
 
 
-def _check(path: Path | epath.Path, run: str, result: Any) -> None:
-  """UserError unless a result holds what a row needs."""
-  shapes = {}
+def _is_sound(run: str, result: Any) -> bool:
+  """Whether a result holds what a row needs."""
+  shapes: dict[str, tuple[int, ...]] = {}
   try:
-    good = result['run'] == run and all(isinstance(result[k], kind) for k, kind in COPIED.items())
+    good = result['run'] == run and bool(result['domains'])
+    good = good and all(isinstance(result[key], kind) for key, kind in COPIED.items())
     good = good and all(isinstance(source, str) for source in result['sources'])
-    for scores in result['domains'].values():
-      math.isfinite(scores['nll'])  # or raises
-      good = good and scores['tokens'] >= 0 and scores['bytes'] >= min(scores['tokens'], 1)
-      for router, statistics in scores['routing'].items():
+    for domain in result['domains'].values():
+      math.isfinite(domain['nll'])  # or raises
+      good = good and domain['tokens'] >= 0 and domain['bytes'] >= min(domain['tokens'], 1)
+      for router, statistics in domain['routing'].items():
         load = np.asarray(statistics['load'], float)
         good = good and router in figures.ROUTERS and load.ndim == 2 and load.size > 0
         good = good and load.shape == shapes.setdefault(router, load.shape)
-    good = good and result['domains']
+    return good
   except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-    good = False
-  if not good:
-    raise UserError(f'{path} is damaged: delete its folder and train the run again.')
+    return False
 
 
 def _row(result: Mapping[str, Any], domains: Sequence[str]) -> Row:
-  # A domain without held-out text has no score, nor has one of which a model gives no likelihood.
+  # A domain without held-out text has no score, nor has one in which the model diverged.
   scored = {d: v for d, v in result['domains'].items() if v['tokens'] and math.isfinite(v['nll'])}
-  perplexity = {d: readings.perplexity(v['nll'] / v['tokens']) for d, v in scored.items()}
+  perplexity = {d: scores.perplexity(v['nll'] / v['tokens']) for d, v in scored.items()}
   bits_per_byte = {d: v['nll'] / (math.log(2) * v['bytes']) for d, v in scored.items()}
-  routing = {}
-  for domain, scores in scored.items():
-    for router, statistics in scores['routing'].items():
+  routing: dict[str, dict[str, Any]] = {}
+  for domain, facts in scored.items():
+    for router, statistics in facts['routing'].items():
       routing.setdefault(router, {})[domain] = statistics['load']
-  num_experts = len(next(iter(next(iter(routing.values())).values()))[0]) if routing else 0
-  sources = result['sources']
-  named = sources if len(sources) == num_experts else [str(i) for i in range(num_experts)]
+  experts = []
+  if routing:
+    num_experts = len(next(iter(next(iter(routing.values())).values()))[0])
+    known = len(result['sources']) == num_experts
+    experts = result['sources'] if known else [str(i) for i in range(num_experts)]
   return {
     **{key: result[key] for key in COPIED},
     'training_flops': result['flops_per_token'] * result['tokens'],
@@ -206,24 +200,16 @@ def _row(result: Mapping[str, Any], domains: Sequence[str]) -> Row:
     'average_perplexity': _average(perplexity, domains),
     'bits_per_byte': bits_per_byte,
     'average_bits_per_byte': _average(bits_per_byte, domains),
-    'experts': named if routing else [],
+    'experts': experts,
     'routing': routing,
   }
 
 
-def _average(scores: Mapping[str, float], domains: Sequence[str]) -> float | None:
+def _average(values: Mapping[str, float], domains: Sequence[str]) -> float | None:
   """None where a domain is missing, as the mean of fewer domains compares with no other."""
-  if not domains or any(domain not in scores for domain in domains):
+  if any(domain not in values for domain in domains):
     return None
-  return sum(scores[domain] for domain in domains) / len(domains)
-
-
-def _metrics(path: Path | epath.Path) -> list[dict[str, Any]]:
-  """One line a step, in order: a resumed run writes some steps again, and the last word counts."""
-  lines = {}
-  for _, line in metrics.read_lines(path):
-    lines[line['step']] = lines.get(line['step'], {}) | line
-  return [lines[step] for step in sorted(lines)]
+  return sum(values[domain] for domain in domains) / len(domains)
 
 
 def _draw(
@@ -240,41 +226,47 @@ def _draw(
   return pictures
 
 
-def _scores(row: Row, score: str, domains: Sequence[str]) -> list[float | None]:
-  return [*(row[score].get(domain) for domain in domains), row[f'average_{score}']]
+def _metrics(path: Path | epath.Path) -> list[dict[str, Any]]:
+  """One line a step, in order: a resumed run writes some steps again, and the last one counts."""
+  lines: dict[int, dict[str, Any]] = {}
+  for _, line in metrics.read_lines(path):
+    lines[line['step']] = lines.get(line['step'], {}) | line
+  return [lines[step] for step in sorted(lines)]
 
 
-def _marks(report: Mapping[str, Any], score: str) -> tuple[list, list, Sequence[str]]:
-  """By column, the best score of the mixtures and that of all runs; and the domains."""
+def _cells(report: Mapping[str, Any], score: str) -> list[list[tuple[str, bool]]]:
+  """For each row the text of each cell, and whether it is bold."""
+  rows = report['rows']
+  values = [
+    [*(row[score].get(domain) for domain in report['domains']), row[f'average_{score}']]
+    for row in rows
+  ]
 
-  def best(rows):
-    columns = zip(*(_scores(row, score, report['domains']) for row in rows))
-    return [min((v for v in column if v is not None), default=None) for column in columns]
+  def best(column: int, kinds: Sequence[str]) -> float | None:
+    some = [v[column] for row, v in zip(rows, values) if row['kind'] in kinds]
+    return min((value for value in some if value is not None), default=None)
 
-  mixtures = [row for row in report['rows'] if row['kind'] == 'mixture']
-  none = [None] * (len(report['domains']) + 1)
-  return best(mixtures) or none, best(report['rows']), report['domains']
-
-
-def _cells(row: Row, score: str, marks: tuple[list, list, Sequence[str]]) -> list[tuple[str, bool]]:
-  """The text of each cell of a row, and whether it is bold."""
-  mixture_best, best, domains = marks
-  cells = []
-  for value, best_mixture, best_of_all in zip(_scores(row, score, domains), mixture_best, best):
-    if value is None:
-      cells.append(('–', False))
-      continue
-    text = readings.number(value) if score == 'perplexity' else f'{value:.3f}'
-    star = f' {BEST}' if value == best_of_all else ''
-    cells.append((text + star, row['kind'] == 'mixture' and value == best_mixture))
-  return cells
+  columns = range(len(report['domains']) + 1)
+  of_all = [best(column, [row['kind'] for row in rows]) for column in columns]
+  of_mixtures = [best(column, ['mixture']) for column in columns]
+  lines = []
+  for row, line in zip(rows, values):
+    cells = []
+    for value, best_of_all, best_mixture in zip(line, of_all, of_mixtures):
+      if value is None:
+        cells.append(('–', False))
+        continue
+      text = scores.number(value) if score == 'perplexity' else f'{value:.3f}'
+      star = f' {BEST}' if value == best_of_all else ''
+      cells.append((text + star, row['kind'] == 'mixture' and value == best_mixture))
+    lines.append(cells)
+  return lines
 
 
 def _score_table(report: Mapping[str, Any], score: str) -> str:
-  marks = _marks(report, score)
   lines = [
-    [row['label'], *(f'**{text}**' if bold else text for text, bold in _cells(row, score, marks))]
-    for row in report['rows']
+    [row['label'], *(f'**{text}**' if bold else text for text, bold in cells)]
+    for row, cells in zip(report['rows'], _cells(report, score))
   ]
   blanks = [''] * (len(report['domains']) + 1)
   lines += [[f'{run}: not finished', *blanks] for run in report['not_finished']]
@@ -283,13 +275,11 @@ def _score_table(report: Mapping[str, Any], score: str) -> str:
 
 def _cost_table(report: Mapping[str, Any]) -> str:
   header = ['run', 'parameters', 'active', 'steps', 'tokens', 'training FLOPs', 'wall time']
+  counts = 'parameters', 'active_parameters', 'step', 'tokens'
   lines = [
     [
       row['label'],
-      f'{row["parameters"]:,}',
-      f'{row["active_parameters"]:,}',
-      f'{row["step"]:,}',
-      f'{row["tokens"]:,}',
+      *(f'{row[key]:,}' for key in counts),
       f'{row["training_flops"]:.3g}',
       duration(row['wall_seconds']),
     ]

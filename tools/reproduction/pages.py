@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bam_jax.errors import UserError
 from bam_jax.recipes import paper as recipes
-from bam_jax.reports import readings
+from bam_jax.reports import scores
 from bam_jax.train.progress import duration
 from configs import reproduction
 from tools.reproduction import compare, paper
@@ -40,7 +40,7 @@ def perplexity(seeds: Seeds, runs: Mapping[str, dict] = RUNS) -> str:
   lines = []
   for name in runs:
     cells = [compare.perplexities(seeds, name, column) for column in COLUMNS]
-    lines.append([label(name), _count(seeds, name), *(_cell(c, readings.number) for c in cells)])
+    lines.append([label(name), _count(seeds, name), *(_cell(c, scores.number) for c in cells)])
   return _table(['run', 'seeds', *COLUMNS], lines)
 
 
@@ -95,7 +95,7 @@ def learning_rates(seeds: Seeds) -> str:
   """Average perplexity of BTX and BAM by peak learning rate."""
   sweeps = {name: sweep(seeds, name) for name in reproduction.SWEPT}
   lines = [
-    [f'{peak:g}', *(_cell(by_peak[peak], readings.number) for by_peak in sweeps.values())]
+    [f'{peak:g}', *(_cell(by_peak[peak], scores.number) for by_peak in sweeps.values())]
     for peak in reproduction.PEAKS
   ]
   return _table(['peak learning rate', *map(label, sweeps)], lines)
@@ -134,7 +134,7 @@ def summary(seeds: Seeds) -> str:
     lines.append(
       [
         label(name),
-        _cell(compare.perplexities(seeds, name, AVERAGE), readings.number),
+        _cell(compare.perplexities(seeds, name, AVERAGE), scores.number),
         _cell(compare.changes(seeds, name, 'btx', AVERAGE), _percent),
         ABSENT if printed is None else f'*{_percent(printed)}*',
         f'{flops[0]:.2f}' if flops else MISSING,
@@ -263,7 +263,7 @@ def _flops(run: Run) -> float:
 
 
 def _percent(change: float) -> str:
-  return readings.percent(round(change, 3) or 0.0, 1)  # no minus before what is printed as zero
+  return scores.percent(round(change, 3) or 0.0, 1)  # no minus before what is printed as zero
 
 
 def _count(seeds: Seeds, *names: str) -> str:
