@@ -114,7 +114,7 @@ def _tasks(dtype: str, mesh: config.Mesh) -> dict[str, Any]:
     window=_WINDOW.value,
     seed=_SEED.value,
     few_shot=_FEW_SHOT.value,
-    most=_MOST.value,
+    max_documents=_MOST.value,
     allow_generated_code=_ALLOW.value,
   )
   return tasks_session.run(_CHECKPOINT.value, _TASKS.value, options)

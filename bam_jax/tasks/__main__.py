@@ -1,10 +1,10 @@
-"""lm-eval's own command line, which knows the model `bam_jax` and the group `bam_paper`.
+"""lm-eval's own command line, with the model `bam_jax` and the group `bam_paper`.
 
     python -m bam_jax.tasks run --model bam_jax --model_args checkpoint=DIR --tasks arc_easy
     python -m bam_jax.tasks run --model bam_jax --model_args checkpoint=DIR,dtype=bfloat16,fsdp=4 \\
         --tasks bam_paper --batch_size 16 --confirm_run_unsafe_code
 
-Everything else is lm-eval's. --confirm_run_unsafe_code lets tasks run programs that the model
+Everything else is lm-eval's. With --confirm_run_unsafe_code tasks may run programs that the model
 writes: bam_humaneval and bam_mbpp within the limits of `bam_jax.tasks.sandbox`, others without.
 """
 
@@ -16,13 +16,13 @@ from bam_jax.tasks import session
 
 
 def main() -> int:
-  """Runs the command line; the status to exit with."""
+  """Runs the command line; returns the exit status."""
   try:
     from lm_eval.__main__ import cli_evaluate
 
     from bam_jax.tasks import adapter
   except ImportError:
-    print(f'bam_jax.tasks: needs lm-eval: {session.INSTALL}', file=sys.stderr)
+    print(f'bam_jax.tasks: lm-eval is not installed: {session.INSTALL}.', file=sys.stderr)
     return 2
   arguments = sys.argv[1:]
   if '--model' in arguments and not any(a.startswith('--include_path') for a in arguments):

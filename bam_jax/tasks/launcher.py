@@ -1,8 +1,8 @@
-"""Limits a process, and runs a program in it; see `sandbox`, which starts it.
+"""Limits a process and runs a program in it; `sandbox` starts it.
 
     python -I -S -B launcher.py CPU_SECONDS MEMORY_BYTES FILE_BYTES SECRET DESCRIPTOR PROGRAM
 
-It imports nothing of the project, so that it starts in milliseconds.
+Imports nothing of bam_jax, so that it starts in milliseconds.
 """
 
 import ctypes
@@ -12,8 +12,8 @@ import resource
 import struct
 import sys
 
-# Numbers of the machine, and of the kernel's calls that fail with EPERM: ways to start processes
-# and threads, to speak to a network, to reach other processes, and to leave group or limits.
+# The architecture's number, and the system calls that fail with EPERM: those that start processes
+# and threads, open sockets, reach other processes, or leave the process group or the limits.
 CALLS = {
   # clone fork vfork clone3, socket socketpair io_uring_setup, kill tkill tgkill ptrace
   # rt_sigqueueinfo rt_tgsigqueueinfo pidfd_send_signal process_vm_writev, setsid setpgid,
@@ -30,31 +30,31 @@ CALLS = {
 
 
 def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int) -> None:
-  """Puts the limits on this process, for good; OSError when it cannot."""
+  """Limits this process for good; OSError when that is not possible."""
   for name, soft, hard in (
     (resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1),
     (resource.RLIMIT_AS, memory_bytes, memory_bytes),
     (resource.RLIMIT_FSIZE, file_bytes, file_bytes),
     (resource.RLIMIT_CORE, 0, 0),
-    (resource.RLIMIT_NPROC, 0, 0),  # of root it means nothing: the filter does
+    (resource.RLIMIT_NPROC, 0, 0),  # has no effect for root; the filter of system calls has
   ):
     resource.setrlimit(name, (soft, hard))
-  forbid()
+  refuse_calls()
 
 
-def forbid() -> None:
-  """Makes the kernel refuse CALLS.
+def refuse_calls() -> None:
+  """Installs a seccomp filter that makes the kernel refuse CALLS.
 
-  The filter is of struct sock_filter (code, jump if true, jump if false, operand) of
-  linux/filter.h; offsets 4 and 0 of struct seccomp_data are the machine and the call.
+  The filter is an array of struct sock_filter (code, jump if true, jump if false, operand), see
+  linux/filter.h; offsets 4 and 0 of struct seccomp_data are the architecture and the call.
   """
   if sys.platform != 'linux' or platform.machine() not in CALLS:
-    raise OSError(f'no filter of calls for {sys.platform} {platform.machine()}')
-  machine, calls = CALLS[platform.machine()]
+    raise OSError(f'no filter of system calls for {sys.platform} {platform.machine()}')
+  architecture, calls = CALLS[platform.machine()]
   load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
   allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x00050001  # refuse: with EPERM
-  steps = [(load, 0, 0, 4), (equal, 1, 0, machine), (answer, 0, 0, kill), (load, 0, 0, 0)]
-  steps += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, kill)]  # the other ABI of an x86-64
+  steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill), (load, 0, 0, 0)]
+  steps += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, kill)]  # the x32 ABI of x86-64
   for call in calls:
     steps += [(equal, 0, 1, call), (answer, 0, 0, refuse)]
   steps += [(answer, 0, 0, allow)]
@@ -66,11 +66,10 @@ def forbid() -> None:
   if prctl(set_no_new_privileges, one, zero, zero, zero) or prctl(
     set_seccomp, ctypes.c_ulong(mode_filter), filters, zero, zero
   ):
-    raise OSError(ctypes.get_errno(), 'the kernel takes no filter of calls')
+    raise OSError(ctypes.get_errno(), 'the kernel refuses a filter of system calls')
 
 
-def main() -> None:
-  """Reads the program, and runs it within the limits."""
+if __name__ == '__main__':
   *limits, secret, descriptor, path = sys.argv[1:]
   with open(path, encoding='utf-8', errors='surrogatepass') as file:
     program = file.read()
@@ -82,7 +81,3 @@ def main() -> None:
     sys.exit(f'limits: {error}')
   exec(compile(program, 'program.py', 'exec'), {'__name__': '__main__'})
   os.write(int(descriptor), secret.encode())
-
-
-if __name__ == '__main__':
-  main()

@@ -1,79 +1,102 @@
-"""Downstream tasks for checkpoints, one after another: `evaluate --tasks`."""
+"""`evaluate --tasks`: the scores of checkpoints in tasks of lm-eval, and their differences.
 
-from collections.abc import Iterable, Sequence
+lm-eval is an optional dependency, so it is imported where it is used.
+"""
+
+import importlib.util
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import rich.console
+import rich.table
 
 from bam_jax import checkpoint, config
 from bam_jax.errors import UserError
-from bam_jax.evaluate.programs import rows_mesh
+from bam_jax.evaluate.scorer import rows_mesh
 from bam_jax.parallel import sharding
-from bam_jax.tasks import paired, sandbox, sets, tables
+from bam_jax.tasks import questions as questions_lib
+from bam_jax.tasks import sandbox, scoring
 
-GROUPS = str(Path(__file__).parent / 'groups')  # tasks of our own, for lm-eval
-INSTALL = f'pip install -r {Path(__file__).with_name("requirements.txt")}'
+GROUPS = str(Path(__file__).parent / 'groups')  # our own tasks, as lm-eval's .yaml files
+INSTALL = "pip install '.[tasks]' in a clone of bam_jax"
+Samples = Mapping[str, Sequence[Mapping[str, Any]]]  # lm-eval's, by task
 
 
 class Options(NamedTuple):
-  """How tasks are computed."""
+  """How tasks are evaluated."""
 
   dtype: str
   mesh: config.Mesh = config.Mesh()
   batch_size: int = 16
-  window: int | None = None  # tokens that are read at once; None: what each was trained at
-  seed: int = 0  # of draws
-  few_shot: int | None = None  # solved questions before each one; None: as the tasks say
-  most: int | None = None  # questions of a task; None: all
+  window: int | None = None  # tokens read at once; None: the length trained at
+  seed: int = 0  # of sampling
+  few_shot: int | None = None  # examples before each question; None: as each task says
+  max_documents: int | None = None  # questions of a task; None: all
   allow_generated_code: bool = False
 
 
+class Loaded(NamedTuple):
+  """Tasks whose data has been found."""
+
+  manager: Any  # lm-eval's TaskManager
+  specs: list[Any]  # what lm-eval is asked for
+  tasks: Mapping[str, Any]  # lm-eval's tasks by name, those of groups included
+
+
 def run(checkpoints: Sequence[str], tasks: Sequence[str], options: Options) -> dict[str, Any]:
-  """What `--json` has of tasks.
+  """Evaluates the checkpoints one after another, and prints a table.
 
   Args:
     checkpoints: at least one.
-    tasks: names of lm-eval's tasks and groups, `bam_paper`, its .yaml files, and files of `sets`.
+    tasks: names of lm-eval's tasks and groups, `bam_paper`, .yaml files of lm-eval, and files of
+      questions.
     options: how.
 
+  Returns:
+    The object that `python -m bam_jax.evaluate --help` describes for tasks.
+
   Raises:
-    UserError: a checkpoint or a task is none, or lm-eval is not installed.
+    UserError: a checkpoint or a task is not found, or lm-eval is not installed.
   """
   if not checkpoints:
-    raise UserError('Which models? Give --checkpoint=DIR, once for each.')
+    raise UserError('--checkpoint=DIR is required; it may be given several times.')
   if len({str(checkpoint.find(path)) for path in checkpoints}) < len(checkpoints):
     raise UserError('A --checkpoint is given twice: name each checkpoint once.')
   sharding.make_mesh(rows_mesh(options.mesh))
   for path in checkpoints:
     checkpoint.open_tokenizer(path, checkpoint.read_meta(path))
-  files = {task: sets.read(task) for task in tasks if sets.is_file(task)}
-  _refuse_code((task for task, questions in files.items() if questions.kind == sets.CODE), options)
-  # Not before what can be refused without it: seconds, and an extra.
-  harness = _harness()
-  loaded = harness.load([files.get(task, task) for task in tasks])
-  _refuse_code(harness.unsafe(loaded), options)
-  scores = [harness.score(path, loaded, options) for path in checkpoints]
-  rows = [one.row for one in scores]
+  files = {task: questions_lib.read(task) for task in tasks if questions_lib.is_file(task)}
+  check_code((task for task, found in files.items() if found.kind == questions_lib.CODE), options)
+  if importlib.util.find_spec('lm_eval') is None:
+    raise UserError(f'--tasks needs lm-eval, which is not installed: {INSTALL}.')
+  loaded = load([files.get(task, task) for task in tasks])
+  check_code(code_tasks(loaded), options)
+  scores = [_score(path, loaded, options) for path in checkpoints]
+  rows = [row for row, _ in scores]
   for row, samples in scores[1:]:
-    paired.add(row['tasks'], samples, scores[0].samples)
+    add_differences(row['tasks'], samples, scores[0][1])
   console = rich.console.Console(stderr=True, markup=False, highlight=False)
   if not console.is_terminal:
     console.width = max(console.width, 120)
-  console.print(tables.table(rows))
+  console.print(_table(rows))
   return {
     'tasks': list(tasks),
     'dtype': options.dtype,
     'mesh': config.to_dict(options.mesh),
     'few_shot': options.few_shot,
-    'max_documents': options.most,
+    'max_documents': options.max_documents,
     'rows': rows,
   }
 
 
-def _refuse_code(names: Iterable[str], options: Options) -> None:
-  """UserError for a task that runs what the model writes, unless that is allowed and can be."""
-  names = sorted(names)
+def check_code(tasks: Iterable[str], options: Options) -> None:
+  """UserError when tasks run what the model writes and that is not allowed, or not possible."""
+  names = sorted(tasks)
   if names and not options.allow_generated_code:
     raise UserError(
       f'--tasks: {names[0]} runs programs that the model writes: give --allow_generated_code, or '
@@ -83,12 +106,148 @@ def _refuse_code(names: Iterable[str], options: Options) -> None:
     sandbox.require()
 
 
-def _harness() -> Any:
-  """The module that talks to lm-eval."""
-  try:
-    import lm_eval  # noqa: F401
-  except ImportError:
-    raise UserError(f'--tasks needs lm-eval: {INSTALL}') from None
-  from bam_jax.tasks import harness
+def load(tasks: Sequence[str | questions_lib.Questions]) -> Loaded:
+  """Finds tasks and their data; UserError for a task that is unknown or cannot be loaded."""
+  from lm_eval.tasks import TaskManager
 
-  return harness
+  for name in ('lm_eval', 'datasets', 'httpx'):
+    logging.getLogger(name).setLevel(logging.ERROR)
+  # lm-eval bootstraps some errors in forked processes, which JAX's threads do not survive.
+  os.environ['DISABLE_MULTIPROC'] = '1'
+  # Indexing lm-eval's thousands of tasks takes seconds, which files need not wait for.
+  by_name = any(isinstance(task, str) for task in tasks)
+  manager = TaskManager(include_path=GROUPS, include_defaults=by_name)
+  specs, found = [], {}
+  for task in tasks:
+    name = task if isinstance(task, str) else task.name
+    if name == task and task not in manager.all_tasks and not task.endswith('.yaml'):
+      raise UserError(
+        f'--tasks={task} is not a task of lm-eval, a .yaml or a .jsonl file: '
+        '`python -m bam_jax.tasks ls tasks` lists the tasks.'
+      )
+    specs.append(task if name == task else questions_lib.lm_eval_task(task))
+    try:
+      more = manager.load(specs[-1:])['tasks']
+    except Exception as error:  # anything that a task's files and the loaders of its data raise
+      reason = ' '.join(str(error).split()) or type(error).__name__
+      raise UserError(f'--tasks={name} cannot be loaded ({reason}).') from error
+    if twice := sorted(found.keys() & more.keys()):
+      raise UserError(f'--tasks={name} contains {twice[0]} a second time: name it once.')
+    found |= more
+  return Loaded(manager, specs, found)
+
+
+def code_tasks(loaded: Loaded) -> list[str]:
+  """The tasks that run what a model writes; UserError for one that does so without our limits."""
+  names = [name for name, task in loaded.tasks.items() if getattr(task, 'UNSAFE_CODE', False)]
+  for name in names:
+    if loaded.tasks[name].config.process_results not in (scoring.human_eval, scoring.mbpp):
+      raise UserError(
+        f'--tasks: {name} runs programs outside the sandbox: use bam_humaneval or bam_mbpp.'
+      )
+  return names
+
+
+def _score(path: str, loaded: Loaded, options: Options) -> tuple[dict[str, Any], Samples]:
+  """A row of `--json`, and lm-eval's samples."""
+  import lm_eval
+
+  from bam_jax.tasks import adapter
+
+  meta, axes = checkpoint.read_meta(path), config.to_dict(options.mesh)
+  model = adapter.Model(
+    path, options.dtype, options.batch_size, options.window, options.seed, **axes
+  )
+  results = lm_eval.simple_evaluate(
+    model,
+    tasks=loaded.specs,
+    task_manager=loaded.manager,
+    num_fewshot=options.few_shot,
+    limit=options.max_documents,
+    confirm_run_unsafe_code=options.allow_generated_code,
+  )
+  row = {
+    'checkpoint': path,
+    'run': meta.run,
+    'step': meta.step,
+    'method': meta.method,
+    'tokenizer_hash': meta.tokenizer_hash,
+    'window': model.max_length,
+    'tasks': {
+      name: {
+        'few_shot': results['n-shot'].get(name),
+        'questions': results['n-samples'][name]['effective'],
+        'metrics': _metrics(results['results'][name]),
+      }
+      for name in loaded.tasks
+    },
+    'groups': {name: _metrics(facts) for name, facts in results.get('groups', {}).items()},
+  }
+  return row, results['samples']
+
+
+def _metrics(facts: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+  """From lm-eval's `metric,filter` and `metric_stderr,filter`; the filter `none` is not named."""
+  made = {}
+  for key, value in facts.items():
+    metric, comma, name = key.partition(',')
+    if comma and not metric.endswith('_stderr'):
+      error = facts.get(f'{metric}_stderr,{name}')
+      error = float(error) if isinstance(error, int | float) else None
+      made[metric if name == 'none' else key] = {'value': float(value), 'stderr': error}
+  return made
+
+
+def add_differences(tasks: Mapping[str, Any], samples: Samples, first: Samples) -> None:
+  """Adds `difference` from the first checkpoint, and `difference_stderr`, to a row's metrics.
+
+  Differences are taken question by question: that some questions are harder than others cancels,
+  so the error is smaller than those of the two scores suggest. Both are None for a metric that is
+  not a mean over questions.
+  """
+  for name, facts in tasks.items():
+    for metric, measure in facts['metrics'].items():
+      ours, theirs = (_by_question(metric, some[name]) for some in (samples, first))
+      paired = ours and ours.keys() == theirs.keys()
+      d = np.array([ours[n] - theirs[n] for n in ours] if paired else [], np.float64)
+      measure['difference'] = float(d.mean()) if paired else None
+      error = float(d.std(ddof=1)) / math.sqrt(len(d)) if len(d) > 1 else None
+      measure['difference_stderr'] = error
+
+
+def _by_question(metric: str, samples: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+  """A metric by question; without the questions for which it is not a number."""
+  name, _, wanted = metric.partition(',')
+  return {
+    sample['doc_id']: float(sample[name])
+    for sample in samples
+    if sample['filter'] == (wanted or sample['filter'])
+    and isinstance(sample.get(name), int | float)
+  }
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> rich.table.Table:
+  """A column a checkpoint: scores, their errors, and in brackets the difference from the first."""
+  table = rich.table.Table(box=None)
+  for name in ('task', 'shots', 'metric'):
+    table.add_column(name, overflow='fold')
+  names = [row['run'] for row in rows]
+  for row in rows:
+    label = row['run'] if names.count(row['run']) == 1 else row['checkpoint']
+    table.add_column(label, justify='right', overflow='fold')
+  for name, facts in rows[0]['tasks'].items():
+    for metric in facts['metrics']:
+      cells = [_cell(row['tasks'][name]['metrics'][metric]) for row in rows]
+      table.add_row(name, str(facts['few_shot']), metric, *cells)
+  for name, metrics in rows[0]['groups'].items():
+    for metric in metrics:
+      table.add_row(name, '', metric, *(_cell(row['groups'][name][metric]) for row in rows))
+  return table
+
+
+def _cell(measure: Mapping[str, float | None]) -> str:
+  with_error = lambda text, error: text if error is None else f'{text} ± {error:.4f}'
+  score = with_error(f'{measure["value"]:.4f}', measure['stderr'])
+  if (difference := measure.get('difference')) is None:
+    return score
+  return f'{score} ({with_error(f"{difference:+.4f}", measure["difference_stderr"])})'

@@ -24,7 +24,7 @@ from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from bam_jax.tasks import adapter, harness, offline, quac, session, sets  # noqa: E402
+from bam_jax.tasks import adapter, questions, session  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
 LENGTH = 64
@@ -91,9 +91,9 @@ def test_loglikelihoods(both, capsys):
   want = theirs.loglikelihood(ask('loglikelihood', PAIRS), disable_tqdm=True)
   assert [value for value, _ in got] == pytest.approx([value for value, _ in want], abs=1e-4)
   assert [greedy for _, greedy in got] == [greedy for _, greedy in want]
-  assert capsys.readouterr().err.count('lose their left ends') == 1
+  assert capsys.readouterr().err.count('contexts are cut from the left') == 1
   ours.loglikelihood(ask('loglikelihood', PAIRS))
-  assert 'lose their left ends' not in capsys.readouterr().err
+  assert 'contexts are cut from the left' not in capsys.readouterr().err
 
 
 def test_greedy_is_what_it_writes(both):
@@ -190,28 +190,28 @@ CODE = [{
 
 
 @pytest.fixture(scope='module')
-def questions(tmp_path_factory):
+def files(tmp_path_factory):
   """Files of questions of each kind, by name."""
   folder = tmp_path_factory.mktemp('questions')
-  files = {}
+  made = {}
   for name, rows in (('choice', CHOICE), ('line', LINE), ('code', CODE)):
-    files[name] = folder / f'my_{name}.jsonl'
-    files[name].write_text('\n'.join(map(json.dumps, rows)))
-  return files
+    made[name] = folder / f'my_{name}.jsonl'
+    made[name].write_text('\n'.join(map(json.dumps, rows)))
+  return made
 
 
 def scored(model, path) -> dict:
   """lm-eval's results of a file of questions."""
-  questions = sets.read(str(path))
+  task = questions.lm_eval_task(questions.read(str(path)))
   return lm_eval.simple_evaluate(
-    model, tasks=[offline.task(questions)], log_samples=True, confirm_run_unsafe_code=True
-  )  # fmt: skip
+    model, tasks=[task], log_samples=True, confirm_run_unsafe_code=True
+  )
 
 
-def test_accuracy(both, questions):
+def test_accuracy(both, files):
   """The same of both models, question by question."""
   ours, theirs, _ = both
-  got, want = (scored(model, questions['choice']) for model in (ours, theirs))
+  got, want = (scored(model, files['choice']) for model in (ours, theirs))
   assert got['results']['my_choice']['acc,none'] == want['results']['my_choice']['acc,none']
   for one, other in zip(got['samples']['my_choice'], want['samples']['my_choice']):
     assert one['acc'] == other['acc'] and one['acc_norm'] == other['acc_norm']
@@ -219,48 +219,48 @@ def test_accuracy(both, questions):
     assert values == pytest.approx(wanted, abs=1e-4)
 
 
-def test_solved_questions_come_before_each(questions):
+def test_solved_questions_come_before_each(files):
   """Of the same file, and never the question itself."""
   author = Author('x')
   lm_eval.simple_evaluate(
-    author, tasks=[offline.task(sets.read(str(questions['line'])))], num_fewshot=1
+    author, tasks=[questions.lm_eval_task(questions.read(str(files['line'])))], num_fewshot=1
   )
   assert author.contexts == ['def f\n\nthe cat', 'the cat sat\n\ndef']
 
 
-def test_differences_from_the_first(both, questions, tmp_path):
+def test_differences_from_the_first(both, files, tmp_path):
   """A copy gives the same answers."""
   copy = shutil.copytree(both[2], tmp_path / 'copy')
-  paths, tasks = [str(both[2]), str(copy)], [str(questions['choice'])]
+  paths, tasks = [str(both[2]), str(copy)], [str(files['choice'])]
   first, second = session.run(paths, tasks, session.Options('float32'))['rows']
   assert 'difference' not in first['tasks']['my_choice']['metrics']['acc']
   for measure in second['tasks']['my_choice']['metrics'].values():
     assert measure['difference'] == measure['difference_stderr'] == 0
 
 
-def test_the_command(both, questions, tmp_path):
+def test_the_command(both, files, tmp_path):
   path = both[2]
-  tasks = f'--tasks={questions["choice"]},{questions["line"]}'
+  tasks = f'--tasks={files["choice"]},{files["line"]}'
   done = run('bam_jax.evaluate', f'--checkpoint={path}', tasks, f'--json={tmp_path}/facts')
   assert done.returncode == 0, done.stderr
   facts = json.loads((tmp_path / 'facts').read_text())
   [row] = facts['rows']
   assert set(row['tasks']) == {'my_choice', 'my_line'} and row['window'] == LENGTH
-  want = scored(both[1], questions['choice'])['results']['my_choice']['acc,none']
+  want = scored(both[1], files['choice'])['results']['my_choice']['acc,none']
   assert row['tasks']['my_choice']['metrics']['acc']['value'] == want
   assert row['tasks']['my_choice']['questions'] == len(CHOICE)
   assert row['tasks']['my_line']['metrics']['exact_match']['value'] == 0
   assert 'my_choice' in done.stderr
 
 
-def test_code_is_not_run_unless_that_is_said(both, questions):
-  path, file, options = str(both[2]), str(questions['code']), session.Options('float32')
+def test_code_is_not_run_unless_that_is_said(both, files):
+  path, file, options = str(both[2]), str(files['code']), session.Options('float32')
   with pytest.raises(UserError, match='my_code.*--allow_generated_code'):
     session.run([path], [file], options)
   facts = session.run([path], [file], options._replace(allow_generated_code=True))
   assert facts['rows'][0]['tasks']['my_code']['metrics']['pass_at_1']['value'] == 0
   with pytest.raises(ValueError, match='unsafe'):
-    lm_eval.simple_evaluate(both[0], tasks=[offline.task(sets.read(file))])
+    lm_eval.simple_evaluate(both[0], tasks=[questions.lm_eval_task(questions.read(file))])
 
 
 class Author(LM):
@@ -342,14 +342,6 @@ def test_quac(manager, tmp_path, answer, value):
   assert author.contexts == [first, f'{first} A cat\nQ: Where?\nA:']
 
 
-@pytest.mark.parametrize('answer, references, value', [
-  ('the black cat', ['cat'], 2 / 3), ('cat', ['A cat.', 'dog'], 0.5), ('', ['cat'], 0.0),
-  ('cat cat', ['cat dog'], 0.5), ('x y', ['x', 'x y', 'z'], (2 / 3 + 1 + 1) / 3),
-])  # fmt: skip
-def test_f1(answer, references, value):
-  assert quac.f1(answer, references) == pytest.approx(value)
-
-
 def test_the_group(manager):
   """Its tasks are all known, with the paper's numbers of examples."""
   known = set(manager.all_tasks)
@@ -370,8 +362,8 @@ def test_the_group(manager):
   }  # fmt: skip
 
 
-def test_mistakes(both, questions):
-  options, file = session.Options('float32'), str(questions['choice'])
+def test_mistakes(both, files):
+  options, file = session.Options('float32'), str(files['choice'])
   for tasks, word in (
     (['nowhere_at_all'], 'nowhere_at_all'), (['arc_easy'], 'arc_easy'), (['no.yaml'], 'no.yaml'),
     ([file, file], 'my_choice'),
@@ -381,21 +373,21 @@ def test_mistakes(both, questions):
 
 
 def test_tasks_that_run_code_without_our_limits(manager):
-  task = offline.task(sets.Questions('mine', sets.CODE, CODE))
+  task = questions.lm_eval_task(questions.Questions('mine', questions.CODE, CODE))
   unlimited = {**task, 'process_results': lambda doc, results: {'pass_at_1': 1.0}}
   for spec, names in ((task, ['mine']), (unlimited, None)):
-    loaded = harness.Loaded(manager, [spec], manager.load([spec])['tasks'])
+    loaded = session.Loaded(manager, [spec], manager.load([spec])['tasks'])
     if names:
-      assert harness.unsafe(loaded) == names
+      assert session.code_tasks(loaded) == names
     else:
       with pytest.raises(UserError, match='mine .*bam_humaneval'):
-        harness.unsafe(loaded)
+        session.code_tasks(loaded)
 
 
-def test_its_own_command_line(both, questions, tmp_path):
+def test_its_own_command_line(both, files, tmp_path):
   (tmp_path / 'mine.yaml').write_text(
     'task: mine\ndataset_path: json\noutput_type: multiple_choice\ntest_split: train\n'
-    f'dataset_kwargs: {{data_files: {questions["choice"]}, cache_dir: {tmp_path}/cache}}\n'
+    f'dataset_kwargs: {{data_files: {files["choice"]}, cache_dir: {tmp_path}/cache}}\n'
     "doc_to_text: '{{context}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\n"
     'metric_list: [{metric: acc}]\n'
   )
@@ -404,9 +396,9 @@ def test_its_own_command_line(both, questions, tmp_path):
   done = run(*line, '--model_args', f'checkpoint={both[2]},dtype=float32', *output)
   assert done.returncode == 0, done.stderr
   [file] = tmp_path.glob('out*.json')
-  want = scored(both[1], questions['choice'])['results']['my_choice']['acc,none']
+  want = scored(both[1], files['choice'])['results']['my_choice']['acc,none']
   facts = json.loads(file.read_text())
   assert facts['results']['mine']['acc,none'] == want
-  assert facts['config']['tokenizer_hash'] == both[0].words.hash
+  assert facts['config']['tokenizer_hash'] == both[0].tokenizer_name
   done = run(*line, '--model_args', f'checkpoint={tmp_path}/nowhere')
   assert done.returncode == 2 and 'nowhere' in done.stderr.splitlines()[-1]

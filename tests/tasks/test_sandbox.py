@@ -1,5 +1,7 @@
-"""Real programs that go past each limit."""
+"""Real programs that exceed each limit, and the scores of programs and answers."""
 
+import gzip
+import json
 import os
 import sys
 import time
@@ -7,63 +9,52 @@ import time
 import pytest
 
 from bam_jax.errors import UserError
-from bam_jax.tasks import launcher, sandbox
+from bam_jax.tasks import launcher, sandbox, scoring
+from tests.tasks.test_questions import SHARED
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='the limits are of Linux')
 
 
-def ended(program: str, **limits) -> sandbox.Result:
-  return sandbox.run(program, **limits)
-
-
 @pytest.mark.parametrize('program', [
-  'assert 1 + 1 == 2',
   'import math, re, collections, typing, itertools, hashlib, json, heapq, datetime, decimal',
-  'class A: pass\ndef f(): return A()\nassert isinstance(f(), A)',
   'open("here", "w").write("x" * 1000)\nassert open("here").read() == "x" * 1000',
-  'x = bytearray(2**26)',
-  'print("x" * 10**7)',
+  'x = bytearray(2**26)\nprint("x" * 10**7)',
 ])  # fmt: skip
 def test_harmless_programs_pass(program):
-  assert ended(program) == (True, '')
+  assert sandbox.run(program) == (True, '')
 
 
-@pytest.mark.parametrize('program, why', [
+@pytest.mark.parametrize('program, reason', [
   ('assert 1 + 1 == 3', 'AssertionError'),
   ('def f(', 'SyntaxError'),
   ('\0', ''),
   ('x = "\ud800\udcff"', ''),
-  ('import sys; sys.exit(0)', ''),  # it must get to its end
+  ('import sys; sys.exit(0)', ''),  # it must reach its end
   ('import os; os._exit(0)', ''),
   ('raise KeyboardInterrupt', 'KeyboardInterrupt'),
   ('import os; os.abort()', ''),
   ('def f(): return f()\nf()', 'RecursionError'),
+  ('x = bytearray(2**31)', 'MemoryError'),
+  ('file = open("x", "wb", 0)\nfile.write(bytes(2**21))\nfile.write(b"x")', 'OSError'),
+  ('import sys\nsys.stderr.write("x" * 2**22)\nsys.stderr.flush()', ''),
 ])  # fmt: skip
-def test_what_fails(program, why):
-  result = ended(program)
-  assert not result.passed and why in result.why and len(result.why) <= sandbox.OUTPUT_BYTES
+def test_what_fails(program, reason):
+  result = sandbox.run(program)
+  assert not result.passed and reason in result.reason
+  assert len(result.reason) <= sandbox.OUTPUT_BYTES
 
 
-def test_clock():
+def test_time():
   begin = time.monotonic()
-  assert ended('import time; time.sleep(100)', seconds=0.5) == (False, 'time')
+  assert sandbox.run('import time; time.sleep(100)', seconds=0.5) == (False, 'time')
   assert time.monotonic() - begin < 30
+  assert sandbox.run('while True: pass', cpu_seconds=1, seconds=60) == (False, 'time')
 
 
-def test_processor():
-  assert ended('while True: pass', cpu_seconds=1, seconds=60) == (False, 'time')
+@pytest.mark.slow
+def test_the_processor_limit_cannot_be_ignored():
   ignoring = 'import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass'
-  assert not ended(ignoring, cpu_seconds=1, seconds=60).passed
-
-
-def test_memory():
-  assert 'MemoryError' in ended('x = bytearray(2**31)').why
-
-
-def test_files():
-  much = 'file = open("x", "wb", 0)\nfile.write(bytes(2**21))\nfile.write(b"x")'
-  assert 'OSError' in ended(much).why
-  assert not ended('import sys\nsys.stderr.write("x" * 2**22)\nsys.stderr.flush()').passed
+  assert not sandbox.run(ignoring, cpu_seconds=1, seconds=60).passed
 
 
 @pytest.mark.parametrize('program', [
@@ -77,36 +68,79 @@ def test_files():
   'import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))',
 ])  # fmt: skip
 def test_calls_that_are_refused(program):
-  result = ended(program)
-  assert not result.passed
-  assert any(
-    word in result.why for word in ('PermissionError', "can't start new thread", 'not allowed')
-  )
+  result = sandbox.run(program)
+  refusals = 'PermissionError', "can't start new thread", 'not allowed'
+  assert not result.passed and any(words in result.reason for words in refusals)
 
 
 def test_it_finds_nothing(monkeypatch):
   monkeypatch.setenv('SECRET', 'x')
-  assert ended('import os; assert not os.listdir()').passed
-  assert ended('import os; assert set(os.environ) <= {"LC_CTYPE"}, os.environ').passed
-  assert ended('import sys; assert not sys.stdin.read() and len(sys.argv) == 1').passed
-  assert not ended('import numpy').passed
+  found = sandbox.run(
+    'import os, sys; assert not os.listdir() and set(os.environ) <= {"LC_CTYPE"}\n'
+    'assert not sys.stdin.read() and len(sys.argv) == 1'
+  )
+  assert found.passed, found
+  assert not sandbox.run('import numpy').passed
 
 
 def test_nothing_stays_behind(tmp_path, monkeypatch):
   monkeypatch.setattr(sandbox.tempfile, 'tempdir', str(tmp_path))
   before = os.listdir('/proc/self/fd')
-  ended('open("x", "w").write("x")')
-  ended('import time; time.sleep(100)', seconds=0.3)
-  assert not list(tmp_path.iterdir())
-  assert len(os.listdir('/proc/self/fd')) == len(before)
+  sandbox.run('open("x", "w").write("x")')
+  sandbox.run('import time; time.sleep(100)', seconds=0.3)
+  assert not list(tmp_path.iterdir()) and len(os.listdir('/proc/self/fd')) == len(before)
 
 
 def test_a_machine_without_limits_runs_nothing(tmp_path, monkeypatch):
-  odd = tmp_path / 'launcher.py'
+  other = tmp_path / 'launcher.py'
   text = open(launcher.__file__, encoding='utf-8').read()
-  odd.write_text(text.replace("sys.platform != 'linux'", "sys.platform != 'plan9'"))
-  monkeypatch.setattr(sandbox, 'LAUNCHER', str(odd))
-  assert not ended(f'open("{tmp_path}/ran", "w")').passed
+  other.write_text(text.replace("sys.platform != 'linux'", "sys.platform != 'plan9'"))
+  monkeypatch.setattr(sandbox, 'LAUNCHER', str(other))
+  assert not sandbox.run(f'open("{tmp_path}/ran", "w")').passed
   assert not (tmp_path / 'ran').exists()
   with pytest.raises(UserError, match='--allow_generated_code needs limits'):
     sandbox.require()
+
+
+DOC = {
+  'prompt': 'def add(a, b):\n',
+  'test': 'def check(candidate):\n  assert candidate(1, 2) == 3\n',
+  'entry_point': 'add',
+}
+MBPP = {'test_setup_code': 'z = 1', 'test_list': ['assert f(z) == 2', 'assert f(2) == 3']}
+
+
+@pytest.mark.parametrize('text, passed', [
+  ('  return a + b', 1.0), ('  return a - b', 0.0), ('', 0.0), ('  raise SystemExit(0)', 0.0),
+])  # fmt: skip
+def test_human_eval(text, passed):
+  assert scoring.human_eval(DOC, [text]) == {'pass_at_1': passed}
+
+
+@pytest.mark.parametrize('text, passed', [
+  ('def f(x):\r\n  return x + 1', 1.0),
+  ('def f(x): return 2', 0.0),
+  ('import os\nf = os._exit', 0.0),
+])  # fmt: skip
+def test_mbpp(text, passed):
+  assert scoring.mbpp(MBPP, [text]) == {'pass_at_1': passed}
+  empty = {'test_setup_code': None, 'test_list': []}
+  assert scoring.mbpp(empty, [text])['pass_at_1'] == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason='the shared sets are not on this machine')
+def test_solutions_of_the_authors():
+  with gzip.open(SHARED / 'humaneval_problems.jsonl.gz', 'rt') as file:
+    docs = [json.loads(line) for line in file]
+  for doc in docs[::8]:
+    assert scoring.human_eval(doc, [doc['canonical_solution']])['pass_at_1'] == 1, doc['task_id']
+    assert scoring.human_eval(doc, ['  pass'])['pass_at_1'] == 0, doc['task_id']
+
+
+@pytest.mark.parametrize('answer, references, value', [
+  ('the black cat', ['cat'], 2 / 3), ('cat', ['A cat.', 'dog'], 0.5), ('', ['cat'], 0.0),
+  ('cat cat', ['cat dog'], 0.5), ('x y', ['x', 'x y', 'z'], (2 / 3 + 1 + 1) / 3),
+])  # fmt: skip
+def test_quac_f1(answer, references, value):
+  assert scoring.quac_f1({'references': references}, [answer])['f1'] == pytest.approx(value)

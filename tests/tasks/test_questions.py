@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bam_jax.errors import UserError
-from bam_jax.tasks import sets
+from bam_jax.tasks import questions
 
 CHOICE = {'id': 'x/0', 'context': 'The sky is', 'choices': ['blue', 'green'], 'answer': 0}
 LINE = {'context': 'Q: 1 + 1?\nA:', 'answer': '2'}
@@ -25,10 +25,10 @@ def write(path, rows):
 
 def test_kinds(tmp_path):
   for name, row, kind in (('a.jsonl', CHOICE, 'choice'), ('b.v1.jsonl.gz', CODE, 'code')):
-    found = sets.read(write(tmp_path / name, [row, '', row]))
+    found = questions.read(write(tmp_path / name, [row, '', row]))
     assert (found.name, found.kind) == (name.partition('.jsonl')[0], kind)
     assert found.rows == [{k: v for k, v in row.items() if k != 'id'}] * 2
-  found = sets.read(write(tmp_path / 'c.jsonl', [LINE, {**LINE, 'answer': ['2', 'two']}]))
+  found = questions.read(write(tmp_path / 'c.jsonl', [LINE, {**LINE, 'answer': ['2', 'two']}]))
   assert found.kind == 'line'
   assert [row['answer'] for row in found.rows] == [['2'], ['2', 'two']]
 
@@ -43,8 +43,8 @@ def test_kinds(tmp_path):
 ])  # fmt: skip
 def test_bad_rows(tmp_path, row, word):
   path = write(tmp_path / 'a.jsonl', [CHOICE, row])
-  with pytest.raises(UserError, match=f'{path}:2 .*{word}'):
-    sets.read(path)
+  with pytest.raises(UserError, match=f'{path}:2:? .*{word}'):
+    questions.read(path)
 
 
 @pytest.mark.parametrize('first, changes, word', [
@@ -53,8 +53,8 @@ def test_bad_rows(tmp_path, row, word):
   (CODE, {'entry_point': 1}, 'entry_point'),
 ])  # fmt: skip
 def test_bad_rows_of_other_kinds(tmp_path, first, changes, word):
-  with pytest.raises(UserError, match=f':2 .*{word}'):
-    sets.read(write(tmp_path / 'a.jsonl', [first, {**first, **changes}]))
+  with pytest.raises(UserError, match=f':2: .*{word}'):
+    questions.read(write(tmp_path / 'a.jsonl', [first, {**first, **changes}]))
 
 
 def test_bad_files(tmp_path):
@@ -64,16 +64,16 @@ def test_bad_files(tmp_path):
   (tmp_path / 'folder.jsonl').mkdir()
   for name in ('cut.jsonl.gz', 'odd.jsonl.gz', 'empty.jsonl', 'folder.jsonl', 'nowhere.jsonl'):
     with pytest.raises(UserError, match=f'--tasks={tmp_path}/{name}'):
-      sets.read(str(tmp_path / name))
+      questions.read(str(tmp_path / name))
   (tmp_path / 'latin.jsonl').write_bytes(b'{"context": "\xe9"}')
   with pytest.raises(UserError, match='latin.jsonl:1 '):
-    sets.read(str(tmp_path / 'latin.jsonl'))
+    questions.read(str(tmp_path / 'latin.jsonl'))
 
 
 def test_large_files(tmp_path, monkeypatch):
-  monkeypatch.setattr(sets, 'MOST_BYTES', 100)
+  monkeypatch.setattr(questions, 'MAX_BYTES', 100)
   with pytest.raises(UserError, match='larger'):
-    sets.read(write(tmp_path / 'a.jsonl', [CHOICE] * 10))
+    questions.read(write(tmp_path / 'a.jsonl', [CHOICE] * 10))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason='the shared sets are not on this machine')
@@ -82,5 +82,5 @@ def test_large_files(tmp_path, monkeypatch):
   ('humaneval_problems', 'code', 164),
 ])  # fmt: skip
 def test_shared_sets(name, kind, number):
-  found = sets.read(str(SHARED / f'{name}.jsonl.gz'))
+  found = questions.read(str(SHARED / f'{name}.jsonl.gz'))
   assert (found.name, found.kind, len(found.rows)) == (name, kind, number)
