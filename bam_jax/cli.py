@@ -1,89 +1,78 @@
-"""What every command line shares: flags in, exit status and one table or one JSON object out."""
+"""What every command shares: flags in; an exit status and a table or a JSON object out."""
 
 import contextlib
 import importlib
 import json
 import math
 import os
+import re
 import select
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 import rich.console
-import rich.progress
+import rich.table
 from absl import app, flags, logging
 from ml_collections import config_flags
+from rich import progress
 
 from bam_jax import config, errors
 from bam_jax.config import recipe_file
 from bam_jax.errors import UserError
 from bam_jax.parallel import compilation, sharding
 
-MOST_CHARACTERS = 2000  # of a sentence, which may repeat what the user typed
-
 _JSON = flags.DEFINE_string(
   'json', None, 'Also write the facts as one JSON object to this file; "-" is standard output.'
 )
 
 
-def run(
-  main: Callable[..., dict[str, Any] | None],
-  max_arguments: int = 0,
-  verbosity: int = logging.ERROR,
-) -> None:
-  """Parses the flags, calls `main`, and writes what it returns where `--json` says.
+def run(main: Callable[..., dict[str, Any] | None], max_arguments: int = 0) -> None:
+  """Parses the flags, calls `main`, and writes the facts that it returns to the file of `--json`.
 
-  Args:
-    main: the command; returns the facts of its `--json` object, or None. Raises UserError for a
-      user's mistake.
-    max_arguments: how many arguments that are no flags it takes; `main` is called with them.
-    verbosity: what libraries may log, without --verbosity: Orbax warns of what is no trouble.
+  `main` gets at most `max_arguments` positional arguments, and raises UserError for a mistake.
   """
 
   def guarded(argv: Sequence[str]) -> int:
-    if not flags.FLAGS['verbosity'].present:
-      logging.set_verbosity(verbosity)
+    if not flags.FLAGS['verbosity'].present:  # Orbax logs a traceback of what is told below
+      logging.set_verbosity(logging.FATAL)
     try:
-      if len(argv) > 1 + max_arguments:
-        argument = argv[1 + max_arguments]
+      for argument in argv[1 + max_arguments :]:
         raise UserError(f'Unexpected argument {argument!r}: every option is a --flag=value.')
-      if _JSON.value:
-        check_json(_JSON.value)
+      check_json(_JSON.value or '-')
       compilation.use_cache()
       facts = main(*argv[1:])
       if _JSON.value and facts is not None:
         write_json(_JSON.value, facts)
     except Exception as error:
-      if not (said := errors.sentence(error)):
-        raise
-      return _refuse(said)
+      if message := errors.sentence(error):
+        return _refuse(message)
+      raise
     return 0
 
   try:
     app.run(guarded, flags_parser=_parse)
   except KeyboardInterrupt:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one may hit what Python does at its exit
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's exit must not raise a second one
     sys.exit(_refuse('interrupted.', 128 + signal.SIGINT))
   except BrokenPipeError:
-    unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
-    if not unread:
-      raise  # by a pipe of our own
+    unread = [stream for stream in (sys.stdout, sys.stderr) if _reader_left(stream)]
     for stream in unread:
-      _leave(stream)
-    sys.exit(128 + signal.SIGPIPE)  # what a shell has of a program that did not ignore the signal
+      _discard(stream)
+    if unread:
+      sys.exit(128 + signal.SIGPIPE)
+    raise  # a pipe of the command's own
 
 
 def run_subcommands(subcommands: Mapping[str, str]) -> None:
-  """Runs the subcommand that the first argument names.
+  """Runs the subcommand that the first argument names: a module, imported only then.
 
-  Args:
-    subcommands: the module of each, imported only when it runs; it has flags,
-      `main`, a docstring for `--help`, and, if `main` takes arguments, MAX_ARGUMENTS.
+  It has flags, `main`, a docstring for `--help`, and MAX_ARGUMENTS if `main` takes arguments.
   """
-  name = sys.argv[1] if len(sys.argv) > 1 else ''
+  name = (*sys.argv, '')[1]
   if name.lstrip('-') in ('help', 'helpfull', 'helpshort', 'h', '?'):
     print(sys.modules['__main__'].__doc__)
     sys.exit(0)
@@ -97,8 +86,7 @@ def run_subcommands(subcommands: Mapping[str, str]) -> None:
     print(module.__doc__)
     print(flags.FLAGS.module_help(module), flags.FLAGS.module_help(__name__), sep='\n')
     sys.exit(0)
-  # Orbax logs a traceback of every error that a subcommand reports in a sentence.
-  run(module.main, getattr(module, 'MAX_ARGUMENTS', 0), logging.FATAL)
+  run(module.main, getattr(module, 'MAX_ARGUMENTS', 0))
 
 
 def define_recipe() -> flags.FlagHolder:
@@ -109,38 +97,42 @@ def define_recipe() -> flags.FlagHolder:
 def read_recipe(flag: flags.FlagHolder) -> config.Recipe:
   """The recipe that the flag of `define_recipe` names, checked."""
   if not flag.present:
-    raise UserError('Which recipe? Give --config=FILE.py.')
-  name = config_flags.get_config_filename(flags.FLAGS['config'])
-  try:
-    plain = flag.value.to_dict()  # a config file that is not there is noticed only here
-  except OSError as error:
-    path = name.partition(':')[0]
-    if os.path.isfile(path):
-      raise UserError(recipe_file.blame([path], error)) from None
-    raise UserError(f'--config={name} cannot be read: name a recipe, FILE.py.') from None
-  except AttributeError:
-    raise UserError(
-      f'get_config of --config={name} returns a {type(flag.value).__name__} where a ConfigDict is '
-      'wanted: end it with "return config.complete(...)".'
-    ) from None
-  return config.parse(plain)
+    raise UserError('--config is required: give --config=FILE.py.')
+  return recipe_file.read(flag, config_flags.get_config_filename(flags.FLAGS['config']))
+
+
+def console() -> rich.console.Console:
+  """Standard error, where tables and remarks go; text is printed as it is, without markup."""
+  return rich.console.Console(stderr=True, markup=False, highlight=False)
+
+
+def table(
+  title: str | None, left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[Any]]
+) -> rich.table.Table:
+  """A table for `console()`: `left` names its columns of text, `right` those of numbers after them.
+
+  Cells are folded where the terminal is narrow; an int gets separators of thousands.
+  """
+  made = rich.table.Table(title=title, title_justify='left', box=None, pad_edge=False)
+  for name in left:
+    made.add_column(name, overflow='fold')
+  for name in right:
+    made.add_column(name, justify='right', overflow='fold')
+  for row in rows:
+    made.add_row(*(f'{cell:,}' if isinstance(cell, int) else str(cell) for cell in row))
+  return made
 
 
 @contextlib.contextmanager
 def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-  """A progress bar on standard error; yields the function that is told bytes done and in all."""
-  columns = (
-    rich.progress.TextColumn('{task.description}', markup=False),
-    rich.progress.BarColumn(),
-    rich.progress.DownloadColumn(),
-    rich.progress.TransferSpeedColumn(),
-    rich.progress.TimeRemainingColumn(),
-  )
-  bar = rich.progress.Progress(*columns, console=rich.console.Console(stderr=True))
+  """A progress bar on standard error; yields the function to call with bytes done and in all."""
+  text = progress.TextColumn('{task.description}', markup=False)
+  columns = text, progress.BarColumn(), progress.DownloadColumn(), progress.TimeRemainingColumn()
+  bar = progress.Progress(*columns, console=console())
   task = bar.add_task(what, total=None)
 
   def show(done: int, total: int) -> None:
-    bar.start()  # not before: what is refused at once shows no bar
+    bar.start()  # not before: a command that refuses its input at once shows no bar
     bar.update(task, completed=done, total=total)
 
   try:
@@ -154,136 +146,83 @@ def parse_mesh(items: Sequence[str]) -> config.Mesh:
   """The mesh that `--mesh=data=2,expert=4` describes."""
   sizes: dict[str, int] = {}
   for item in items:
-    axis, _, size = item.partition('=')
-    number = size.isascii() and size.isdecimal() and len(size) < 20
-    if axis not in sharding.AXES or not number or axis in sizes:
+    match = re.fullmatch(rf'({"|".join(sharding.AXES)})=([0-9]{{1,19}})', item)
+    if not match or match[1] in sizes:
       raise UserError(f'--mesh={item} is none of {", ".join(f"{a}=N" for a in sharding.AXES)}.')
-    sizes[axis] = int(size)
+    sizes[match[1]] = int(match[2])
   return config.Mesh(**sizes)
 
 
 def command() -> str:
-  """The whole command line, for a record of what made something."""
+  """The whole command line, to record what made a file."""
   return f'python -m {errors.program_name()} {shlex.join(sys.argv[1:])}'
 
 
 def check_json(path: str) -> None:
-  """Raises UserError where `write_json` could not write, before hours of work."""
-  if path == '-':
-    return
-  link = os.path.islink(path)  # one to nothing is a file to be made
-  whole = os.path.realpath(path) if link else os.path.abspath(path)
-  there = whole
-  while not os.path.exists(there):
-    there = os.path.dirname(there)
-  folder = there != whole
-  if folder and path.endswith(os.sep) or os.path.isdir(there) and not folder:
-    reason = 'that is a folder'
-  elif folder and not os.path.isdir(there):
-    reason = f'{there} is no folder'
-  elif not os.access(there, os.W_OK):
-    reason = f'{there} is read-only'
-  elif link and folder and there != os.path.dirname(whole):
-    reason = f'it is a link to {whole}, whose folder is not there'
-  elif not (reason := _refused_name(there, whole)):
-    return
-  raise UserError(f'--json={path} cannot be written: {reason}.')
-
-
-def _refused_name(there: str, whole: str) -> str | None:
-  """What the file system has against a name that is to be made in `there`, or a path so long."""
-  parts = whole[len(there) :].split(os.sep)
-  for path in (*(os.path.join(there, part) for part in parts if part), whole):
-    try:
-      os.stat(path)
-    except FileNotFoundError:
-      pass
-    except OSError as error:
-      return error.strerror
-    except ValueError as error:  # it has a null
-      return str(error)
-  return None
+  """Creates the file of `--json` and its folder: a bad path is refused before hours of work."""
+  with _json_errors(path):
+    if path != '-':
+      with contextlib.suppress(FileExistsError):
+        os.makedirs(os.path.dirname(os.path.abspath(path)))
+      open(path, 'ab').close()
 
 
 def write_json(path: str, facts: dict[str, Any]) -> None:
-  """Writes one JSON object to `path`, whose folder is made, or to standard output if it is "-"."""
-  text = json.dumps(facts, indent=1, sort_keys=True) + '\n'
+  """Writes one JSON object to `path`, or to standard output if it is "-"."""
+  with _json_errors(path):
+    text = json.dumps(facts, indent=1, sort_keys=True)
+    if path == '-':
+      print(text, flush=True)
+    else:
+      Path(path).write_text(text + '\n', encoding='utf-8')
+
+
+@contextlib.contextmanager
+def _json_errors(path: str) -> Iterator[None]:
   try:
-    if path == '-':
-      sys.stdout.write(text)
-      sys.stdout.flush()
-      return
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path, 'w', encoding='utf-8') as file:
-      file.write(text)
+    yield
+  except BrokenPipeError:
+    raise
   except OSError as error:
-    if path == '-' and isinstance(error, BrokenPipeError):
-      raise
     if path == '-':
-      _leave(sys.stdout)
+      _discard(sys.stdout)
     raise UserError(f'--json={path} cannot be written: {error.strerror}.') from error
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-  recipes = recipe_file.paths_of(argv)
+  """Parses the flags; a mistake in them or in a recipe ends the program."""
   try:
-    _check_encoding(argv)
-    for recipe in recipes:
-      recipe_file.check(recipe)
+    for argument in argv:
+      if any('\ud800' <= character <= '\udfff' for character in argument):
+        raise UserError(f'{ascii(argument)[:80]} on the command line is not UTF-8: convert it.')
+    recipe_file.check(argv)
     arguments = flags.FLAGS(argv)
-    _check_numbers()
+    for name, value in flags.FLAGS.flag_values_dict().items():
+      bound = 2**63 if type(value) is int else math.inf
+      if type(value) in (int, float) and not abs(value) < bound:
+        raise UserError(f'--{name} is not a finite number of 64 bits: choose another.')
     return arguments
-  except UserError as error:
-    sentence = str(error)
   except Exception as error:
-    # Of what a recipe raises the library quotes the whole traceback.
-    if isinstance(error, flags.Error | OSError | ValueError) and 'Traceback' not in str(error):
-      sentence = ' '.join(str(error).split())
-    elif recipes:
-      sentence = recipe_file.blame(recipes, error)
-    else:
-      raise
-  sys.exit(_refuse(f'{sentence} (Try --help.)'))
+    message = str(error) if isinstance(error, UserError) else recipe_file.explain(argv, error)
+    sys.exit(_refuse(f'{message} (Try --help.)'))
 
 
-def _check_encoding(argv: Sequence[str]) -> None:
-  """UserError for an argument that is not UTF-8; files and records could not name it."""
-  for argument in argv:
-    try:
-      argument.encode()
-    except UnicodeEncodeError:
-      raise UserError(
-        f'{ascii(argument)[:80]} on the command line is not UTF-8: convert it.'
-      ) from None
-
-
-def _check_numbers() -> None:
-  """UserError for a number that the libraries cannot hold."""
-  for name in flags.FLAGS:
-    value = flags.FLAGS[name].value
-    if type(value) is int and not -(2**63) <= value < 2**63:
-      raise UserError(f'--{name} is past 64 bits: choose a smaller number.')
-    if type(value) is float and not math.isfinite(value):
-      raise UserError(f'--{name}={value} is not finite: give a number.')
-
-
-def _is_unread(stream: TextIO) -> bool:
+def _reader_left(stream: TextIO) -> bool:
   """Whether a stream is a pipe whose reader has left."""
   poll = select.poll()
   poll.register(stream.fileno(), 0)
   return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
-def _leave(stream: TextIO) -> None:
-  """Lets what could not be written go nowhere: Python tries again at its exit, and complains."""
+def _discard(stream: TextIO) -> None:
+  """Sends buffered output nowhere; Python would try to write it at its exit, and complain."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _refuse(sentence: str, status: int = errors.USER_ERROR) -> int:
-  """Prints a sentence in one line that cannot move the cursor; the status to exit with."""
-  shown = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
-  if len(shown) > MOST_CHARACTERS:
-    half = MOST_CHARACTERS // 2
-    shown = f'{shown[:half]} ... {shown[-half:]}'
+def _refuse(message: str, status: int = errors.USER_ERROR) -> int:
+  """Prints a message in one line that cannot move the cursor; returns the exit status."""
+  shown = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+  if len(shown) > 2000:  # it repeats what the user typed
+    shown = f'{shown[:1000]} ... {shown[-1000:]}'
   print(f'{errors.program_name()}: {shown}', file=sys.stderr)
   return status

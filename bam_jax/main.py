@@ -14,7 +14,7 @@ On a pod of TPUs every host runs the same command; elsewhere several processes a
 A signal to one of them stops all at one step, and they share the folder --workdir. When one is
 lost, the others end with status 1 or JAX's own; the same command goes on, on any number of them.
 
-`--json` writes the report: `rows` (a run's scores by domain), `unfinished`, `readings`, `pictures`.
+`--json` writes the report: `rows` (scores of each run by domain), `not_finished`, `pictures`.
 """
 
 import shlex
@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 import rich.console
-from absl import flags, logging
+from absl import flags
 
 from bam_jax import cli
 from bam_jax.errors import UserError
@@ -72,4 +72,4 @@ def main() -> dict[str, Any] | None:
 
 if __name__ == '__main__':
   # Orbax logs a traceback of every error that is reported in a sentence.
-  cli.run(main, verbosity=logging.FATAL)
+  cli.run(main)

@@ -3,13 +3,101 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from bam_jax.config import checks
+from ml_collections import ConfigDict
+
+from bam_jax.config import strict
 from bam_jax.config.model import Compute, Model
-from bam_jax.config.training import Guard, Intervals, Loss, Mesh, Optimizer, Schedule, Watch
+from bam_jax.config.strict import Count, Fraction, NonNegative, Positive, PositiveInt, Size
 from bam_jax.config.upcycle import Upcycle
-from bam_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Schedule(strict.Section):
+  """Learning rate: linear warm-up from 0 to the peak, then cosine decay to a fraction of it."""
+
+  peak_learning_rate: Positive
+  warmup_steps: Count
+  min_lr_ratio: Fraction = 0.1  # learning rate after the last step over the peak
+
+
+@dataclass(frozen=True)
+class Optimizer(strict.Section):
+  """AdamW; weight decay on everything but the scales of norms and the biases of routers."""
+
+  weight_decay: NonNegative = 0.1
+  b1: Fraction = 0.9
+  b2: Fraction = 0.95
+  epsilon: Positive = 1e-8
+  clip_norm: NonNegative = 1.0  # bound on the gradient's global norm; 0 does not clip
+
+  def check(self):
+    # The bias correction would divide by zero.
+    self.require(1 not in (self.b1, self.b2), f'b1={self.b1} and b2={self.b2} must be below 1.')
+
+
+@dataclass(frozen=True)
+class Loss(strict.Section):
+  """Weights of the routers' losses beside the negative log-likelihood, summed over layers."""
+
+  load_balance: NonNegative = 1e-2  # of N sum_i f_i P_i; top-k routers only (Switch Transformers)
+  router_z: NonNegative = 1e-3  # of mean logsumexp^2; every router (ST-MoE)
+  # What the two are over with grad_accum_steps > 1: 'global_batch' costs one more forward pass.
+  balance_over: Literal['micro_batch', 'global_batch'] = 'micro_batch'
+  expert_bias_update_rate: NonNegative = 1e-3  # what a step moves the biases of `expert_bias` by
+
+
+@dataclass(frozen=True)
+class Mesh(strict.Section):
+  """Devices along each axis of the mesh; their product is the number of devices used."""
+
+  data: Size = 1  # replicas
+  fsdp: Size = 1  # parameters and optimizer sharded
+  expert: Size = 1  # experts of mixtures; more FSDP for dense models
+  tensor: Size = 1  # heads and FFN columns
+
+  @property
+  def size(self) -> int:
+    return self.data * self.fsdp * self.expert * self.tensor
+
+  @property
+  def batch_shards(self) -> int:
+    """Parts that a batch is cut into."""
+    return self.data * self.fsdp * self.expert
+
+
+@dataclass(frozen=True)
+class Intervals(strict.Section):
+  """Steps between the things a run does beside training; 0 is only at the end."""
+
+  log: PositiveInt = 10
+  evaluate: Count = 0
+  checkpoint: Count = 0
+  keep: PositiveInt = 2  # checkpoints that stay on disk
+
+
+@dataclass(frozen=True)
+class Guard(strict.Section):
+  """What happens at a step whose loss or gradient would do harm."""
+
+  on_nan: Literal['halt', 'skip'] = 'halt'  # NaN or infinity in the loss or the gradient
+  on_spike: Literal['ignore', 'halt', 'skip'] = 'ignore'
+  # A spike: loss or gradient norm is so many standard deviations above its mean.
+  spike_deviations: Positive = 6.0
+  window: Annotated[int, (2, strict.MAX_SIZE)] = 128  # steps of that mean; the first are no spikes
+  max_skipped: PositiveInt = 10  # steps in a row; then the run halts
+
+
+@dataclass(frozen=True)
+class Watch(strict.Section):
+  """How a run is observed; nothing of it changes the run."""
+
+  profile_from: Count = 0  # the first step that jax.profiler records, into <run>/profile; 0: none
+  profile_steps: PositiveInt = 3
+  # A run that finishes no step for so many seconds, and ten times as long as usual, reports what it
+  # waits for; 0 is never.
+  stall_seconds: NonNegative = 120.0
 
 
 @dataclass(frozen=True)
@@ -37,22 +125,22 @@ Init = Literal['scratch'] | FromRun | FromCheckpoint | FromUpcycle
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(strict.Section):
   """One node of the graph: where it starts, what it reads, how long and how it trains."""
 
   label: str  # what tables call it
   init: Init
   data: Mapping[str, float]  # domain -> share of the tokens
-  tokens: int  # budget, rounded down to whole batches; 0 keeps the initial parameters
-  batch_size: int  # sequences a step
+  tokens: Count  # budget, rounded down to whole batches; 0 keeps the initial parameters
+  batch_size: Size  # sequences a step
   schedule: Schedule
   optimizer: Optimizer = Optimizer()
-  grad_accum_steps: int = 1  # micro-batches a step
-  router_warmup_steps: int = 0  # first steps, in which only routers learn
+  grad_accum_steps: Size = 1  # micro-batches a step
+  router_warmup_steps: Count = 0  # first steps, in which only routers learn
   # Of groups of parameters, by the start of their path or a pattern such as "blocks/*/key": what
   # their learning rate is multiplied by. 0 freezes; the longest match wins.
   learning_rate_factors: Mapping[str, float] = field(default_factory=dict)
-  data_seed: int = 0  # runs with equal data, seed and batch size see the same batches
+  data_seed: Count = 0  # runs with equal data, seed and batch size see the same batches
   loss: Loss = Loss()
   compute: Compute = Compute()
   mesh: Mesh = Mesh()
@@ -60,107 +148,90 @@ class Run:
   guard: Guard = Guard()
   watch: Watch = Watch()
 
-  def __post_init__(self):
-    checks.sizes(self, 'batch_size', 'grad_accum_steps')
-    checks.at_least(self, tokens=0, data_seed=0, router_warmup_steps=0)
+  def check(self):
     for pattern, factor in self.learning_rate_factors.items():
-      if not (math.isfinite(factor) and factor >= 0):
-        raise UserError(
-          f'learning_rate_factors[{pattern!r}]={factor} is not a factor: give 0 to freeze, or a '
-          'positive number.'
-        )
-    if not self.data:
-      raise UserError('data={} names no domain.')
+      wrong = f'learning_rate_factors[{pattern!r}]={factor} is neither positive nor 0 (frozen).'
+      self.require(0 <= factor < math.inf, wrong)
+    self.require(self.data, 'data={} names no domain.')
     for domain, share in self.data.items():
-      if not (math.isfinite(share) and share > 0):
-        raise UserError(f'data[{domain!r}]={share} is not a positive share.')
-    shards = self.grad_accum_steps * self.mesh.batch_shards
-    if self.batch_size % shards:
-      raise UserError(
-        f'batch_size={self.batch_size} is not a multiple of grad_accum_steps='
-        f'{self.grad_accum_steps} times the {self.mesh.batch_shards} parts that mesh cuts a batch into.'
-      )
+      self.require(0 < share < math.inf, f'data[{domain!r}]={share} is not a positive share.')
+    grad_accum_steps, parts = self.grad_accum_steps, self.mesh.batch_shards
+    self.require(
+      self.batch_size % (grad_accum_steps * parts) == 0,
+      f'batch_size={self.batch_size} is not a multiple of {grad_accum_steps=} times the {parts} '
+      'parts that mesh cuts a batch into.',
+    )
 
 
 @dataclass(frozen=True)
-class Prepare:
+class Prepare(strict.Section):
   """Text to prepare when `Data.path` does not exist; the arguments of bam_jax.prepare."""
 
   input: str  # a folder with one folder or file a domain; "sample" is the text shipped with bam_jax
-  train_tokenizer: int = 0  # vocabulary of a byte-level BPE to train; 0 uses `tokenizer`
+  train_tokenizer: Count = 0  # vocabulary of a byte-level BPE to train; 0 uses `tokenizer`
   tokenizer: str = ''  # a tokenizer.json or SentencePiece model
 
-  def __post_init__(self):
-    checks.at_least(self, train_tokenizer=0)
-    if bool(self.train_tokenizer) == bool(self.tokenizer):
-      raise UserError('give one of train_tokenizer and tokenizer.')
+  def check(self):
+    both = bool(self.train_tokenizer) == bool(self.tokenizer)
+    self.require(not both, 'one of train_tokenizer and tokenizer is required, and not both.')
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(strict.Section):
   """Token shards, as bam_jax.prepare writes them."""
 
   path: str  # "{workdir}" in it is replaced by --workdir
-  sequence_length: int  # T, tokens of a training sequence
+  sequence_length: Size  # T, tokens of a training sequence
   prepare: Prepare | None = None
 
-  def __post_init__(self):
-    checks.sizes(self, 'sequence_length')
-
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(strict.Section):
   """Held-out perplexity: after every run over all of the held-out text, during it over a part."""
 
-  batch_size: int = 16  # sequences
-  tokens: int = 16_384  # of each domain, read at every `intervals.evaluate` steps
+  batch_size: Size = 16  # sequences
+  tokens: PositiveInt = 16_384  # of each domain, read at every `intervals.evaluate` steps
   domains: tuple[str, ...] = ()  # columns of the tables; empty is every domain of the data
-
-  def __post_init__(self):
-    checks.sizes(self, 'batch_size')
-    checks.at_least(self, tokens=1)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(strict.Section):
   """A graph of runs."""
 
   name: str
   model: Model  # of the runs that start from scratch
   data: Data
   runs: Mapping[str, Run]
-  seed: int = 0  # of initial parameters, routers and data order
-  steps: int = 0  # a bound on every run's steps, schedules shrunk to it; 0 is none
+  seed: Annotated[int, (0, 2**32 - 1)] = 0  # of parameters, routers, data; JAX keeps 32 bits
+  steps: Count = 0  # a bound on every run's steps, schedules shrunk to it; 0 is none
   evaluation: Evaluation = Evaluation()
 
-  def __post_init__(self):
-    checks.at_least(self, seed=0, steps=0)
-    if self.seed >= 2**32:
-      raise UserError(f'seed={self.seed} is past the 32 bits that JAX keeps: choose a smaller one.')
-    if self.model != self.model.dense():
-      raise UserError('model has experts: a mixture comes from a run with an upcycle init.')
-    if not self.runs:
-      raise UserError('runs={} names no run.')
+  def check(self):
+    is_dense = self.model == self.model.dense()
+    self.require(is_dense, 'model has experts: a mixture comes from a run with an upcycle init.')
+    self.require(self.runs, 'runs={} names no run.')
     for name, run in self.runs.items():
-      if not name.replace('_', '').replace('-', '').isalnum():
-        raise UserError(f'runs has the name {name!r}: use letters, digits, "-" and "_".')
-      if name in ('data', 'report'):
-        raise UserError(f'runs has the name {name!r}, a folder of the workdir: choose another.')
-      for parent in parents(run):
-        if parent not in self.runs:
-          raise UserError(f'runs.{name}.init names {parent!r}, which is not one of {[*self.runs]}.')
-      if run.tokens and self.total_steps(name) == 0:
-        raise UserError(f'runs.{name}.tokens={run.tokens} is below one batch.')
-      if run.schedule.warmup_steps > max(self.total_steps(name), 1) and not self.steps:
-        raise UserError(
-          f'runs.{name}.schedule.warmup_steps={run.schedule.warmup_steps} is above the '
-          f'{self.total_steps(name)} steps that its tokens buy.'
+      plain = name.replace('_', '').replace('-', '').isalnum() and name not in ('data', 'report')
+      self.require(
+        plain,
+        f'runs has the name {name!r}: use letters, digits, "-", "_"; "data", "report" are taken.',
+      )
+      for source in parents(run):
+        wrong = f'runs.{name}.init names {source!r}, which is not one of {[*self.runs]}.'
+        self.require(source in self.runs, wrong)
+      steps, tokens = self.total_steps(name), run.tokens
+      self.require(steps or not tokens, f'runs.{name}.{tokens=} is below one batch.')
+      if not self.steps:  # which cuts warm-ups short too
+        warmup, longest = run.schedule.warmup_steps, max(steps, 1)
+        wrong = (
+          f'runs.{name}.schedule.warmup_steps={warmup} is above the {steps} steps of {tokens=}.'
         )
-      if run.router_warmup_steps >= max(self.total_steps(name), 1) and not self.steps:
-        raise UserError(
-          f'runs.{name}.router_warmup_steps={run.router_warmup_steps} leaves nothing of the '
-          f'{self.total_steps(name)} steps that its tokens buy: lower it.'
+        self.require(warmup <= longest, wrong)
+        warmup = run.router_warmup_steps
+        wrong = (
+          f'runs.{name}.router_warmup_steps={warmup} leaves none of the {steps} steps of {tokens=}.'
         )
+        self.require(warmup < longest, wrong)
 
   def step_tokens(self, name: str) -> int:
     """Tokens of one optimizer step of a run."""
@@ -173,15 +244,16 @@ class Recipe:
 
   def warmup_steps(self, name: str) -> int:
     """Warm-up of a run; at most half of a run that `steps` cut short."""
-    warmup, total = self.runs[name].schedule.warmup_steps, self.total_steps(name)
-    cut_short = total < self.runs[name].tokens // self.step_tokens(name)
-    return min(warmup, total // 2) if cut_short else warmup
+    return self._cut(self.runs[name].schedule.warmup_steps, name)
 
   def router_warmup_steps(self, name: str) -> int:
     """Steps of a run in which only routers learn; at most half of one that `steps` cut short."""
-    warmup, total = self.runs[name].router_warmup_steps, self.total_steps(name)
-    cut_short = total < self.runs[name].tokens // self.step_tokens(name)
-    return min(warmup, total // 2) if cut_short else warmup
+    return self._cut(self.runs[name].router_warmup_steps, name)
+
+  def _cut(self, warmup: int, name: str) -> int:
+    total = self.total_steps(name)
+    is_cut = total < self.runs[name].tokens // self.step_tokens(name)
+    return min(warmup, total // 2) if is_cut else warmup
 
 
 def parents(run: Run) -> tuple[str, ...]:
@@ -192,3 +264,23 @@ def parents(run: Run) -> tuple[str, ...]:
     case FromUpcycle(upcycle):
       return upcycle.sources
   return ()
+
+
+def parse(config: Mapping) -> Recipe:
+  """A recipe from plain nested mappings; UserError says what is wrong."""
+  return strict.from_dict(Recipe, config, 'config')
+
+
+def complete(config: Mapping) -> ConfigDict:
+  """What `get_config` returns: the recipe checked and with every default filled in.
+
+  A key that is there can be set on the command line: `--config.runs.seed.compute.dtype=bfloat16`.
+  Keys keep the order in which the recipe writes them.
+  """
+  return _config_dict(strict.to_dict(parse(config)))
+
+
+def _config_dict(value):
+  if not isinstance(value, dict):
+    return tuple(value) if isinstance(value, list) else value
+  return ConfigDict({key: _config_dict(item) for key, item in value.items()}, sort_keys=False)

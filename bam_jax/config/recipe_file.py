@@ -1,6 +1,6 @@
 """The file that `--config` names: Python code, which runs while the flags are parsed.
 
-What it raises is told by its own line: a traceback would show the library between.
+An error in it is reported with the file's own line, where a traceback would show the library.
 """
 
 import itertools
@@ -8,42 +8,62 @@ import os
 import traceback
 from collections.abc import Sequence
 
+from absl import flags
+
+from bam_jax.config import recipe
 from bam_jax.errors import UserError
 
 
-def paths_of(argv: Sequence[str]) -> list[str]:
-  """FILE of every `--config=FILE:ARGUMENT` on a command line; each of them is run."""
+def check(argv: Sequence[str]) -> None:
+  """UserError where `--config` names a device, which would be read for ever, or a folder."""
+  for path in _paths(argv):
+    if os.path.exists(path) and not os.path.isfile(path):
+      raise UserError(f'--config={path} is not a file: name a recipe, FILE.py.')
+
+
+def read(flag: flags.FlagHolder, name: str) -> recipe.Recipe:
+  """The recipe of a `--config` flag, checked; `name` is the flag's FILE.py:ARGUMENT."""
+  try:
+    plain = flag.value.to_dict()  # only here the library notices that the file is missing
+  except OSError as error:
+    if not os.path.isfile(name.partition(':')[0]):
+      raise UserError(f'--config={name} cannot be read: name a recipe, FILE.py.') from None
+    raise UserError(explain([f'--config={name}'], error)) from None
+  except AttributeError:
+    found = type(flag.value).__name__
+    raise UserError(
+      f'get_config of --config={name} returns a {found} instead of config.complete(...).'
+    ) from None
+  return recipe.parse(plain)
+
+
+def explain(argv: Sequence[str], error: Exception) -> str:
+  """One sentence about what was raised while flags were parsed; raises again what is a bug."""
+  paths, chain = _paths(argv), [error]
+  while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+    chain.append(before)
+  for one in chain:
+    if isinstance(one, SyntaxError) and one.filename in paths:
+      return f'{one.filename}, line {one.lineno}, is not valid Python: {one.msg}.'
+    for frame, line in reversed(list(traceback.walk_tb(one.__traceback__))):
+      if frame.f_code.co_filename in paths:
+        return f'{frame.f_code.co_filename}, line {line}, raises {type(one).__name__}: {one}.'
+  # The library quotes the whole traceback of what it does not expect.
+  if isinstance(error, flags.Error | OSError | ValueError) and 'Traceback' not in str(error):
+    return ' '.join(str(error).split())
+  if not paths:
+    raise error
+  first = chain[-1]
+  if 'get_config' in str(first) or not isinstance(first, AttributeError | KeyError):
+    return f'--config={paths[-1]} is not a recipe with a function get_config: {first}.'
+  return f'a --config.KEY flag names a key that the recipe does not have: {first.args[0]}.'
+
+
+def _paths(argv: Sequence[str]) -> list[str]:
+  """FILE of every `--config=FILE:ARGUMENT` on a command line; the library runs each of them."""
   found = []
   for argument, following in itertools.pairwise([*argv, '']):
     name, equals, value = argument.partition('=')
     if name in ('-config', '--config'):
       found.append((value if equals else following).partition(':')[0])
   return found
-
-
-def check(path: str) -> None:
-  """UserError for what is there and no file: a device would be read for ever."""
-  if os.path.exists(path) and not os.path.isfile(path):
-    raise UserError(f'--config={path} is no file: name a recipe, FILE.py.')
-
-
-def blame(paths: Sequence[str], error: BaseException) -> str:
-  """A sentence about an error of recipes, or of flags that set their keys: where it began.
-
-  Args:
-    paths: of the recipes.
-    error: what was raised while they were read.
-  """
-  chain = [error]
-  while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
-    chain.append(before)
-  for one in chain:
-    if isinstance(one, SyntaxError) and one.filename in paths:
-      return f'{one.filename}, line {one.lineno}, is no Python: {one.msg}.'
-    for frame, line in reversed(list(traceback.walk_tb(one.__traceback__))):
-      if frame.f_code.co_filename in paths:
-        return f'{frame.f_code.co_filename}, line {line}, raises {type(one).__name__}: {one}.'
-  first = chain[-1]
-  if 'get_config' in str(first) or not isinstance(first, AttributeError | KeyError):
-    return f'--config={paths[-1]} is no recipe, which has a function get_config: {first}.'
-  return f'a --config.KEY flag names no key of the recipe: {first.args[0]}.'

@@ -2,30 +2,61 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from bam_jax.errors import UserError
 
-T = TypeVar('T')
+MAX_SIZE = 2**31 - 1  # of one dimension: what a 32-bit index reaches
 
 
-def from_dict(cls: type[T], value: Any, key: str) -> T:
+# A key's bounds: (lowest, highest) in its annotation.
+Size = Annotated[int, (1, MAX_SIZE)]
+Count = Annotated[int, (0, math.inf)]
+PositiveInt = Annotated[int, (1, math.inf)]
+Positive = Annotated[float, (math.ulp(0.0), math.inf)]
+NonNegative = Annotated[float, (0, math.inf)]
+Fraction = Annotated[float, (0, 1)]
+
+
+class Section:
+  """A group of keys: a frozen dataclass whose numbers keep to the bounds of their annotations."""
+
+  def __post_init__(self):
+    for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+      for low, high in getattr(hint, '__metadata__', ()):
+        _check_bounds(name, getattr(self, name), low, high)
+    self.check()
+
+  def check(self) -> None:
+    """Raises UserError where keys do not fit together."""
+
+  @staticmethod
+  def require(condition: object, message: str) -> None:
+    """Raises UserError with the message unless the condition holds."""
+    if not condition:
+      raise UserError(message)
+
+
+require = Section.require
+
+
+def from_dict[T](cls: type[T], value: Any, key: str) -> T:
   """Builds the dataclass `cls` from nested mappings.
 
   Args:
-    cls: a frozen dataclass whose annotations are scalars, literals, tuples, mappings, unions or
-      other dataclasses. A field's metadata 'key' is its name in the mapping.
+    cls: its annotations are scalars, literals, tuples, mappings, unions or other dataclasses; a
+      field's metadata 'key' is its name in the mapping.
     value: the mapping.
     key: the dotted name of `value`, for messages.
 
   Raises:
-    UserError: one sentence that names the key: unknown, missing, of a wrong type or value.
+    UserError: names a key that is unknown or missing, or whose type or value is wrong.
   """
-  if not isinstance(value, Mapping):
-    raise UserError(f'{key} must be a group of keys, not {value!r}.')
+  require(isinstance(value, Mapping), f'{key} must be a group of keys, not {value!r}.')
   hints = typing.get_type_hints(cls)
   fields = {_name(f): f for f in dataclasses.fields(cls)}
   for name in value:
@@ -37,8 +68,9 @@ def from_dict(cls: type[T], value: Any, key: str) -> T:
   for name, f in fields.items():
     if name in value:
       arguments[f.name] = _value(hints[f.name], value[name], f'{key}.{name}')
-    elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-      raise UserError(f'{key}.{name} is missing.')
+    else:
+      required = f.default is f.default_factory is dataclasses.MISSING
+      require(not required, f'{key}.{name} is missing.')
   try:
     return cls(**arguments)
   except UserError as error:
@@ -46,7 +78,7 @@ def from_dict(cls: type[T], value: Any, key: str) -> T:
 
 
 def to_dict(value: Any) -> Any:
-  """The nested dict, list and scalar form that `from_dict` reads back."""
+  """The nested dict, list and scalar form that `from_dict` reads back; ready for JSON."""
   if dataclasses.is_dataclass(value):
     return {_name(f): to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
   if isinstance(value, Mapping):
@@ -58,15 +90,22 @@ def to_dict(value: Any) -> Any:
 
 def differences(old: Any, new: Any, key: str = '') -> list[str]:
   """What differs between two nested dicts, as `key: old -> new`."""
-  if isinstance(old, dict) and isinstance(new, dict):
-    names = [*old, *(name for name in new if name not in old)]
-    found = []
-    for name in names:
-      if name not in old or name not in new or old[name] != new[name]:
-        dotted = f'{key}.{name}' if key else str(name)
-        found += differences(old.get(name), new.get(name), dotted)
-    return found
-  return [f'{key}: {old!r} -> {new!r}']
+  if not (isinstance(old, dict) and isinstance(new, dict)):
+    return [f'{key}: {old!r} -> {new!r}']
+  found = []
+  for name in {**old, **new}:
+    if name not in old or name not in new or old[name] != new[name]:
+      dotted = f'{key}.{name}' if key else str(name)
+      found += differences(old.get(name), new.get(name), dotted)
+  return found
+
+
+def _check_bounds(name: str, value: float, low: float, high: float) -> None:
+  require(math.isfinite(value), f'{name}={value} is not a finite number.')
+  if high < math.inf:
+    require(low <= value <= high, f'{name}={value} is not between {low} and {high}.')
+  is_below = 'not positive' if 0 < low < 1 else f'below {low}'
+  require(low <= value, f'{name}={value} is {is_below}.')
 
 
 def _name(f: dataclasses.Field) -> str:
@@ -74,25 +113,21 @@ def _name(f: dataclasses.Field) -> str:
 
 
 def _value(hint: Any, value: Any, key: str) -> Any:
-  origin = typing.get_origin(hint)
+  origin, arguments = typing.get_origin(hint), typing.get_args(hint)
   if origin in (typing.Union, types.UnionType):
-    return _union(typing.get_args(hint), value, key)
+    return _union(arguments, value, key)
   if origin is Literal:
-    choices = typing.get_args(hint)
-    if not isinstance(value, str) or value not in choices:
-      raise UserError(f'{key}={value!r} is not one of {", ".join(map(repr, choices))}.')
+    words = ', '.join(map(repr, arguments))
+    require(
+      isinstance(value, str) and value in arguments, f'{key}={value!r} is not one of {words}.'
+    )
     return value
   if origin is tuple:
-    if isinstance(value, str) or not isinstance(value, list | tuple):
-      raise UserError(f'{key} must be a list, not {value!r}.')
-    return tuple(_value(typing.get_args(hint)[0], v, f'{key}[{i}]') for i, v in enumerate(value))
-  if origin is not None and issubclass(origin, Mapping):
-    if not isinstance(value, Mapping):
-      raise UserError(f'{key} must be a group of keys, not {value!r}.')
-    return {
-      str(name): _value(typing.get_args(hint)[1], item, f'{key}.{name}')
-      for name, item in value.items()
-    }
+    require(isinstance(value, list | tuple), f'{key} must be a list, not {value!r}.')
+    return tuple(_value(arguments[0], item, f'{key}[{i}]') for i, item in enumerate(value))
+  if origin is Mapping:
+    require(isinstance(value, Mapping), f'{key} must be a group of keys, not {value!r}.')
+    return {str(n): _value(arguments[1], item, f'{key}.{n}') for n, item in value.items()}
   if dataclasses.is_dataclass(hint):
     return from_dict(hint, value, key)
   return _scalar(hint, value, key)
@@ -105,16 +140,17 @@ def _union(hints: tuple, value: Any, key: str) -> Any:
   others = [hint for hint in hints if hint is not type(None)]
   if len(others) == 1:
     return _value(others[0], value, key)
-  words = [word for hint in others for word in typing.get_args(hint)]
-  if isinstance(value, str) and value in words:
-    return value
-  groups = [hint for hint in others if dataclasses.is_dataclass(hint)]
-  if isinstance(value, Mapping):
-    for group in groups:
-      if set(value) & {_name(f) for f in dataclasses.fields(group)}:
-        return from_dict(group, value, key)
-  forms = [', '.join(_name(f) for f in dataclasses.fields(group)) for group in groups]
-  choices = [*map(repr, words), *(f'a group of {form}' for form in forms)]
+  choices = []
+  for hint in others:
+    if dataclasses.is_dataclass(hint):
+      names = [_name(f) for f in dataclasses.fields(hint)]
+      if isinstance(value, Mapping) and set(value) & set(names):
+        return from_dict(hint, value, key)
+      choices.append(f'a group of {", ".join(names)}')
+    elif isinstance(value, str) and value in typing.get_args(hint):
+      return value
+    else:
+      choices += map(repr, typing.get_args(hint))
   raise UserError(f'{key}={value!r} is none of these: {"; ".join(choices)}.')
 
 
@@ -124,8 +160,8 @@ _NAMES = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 
 def _scalar(hint: type, value: Any, key: str) -> Any:
   if hint is int and isinstance(value, float) and value.is_integer():
     value = int(value)
-  if isinstance(value, int) and abs(value) >= 2**63:
-    raise UserError(f'{key} is past 64 bits: choose a smaller number.')
+  is_large = isinstance(value, int) and abs(value) >= 2**63
+  require(not is_large, f'{key} is past 64 bits: choose a smaller number.')
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

@@ -182,7 +182,7 @@ def test_a_mesh_that_does_not_divide_is_refused(recipe_dict):
 
 
 MISTAKES = {
-  'no config': ((), 'Which recipe? Give --config'),
+  'no config': ((), '--config is required: give --config'),
   'no file': (('--config=nowhere.py',), '--config=nowhere.py cannot be read'),
   'no such run': (('--config=configs/quickstart.py', '--run=bam'), "--run names 'bam'"),
   'no such budget': (('--config=configs/quickstart.py', '--against=moe'), "--against names 'moe'"),

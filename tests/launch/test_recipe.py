@@ -169,7 +169,7 @@ def test_a_dry_run_makes_nothing(tpu, recipe):
   'arguments, changes, sentence',
   [
     ((), {'workdir': '/data/exp'}, 'give a gs:// folder, which is all that the TPUs share'),
-    ((), {'config': ''}, 'Which recipe? Give --config=FILE.py'),
+    ((), {'config': ''}, '--config is required: give --config=FILE.py'),
     ((), {'config': 'no.py'}, 'there is no such recipe'),
     (('--runs=seed,tree',), {}, "--runs names 'tree'"),
     (('--runs=btx',), {}, "--runs has 'btx', which starts from 'seed', and that is not finished"),
