@@ -8,12 +8,13 @@ from bam_jax.checkpoint.manager import (
   find,
   find_tokenizer,
   finished_step,
+  open_params,
+  open_tokenizer,
   read_meta,
   restore_host_params,
   restore_params,
   write_meta,
 )
-from bam_jax.checkpoint.opening import open_params, open_tokenizer
 
 __all__ = [
   'FORMAT', 'Checkpoints', 'Meta', 'abstract', 'find', 'find_tokenizer', 'finished_step',

@@ -1,23 +1,23 @@
-"""A checkpoint's arrays on disk, a region at a time: however large they are, memory is bounded.
+"""A checkpoint's arrays on disk, a region at a time: memory is bounded however large they are.
 
-Orbax makes the files, so that every later Orbax restores them on any mesh; tensorstore, which Orbax
-itself stores arrays with, reads and fills them. Arrays are named by path, 'blocks/ffn/up'.
+Orbax makes the files, so that every later Orbax restores them on any mesh; tensorstore, with which
+Orbax itself stores arrays, reads and fills them. Arrays are named by path, 'blocks/ffn/up'.
 """
 
 import collections
 import concurrent.futures
-import functools
 import itertools
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
+from flax import traverse_util
 
 from bam_jax.checkpoint import integrity
 from bam_jax.errors import UserError
@@ -26,9 +26,8 @@ from bam_jax.parallel import sharding
 
 CHUNK_BYTES = 16 * 2**20  # at most, of what is read and written as one
 READ_BYTES = 2 * CHUNK_BYTES  # at most, unless of one region, read before it is asked for
-CACHE_BYTES = 2**30  # at most, of decoded chunks, for checkpoints whose chunks hold many layers
-READ_THREADS = 4
 PENDING_BYTES = 4 * CHUNK_BYTES  # at most, of arrays that are on their way to the disk
+READ_THREADS = 4
 
 Index = tuple[int | slice, ...]
 
@@ -57,32 +56,42 @@ class Reader:
 
     Args:
       folder: of the item.
-      check: read its files once beforehand and compare their checksums, where there are some.
+      check: compare its files with their checksums first, which reads them once.
 
     Raises:
-      UserError: it is not there, or damaged.
+      UserError: it is missing or damaged.
     """
     self.folder = epath.Path(folder)
     if check:
       integrity.check(self.folder.parent, [self.folder.name])
+    # Files are mapped anew for every read, with a look at their size: no memory has to be filled
+    # first, and one that was cut short meanwhile is an error and not a signal.
+    context = ts.Context(
+      {'cache_pool': {'total_bytes_limit': 2 * CHUNK_BYTES}, 'file_io_mode': {'mode': 'memmap'}}
+    )
+    # A chunk that was never written is an error and not zeros. Nobody changes a checkpoint.
+    options = {
+      'fill_missing_data_reads': False,
+      'recheck_cached_data': False,
+      'recheck_cached_metadata': False,
+    }
     try:
-      self._stores = self._open(2 * CHUNK_BYTES)
-      self.specs = {
-        path: Spec(tuple(store.shape), store.dtype.numpy_dtype)
-        for path, store in self._stores.items()
+      store = ts.KvStore.open({'driver': 'ocdbt', 'base': _base(folder)}, context=context).result()
+      keys = sorted(key.decode() for key in store.list().result())
+      names = [key.removesuffix('/.zarray') for key in keys if key.endswith('/.zarray')]
+      opening = {
+        path: ts.open(_store(folder, path) | options, context=context)
+        for path in (name.replace('.', '/') for name in names)
       }
-      # A chunk that layers share is decoded for each of them, unless it is still in memory.
-      shared = [
-        self.specs[path].nbytes
-        for path, store in self._stores.items()
-        if _stacked(path, self.specs[path]) and store.chunk_layout.read_chunk.shape[0] > 1
-      ]
-      if shared:
-        self._stores = self._open(min(max(2 * CHUNK_BYTES, *shared), CACHE_BYTES))
+      self._stores = {path: future.result() for path, future in opening.items()}
     except (OSError, ValueError) as error:
       raise UserError(f'{folder} cannot be read ({reason(error)}): it is damaged.') from error
-    if not self.specs:
-      raise UserError(f'{folder} holds no arrays: it is damaged, or no checkpoint.')
+    if not self._stores:
+      raise UserError(f'{folder} holds no arrays: it is damaged, or not a checkpoint.')
+    self.specs = {
+      path: Spec(tuple(store.shape), store.dtype.numpy_dtype)
+      for path, store in self._stores.items()
+    }
 
   def read(self, path: str, index: Index = ()) -> np.ndarray:
     """A region of an array; with integers in `index`, without those axes.
@@ -97,33 +106,14 @@ class Reader:
         f'{path} of {self.folder} cannot be read ({reason(error)}): it is damaged.'
       ) from error
 
-  def _open(self, cache_bytes: int) -> dict[str, ts.TensorStore]:
-    """All arrays; decoded chunks stay in memory up to `cache_bytes`."""
-    # Mapped anew for every read, with a look at its size: no memory has to be filled first.
-    context = ts.Context(
-      {'cache_pool': {'total_bytes_limit': cache_bytes}, 'file_io_mode': {'mode': 'memmap'}}
-    )
-    kvstore = ts.KvStore.open({'driver': 'ocdbt', 'base': _files(self.folder)}, context=context)
-    keys = (key.decode() for key in kvstore.result().list().result())
-    names = sorted(key.removesuffix('/.zarray') for key in keys if key.endswith('/.zarray'))
-    # A chunk that was never written is an error and not zeros; nobody changes a checkpoint.
-    options = {
-      'fill_missing_data_reads': False,
-      'recheck_cached_data': False,
-      'recheck_cached_metadata': False,
-    }
-    opening = {
-      path: ts.open(_store(self.folder, path) | options, context=context)
-      for path in (name.replace('.', '/') for name in names)
-    }
-    return {path: store.result() for path, store in opening.items()}
-
 
 class Writer:
   """Writes a new `params` item in regions of whole chunks, each once, in any order.
 
-  Every array is cut into chunks of at most CHUNK_BYTES, each in one layer of one expert. Values are
-  not compressed: float noise is 8% smaller then, and takes three times as long to read.
+  A context manager: at the end of the block every value is in its file, and after an error nothing
+  is being written any more. Every array is cut into chunks of at most CHUNK_BYTES, each in one
+  layer of one expert. Values are not compressed: float noise is 8% smaller then, and takes three
+  times as long to read.
   """
 
   def __init__(self, folder: epath.PathLike, specs: Mapping[str, Spec]):
@@ -143,22 +133,30 @@ class Writer:
       for path, spec in specs.items()
     }
     self._pending: collections.deque[tuple[ts.Future, int]] = collections.deque()
-    folders.watch(self)
     # Orbax writes one value of each array, and with it all that it keeps about an item. Then each
     # array is replaced by an empty one: Orbax's own description of it, but for shape and chunks.
-    ones: dict[str, Any] = {}
-    for path, spec in specs.items():
-      *groups, name = path.split('/')
-      group = functools.reduce(lambda tree, key: tree.setdefault(key, {}), groups, ones)
-      group[name] = np.zeros([1] * len(spec.shape), spec.dtype)
+    ones = {path: np.zeros([1] * len(spec.shape), spec.dtype) for path, spec in specs.items()}
     try:
       with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
-        checkpointer.save(self.folder, ocp.args.PyTreeSave(ones))
+        checkpointer.save(
+          self.folder, ocp.args.PyTreeSave(traverse_util.unflatten_dict(ones, sep='/'))
+        )
       # `new_folder` sees to it that everything is on disk, once and not after each chunk.
       context = ts.Context({'file_io_sync': False, 'cache_pool': {'total_bytes_limit': 0}})
       self._stores = {path: self._create(path, context) for path in specs}
     except (OSError, ValueError) as error:
       raise self._failed(error) from error
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, kind: type | None, *_) -> None:
+    try:
+      if kind is None:
+        self.finish()
+    finally:
+      while self._pending:
+        self._pending.popleft()[0].exception()
 
   def write(self, path: str, index: Index, array: np.ndarray) -> None:
     """Starts to write a region; waits while PENDING_BYTES are under way.
@@ -170,14 +168,12 @@ class Writer:
 
     Raises:
       UserError: the disk is full or cannot be written.
-      ValueError: the region is none of whole chunks or was written before, or the values do not
-        fit it.
+      ValueError: the region is not of whole chunks or was written before, or the values do not fit.
     """
     spec, grid = self.specs[path], []
-    where = bounds(spec, index)
-    for (start, stop), size, chunk in zip(where, spec.shape, self._chunks[path]):
+    for (start, stop), size, chunk in zip(bounds(spec, index), spec.shape, self._chunks[path]):
       if start % chunk or (stop % chunk and stop != size) or not start < stop <= size:
-        raise ValueError(f'{path}[{index}] is no region of whole chunks {self._chunks[path]}.')
+        raise ValueError(f'{path}[{index}] is not a region of whole chunks {self._chunks[path]}.')
       grid.append(slice(start // chunk, -(-stop // chunk)))
     target = self._stores[path][index]
     if array.shape != target.shape or array.dtype != spec.dtype:
@@ -199,21 +195,16 @@ class Writer:
       raise ValueError(f'{", ".join(missing)} of {self.folder} was not written whole.')
 
   def _create(self, path: str, context: ts.Context) -> ts.TensorStore:
-    """Replaces an array of one value by an empty one of the shape that it shall have."""
+    """Replaces an array of one value by an empty one of the right shape."""
     store = _store(self.folder, path)
-    described = ts.open(store, context=context).result().spec().to_json()['metadata']
-    described |= {'shape': self.specs[path].shape, 'chunks': self._chunks[path]}
+    metadata = ts.open(store, context=context).result().spec().to_json()['metadata']
+    metadata |= {'shape': self.specs[path].shape, 'chunks': self._chunks[path]}
     # Zeros are stored like any other values: what is not stored was not written.
     options = {'create': True, 'delete_existing': True, 'store_data_equal_to_fill_value': True}
-    return ts.open(store | options | {'metadata': described}, context=context).result()
+    return ts.open(store | options | {'metadata': metadata}, context=context).result()
 
-  def settle(self) -> None:
-    """Waits until nothing is under way, whatever became of it."""
-    while self._pending:
-      self._pending.popleft()[0].exception()
-
-  def _wait(self, most: int) -> None:
-    while sum(nbytes for _, nbytes in self._pending) > most:
+  def _wait(self, max_bytes: int) -> None:
+    while sum(nbytes for _, nbytes in self._pending) > max_bytes:
       future, _ = self._pending.popleft()
       try:
         future.result()
@@ -227,8 +218,8 @@ class Writer:
 def chunk_shape(path: str, spec: Spec) -> tuple[int, ...]:
   """What is stored as one: at most CHUNK_BYTES, and of one layer and one expert.
 
-  A matrix of a layer is cut along its first axis, as FSDP cuts it; what has no layers along its
-  longest, the vocabulary.
+  A matrix of a layer is cut along its first axis, as FSDP cuts it; arrays without layers along
+  their longest, the vocabulary.
   """
   stacked = _stacked(path, spec)
   chunk = [1 if axis < stacked else size for axis, size in enumerate(spec.shape)]
@@ -283,13 +274,21 @@ def read_ahead(requests: Iterable[tuple[Reader, str, Index]]) -> Iterator[np.nda
 
 
 def save_args(path: str, spec: Spec) -> ocp.SaveArgs:
-  """How Orbax shall cut an array that it writes itself, so that reading a layer reads no other."""
+  """How Orbax cuts an array that it writes itself, so that reading a layer reads no other."""
   if spec.nbytes <= CHUNK_BYTES:
     return ocp.SaveArgs()
   if stacked := _stacked(path, spec):
-    # Each in its shards; a bound on the bytes would cut columns, which no layout does first.
+    # A bound on the bytes would cut columns, which no layout cuts first.
     return ocp.SaveArgs(shard_axes=tuple(range(stacked)))
   return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+
+
+def reason(error: Exception) -> str:
+  """The cause in an error of tensorstore or of the system, in a few words."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  system = re.search(r"os_error_code='(\d+)'", str(error))
+  return os.strerror(int(system[1])) if system else str(error).split(' [')[0].strip()
 
 
 def _stacked(path: str, spec: Spec) -> int:
@@ -299,23 +298,15 @@ def _stacked(path: str, spec: Spec) -> int:
   return 1 + sharding.has_experts(path, len(spec.shape))
 
 
-def _store(folder: epath.Path, path: str) -> dict[str, Any]:
+def _store(folder: epath.PathLike, path: str) -> dict[str, Any]:
   """The tensorstore spec of one array."""
   name = path.replace('/', '.') + '/'
-  return {'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': _files(folder), 'path': name}}
+  return {'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': _base(folder), 'path': name}}
 
 
-def _files(folder: epath.Path) -> dict[str, Any]:
+def _base(folder: epath.PathLike) -> dict[str, Any]:
   """The tensorstore spec of a folder."""
   if folders.in_bucket(folder):
     bucket, _, name = os.fspath(folder).removeprefix('gs://').partition('/')
     return {'driver': 'gcs', 'bucket': bucket, 'path': f'{name}/'}
   return {'driver': 'file', 'path': f'{os.path.abspath(folder)}/'}
-
-
-def reason(error: Exception) -> str:
-  """The cause in an error of tensorstore or of the system, in a few words."""
-  if isinstance(error, OSError) and error.strerror:
-    return error.strerror
-  system = re.search(r"os_error_code='(\d+)'", str(error))
-  return os.strerror(int(system[1])) if system else str(error).split(' [')[0].strip()

@@ -1,10 +1,10 @@
-"""Checksums of a checkpoint's files: they notice what its formats do not, such as a flipped bit.
+"""Checksums of a checkpoint's files, and going on from the newest checkpoint that is whole.
 
-Arrays are stored as they are, and nothing in their files vouches for their values. So
-`<checkpoint>/checksums/crc32.json` has, of every file of the other items, the size and the CRC-32.
-To write or check it costs one reading of the files, and 0.2 s of one core for a GB.
-A checkpoint without it is believed: one of an older version, or one that was written to a bucket,
-where the store vouches for what it holds.
+Arrays are stored as they are, and nothing in their files vouches for their values: a flipped bit is
+restored as if it had always been there. So `<checkpoint>/checksums/crc32.json` has the size and the
+CRC-32 of every file of the other items. To write or check it costs one reading of the files, and
+0.2 s of one core for a GB. A bucket vouches for what it holds: a checkpoint that was written to one
+has no checksums, and is believed, also where it was copied to a disk.
 """
 
 import concurrent.futures
@@ -12,7 +12,7 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,19 @@ from bam_jax.parallel import processes
 
 ITEM = 'checksums'
 FILE = 'crc32.json'
-PIECE_BYTES = 2**18
-THREADS = 4
 SET_ASIDE = '.damaged'  # in the name of a step's folder that was found damaged
+BLOCK_BYTES = 2**18
+THREADS = 4
 
 Sums = dict[str, tuple[int, int]]  # of each file by its path: bytes, CRC-32
 
 
 class Damaged(UserError):
-  """A checkpoint is not what was written."""
+  """A checkpoint is not what was written.
+
+  Attributes:
+    what: is wrong with it.
+  """
 
   def __init__(self, folder: epath.PathLike, what: str):
     super().__init__(
@@ -43,12 +47,6 @@ class Damaged(UserError):
     self.what = what
 
 
-def measure(folder: epath.PathLike, names: Collection[str]) -> Sums:
-  """Sizes and checksums of files below a folder; OSError when one cannot be read."""
-  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-    return dict(zip(names, pool.map(lambda name: _sum(os.path.join(folder, name)), names)))
-
-
 def write(folder: epath.PathLike, into: epath.PathLike) -> None:
   """Writes the checksums of all items below a folder as the file `into`/FILE; none in a bucket.
 
@@ -56,16 +54,11 @@ def write(folder: epath.PathLike, into: epath.PathLike) -> None:
   """
   if folders.in_bucket(folder):
     return
-  names = [
-    os.path.relpath(os.path.join(parent, name), folder)
-    for item in sorted(os.listdir(folder))
-    if not item.startswith(ITEM)
-    for parent, _, files in sorted(os.walk(os.path.join(folder, item)))
-    for name in sorted(files)
-  ]
-  text = json.dumps(measure(folder, names))
-  with open(os.path.join(into, FILE), 'w', encoding='utf-8') as file:
-    file.write(text + '\n')
+  # Files beside the items are Orbax's own, which it changes later.
+  files = [path for path in sorted(Path(folder).glob('*/**/*')) if path.is_file()]
+  names = [str(path.relative_to(folder)) for path in files]
+  sums = _measure(folder, [name for name in names if not name.startswith(ITEM)])
+  Path(into, FILE).write_text(json.dumps(sums) + '\n', encoding='utf-8')
   folders.sync(folder)
 
 
@@ -81,9 +74,8 @@ def read(folder: epath.PathLike, items: Collection[str] = ()) -> Sums:
   """
   if folders.in_bucket(folder):
     return {}
-  path = os.path.join(folder, ITEM, FILE)
   try:
-    listed = json_file.load(epath.Path(path))
+    listed = json_file.load(Path(folder, ITEM, FILE))
     sums = {name: (int(size), int(crc)) for name, (size, crc) in listed.items()}
     for name in sums:
       if os.path.isabs(name) or '..' in name.split('/'):
@@ -92,11 +84,11 @@ def read(folder: epath.PathLike, items: Collection[str] = ()) -> Sums:
     return {}
   except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
     raise Damaged(folder, f'{ITEM}/{FILE} cannot be read: {error}') from None
-  return {k: v for k, v in sums.items() if not items or k.split('/')[0] in items}
+  return {name: sum_ for name, sum_ in sums.items() if not items or name.split('/')[0] in items}
 
 
-def fault(folder: epath.PathLike, sums: Sums) -> str | None:
-  """What is wrong with one of the files, in a few words; None when all are as they were written."""
+def fault(folder: epath.PathLike, sums: Sums) -> str:
+  """What is wrong with one of the files, in a few words; '' when all are as they were written."""
   for name, (size, _) in sums.items():
     try:
       facts = os.stat(os.path.join(folder, name))
@@ -106,30 +98,27 @@ def fault(folder: epath.PathLike, sums: Sums) -> str | None:
       return f'{name!r} names no file: {error}'
     if not stat.S_ISREG(facts.st_mode):  # a device could be read for ever
       return f'{name} is not a file'
-    if (found := facts.st_size) != size:
-      return f'{name} has {found} bytes and not {size}'
+    if facts.st_size != size:
+      return f'{name} has {facts.st_size} bytes and not {size}'
   try:
-    found = measure(folder, sums)
+    found = _measure(folder, sums)
   except OSError as error:
     return f'{error.filename or "a file"}: {error.strerror}'
   # Another process may have sent the sums, as lists.
   wrong = [name for name in sums if found[name] != tuple(sums[name])]
-  return f'{wrong[0]} has other bytes than were written' if wrong else None
+  return f'{wrong[0]} has other bytes than were written' if wrong else ''
 
 
-def check(folder: epath.PathLike, items: Iterable[str]) -> None:
-  """Damaged unless the files of some items are as they were written."""
-  if what := fault(folder, read(folder, tuple(items))):
+def check(folder: epath.PathLike, items: Collection[str]) -> None:
+  """Raises Damaged unless the files of some items are as they were written."""
+  if what := fault(folder, read(folder, items)):
     raise Damaged(folder, what)
 
 
-def _sum(path: str) -> tuple[int, int]:
-  # One small buffer, which a core's cache keeps: new memory for every piece costs more than sums.
-  size, crc, piece = 0, 0, memoryview(bytearray(PIECE_BYTES))
-  with open(path, 'rb', buffering=0) as file:
-    while count := file.readinto(piece):
-      size, crc = size + count, zlib.crc32(piece[:count], crc)
-  return size, crc
+def check_together(folder: epath.PathLike, items: Collection[str]) -> None:
+  """The same, where every process of a job asks: each reads its share of the files."""
+  if what := _fault_together(folder, items):
+    raise Damaged(folder, what)
 
 
 def set_aside(folder: Path) -> list[str]:
@@ -141,8 +130,8 @@ def set_aside(folder: Path) -> list[str]:
     UserError: none is whole; then none is renamed.
   """
   faults: dict[str, str] = {}
-  for step in processes.decide(lambda: _numbered(folder)):
-    what = fault_of_all(folder / step)
+  for step in processes.decide(lambda: _steps(folder)):
+    what = _fault_together(folder / step)
     if not what:
       break
     faults[step] = what
@@ -156,7 +145,7 @@ def set_aside(folder: Path) -> list[str]:
   return processes.decide(lambda: [_rename(folder / step, what) for step, what in faults.items()])
 
 
-def _numbered(folder: Path) -> list[str]:
+def _steps(folder: Path) -> list[str]:
   """Names of the steps' folders, the newest first, whatever is in them."""
   names = (path.name for path in folder.glob('*') if folders.is_complete(path))
   return sorted((name for name in names if name.isdecimal()), key=int, reverse=True)
@@ -174,9 +163,7 @@ def _rename(folder: Path, what: str) -> str:
   return f'{folder} is damaged ({what}): it is {aside.name} now, and the one before is taken.'
 
 
-def fault_of_all(folder: epath.PathLike, items: Sequence[str] = ()) -> str:
-  """What is wrong with a checkpoint's items, or ''; every process reads its share of the files."""
-
+def _fault_together(folder: epath.PathLike, items: Collection[str] = ()) -> str:
   def listed() -> dict[str, Any]:
     try:
       if not (folder / 'meta').is_dir():
@@ -189,4 +176,19 @@ def fault_of_all(folder: epath.PathLike, items: Sequence[str] = ()) -> str:
   if 'fault' in found:
     return found['fault']
   mine = dict(list(found['sums'].items())[jax.process_index() :: jax.process_count()])
-  return processes.first(fault(folder, mine) or '')
+  return processes.first(fault(folder, mine))
+
+
+def _measure(folder: epath.PathLike, names: Collection[str]) -> Sums:
+  """Sizes and checksums of files below a folder; OSError when one cannot be read."""
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    return dict(zip(names, pool.map(lambda name: _sum(os.path.join(folder, name)), names)))
+
+
+def _sum(path: str) -> tuple[int, int]:
+  # One small buffer, which a core's cache keeps: new memory for every block costs more than sums.
+  size, crc, block = 0, 0, memoryview(bytearray(BLOCK_BYTES))
+  with open(path, 'rb', buffering=0) as file:
+    while count := file.readinto(block):
+      size, crc = size + count, zlib.crc32(block[:count], crc)
+  return size, crc

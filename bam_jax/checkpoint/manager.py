@@ -1,19 +1,16 @@
-"""Checkpoints: what the project asks of Orbax, but for `arrays`, which reads and writes in pieces.
+"""Orbax: checkpoints are written beside the training, found, and restored on any mesh.
 
-A run's folder holds `<step>/{params,opt_state,data,meta}`, separate Orbax items: parameters can be
-read without the optimizer, on any mesh, and `meta` alone says what the checkpoint is. `params` and
-`meta` are a checkpoint too, and so is what `convert` makes: these two, and the tokenizer's file.
-Beside them lie their `checksums`.
-
-Orbax makes a step appear, by a rename, when all of it is written, and only then removes an old one:
-at every moment one that is whole is there. In a bucket a step is one when its last file is there.
+A run's folder holds `<step>/{params,opt_state,data,meta,checksums}`, separate Orbax items; `params`
+and `meta`, which `convert` writes beside the tokenizer's file, are a checkpoint too. Orbax makes a
+step appear, by a rename, when all of it is written, and only then removes an old one: at every
+moment a whole one is there. In a bucket a step is one when its last file is there.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +18,20 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 
 from bam_jax import config, errors
 from bam_jax.checkpoint import arrays, integrity
 from bam_jax.checkpoint.manifest import Manifest
 from bam_jax.config import strict
-from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, read_file
+from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer, read_file
 from bam_jax.errors import UserError
 from bam_jax.files import folders, json_file
+from bam_jax.model import transformer
 from bam_jax.parallel import processes, sharding
 
-FORMAT = 1
+FORMAT = 2  # of `meta`, and of the names of the parameters
+READERS = {1: 'd21418b'}  # the last commit that reads an older format
 SAVE_SECONDS = 3600  # that a checkpoint may take, beside the training
 
 
@@ -48,9 +48,9 @@ class Meta:
   step: int
   method: str | None  # how a mixture was made
   sources: tuple[str, ...]  # its experts' sources, in the experts' order
-  versions: dict[str, str]  # of the libraries that wrote it
-  bos_token: str | None = None  # begins documents; None: a well-known one
-  eos_token: str | None = None  # ends them
+  versions: Mapping[str, str]  # of the libraries that wrote it
+  bos_token: str  # begins documents
+  eos_token: str  # ends them
   manifest: Manifest | None = None  # what it was made from, if not from scratch
 
 
@@ -81,19 +81,20 @@ class Checkpoints:
     self.folder = folder
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
-      enable_async_checkpointing=True,
       async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
       single_host_load_and_broadcast=True,  # one view of the disk, for all processes
     )
-    # Compressed, float noise is 8% smaller and takes three times as long to read.
     handlers = {
-      item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in ('params', 'opt_state')
-    } | {item: ocp.JsonCheckpointHandler() for item in ('data', 'meta')}
-    handlers[integrity.ITEM] = _ChecksumsHandler()  # the last: Orbax finalizes in this order
-    self._manager = ocp.CheckpointManager(
-      folders.absolute(folder), options=options, item_handlers=handlers
-    )
-    self._hook, sys.unraisablehook = sys.unraisablehook, self._tell
+      # Compressed, float noise is 8% smaller and takes three times as long to read.
+      'params': ocp.PyTreeCheckpointHandler(use_compression=False),
+      'opt_state': ocp.PyTreeCheckpointHandler(use_compression=False),
+      'data': ocp.JsonCheckpointHandler(),
+      'meta': ocp.JsonCheckpointHandler(),
+      integrity.ITEM: _ChecksumsHandler(),  # the last: Orbax finalizes in this order
+    }
+    path = folders.absolute(folder)
+    self._manager = ocp.CheckpointManager(path, options=options, item_handlers=handlers)
+    self._hook, sys.unraisablehook = sys.unraisablehook, self._report
 
   def latest(self) -> int | None:
     """The newest finished step."""
@@ -108,11 +109,14 @@ class Checkpoints:
   def save(self, step: int, params: Any, opt_state: Any, data: dict, meta: Meta) -> None:
     """Starts to write a checkpoint; one that is being written is waited for first.
 
-    Raises:
-      UserError: that one could not be written, or this one not begun; so do `wait` and `close`.
+    UserError when that one could not be written, or this one not begun; so do `wait` and `close`.
     """
+
+    def cut(keys, leaf):  # into chunks that bounded memory can read
+      return arrays.save_args(sharding.path_of(keys), arrays.Spec(leaf.shape, np.dtype(leaf.dtype)))
+
     args = ocp.args.Composite(
-      params=_save_args(params),
+      params=ocp.args.PyTreeSave(params, jax.tree_util.tree_map_with_path(cut, params)),
       opt_state=ocp.args.PyTreeSave(opt_state),
       data=ocp.args.JsonSave(data),
       meta=ocp.args.JsonSave(strict.to_dict(meta)),
@@ -130,18 +134,13 @@ class Checkpoints:
       opt_state: the same.
 
     Raises:
-      UserError: the step is of a newer format, or has not the data state of a run.
+      UserError: the step is of another format, or lacks the data state of a run.
     """
     folder = self.folder / str(step)
     processes.decide(lambda: read_meta(folder) and None)
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        params=_restore_args(params),
-        opt_state=_restore_args(opt_state),
-        data=ocp.args.JsonRestore(),
-      ),
-    )
+    items = {'params': _restore_args(params), 'opt_state': _restore_args(opt_state)}
+    args = ocp.args.Composite(**items, data=ocp.args.JsonRestore())
+    restored = self._manager.restore(step, args=args)
     if 'iterator' not in (restored['data'] or {}):
       raise UserError(f'{folder}/data is damaged: delete {folder} to go on from the one before.')
     return restored['params'], restored['opt_state'], restored['data']
@@ -159,8 +158,8 @@ class Checkpoints:
     finally:
       sys.unraisablehook = self._hook
 
-  def _tell(self, unraisable: Any) -> None:
-    """Prints an error that a library's thread can raise to nobody."""
+  def _report(self, unraisable: Any) -> None:
+    """Prints an error that a thread of a library cannot raise to anyone."""
     # At the first array that cannot be written Orbax closes a loop that the others report to.
     if str(unraisable.exc_value) != 'Event loop is closed':
       self._hook(unraisable)
@@ -183,6 +182,23 @@ def write_meta(folder: epath.Path, meta: Meta) -> None:
   if not folders.in_bucket(folder):
     (folder / integrity.ITEM).mkdir()
     integrity.write(folder, folder / integrity.ITEM)
+
+
+def read_meta(path: epath.PathLike) -> Meta:
+  """The `meta` of the checkpoint at or below `path`; UserError when this version cannot read it."""
+  folder = find(path)
+  integrity.check(folder, ['meta'])
+  try:
+    facts = json_file.load(folder / 'meta' / 'metadata')
+  except (OSError, ValueError) as error:
+    raise UserError(f'{folder}/meta cannot be read ({error}): the checkpoint is damaged.') from None
+  version = facts.get('format') if isinstance(facts, dict) else None
+  if version == FORMAT:
+    return strict.from_dict(Meta, facts, str(folder / 'meta'))
+  if not isinstance(version, int) or version < 1:
+    raise UserError(f'{folder} is not a checkpoint of format {FORMAT}, the one this version reads.')
+  fix = f'read it with commit {READERS[version]}' if version in READERS else 'upgrade bam_jax'
+  raise UserError(f'{folder} has format {version}, and this version reads {FORMAT}: {fix}.')
 
 
 def finished_step(folder: Path) -> int | None:
@@ -208,10 +224,10 @@ def find_tokenizer(path: epath.PathLike) -> epath.Path:
   """The tokenizer's file of the checkpoint at or below `path`: beside it, or where its data were.
 
   Raises:
-    UserError: there is none with the hash that `meta` has.
+    UserError: no file has the hash that `meta` has.
   """
   folder, meta = find(path), read_meta(path)
-  # A converted checkpoint has it inside, a run two floors above its steps.
+  # A converted checkpoint has it inside, a run two folders above its steps.
   places = [folder, folder.parent.parent, epath.Path(meta.tokenizer_path)]
   for place in places:
     for name in (HUGGING_FACE_FILE, SENTENCEPIECE_FILE):
@@ -224,75 +240,66 @@ def find_tokenizer(path: epath.PathLike) -> epath.Path:
   )
 
 
-def read_meta(path: epath.PathLike) -> Meta:
-  """The `meta` of the checkpoint at or below `path`; UserError when it is not one of ours."""
-  folder = find(path)
-  integrity.check(folder, ['meta'])
-  try:
-    facts = json_file.load(folder / 'meta' / 'metadata')
-  except (OSError, ValueError) as error:
-    raise UserError(f'{folder}/meta cannot be read ({error}): the checkpoint is damaged.') from None
-  version = facts.get('format') if isinstance(facts, dict) else None
-  if not isinstance(version, int) or not 1 <= version <= FORMAT:
-    newer = isinstance(version, int) and version > FORMAT
+def open_tokenizer(path: epath.PathLike, meta: Meta) -> Tokenizer:
+  """The checkpoint's own tokenizer; UserError when it has more tokens than the model."""
+  file = find_tokenizer(path)
+  tokenizer = Tokenizer.load(file, meta.bos_token, meta.eos_token)
+  if tokenizer.vocab_size > meta.model.vocab_size:
     raise UserError(
-      f'{folder} has format {version}, and this version reads format {FORMAT}: upgrade bam_jax.'
-      if newer
-      else f'{folder} is not a checkpoint of format {FORMAT}, the one this version reads.'
+      f'{file} has {tokenizer.vocab_size:,} tokens and the model of {path} '
+      f'{meta.model.vocab_size:,}: it is damaged.'
     )
-  return strict.from_dict(Meta, facts, str(folder / 'meta'))
+  return tokenizer
+
+
+def open_params(path: epath.PathLike, model: config.Model) -> arrays.Reader:
+  """Reads the parameters of a model in regions; UserError when they are damaged or another's."""
+  reader = arrays.Reader(find(path) / 'params')
+  _check_shapes(reader, transformer.Network(model, config.Compute()).abstract())
+  return reader
 
 
 def restore_params(path: epath.PathLike, params: Any) -> Any:
-  """The parameters alone of the checkpoint at or below `path`, wherever `params` says they go."""
-  return _restore_checked(path, params, _restore_args(params))
-
-
-def restore_host_params(path: epath.PathLike, params: Any) -> Any:
-  """The parameters alone of the checkpoint at or below `path`, as NumPy arrays.
+  """The parameters alone of the checkpoint at or below `path`; all processes must ask.
 
   Args:
     path: of a checkpoint.
-    params: shapes and dtypes.
+    params: jax.ShapeDtypeStruct leaves whose shardings say where each array goes.
+
+  Raises:
+    UserError: the parameters are damaged, or of another model.
   """
-  restore_args = jax.tree.map(
-    lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), params
-  )
-  return _restore_checked(
-    path, params, ocp.args.PyTreeRestore(item=params, restore_args=restore_args)
-  )
-
-
-def _restore_checked(path: epath.PathLike, params: Any, args: ocp.args.PyTreeRestore) -> Any:
-  """Restores, after comparing what is on disk with what is asked for; Orbax alone may not."""
-  whole = folders.absolute(find(path))
-  folder = whole / 'params'
-  if what := integrity.fault_of_all(whole, ['params']):
-    raise integrity.Damaged(whole, what)
+  reader = _open_together(path, params)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    stored = _shapes(checkpointer.metadata(folder).item_metadata.tree)
-    wanted = _shapes(params)
-    for name in sorted(stored.keys() | wanted.keys()):
-      if stored.get(name) != wanted.get(name):
-        raise UserError(
-          f'{folder} has {name} of shape {stored.get(name)} where {wanted.get(name)} is wanted: '
-          'it is the checkpoint of another model.'
-        )
-    return checkpointer.restore(folder, args=args)
+    return checkpointer.restore(reader.folder, args=_restore_args(params))
 
 
-def _save_args(params: Any) -> ocp.args.PyTreeSave:
-  """Saves parameters in chunks that bounded memory can read."""
+def restore_host_params(path: epath.PathLike, params: Any) -> Any:
+  """The same as NumPy arrays of the dtypes in `params`, whole in the memory of every process."""
+  reader = _open_together(path, params)
+  return jax.tree_util.tree_map_with_path(
+    lambda keys, leaf: reader.read(sharding.path_of(keys)).astype(leaf.dtype, copy=False), params
+  )
 
-  def args(keys, leaf):
-    return arrays.save_args(sharding.path_of(keys), arrays.Spec(leaf.shape, np.dtype(leaf.dtype)))
 
-  return ocp.args.PyTreeSave(params, jax.tree_util.tree_map_with_path(args, params))
+def _open_together(path: epath.PathLike, params: Any) -> arrays.Reader:
+  folder = folders.absolute(find(path))
+  integrity.check_together(folder, ['params'])
+  reader = arrays.Reader(folder / 'params', check=False)
+  _check_shapes(reader, params)
+  return reader
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  flat = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in flat}
+def _check_shapes(reader: arrays.Reader, params: Any) -> None:
+  """UserError unless a checkpoint has all of a model's arrays, and no others."""
+  wanted = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params, sep='/').items()}
+  stored = {path: spec.shape for path, spec in reader.specs.items()}
+  for path in sorted(stored.keys() | wanted.keys()):
+    if stored.get(path) != wanted.get(path):
+      raise UserError(
+        f'{reader.folder} has {path} of shape {stored.get(path)} where {wanted.get(path)} is '
+        'wanted: it is damaged, or the checkpoint of another model.'
+      )
 
 
 def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:

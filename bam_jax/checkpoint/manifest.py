@@ -54,14 +54,11 @@ class Hash:
   mesh that wrote the array or the chunks that it lies in:
 
       sha256(b''.join(sha256(part.tobytes()).digest() for part in array)).hexdigest()
+
+  `shape` is the array's; it is not needed where no slice is added in parts.
   """
 
   def __init__(self, shape: Sequence[int] | None = None):
-    """An empty hash.
-
-    Args:
-      shape: of the array; not needed where no slice is added in parts.
-    """
     self._shape = None if shape is None else tuple(shape)
     self._done: dict[int, bytes] = {}
     self._begun: dict[int, Any] = {}
@@ -72,7 +69,7 @@ class Hash:
     start = first if isinstance(first, int) else first.start
     parts = array[None] if isinstance(first, int) else array
     whole = self._shape is None or parts.shape[1:] == self._shape[1:]
-    # Bytes, since dtypes such as bfloat16 have no buffer that hashlib would take.
+    # Bytes, since hashlib takes no dtypes such as bfloat16.
     rows = np.ascontiguousarray(parts).reshape(len(parts), -1).view(np.uint8)
     for number, row in enumerate(rows, start):
       if whole:

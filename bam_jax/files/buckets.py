@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,9 @@ def drafts(target: epath.PathLike) -> Iterator[Path]:
 
 def send(folder: Path, target: epath.Path, names: Iterable[str]) -> None:
   """Copies files of a folder into a bucket's; UserError when the bucket does not take them."""
-  with folders.writing(target):
+  with folders.writing(target), concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     client = _client()
-    _each(lambda name: client.put_file(str(folder / name), str(target / name)), names)
+    list(pool.map(lambda name: client.put_file(str(folder / name), str(target / name)), names))
 
 
 def fetch(source: epath.Path, folder: Path, names: Iterable[str]) -> None:
@@ -89,13 +89,8 @@ def fetch(source: epath.Path, folder: Path, names: Iterable[str]) -> None:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     client.get_file(str(source / name), str(folder / name))
 
-  with folders.writing(folder):
+  with folders.writing(folder), concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     client = _client()
-    _each(copy, names)
-
-
-def _each(copy: Callable[[str], None], names: Iterable[str]) -> None:
-  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     list(pool.map(copy, names))
 
 

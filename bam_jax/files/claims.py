@@ -1,38 +1,57 @@
 """One job trains a run: a lock in its folder, held by the job's first process until it ends.
 
-The system takes the lock back from a process that is killed. It holds between the hosts of a
-network file system that passes locks on, as NFS does; where one knows no locks at all, as under
-some FUSE mounts of buckets, `Claims` says so and nothing is locked. In a bucket itself the lock is
-a lease.
+On a disk it is `flock`, which the system takes back from a process that is killed. It holds between
+the hosts of a network file system that passes locks on, as NFS does; where there are no locks at
+all, as under some FUSE mounts of buckets, `Claims` says so and nothing is locked.
+
+In a bucket it is a lease: an object which its holder writes again and again. A bucket knows no
+locks, and takes nothing back from a process that is killed. What it has is the conditional write:
+of two that replace the same generation of an object, one is refused. So whoever wants a lease
+watches its object. When that changes, its holder lives; when it does not change for LEASE_SECONDS,
+its holder is lost, and is replaced. Nobody compares clocks. This is weaker than a lock: a holder
+that was only cut off for so long learns of its end at its next beat. It then ends at once, without
+saving, as what it writes is no longer its own.
 """
 
 import concurrent.futures
 import contextlib
 import errno
 import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Self
+from typing import Any, Self
 
+import tensorstore as ts
 from etils import epath
 
 from bam_jax.errors import UserError
-from bam_jax.files import folders, leases
+from bam_jax.files import folders
 
 NAME = 'lock'
 UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a system without locks says
+BEAT_SECONDS = 10.0  # between two writes of a lease's holder
+LEASE_SECONDS = 60.0  # without one, after which the holder is lost
+POLL_SECONDS = 1.0  # between two looks of whoever waits
+LOST = 1  # exit status of a holder that was replaced
 
 
 class Claims:
   """The runs' folders that this job has for itself; a context manager, which gives them back.
 
   Args:
-    tell: is told a sentence of a lock that cannot be had, or takes time.
-    look: is called again and again while it takes time; what it raises ends the wait.
+    report: is told a sentence of a lock that cannot be had, or takes time.
+    poll: is called again and again while it takes time; what it raises ends the wait.
   """
 
-  def __init__(self, tell: Callable[[str], None], look: Callable[[], None] = lambda: None):
-    self._held, self._tell, self._look = contextlib.ExitStack(), tell, look
+  def __init__(self, report: Callable[[str], None], poll: Callable[[], None] = lambda: None):
+    self._held, self._report, self._poll = contextlib.ExitStack(), report, poll
 
   def __enter__(self) -> Self:
     return self
@@ -51,45 +70,136 @@ class Claims:
     if leased:
       with concurrent.futures.ThreadPoolExecutor(len(leased)) as pool:
         list(pool.map(self._lease, leased))
-    unknown = {folder.parent for folder in runs if folder not in leased and not self._lock(folder)}
-    for workdir in unknown:
-      self._tell(
-        f'{workdir} is on a file system without locks: see to it that no other job trains the same '
+    unlocked = {folder.parent for folder in runs if folder not in leased and not self._lock(folder)}
+    for workdir in unlocked:
+      self._report(
+        f'{workdir} is on a file system without locks: make sure that no other job trains the same '
         'runs.'
       )
 
   def _lock(self, folder: Path) -> bool:
-    """Whether there are locks; this one is then had."""
+    """Whether there are locks; this one is then held."""
     with folders.writing(folder):
       folder.mkdir(parents=True, exist_ok=True)
       file = self._held.enter_context(open(folder / NAME, 'a+', encoding='utf-8'))
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise _taken(folder, _holder(file)) from None
+      file.seek(0)
+      raise _taken(folder, file.read().strip() or 'another job') from None
     except OSError as error:
       if error.errno not in UNKNOWN:
         raise UserError(f'{file.name} cannot be locked: {error.strerror}.') from error
       return False
     with folders.writing(folder):
       file.truncate(0)
-      file.write(f'{leases.holder()}\n')
+      file.write(f'{_holder()}\n')
       file.flush()
     return True
 
   def _lease(self, folder: epath.Path) -> None:
-    lease = leases.Lease(folder / NAME)
+    lease = Lease(folder / NAME)
     self._held.callback(lease.give_back)
     try:
       lease.take(
-        lambda holder: self._tell(
-          f'{folder} was being trained by {holder}: waiting up to {leases.LEASE_SECONDS:.0f} s to '
-          'see whether it still is'
+        lambda holder: self._report(
+          f'{folder} was being trained by {holder}: waiting up to {LEASE_SECONDS:.0f} s to see '
+          'whether it still is'
         ),
-        self._look,
+        self._poll,
       )
-    except leases.Held as held:
+    except Held as held:
       raise _taken(folder, str(held)) from None
+
+
+class Held(Exception):
+  """Another job has the lease; the argument says which."""
+
+
+class Lease:
+  """The object at a path of a bucket."""
+
+  def __init__(self, path: epath.Path):
+    bucket, _, name = os.fspath(path).removeprefix('gs://').partition('/')
+    self._path, self._id, self._generation = path, uuid.uuid4().hex, b''
+    self._store = ts.KvStore.open({'driver': 'gcs', 'bucket': bucket, 'path': name}).result()
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._beat, name='lease', daemon=True)
+
+  def take(self, wait: Callable[[str], None], poll: Callable[[], None] = lambda: None) -> None:
+    """Takes the lease, and holds it until `give_back` or the end of the process.
+
+    Args:
+      wait: is told who may have been lost, when it takes time to see.
+      poll: is called again and again in that time; what it raises ends the wait.
+
+    Raises:
+      Held: its holder lives.
+      UserError: the bucket does not let it be written.
+    """
+    try:
+      seen = self._read()
+      if seen.state == 'value' and not _is_gone(_facts(seen)):
+        wait(_facts(seen)['holder'])
+        seen = self._watch(seen, poll)
+      self._generation = self._write(self._mine(), seen.stamp.generation)
+      if not self._generation:
+        raise Held(_facts(self._read())['holder'])
+    except ValueError as error:
+      raise UserError(f'{self._path} cannot be written: {str(error).splitlines()[0]}.') from error
+    self._thread.start()
+
+  def give_back(self) -> None:
+    """Deletes the object, if it is still ours."""
+    self._ended.set()
+    if self._thread.is_alive():
+      self._thread.join()
+    if self._generation:
+      with contextlib.suppress(ValueError):  # it will be found to be lost
+        self._write(None, self._generation)
+      self._generation = b''
+
+  def _watch(self, seen: Any, poll: Callable[[], None]) -> Any:
+    """What is there when its holder has given it back, or has been lost; Held if neither."""
+    until = time.monotonic() + LEASE_SECONDS
+    while time.monotonic() < until:
+      time.sleep(POLL_SECONDS)
+      poll()
+      now = self._read()
+      if now.state != 'value':
+        return now
+      if now.stamp.generation != seen.stamp.generation:
+        raise Held(_facts(now)['holder'])
+    return seen
+
+  def _beat(self) -> None:
+    while not self._ended.wait(BEAT_SECONDS):
+      with contextlib.suppress(ValueError):  # out of reach: the next beat may get there
+        if generation := self._write(self._mine(), self._generation):
+          self._generation = generation
+          continue
+        now = self._read()
+        # A write whose answer was lost is repeated, and then refused.
+        if _facts(now).get('id') == self._id:
+          self._generation = now.stamp.generation
+          continue
+        print(
+          f'{self._path} is held by {_facts(now)["holder"]} now, since this process was not heard '
+          f'of for {LEASE_SECONDS:.0f} s: it ends.',
+          file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(LOST)
+
+  def _read(self) -> Any:
+    return self._store.read('').result()
+
+  def _write(self, value: bytes | None, generation: bytes) -> bytes:
+    """The new generation, or b'' if the one to replace is not there."""
+    return self._store.write('', value, if_equal=generation).result().generation
+
+  def _mine(self) -> bytes:
+    facts = {'holder': _holder(), 'id': self._id, 'pid': os.getpid(), 'kernel': _kernel()}
+    return json.dumps(facts).encode()
 
 
 def _taken(folder: Path | epath.Path, holder: str) -> UserError:
@@ -99,6 +209,36 @@ def _taken(folder: Path | epath.Path, holder: str) -> UserError:
   )
 
 
-def _holder(file: IO[str]) -> str:
-  file.seek(0)
-  return file.read().strip() or 'another job'
+def _holder() -> str:
+  return f'process {os.getpid()} on {socket.gethostname()}'
+
+
+def _facts(seen: Any) -> dict[str, Any]:
+  """What the holder of a lease wrote."""
+  try:
+    facts = json.loads(seen.value)
+    return facts if isinstance(facts['holder'], str) else {'holder': 'another job'}
+  except (ValueError, KeyError, TypeError):
+    return {'holder': 'another job'}
+
+
+def _is_gone(facts: dict[str, Any]) -> bool:
+  """Whether the holder was a process of this machine, and is no more."""
+  if not facts.get('kernel') or facts['kernel'] != _kernel():
+    return False
+  try:
+    os.kill(facts['pid'], 0)
+  except ProcessLookupError:
+    return True
+  except PermissionError:
+    pass
+  return False
+
+
+def _kernel() -> str:
+  """Names the table that process numbers are of: a boot, and a container's part of it."""
+  try:
+    boot = Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()
+    return f'{boot} {os.readlink("/proc/self/ns/pid")}'
+  except OSError:
+    return ''

@@ -7,10 +7,8 @@ import glob
 import os
 import secrets
 import shutil
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 from etils import epath
 
@@ -18,27 +16,12 @@ from bam_jax.errors import UserError
 
 BESIDE = '.partial-'  # in the name of a folder that is being written
 CLIENTS = ('aiohttp', 'gcsfs', 'google')  # of buckets: what they raise has nothing else in common
-UNSYNCED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of file systems that know no fsync
+UNSYNCED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of file systems without fsync
 COMMITTED = 'commit_success.txt'  # Orbax writes it last into what it puts into a bucket
 
 
-class Settles(Protocol):
-  """What may write when its caller no longer waits for it."""
-
-  def settle(self) -> None:
-    """Waits until nothing is under way, whatever became of it."""
-
-
-_writers: weakref.WeakSet[Settles] = weakref.WeakSet()
-
-
-def watch(writer: Settles) -> None:
-  """Lets `new_folder` wait for a writer before it removes what the writer writes into."""
-  _writers.add(writer)
-
-
 def in_bucket(path: epath.PathLike) -> bool:
-  """Whether a path is one of Google Cloud Storage."""
+  """Whether a path is in Google Cloud Storage."""
   return os.fspath(path).startswith('gs://')
 
 
@@ -57,15 +40,15 @@ def reach(path: epath.PathLike) -> epath.Path:
   path = epath.Path(path)
   if in_bucket(path):
     try:
-      import fsspec
+      import fsspec  # only buckets need it
 
-      # What a listing said once may have changed: others write, and the arrays go another way.
+      # A listing may be out of date at once: others write, and arrays are written another way.
       fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
       path.exists()
     except ImportError:
       raise UserError(f'{path} is in a bucket, which takes a package: pip install gcsfs.') from None
     except Exception as error:  # of no one kind: credentials, names, networks
-      raise UserError(f'{path} cannot be reached: {_said(error)}.') from error
+      raise UserError(f'{path} cannot be reached: {_first_line(error)}.') from error
   return path
 
 
@@ -91,7 +74,7 @@ def is_complete(item: epath.Path) -> bool:
 
 @contextlib.contextmanager
 def writing(path: epath.PathLike) -> Iterator[None]:
-  """Makes of what the system says against a write a UserError that names `path`."""
+  """Turns what the system or the bucket says against a write into a UserError naming `path`."""
   try:
     yield
   except OSError as error:
@@ -99,7 +82,11 @@ def writing(path: epath.PathLike) -> Iterator[None]:
   except Exception as error:
     if not in_bucket(path) or type(error).__module__.split('.')[0] not in CLIENTS:
       raise
-    raise UserError(f'{path} cannot be written: {_said(error)}.') from error
+    raise UserError(f'{path} cannot be written: {_first_line(error)}.') from error
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.')
 
 
 def write_file(path: epath.PathLike, content: str | bytes) -> None:
@@ -108,27 +95,18 @@ def write_file(path: epath.PathLike, content: str | bytes) -> None:
   with writing(path):
     if in_bucket(path):
       at(path).write_bytes(content)  # an object appears when all of it has come
-    else:
-      _replace(os.fspath(path), content)
-
-
-def _replace(path: str, content: bytes) -> None:
-  beside = f'{path}{BESIDE}{secrets.token_hex(4)}'
-  try:
-    with open(beside, 'wb') as file:
-      file.write(content)
-      file.flush()
-      fsync(file.fileno())
-    os.replace(beside, path)
-  except BaseException:
-    with contextlib.suppress(OSError):
-      os.unlink(beside)
-    raise
-
-
-def _said(error: Exception) -> str:
-  """The first line of an error, without its full stop."""
-  return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.')
+      return
+    beside = f'{path}{BESIDE}{secrets.token_hex(4)}'
+    try:
+      with open(beside, 'wb') as file:
+        file.write(content)
+        file.flush()
+        fsync(file.fileno())
+      os.replace(beside, path)
+    except BaseException:
+      with contextlib.suppress(OSError):
+        os.unlink(beside)
+      raise
 
 
 def fsync(descriptor: int) -> None:
@@ -143,9 +121,16 @@ def fsync(descriptor: int) -> None:
 def sync(folder: epath.PathLike) -> None:
   """Returns when all that is in a folder, on a disk, would outlive a power cut."""
   for parent, _, names in os.walk(folder):
-    for name in names:
-      _sync_one(os.path.join(parent, name))
-    _sync_one(parent)
+    for name in (*names, ''):
+      _sync_path(os.path.join(parent, name))
+
+
+def _sync_path(path: epath.PathLike) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def remove(folder: epath.PathLike) -> None:
@@ -159,7 +144,7 @@ def new_folder(path: epath.PathLike, nbytes: int = 0) -> Iterator[epath.Path]:
 
   Until then it lies beside `path` under another name, and it is removed when the block raises.
   What a killed process left there is removed too. On gs:// nothing can be renamed: the block writes
-  into `path` itself, and `meta` last, without which a folder is no checkpoint.
+  into `path` itself, and `meta` last, without which a folder is not a checkpoint.
 
   Args:
     path: what to make; its parents are made too.
@@ -178,10 +163,8 @@ def new_folder(path: epath.PathLike, nbytes: int = 0) -> Iterator[epath.Path]:
     if not remote:
       sync(beside)
       os.rename(beside, path)
-      _sync_one(path.parent)
+      _sync_path(path.parent)
   except BaseException as error:
-    for writer in list(_writers):  # what is still being written would bring the folder back
-      writer.settle()
     remove(beside) if remote else shutil.rmtree(beside, ignore_errors=True)
     if isinstance(error, OSError):
       raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
@@ -194,9 +177,9 @@ def new_folder(path: epath.PathLike, nbytes: int = 0) -> Iterator[epath.Path]:
 def _begin(path: epath.Path, nbytes: int) -> tuple[epath.Path, int]:
   """A new folder beside `path`, and the lock that says that its writer lives."""
   beside = path.with_name(f'{path.name}{BESIDE}{os.getpid()}-{secrets.token_hex(4)}')
-  try:
-    if path.parent.is_file():
-      raise UserError(f'{path} cannot be written: {path.parent} is a file.')
+  if path.parent.is_file():
+    raise UserError(f'{path} cannot be written: {path.parent} is a file.')
+  with writing(path):
     os.makedirs(path.parent, exist_ok=True)
     for left in path.parent.glob(glob.escape(path.name + BESIDE) + '*'):
       if (lock := _lock(left)) is not None:
@@ -209,8 +192,6 @@ def _begin(path: epath.Path, nbytes: int) -> tuple[epath.Path, int]:
       )
     os.mkdir(beside)
     return beside, _lock(beside)
-  except OSError as error:
-    raise UserError(f'{path} cannot be written: {error.strerror}.') from error
 
 
 def _lock(folder: epath.Path) -> int | None:
@@ -222,11 +203,3 @@ def _lock(folder: epath.Path) -> int | None:
     os.close(descriptor)
     return None
   return descriptor
-
-
-def _sync_one(path: epath.PathLike) -> None:
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    fsync(descriptor)
-  finally:
-    os.close(descriptor)

@@ -7,29 +7,25 @@ from typing import Any
 
 from etils import epath
 
-MOST_BYTES = 2**26
+MAX_BYTES = 2**26
 
 
 def load(path: Path | epath.Path, pairs_hook: Callable | None = None) -> Any:
-  """What a file of at most MOST_BYTES says.
-
-  Args:
-    path: of the file.
-    pairs_hook: makes an object of its keys and values, as in `json.loads`.
+  """What a file says; `pairs_hook` makes an object of its keys and values, as in `json.loads`.
 
   Raises:
     OSError: it cannot be read.
-    ValueError: it is larger, not UTF-8, no JSON, or nested too deep.
+    ValueError: it is larger than MAX_BYTES, or not UTF-8, or not JSON, or nested too deep.
   """
   with path.open('rb') as file:
-    content = file.read(MOST_BYTES + 1)
-  if len(content) > MOST_BYTES:
-    raise ValueError(f'it is larger than {MOST_BYTES >> 20} MiB')
+    content = file.read(MAX_BYTES + 1)
+  if len(content) > MAX_BYTES:
+    raise ValueError(f'it is larger than {MAX_BYTES >> 20} MiB')
   return loads(content.decode(), pairs_hook)
 
 
 def loads(text: str, pairs_hook: Callable | None = None) -> Any:
-  """What a text says; ValueError when it is no JSON, or nested too deep."""
+  """What a text says; ValueError when it is not JSON, or nested too deep."""
   try:
     return json.loads(text, object_pairs_hook=pairs_hook)
   except RecursionError:

@@ -4,7 +4,6 @@ On by default. `JAX_COMPILATION_CACHE_DIR` moves it, `JAX_ENABLE_COMPILATION_CAC
 off: JAX's own variables.
 """
 
-import functools
 import hashlib
 import os
 import platform
@@ -14,7 +13,7 @@ from pathlib import Path
 import jax
 
 MAX_BYTES = 4 * 2**30  # the least recently used goes first
-LEAST_SECONDS = 0.5  # of compilation that is worth a file
+MIN_SECONDS = 0.5  # of compilation that is worth a file
 
 
 def use_cache() -> None:
@@ -27,7 +26,7 @@ def use_cache() -> None:
       return  # a read-only home: compile every time
     jax.config.update('jax_compilation_cache_dir', str(folder))
     jax.config.update('jax_compilation_cache_max_size', MAX_BYTES)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', LEAST_SECONDS)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', MIN_SECONDS)
   # A full disk or a kill may leave half a file, of which JAX warns in every run: it compiles anew.
   warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')
 
@@ -39,26 +38,16 @@ def cache_folder() -> Path:
   home folder may be shared: machines that differ in them do not share files.
   """
   home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-  return Path(home) / 'bam_jax' / machine()
-
-
-@functools.cache
-def machine() -> str:
-  """A name for all machines that run each other's compiled code."""
-  facts = [platform.machine(), *platform.libc_ver(), _cpu_features()]
-  return f'{platform.machine()}-{hashlib.sha256(" ".join(facts).encode()).hexdigest()[:12]}'
+  facts = ' '.join([platform.machine(), *platform.libc_ver(), _cpu_features()])
+  machine = f'{platform.machine()}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}'
+  return Path(home) / 'bam_jax' / machine
 
 
 def _cpu_features() -> str:
-  """What Linux says of the first processor; the processor's name elsewhere."""
+  """What Linux says of its processors; the processor's name elsewhere."""
   try:
     lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
   except OSError:
     return platform.processor()
   wanted = ('model name', 'flags', 'Features', 'CPU implementer', 'CPU part')
-  found = {}
-  for line in lines:
-    key, _, value = line.partition(':')
-    if key.strip() in wanted:
-      found.setdefault(key.strip(), value.strip())
-  return ' '.join(found.values())
+  return ' '.join(sorted({line for line in lines if line.startswith(wanted)}))

@@ -11,7 +11,7 @@ version 5 on with mpi4py installed) or in a Kubernetes job (with the package `ku
 
 Every wait has an end. A start ends after `--join_timeout`. A process that is lost takes the others
 down: at once where the network reports a closed connection, else after `--lost_timeout`, by JAX's
-heartbeats, wherever they wait. Of the latter JAX makes an abort with a page of C++; the last words
+heartbeats, wherever they wait. JAX ends the latter with an abort and a page of C++; the last words
 are ours.
 """
 
@@ -41,7 +41,7 @@ AUTO = 'auto'
 # Seconds that process 0 waits: the others end with it, in C++, and an error that all have found let
 # each say in its own words.
 GRACE = 2.0
-MOST = 10**6  # processes, or seconds; JAX holds them in 32 bits
+MAX = 10**6  # processes, or seconds; JAX holds them in 32 bits
 
 
 class Place(NamedTuple):
@@ -60,24 +60,13 @@ def define_flags() -> None:
     'For a job of several processes: HOST:PORT of process 0, or "auto" to ask SLURM, Open MPI or '
     'Kubernetes. TPU pods need none of these flags.',
   )
-  flags.DEFINE_integer(
-    'process_count', None, 'How many processes the job has.', lower_bound=1, upper_bound=MOST
-  )
-  flags.DEFINE_integer('process_id', None, 'Which one this is, from 0.', lower_bound=0)
-  flags.DEFINE_integer(
-    'join_timeout',
-    300,
-    'Seconds to wait at the start for all processes.',
-    lower_bound=1,
-    upper_bound=MOST,
-  )
-  flags.DEFINE_integer(
-    'lost_timeout',
-    100,
-    'Seconds of silence after which a process is lost.',
-    lower_bound=5,
-    upper_bound=MOST,
-  )
+  for name, default, lower, text in (
+    ('process_count', None, 1, 'How many processes the job has.'),
+    ('process_id', None, 0, 'Which one this is, from 0.'),
+    ('join_timeout', 300, 1, 'Seconds to wait at the start for all processes.'),
+    ('lost_timeout', 100, 5, 'Seconds of silence after which a process is lost.'),
+  ):
+    flags.DEFINE_integer(name, default, text, lower_bound=lower, upper_bound=MAX)
 
 
 @contextlib.contextmanager
@@ -88,7 +77,7 @@ def joined() -> Iterator[None]:
   the others could only wait for it.
 
   Raises:
-    UserError: the flags do not fit together, or the job is none.
+    UserError: the flags do not fit together, or there is no such job.
   """
   values = flags.FLAGS
   place = place_of(
@@ -128,25 +117,15 @@ def _of_jax(error: BaseException | None) -> str:
 def place_of(
   coordinator: str | None, process_count: int | None, process_id: int | None, pod: bool
 ) -> Place | None:
-  """What the flags say; None for a process that is alone.
-
-  Args:
-    coordinator: of the flags.
-    process_count: of the flags.
-    process_id: of the flags.
-    pod: whether this machine may be one of a pod that JAX finds by itself.
-  """
+  """What the flags say, on a machine that may be one of a `pod`; None for a process alone."""
   numbers = process_count, process_id
-  if coordinator is None:
-    if numbers != (None, None):
-      raise UserError('--process_count and --process_id need --coordinator=HOST:PORT.')
-    return Place() if pod else None
-  if coordinator == AUTO:
-    if numbers != (None, None):
-      raise UserError(
-        '--coordinator=auto finds --process_count and --process_id itself: leave them out.'
-      )
-    return Place()
+  if coordinator in (None, AUTO):
+    if numbers == (None, None):
+      return Place() if pod or coordinator else None
+    raise UserError(
+      '--process_count and --process_id need --coordinator=HOST:PORT; with --coordinator=auto '
+      'leave them out.'
+    )
   if None in numbers:
     raise UserError(
       f'--coordinator={coordinator} needs --process_count, the same for all, and --process_id, for '
@@ -163,11 +142,7 @@ def place_of(
 
 
 def has_tpu(devices: Path) -> bool:
-  """Whether JAX will use TPUs of this machine, which may be one of a pod.
-
-  Args:
-    devices: /dev.
-  """
+  """Whether JAX will use TPUs of this machine, found in `devices`, /dev: it may be one of a pod."""
   chips = [*devices.glob('accel[0-9]*'), *devices.glob('vfio/[0-9]*')]
   wanted = (jax.config.jax_platforms or 'tpu').split(',')
   return bool(chips) and 'tpu' in wanted and importlib.util.find_spec('libtpu') is not None
@@ -183,7 +158,7 @@ def _join(place: Place, join_timeout: int, lost_timeout: int) -> '_Witness | Non
   if place.coordinator:
     late += f' with --coordinator={place.coordinator}, and each with its own --process_id'
   witness.note(f'{late}.')
-  # Where JAX's own time-out ends, it aborts.
+  # At the end of JAX's own time-out, it aborts.
   alarm = threading.Timer(join_timeout, _leave, [f'{late}.', errors.USER_ERROR, witness])
   alarm.daemon = True
   alarm.start()

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from bam_jax import config, errors
 from bam_jax.errors import UserError
+from bam_jax.files import folders
 from bam_jax.parallel import sharding
 
 TEXT_BYTES = 1024
@@ -34,7 +35,7 @@ def decide(question: Callable[[], T]) -> T:
   """Process 0's answer, for all; all must ask.
 
   Args:
-    question: returns what JSON can hold; what a user can mend is raised in every process.
+    question: returns what JSON can hold; what a user can fix is raised in every process.
   """
   if jax.process_count() == 1:
     return question()
@@ -85,7 +86,15 @@ def check_shared(folder: Path) -> None:
   """UserError unless all processes see what process 0 writes in a folder, which it makes."""
   if jax.process_count() == 1:
     return
-  file = folder / f'.{decide(lambda: _write_mark(folder))}'
+
+  def write() -> str:
+    name = f'.job-{uuid.uuid4().hex}'
+    with folders.writing(folder):
+      folder.mkdir(parents=True, exist_ok=True)
+      (folder / name).touch()
+    return name
+
+  file = folder / decide(write)
   deadline = time.monotonic() + SHARED_SECONDS
   while not (seen := file.exists()) and time.monotonic() < deadline:
     time.sleep(0.1)
@@ -138,24 +147,21 @@ def put(tree: Any, shardings: Any) -> Any:
 
 def highest(value: int) -> jax.Array:
   """The highest of all processes' numbers, on the devices: returns before it is known."""
-  return _reduction()(_on_devices(value))
+  return _max()(_on_devices(value))
 
 
 @functools.cache
-def _reduction() -> Callable[[jax.Array], jax.Array]:
-  return jax.jit(jnp.max, out_shardings=NamedSharding(_line(), P()))
+def _max() -> Callable[[jax.Array], jax.Array]:
+  everywhere = NamedSharding(jax.sharding.Mesh(jax.devices(), 'devices'), P())
+  return jax.jit(jnp.max, out_shardings=everywhere)
 
 
 @functools.cache
 def _on_devices(value: int) -> jax.Array:
   """This process's number on each of its devices; made once, since it is asked every step."""
-  number = lambda index: np.full(1, value, np.int32)
-  sharding = NamedSharding(_line(), P('devices'))
-  return jax.make_array_from_callback((jax.device_count(),), sharding, number)
-
-
-def _line() -> jax.sharding.Mesh:
-  return jax.sharding.Mesh(jax.devices(), 'devices')
+  sharding = NamedSharding(jax.sharding.Mesh(jax.devices(), 'devices'), P('devices'))
+  number = np.full(1, value, np.int32)
+  return jax.make_array_from_callback((jax.device_count(),), sharding, lambda index: number)
 
 
 def _all_agree(agree: bool, sentence: str) -> None:
@@ -165,13 +171,3 @@ def _all_agree(agree: bool, sentence: str) -> None:
   if not agreeing.all():
     others = ', '.join(map(str, np.flatnonzero(~agreeing)))
     raise UserError(f'processes {others} {sentence}.')
-
-
-def _write_mark(folder: Path) -> str:
-  name = f'job-{uuid.uuid4().hex}'
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f'.{name}').touch()
-  except OSError as error:
-    raise UserError(f'{folder} cannot be written: {error.strerror or error}.') from None
-  return name

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import urllib.parse
 from pathlib import Path
 
@@ -51,10 +52,9 @@ def draw(specs=SPECS) -> dict[str, np.ndarray]:
 def write(folder, values, order=lambda jobs: jobs) -> None:
   """All values in pieces."""
   specs = {path: arrays.Spec(array.shape, array.dtype) for path, array in values.items()}
-  writer = arrays.Writer(folder, specs)
-  for path, index in order([(p, i) for p, spec in specs.items() for i in arrays.pieces(p, spec)]):
-    writer.write(path, index, values[path][index])
-  writer.finish()
+  with arrays.Writer(folder, specs) as writer:
+    for path, index in order([(p, i) for p, spec in specs.items() for i in arrays.pieces(p, spec)]):
+      writer.write(path, index, values[path][index])
 
 
 @pytest.fixture
@@ -314,11 +314,11 @@ def test_nothing_is_written_after_a_failure(tmp_path):
   for _ in range(5):
     with pytest.raises(KeyboardInterrupt):
       with folders.new_folder(tmp_path / 'made') as folder:
-        writer = arrays.Writer(folder / 'params', {'blocks/ffn/up': spec})
-        for number in range(8):
-          writer.write('blocks/ffn/up', (number,), layer)
-        raise KeyboardInterrupt
-    writer.settle()
+        with arrays.Writer(folder / 'params', {'blocks/ffn/up': spec}) as writer:
+          for number in range(8):
+            writer.write('blocks/ffn/up', (number,), layer)
+          raise KeyboardInterrupt
+    time.sleep(0.1)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -33,6 +33,8 @@ def meta(model: config.Model, **changes) -> checkpoint.Meta:
     method=None,
     sources=(),
     versions={'jax': jax.__version__},
+    bos_token='<s>',
+    eos_token='</s>',
   )
   return checkpoint.Meta(**(facts | changes))
 

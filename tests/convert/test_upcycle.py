@@ -49,6 +49,8 @@ def save(folder: Path, seed: int) -> None:
     method=None,
     sources=(),
     versions=manifest.versions(),
+    bos_token='<s>',
+    eos_token='</s>',
   )
   checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=1)
   checkpoints.save(2, params, {'count': np.zeros(())}, {}, meta)

@@ -72,5 +72,6 @@ def test_a_wrong_flag_is_one_sentence_and_status_2(tmp_path):
   )
   assert done.returncode == 2
   assert done.stderr == (
-    'bam_jax.main: --process_count and --process_id need --coordinator=HOST:PORT.\n'
+    'bam_jax.main: --process_count and --process_id need --coordinator=HOST:PORT; with '
+    '--coordinator=auto leave them out.\n'
   )

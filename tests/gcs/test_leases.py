@@ -6,13 +6,13 @@ import signal
 import pytest
 
 from bam_jax.errors import UserError
-from bam_jax.files import claims, leases
+from bam_jax.files import claims
 
 HOLD = """
 import sys
 from etils import epath
-from bam_jax.files import claims, leases
-leases.BEAT_SECONDS, leases.LEASE_SECONDS, leases.LOOK_SECONDS = map(float, sys.argv[1:4])
+from bam_jax.files import claims
+claims.BEAT_SECONDS, claims.LEASE_SECONDS, claims.POLL_SECONDS = map(float, sys.argv[1:4])
 with claims.Claims(lambda sentence: print('told', sentence, flush=True)) as held:
   held.take(map(epath.Path, sys.argv[4:]))
   print('taken', flush=True)
@@ -23,8 +23,8 @@ with claims.Claims(lambda sentence: print('told', sentence, flush=True)) as held
 @pytest.fixture
 def quick(monkeypatch):
   """A lease that is lost after three seconds."""
-  for name, seconds in (('BEAT', 0.2), ('LEASE', 3.0), ('LOOK', 0.05)):
-    monkeypatch.setattr(leases, f'{name}_SECONDS', seconds)
+  for name, seconds in (('BEAT', 0.2), ('LEASE', 3.0), ('POLL', 0.05)):
+    monkeypatch.setattr(claims, f'{name}_SECONDS', seconds)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_who_is_killed_here_is_replaced_at_once(folder, job):
 
 def test_who_is_lost_elsewhere_is_replaced_when_it_stays_silent(folder, job, quick, monkeypatch):
   other, told = job(folder / 'seed'), []
-  monkeypatch.setattr(leases, '_kernel', lambda: 'another machine')
+  monkeypatch.setattr(claims, '_kernel', lambda: 'another machine')
   other.send_signal(signal.SIGKILL)
   other.wait()
   with claims.Claims(told.append) as held:
@@ -73,18 +73,18 @@ def test_who_was_cut_off_ends_when_it_finds_itself_replaced(folder, job, quick):
   with claims.Claims(lambda sentence: None) as held:
     held.take([folder / 'seed'])
     other.send_signal(signal.SIGCONT)
-    assert other.wait(timeout=60) == leases.LOST
+    assert other.wait(timeout=60) == claims.LOST
     said = other.stderr.read()
     assert f'is held by process {os.getpid()} on ' in said
     assert f'process {os.getpid()} on ' in (folder / 'seed' / claims.NAME).read_text()
 
 
 def test_of_two_that_see_one_lost_one_replaces_it(folder, quick):
-  first, second = (leases.Lease(folder / 'lock') for _ in range(2))
+  first, second = (claims.Lease(folder / 'lock') for _ in range(2))
   seen = second._read()
   first.take(lambda holder: None)
   assert second._write(b'{}', seen.stamp.generation) == b''
-  with pytest.raises(leases.Held):
+  with pytest.raises(claims.Held):
     second.take(lambda holder: None)
   first.give_back()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bam_jax import checkpoint
-from bam_jax.files import claims, leases
+from bam_jax.files import claims
 from tests import test_main
 from tests.gcs.conftest import command, files, holding
 from tests.test_main import assert_same_end, run, start
@@ -149,7 +149,7 @@ def test_stopped_while_it_waits_for_a_lease(folder, text, signum):
   waiting.send_signal(signum)
   _, stderr = waiting.communicate(timeout=60)
   assert waiting.returncode == 128 + signum
-  assert time.monotonic() - asked < leases.LEASE_SECONDS / 2
+  assert time.monotonic() - asked < claims.LEASE_SECONDS / 2
   assert stderr == f'Stopped by {signum.name}; the same command goes on from here.\n'
   assert (folder / 'seed' / claims.NAME).read_text() == '['
 

@@ -39,7 +39,7 @@ def run_folder(tmp_path_factory) -> Path:
   meta = checkpoint.Meta(
     format=checkpoint.FORMAT, model=MODEL, sequence_length=64, tokenizer_hash=tokenizer.hash,
     tokenizer_path=str(folder), run='tiny', step=1, method=None, sources=(),
-    versions=manifest.versions(),
+    versions=manifest.versions(), bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token,
   )  # fmt: skip
   checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=1)
   checkpoints.save(1, params, {'count': np.zeros(())}, {}, meta)

@@ -130,6 +130,8 @@ def write_checkpoint(folder: Path, model: config.Model, values: dict, **meta) ->
       method=None,
       sources=(),
       versions=manifest.versions(),
+      bos_token=tokenizer.bos_token,
+      eos_token=tokenizer.eos_token,
     )
     checkpoint.write_meta(beside, checkpoint.Meta(**facts | meta))
   return folder

@@ -41,7 +41,7 @@ def run(tmp_path):
 
 def test_what_is_loaded_is_what_was_compiled(run, tmp_path):
   first, files = run()
-  assert files and all(tmp_path / 'bam_jax' / compilation.machine() in x.parents for x in files)
+  assert files and len({file.parent for file in files}) == 1 and files[0].parent.parent.name == 'bam_jax'
   times = [file.stat().st_mtime_ns for file in files]
   again, after = run()
   assert again == first and after == files
@@ -67,7 +67,5 @@ def test_machines_that_differ_share_nothing(monkeypatch):
     with monkeypatch.context() as patch:
       target = f'bam_jax.parallel.compilation.{name}'
       patch.setattr(target, lambda value=value: value)
-      compilation.machine.cache_clear()
       assert compilation.cache_folder() != here
-  compilation.machine.cache_clear()
   assert compilation.cache_folder() == here

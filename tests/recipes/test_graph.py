@@ -80,7 +80,7 @@ def written(monkeypatch):
     model = config.Model(
       vocab_size=320, d_model=32, num_layers=10, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48
     )
-    return checkpoint.Meta(1, model, 16, '', '', str(path), 1, None, (), {})
+    return checkpoint.Meta(2, model, 16, '', '', str(path), 1, None, (), {}, '', '')
 
   monkeypatch.setattr(checkpoint, 'read_meta', read_meta)
 
