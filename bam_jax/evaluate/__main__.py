@@ -7,7 +7,7 @@
         --data=runs/mine/data --routing=routers/
     python -m bam_jax.evaluate --checkpoint=DIR --tasks=arc_easy,questions.jsonl --max_documents=100
 
-Each token of a document but its begin is scored once, its end included; docs/evaluate.md says how.
+Each token of a document but its BOS is scored once, its EOS included; docs/evaluate.md says how.
 Scores do not depend on --batch_size, --mesh or --routing, to the last bit. Tables go to standard
 error; `--json` writes `data`, `split`, `dtype`, `mesh`, `confidence`, `resamples`, `seed`,
 `domains`, `notes`, `routing_page` (or null), and `rows`, one object a checkpoint, in order:
@@ -41,15 +41,15 @@ from bam_jax.evaluate import comparison, corpus, session
 from bam_jax.tasks import session as tasks_session
 
 _CHECKPOINT = flags.DEFINE_multi_string(
-  'checkpoint', [], 'A run, one of its steps, or a conversion; may be given again.'
+  'checkpoint', [], 'A run, one of its steps, or a conversion; may be repeated.'
 )
 _DATA = flags.DEFINE_multi_string(
-  'data', [], 'A prepared folder, or DOMAIN=PATH of text, jsonl or parquet; may be given again.'
+  'data', [], 'A prepared folder, or DOMAIN=PATH of text, jsonl or parquet; may be repeated.'
 )
 _SPLIT = flags.DEFINE_string('split', 'valid', 'Of prepared folders, and of marked files.')
 _TEXT_FIELD = flags.DEFINE_string('text_field', 'text', 'JSON field or Parquet column of the text.')
-_MOST = flags.DEFINE_integer(
-  'max_documents', None, 'The first so many of each domain, or task.', lower_bound=1
+_MAX_DOCUMENTS = flags.DEFINE_integer(
+  'max_documents', None, 'The first documents of each domain, or of each task.', lower_bound=1
 )
 _WINDOW = flags.DEFINE_integer(
   'window', None, 'Tokens read at once; default: the length trained at.', lower_bound=1
@@ -83,7 +83,7 @@ def main() -> dict[str, Any]:
   if _TASKS.value:
     return _tasks(dtype, mesh)
   _refuse('without --tasks', _FEW_SHOT, _ALLOW)
-  domains = corpus.read(_DATA.value, _SPLIT.value, _TEXT_FIELD.value, _MOST.value)
+  domains = corpus.read(_DATA.value, _SPLIT.value, _TEXT_FIELD.value, _MAX_DOCUMENTS.value)
   options = comparison.Options(
     dtype=dtype,
     mesh=mesh,
@@ -93,7 +93,6 @@ def main() -> dict[str, Any]:
     resamples=_RESAMPLES.value,
     confidence=_CONFIDENCE.value,
     seed=_SEED.value,
-    routing=_ROUTING.value is not None,
   )
   facts = session.run(_CHECKPOINT.value, domains, options, _ROUTING.value)
   return {'data': _DATA.value, 'split': _SPLIT.value} | facts
@@ -102,7 +101,7 @@ def main() -> dict[str, Any]:
 def _refuse(where: str, *unread: flags.FlagHolder) -> None:
   given = next((flag.name for flag in unread if flag.present), None)
   if given:
-    raise UserError(f'--{given} means nothing {where}: leave it out.')
+    raise UserError(f'--{given} has no effect {where}: leave it out.')
 
 
 def _tasks(dtype: str, mesh: config.Mesh) -> dict[str, Any]:
@@ -114,7 +113,7 @@ def _tasks(dtype: str, mesh: config.Mesh) -> dict[str, Any]:
     window=_WINDOW.value,
     seed=_SEED.value,
     few_shot=_FEW_SHOT.value,
-    max_documents=_MOST.value,
+    max_documents=_MAX_DOCUMENTS.value,
     allow_generated_code=_ALLOW.value,
   )
   return tasks_session.run(_CHECKPOINT.value, _TASKS.value, options)

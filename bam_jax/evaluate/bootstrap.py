@@ -2,8 +2,8 @@
 
 The documents of each domain are drawn again, with replacement and as many as there are, and every
 number is computed anew from what was drawn. Documents are the units because tokens of one document
-are not independent. All checkpoints are judged on the same draws, hence the interval of a
-difference is of paired differences.
+are not independent. All checkpoints are judged on the same draws, so the interval of a difference
+is of paired differences.
 
 Legend: R resamples, N documents, C columns of sums.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-AT_ONCE = 2**22  # counts that are in memory at once
+MAX_COUNTS = 2**22  # in memory at once
 
 
 def totals(sums_NC: np.ndarray, resamples: int, seed: int, name: str) -> np.ndarray:
@@ -21,7 +21,7 @@ def totals(sums_NC: np.ndarray, resamples: int, seed: int, name: str) -> np.ndar
   Args:
     sums_NC: of each document.
     resamples: R.
-    seed: of the draws, with
+    seed: of the draws.
     name: of the domain: its draws do not depend on what other domains there are.
   """
   parts = [counts_RN @ sums_NC for counts_RN in draws(len(sums_NC), resamples, seed, name)]
@@ -31,7 +31,7 @@ def totals(sums_NC: np.ndarray, resamples: int, seed: int, name: str) -> np.ndar
 def draws(documents: int, resamples: int, seed: int, name: str) -> Iterator[np.ndarray]:
   """How often each resample has each document, float64, some resamples at a time."""
   rng = np.random.default_rng([seed, *name.encode()])
-  step = max(1, AT_ONCE // documents)
+  step = max(1, MAX_COUNTS // documents)
   for start in range(0, resamples, step):
     rows = min(step, resamples - start)
     chosen = rng.integers(documents, size=(rows, documents))

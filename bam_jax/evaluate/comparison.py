@@ -10,13 +10,12 @@ from bam_jax import checkpoint, config
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.evaluate import bootstrap, corpus, routing, windows
-from bam_jax.evaluate.programs import rows_mesh
-from bam_jax.evaluate.scorer import Scorer
+from bam_jax.evaluate.scorer import Scorer, rows_mesh
 from bam_jax.parallel import sharding
 from bam_jax.reports import scores
 
 MEASURES = ('nats_per_token', 'perplexity', 'bits_per_byte')
-# (what is scored, windows in all) -> the function that is told how many more are done
+# (what is scored, windows in all) -> the function to call with how many more are done
 Progress = Callable[[str, int], Callable[[int], None]]
 
 
@@ -31,7 +30,6 @@ class Options(NamedTuple):
   resamples: int = 1000
   confidence: float = 0.95
   seed: int = 0  # of the resamples
-  routing: bool = False
 
 
 class Entry(NamedTuple):
@@ -58,10 +56,10 @@ def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Optio
   """The checkpoints, all checked before the first is scored.
 
   Raises:
-    UserError: one is none, is given twice, or does not go with the data or the options.
+    UserError: one is not a checkpoint, is given twice, or does not go with the data or the options.
   """
   if not paths:
-    raise UserError('Which models? Give --checkpoint=DIR, once for each.')
+    raise UserError('--checkpoint=DIR is required; it may be given several times.')
   sharding.make_mesh(rows_mesh(options.mesh))
   folders = [str(checkpoint.find(path)) for path in paths]
   twice = next((p for p, f in zip(paths, folders) if folders.count(f) > 1), None)
@@ -87,12 +85,14 @@ def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Optio
 
 
 def score(
-  entry: Entry, domains: Sequence[corpus.Domain], options: Options, progress: Progress
+  entry: Entry,
+  domains: Sequence[corpus.Domain],
+  options: Options,
+  routers: bool = False,
+  progress: Progress = lambda what, windows: lambda more: None,
 ) -> Result:
-  """Scores every document under one checkpoint."""
-  scorer = Scorer(
-    entry.path, options.dtype, options.mesh, batch_size=options.batch_size, length=entry.window
-  )
+  """Scores every document under one checkpoint, and records its `routers` if wanted."""
+  scorer = Scorer(entry.path, options.dtype, options.mesh, options.batch_size, entry.window)
   result = Result(entry, {}, {}, {})
   for domain in domains:
     documents = domain.documents(entry.tokenizer)
@@ -103,16 +103,22 @@ def score(
       owners += [number] * len(cut)
     record = routing.Record()
     nll = np.zeros(len(pieces))
-    more = progress(f'{entry.label}: {domain.name}', len(pieces))
-    for number, scored in scorer.score(pieces, options.routing, more):
+    advance = progress(f'{entry.label}: {domain.name}', len(pieces))
+    for number, scored in scorer.score(pieces, routers, advance):
       # Summed by window first and by document later, in an order that nothing else has a part in.
       nll[number] = scored.nll.sum(dtype=np.float64)
       record.add(owners[number], number, scored.routing)
-    result.nll[domain.name] = np.bincount(owners, weights=nll, minlength=len(documents))
+    nll = np.bincount(owners, weights=nll, minlength=len(documents))
+    bad = np.flatnonzero(~np.isfinite(nll))
+    if len(bad):
+      raise UserError(
+        f'{entry.path} gives document {bad[0]} of {domain.name} no finite likelihood: its '
+        'parameters are damaged, or its training diverged.'
+      )
+    result.nll[domain.name] = nll
     result.tokens[domain.name] = np.array([len(tokens) - 1 for tokens in documents])
-    if options.routing:
+    if routers:
       result.records[domain.name] = record
-    _check_finite(entry, domain.name, result.nll[domain.name])
   return result
 
 
@@ -126,21 +132,19 @@ def compare(
     name = domain.name
     columns = [column for r in results for column in (r.nll[name], r.tokens[name])]
     sums[name] = np.stack([domain.byte_counts, *columns], axis=1).astype(np.float64)
-    drawn[name] = bootstrap.totals(sums[name], options.resamples, options.seed, name)
-  single = {name: len(x) == 1 for name, x in sums.items()}
+    # A single document says nothing of other documents: no interval.
+    drawn[name] = None
+    if len(sums[name]) > 1:
+      drawn[name] = bootstrap.totals(sums[name], options.resamples, options.seed, name)
   whole = {name: x.sum(0, keepdims=True) for name, x in sums.items()}
+  overall_draws = None
+  if not any(draws is None for draws in drawn.values()):
+    overall_draws = sum(drawn.values())
   rows = []
   for place, result in enumerate(results):
     entry, meta = result.entry, result.entry.meta
     same = entry.tokenizer.hash == results[0].entry.tokenizer.hash
-    facts = lambda totals, draws, certain, p=place, s=same: _score(
-      totals, None if certain else draws, p, s, options.confidence
-    )
-    by_domain = {
-      name: {'documents': len(sums[name])} | facts(whole[name], drawn[name], single[name])
-      for name in sums
-    }
-    overall = facts(sum(whole.values()), sum(drawn.values()), any(single.values()))
+    rest = place, same, options.confidence
     rows.append(
       {
         'label': entry.label,
@@ -151,10 +155,14 @@ def compare(
         'tokenizer_hash': meta.tokenizer_hash,
         'window': entry.window,
         'stride': entry.stride,
-        'domains': by_domain,
-        'overall': {'documents': sum(map(len, sums.values()))} | overall,
+        'domains': {
+          name: {'documents': len(x)} | _score(whole[name], drawn[name], *rest)
+          for name, x in sums.items()
+        },
+        'overall': {'documents': sum(map(len, sums.values()))}
+        | _score(sum(whole.values()), overall_draws, *rest),
         'experts': routing.expert_names(meta),
-        'routing': _routing(result) if options.routing else None,
+        'routing': _routing(result),
       }
     )
   return rows
@@ -172,30 +180,25 @@ def _score(
   totals: np.ndarray, draws: np.ndarray | None, place: int, same: bool, confidence: float
 ) -> dict[str, Any]:
   """A checkpoint's scores in one column of the table, and their differences to the first's."""
-  values, base = (measures(totals[0], p) for p in (place, 0))
-  drawn, drawn_base = (
-    (measures(draws, p) for p in (place, 0)) if draws is not None else (None, None)
-  )
 
-  def one(value, resampled):
-    low, high = (None, None) if resampled is None else bootstrap.interval(resampled, confidence)
+  def facts(value, resampled):
+    low, high = (None, None) if draws is None else bootstrap.interval(resampled, confidence)
     return {'value': float(value), 'low': low, 'high': high}
 
-  facts = {
+  drawn = totals if draws is None else draws
+  values, base = measures(totals[0], place), measures(totals[0], 0)
+  values_R, base_R = measures(drawn, place), measures(drawn, 0)
+  differences = {
+    m: facts(values[m] - base[m], values_R[m] - base_R[m]) if same or m == 'bits_per_byte' else None
+    for m in MEASURES
+  }
+  return {
     'tokens': int(totals[0, 2 + 2 * place]),
     'bytes': int(totals[0, 0]),
     'nll': float(totals[0, 1 + 2 * place]),
-    **{m: one(values[m], drawn and drawn[m]) for m in MEASURES},
-    'difference': None,
+    **{m: facts(values[m], values_R[m]) for m in MEASURES},
+    'difference': differences if place else None,
   }
-  if place:
-    facts['difference'] = {
-      m: one(values[m] - base[m], drawn and drawn[m] - drawn_base[m])
-      if same or m == 'bits_per_byte'
-      else None
-      for m in MEASURES
-    }
-  return facts
 
 
 def _routing(result: Result) -> dict[str, dict[str, Any]] | None:
@@ -207,15 +210,6 @@ def _routing(result: Result) -> dict[str, dict[str, Any]] | None:
   return by_router or None
 
 
-def _check_finite(entry: Entry, domain: str, nll: np.ndarray) -> None:
-  bad = np.flatnonzero(~np.isfinite(nll))
-  if len(bad):
-    raise UserError(
-      f'{entry.path} gives document {bad[0]} of {domain} no finite likelihood: its parameters are '
-      'damaged, or its training diverged.'
-    )
-
-
 def notes(entries: Sequence[Entry]) -> list[str]:
   """What a reader should know of the numbers, in sentences."""
   found = []
@@ -224,7 +218,7 @@ def notes(entries: Sequence[Entry]) -> list[str]:
     if entry.window > trained:
       found.append(
         f'{entry.label} was trained on sequences of {trained:,} tokens and reads {entry.window:,} '
-        'at once: what it says past its own length may be worth little.'
+        'at once: its likelihoods past its own length may mean little.'
       )
   if len({entry.tokenizer.hash for entry in entries}) > 1:
     found.append('The tokenizers differ: compare bits per byte, not perplexity.')

@@ -1,12 +1,11 @@
 """The documents that models are compared on, by domain: prepared tokens, or text for any tokenizer.
 
-A document is a sequence of tokens, begin and end included, and the UTF-8 bytes of its text.
+A document is a sequence of tokens, BOS and EOS included, and the UTF-8 bytes of its text.
 """
 
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -15,30 +14,17 @@ from bam_jax.data import shards, sources
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 
-TEXTS = 1000  # texts that are encoded at once
-
-
-class Domain(Protocol):
-  """The documents of one domain."""
-
-  name: str
-  byte_counts: np.ndarray  # int64, of each document's text
-
-  def check(self, tokenizer: Tokenizer, checkpoint: str) -> None:
-    """UserError when a checkpoint's tokenizer cannot read the documents."""
-
-  def documents(self, tokenizer: Tokenizer) -> Sequence[np.ndarray]:
-    """The tokens of each document, in order."""
+ENCODED_AT_ONCE = 1000  # texts
 
 
 class Prepared:
   """A split of a domain of a prepared dataset, tokens of one tokenizer."""
 
-  def __init__(self, name: str, dataset: shards.Dataset, split: str, most: int | None):
-    """Takes the first `most` documents; UserError when there is no such split."""
+  def __init__(self, name: str, dataset: shards.Dataset, split: str, max_documents: int | None):
+    """Takes the first documents; UserError when there is no such split."""
     self.name = name
     self._documents = dataset.documents(name, split)
-    self.byte_counts = self._documents.byte_counts[:most]
+    self.byte_counts = self._documents.byte_counts[:max_documents]  # int64, of each text
     self._dataset = dataset
 
   def check(self, tokenizer: Tokenizer, checkpoint: str) -> None:
@@ -50,7 +36,7 @@ class Prepared:
       )
 
   def documents(self, tokenizer: Tokenizer) -> Sequence[np.ndarray]:
-    """Views of the mapped files."""
+    """The tokens of each document, in order: views of the mapped files."""
     del tokenizer
     return [self._documents[number] for number in range(len(self.byte_counts))]
 
@@ -59,7 +45,7 @@ class Text:
   """A domain's texts, to be encoded by each tokenizer."""
 
   def __init__(self, name: str, texts: Sequence[str]):
-    """Takes one text a document."""
+    """Takes one text for each document."""
     self.name = name
     self.byte_counts = np.array([len(text.encode()) for text in texts], np.int64)
     self._texts = texts
@@ -67,38 +53,43 @@ class Text:
     self._encoded_by: tuple | None = None
 
   def check(self, tokenizer: Tokenizer, checkpoint: str) -> None:
-    """Any tokenizer will do."""
+    """Accepts any tokenizer."""
 
   def documents(self, tokenizer: Tokenizer) -> Sequence[np.ndarray]:
-    """Begin, the text's tokens, and end, as `prepare` has them."""
+    """BOS, the text's tokens, and EOS, as `prepare` stores them."""
     key = tokenizer.hash, tokenizer.bos_id, tokenizer.eos_id
     if self._encoded_by != key:  # checkpoints with one tokenizer tend to follow each other
       self._encoded_by = key
       self._encoded = [
         np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
-        for start in range(0, len(self._texts), TEXTS)
-        for ids in tokenizer.encode_batch(self._texts[start : start + TEXTS])
+        for texts in itertools.batched(self._texts, ENCODED_AT_ONCE)
+        for ids in tokenizer.encode_batch(list(texts))
       ]
     return self._encoded
 
 
-def read(given: Sequence[str], split: str, text_field: str, most: int | None) -> list[Domain]:
+Domain = Prepared | Text
+
+
+def read(
+  given: Sequence[str], split: str, text_field: str, max_documents: int | None
+) -> list[Domain]:
   """The domains that `--data` names, in order.
 
   Args:
     given: folders of prepared datasets, and DOMAIN=PATH for text.
     split: of datasets, and of folders whose files are marked with one.
     text_field: of JSON lines and Parquet.
-    most: documents of each domain, the first of them; None is all.
+    max_documents: of each domain, the first of them; None is all.
 
   Raises:
     UserError: something cannot be read, holds no document, or names a domain again.
   """
   if not given:
-    raise UserError('On what? Give --data=PREPARED_FOLDER or --data=DOMAIN=FILE.')
+    raise UserError('--data=PREPARED_FOLDER or --data=DOMAIN=FILE is required.')
   domains: dict[str, Domain] = {}
   for item in given:
-    for domain in _read(item, split, text_field, most):
+    for domain in _read(item, split, text_field, max_documents):
       if domain.name in domains:
         raise UserError(
           f'--data={item}: the domain {domain.name} is given twice; put its files in one folder.'
@@ -109,29 +100,27 @@ def read(given: Sequence[str], split: str, text_field: str, most: int | None) ->
   return list(domains.values())
 
 
-def _read(item: str, split: str, text_field: str, most: int | None) -> list[Domain]:
+def _read(item: str, split: str, text_field: str, max_documents: int | None) -> list[Domain]:
   if Path(item, shards.MANIFEST).exists():
     dataset = shards.open_dataset(item)
-    return [Prepared(name, dataset, split, most) for name in dataset.domains]
+    return [Prepared(name, dataset, split, max_documents) for name in dataset.domains]
   name, equals, path = item.partition('=')
   if not equals:
     raise UserError(
-      f'--data={item} is no prepared dataset (it has no {shards.MANIFEST}), nor does it name a '
+      f'--data={item} is not a prepared dataset (it has no {shards.MANIFEST}) and does not name a '
       f'domain: write --data=DOMAIN={item} for text.'
     )
   if not shards.DOMAIN_NAME.fullmatch(name):
     raise UserError(f'--data={item}: a domain is named with letters, digits, "_", "-" and ".".')
-  texts = (document.text for file in _files(Path(path), split)
-           for document in documents_lib.read_documents(file, text_field))  # fmt: skip
-  return [Text(name, list(itertools.islice(filter(None, texts), most)))]
+  files = _files(Path(path), split)
+  texts = (one.text for file in files for one in documents_lib.read_documents(file, text_field))
+  return [Text(name, list(itertools.islice(filter(None, texts), max_documents)))]
 
 
 def _files(path: Path, split: str) -> list[Path]:
   """A file itself; of a folder whose files are marked with splits those of `split`, else all."""
   files, _ = sources.find_files(path)
-  if path.is_file():
-    return files
-  marks = {file: sources.find_split(file.relative_to(path)) for file in files}
+  marks = {file: sources.find_split(file.relative_to(path)) for file in files if file != path}
   if not any(marks.values()):
     return files
   found = [file for file, mark in marks.items() if mark == split]

@@ -5,6 +5,7 @@ Text and names are escaped, and the page's own policy forbids it to load anythin
 
 import base64
 import html
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,13 +15,13 @@ import numpy as np
 from matplotlib import colors
 
 from bam_jax.data.tokenizer import Tokenizer
-from bam_jax.evaluate import corpus, pictures, routing, tables
+from bam_jax.evaluate import corpus, routing
 from bam_jax.evaluate.comparison import Result
 from bam_jax.generate import text
 from bam_jax.reports import figures
 
 PAGE = Path(__file__).with_name('page.html')
-NAME = ' class="name"'
+LEFT = ' class="name"'  # of a table's cells
 
 
 def write(
@@ -37,23 +38,23 @@ def write(
     results: of the same checkpoints, in the same order.
     domains: that were scored.
   """
-  drawn = pictures.draw(folder, facts['rows'])
   routed = [(row, result) for row, result in zip(facts['rows'], results) if row['routing']]
-  routers = list(dict.fromkeys(name for row, _ in routed for name in row['routing']))
+  rows = [row for row, _ in routed]
+  routers = list(dict.fromkeys(name for row in rows for name in row['routing']))
   layers = max(result.entry.meta.model.num_layers for _, result in routed)
   body = [
     '<h1>Where the routers send tokens</h1>',
-    f'<p>{_say(", ".join(row["label"] for row in facts["rows"]))}. Tokens count where the next one'
-    ' is scored.</p>',
+    f'<p>{_escape(", ".join(row["label"] for row in facts["rows"]))}. Tokens count where the next'
+    ' one is scored.</p>',
     '<h2>Own specialists</h2>',
     "<p>Share of a domain's tokens with the expert that its specialist became, mean over the"
     ' layers: of attention the mean gate, of the FFN the choices.</p>',
-    _shares(facts['domains'], [row for row, _ in routed]),
+    _shares(facts['domains'], rows),
   ]
-  for picture in drawn:
-    data = base64.b64encode((folder / picture['file']).read_bytes()).decode()
-    title = _say(picture['title'])
-    body += [f'<h2>{title}</h2>', f'<img alt="{title}" src="data:image/png;base64,{data}">']
+  for file, title in _draw(folder, rows):
+    data = base64.b64encode((folder / file).read_bytes()).decode()
+    body += [f'<h2>{_escape(title)}</h2>']
+    body += [f'<img alt="{_escape(title)}" src="data:image/png;base64,{data}">']
   choices = [
     _select('router', routers, routers),
     _select('layer', range(layers), range(1, layers + 1)),
@@ -61,61 +62,70 @@ def write(
   ]
   body += ['<h2>Token by token</h2>', f'<nav>{" ".join(choices)}</nav>']
   for domain in domains:
-    body.append(f'<h3>{_say(domain.name)}</h3>')
+    body.append(f'<h3>{_escape(domain.name)}</h3>')
     for number in range(min(routing.SHOWN, len(domain.byte_counts))):
       for row, result in routed:
         shown = result.records[domain.name].shown(number)
         tokens = domain.documents(result.entry.tokenizer)[number]
-        body += [_legend(row, number), _text(result, tokens, shown)]
+        body += [_legend(row, number), _text(result.entry.tokenizer, tokens, shown)]
   path = folder / 'routing.html'
   colours = [' '.join(str(round(255 * part)) for part in colors.to_rgb(c)) for c in figures.COLOURS]
-  page = PAGE.read_text(encoding='utf-8')
-  page = page.replace('COLOURS', json.dumps(colours), 1).replace(
-    '<!-- BODY -->', '\n'.join(body), 1
-  )
+  page = PAGE.read_text(encoding='utf-8').replace('COLOURS', json.dumps(colours), 1)
+  page = page.replace('<!-- BODY -->', '\n'.join(body), 1)
   path.write_text(page, encoding='utf-8', errors='replace')
   return path
 
 
-def _say(words: Any) -> str:
+def _draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+  """Draws all pictures of the rows with routers; the file and the title of each."""
+  figures.routers_by_layer(folder / 'by_layer.png', rows)
+  made = [('by_layer.png', 'Layer by layer')]
+  for number, row in enumerate(rows):
+    for router, by_domain in row['routing'].items():
+      made.append((f'{number}_{router}.png', f'{row["label"]}: {figures.router_name(router)}'))
+      loads = {domain: facts['load'] for domain, facts in by_domain.items()}
+      shown = row | {'experts': row['experts'][router], 'routing': {router: loads}}
+      figures.routing(folder / made[-1][0], shown)
+  return made
+
+
+def _escape(words: Any) -> str:
   return html.escape(str(words))
 
 
 def _select(name: str, values: Iterable, shown: Iterable) -> str:
-  options = [f'<option value="{_say(v)}">{_say(s)}</option>' for v, s in zip(values, shown)]
+  options = [f'<option value="{_escape(v)}">{_escape(s)}</option>' for v, s in zip(values, shown)]
   return f'<label>{name} <select id="{name}">{"".join(options)}</select></label>'
 
 
 def _shares(domains: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-  heads = [f'<th{NAME if i < 2 else ""}>{_say(head)}</th>'
-           for i, head in enumerate(('checkpoint', 'router', *domains))]  # fmt: skip
-  lines = [''.join(heads)]
+  heads = [f'<th{LEFT}>checkpoint</th><th{LEFT}>router</th>']
+  lines = [''.join([*heads, *(f'<th>{_escape(name)}</th>' for name in domains)])]
   for row in rows:
     for router, by_domain in row['routing'].items():
-      shares = ''.join(f'<td>{tables.own_share(by_domain[name])}</td>' for name in domains)
-      lines.append(f'<td{NAME}>{_say(row["label"])}</td><td{NAME}>{router}</td>{shares}')
+      shares = ''.join(f'<td>{routing.own_share(by_domain[name])}</td>' for name in domains)
+      lines.append(f'<td{LEFT}>{_escape(row["label"])}</td><td{LEFT}>{router}</td>{shares}')
   return '<table>' + ''.join(f'<tr>{line}</tr>' for line in lines) + '</table>'
 
 
 def _legend(row: Mapping[str, Any], number: int) -> str:
   experts = max(row['experts'].values(), key=len)
   shown = [
-    f'<span style="background: {figures.COLOURS[i % len(figures.COLOURS)]}88">{_say(name)}</span>'
-    for i, name in enumerate(experts)
+    f'<span style="background: {colour}88">{_escape(name)}</span>'
+    for name, colour in zip(experts, itertools.cycle(figures.COLOURS))
   ]
-  title = f'{_say(row["label"])}, document {number + 1}'
+  title = f'{_escape(row["label"])}, document {number + 1}'
   return f'<p class="legend">{title} {"".join(shown)}</p>'
 
 
-def _text(result: Result, tokens: np.ndarray, shown: Mapping[str, routing.Routed]) -> str:
+def _text(tokenizer: Tokenizer, tokens: np.ndarray, shown: Mapping[str, routing.Routed]) -> str:
   """A document's first tokens; each holds for every router its expert and gate, layer by layer."""
   codes = {name: _codes(routed) for name, routed in shown.items()}
   length = min(map(len, codes.values()))
-  spelled = _pieces(result.entry.tokenizer, tokens[:length].tolist())
   spans = []
-  for number, piece in enumerate(spelled):
+  for number, piece in enumerate(_pieces(tokenizer, tokens[:length].tolist())):
     data = ' '.join(f'data-{name}="{code[number]}"' for name, code in codes.items())
-    spans.append(f'<b {data}>{_say(piece)}</b>')
+    spans.append(f'<b {data}>{_escape(piece)}</b>')
   more = '<span class="faint"> …</span>' if length < len(tokens) - 1 else ''
   return f'<div class="text">{"".join(spans)}{more}</div>'
 
@@ -124,10 +134,8 @@ def _codes(routed: routing.Routed) -> list[str]:
   """For each token two digits a layer: its strongest expert's colour, and tenths of the gate."""
   expert_LT, gate_LT = routing.strongest(routed)
   tenths_LT = np.clip(np.rint(10 * gate_LT), 1, 9).astype(int)
-  return [
-    ''.join(f'{e}{g}' for e, g in zip(colours, gates))
-    for colours, gates in zip(expert_LT.T % len(figures.COLOURS), tenths_LT.T)
-  ]
+  colours_LT = expert_LT % len(figures.COLOURS)
+  return [''.join(f'{c}{t}' for c, t in zip(*pair)) for pair in zip(colours_LT.T, tenths_LT.T)]
 
 
 def _pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:

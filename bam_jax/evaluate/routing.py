@@ -86,3 +86,9 @@ def strongest(routed: Routed) -> tuple[np.ndarray, np.ndarray]:
   """Of the experts that each token visits, that with the largest gate, and the gate; both LT."""
   visited_LTE = np.where(routed.load_LTE > 0, routed.gate_LTE, -1.0)
   return visited_LTE.argmax(-1), visited_LTE.max(-1)
+
+
+def own_share(facts: Mapping[str, Any]) -> str:
+  """The mean over the layers, as a percentage."""
+  layers = facts['own_share']
+  return '–' if layers is None else f'{100 * sum(layers) / len(layers):.0f}%'

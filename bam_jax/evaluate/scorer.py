@@ -1,22 +1,134 @@
-"""A checkpoint on its devices, ready to score tokens.
+"""Likelihoods of tokens under a checkpoint, the same to the last bit whatever the mesh and batch.
 
-Legend: B rows, T tokens that are read, S = T + 1, L layers, E experts.
+Every row is computed whole on one device. A mesh's `data` axis repeats the weights; whatever else
+it has cuts them, to be gathered a layer at a time: all are `fsdp` here.
+
+Legend: B rows, T tokens that are read, S = T + 1, D model, V vocabulary, L layers, E experts.
 """
 
 import collections
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from bam_jax import checkpoint, config
-from bam_jax.checkpoint import arrays
 from bam_jax.errors import UserError
-from bam_jax.evaluate import programs
 from bam_jax.evaluate import windows as windows_lib
+from bam_jax.evaluate.windows import Group, Window
 from bam_jax.model import block, parameters, transformer
 from bam_jax.parallel import sharding
+
+MAX_LOGITS = 2**25  # float32, of a device at once
+
+
+class Choices(NamedTuple):
+  """What one router did with each token; after the scan over layers with a leading axis L."""
+
+  gate_BTE: jax.Array  # of all the experts, before the top-k
+  load_BTE: jax.Array  # share of the token that went to expert i: gates if soft, else choices / k
+  dropped: jax.Array  # (): 0, nothing is dropped
+
+
+class Scores(NamedTuple):
+  """Of the token that follows each one that was read."""
+
+  nll_BT: jax.Array  # negative log-likelihood, float32 nats
+  greedy_BT: jax.Array  # whether it is the most probable one
+  routing: block.Routing  # of the tokens that were read: `Choices`, or None without such a router
+
+
+class Watched(transformer.Network):
+  """The model, whose routers return `Choices` in place of sums over the batch."""
+
+  def _build(self, key=None) -> transformer.Transformer:
+    made = super()._build(key)
+    for part in (made.blocks.attention, made.blocks.ffn):
+      if hasattr(part, 'statistics'):
+        part.statistics = _choices
+    return made
+
+
+def _choices(gates_BTE, logits_BTE, chosen_BTE, counted_BT) -> Choices:
+  del logits_BTE, counted_BT
+  if chosen_BTE is None:
+    load_BTE = gates_BTE
+  else:
+    load_BTE = chosen_BTE / chosen_BTE.sum(-1, keepdims=True)
+  return Choices(gates_BTE, load_BTE, jnp.zeros((), gates_BTE.dtype))
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'dtype', 'mesh'))
+def score(
+  params: transformer.Params,
+  tokens_BS: jax.Array,
+  length_B: jax.Array,
+  *,
+  model: config.Model,
+  dtype: str,
+  mesh: jax.sharding.Mesh,
+) -> Scores:
+  """The likelihood of every token but a row's first.
+
+  Args:
+    params: global arrays.
+    tokens_BS: int32.
+    length_B: int32, tokens that are read of each row; what follows is padding.
+    model: any variant, dropless.
+    dtype: of activations and matrices.
+    mesh: of `rows_mesh`.
+  """
+  network = Watched(model, config.Compute(dtype=dtype), mesh)
+  layout = network.layout
+
+  def run(params, tokens_BS, length_B):
+    inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
+    position_T = jnp.arange(inputs_BT.shape[1])
+    segments_BT = (position_T < length_B[:, None]).astype(jnp.int32)
+    positions_BT = jnp.broadcast_to(position_T, inputs_BT.shape)
+    hidden_BTD, routing = network.hidden(params, inputs_BT, segments_BT, positions_BT)
+    tied = model.tied_embeddings
+    name, leaf, axis = ('embed', 'table', 0) if tied else ('unembed', 'kernel', 1)
+    kernel = layout.gather(params[name][leaf].astype(dtype), 'fsdp', dimension=axis)
+
+    def one(pair):
+      hidden_D, target = pair
+      logits_V = network.logits({name: {leaf: kernel}}, hidden_D)
+      return jax.nn.logsumexp(logits_V) - logits_V[target], logits_V.argmax() == target
+
+    flat = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_BT.reshape(-1)
+    chunk = max(1, MAX_LOGITS // model.vocab_size)
+    nll_N, greedy_N = jax.lax.map(one, flat, batch_size=chunk)
+    shape = inputs_BT.shape
+    return Scores(nll_N.reshape(shape), greedy_N.reshape(shape), routing)
+
+  rows, of_layers = sharding.BATCH, P(None, *sharding.BATCH)
+  routing = block.Routing(
+    *(
+      Choices(of_layers, of_layers, P()) if experts else None
+      for experts in (model.attention_experts, model.ffn_experts)
+    )
+  )
+  in_specs = layout.specs(network.abstract()), rows, rows
+  return layout.spread(run, in_specs, Scores(rows, rows, routing))(params, tokens_BS, length_B)
+
+
+def rows_mesh(mesh: config.Mesh) -> config.Mesh:
+  """The same devices with rows along all of them, and weights cut along all but `data`."""
+  return config.Mesh(data=mesh.data, fsdp=mesh.fsdp * mesh.expert * mesh.tensor)
+
+
+def dropless(model: config.Model) -> config.Model:
+  """The model without a capacity: what a token gets must not depend on its neighbours."""
+  if model.ffn_experts is None:
+    return model
+  experts = dataclasses.replace(model.ffn_experts, capacity_factor=0.0)
+  return dataclasses.replace(model, ffn_experts=experts)
 
 
 class Routed(NamedTuple):
@@ -34,16 +146,8 @@ class Scored(NamedTuple):
   routing: dict[str, Routed]  # by router; empty unless asked for
 
 
-class _Call(NamedTuple):
-  """Groups that the program was given, one a device."""
-
-  groups: list[windows_lib.Group]
-  rows: int
-  scores: programs.Scores
-
-
 class Scorer:
-  """Likelihoods of any tokens under one checkpoint.
+  """A checkpoint on its devices, ready to score tokens.
 
   Attributes:
     meta: what the checkpoint is.
@@ -64,22 +168,24 @@ class Scorer:
     Args:
       path: of a run, one of its steps, or what `convert` wrote.
       dtype: 'float32' or 'bfloat16', of activations and matrices.
-      mesh: its devices; see `programs.rows_mesh`.
+      mesh: its devices; see `rows_mesh`.
       batch_size: windows that are on the devices at once, or what they compute together if that is
         more.
       length: tokens of a window; default: what the model was trained at.
 
     Raises:
-      UserError: it is no whole checkpoint, or does not fit the mesh.
+      UserError: it is not a complete checkpoint, or does not fit the mesh.
     """
     self.meta = checkpoint.read_meta(path)
     self.tokenizer = checkpoint.open_tokenizer(path, self.meta)
     self.length = length or self.meta.sequence_length
-    rows = programs.rows_mesh(mesh)
+    rows = rows_mesh(mesh)
     self._mesh = sharding.make_mesh(rows)
     self._num_devices, self._batch_size = rows.size, batch_size
     self._params = _load(path, self.meta.model, dtype, rows, self._mesh)
-    self._program = programs.score(programs.dropless(self.meta.model), dtype, self._mesh)
+    self._score = functools.partial(
+      score, model=dropless(self.meta.model), dtype=dtype, mesh=self._mesh
+    )
     self._platform = self._mesh.devices.flat[0].platform
 
   def loglikelihoods(
@@ -92,13 +198,13 @@ class Scorer:
     Args:
       requests: tokens of context and continuation, at least one of each. A context that leaves no
         room is cut from the left.
-      progress: told how many more windows are done, of which a request has one, unless its
+      progress: called with how many more windows are done, of which a request has one, unless its
         continuation alone is longer.
 
     Returns:
       Natural logarithms, in the order of the requests.
     """
-    pieces: list[windows_lib.Window] = []
+    pieces: list[Window] = []
     owners: list[int] = []
     for number, (context, continuation) in enumerate(requests):
       if not len(context) or not len(continuation):
@@ -115,7 +221,7 @@ class Scorer:
 
   def score(
     self,
-    windows: Sequence[windows_lib.Window],
+    windows: Sequence[Window],
     routing: bool = False,
     progress: Callable[[int], None] = lambda done: None,
   ) -> Iterator[tuple[int, Scored]]:
@@ -124,33 +230,33 @@ class Scorer:
     Args:
       windows: of at most `length + 1` tokens.
       routing: whether the results have what the routers did.
-      progress: told how many more windows are done.
+      progress: called with how many more windows are done.
     """
     groups = windows_lib.groups(windows, self.length, self._platform)
-    running: collections.deque[_Call] = collections.deque()
+    running: collections.deque[tuple[list[Group], Scores]] = collections.deque()
+    in_flight = lambda: sum(group.rows for call, _ in running for group in call)
     for call in windows_lib.calls(groups, self._num_devices):
-      rows = sum(group.rows for group in call)
-      while running and rows + sum(other.rows for other in running) > self._batch_size:
-        yield from self._finish(windows, running.popleft(), progress)
-      running.append(_Call(call, rows, self._start(windows, call, routing)))
+      while running and in_flight() + sum(group.rows for group in call) > self._batch_size:
+        yield from self._finish(windows, *running.popleft(), progress)
+      running.append((call, self._start(windows, call, routing)))
     while running:
-      yield from self._finish(windows, running.popleft(), progress)
+      yield from self._finish(windows, *running.popleft(), progress)
 
-  def _start(self, windows, groups, routing: bool) -> programs.Scores:
-    """Starts the program; its arrays are not there yet."""
-    blank = groups[0]._replace(numbers=())
-    filled = groups + [blank] * (self._num_devices - len(groups))
+  def _start(self, windows: Sequence[Window], call: list[Group], routing: bool) -> Scores:
+    """Starts the program on one group a device; its arrays are not there yet."""
+    filled = call + [call[0]._replace(numbers=())] * (self._num_devices - len(call))
     parts = zip(*(windows_lib.pad(windows, group) for group in filled))
     place = sharding.batch(self._mesh)
-    arguments = (jax.device_put(np.concatenate(part), place) for part in parts)
-    scores = self._program(self._params, *arguments)
+    scores = self._score(
+      self._params, *(jax.device_put(np.concatenate(part), place) for part in parts)
+    )
     return scores if routing else scores._replace(routing=block.Routing(None, None))
 
-  def _finish(self, windows, call, progress) -> Iterator[tuple[int, Scored]]:
+  def _finish(self, windows, call, scores, progress) -> Iterator[tuple[int, Scored]]:
     """Waits for a call."""
-    scores = jax.device_get(call.scores)
-    routers = {k: v for k, v in scores.routing._asdict().items() if v is not None}
-    for place, group in enumerate(call.groups):
+    scores = jax.device_get(scores)
+    routers = {name: x for name, x in scores.routing._asdict().items() if x is not None}
+    for place, group in enumerate(call):
       for row, number in enumerate(group.numbers, place * group.rows):
         window = windows[number]
         scored = slice(window.first - 1, len(window.tokens) - 1)
@@ -173,21 +279,16 @@ def _load(
   except UserError as error:
     raise UserError(str(error).replace('-.mesh', f'{path}: --mesh', 1)) from None
 
-  def one(key_path, leaf, place):
+  def place(key_path, leaf, sharded):
     name = sharding.path_of(key_path)
-    kept = key_path[-1].key in parameters.FLOAT32_NAMES
-    return _place(reader, name, leaf.shape, np.dtype(np.float32 if kept else dtype), place)
+    leaf_dtype = np.float32 if key_path[-1].key in parameters.FLOAT32_NAMES else np.dtype(dtype)
+    regions: dict[str, np.ndarray] = {}  # devices that have the same region read it once
 
-  return jax.tree_util.tree_map_with_path(one, wanted, sharding.tree(wanted, mesh))
+    def read(index):
+      if str(index) not in regions:
+        regions[str(index)] = reader.read(name, index).astype(leaf_dtype)
+      return regions[str(index)]
 
+    return jax.make_array_from_callback(leaf.shape, sharded, read)
 
-def _place(reader: arrays.Reader, name: str, shape, dtype, place) -> jax.Array:
-  regions: dict[tuple, np.ndarray] = {}  # devices that have the same one read it once
-
-  def read(index):
-    key = tuple((part.start, part.stop) for part in index)
-    if key not in regions:
-      regions[key] = reader.read(name, index).astype(dtype)
-    return regions[key]
-
-  return jax.make_array_from_callback(shape, place, read)
+  return jax.tree_util.tree_map_with_path(place, wanted, sharding.tree(wanted, mesh))

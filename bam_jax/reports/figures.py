@@ -237,13 +237,18 @@ def routers_by_layer(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
       pair[0].set_ylabel(title)
       pair[0].set_ylim(bottom=0)  # of both, when all lines are there
     for router, axis in zip(routers, axes[0]):
-      axis.set_title(f'{"FFN" if router == "ffn" else router} router')
+      axis.set_title(router_name(router))
     for axis in axes[1]:
       axis.set_xlabel('layer')
     labels = [row['label'] for row in rows]
     handles = [lines[i] for i in range(len(rows))]
     figure.legend(handles, labels, loc='outside lower center', ncols=min(3, len(labels)))
     _save(figure, path)
+
+
+def router_name(router: str) -> str:
+  """As titles have it."""
+  return {'ffn': 'FFN router'}.get(router, f'{router} router')
 
 
 def _load(axis: Axes, load: np.ndarray) -> None:

@@ -6,7 +6,7 @@ from bam_jax.evaluate import bootstrap
 
 
 def test_totals_are_those_of_a_loop(monkeypatch):
-  monkeypatch.setattr(bootstrap, 'AT_ONCE', 40)  # three resamples at a time
+  monkeypatch.setattr(bootstrap, 'MAX_COUNTS', 40)  # three resamples at a time
   sums_NC = np.random.default_rng(0).normal(size=(13, 3))
   totals_RC = bootstrap.totals(sums_NC, 10, 7, 'law')
   counts = [c for part in bootstrap.draws(13, 10, 7, 'law') for c in part]

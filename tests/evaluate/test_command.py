@@ -15,7 +15,7 @@ import pytest
 from bam_jax import config
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
-from bam_jax.evaluate import bootstrap, comparison, corpus, session, tables, windows
+from bam_jax.evaluate import bootstrap, comparison, corpus, session, windows
 from bam_jax.evaluate.scorer import Scorer
 from tests.evaluate.folders import LENGTH, write_checkpoint
 from tests.model import oracle
@@ -184,7 +184,7 @@ def test_notes(runs, texts, capsys):
 
 def test_a_table_marks_what_is_certain():
   measure = lambda low, high: {'bits_per_byte': {'value': 0.5, 'low': low, 'high': high}}
-  say = lambda low, high: tables._difference({'difference': measure(low, high)})
+  say = lambda low, high: session.difference({'difference': measure(low, high)})
   assert say(0.1, 0.9) == '+0.5000*\n+0.1000 … +0.9000'
   assert say(-0.1, 0.9) == '+0.5000\n-0.1000 … +0.9000'
   assert say(None, None) == '+0.5000'
@@ -198,7 +198,7 @@ def test_names_of_equal_runs(runs, texts, tmp_path):
 
 
 MISTAKES = {
-  'no checkpoint': ([], {}, 'Which models? Give --checkpoint=DIR'),
+  'no checkpoint': ([], {}, '--checkpoint=DIR is required'),
   'not a checkpoint': (['/nowhere'], {}, '/nowhere holds no checkpoint'),
   'twice': (['{seed}', '{seed}/checkpoints/1'], {}, 'is given twice'),
   'stride': (['{seed}'], dict(window=8, stride=9), '--stride=9 is above the window of 8 tokens'),
@@ -210,7 +210,8 @@ MISTAKES = {
 @pytest.mark.parametrize('name', MISTAKES)
 def test_mistakes(runs, texts, tmp_path, name):
   paths, options, sentence = MISTAKES[name]
-  folder = str(tmp_path) if options.get('routing') else None
+  options = dict(options)
+  folder = str(tmp_path) if options.pop('routing', False) else None
   with pytest.raises(UserError, match=re.escape(sentence)):
     session.run([p.format(**runs) for p in paths], texts, comparison.Options(**options), folder)
 
@@ -239,8 +240,8 @@ def test_a_checkpoint_that_lost_a_file(runs, texts, tmp_path):
 
 def test_a_folder_that_cannot_be_made(runs, texts, tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(UserError, match='--routing=.* cannot be made: Not a directory'):
-    session.run([runs['bam']], texts, comparison.Options(routing=True), f'{tmp_path}/file/x')
+  with pytest.raises(UserError, match='--routing=.* cannot be written: Not a directory'):
+    session.run([runs['bam']], texts, comparison.Options(), f'{tmp_path}/file/x')
 
 
 def test_a_mistake_is_one_sentence_and_status_2(runs):

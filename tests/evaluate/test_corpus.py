@@ -71,7 +71,7 @@ def test_a_dataset_of_another_tokenizer(dataset):
 
 
 MISTAKES = {
-  'nothing': ([], 'On what?'),
+  'nothing': ([], '--data=PREPARED_FOLDER or --data=DOMAIN=FILE is required'),
   'no domain': (['{}/law.jsonl'], 'write --data=DOMAIN={}/law.jsonl'),
   'no name': (['a/b={}/law.jsonl'], 'a domain is named with'),
   'not there': (['law={}/no.jsonl'], 'does not exist'),

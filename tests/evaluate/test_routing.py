@@ -98,10 +98,10 @@ def shown(saved, tmp_path_factory):
   folder = tmp_path_factory.mktemp('page')
   nasty = '</b><script>alert("1")</script> <!-- BODY --> COLOURS naïve \u2603 court & act'
   domains = [corpus.Text('law', [nasty, 'the court shall', 'x']), corpus.Text('code', ['x = 1'])]
-  options = comparison.Options(routing=True, resamples=10)
+  options = comparison.Options(resamples=10)
   paths = [saved(name) for name in ('dense', 'btx', 'bam_kv_experts')]
   entries = comparison.enter(paths, domains, options)
-  results = [comparison.score(e, domains, options, lambda *_: lambda more: None) for e in entries]
+  results = [comparison.score(entry, domains, options, True) for entry in entries]
   facts = {'domains': ['law', 'code'], 'rows': comparison.compare(results, domains, options)}
   return page.write(folder, facts, results, domains), facts, nasty
 

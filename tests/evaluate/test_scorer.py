@@ -9,10 +9,9 @@ import pytest
 
 from bam_jax import config
 from bam_jax.data import mixture
-from bam_jax.evaluate import programs, windows
+from bam_jax.evaluate import windows
 from bam_jax.evaluate.scorer import Scorer
 from bam_jax.model import transformer
-from bam_jax.parallel import sharding
 from bam_jax.train import loss
 from tests.evaluate.folders import LENGTH, write_checkpoint
 from tests.model import oracle
@@ -192,10 +191,3 @@ def test_meshes_that_a_model_does_not_fit(saved):
   with pytest.raises(Exception, match=r'--mesh cuts .* into 3 parts') as caught:
     Scorer(saved('dense'), mesh=config.Mesh(fsdp=3))
   assert type(caught.value).__name__ == 'UserError'
-
-
-def test_programs_are_shared(models):
-  mesh = sharding.make_mesh(config.Mesh())
-  first = programs.score(models['dense'], 'float32', mesh)
-  again = programs.score(dataclasses.replace(models['dense']), 'float32', mesh)
-  assert first is again
