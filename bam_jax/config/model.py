@@ -75,6 +75,11 @@ class Model(Section):
     """The same model without experts."""
     return dataclasses.replace(self, attention_experts=None, ffn_experts=None)
 
+  def dropless(self) -> 'Model':
+    """The same model without a capacity: what a token gets does not depend on its neighbours."""
+    experts = self.ffn_experts and dataclasses.replace(self.ffn_experts, capacity_factor=0.0)
+    return dataclasses.replace(self, ffn_experts=experts)
+
 
 @dataclass(frozen=True)
 class Compute(Section):

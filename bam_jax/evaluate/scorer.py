@@ -7,7 +7,6 @@ Legend: B rows, T tokens that are read, S = T + 1, D model, V vocabulary, L laye
 """
 
 import collections
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from bam_jax import checkpoint, config
 from bam_jax.errors import UserError
 from bam_jax.evaluate import windows as windows_lib
-from bam_jax.evaluate.windows import Group, Window
+from bam_jax.evaluate.windows import Batch, Window
 from bam_jax.model import block, parameters, transformer
 from bam_jax.parallel import sharding
 
@@ -123,14 +122,6 @@ def rows_mesh(mesh: config.Mesh) -> config.Mesh:
   return config.Mesh(data=mesh.data, fsdp=mesh.fsdp * mesh.expert * mesh.tensor)
 
 
-def dropless(model: config.Model) -> config.Model:
-  """The model without a capacity: what a token gets must not depend on its neighbours."""
-  if model.ffn_experts is None:
-    return model
-  experts = dataclasses.replace(model.ffn_experts, capacity_factor=0.0)
-  return dataclasses.replace(model, ffn_experts=experts)
-
-
 class Routed(NamedTuple):
   """What one router did with the tokens from which a window's scored ones were predicted."""
 
@@ -180,11 +171,10 @@ class Scorer:
     self.tokenizer = checkpoint.open_tokenizer(path, self.meta)
     self.length = length or self.meta.sequence_length
     rows = rows_mesh(mesh)
-    self._mesh = sharding.make_mesh(rows)
-    self._num_devices, self._batch_size = rows.size, batch_size
+    self._mesh, self._batch_size = sharding.make_mesh(rows), batch_size
     self._params = _load(path, self.meta.model, dtype, rows, self._mesh)
     self._score = functools.partial(
-      score, model=dropless(self.meta.model), dtype=dtype, mesh=self._mesh
+      score, model=self.meta.model.dropless(), dtype=dtype, mesh=self._mesh
     )
     self._platform = self._mesh.devices.flat[0].platform
 
@@ -232,40 +222,34 @@ class Scorer:
       routing: whether the results have what the routers did.
       progress: called with how many more windows are done.
     """
-    groups = windows_lib.groups(windows, self.length, self._platform)
-    running: collections.deque[tuple[list[Group], Scores]] = collections.deque()
-    in_flight = lambda: sum(group.rows for call, _ in running for group in call)
-    for call in windows_lib.calls(groups, self._num_devices):
-      while running and in_flight() + sum(group.rows for group in call) > self._batch_size:
+    running: collections.deque[tuple[Batch, Scores]] = collections.deque()
+    for batch in windows_lib.batches(windows, self.length, self._platform, self._mesh.size):
+      rows = sum(len(other.length_B) for other, _ in running) + len(batch.length_B)
+      while running and rows > self._batch_size:
+        rows -= len(running[0][0].length_B)
         yield from self._finish(windows, *running.popleft(), progress)
-      running.append((call, self._start(windows, call, routing)))
+      place = sharding.batch(self._mesh)
+      arrays = (jax.device_put(array, place) for array in (batch.tokens_BS, batch.length_B))
+      scores = self._score(self._params, *arrays)
+      if not routing:
+        scores = scores._replace(routing=block.Routing(None, None))
+      running.append((batch, scores))
     while running:
       yield from self._finish(windows, *running.popleft(), progress)
 
-  def _start(self, windows: Sequence[Window], call: list[Group], routing: bool) -> Scores:
-    """Starts the program on one group a device; its arrays are not there yet."""
-    filled = call + [call[0]._replace(numbers=())] * (self._num_devices - len(call))
-    parts = zip(*(windows_lib.pad(windows, group) for group in filled))
-    place = sharding.batch(self._mesh)
-    scores = self._score(
-      self._params, *(jax.device_put(np.concatenate(part), place) for part in parts)
-    )
-    return scores if routing else scores._replace(routing=block.Routing(None, None))
-
-  def _finish(self, windows, call, scores, progress) -> Iterator[tuple[int, Scored]]:
-    """Waits for a call."""
+  def _finish(self, windows, batch, scores, progress) -> Iterator[tuple[int, Scored]]:
+    """Waits for the scores of a batch."""
     scores = jax.device_get(scores)
     routers = {name: x for name, x in scores.routing._asdict().items() if x is not None}
-    for place, group in enumerate(call):
-      for row, number in enumerate(group.numbers, place * group.rows):
-        window = windows[number]
-        scored = slice(window.first - 1, len(window.tokens) - 1)
-        routing = {
-          name: Routed(choices.gate_BTE[:, row, scored], choices.load_BTE[:, row, scored])
-          for name, choices in routers.items()
-        }
-        yield number, Scored(scores.nll_BT[row, scored], scores.greedy_BT[row, scored], routing)
-      progress(len(group.numbers))
+    for row, number in enumerate(batch.numbers):
+      window = windows[number]
+      scored = slice(window.first - 1, len(window.tokens) - 1)
+      routing = {
+        name: Routed(choices.gate_BTE[:, row, scored], choices.load_BTE[:, row, scored])
+        for name, choices in routers.items()
+      }
+      yield number, Scored(scores.nll_BT[row, scored], scores.greedy_BT[row, scored], routing)
+    progress(len(batch.numbers))
 
 
 def _load(

@@ -11,8 +11,8 @@ from bam_jax import config
 from bam_jax.data import mixture
 from bam_jax.evaluate import windows
 from bam_jax.evaluate.scorer import Scorer
-from bam_jax.model import transformer
-from bam_jax.train import loss
+from bam_jax.parallel import sharding
+from bam_jax.train import step
 from tests.evaluate.folders import LENGTH, write_checkpoint
 from tests.model import oracle
 
@@ -130,25 +130,31 @@ def test_bfloat16_is_near(saved, pieces, alone):
   np.testing.assert_allclose(*total, rtol=1e-2)
 
 
-def test_documents_are_what_training_holds_out(models, saved, start, dataset):
-  """Whole documents in one long sequence, as evaluation in training packs them."""
-  documents = dataset.documents('code', 'valid')
-  length = int(documents.lengths.sum())
-  network = transformer.Network(models['dense'], config.Compute())
-  (batch,) = mixture.heldout(documents, sequence_length=length, batch_size=1)
-  sums = jax.jit(lambda params, batch: loss.nll(network, params, batch))(start('dense'), batch)
-  pieces = [w for tokens in documents for w in windows.cut(tokens, 256, 256)]
-  scored = [result for _, result in Scorer(saved('dense'), length=256).score(pieces)]
-  assert sum(len(result.nll) for result in scored) == int(sums.targets)
-  np.testing.assert_allclose(sum(r.nll.sum() for r in scored), sums.nll, rtol=1e-5)
-
-
-def test_a_buffer_drops_nothing_here(models, saved, start, dataset, pieces, tmp_path):
+@pytest.fixture(scope='module')
+def tight(models, start, dataset, tmp_path_factory) -> tuple[config.Model, str]:
+  """BTX with a capacity that drops tokens in training: the model and a checkpoint."""
   experts = dataclasses.replace(models['btx'].ffn_experts, capacity_factor=1.0)
   model = dataclasses.replace(models['btx'], ffn_experts=experts)
-  folder = write_checkpoint(tmp_path / 'tight', model, start('btx'), dataset.tokenizer())
-  tight, roomy = (exact(Scorer(str(path)), pieces[:5]) for path in (folder, saved('btx')))
-  for a, b in zip(tight, roomy):
+  folder = tmp_path_factory.mktemp('capacity') / 'tight'
+  return model, str(write_checkpoint(folder, model, start('btx'), dataset.tokenizer()))
+
+
+def test_documents_are_what_training_holds_out(tight, start, dataset):
+  """Whole documents in one long sequence, as a run's report packs them; neither drops a token."""
+  documents = dataset.documents('code', 'valid')
+  (batch,) = mixture.heldout(documents, sequence_length=int(documents.lengths.sum()), batch_size=1)
+  mesh = sharding.make_mesh(config.Mesh())
+  evaluate = step.evaluation_step(tight[0], config.Compute(), mesh)
+  sums = jax.device_get(evaluate(start('btx'), sharding.put_batch(batch, mesh)))
+  pieces = [w for tokens in documents for w in windows.cut(tokens, 256, 256)]
+  scored = [result for _, result in Scorer(tight[1], length=256).score(pieces)]
+  assert sum(len(result.nll) for result in scored) == int(sums.targets.sum())
+  np.testing.assert_allclose(sum(r.nll.sum() for r in scored), sums.nll.sum(), rtol=1e-5)
+
+
+def test_a_capacity_drops_nothing_here(tight, saved, pieces):
+  found, wanted = (exact(Scorer(path), pieces[:5]) for path in (tight[1], saved('btx')))
+  for a, b in zip(found, wanted):
     np.testing.assert_array_equal(a, b)
 
 

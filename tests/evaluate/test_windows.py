@@ -1,5 +1,7 @@
 """Every token is scored once, with as much before it as is promised."""
 
+import itertools
+
 import hypothesis
 import numpy as np
 import pytest
@@ -45,22 +47,23 @@ def test_rows_have_few_lengths(tokens, padded):
 
 
 @pytest.mark.parametrize('platform', ['cpu', 'tpu'])
-def test_groups_hold_every_window_once(platform):
+def test_batches_hold_every_window_once(platform):
   rng = np.random.default_rng(0)
   some = [Window(np.arange(n), 1) for n in rng.integers(2, 4098, 50)]
-  made = windows.groups(some, 4096, platform)
-  assert sorted(n for group in made for n in group.numbers) == list(range(50))
-  assert [g.length for g in made] == sorted((g.length for g in made), reverse=True)
-  for group in made:
-    tokens_BS, length_B = windows.pad(some, group)
-    assert tokens_BS.shape == (group.rows, group.length + 1)
-    assert group.rows == (1 if platform == 'cpu' else 8192 // group.length)
-    for row, number in enumerate(group.numbers):
-      size = len(some[number].tokens)
-      assert length_B[row] == size - 1 <= group.length
-      np.testing.assert_array_equal(tokens_BS[row, :size], some[number].tokens)
-    assert not length_B[len(group.numbers) :].any()
-  given = list(windows.calls(made, 3))
-  assert [group for call in given for group in call] == made
-  for call in given:
-    assert 1 <= len(call) <= 3 and len({group.length for group in call}) == 1
+  groups = {}
+  for devices in (1, 3):
+    made = list(windows.batches(some, 4096, platform, devices))
+    assert sorted(number for batch in made for number in batch.numbers) == list(range(50))
+    lengths = [batch.tokens_BS.shape[1] - 1 for batch in made]
+    assert lengths == sorted(lengths, reverse=True)
+    groups[devices] = []
+    for batch, length in zip(made, lengths):
+      rows = 1 if platform == 'cpu' else 8192 // length
+      assert batch.tokens_BS.shape[0] == len(batch.length_B) == devices * rows
+      for row, number in enumerate(batch.numbers):
+        size = len(some[number].tokens)
+        assert batch.length_B[row] == size - 1 <= length
+        np.testing.assert_array_equal(batch.tokens_BS[row, :size], some[number].tokens)
+      assert not batch.length_B[len(batch.numbers) :].any()
+      groups[devices] += itertools.batched(batch.numbers, rows)
+  assert groups[1] == groups[3]
