@@ -31,12 +31,13 @@ import orbax.checkpoint as ocp
 import rich.console
 import rich.table
 from absl import flags
+from flax import traverse_util
 
 from bam_jax import checkpoint, cli, config
 from bam_jax.checkpoint import manifest
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
-from bam_jax.upcycle import merge, rules, stream
+from bam_jax.upcycle import options, rules, sources
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the checkpoints.')
 _LAYERS = flags.DEFINE_integer('layers', 8, 'Of the dense models; 190 MB each.', lower_bound=1)
@@ -50,7 +51,7 @@ _IN_MEMORY = flags.DEFINE_string('in_memory', None, 'Only mix in memory, to this
 def main() -> dict[str, Any] | None:
   """Makes what is missing, measures, and prints a table."""
   if not _WORKDIR.value:
-    raise UserError('Where to? Give --workdir=FOLDER on the disk to measure.')
+    raise UserError('--workdir is required: a folder on the disk to measure.')
   workdir = Path(_WORKDIR.value).absolute()
   model = config.Model(
     vocab_size=32_000, d_model=2048, num_layers=_LAYERS.value, num_heads=16, num_kv_heads=8,
@@ -63,8 +64,8 @@ def main() -> dict[str, Any] | None:
   for number, name in enumerate(names):
     if checkpoint.finished_step(workdir / name / 'checkpoints') is None:
       _make(model, workdir / name, number)
-  mixture = stream.specs(rules.mixture_model(model, upcycle), np.dtype(np.float32))
-  dense = stream.specs(model, np.dtype(np.float32))
+  mixture = sources.specs(rules.mixture_model(model, upcycle), np.dtype(np.float32))
+  dense = sources.specs(model, np.dtype(np.float32))
   facts: dict[str, Any] = {
     'dense_bytes': sum(spec.nbytes for spec in dense.values()),
     'mixture_bytes': sum(spec.nbytes for spec in mixture.values()),
@@ -92,7 +93,7 @@ def _make(model: config.Model, folder: Path, seed: int) -> None:
   (folder / 'tokenizer.json').write_bytes(tokenizer)
   rng = np.random.default_rng(seed)
   params: dict[str, Any] = {}
-  for path, spec in stream.specs(model, np.dtype(np.float32)).items():
+  for path, spec in sources.specs(model, np.dtype(np.float32)).items():
     *groups, name = path.split('/')
     group = params
     for key in groups:
@@ -109,6 +110,8 @@ def _make(model: config.Model, folder: Path, seed: int) -> None:
     method=None,
     sources=(),
     versions=manifest.versions(),
+    bos_token='<s>',
+    eos_token='</s>',
   )
   checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=1)
   checkpoints.save(1, params, {'count': np.zeros(())}, {}, meta)
@@ -117,9 +120,18 @@ def _make(model: config.Model, folder: Path, seed: int) -> None:
 
 def _mix_in_memory(model: config.Model, upcycle: config.Upcycle, output: Path) -> None:
   """What `convert upcycle` would be without streaming."""
-  sources = [checkpoint.restore_host_params(path, _abstract(model)) for path in upcycle.sources]
+  restored = [checkpoint.restore_host_params(path, _abstract(model)) for path in upcycle.sources]
+  flat = [traverse_util.flatten_dict(params, sep='/') for params in restored]
   mixture = rules.mixture_model(model, upcycle)
-  params = merge.merge(sources, _abstract(mixture), mixture, upcycle, merge.run_key(0, ''))
+  wanted, params = sources.specs(mixture, np.dtype(np.float32)), {}
+  for rule in rules.rules(mixture):
+    if rule.how == 'mean':
+      params[rule.target] = options.average([one[rule.source] for one in flat], upcycle)
+    elif rule.how == 'stack':
+      params[rule.target] = np.stack([one[rule.source] for one in flat], axis=1)
+    else:
+      params[rule.target] = np.zeros(wanted[rule.target].shape, np.float32)
+  params = traverse_util.unflatten_dict(params, sep='/')
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     checkpointer.save(output, ocp.args.PyTreeSave(params))
 

@@ -8,43 +8,14 @@ from typing import Any
 import jax
 import rich.table
 
-from bam_jax import config
+from bam_jax import cli, config
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
 from bam_jax.parallel import sharding
 from bam_jax.recipes import graph
 from bam_jax.train import step
-from bam_jax.upcycle import rules
 
-SMALL = config.Model(
-  vocab_size=256_000, d_model=1024, num_layers=6, num_heads=8, num_kv_heads=8, head_dim=128,
-  ffn_dim=2048, tied_embeddings=False,
-)  # fmt: skip
-
-
-def _small(method: config.Method, **options) -> config.Model:
-  return rules.mixture_model(
-    SMALL, config.Upcycle(('seed', 'code', 'law', 'math'), method, **options)
-  )
-
-
-# Where the paper's table 9 contradicts its own text or architecture.
-ERRATA = (
-  (
-    _small('bam_kv_experts'),
-    "the paper's table 9 gives 662,731,776 active parameters: it counts one of the two routers.",
-  ),
-  (
-    _small('bam_shared_kv'),
-    "the paper's table 9 gives 612,400,128 active parameters: it leaves out the shared keys and "
-    'values, and one of the two routers.',
-  ),
-  (
-    _small('btx', num_experts=6, top_k=3),
-    "the last column of the paper's table 9 repeats the total of 4 experts, 700,480,512; its text "
-    'says 776M.',
-  ),
-)
+PARTS = ('embeddings', 'norms', 'attention', 'ffn', 'routers')
 
 
 def account(
@@ -62,12 +33,12 @@ def account(
     The object that `python -m bam_jax.account --help` describes.
 
   Raises:
-    UserError: a run that the recipe lacks, or a mesh that does not divide a run's parameters.
+    UserError: a run that is not in the recipe, or a mesh that does not divide a run's parameters.
   """
   nodes, context = graph.resolve(recipe), context or recipe.data.sequence_length
-  for flag, name in (*(('run', name) for name in names), *([('against', against)] * bool(against))):
-    if name not in nodes:
-      raise UserError(f'--{flag} names {name!r}; the recipe has {", ".join(nodes)}.')
+  for flag, name in (*(('run', name) for name in names), ('against', against)):
+    if name and name not in nodes:
+      raise UserError(f'--{flag}={name} is not in the recipe, which has {", ".join(nodes)}.')
   rows = [_row(recipe, nodes[name], context) for name in nodes if not names or name in names]
   if against:
     budget = _row(recipe, nodes[against], context)['budget_flops']
@@ -92,86 +63,26 @@ def state_bytes(
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in here)
 
   params, opt_state = on_device(state.params), on_device(state.opt_state)
-  return {
-    'parameters': params,
-    'gradients': params,
-    'optimizer': opt_state,
-    'total': 2 * params + opt_state,
-  }
-
-
-def notes(model: config.Model) -> list[str]:
-  """What must be known to compare a model's numbers with the paper's."""
-  return [note for paper, note in ERRATA if _counts_like(model) == paper]
-
-
-def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
-  """What `account` returns, for a terminal."""
-  rows, context, against = facts['rows'], facts['context'], facts['against']
-  parts = ('embeddings', 'norms', 'attention', 'ffn', 'routers')
-  result = [
-    _table(
-      'Parameters',
-      (*parts, 'total', 'active'),
-      [
-        [row['run'], *row['parameters'].values(), row['active_parameters']['total']] for row in rows
-      ],
-    ),
-    _table(
-      f'FLOPs a token, context {context:,}: of one layer forward, and of the model',
-      ('attention', 'ffn', 'routers', 'logits', 'forward', 'training'),
-      [
-        [
-          row['run'],
-          *row['layer_forward_flops'].values(),
-          row['forward_flops']['embeddings'],
-          row['forward_flops']['total'],
-          row['training_flops']['total'],
-        ]
-        for row in rows
-      ],
-    ),
-    _table(
-      'Bytes a device, without activations, and of the KV cache a token',
-      ('mesh', 'devices', 'parameters', 'gradients', 'optimizer', 'total', 'cache'),
-      [
-        [
-          row['run'],
-          ' '.join(f'{axis}={size}' for axis, size in row['mesh'].items() if size > 1) or '-',
-          row['devices'],
-          *(_size(size) for size in row['bytes_per_device'].values()),
-          row['cache_bytes'],
-        ]
-        for row in rows
-      ],
-    ),
-  ]
-  matched = ('matched_steps', 'matched_tokens') if against else ()
-  title = f'Budgets; matched: for the training FLOPs of {against}' if against else 'Budgets'
-  names = ('steps', 'tokens', *matched)
-  body = [
-    [row['run'], *(row[name] for name in names), f'{row["budget_flops"]:.3e}'] for row in rows
-  ]
-  columns = [name.replace('_', ' ') for name in names]
-  return [*result, _table(title, (*columns, 'training FLOPs'), body)]
+  total = 2 * params + opt_state
+  return {'parameters': params, 'gradients': params, 'optimizer': opt_state, 'total': total}
 
 
 def _row(recipe: config.Recipe, node: graph.Node, context: int) -> dict[str, Any]:
   model, run = node.model, node.run
-  sharding.check(
-    transformer.Network(model, run.compute).abstract(), run.mesh, f'config.runs.{node.name}'
-  )
+  abstract = transformer.Network(model, run.compute).abstract()
+  sharding.check(abstract, run.mesh, f'config.runs.{node.name}')
+  with_total = lambda parts: dataclasses.asdict(parts) | {'total': parts.total}
   forward, steps = arithmetic.forward_parts(model, context), recipe.total_steps(node.name)
   tokens = steps * recipe.step_tokens(node.name)
   return {
     'run': node.name,
     'label': run.label,
     'kind': node.kind,
-    'method': node.upcycle.method if node.upcycle else None,
-    'parameters': _by_part(arithmetic.total_parts(model)),
-    'active_parameters': _by_part(arithmetic.active_parts(model)),
-    'forward_flops': _by_part(forward),
-    'training_flops': _by_part(arithmetic.training_parts(model, context)),
+    'method': node.method,
+    'parameters': with_total(arithmetic.total_parts(model)),
+    'active_parameters': with_total(arithmetic.active_parts(model)),
+    'forward_flops': with_total(forward),
+    'training_flops': with_total(arithmetic.training_parts(model, context)),
     'layer_forward_flops': {
       part: getattr(forward, part) // model.num_layers for part in ('attention', 'ffn', 'routers')
     },
@@ -184,37 +95,43 @@ def _row(recipe: config.Recipe, node: graph.Node, context: int) -> dict[str, Any
     'step_tokens': recipe.step_tokens(node.name),
     'tokens': tokens,
     'budget_flops': tokens * arithmetic.training_flops(model, context),
-    'notes': notes(model),
   }
 
 
-def _by_part(parts: arithmetic.Parts) -> dict[str, int]:
-  return dataclasses.asdict(parts) | {'total': parts.total}
-
-
-def _counts_like(model: config.Model) -> config.Model:
-  """A model without what its counts do not depend on."""
-  attention, ffn = model.attention_experts, model.ffn_experts
-  return dataclasses.replace(
-    model,
-    rope_theta=SMALL.rope_theta,
-    norm_epsilon=SMALL.norm_epsilon,
-    logit_scale=SMALL.logit_scale,
-    attention_experts=attention and dataclasses.replace(attention, renormalize=False),
-    ffn_experts=ffn and dataclasses.replace(ffn, renormalize=False, capacity_factor=0.0),
-  )
+def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
+  """What `account` returns, for a terminal."""
+  parameters, flops, memory, budgets = [], [], [], []
+  matched = ('matched_steps', 'matched_tokens') if facts['against'] else ()
+  for row in facts['rows']:
+    run, forward = row['run'], row['forward_flops']
+    active, training = row['active_parameters']['total'], row['training_flops']['total']
+    parameters.append([run, *row['parameters'].values(), active])
+    layer = row['layer_forward_flops'].values()
+    flops.append([run, *layer, forward['embeddings'], forward['total'], training])
+    mesh = ' '.join(f'{axis}={size}' for axis, size in row['mesh'].items() if size > 1) or '-'
+    held = [_size(size) for size in row['bytes_per_device'].values()]
+    memory.append([run, mesh, row['devices'], *held, row['cache_bytes']])
+    names = ('steps', 'tokens', *matched)
+    budgets.append([run, *(row[name] for name in names), f'{row["budget_flops"]:.3e}'])
+  against = f'; matched: for the training FLOPs of {facts["against"]}' if matched else ''
+  columns = [name.replace('_', ' ') for name in ('steps', 'tokens', *matched)]
+  return [
+    cli.table('Parameters', ['run'], [*PARTS, 'total', 'active'], parameters),
+    cli.table(
+      f'FLOPs a token, context {facts["context"]:,}: of one layer forward, and of the model',
+      ['run'],
+      ['attention', 'ffn', 'routers', 'logits', 'forward', 'training'],
+      flops,
+    ),
+    cli.table(
+      'Bytes a device, without activations, and of the KV cache a token',
+      ['run', 'mesh'],
+      ['devices', 'parameters', 'gradients', 'optimizer', 'total', 'cache'],
+      memory,
+    ),
+    cli.table(f'Budgets{against}', ['run'], [*columns, 'training FLOPs'], budgets),
+  ]
 
 
 def _size(number: int) -> str:
   return f'{number / 1e9:.2f} GB' if number >= 1e9 else f'{number / 1e6:.1f} MB'
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence]) -> rich.table.Table:
-  table = rich.table.Table(title=title, title_justify='left', box=None, pad_edge=False)
-  table.add_column('run', overflow='fold')
-  for column in columns:
-    # Where the terminal is narrow, parts are folded before totals, and nothing is cut off.
-    table.add_column(column, justify='right', overflow='fold', no_wrap=column in columns[-2:])
-  for run, *cells in rows:
-    table.add_row(run, *(f'{cell:,}' if isinstance(cell, int) else cell for cell in cells))
-  return table

@@ -47,6 +47,8 @@ class Upcycle(Section):
       f'{num_experts=} is below the {len(sources)} sources of from={sources}: each is an expert.',
     )
     if method == 'average':
+      where = "for method 'average', which has no experts"
+      self._refuse('num_experts', num_experts > len(sources), where)
       where = "for method 'average', which has no router"
       self._refuse('router_init', self.router_init != 'random', where)
       self._refuse('expert_bias', self.expert_bias, where)
@@ -87,4 +89,4 @@ class Upcycle(Section):
   @property
   def copies(self) -> range:
     """Numbers of the experts that are copies of the first source's."""
-    return range(len(self.sources), self.experts if self.method != 'average' else 0)
+    return range(len(self.sources), self.experts)

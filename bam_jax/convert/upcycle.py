@@ -23,7 +23,7 @@ from absl import flags
 from bam_jax import cli, config
 from bam_jax.config import strict
 from bam_jax.errors import UserError
-from bam_jax.upcycle import stream
+from bam_jax.upcycle import outputs, sources
 
 _FROM = flags.DEFINE_multi_string('from', [], 'A dense checkpoint; once for each, in order.')
 _METHOD = flags.DEFINE_enum('method', None, get_args(config.Method), 'How to mix them.')
@@ -33,7 +33,7 @@ _ATTENTION = flags.DEFINE_enum(
   'attention_routing', 'soft', ('soft', 'top1', 'top2'), 'Attention experts that a token visits.'
 )
 _WEIGHTS = flags.DEFINE_list('weights', [], 'One for each source, for --average=weighted.')
-_DTYPE = flags.DEFINE_enum('dtype', 'float32', stream.DTYPES, 'Of the arrays on disk.')
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', sources.DTYPES, 'Of the arrays on disk.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of what is drawn.', 0, 2**32 - 1)
 _NAME = flags.DEFINE_string(
   'name', '', "Of the run; with a recipe's seed and run name, what is drawn is the recipe's."
@@ -75,7 +75,7 @@ def main() -> dict[str, Any]:
       **{flag.name: flag.value for flag in _KEYS},
     )
     with cli.bytes_bar('Mixing') as progress:
-      meta = stream.upcycle(
+      meta = outputs.to_checkpoint(
         _OUTPUT.value,
         upcycle,
         seed=_SEED.value,

@@ -1,9 +1,7 @@
-"""Runs what is asked for of a recipe: in order, skipping what is finished, each from its init."""
+"""Runs what is asked for of a recipe: in order, skipping what is finished, each from its start."""
 
-import dataclasses
 import functools
 import json
-import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from bam_jax import checkpoint, config
 from bam_jax.checkpoint import manifest
@@ -19,12 +16,12 @@ from bam_jax.config import strict
 from bam_jax.data import shards
 from bam_jax.errors import UserError
 from bam_jax.files import claims, folders, json_file
-from bam_jax.model import arithmetic, transformer
-from bam_jax.parallel import processes, sharding
-from bam_jax.recipes import graph
-from bam_jax.train import goodput, loop, stop
+from bam_jax.model import arithmetic
+from bam_jax.parallel import processes
+from bam_jax.recipes import graph, start
+from bam_jax.train import loop, stop, timing
 from bam_jax.train.progress import Progress
-from bam_jax.upcycle import centroids, merge, rules
+from bam_jax.upcycle import rules
 
 RECORDED = {'identity': dict, 'hash': str}  # what a resume reads of a run's config.json
 
@@ -36,7 +33,7 @@ def execute(
   only: Sequence[str] = (),
   progress_enabled: bool = True,
 ) -> list[str]:
-  """Trains the runs that are asked for and not finished, in order; their names, in order.
+  """Trains the runs that are asked for and not finished; returns the names of all asked, in order.
 
   Args:
     recipe: the graph.
@@ -50,39 +47,27 @@ def execute(
       workdir; while training, for a loss that is not a number.
     stop.Stopped: a signal came, and the run's state is saved.
   """
+  began = timing.process_began()
   nodes = graph.resolve(recipe, graph.digest(dataset.manifest['domains']))
-  everything = [config.to_dict(recipe), {name: nodes[name].identity for name in nodes}, list(only)]
+  identities = {name: node.identity for name, node in nodes.items()}
+  everything = [config.to_dict(recipe), identities, list(only)]
   processes.same(graph.digest(everything), 'recipe, flags and data')
-  asked = processes.decide(functools.partial(_asked, nodes, only, workdir))
+  asked = processes.decide(lambda: _asked(nodes, only, workdir))
   domains = graph.check(recipe, nodes, dataset, asked)
   steps = {name: recipe.total_steps(name) for name in asked}
-  began = goodput.process_began()
-
-  def is_finished(name: str) -> bool:
-    return finished(workdir / name, nodes[name], steps[name], domains)
-
-  def claim() -> int | None:
-    try:
-      held.take(workdir / name for name in asked if not is_finished(name))
-    except stop.Stopped as stopped:
-      return stopped.signum
-
-  for name in asked:
-    processes.check_mesh(nodes[name].run.mesh, f'config.runs.{name}')
   with (
     stop.catch() as stopping,
     Progress(steps, enabled=progress_enabled) as progress,
     claims.Claims(progress.note, stopping.check) as held,
   ):
-    if signum := processes.decide(claim):
-      raise stop.Stopped(signum)
+    unfinished = processes.decide(lambda: _claim(held, workdir, nodes, asked, domains))
+    if isinstance(unfinished, int):
+      raise stop.Stopped(unfinished)
     for name in asked:
-      processes.decide(functools.partial(_check_identity, workdir / name, nodes[name]))
-    for name in asked:
-      node, folder = nodes[name], workdir / name
-      if processes.decide(functools.partial(is_finished, name)):
+      if name not in unfinished:
         progress.skip(name)
         continue
+      node, folder = nodes[name], workdir / name
       _write_json(folder / 'config.json', _record(recipe, node))
       _copy_tokenizer(dataset, folder)
       job = loop.Job(
@@ -91,9 +76,9 @@ def execute(
         model=node.model,
         recipe=recipe,
         dataset=dataset,
-        domains=tuple(domains),
+        domains=domains,
         folder=folder,
-        init=functools.partial(initial_params, recipe, nodes, node, workdir, dataset),
+        init=functools.partial(start.initial_params, recipe, nodes, node, workdir, dataset),
         meta=functools.partial(_meta, recipe, node, workdir, dataset),
       )
       facts = loop.train(job, progress, stopping, began)
@@ -104,83 +89,6 @@ def execute(
   return asked
 
 
-def finished(folder: Path, node: graph.Node, total_steps: int, domains: Sequence[str] = ()) -> bool:
-  """Whether a run has its last checkpoint, by this configuration, and a result on `domains`."""
-  step = checkpoint.finished_step(folder / 'checkpoints')
-  recorded = _read_json(folder / 'config.json', RECORDED)
-  result = _read_json(folder / 'result.json', {'domains': dict})
-  return (
-    step == total_steps
-    and result is not None
-    and set(domains) <= set(result['domains'])
-    and recorded is not None
-    and recorded['hash'] == graph.digest(node.identity)
-  )
-
-
-def initial_params(
-  recipe: config.Recipe,
-  nodes: dict[str, graph.Node],
-  node: graph.Node,
-  workdir: Path,
-  dataset: shards.Dataset,
-  shardings: Any,
-) -> transformer.Params:
-  """The parameters that a run starts from, laid out by `shardings`."""
-  network = transformer.Network(node.model, node.run.compute)
-  key = merge.run_key(recipe.seed, node.name)
-  find = lambda path: folders.at(processes.decide(lambda: str(checkpoint.find(path))))
-  match node.run.init:
-    case 'scratch':
-      return jax.jit(network.init, out_shardings=shardings)(key)
-    case config.FromRun(parent):
-      path = find(workdir / parent)
-      return checkpoint.restore_params(path, checkpoint.abstract(network.abstract(), shardings))
-    case config.FromCheckpoint(path):
-      return checkpoint.restore_params(
-        find(path), checkpoint.abstract(network.abstract(), shardings)
-      )
-    case config.FromUpcycle(upcycle):
-      # The dense sources pass through host memory: a mixture's mesh need not suit them.
-      dense = transformer.Network(nodes[upcycle.sources[0]].model, node.run.compute)
-      load = functools.partial(checkpoint.restore_host_params, params=dense.abstract())
-      sources = [load(find(workdir / name)) for name in upcycle.sources]
-      routers = {}
-      if upcycle.router_init == 'centroids':
-        runs = [nodes[name].run for name in upcycle.sources]
-        routers = _centroids(recipe, node, runs, dataset, dense, sources, key)
-      params = merge.merge(sources, network.abstract(), node.model, upcycle, key, routers)
-      return processes.put(params, shardings)
-  raise AssertionError(node.run.init)
-
-
-def _centroids(
-  recipe: config.Recipe,
-  node: graph.Node,
-  runs: Sequence[config.Run],
-  dataset: shards.Dataset,
-  dense: transformer.Network,
-  sources: Sequence[transformer.Params],
-  key: jax.Array,
-) -> dict[str, np.ndarray]:
-  """A mixture's routers, from the first batches that each of its sources was trained on."""
-  upcycle, rows = node.upcycle, node.run.batch_size // node.run.grad_accum_steps
-  soup = config.Upcycle(
-    upcycle.sources, 'average', average=upcycle.average, weights=upcycle.weights
-  )
-  params = merge.merge(sources, dense.abstract(), dense.model, soup, key)
-  count = math.ceil(centroids.CENTROID_TOKENS / (rows * recipe.data.sequence_length))
-  batches = []
-  for run in runs:
-    # In the mixture's micro-batches, which its mesh can hold.
-    run = dataclasses.replace(run, batch_size=rows, grad_accum_steps=1, mesh=node.run.mesh)
-    read = loop.batches_of(run, recipe, dataset)
-    batches.append(map(read.__getitem__, range(count)))
-  paths = [rule.target for rule in rules.rules(node.model) if rule.how == 'router']
-  mesh = sharding.make_mesh(node.run.mesh)
-  return centroids.routers(dense, params, batches, mesh, paths, upcycle, key)
-
-
 def _asked(nodes: dict[str, graph.Node], only: Sequence[str], workdir: Path) -> list[str]:
   for name in only:
     if name not in nodes:
@@ -188,7 +96,7 @@ def _asked(nodes: dict[str, graph.Node], only: Sequence[str], workdir: Path) -> 
   asked = [name for name in nodes if not only or name in only]
   for name in asked:
     for parent in config.parents(nodes[name].run):
-      if parent not in asked and not _has_result(workdir / parent, nodes[parent]):
+      if parent not in asked and not _is_finished(workdir / parent, nodes[parent]):
         raise UserError(
           f'--runs asks for {name!r}, which starts from {parent!r}, and {workdir / parent} does '
           f'not hold it finished by this configuration: add {parent!r} to --runs.'
@@ -196,8 +104,35 @@ def _asked(nodes: dict[str, graph.Node], only: Sequence[str], workdir: Path) -> 
   return asked
 
 
-def _has_result(folder: Path, node: graph.Node) -> bool:
-  return finished(folder, node, node.identity['total_steps'])
+def _claim(
+  held: claims.Claims,
+  workdir: Path,
+  nodes: Mapping[str, graph.Node],
+  asked: Sequence[str],
+  domains: Sequence[str],
+) -> list[str] | int:
+  """Takes the folders of the runs that are not finished; their names, or a signal that came."""
+  finished = lambda name: _is_finished(workdir / name, nodes[name], domains)
+  try:
+    held.take(workdir / name for name in asked if not finished(name))
+  except stop.Stopped as stopped:
+    return stopped.signum
+  for name in asked:
+    _check_identity(workdir / name, nodes[name])
+  return [name for name in asked if not finished(name)]  # another job may have finished some
+
+
+def _is_finished(folder: Path, node: graph.Node, domains: Sequence[str] = ()) -> bool:
+  """Whether a run has its last checkpoint, by this configuration, and a result on `domains`."""
+  recorded = _read_json(folder / 'config.json', RECORDED)
+  result = _read_json(folder / 'result.json', {'domains': dict})
+  return (
+    checkpoint.finished_step(folder / 'checkpoints') == node.identity['total_steps']
+    and result is not None
+    and set(domains) <= set(result['domains'])
+    and recorded is not None
+    and recorded['hash'] == graph.digest(node.identity)
+  )
 
 
 def _check_identity(folder: Path, node: graph.Node) -> None:
@@ -232,8 +167,8 @@ def _meta(
     tokenizer_path=str(folders.absolute(recipe.data.path)),
     run=node.name,
     step=step,
-    method=node.upcycle.method if node.upcycle else None,
-    sources=_experts(node),
+    method=node.method,
+    sources=node.experts,
     versions=manifest.versions(),
     bos_token=dataset.manifest['tokenizer']['bos_token'],
     eos_token=dataset.manifest['tokenizer']['eos_token'],
@@ -264,21 +199,14 @@ def _manifest(recipe: config.Recipe, node: graph.Node, workdir: Path) -> manifes
   )
 
 
-def _experts(node: graph.Node) -> tuple[str, ...]:
-  if not node.upcycle:
-    return ()
-  sources = node.upcycle.sources
-  return sources + sources[:1] * (node.upcycle.experts - len(sources))
-
-
 def _result(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:
   counts = arithmetic.parameters(node.model)
   return {
     'run': node.name,
     'label': node.run.label,
     'kind': node.kind,
-    'method': node.upcycle.method if node.upcycle else None,
-    'sources': list(_experts(node)),
+    'method': node.method,
+    'sources': list(node.experts),
     'parameters': counts.total,
     'active_parameters': counts.active,
     'flops_per_token': arithmetic.training_flops(node.model, recipe.data.sequence_length),
@@ -288,15 +216,13 @@ def _result(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:
 def _read_json(path: Path, keys: Mapping[str, type]) -> dict[str, Any] | None:
   try:
     facts = json_file.load(path)
-    if not isinstance(facts, dict):
-      raise ValueError
-    if not all(isinstance(facts.get(key), kind) for key, kind in keys.items()):
-      raise ValueError
-    return facts
   except FileNotFoundError:
     return None
   except ValueError:
-    raise UserError(f'{path} is damaged: delete its folder and train the run again.') from None
+    facts = None
+  if isinstance(facts, dict) and all(isinstance(facts.get(k), kind) for k, kind in keys.items()):
+    return facts
+  raise UserError(f'{path} is damaged: delete its folder and train the run again.')
 
 
 def _write_json(path: Path, facts: dict[str, Any]) -> None:

@@ -9,52 +9,68 @@ Legend: S sources, L layers, B batch, T sequence, D model, E experts.
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bam_jax import config
 from bam_jax.data import mixture
 from bam_jax.errors import UserError
-from bam_jax.model import parameters, transformer
-from bam_jax.parallel import processes, sharding
-from bam_jax.parallel.collectives import Layout
+from bam_jax.model import transformer
+from bam_jax.parallel import sharding
 
 CENTROID_TOKENS = 32_768  # read of each source's data, rounded up to whole batches
 COPY_SPREAD = 0.1  # how far copies' columns are turned from the first source's
 
 
-def routers(
+def mean_inputs(
   network: transformer.Network,
   params: transformer.Params,
   batches: Sequence[Iterable[mixture.Batch]],
   mesh: jax.sharding.Mesh,
-  paths: Sequence[str],
-  upcycle: config.Upcycle,
-  key: jax.Array,
-) -> dict[str, np.ndarray]:
-  """The routers LDE of a mixture, by path.
+) -> np.ndarray:
+  """The mean normalised input of every block over each source's tokens: SLD.
 
   Args:
-    network: the dense model.
-    params: its parameters, averaged over the sources as the mixture averages; NumPy arrays.
+    network: the dense model, whole on every device.
+    params: its parameters, averaged over the sources, replicated on the mesh.
     batches: for each source a few batches of its training data, this process's rows of each.
-    mesh: the mixture's; each of its devices holds the dense model whole for a moment.
-    paths: the routers' paths.
-    upcycle: the number of experts and `router_scale`, the length of a column.
-    key: for the columns of copies.
+    mesh: of the devices that share the rows.
   """
-  sums = _input_sums(network, mesh)
-  dtype = jnp.dtype(network.compute.dtype)
-  params = parameters.cast(params, dtype)
-  params = processes.put(params, jax.tree.map(lambda _: NamedSharding(mesh, P()), params))
-  means_SLD = np.stack([_mean(sums, params, source, mesh) for source in batches])
-  return {path: columns(means_SLD, path, upcycle, key) for path in paths}
+  sums = jax.jit(_input_sums, static_argnums=0, out_shardings=NamedSharding(mesh, P()))
+  means_SLD = []
+  for source in batches:
+    total_LD, tokens = 0.0, 0.0
+    for batch in source:
+      placed = sharding.put_batch(mixture.model_inputs(batch), mesh)
+      inputs = [placed[name] for name in ('tokens', 'segments', 'positions')]
+      part_LD, part = sums(network, params, *inputs)
+      total_LD, tokens = total_LD + np.asarray(part_LD, np.float64), tokens + float(part)
+    means_SLD.append(total_LD / tokens)
+  return np.stack(means_SLD)
+
+
+def _input_sums(network, params, tokens_BT, segments_BT, positions_BT):
+  """Sums of every block's normalised inputs LD over the real tokens, and the tokens' number."""
+  layers, real_BT = jnp.arange(network.model.num_layers), segments_BT > 0
+  blocks, attention, ffn = (params['blocks'], *map(params['blocks'].get, ('attention', 'ffn')))
+
+  def sum_of(layer):
+    # Where this block and those after it add nothing, the final norm reads this block's input.
+    before = lambda x: jnp.where((layers < layer).reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+    silent = blocks | {
+      'attention': attention | {'out': before(attention['out'])},
+      'ffn': ffn | {'down': before(ffn['down'])},
+    }
+    cut = {'blocks': silent, 'final_norm': {'scale': blocks['norm']['scale'][layer]}}
+    inputs_BTD, _ = network.hidden(params | cut, tokens_BT, segments_BT, positions_BT)
+    return jnp.einsum('btd,bt->d', inputs_BTD, real_BT.astype(jnp.float32))
+
+  return jax.lax.map(sum_of, layers), real_BT.sum()
 
 
 def columns(
@@ -62,7 +78,7 @@ def columns(
 ) -> np.ndarray:
   """A router LDE from the mean inputs of every source's tokens.
 
-  Column i points from the mean over the sources toward source i's. A router has no bias, so the
+  Column i points from the mean over the sources toward source i. A router has no bias, so the
   part along the mean over the sources would favour one expert for every token alike: it is taken
   out, and the sources' mean token finds all gates equal. All columns have the length
   `router_scale`, on average that of a random router's: with equal lengths the mean token of each
@@ -92,37 +108,3 @@ def columns(
   copies = [unit(own_SLD[:1] + COPY_SPREAD * turn) for turn in turns]
   columns_ELD = np.concatenate([own_SLD, *copies])
   return (upcycle.router_scale * columns_ELD).transpose(1, 2, 0).astype(np.float32)
-
-
-def _mean(sums: Callable, params, batches: Iterable[mixture.Batch], mesh) -> np.ndarray:
-  """The mean input LD of every block over the real tokens of the batches."""
-  total_LD, tokens = 0.0, 0.0
-  for batch in batches:
-    arrays = sharding.put_batch(mixture.model_inputs(batch), mesh)
-    part_LD, part = sums(params, arrays['tokens'], arrays['segments'], arrays['positions'])
-    total_LD, tokens = total_LD + np.asarray(part_LD, np.float64), tokens + float(part)
-  return total_LD / tokens
-
-
-def _input_sums(network: transformer.Network, mesh: jax.sharding.Mesh) -> Callable:
-  """The function (params, tokens, segments, positions) -> sums of inputs LD, number of tokens."""
-  model, compute = network.model, network.compute
-  # Whole on every device, over global arrays: nothing here may be written for a device's part.
-  build = lambda: transformer.Transformer(model, compute, Layout(), rngs=nnx.Rngs(0))
-  graph, _ = nnx.split(nnx.eval_shape(build))
-
-  def sums(params, tokens_BT, segments_BT, positions_BT):
-    dense = nnx.merge(graph, params)
-    x_BTD = dense.embed.table[tokens_BT]
-    tokens = dense.tokens(segments_BT, positions_BT)
-    real_BT = segments_BT > 0
-    block_graph, layers = nnx.split(dense.blocks)
-
-    def layer(x_BTD, layer_params):
-      block = nnx.merge(block_graph, layer_params)
-      sum_D = jnp.einsum('btd,bt->d', block.norm(x_BTD), real_BT.astype(jnp.float32))
-      return block(x_BTD, tokens)[0], sum_D
-
-    return jax.lax.scan(layer, x_BTD, layers)[1], real_BT.sum()
-
-  return jax.jit(sums, out_shardings=NamedSharding(mesh, P()))

@@ -1,160 +1,176 @@
-"""Dense parameters into a mixture's, by the table in rules.py and by nothing else.
+"""The only merge: dense checkpoints into a mixture's arrays, a region at a time, by rules.py.
 
-Strict: every source array is consumed exactly once, every target array is written exactly once, and
-every shape is the one that the mixture's model says. Anything else raises.
-
-What is made of a piece is a function of that piece, so that `stream`, which holds only a few at a
-time, makes the same numbers.
+Strict: every source array is used as its row says, every target array is made once, and anything
+else raises. A few matrices, of one layer and one expert each, are in memory at a time. What is
+drawn depends on an array's path and the key alone: no order of the regions changes a number.
+`outputs` takes the regions to a checkpoint's files or onto a run's mesh.
 """
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from bam_jax import config
+from bam_jax.checkpoint import arrays
 from bam_jax.errors import UserError
 from bam_jax.upcycle import options, rules
+from bam_jax.upcycle.sources import Source
+
+Box = tuple[tuple[int, int], ...]  # start and stop on every axis of an array
 
 
-def merge(
-  sources: Sequence[dict[str, Any]],
-  target: dict[str, Any],
-  mixture: config.Model,
-  upcycle: config.Upcycle,
-  key: jax.Array,
-  routers: Mapping[str, np.ndarray] | None = None,
-) -> dict[str, Any]:
-  """The mixture's parameters, as NumPy arrays.
+class Region(NamedTuple):
+  """A part of one of the mixture's arrays."""
 
-  Args:
-    sources: dense parameters in the experts' order; the first is also what extra experts copy.
-    target: shapes and dtypes of the mixture's parameters.
-    mixture: the model that `rules.mixture_model` made.
-    upcycle: how many experts, how routers start, and the options beyond the paper.
-    key: for whatever is drawn.
-    routers: every router by its path, with `router_init='centroids'` and only with it.
-
-  Raises:
-    UserError: a source has an array too many, one too few, or one of another shape.
-  """
-  if len(sources) != len(upcycle.sources):
-    raise UserError(f'from names {len(upcycle.sources)} sources and {len(sources)} were given.')
-  flat = [traverse_util.flatten_dict(source, sep='/') for source in sources]
-  wanted = traverse_util.flatten_dict(target, sep='/')
-  table = rules.rules(mixture)
-  check_paths({f'Source {number}': source for number, source in enumerate(flat)}, wanted, table)
-  _check_routers(routers or {}, table, upcycle)
-  made = {}
-  for rule in table:
-    shape = wanted[rule.target].shape
-    if rule.source:
-      array = combine(rule, [source[rule.source] for source in flat], upcycle, key)
-    elif rule.how == 'router' and upcycle.router_init == 'centroids':
-      array = routers[rule.target]
-    else:
-      array = initial(rule, shape, upcycle, key)
-    if array.shape != shape:
-      raise UserError(f'{rule.target} would have shape {array.shape}; the mixture wants {shape}.')
-    made[rule.target] = array.astype(wanted[rule.target].dtype)
-  return traverse_util.unflatten_dict(made, sep='/')
+  path: str
+  index: arrays.Index
+  array: np.ndarray
 
 
-def combine(
-  rule: rules.Rule, arrays: Sequence[np.ndarray], upcycle: config.Upcycle, key: jax.Array
-) -> np.ndarray:
-  """One target array from the sources' arrays of equal shape.
+class _Job(NamedTuple):
+  """A region of a source's array to read, and the experts to make of it if the rule stacks."""
 
-  The result depends on no other rule, so that a mixture may be made one array at a time.
-  """
-  shapes = {tuple(array.shape) for array in arrays}
-  if len(shapes) > 1:
-    raise UserError(f'{rule.source} has different shapes in the sources: {sorted(shapes)}.')
-  if rule.how == 'mean':
-    return options.average(arrays, upcycle)
-  layers, *rest = arrays[0].shape
-  stacked = np.empty((layers, upcycle.experts, *rest), arrays[0].dtype)
-  for number, array in enumerate(arrays):
-    for layer in range(layers):
-      for expert, made in experts(rule.target, layer, number, array[layer], upcycle, key):
-        stacked[layer, expert] = made
-  return stacked
-
-
-def experts(
-  path: str, layer: int, source: int, array: np.ndarray, upcycle: config.Upcycle, key: jax.Array
-) -> Iterator[tuple[int, np.ndarray]]:
-  """The experts of one layer that are made of one source, and their numbers.
-
-  Experts past the sources are copies of the first source's.
-
-  Args:
-    path: of the target array.
-    layer: its number.
-    source: its number.
-    array: the source's, of that layer; it is not changed, and may be yielded as it is.
-    upcycle: how many experts, and the options.
-    key: of the whole merge.
-  """
-  for expert in (source, *upcycle.copies) if source == 0 else (source,):
-    made = options.drop(path, array, layer, expert, upcycle, key)
-    yield expert, options.add_noise(path, made, layer, expert, upcycle, key)
-
-
-def initial(
-  rule: rules.Rule, shape: tuple[int, ...], upcycle: config.Upcycle, key: jax.Array
-) -> np.ndarray:
-  """What no source has: a router that is drawn or zero, or a bias of zeros."""
-  if rule.how == 'zero':
-    return np.zeros(shape, np.float32)
-  scale = upcycle.router_scale if upcycle.router_init == 'random' else 0.0
-  return draw_router(rule.target, shape, scale, key)
+  rule: rules.Rule
+  source: int
+  index: arrays.Index
+  experts: tuple[int, ...]
 
 
 def run_key(seed: int, name: str) -> jax.Array:
-  """The key of what is drawn for a run: its own numbers, whatever other runs a recipe has."""
+  """The key of what is drawn for a run, whatever other runs its recipe has."""
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def draw_router(path: str, shape: tuple[int, ...], scale: float, key: jax.Array) -> np.ndarray:
-  """A router LDE, normal with standard deviation `scale / sqrt(D)`.
+def regions(
+  sources: Sequence[Source],
+  wanted: Mapping[str, arrays.Spec],
+  upcycle: config.Upcycle,
+  key: jax.Array,
+  *,
+  routers: Mapping[str, np.ndarray] | None = None,
+  parts: Mapping[str, Collection[Box]] | None = None,
+  on_read: Callable[[int, str, arrays.Index, np.ndarray], None] = lambda *_: None,
+) -> Iterator[Region]:
+  """The mixture's arrays in regions, those of one array together.
 
-  Its key is a function of its path, so that no order of the rules changes the draw.
+  Args:
+    sources: dense checkpoints in the experts' order; the first is also what extra experts copy.
+    wanted: the mixture's arrays by path, with the dtypes to make them in.
+    upcycle: method and options.
+    key: of what is drawn.
+    routers: [layers, d_model, experts] by path, for `router_init='centroids'`.
+    parts: the parts of every target array that are needed; the rest is not read. Default: all.
+    on_read: called with each region that is read: number of the source, path, index and values.
+
+  Raises:
+    UserError: a source lacks an array or has one too many, a value is NaN or infinite, or reading
+      fails.
   """
-  key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+  if len(sources) != len(upcycle.sources):
+    raise ValueError(f'{len(upcycle.sources)} sources are named and {len(sources)} are given.')
+  table = rules.rules(rules.mixture_model(sources[0].meta.model, upcycle))
+  _check_paths(sources, wanted, table)
+  if parts is None:
+    parts = {path: [arrays.bounds(spec, ())] for path, spec in wanted.items()}
+  for rule in table:
+    if not rule.source:
+      array = drawn(rule, wanted[rule.target].shape, upcycle, key, routers)
+      yield Region(rule.target, (), array.astype(wanted[rule.target].dtype))
+
+  jobs = list(_jobs(table, sources, wanted, parts, upcycle))
+  reads = arrays.read_ahead((sources[j.source].reader, j.rule.source, j.index) for j in jobs)
+  held: list[np.ndarray] = []  # of a mean, until all sources' are there
+  for (rule, source, index, experts), array in zip(jobs, reads):
+    _check_finite(sources[source], rule.source, index, array)
+    on_read(source, rule.source, index, array)
+    array, dtype = array.astype(np.float32, copy=False), wanted[rule.target].dtype
+    for expert in experts:
+      layer, *rest = index
+      made = options.drop(rule.target, array, layer, expert, upcycle, key)
+      made = options.add_noise(rule.target, made, layer, expert, upcycle, key)
+      yield Region(rule.target, (layer, expert, *rest), made.astype(dtype, copy=False))
+    if rule.how == 'mean':
+      held.append(array)
+      if len(held) == len(sources):
+        mean = options.average(held, upcycle)
+        yield Region(rule.target, index, mean.astype(dtype, copy=False))
+        held = []
+
+
+def overlap(one: Box, other: Box) -> Box:
+  """What two boxes share; empty if nothing."""
+  both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
+  return both if all(start < stop for start, stop in both) else ()
+
+
+def drawn(
+  rule: rules.Rule,
+  shape: tuple[int, ...],
+  upcycle: config.Upcycle,
+  key: jax.Array,
+  routers: Mapping[str, np.ndarray] | None = None,
+) -> np.ndarray:
+  """A bias of zeros, or a router LDE: given, or normal with deviation `router_scale / sqrt(D)`."""
+  if rule.how == 'zero':
+    return np.zeros(shape, np.float32)
+  if upcycle.router_init == 'centroids':
+    return routers[rule.target]
+  scale = upcycle.router_scale if upcycle.router_init == 'random' else 0.0
+  key = jax.random.fold_in(key, zlib.crc32(rule.target.encode()))
   return scale / math.sqrt(shape[-2]) * np.asarray(jax.random.normal(key, shape, jnp.float32))
 
 
-def _check_routers(routers, table, upcycle) -> None:
-  centroids = upcycle.router_init == 'centroids'
-  needed = {rule.target for rule in table if rule.how == 'router'} if centroids else set()
-  if set(routers) != needed:
-    raise ValueError(f'Routers are given for {sorted(routers)} and needed for {sorted(needed)}.')
+def _jobs(table, sources, wanted, parts, upcycle) -> Iterator[_Job]:
+  """What to read, in order: a layer of an array with layers at a time, else a chunk."""
+  for rule in table:
+    if not rule.source:
+      continue
+    stack = rule.how == 'stack'
+    # Dropping and noise take statistics of an expert's whole matrix.
+    whole = stack and (upcycle.drop_ratio or upcycle.noise)
+    # The target's dtype, since regions must be whole chunks of the target.
+    spec = sources[0].reader.specs[rule.source]._replace(dtype=wanted[rule.target].dtype)
+    for index in arrays.pieces(rule.source, spec):
+      piece = arrays.bounds(spec, index)
+      for source in range(len(sources)):
+        experts, needed = set(), []
+        for expert in (source, *upcycle.copies) if stack and source == 0 else (source,):
+          target = (piece[0], (expert, expert + 1), *piece[1:]) if stack else piece
+          for box in filter(None, (overlap(target, part) for part in parts[rule.target])):
+            experts.add(expert)
+            needed.append(box[:1] + box[2:] if stack else box)
+        if needed:
+          axes = zip(*([piece] if whole else needed))
+          hull = [slice(min(a for a, _ in axis), max(b for _, b in axis)) for axis in axes]
+          hull[0] = index[0] if isinstance(index[0], int) else hull[0]
+          yield _Job(rule, source, tuple(hull), tuple(sorted(experts)) if stack else ())
 
 
-def check_paths(
-  sources: Mapping[str, Iterable[str]], wanted: Iterable[str], table: Sequence[rules.Rule]
-) -> None:
-  """UserError unless the table consumes all that the sources have and makes all that is wanted.
-
-  Args:
-    sources: paths of the arrays of each source, by what messages call it.
-    wanted: paths of the mixture's arrays.
-    table: its rules.
-  """
-  targets = [rule.target for rule in table]
-  if sorted(targets) != sorted(wanted):
-    odd = set(targets) ^ set(wanted)
+def _check_paths(sources: Sequence[Source], wanted: Mapping[str, arrays.Spec], table) -> None:
+  if odd := {rule.target for rule in table} ^ set(wanted):
     raise ValueError(f'The rule table and the mixture differ in {sorted(odd)}.')
   needed = {rule.source for rule in table if rule.source}
-  for name, paths in sources.items():
-    missing, unused = needed - set(paths), set(paths) - needed
+  for source in sources:
+    missing, unused = needed - set(source.reader.specs), set(source.reader.specs) - needed
     if missing:
-      raise UserError(f'{name} has no {", ".join(sorted(missing))}.')
+      raise UserError(f'{source.path} has no {", ".join(sorted(missing))}.')
     if unused:
-      raise UserError(f'{name} has {", ".join(sorted(unused))}, which no rule consumes.')
+      raise UserError(f'{source.path} has {", ".join(sorted(unused))}, which no rule consumes.')
+
+
+def _check_finite(source: Source, path: str, index: arrays.Index, array: np.ndarray) -> None:
+  finite = np.isfinite(array)
+  if not finite.all():
+    box = arrays.bounds(source.reader.specs[path], index)
+    shape = [stop - start for start, stop in box]
+    inside = np.argwhere(~finite.reshape(shape))[0]
+    where = [start + int(at) for (start, _), at in zip(box, inside)]
+    raise UserError(
+      f'{source.path} has {array.reshape(shape)[tuple(inside)]} at {path}{where}: leave this '
+      'checkpoint out, or take an earlier step of its run.'
+    )

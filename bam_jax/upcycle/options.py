@@ -1,9 +1,8 @@
 """What a merge may do beyond the paper, one piece at a time; all of it is off by default.
 
-What is drawn for an array depends on its path, the key and the options alone: no order of the
-pieces, and no number of them in memory at once, changes a number.
+What is drawn depends on an array's path, the key and the options alone.
 
-Legend: L layers, E experts, D model, F FFN hidden.
+Legend: D model, F FFN hidden.
 """
 
 import zlib
@@ -19,11 +18,10 @@ HIDDEN_AXIS = {'blocks/ffn/gate': 1, 'blocks/ffn/up': 1, 'blocks/ffn/down': 0}
 
 
 def average(arrays: Sequence[np.ndarray], upcycle: config.Upcycle) -> np.ndarray:
-  """What becomes of an array that has no experts.
+  """What becomes of an array without experts.
 
   'mean' is the paper's uniform mean. 'weighted' is the mean by `weights`, which need not add up to
-  1, as in model soups (arXiv 2203.05482). 'first' is the first source's array, as where experts are
-  added to a model that stays (FlexOlmo, arXiv 2507.07024).
+  1; model soups, arXiv 2203.05482. 'first' is the first source's array; FlexOlmo, arXiv 2507.07024.
   """
   if upcycle.average == 'first':
     return arrays[0].copy()
@@ -40,13 +38,10 @@ def drop(
   """Draws a part of a copied FFN expert anew; Drop-Upcycling, arXiv 2502.19261.
 
   For each layer and expert `drop_ratio * F` hidden dimensions (to the nearest whole number) are
-  chosen at random, the same for the expert's three matrices: the columns of `gate` and `up` and the
-  rows of `down`. In each matrix these weights are replaced by draws from a normal distribution with
-  the mean and the standard deviation that they had together.
-
-  Method 'sparse' does so to every expert, the first included, as the article does: there all of
-  them are copies of one model. Other methods do so to the experts past the sources, and leave those
-  that a source trained as they are.
+  chosen, the same for the expert's three matrices: columns of `gate` and `up`, rows of `down`. In
+  each matrix these weights are replaced by draws from a normal distribution with the mean and the
+  standard deviation that they had together. Method 'sparse' does so to every expert, as in the
+  article; other methods to the experts past the sources.
 
   Args:
     path: of the array; nothing happens to arrays other than the three.
@@ -78,19 +73,10 @@ def dropped(layer: int, expert: int, size: int, ratio: float, key: jax.Array) ->
 def add_noise(
   path: str, array: np.ndarray, layer: int, expert: int, upcycle: config.Upcycle, key: jax.Array
 ) -> np.ndarray:
-  """Tells copies apart by Gaussian noise; the baseline "noise" of arXiv 2502.19261.
+  """Adds Gaussian noise to a copied expert; the baseline "noise" of arXiv 2502.19261.
 
-  The noise's standard deviation is `noise` times that of the expert's array in its layer. It is
-  added to every array of the experts past the sources, attention's as well as the FFN's, and never
-  to a source's own expert; method 'sparse' keeps expert 0 as its source was.
-
-  Args:
-    path: of the array.
-    array: of one layer and one expert; it is not changed.
-    layer: its number.
-    expert: its number.
-    upcycle: the options.
-    key: of the whole merge.
+  The noise's standard deviation is `noise` times that of the array. Every array of the experts past
+  the sources gets it, attention's as well as the FFN's. The arguments are those of `drop`.
   """
   if not upcycle.noise or expert not in upcycle.copies:
     return array

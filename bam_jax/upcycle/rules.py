@@ -1,6 +1,7 @@
 """What becomes of every array when dense models are mixed: one row for each target path."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from bam_jax import config
@@ -39,27 +40,27 @@ def mixture_model(dense: config.Model, upcycle: config.Upcycle) -> config.Model:
 
 
 def rules(mixture: config.Model) -> tuple[Rule, ...]:
-  """The table for a mixture, in the order of its parameters.
+  """The table for a mixture.
 
   Experts are stacked; norms, embeddings and whatever has no experts are averaged; paper section 3.
   """
   attention, ffn = mixture.attention_experts, mixture.ffn_experts
+  query_out = 'stack' if attention else 'mean'
   key_value = 'stack' if attention and not attention.shared_kv else 'mean'
   hows: dict[str, How] = {
     'embed/table': 'mean',
     'blocks/norm/scale': 'mean',
-    'blocks/attention/query': 'stack' if attention else 'mean',
+    'blocks/attention/query': query_out,
     'blocks/attention/key': key_value,
     'blocks/attention/value': key_value,
-    'blocks/attention/out': 'stack' if attention else 'mean',
+    'blocks/attention/out': query_out,
     'blocks/ffn/gate': 'stack' if ffn else 'mean',
     'blocks/ffn/up': 'stack' if ffn else 'mean',
     'blocks/ffn/down': 'stack' if ffn else 'mean',
     'final_norm/scale': 'mean',
   }
   if mixture.qk_norm:  # the norm of a head goes where the head goes
-    hows['blocks/attention/query_scale'] = hows['blocks/attention/query']
-    hows['blocks/attention/key_scale'] = hows['blocks/attention/key']
+    hows |= {'blocks/attention/query_scale': query_out, 'blocks/attention/key_scale': key_value}
   if not mixture.tied_embeddings:
     hows['unembed/kernel'] = 'mean'
   table = [Rule(path, how, path) for path, how in hows.items()]
@@ -70,6 +71,11 @@ def rules(mixture: config.Model) -> tuple[Rule, ...]:
   if ffn and ffn.expert_bias:
     table.append(Rule('blocks/ffn/expert_bias', 'zero', None))
   return tuple(table)
+
+
+def expert_names(upcycle: config.Upcycle, sources: Sequence[str]) -> tuple[str, ...]:
+  """The name of each expert's source, from the sources' names."""
+  return (*sources, *[sources[0]] * len(upcycle.copies))
 
 
 def record(mixture: config.Model) -> tuple[manifest.Made, ...]:

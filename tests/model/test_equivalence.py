@@ -14,15 +14,14 @@ import numpy as np
 import pytest
 
 from bam_jax import config
+from bam_jax.model import block, router, transformer
 from bam_jax.model import ffn as ffn_lib
-from bam_jax.model import router, transformer
 from bam_jax.model.tokens import Tokens
 from bam_jax.parallel.collectives import Layout
 from bam_jax.train import loss
 from tests.model import oracle
 from tests.model.test_oracle_agreement import FLOAT64, LOSS, attention, distance, ffn, make_batch
 from tests.model.test_oracle_agreement import model as sized
-from tests.upcycle.test_merge import call, layer
 
 BOUND = 1e-5  # float32: a few dozen roundings of the largest value
 DENSE = {
@@ -41,6 +40,22 @@ def question(model: config.Model, rows: str) -> tuple[dict, dict]:
 
 def mixture(dense: config.Model, **parts) -> config.Model:
   return config.Model(**{**vars(dense), **parts})
+
+
+def layer(params: dict, part: str, number: int) -> dict:
+  return jax.tree.map(lambda x: jnp.asarray(x[number]), params['blocks'][part])
+
+
+def call(cls, params: dict, *inputs) -> np.ndarray:
+  """One layer of an attention or FFN module, with these parameters."""
+
+  @jax.jit
+  def run(params):
+    graph, state = block.nnx.split(cls(rngs=block.nnx.Rngs(0)))
+    block.nnx.replace_by_pure_dict(state, params)
+    return block.nnx.merge(graph, state)(*inputs)[0]
+
+  return np.asarray(run(params))
 
 
 @functools.cache
@@ -238,7 +253,7 @@ def test_gradients_are_finite_differences(parts, rows):
   # this short no choice changes, or the difference would be off by far more than the bound.
   model = sized(num_heads=4, num_kv_heads=2, **parts)
   params, batch = question(model, rows)
-  objective = loss.objective(transformer.Network(model, FLOAT64), LOSS)
+  objective = functools.partial(loss.objective, transformer.Network(model, FLOAT64), LOSS)
   with jax.enable_x64(True):
     wide = lambda tree: oracle.map_leaves(lambda x: np.asarray(x, np.float64), tree)
     params, weights = wide(params), batch['weights'].astype(np.float64)

@@ -1,11 +1,15 @@
 """The graph of runs: its order, what a run's identity is made of, and what is refused unstarted."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import jax
 import pytest
+from etils import epath
 
 from bam_jax import checkpoint, config
+from bam_jax.checkpoint import integrity
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic
 from bam_jax.parallel import memory
@@ -73,28 +77,82 @@ def test_top_k_above_the_experts_is_refused_with_its_place(recipe_dict):
 
 
 @pytest.fixture
-def written(monkeypatch):
-  """Stands in for a checkpoint whose model has eight layers more."""
+def write(tmp_path, models):
+  """The function (name, facts of its `meta`) -> path of a checkpoint without arrays."""
 
-  def read_meta(path):
-    model = config.Model(
-      vocab_size=320, d_model=32, num_layers=10, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48
-    )
-    return checkpoint.Meta(2, model, 16, '', '', str(path), 1, None, (), {}, '', '')
+  def write(name: str, **changes) -> str:
+    facts = dict(
+      format=checkpoint.FORMAT, model=models['dense'], sequence_length=16, tokenizer_hash='ab',
+      tokenizer_path='', run=name, step=1, method=None, sources=(), versions={}, bos_token='',
+      eos_token='',
+    )  # fmt: skip
+    folder = epath.Path(tmp_path / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    checkpoint.write_meta(folder, checkpoint.Meta(**facts | changes))
+    return str(folder)
 
-  monkeypatch.setattr(checkpoint, 'read_meta', read_meta)
+  return write
 
 
-def test_the_model_of_a_checkpoint(recipe_dict, written):
-  recipe_dict['runs']['seed']['init'] = {'checkpoint': '/somewhere'}
+def test_the_model_of_a_checkpoint(recipe_dict, write, models):
+  deep = dataclasses.replace(models['dense'], num_layers=10)
+  recipe_dict['runs']['seed']['init'] = {'checkpoint': write('deep', model=deep)}
   assert {node.model.num_layers for node in resolve(recipe_dict).values()} == {10}
 
 
-def test_sources_of_different_models_are_refused(recipe_dict, written):
-  recipe_dict['runs']['law']['init'] = {'checkpoint': '/somewhere'}
+def test_sources_of_different_models_are_refused(recipe_dict, write, models):
+  deep = dataclasses.replace(models['dense'], num_layers=10)
+  recipe_dict['runs']['law']['init'] = {'checkpoint': write('deep', model=deep)}
   message = refused(recipe_dict)
   assert 'config.runs.btx.init.upcycle.from' in message
   assert "'seed' and 'law'" in message and 'differ' in message
+
+
+def test_what_starts_from_a_mixture_is_a_mixture(recipe_dict, write, models):
+  runs, names = recipe_dict['runs'], ('a', 'b', 'c', 'a')
+  bam = write('bam', model=models['bam_kv_experts'], method='bam_kv_experts', sources=names)
+  imported = write('imported', model=models['btx'])  # whose origin is not recorded
+  dense = write('dense', method='average', sources=('a', 'b'))
+  for name, init in {
+    'more': {'run': 'btx'}, 'yet_more': {'run': 'more'}, 'from_bam': {'checkpoint': bam},
+    'from_imported': {'checkpoint': imported}, 'from_dense': {'checkpoint': dense},
+  }.items():  # fmt: skip
+    runs[name] = {**runs['code'], 'init': init}
+  soup = {'from': ['code', 'law'], 'method': 'average'}
+  runs['soup'] = {**runs['btx'], 'init': {'upcycle': soup}}
+  nodes = resolve(recipe_dict)
+  assert {name: (node.kind, node.method, node.experts) for name, node in nodes.items()} == {
+    'seed': ('seed', None, ()),
+    'code': ('specialist', None, ()),
+    'law': ('specialist', None, ()),
+    'btx': ('mixture', 'btx', ('seed', 'code', 'law')),
+    'bam': ('mixture', 'bam_kv_experts', ('seed', 'code', 'law')),
+    'more': ('mixture', 'btx', ('seed', 'code', 'law')),
+    'yet_more': ('mixture', 'btx', ('seed', 'code', 'law')),
+    'from_bam': ('mixture', 'bam_kv_experts', names),
+    'from_imported': ('mixture', None, ()),
+    'from_dense': ('seed', None, ()),
+    'soup': ('mixture', 'average', ('code', 'law')),
+  }
+
+
+def test_a_checkpoint_is_known_by_what_it_is(recipe_dict, write):
+  """By its step, its record and its files' checksums, and not by where it lies."""
+  recipe_dict['runs']['seed']['init'] = {'checkpoint': write('one')}
+  before = digests(recipe_dict)
+  moved = Path(write('one')).rename(Path(write('other')).with_name('moved'))
+  recipe_dict['runs']['seed']['init'] = {'checkpoint': str(moved)}
+  assert digests(recipe_dict) == before
+  for changes in (dict(step=2), dict(run='other'), dict(versions={'jax': '0.12'})):
+    recipe_dict['runs']['seed']['init'] = {'checkpoint': write('one', **changes)}
+    assert not digests(recipe_dict).items() & before.items(), 'nor is any run that comes from it'
+  path = Path(write('one'))
+  (path / 'params').mkdir()
+  (path / 'params/values').write_text('other values')
+  integrity.write(path, path / 'checksums')
+  recipe_dict['runs']['seed']['init'] = {'checkpoint': str(path)}
+  assert not digests(recipe_dict).items() & before.items()
 
 
 def digests(recipe: dict, data_hash: str = '') -> dict[str, str]:
@@ -275,10 +333,10 @@ def test_what_a_mesh_cuts_by_hand(recipe_dict, dataset, monkeypatch):
   test_the_least_memory_by_hand(recipe_dict, dataset, monkeypatch, sizes, 'batch_size', least)
 
 
-def test_a_checkpoint_of_another_tokenizer_is_refused(recipe_dict, dataset, written):
+def test_a_checkpoint_of_another_tokenizer_is_refused(recipe_dict, dataset, write):
   for name in ('seed', 'code', 'law'):
-    recipe_dict['runs'][name]['init'] = {'checkpoint': '/somewhere'}
-  with pytest.raises(UserError, match='runs.seed.init.checkpoint=/somewhere .*another tokenizer'):
+    recipe_dict['runs'][name]['init'] = {'checkpoint': write('one')}
+  with pytest.raises(UserError, match='runs.seed.init.checkpoint=.*/one .*another tokenizer'):
     check(recipe_dict, dataset)
 
 

@@ -21,6 +21,7 @@ def test_checkpoints_say_what_they_were_made_from(tmp_path, dataset, recipe_dict
   runs['btx']['init']['upcycle'] |= {'from': ['seed', 'code'], 'num_experts': 3, 'noise': 0.1}
   for run in runs.values():
     run |= {'tokens': 0, 'schedule': run['schedule'] | {'warmup_steps': 0}}
+  runs['code']['tokens'] = 8 * 16  # one step: equal sources are refused
   recipe_dict |= {'seed': 7, 'evaluation': {'batch_size': 8, 'domains': ['law']}}
   # The data lie where they may be deleted.
   shutil.copytree(dataset.path, tmp_path / 'data')
@@ -63,7 +64,7 @@ def execute(tmp_path, dataset, recipe_dict):
 @pytest.mark.parametrize(
   'item, change, sentence',
   [
-    ('meta', {'format': 2, 'unheard_of': 1}, 'has format 2, and .* upgrade bam_jax'),
+    ('meta', {'format': 99, 'unheard_of': 1}, 'has format 99, and .* upgrade bam_jax'),
     ('data', None, 'data is damaged: delete .*/0 to go on from the one before'),
   ],
 )

@@ -17,7 +17,8 @@ from bam_jax.model import arithmetic, block, router, transformer
 from bam_jax.parallel import sharding
 from bam_jax.recipes import graph
 from bam_jax.train import balance, stages, step
-from bam_jax.upcycle import merge, rules
+from bam_jax.upcycle import rules
+from tests.upcycle import memory
 
 OPTIMIZER = config.Optimizer(epsilon=1e-2, clip_norm=0, weight_decay=0.1)
 LOSS = config.Loss(load_balance=0.3, router_z=0.2)
@@ -188,7 +189,7 @@ def test_bias_is_counted_cut_and_made_by_a_rule(models, biased):
   upcycle = config.Upcycle(('a', 'b'), 'bam_kv_experts', num_experts=4, expert_bias=True)
   mixture = rules.mixture_model(models['dense'], upcycle)
   target = transformer.Network(mixture, config.Compute()).abstract()
-  made = merge.merge([init(models['dense'])] * 2, target, mixture, upcycle, jax.random.key(0))
+  made = memory.mix([init(models['dense'])] * 2, models['dense'], upcycle)
   bias = made['blocks']['ffn']['expert_bias']
   assert bias.shape == (2, 4) and bias.dtype == np.float32 and not bias.any()
   sharding.tree(target, sharding.make_mesh(config.Mesh(expert=2)))

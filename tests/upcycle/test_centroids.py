@@ -6,15 +6,16 @@ import types
 import jax
 import numpy as np
 import pytest
-from flax import traverse_util
 
 from bam_jax import checkpoint, config
+from bam_jax.checkpoint import integrity
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
 from bam_jax.parallel import sharding
-from bam_jax.recipes import graph, runner
+from bam_jax.recipes import graph, start
 from bam_jax.train import loop
-from bam_jax.upcycle import centroids
+from bam_jax.upcycle import centroids, sources
+from tests.upcycle import memory
 
 KEY = jax.random.key(5)
 PATHS = ('blocks/attention/router', 'blocks/ffn/router')
@@ -45,11 +46,11 @@ def test_columns_against_numpy():
     np.testing.assert_allclose(np.linalg.norm(router[layer], axis=0), 2, rtol=1e-6)
 
 
-@pytest.mark.parametrize('seed', range(5))
-def test_the_mean_token_of_a_source_goes_to_its_expert(seed):
-  router = centroids.columns(means(seed), PATHS[1], upcycle(num_experts=0), KEY)
-  logits = np.einsum('sld,lde->sle', means(seed), router)
-  np.testing.assert_array_equal(logits.argmax(-1), [[0, 0], [1, 1], [2, 2]])
+def test_the_mean_token_of_a_source_goes_to_its_expert():
+  for seed in range(5):
+    router = centroids.columns(means(seed), PATHS[1], upcycle(num_experts=0), KEY)
+    logits = np.einsum('sld,lde->sle', means(seed), router)
+    np.testing.assert_array_equal(logits.argmax(-1), [[0, 0], [1, 1], [2, 2]])
 
 
 def test_columns_of_copies_lie_beside_the_first_and_share_its_tokens():
@@ -62,8 +63,6 @@ def test_columns_of_copies_lie_beside_the_first_and_share_its_tokens():
   tokens = means()[0, 0] + rng.normal(size=(4000, 32))
   winners = (tokens @ router[0])[:, [0, 3, 4]].argmax(1)
   assert (np.bincount(winners, minlength=3) > 400).all()
-  again = centroids.columns(means(), PATHS[0], upcycle(), KEY)
-  np.testing.assert_array_equal(router, again)
   for other in (
     centroids.columns(means(), PATHS[1], upcycle(), KEY),
     centroids.columns(means(), PATHS[0], upcycle(), jax.random.key(6)),
@@ -83,68 +82,59 @@ def test_inputs_of_the_first_block_and_of_the_second(models, make_batch):
   model = models['dense']
   network = transformer.Network(model, config.Compute())
   params = jax.tree.map(np.asarray, network.init(jax.random.key(0)))
+  scales = params['blocks']['norm']['scale'] = memory.draw(model, 3)['blocks']['norm']['scale'] + 1
   batches = [make_batch(8, 16, seed) | {'domains': np.zeros(8, np.int32)} for seed in range(2)]
   mesh = sharding.make_mesh(config.Mesh(data=2, expert=4))
-  sums = centroids._input_sums(network, mesh)
-  got = centroids._mean(sums, jax.device_put(params, sharding.NamedSharding(mesh, sharding.P())),
-                        batches, mesh)  # fmt: skip
+  placed = jax.device_put(params, sharding.NamedSharding(mesh, sharding.P()))
+  [got] = centroids.mean_inputs(network, placed, [batches], mesh)
   real = [batch['segments'] > 0 for batch in batches]
+  mean = lambda states: np.concatenate([x[mask] for x, mask in zip(states, real)]).mean(0)
 
-  def mean_of_norm(states, scale):
-    x = np.concatenate([np.asarray(state)[mask] for state, mask in zip(states, real)])
-    x = x.astype(np.float64)
-    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon)
-    return (x * scale).mean(0)
-
-  scales = params['blocks']['norm']['scale']
-  embedded = [params['embed']['table'][batch['tokens']] for batch in batches]
-  np.testing.assert_allclose(got[0], mean_of_norm(embedded, scales[0]), rtol=1e-4, atol=1e-5)
-
-  # With the second layer's block silenced, the final norm sees what the second block's norm saw.
-  silent = jax.tree.map(np.copy, params)
-  silent['blocks']['attention']['out'][1] = 0
-  silent['blocks']['ffn']['down'][1] = 0
-  silent['final_norm']['scale'] = scales[1]
-  total = np.concatenate(
-    [
-      np.asarray(network.hidden(silent, b['tokens'], b['segments'], b['positions'])[0])[mask]
-      for b, mask in zip(batches, real)
-    ]
+  x = [params['embed']['table'][batch['tokens']].astype(np.float64) for batch in batches]
+  norm = lambda x: (
+    (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon)
   )
-  np.testing.assert_allclose(got[1], total.mean(0), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(got[0], mean([norm(x) * scales[0] for x in x]), rtol=1e-4, atol=1e-5)
+
+  # The final norm of a model of the first block sees what the second block's norm sees.
+  short = transformer.Network(dataclasses.replace(model, num_layers=1), config.Compute())
+  cut = params | {'blocks': jax.tree.map(lambda x: x[:1], params['blocks'])}
+  cut['final_norm'] = {'scale': scales[1]}
+  hidden = jax.jit(short.hidden)
+  states = [np.asarray(hidden(cut, b['tokens'], b['segments'], b['positions'])[0]) for b in batches]
+  np.testing.assert_allclose(got[1], mean(states), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
 def initial(recipe_dict, dataset, tmp_path, monkeypatch):
-  """The function (run, changes of its upcycle) -> (node, initial parameters), sources untrained."""
+  """The function (run, mesh) -> (node, initial parameters), from sources that are untrained."""
   monkeypatch.setattr(centroids, 'CENTROID_TOKENS', 512)
-  recipe_dict['runs']['seed']['data'] = {'general': 1.0}
-  monkeypatch.setattr(checkpoint, 'restore_host_params', restore)
   monkeypatch.setattr(checkpoint, 'find', lambda path: path)
+  monkeypatch.setattr(integrity, 'check_together', lambda *_: None)
+  recipe_dict['runs']['seed']['data'] = {'general': 1.0}
+  model = config.parse(recipe_dict).model
+  monkeypatch.setattr(sources, 'open_sources', lambda paths: [untrained(model, p) for p in paths])
 
-  def make(name: str, mesh: dict | None = None, **changes):
-    recipe_dict['runs'][name]['init']['upcycle'] |= {'router_init': 'centroids'} | changes
+  def make(name: str, mesh: dict | None = None):
+    recipe_dict['runs'][name]['init']['upcycle'] |= {'router_init': 'centroids'}
     recipe_dict['runs'][name]['mesh'] = mesh or {}
     parsed = config.parse(recipe_dict)
-    node = graph.resolve(parsed)[name]
-    made = sharding.make_mesh(node.run.mesh)
-    shardings = sharding.tree(transformer.Network(node.model, node.run.compute).abstract(), made)
+    nodes = graph.resolve(parsed)
+    made = sharding.make_mesh(nodes[name].run.mesh)
+    shardings = sharding.tree(memory.abstract(nodes[name].model), made)
     with jax.set_mesh(made):
-      params = runner.initial_params(
-        parsed, graph.resolve(parsed), node, tmp_path, dataset, shardings
-      )
-    return types.SimpleNamespace(recipe=parsed, node=node, params=params)
+      params = start.initial_params(parsed, nodes, nodes[name], tmp_path, dataset, shardings)
+    return types.SimpleNamespace(recipe=parsed, node=nodes[name], params=params)
 
   return make
 
 
-def restore(path, params):
-  """Stands in for trained sources: one seed, and a little of each source's own."""
-  draw = lambda rng, leaf: rng.normal(size=leaf.shape).astype(np.float32) / leaf.shape[-1] ** 0.5
-  common, own = np.random.default_rng(0), np.random.default_rng(len(path.name))
-  params = jax.tree.map(lambda leaf: draw(common, leaf) + 0.1 * draw(own, leaf), params)
+def untrained(model: config.Model, path: str) -> sources.Source:
+  """Stands in for a trained source: what all share, and a little of its own."""
+  own = memory.draw(model, ord(path[-1]))
+  params = jax.tree.map(lambda x, y: x + 0.1 * y, memory.draw(model, 0), own)
   params['blocks']['norm']['scale'] = np.ones_like(params['blocks']['norm']['scale'])
-  return params
+  return memory.source(model, params, path)
 
 
 @pytest.mark.parametrize('name', ['btx', 'bam'])
@@ -158,26 +148,16 @@ def test_domains_go_to_their_own_experts_before_any_training(initial, dataset, n
     _, routing = hidden(made.params, batch['tokens'], batch['segments'], batch['positions'])
     for stats in routing:
       if stats is not None:
-        share = np.asarray(stats.load.sum(0) / stats.load.sum())
+        share = np.asarray(stats.load.sum(0) / stats.tokens.sum())
         assert share.argmax() == expert and share[expert] > 0.4, (domain, share)
 
 
 def test_a_mesh_changes_nothing_and_one_router_is_like_the_other(initial):
-  one = traverse_util.flatten_dict(initial('bam').params, sep='/')
-  other = traverse_util.flatten_dict(initial('bam', {'data': 2, 'fsdp': 4}).params, sep='/')
+  one = memory.flat(initial('bam').params)
+  other = memory.flat(initial('bam', {'data': 2, 'fsdp': 4}).params)
   for path in PATHS:
     np.testing.assert_allclose(one[path], other[path], rtol=0, atol=1e-4)
   np.testing.assert_array_equal(one[PATHS[0]], one[PATHS[1]])
-
-
-def test_sources_with_the_same_data_are_refused_before_any_training(recipe_dict):
-  runs = recipe_dict['runs']
-  runs['code']['data'] = {'law': 9, 'general': 1}
-  runs['btx']['init']['upcycle']['router_init'] = 'centroids'
-  with pytest.raises(UserError) as caught:
-    graph.resolve(config.parse(recipe_dict))
-  assert "config.runs.btx.init.upcycle.router_init='centroids'" in str(caught.value)
-  assert "'code' from 'law'" in str(caught.value)
 
 
 def test_data_of_sources_is_checked_before_any_training(recipe_dict, dataset):
@@ -188,3 +168,9 @@ def test_data_of_sources_is_checked_before_any_training(recipe_dict, dataset):
   parsed = config.parse(recipe_dict)
   with pytest.raises(UserError, match='config.runs.law.data names the domain .poetry.'):
     graph.check(parsed, graph.resolve(parsed), dataset, ['btx'])
+  recipe_dict['runs']['code']['data'] = {'law': 9, 'general': 1}
+  recipe_dict['runs']['law']['data'] = {'law': 0.9, 'general': 0.1}
+  with pytest.raises(UserError) as caught:
+    graph.resolve(config.parse(recipe_dict))
+  assert "config.runs.btx.init.upcycle.router_init='centroids'" in str(caught.value)
+  assert "'code' from 'law'" in str(caught.value)

@@ -1,28 +1,22 @@
-"""Merged arrays against a direct computation, refusals, and proofs by what the mixtures compute."""
+"""Merged arrays against NumPy on every mesh, refusals, and proofs by what the mixtures compute."""
 
 import copy
 import dataclasses
+import itertools
 import typing
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 
 from bam_jax import config
 from bam_jax.errors import UserError
-from bam_jax.model import attention, block, transformer
-from bam_jax.model import ffn as ffn_lib
-from bam_jax.model.kernels import attention as kernels
-from bam_jax.model.tokens import Tokens
-from bam_jax.parallel.collectives import Layout
+from bam_jax.model import transformer
 from bam_jax.upcycle import merge, rules
+from tests.upcycle import memory
+from tests.upcycle.memory import draw, flat, mix, spelled_out, upcycle
 
 METHODS = typing.get_args(config.Method)
-KEY = jax.random.key(11)
-NAMES = ('seed', 'code', 'law')
 STACKED = {
   'bam_kv_experts': ('ffn', 'attention'),
   'bam_shared_kv': ('ffn', 'attention/query', 'attention/out'),
@@ -32,162 +26,149 @@ STACKED = {
 }
 
 
-def abstract(model: config.Model) -> dict:
-  return transformer.Network(model, config.Compute()).abstract()
-
-
-def flat(tree: dict) -> dict[str, np.ndarray]:
-  return traverse_util.flatten_dict(tree, sep='/')
-
-
-def draw(model: config.Model, seed: int) -> dict:
-  """Parameters in NumPy; scales too are random, so that no mean of them is right by luck."""
-  rng = np.random.default_rng(seed)
-  draw_one = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) / leaf.shape[-1] ** 0.5
-  return jax.tree.map(draw_one, abstract(model))
-
-
-def options(method: str, **changes) -> config.Upcycle:
-  """Three sources and four experts, so that the last is a copy; `sparse` has one source."""
-  sources = NAMES[:1] if method == 'sparse' else NAMES
-  return config.Upcycle(sources, method, **({'num_experts': 4} | changes))
-
-
-def mix(sources, dense, upcycle, key=KEY) -> tuple[dict, config.Model]:
-  mixture = rules.mixture_model(dense, upcycle)
-  return merge.merge(sources, abstract(mixture), mixture, upcycle, key), mixture
-
-
-@pytest.fixture(params=['dense', 'untied'])
-def dense(request, models) -> config.Model:
-  return models[request.param]
-
-
 @pytest.mark.parametrize('method', METHODS)
-def test_merged_arrays(dense, method):
-  upcycle = options(method)
-  sources = [draw(dense, seed) for seed in range(len(upcycle.sources))]
-  merged, mixture = mix(sources, dense, upcycle)
-  merged, arrays = flat(merged), [flat(source) for source in sources]
+@pytest.mark.parametrize('name', ['dense', 'untied'])
+def test_merged_arrays(models, name, method):
+  dense, how = models[name], upcycle(method)
+  sources = [draw(dense, seed) for seed in range(len(how.sources))]
+  before = copy.deepcopy(sources)
+  merged, arrays = flat(mix(sources, dense, how)), [flat(source) for source in sources]
+  jax.tree.map(np.testing.assert_array_equal, sources, before)
+  wanted = flat(memory.abstract(rules.mixture_model(dense, how)))
   assert {k: (x.shape, x.dtype) for k, x in merged.items()} == {
-    k: (x.shape, x.dtype) for k, x in flat(abstract(mixture)).items()
+    k: (x.shape, x.dtype) for k, x in wanted.items()
   }
   for path in arrays[0]:
     if path.removeprefix('blocks/').startswith(STACKED[method] or '-'):
-      for expert in range(4):
-        origin = expert if expert < len(arrays) else 0
+      for expert in range(5):
+        origin = expert if expert < len(arrays) else 0  # experts past the sources copy the first
         np.testing.assert_array_equal(merged[path][:, expert], arrays[origin][path], err_msg=path)
     else:
       mean = np.mean([array[path].astype(np.float64) for array in arrays], axis=0)
       np.testing.assert_allclose(merged[path], mean, rtol=1e-5, atol=1e-7, err_msg=path)
-  assert all(isinstance(x, np.ndarray) for x in merged.values())
 
 
-def test_more_experts_copy_the_first_source(models):
-  sources = [draw(models['dense'], seed) for seed in range(2)]
-  upcycle = config.Upcycle(('a', 'b'), 'bam_kv_experts', num_experts=6)
-  merged = flat(mix(sources, models['dense'], upcycle)[0])
-  for path in ('blocks/ffn/up', 'blocks/attention/key'):
-    for expert, origin in enumerate([0, 1, 0, 0, 0, 0]):
-      np.testing.assert_array_equal(merged[path][:, expert], flat(sources[origin])[path])
+MESHES = [config.Mesh(data=2, fsdp=2, tensor=2), config.Mesh(fsdp=2, expert=2, tensor=2)]
 
 
-def test_sources_are_not_changed(models):
-  sources = [draw(models['dense'], seed) for seed in range(3)]
-  before = copy.deepcopy(sources)
-  merged, _ = mix(sources, models['dense'], options('average'))
-  jax.tree.map(np.testing.assert_array_equal, sources, before)
-  for array in flat(merged).values():
-    assert not any(np.shares_memory(array, x) for source in sources for x in flat(source).values())
+@pytest.mark.parametrize('method, changes', [
+  *((method, {}) for method in METHODS), ('sparse', dict(drop_ratio=0.5)),
+  ('bam_kv_experts', dict(drop_ratio=0.3, noise=0.05, average='first', expert_bias=True)),
+])  # fmt: skip
+def test_no_mesh_changes_a_bit(models, method, changes):
+  changes |= {} if method == 'average' else {'num_experts': 6}
+  dense, how = models['untied'], upcycle(method, **changes)
+  sources = [draw(dense, seed) for seed in range(len(how.sources))]
+  want = spelled_out(sources, dense, how)
+  for mesh in (memory.ONE_DEVICE, *MESHES):
+    made = flat(mix(sources, dense, how, mesh=mesh))
+    for path, array in want.items():
+      np.testing.assert_array_equal(made[path], array, err_msg=path)
+
+
+def test_only_what_is_needed_is_read_and_made(models):
+  """As on one of several hosts: half of the experts, one quarter of each matrix."""
+  how = upcycle('btx', num_experts=4)
+  sources = [memory.source(models['dense'], draw(models['dense'], seed)) for seed in range(3)]
+  wanted = memory.specs(rules.mixture_model(models['dense'], how))
+  parts = {path: [tuple((0, n // 2) for n in spec.shape)] for path, spec in wanted.items()}
+  parts['blocks/ffn/up'] = [((0, 2), (2, 4), (8, 16), (0, 48))]  # of LEDF
+  read = []
+  made = list(
+    merge.regions(sources, wanted, how, memory.KEY, parts=parts, on_read=lambda *x: read.append(x))
+  )
+  up = [(source, x.shape) for source, path, _, x in read if path == 'blocks/ffn/up']
+  assert up == [(0, (8, 48)), (2, (8, 48))] * 2
+  assert {r.index for r in made if r.path == 'blocks/ffn/up'} == {
+    (layer, expert, slice(8, 16), slice(0, 48)) for layer in range(2) for expert in (2, 3)
+  }
+  assert {x.shape for _, path, _, x in read if path == 'embed/table'} == {(160, 16)}
 
 
 def test_routers_are_random_in_the_right_measure(models):
   wide = dataclasses.replace(models['dense'], d_model=256, num_heads=2, head_dim=2, ffn_dim=2)
   sources = [draw(wide, seed) for seed in range(3)]
-  router = lambda method, key=KEY, **changes: flat(
-    mix(sources, wide, options(method, **changes), key)[0]
+  router = lambda method, key=memory.KEY, **changes: flat(
+    mix(sources, wide, upcycle(method, **({'num_experts': 8} | changes)), key)
   )
-  drawn = router('bam_kv_experts', num_experts=8)
+  drawn = router('bam_kv_experts')
   one, other = drawn['blocks/attention/router'], drawn['blocks/ffn/router']
   for array in (one, other):
     assert abs(array.mean()) < 4 / 16 / array.size**0.5
     assert array.std() == pytest.approx(1 / 16, rel=0.05)
     assert len(np.unique(array)) > 0.99 * array.size, 'no layer or expert is like another'
   assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.1
-  double = router('bam_kv_experts', num_experts=8, router_scale=2.0)
+  double = router('bam_kv_experts', router_scale=2.0)
   np.testing.assert_allclose(double['blocks/ffn/router'], 2 * other, rtol=1e-6)
-  assert not router('btx', router_scale=0.0)['blocks/ffn/router'].any()
   # The draw is a function of key and path: neither the other arrays nor the method matter.
-  np.testing.assert_array_equal(router('btx', num_experts=8)['blocks/ffn/router'], other)
   sources = [draw(wide, seed + 9) for seed in range(3)]
-  np.testing.assert_array_equal(router('btx', num_experts=8)['blocks/ffn/router'], other)
-  another = router('btx', jax.random.key(12), num_experts=8)['blocks/ffn/router']
+  np.testing.assert_array_equal(router('btx')['blocks/ffn/router'], other)
+  another = router('btx', jax.random.key(12))['blocks/ffn/router']
   assert (another != other).mean() > 0.99
 
 
-def refused(sources, models, upcycle=None) -> str:
-  with pytest.raises(UserError) as caught:
-    mix(sources, models['dense'], upcycle or options('btx'))
-  return str(caught.value)
-
-
-def test_a_missing_array_is_refused(models):
-  sources = [draw(models['dense'], seed) for seed in range(3)]
+def missing(sources):
   del sources[1]['blocks']['attention']['key']
-  assert refused(sources, models) == 'Source 1 has no blocks/attention/key.'
 
 
-def test_an_array_that_nobody_wants_is_refused(models):
-  sources = [draw(models['dense'], seed) for seed in range(3)]
+def too_many(sources):
   sources[2]['blocks']['attention']['bias'] = np.zeros(3, np.float32)
-  message = refused(sources, models)
-  assert 'Source 2' in message and 'blocks/attention/bias' in message
 
 
-@pytest.mark.parametrize('which', [(2,), (0, 1, 2)], ids=['one source', 'all sources'])
-@pytest.mark.parametrize('path', ['ffn/up', 'attention/query'])
-def test_a_shape_that_is_wrong_is_refused(models, which, path):
-  sources = [draw(models['dense'], seed) for seed in range(3)]
-  part, name = path.split('/')
-  for source in which:
-    layer = sources[source]['blocks'][part]
-    layer[name] = layer[name][..., :-1]
-  message = refused(sources, models)
-  assert f'blocks/{path}' in message and 'shape' in message
+def a_mixture(sources):
+  sources[1] = draw(dataclasses.replace(DENSE, ffn_experts=config.FFNExperts(4)), 1)
 
 
-@pytest.mark.parametrize('count', [1, 2, 4])
-def test_another_number_of_sources_is_refused(models, count):
-  # A source too few would become one more copy of the first without a word.
-  sources = [draw(models['dense'], seed) for seed in range(count)]
-  with pytest.raises((UserError, ValueError)):
-    mix(sources, models['dense'], options('btx'))
+def not_finite(sources):
+  sources[2]['blocks']['attention']['out'][1, 3, 0, 30] = np.inf
 
 
-def test_a_mixture_among_the_sources_is_refused(models):
-  upcycle = options('btx')
-  sources = [draw(models['dense'], 0), draw(models['btx'], 1), draw(models['dense'], 2)]
-  assert 'blocks/ffn/router' in refused(sources, models, upcycle)
+DENSE = config.Model(
+  vocab_size=320, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48
+)
+REFUSED = {
+  'an array is missing': (missing, 'source 1 has no blocks/attention/key.'),
+  'one too many': (too_many, 'source 2 has blocks/attention/bias, which no rule consumes.'),
+  'a mixture': (a_mixture, 'source 1 has blocks/ffn/router, which no rule consumes.'),
+  'not finite': (not_finite, 'source 2 has inf at blocks/attention/out[1, 3, 0, 30]:'),
+}
 
 
-def test_a_target_that_the_rules_do_not_make_is_a_mistake_in_the_code(models):
-  upcycle = options('btx')
-  mixture = rules.mixture_model(models['dense'], upcycle)
-  sources = [draw(models['dense'], seed) for seed in range(3)]
-  target = abstract(rules.mixture_model(models['untied'], upcycle))
+@pytest.mark.parametrize('spoil, sentence', REFUSED.values(), ids=REFUSED)
+def test_what_is_refused(spoil, sentence):
+  sources = [draw(DENSE, seed) for seed in range(3)]
+  spoil(sources)
+  with pytest.raises(UserError) as caught:
+    mix(sources, DENSE, upcycle('btx'), mesh=MESHES[0])
+  assert str(caught.value).startswith(sentence)
+
+
+def test_mistakes_in_the_code(models):
+  how = upcycle('btx')
+  with pytest.raises(ValueError, match='3 sources are named and 2 are given'):
+    mix([draw(DENSE, seed) for seed in range(2)], DENSE, how)
+  sources = [memory.source(DENSE, draw(DENSE, seed)) for seed in range(3)]
+  wanted = memory.specs(rules.mixture_model(models['untied'], how))
   with pytest.raises(ValueError, match='unembed/kernel'):
-    merge.merge(sources, target, mixture, upcycle, KEY)
+    list(merge.regions(sources, wanted, how, memory.KEY))
+
+
+# What mixtures compute.
 
 
 def logits(params: dict, model: config.Model, batch: dict) -> np.ndarray:
   network = transformer.Network(model, config.Compute())
 
+  @jax.jit
   def run(params, tokens, segments, positions):
     return network.logits(params, network.hidden(params, tokens, segments, positions)[0])
 
-  compiled = jax.jit(run)
-  got = compiled(params, batch['tokens'], batch['segments'], batch['positions'])
+  got = run(params, batch['tokens'], batch['segments'], batch['positions'])
   return np.asarray(got)[batch['segments'] > 0]
+
+
+def close(got: np.ndarray, want: np.ndarray) -> None:
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize(
@@ -205,71 +186,44 @@ def logits(params: dict, model: config.Model, batch: dict) -> np.ndarray:
   ids=str,
 )
 def test_a_mixture_of_one_model_is_that_model(models, make_batch, method, changes):
-  upcycle = options(method, renormalize=True, **changes)
+  how = upcycle(method, renormalize=True, **changes)
   source, batch = draw(models['dense'], 5), make_batch(2, 8)
-  merged, mixture = mix([source] * len(upcycle.sources), models['dense'], upcycle)
-  want = logits(source, models['dense'], batch)
-  np.testing.assert_allclose(
-    logits(merged, mixture, batch), want, rtol=0, atol=1e-5 * np.abs(want).max()
-  )
+  merged = mix([source] * len(how.sources), models['dense'], how)
+  mixture = rules.mixture_model(models['dense'], how)
+  close(logits(merged, mixture, batch), logits(source, models['dense'], batch))
 
 
 def test_without_renormalising_the_gate_scales_the_ffn(models, make_batch):
   # As in the paper: the top gate is below 1, so that even equal experts are not the dense model.
+  how = upcycle('btx', router_scale=0.0, num_experts=4)
   source, batch = draw(models['dense'], 5), make_batch(2, 8)
-  merged, mixture = mix([source] * 3, models['dense'], options('btx', router_scale=0.0))
+  merged = mix([source] * 3, models['dense'], how)
   scaled = copy.deepcopy(source)
   scaled['blocks']['ffn']['down'] /= 4  # four equal gates
-  want = logits(scaled, models['dense'], batch)
-  got = logits(merged, mixture, batch)
-  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+  got = logits(merged, rules.mixture_model(models['dense'], how), batch)
+  close(got, logits(scaled, models['dense'], batch))
   assert np.abs(got - logits(source, models['dense'], batch)).max() > 1e-2
 
 
-def layer(params: dict, part: str, number: int) -> dict:
-  return jax.tree.map(lambda x: jnp.asarray(x[number]), params['blocks'][part])
-
-
-def call(cls, params: dict, *inputs) -> np.ndarray:
-  """One layer of an attention or FFN module, with these parameters."""
-
-  @jax.jit
-  def run(params):
-    graph, state = block.nnx.split(cls(rngs=block.nnx.Rngs(0)))
-    block.nnx.replace_by_pure_dict(state, params)
-    return block.nnx.merge(graph, state)(*inputs)[0]
-
-  return np.asarray(run(params))
-
-
 @pytest.mark.parametrize('method', ['bam_kv_experts', 'btx', 'bam_shared_kv'])
-@pytest.mark.parametrize('expert', range(3))
-def test_a_router_that_knows_one_expert_gives_its_source(models, method, expert):
-  model = models['dense']
-  sources = [draw(model, seed) for seed in range(3)]
-  merged, mixture = mix(sources, model, options(method))
-  rng = np.random.default_rng(1)
-  y_BTD = rng.normal(size=(2, 6, model.d_model)).astype(np.float32)
-  y_BTD[..., 0] = 1  # what all tokens share, and by which the router decides
-  positions_BT = np.tile(np.arange(6, dtype=np.int32), (2, 1))
-  turn = attention.rotary(positions_BT, model.head_dim, model.rope_theta, jnp.float32)
-  real_BT = np.ones((2, 6), bool)
-  tokens = Tokens(turn, kernels.plain(jnp.ones((2, 6), jnp.int32)), real_BT, real_BT)
-  force = np.zeros((model.d_model, 4), np.float32)
-  force[0, expert] = 100  # the other gates vanish in float32
-
-  mixed = layer(merged, 'ffn', 1) | {'router': jnp.asarray(force)}
-  one_device = Layout()
-  got = call(partial(ffn_lib.MixtureOfFFN, mixture, one_device), mixed, y_BTD, tokens)
-  want = call(partial(ffn_lib.FFN, model), layer(sources[expert], 'ffn', 1), y_BTD, tokens)
-  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
-
-  if mixture.attention_experts is None:
-    return
-  own = layer(sources[expert], 'attention', 1)
-  if mixture.attention_experts.shared_kv:  # its own queries, everybody's keys and values
-    own |= {name: layer(merged, 'attention', 1)[name] for name in ('key', 'value')}
-  mixed = layer(merged, 'attention', 1) | {'router': jnp.asarray(force)}
-  got = call(partial(attention.MixtureOfAttention, mixture, one_device), mixed, y_BTD, tokens)
-  want = call(partial(attention.Attention, model), own, y_BTD, tokens)
-  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+def test_a_router_that_knows_one_expert_gives_its_source(models, make_batch, method):
+  """Each source's experts, between averaged norms and embeddings."""
+  dense, how, batch = models['dense'], upcycle(method, num_experts=4), make_batch(2, 8)
+  sources = [draw(dense, seed) for seed in range(3)]
+  for source in sources:
+    source['embed']['table'][:, 0] = 100  # what all tokens share, and by which routers decide
+    source['blocks']['norm']['scale'][:] = 1
+  merged = mix(sources, dense, how)
+  soup = mix(sources, dense, upcycle('average'))
+  for expert, (part, router) in itertools.product(range(3), [('ffn', 'router')]):
+    force = np.zeros((2, dense.d_model, 4), np.float32)
+    force[:, 0, expert] = 100  # the other gates vanish in float32
+    mixed, want = copy.deepcopy(merged), copy.deepcopy(soup)
+    mixed['blocks'][part][router] = force
+    want['blocks']['ffn'] = sources[expert]['blocks']['ffn']
+    if method != 'btx':
+      mixed['blocks']['attention']['router'] = force
+      shared = {'key', 'value'} if method == 'bam_shared_kv' else set()
+      own = sources[expert]['blocks']['attention']
+      want['blocks']['attention'] |= {name: own[name] for name in own.keys() - shared}
+    close(logits(mixed, rules.mixture_model(dense, how), batch), logits(want, dense, batch))

@@ -1,75 +1,34 @@
 """The options beyond the paper: off by default, what each computes, whom it leaves alone."""
 
 import dataclasses
-import typing
 
 import jax
 import numpy as np
 import pytest
-from flax import traverse_util
 
 from bam_jax import config
 from bam_jax.errors import UserError
-from bam_jax.model import transformer
 from bam_jax.recipes import graph
-from bam_jax.upcycle import merge, options, rules
+from bam_jax.upcycle import options, rules
+from tests.upcycle import memory
+from tests.upcycle.memory import KEY, upcycle
 
-METHODS = typing.get_args(config.Method)
-KEY = jax.random.key(5)
-NAMES = ('seed', 'code', 'law')
 FFN = ('blocks/ffn/gate', 'blocks/ffn/up', 'blocks/ffn/down')
-
-
-def abstract(model: config.Model) -> dict:
-  return transformer.Network(model, config.Compute()).abstract()
-
-
-def draw(model: config.Model, seed: int, shift: float = 0.0) -> dict:
-  rng = np.random.default_rng(seed)
-  one = lambda leaf: (rng.normal(size=leaf.shape) + shift).astype(np.float32) / leaf.shape[-1]
-  return jax.tree.map(one, abstract(model))
-
-
-def upcycle(method: str, **changes) -> config.Upcycle:
-  """Three sources and five experts, so that two are copies; `sparse` has one source."""
-  sources = NAMES[:1] if method == 'sparse' else NAMES
-  return config.Upcycle(sources, method, **({'num_experts': 5} | changes))
 
 
 def mix(dense, mixed: config.Upcycle, key=KEY, shift: float = 0.0, **more) -> dict:
   """The merged arrays by path."""
-  sources = [draw(dense, seed, shift) for seed in range(len(mixed.sources))]
-  model = rules.mixture_model(dense, mixed)
-  merged = merge.merge(sources, abstract(model), model, mixed, key, **more)
-  return traverse_util.flatten_dict(merged, sep='/')
+  sources = [memory.draw(dense, seed, shift) for seed in range(len(mixed.sources))]
+  return memory.flat(memory.mix(sources, dense, mixed, key, **more))
 
 
-def source(dense, seed: int, path: str, shift: float = 0.0) -> np.ndarray:
-  return traverse_util.flatten_dict(draw(dense, seed, shift), sep='/')[path]
+def source(dense, seed: int, path: str) -> np.ndarray:
+  return memory.flat(memory.draw(dense, seed))[path]
 
 
 def differing(one: dict, other: dict) -> set[str]:
   assert one.keys() == other.keys()
   return {path for path in one if not np.array_equal(one[path], other[path])}
-
-
-@pytest.mark.parametrize('method', METHODS)
-def test_spelled_out_defaults_change_no_bit(models, method):
-  off = dict(average='mean', weights=(), drop_ratio=0.0, noise=0.0, router_init='random')
-  assert upcycle(method, **off) == upcycle(method)
-  merged = mix(models['dense'], upcycle(method))
-  sources = [draw(models['dense'], seed) for seed in range(len(upcycle(method).sources))]
-  flat = [traverse_util.flatten_dict(one, sep='/') for one in sources]
-  for rule in rules.rules(rules.mixture_model(models['dense'], upcycle(method))):
-    if rule.how == 'router':
-      want = merge.draw_router(rule.target, merged[rule.target].shape, 1.0, KEY)
-    elif rule.how == 'stack':
-      arrays = [one[rule.source] for one in flat]
-      want = np.stack([*arrays, *[arrays[0]] * (5 - len(arrays))], axis=1)
-    else:
-      arrays = [one[rule.source] for one in flat]
-      want = sum(arrays[1:], start=arrays[0]) / len(arrays)
-    np.testing.assert_array_equal(merged[rule.target], want, err_msg=rule.target)
 
 
 def averaged(dense, method: str) -> set[str]:
@@ -172,21 +131,12 @@ def test_noise_is_added_to_copies_only(models, method):
   assert alike < 0.6, 'no two arrays, layers or experts get the same noise'
 
 
-ALL = dict(drop_ratio=0.3, noise=0.05, average='first')
-
-
-@pytest.mark.parametrize('method', ['bam_kv_experts', 'sparse'])
-def test_one_array_at_a_time_gives_the_same_numbers(models, method):
-  dense, mixed = models['dense'], upcycle(method, **ALL)
+def test_the_key_decides(models):
+  dense = models['dense']
+  mixed = upcycle('bam_kv_experts', drop_ratio=0.3, noise=0.05)
   merged = mix(dense, mixed)
-  assert not differing(merged, mix(dense, mixed)), 'the key decides'
-  for rule in reversed(rules.rules(rules.mixture_model(dense, mixed))):
-    if rule.source:
-      arrays = [source(dense, seed, rule.source) for seed in range(len(mixed.sources))]
-      alone = merge.combine(rule, arrays, mixed, KEY)
-      np.testing.assert_array_equal(alone, merged[rule.target])
-  other = mix(dense, mixed, jax.random.key(6))
-  assert set(FFN) <= differing(merged, other)
+  assert not differing(merged, mix(dense, mixed))
+  assert set(FFN) <= differing(merged, mix(dense, mixed, jax.random.key(6)))
 
 
 def test_a_router_of_zeros(models):
@@ -201,16 +151,6 @@ def test_given_routers_are_taken_as_they_are(models):
   merged = mix(dense, mixed, routers={'blocks/ffn/router': router})
   np.testing.assert_array_equal(merged['blocks/ffn/router'], router)
   assert differing(merged, mix(dense, upcycle('btx'))) == {'blocks/ffn/router'}
-
-
-@pytest.mark.parametrize('init, paths', [
-  ('centroids', []), ('centroids', ['blocks/ffn/router', 'blocks/attention/router']),
-  ('random', ['blocks/ffn/router']), ('zero', ['blocks/ffn/router']),
-])  # fmt: skip
-def test_routers_too_many_or_too_few_are_a_mistake_in_the_code(models, init, paths):
-  routers = {path: np.zeros((2, 32, 5), np.float32) for path in paths}
-  with pytest.raises(ValueError, match='Routers'):
-    mix(models['dense'], upcycle('btx', router_init=init), routers=routers)
 
 
 REFUSED = {
@@ -238,6 +178,7 @@ REFUSED = {
   'noise without copies': ('bam_kv_experts', dict(noise=0.1, num_experts=3), ['noise=0.1', 'none']),
   'noise without experts': ('average', dict(noise=0.1), ['noise=0.1', "'average'"]),
   'a router of a soup': ('average', dict(router_init='zero'), ['router_init', 'no router']),
+  'experts of a soup': ('average', dict(num_experts=4), ['num_experts=4', "'average'"]),
   'one centroid': ('sparse', dict(router_init='centroids'), ['router_init', 'one source']),
   'a scale of zeros': ('btx', dict(router_init='zero', router_scale=2.0), ['router_scale=2.0']),
 }

@@ -4,101 +4,54 @@ import dataclasses
 import typing
 
 import pytest
-from flax import traverse_util
 
 from bam_jax import config
-from bam_jax.model import transformer
 from bam_jax.upcycle import rules
+from tests.upcycle.memory import specs, upcycle
 
 METHODS = typing.get_args(config.Method)
 # Arrays that become experts; norms and embeddings never do. Paper section 3.
 FFN = {'ffn/gate', 'ffn/up', 'ffn/down'}
-QUERY_AND_OUT = {'attention/query', 'attention/out'}
-KEY_AND_VALUE = {'attention/key', 'attention/value'}
-STACKED = {
-  'bam_kv_experts': FFN | QUERY_AND_OUT | KEY_AND_VALUE,
-  'bam_shared_kv': FFN | QUERY_AND_OUT,
-  'btx': FFN,
-  'sparse': FFN,
-  'average': set(),
-}
-ROUTERS = {
-  'bam_kv_experts': {'attention/router', 'ffn/router'},
-  'bam_shared_kv': {'attention/router', 'ffn/router'},
-  'btx': {'ffn/router'},
-  'sparse': {'ffn/router'},
-  'average': set(),
+QUERY_AND_OUT = {'attention/query', 'attention/out', 'attention/query_scale'}
+KEY_AND_VALUE = {'attention/key', 'attention/value', 'attention/key_scale'}
+ROUTERS = {'attention/router', 'ffn/router'}
+STACKED_AND_DRAWN = {
+  'bam_kv_experts': (FFN | QUERY_AND_OUT | KEY_AND_VALUE, ROUTERS),
+  'bam_shared_kv': (FFN | QUERY_AND_OUT, ROUTERS),
+  'btx': (FFN, {'ffn/router'}),
+  'sparse': (FFN, {'ffn/router'}),
+  'average': (set(), set()),
 }
 
 
-def upcycle(method: str, **changes) -> config.Upcycle:
-  sources = ('seed',) if method == 'sparse' else ('seed', 'code', 'law')
-  return config.Upcycle(sources, method, **({'num_experts': 4} | changes))
-
-
-def paths(model: config.Model) -> dict[str, tuple]:
-  abstract = transformer.Network(model, config.Compute()).abstract()
-  flat = traverse_util.flatten_dict(abstract, sep='/')
-  return {path: leaf.shape for path, leaf in flat.items()}
-
-
-@pytest.mark.parametrize('dense', ['dense', 'untied'])
+@pytest.mark.parametrize('changes', [{}, {'tied_embeddings': False, 'qk_norm': True}], ids=str)
 @pytest.mark.parametrize('method', METHODS)
-def test_one_row_for_each_array(models, method, dense):
-  mixture = rules.mixture_model(models[dense], upcycle(method))
-  table = rules.rules(mixture)
-  targets = [rule.target for rule in table]
-  assert sorted(targets) == sorted(paths(mixture)), 'each once, and no other'
-  sources = [rule.source for rule in table if rule.source]
-  assert sorted(sources) == sorted(paths(models[dense])), 'each consumed once'
-  assert all(rule.source in (None, rule.target) for rule in table)
-
-
-@pytest.mark.parametrize('method', METHODS)
-def test_what_is_stacked_drawn_and_averaged(models, method):
-  table = rules.rules(rules.mixture_model(models['untied'], upcycle(method)))
-  hows = {rule.target.removeprefix('blocks/'): rule.how for rule in table}
-  assert {path for path, how in hows.items() if how == 'stack'} == STACKED[method]
-  assert {path for path, how in hows.items() if how == 'router'} == ROUTERS[method]
-  assert {rule.target for rule in table if rule.source is None} == {
-    f'blocks/{path}' for path in ROUTERS[method]
-  }
-
-
-@pytest.mark.parametrize('method', METHODS)
-def test_shapes_follow_from_the_rows(models, method):
-  dense, mixture = models['dense'], rules.mixture_model(models['dense'], upcycle(method))
-  before, after = paths(dense), paths(mixture)
-  for rule in rules.rules(mixture):
+def test_the_table(models, method, changes):
+  dense = dataclasses.replace(models['dense'], **changes)
+  mixture = rules.mixture_model(dense, upcycle(method))
+  table, before, after = rules.rules(mixture), specs(dense), specs(mixture)
+  assert sorted(rule.target for rule in table) == sorted(after), 'each once, and no other'
+  assert sorted(r.source for r in table if r.source) == sorted(before), 'each consumed once'
+  stacked, drawn = STACKED_AND_DRAWN[method]
+  scales = set() if mixture.qk_norm else {'attention/query_scale', 'attention/key_scale'}
+  of = lambda how: {r.target.removeprefix('blocks/') for r in table if r.how == how}
+  assert (of('stack'), of('router')) == (stacked - scales, drawn)
+  for rule in table:
+    assert rule.source in (None, rule.target)
     if rule.how == 'mean':
       assert after[rule.target] == before[rule.source]
     elif rule.how == 'stack':
-      layers, *rest = before[rule.source]
-      assert after[rule.target] == (layers, 4, *rest)
+      layers, *rest = before[rule.source].shape
+      assert after[rule.target].shape == (layers, 5, *rest)
     else:
-      assert after[rule.target] == (dense.num_layers, dense.d_model, 4)
-
-
-@pytest.mark.parametrize('method', METHODS)
-def test_norms_of_heads_go_where_the_heads_go(models, method):
-  dense = dataclasses.replace(models['dense'], qk_norm=True)
-  mixture = rules.mixture_model(dense, upcycle(method))
-  table = {rule.target: rule for rule in rules.rules(mixture)}
-  assert sorted(table) == sorted(paths(mixture))
-  for part in ('query', 'key'):
-    scale = table[f'blocks/attention/{part}_scale']
-    assert scale.source == scale.target
-    assert scale.how == table[f'blocks/attention/{part}'].how
-    layers, *heads = paths(dense)[scale.source]
-    stacked = (4,) if scale.how == 'stack' else ()
-    assert paths(mixture)[scale.target] == (layers, *stacked, *heads)
+      assert after[rule.target].shape == (dense.num_layers, dense.d_model, 5)
 
 
 def test_mixture_models(models):
   dense = models['dense']
   options = dict(top_k=2, renormalize=True, capacity_factor=1.5)
-  ffn = config.FFNExperts(4, **options)
-  attention = config.AttentionExperts(4, top_k=3, renormalize=True)
+  ffn = config.FFNExperts(5, **options)
+  attention = config.AttentionExperts(5, top_k=3, renormalize=True)
   bam = dict(attention_top_k=3, **options)
   make = lambda method, **options: rules.mixture_model(dense, upcycle(method, **options))
   assert make('bam_kv_experts', **bam) == dataclasses.replace(

@@ -1,0 +1,100 @@
+"""Dense parameters in memory, mixed by the real merge, and by one that is spelled out in NumPy."""
+
+import types
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from bam_jax import config
+from bam_jax.checkpoint import arrays
+from bam_jax.model import transformer
+from bam_jax.parallel import sharding
+from bam_jax.upcycle import merge, options, outputs, rules
+from bam_jax.upcycle.sources import Source
+
+KEY = jax.random.key(11)
+NAMES = ('seed', 'code', 'law')
+ONE_DEVICE = config.Mesh()
+
+
+class Reader:
+  """Reads arrays that are in memory."""
+
+  def __init__(self, params: dict):
+    self.arrays = {path: np.asarray(x) for path, x in flat(params).items()}
+    self.specs = {path: arrays.Spec(x.shape, x.dtype) for path, x in self.arrays.items()}
+
+  def read(self, path: str, index: arrays.Index = ()) -> np.ndarray:
+    return self.arrays[path][index]
+
+
+def flat(tree: dict) -> dict:
+  return traverse_util.flatten_dict(tree, sep='/')
+
+
+def abstract(model: config.Model) -> dict:
+  return transformer.Network(model, config.Compute()).abstract()
+
+
+def draw(model: config.Model, seed: int, shift: float = 0.0) -> dict:
+  """Parameters in NumPy; scales too are random, so that no mean of them is right by luck."""
+  rng = np.random.default_rng(seed)
+  one = lambda leaf: (rng.normal(size=leaf.shape) + shift).astype(np.float32)
+  return jax.tree.map(lambda leaf: one(leaf) / np.float32(leaf.shape[-1] ** 0.5), abstract(model))
+
+
+def upcycle(method: str, **changes) -> config.Upcycle:
+  """Three sources and five experts, so that two are copies; `sparse` has one source."""
+  names = NAMES[:1] if method == 'sparse' else NAMES
+  default = {} if method == 'average' else {'num_experts': 5}
+  return config.Upcycle(names, method, **(default | changes))
+
+
+def source(dense: config.Model, params: dict, name: str = 'source') -> Source:
+  """Parameters in memory, as an opened checkpoint."""
+  return Source(name, None, types.SimpleNamespace(model=dense), Reader(params))
+
+
+def specs(model: config.Model) -> dict[str, arrays.Spec]:
+  return {path: arrays.Spec(x.shape, x.dtype) for path, x in flat(abstract(model)).items()}
+
+
+def mix(
+  params: Sequence[dict],
+  dense: config.Model,
+  upcycle: config.Upcycle,
+  key: jax.Array = KEY,
+  mesh: config.Mesh = ONE_DEVICE,
+  routers: dict[str, np.ndarray] | None = None,
+) -> dict:
+  """The mixture's parameters on a mesh, as NumPy arrays."""
+  sources = [source(dense, one, f'source {number}') for number, one in enumerate(params)]
+  target = abstract(rules.mixture_model(dense, upcycle))
+  shardings = sharding.tree(target, sharding.make_mesh(mesh))
+  mixed = outputs.to_mesh(sources, target, shardings, upcycle, key, routers)
+  assert jax.tree.all(jax.tree.map(lambda x, where: x.sharding == where, mixed, shardings))
+  return jax.tree.map(np.asarray, mixed)
+
+
+def spelled_out(
+  params: Sequence[dict], dense: config.Model, upcycle: config.Upcycle, key: jax.Array = KEY
+) -> dict[str, np.ndarray]:
+  """What `mix` makes, by path, a whole array at a time."""
+  mixture = rules.mixture_model(dense, upcycle)
+  sources, made = [flat(one) for one in params], {}
+  for rule in rules.rules(mixture):
+    shape = flat(abstract(mixture))[rule.target].shape
+    if rule.how == 'mean':
+      made[rule.target] = options.average([one[rule.source] for one in sources], upcycle)
+    elif rule.how == 'stack':
+      made[rule.target] = np.empty(shape, np.float32)
+      for layer, expert in np.ndindex(shape[:2]):
+        array = sources[expert if expert < len(sources) else 0][rule.source][layer]
+        array = options.drop(rule.target, array, layer, expert, upcycle, key)
+        array = options.add_noise(rule.target, array, layer, expert, upcycle, key)
+        made[rule.target][layer, expert] = array
+    else:
+      made[rule.target] = merge.drawn(rule, shape, upcycle, key)
+  return made
