@@ -52,14 +52,9 @@ class Reader:
   """
 
   def __init__(self, folder: epath.PathLike, check: bool = True):
-    """Opens the item.
+    """Opens the item in a folder; UserError when it is missing or damaged.
 
-    Args:
-      folder: of the item.
-      check: compare its files with their checksums first, which reads them once.
-
-    Raises:
-      UserError: it is missing or damaged.
+    With `check`, its files are read once beforehand, to compare them with their checksums.
     """
     self.folder = epath.Path(folder)
     if check:
@@ -70,11 +65,9 @@ class Reader:
       {'cache_pool': {'total_bytes_limit': 2 * CHUNK_BYTES}, 'file_io_mode': {'mode': 'memmap'}}
     )
     # A chunk that was never written is an error and not zeros. Nobody changes a checkpoint.
-    options = {
-      'fill_missing_data_reads': False,
-      'recheck_cached_data': False,
-      'recheck_cached_metadata': False,
-    }
+    options = dict.fromkeys(
+      ('fill_missing_data_reads', 'recheck_cached_data', 'recheck_cached_metadata'), False
+    )
     try:
       store = ts.KvStore.open({'driver': 'ocdbt', 'base': _base(folder)}, context=context).result()
       keys = sorted(key.decode() for key in store.list().result())
@@ -94,11 +87,7 @@ class Reader:
     }
 
   def read(self, path: str, index: Index = ()) -> np.ndarray:
-    """A region of an array; with integers in `index`, without those axes.
-
-    Raises:
-      UserError: the values are missing or damaged.
-    """
+    """A region of an array, without the axes of integers in `index`; UserError when damaged."""
     try:
       return self._stores[path][index].read().result()
     except (OSError, ValueError) as error:
@@ -117,21 +106,12 @@ class Writer:
   """
 
   def __init__(self, folder: epath.PathLike, specs: Mapping[str, Spec]):
-    """Makes the item, all of its arrays empty.
+    """Makes the item, all of its arrays empty, in a folder that does not exist; its parent does.
 
-    Args:
-      folder: does not exist; its parent does.
-      specs: the arrays by path.
-
-    Raises:
-      UserError: the disk is full or cannot be written.
+    UserError when the disk is full or cannot be written.
     """
     self.folder, self.specs = epath.Path(folder), dict(specs)
-    self._chunks = {path: chunk_shape(path, spec) for path, spec in specs.items()}
-    self._written = {
-      path: np.zeros([-(-n // c) for n, c in zip(spec.shape, self._chunks[path])], bool)
-      for path, spec in specs.items()
-    }
+    self._missing = {path: math.prod(spec.shape) for path, spec in specs.items()}  # values
     self._pending: collections.deque[tuple[ts.Future, int]] = collections.deque()
     # Orbax writes one value of each array, and with it all that it keeps about an item. Then each
     # array is replaced by an empty one: Orbax's own description of it, but for shape and chunks.
@@ -168,21 +148,14 @@ class Writer:
 
     Raises:
       UserError: the disk is full or cannot be written.
-      ValueError: the region is not of whole chunks or was written before, or the values do not fit.
+      ValueError: the values do not fit the region, or there are more than the array has.
     """
-    spec, grid = self.specs[path], []
-    for (start, stop), size, chunk in zip(bounds(spec, index), spec.shape, self._chunks[path]):
-      if start % chunk or (stop % chunk and stop != size) or not start < stop <= size:
-        raise ValueError(f'{path}[{index}] is not a region of whole chunks {self._chunks[path]}.')
-      grid.append(slice(start // chunk, -(-stop // chunk)))
-    target = self._stores[path][index]
-    if array.shape != target.shape or array.dtype != spec.dtype:
-      raise ValueError(
-        f'{path}[{index}] is {spec.dtype}{target.shape}, not {array.dtype}{array.shape}.'
-      )
-    if self._written[path][tuple(grid)].any():
+    target, dtype = self._stores[path][index], self.specs[path].dtype
+    if array.shape != target.shape or array.dtype != dtype:
+      raise ValueError(f'{path}[{index}] is {dtype}{target.shape}, not {array.dtype}{array.shape}.')
+    self._missing[path] -= array.size
+    if self._missing[path] < 0:
       raise ValueError(f'{path}[{index}] is written twice.')
-    self._written[path][tuple(grid)] = True
     future = target.write(array, can_reference_source_data_indefinitely=True)
     self._pending.append((future, array.nbytes))
     self._wait(PENDING_BYTES)
@@ -190,15 +163,15 @@ class Writer:
   def finish(self) -> None:
     """Waits until every value is in its file; ValueError when something was never written."""
     self._wait(0)
-    missing = [path for path, written in self._written.items() if not written.all()]
-    if missing:
+    if missing := [path for path, count in self._missing.items() if count]:
       raise ValueError(f'{", ".join(missing)} of {self.folder} was not written whole.')
 
   def _create(self, path: str, context: ts.Context) -> ts.TensorStore:
     """Replaces an array of one value by an empty one of the right shape."""
     store = _store(self.folder, path)
     metadata = ts.open(store, context=context).result().spec().to_json()['metadata']
-    metadata |= {'shape': self.specs[path].shape, 'chunks': self._chunks[path]}
+    spec = self.specs[path]
+    metadata |= {'shape': spec.shape, 'chunks': chunk_shape(path, spec)}
     # Zeros are stored like any other values: what is not stored was not written.
     options = {'create': True, 'delete_existing': True, 'store_data_equal_to_fill_value': True}
     return ts.open(store | options | {'metadata': metadata}, context=context).result()

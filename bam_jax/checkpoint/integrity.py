@@ -14,7 +14,6 @@ import stat
 import zlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import jax
 from etils import epath
@@ -33,17 +32,11 @@ Sums = dict[str, tuple[int, int]]  # of each file by its path: bytes, CRC-32
 
 
 class Damaged(UserError):
-  """A checkpoint is not what was written.
-
-  Attributes:
-    what: is wrong with it.
-  """
+  """A checkpoint is not what was written; `what` says why."""
 
   def __init__(self, folder: epath.PathLike, what: str):
-    super().__init__(
-      f'{folder} is damaged ({what}): restore it from a copy; or delete it, and what wrote it can '
-      'write it again.'
-    )
+    fix = 'restore it from a copy; or delete it, and what wrote it can write it again.'
+    super().__init__(f'{folder} is damaged ({what}): {fix}')
     self.what = what
 
 
@@ -63,11 +56,7 @@ def write(folder: epath.PathLike, into: epath.PathLike) -> None:
 
 
 def read(folder: epath.PathLike, items: Collection[str] = ()) -> Sums:
-  """The checksums of a checkpoint's files, empty where there are none.
-
-  Args:
-    folder: of the checkpoint.
-    items: which; empty is all.
+  """The checksums of the files of some items, by default all; empty where there are none.
 
   Raises:
     Damaged: the list of them cannot be read.
@@ -157,25 +146,22 @@ def _rename(folder: Path, what: str) -> str:
     folders.remove(aside)
     folder.rename(aside)
   except OSError as error:
-    raise UserError(
-      f'{folder} is damaged and cannot be renamed: {error.strerror or error}.'
-    ) from error
+    said = error.strerror or error
+    raise UserError(f'{folder} is damaged and cannot be renamed: {said}.') from error
   return f'{folder} is damaged ({what}): it is {aside.name} now, and the one before is taken.'
 
 
 def _fault_together(folder: epath.PathLike, items: Collection[str] = ()) -> str:
-  def listed() -> dict[str, Any]:
+  def listed() -> Sums | str:
     try:
-      if not (folder / 'meta').is_dir():
-        return {'fault': 'it has no meta'}
-      return {'sums': read(folder, items)}
+      return read(folder, items) if (folder / 'meta').is_dir() else 'it has no meta'
     except Damaged as damaged:
-      return {'fault': damaged.what}
+      return damaged.what
 
   found = processes.decide(listed)
-  if 'fault' in found:
-    return found['fault']
-  mine = dict(list(found['sums'].items())[jax.process_index() :: jax.process_count()])
+  if isinstance(found, str):
+    return found
+  mine = dict(list(found.items())[jax.process_index() :: jax.process_count()])
   return processes.first(fault(folder, mine))
 
 

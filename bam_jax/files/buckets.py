@@ -3,7 +3,6 @@
 An object cannot grow, nor be mapped into memory, and many libraries know files only.
 """
 
-import concurrent.futures
 import contextlib
 import shutil
 import tempfile
@@ -14,8 +13,6 @@ from typing import Any
 from etils import epath
 
 from bam_jax.files import folders
-
-THREADS = 8  # that copy at a time
 
 
 class Mirror:
@@ -73,9 +70,9 @@ def drafts(target: epath.PathLike) -> Iterator[Path]:
 
 def send(folder: Path, target: epath.Path, names: Iterable[str]) -> None:
   """Copies files of a folder into a bucket's; UserError when the bucket does not take them."""
-  with folders.writing(target), concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-    client = _client()
-    list(pool.map(lambda name: client.put_file(str(folder / name), str(target / name)), names))
+  names = list(names)
+  with folders.writing(target):
+    _client().put([str(folder / name) for name in names], [str(target / name) for name in names])
 
 
 def fetch(source: epath.Path, folder: Path, names: Iterable[str]) -> None:
@@ -84,14 +81,9 @@ def fetch(source: epath.Path, folder: Path, names: Iterable[str]) -> None:
   Raises:
     UserError: one is not there, or the disk does not take it.
   """
-
-  def copy(name: str) -> None:
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    client.get_file(str(source / name), str(folder / name))
-
-  with folders.writing(folder), concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-    client = _client()
-    list(pool.map(copy, names))
+  names = list(names)
+  with folders.writing(folder):
+    _client().get([str(source / name) for name in names], [str(folder / name) for name in names])
 
 
 def _client() -> Any:

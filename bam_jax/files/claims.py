@@ -1,16 +1,13 @@
 """One job trains a run: a lock in its folder, held by the job's first process until it ends.
 
-On a disk it is `flock`, which the system takes back from a process that is killed. It holds between
-the hosts of a network file system that passes locks on, as NFS does; where there are no locks at
-all, as under some FUSE mounts of buckets, `Claims` says so and nothing is locked.
+On a disk it is `flock`, which the system takes back from a process that is killed, and which holds
+between the hosts of a network file system that passes locks on, as NFS does.
 
-In a bucket it is a lease: an object which its holder writes again and again. A bucket knows no
-locks, and takes nothing back from a process that is killed. What it has is the conditional write:
-of two that replace the same generation of an object, one is refused. So whoever wants a lease
-watches its object. When that changes, its holder lives; when it does not change for LEASE_SECONDS,
-its holder is lost, and is replaced. Nobody compares clocks. This is weaker than a lock: a holder
-that was only cut off for so long learns of its end at its next beat. It then ends at once, without
-saving, as what it writes is no longer its own.
+A bucket has no locks, but conditional writes: of two that replace the same generation of an object,
+one is refused. There it is a lease, an object which its holder writes again and again. Whoever
+wants it watches: when it changes, its holder lives; when it does not for LEASE_SECONDS, its holder
+is lost, and is replaced. Nobody compares clocks. This is weaker than a lock: a holder that was only
+cut off for so long learns of its end at its next beat, and ends at once, without saving.
 """
 
 import concurrent.futures
@@ -98,55 +95,41 @@ class Claims:
     return True
 
   def _lease(self, folder: epath.Path) -> None:
-    lease = Lease(folder / NAME)
+    lease = Lease(folder)
     self._held.callback(lease.give_back)
-    try:
-      lease.take(
-        lambda holder: self._report(
-          f'{folder} was being trained by {holder}: waiting up to {LEASE_SECONDS:.0f} s to see '
-          'whether it still is'
-        ),
-        self._poll,
-      )
-    except Held as held:
-      raise _taken(folder, str(held)) from None
-
-
-class Held(Exception):
-  """Another job has the lease; the argument says which."""
+    lease.take(self._report, self._poll)
 
 
 class Lease:
-  """The object at a path of a bucket."""
+  """The object NAME of a folder in a bucket."""
 
-  def __init__(self, path: epath.Path):
-    bucket, _, name = os.fspath(path).removeprefix('gs://').partition('/')
-    self._path, self._id, self._generation = path, uuid.uuid4().hex, b''
+  def __init__(self, folder: epath.Path):
+    bucket, _, name = os.fspath(folder / NAME).removeprefix('gs://').partition('/')
+    self._folder, self._id, self._generation = folder, uuid.uuid4().hex, b''
     self._store = ts.KvStore.open({'driver': 'gcs', 'bucket': bucket, 'path': name}).result()
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._beat, name='lease', daemon=True)
 
-  def take(self, wait: Callable[[str], None], poll: Callable[[], None] = lambda: None) -> None:
+  def take(self, report: Callable[[str], None], poll: Callable[[], None]) -> None:
     """Takes the lease, and holds it until `give_back` or the end of the process.
 
-    Args:
-      wait: is told who may have been lost, when it takes time to see.
-      poll: is called again and again in that time; what it raises ends the wait.
-
     Raises:
-      Held: its holder lives.
-      UserError: the bucket does not let it be written.
+      UserError: its holder lives, or the bucket does not let it be written.
     """
     try:
       seen = self._read()
       if seen.state == 'value' and not _is_gone(_facts(seen)):
-        wait(_facts(seen)['holder'])
+        report(
+          f'{self._folder} was being trained by {_facts(seen)["holder"]}: waiting up to '
+          f'{LEASE_SECONDS:.0f} s to see whether it still is'
+        )
         seen = self._watch(seen, poll)
       self._generation = self._write(self._mine(), seen.stamp.generation)
       if not self._generation:
-        raise Held(_facts(self._read())['holder'])
+        raise _taken(self._folder, _facts(self._read())['holder'])
     except ValueError as error:
-      raise UserError(f'{self._path} cannot be written: {str(error).splitlines()[0]}.') from error
+      reason = str(error).splitlines()[0]
+      raise UserError(f'{self._folder}/{NAME} cannot be written: {reason}.') from error
     self._thread.start()
 
   def give_back(self) -> None:
@@ -160,7 +143,7 @@ class Lease:
       self._generation = b''
 
   def _watch(self, seen: Any, poll: Callable[[], None]) -> Any:
-    """What is there when its holder has given it back, or has been lost; Held if neither."""
+    """What is there when its holder has given it back, or has been lost; UserError if neither."""
     until = time.monotonic() + LEASE_SECONDS
     while time.monotonic() < until:
       time.sleep(POLL_SECONDS)
@@ -169,7 +152,7 @@ class Lease:
       if now.state != 'value':
         return now
       if now.stamp.generation != seen.stamp.generation:
-        raise Held(_facts(now)['holder'])
+        raise _taken(self._folder, _facts(now)['holder'])
     return seen
 
   def _beat(self) -> None:
@@ -184,8 +167,8 @@ class Lease:
           self._generation = now.stamp.generation
           continue
         print(
-          f'{self._path} is held by {_facts(now)["holder"]} now, since this process was not heard '
-          f'of for {LEASE_SECONDS:.0f} s: it ends.',
+          f'{self._folder} is held by {_facts(now)["holder"]} now, since this process was not '
+          f'heard of for {LEASE_SECONDS:.0f} s: it ends.',
           file=sys.stderr, flush=True,
         )  # fmt: skip
         os._exit(LOST)
@@ -224,15 +207,8 @@ def _facts(seen: Any) -> dict[str, Any]:
 
 def _is_gone(facts: dict[str, Any]) -> bool:
   """Whether the holder was a process of this machine, and is no more."""
-  if not facts.get('kernel') or facts['kernel'] != _kernel():
-    return False
-  try:
-    os.kill(facts['pid'], 0)
-  except ProcessLookupError:
-    return True
-  except PermissionError:
-    pass
-  return False
+  here = facts.get('kernel') and facts['kernel'] == _kernel()
+  return bool(here) and not Path('/proc', str(facts['pid'])).exists()
 
 
 def _kernel() -> str:

@@ -187,17 +187,13 @@ def _join(place: Place, join_timeout: int, lost_timeout: int) -> '_Witness | Non
 
 def _why_not(place: Place, error: Exception) -> str:
   said = ' '.join(str(error).split())
+  give = 'give --coordinator=HOST:PORT, --process_count and --process_id'
   if place.coordinator:
     return f'--coordinator={place.coordinator} cannot be used: {said}'
   if flags.FLAGS.coordinator == AUTO:
-    return (
-      f'--coordinator=auto finds no job of SLURM, Open MPI or Kubernetes ({said}): give '
-      '--coordinator=HOST:PORT, --process_count and --process_id.'
-    )
-  return (
-    f'the pod of this TPU cannot be found ({said}): give --coordinator=HOST:PORT, --process_count '
-    'and --process_id, or set TPU_SKIP_MDS_QUERY=1 if this machine is alone.'
-  )
+    return f'--coordinator=auto finds no job of SLURM, Open MPI or Kubernetes ({said}): {give}.'
+  alone = 'set TPU_SKIP_MDS_QUERY=1 if this machine is alone'
+  return f'the pod of this TPU cannot be found ({said}): {give}, or {alone}.'
 
 
 def _leave(sentence: str, status: int, witness: '_Witness', after: float = 0.0) -> NoReturn:
@@ -216,12 +212,9 @@ class _Witness:
   def __init__(self):
     script = 'while read -r line; do said=$line; done; [ -z "$said" ] || printf "%s\\n" "$said" >&2'
     self._shell = subprocess.Popen(
-      ['sh', '-c', script],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.DEVNULL,
-      text=True,
+      ['sh', '-c', script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
       start_new_session=True,  # out of Ctrl-C's way
-    )
+    )  # fmt: skip
     # Before JAX has its farewell registered, hence after it.
     atexit.register(self.note, '')
 

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,8 @@ from bam_jax.parallel import sharding
 TEXT_BYTES = 1024
 SHARED_SECONDS = 30.0  # that a network file system may take to show a new file
 
-T = TypeVar('T')
 
-
-def decide(question: Callable[[], T]) -> T:
+def decide[T](question: Callable[[], T]) -> T:
   """Process 0's answer, for all; all must ask.
 
   Args:
@@ -72,14 +70,7 @@ def same(facts: Any, what: str) -> None:
 
 def first(text: str) -> str:
   """The first text, of at most TEXT_BYTES, that is not empty among all processes'; all must ask."""
-  if jax.process_count() == 1:
-    return text
-  mine = np.zeros(TEXT_BYTES, np.uint8)
-  encoded = np.frombuffer(text.encode()[:TEXT_BYTES], np.uint8)
-  mine[: encoded.size] = encoded
-  rows = multihost_utils.process_allgather(mine)
-  texts = (row.tobytes().rstrip(b'\0').decode(errors='ignore') for row in rows)
-  return next(filter(None, texts), '')
+  return next(filter(None, _gather(text)), '')
 
 
 def check_shared(folder: Path) -> None:
@@ -165,9 +156,15 @@ def _on_devices(value: int) -> jax.Array:
 
 
 def _all_agree(agree: bool, sentence: str) -> None:
+  others = [str(process) for process, no in enumerate(_gather('' if agree else 'no')) if no]
+  if others:
+    raise UserError(f'processes {", ".join(others)} {sentence}.')
+
+
+def _gather(text: str) -> list[str]:
+  """The texts of all processes."""
   if jax.process_count() == 1:
-    return
-  agreeing = multihost_utils.process_allgather(np.asarray(agree))
-  if not agreeing.all():
-    others = ', '.join(map(str, np.flatnonzero(~agreeing)))
-    raise UserError(f'processes {others} {sentence}.')
+    return [text]
+  mine = np.frombuffer(text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b'\0'), np.uint8)
+  rows = multihost_utils.process_allgather(mine)
+  return [row.tobytes().rstrip(b'\0').decode(errors='ignore') for row in rows]

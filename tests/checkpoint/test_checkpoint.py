@@ -84,7 +84,12 @@ def written(tmp_path_factory, models):
 
 @pytest.mark.parametrize(
   'shape, offload',
-  [((1, 1, 1, 1), False), ((1, 1, 4, 2), False), ((2, 4, 1, 1), False), ((1, 2, 2, 1), True)],
+  [
+    ((1, 1, 1, 1), False),
+    ((1, 1, 4, 2), False),
+    pytest.param((2, 4, 1, 1), False, marks=pytest.mark.slow),
+    pytest.param((1, 2, 2, 1), True, marks=pytest.mark.slow),
+  ],
   ids=str,
 )
 def test_restore_on_another_mesh(written, models, shape, offload):
@@ -101,42 +106,32 @@ def test_restore_on_another_mesh(written, models, shape, offload):
   assert data == {'iterator': {'next': 12}, 'seconds': 1.5}
 
 
-def test_parameters_alone(written, models):
+def test_parameters_alone(written, models, tmp_path):
+  """A checkpoint to hand around need not hold the optimizer: twice the parameters' size."""
   folder, states = written
-  wanted = abstract(models['bam_kv_experts'], (1, 1, 4, 1)).params
-  params = checkpoint.restore_params(folder / 'checkpoints' / '3', wanted)
-  check_same(params, states[3].params)
-  for leaf, want in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
-    assert leaf.sharding == want.sharding
-
-
-def test_parameters_without_the_optimizer_on_disk(written, models, tmp_path):
-  folder, states = written
-  # A checkpoint to hand around need not hold the optimizer: twice the parameters' size.
   (tmp_path / '3').mkdir()
   for item in ('params', 'meta'):
     (tmp_path / '3' / item).symlink_to(folder / 'checkpoints' / '3' / item)
-  params = checkpoint.restore_params(tmp_path, abstract(models['bam_kv_experts']).params)
-  check_same(params, states[3].params)
+  wanted = abstract(models['bam_kv_experts'], (1, 1, 4, 1)).params
+  for path in (tmp_path, folder / 'checkpoints' / '3'):
+    params = checkpoint.restore_params(path, wanted)
+    check_same(params, states[3].params)
+    for leaf, want in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
+      assert leaf.sharding == want.sharding
   assert checkpoint.read_meta(tmp_path) == meta(models['bam_kv_experts'], 3)
-
-
-def test_parameters_in_host_memory(written, models):
-  folder, states = written
-  params = checkpoint.restore_host_params(folder, abstract(models['bam_kv_experts']).params)
+  params = checkpoint.restore_host_params(folder, wanted)
   assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
   check_same(params, states[12].params)
 
 
-# Orbax warns of reads that it began and does not finish.
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
-@pytest.mark.parametrize('how', [checkpoint.restore_params, checkpoint.restore_host_params])
-def test_another_model_is_not_restored(written, models, how):
+def test_another_model_is_not_restored(written, models):
   wider = dataclasses.replace(models['bam_kv_experts'], ffn_dim=64)
-  with pytest.raises((ValueError, UserError)):
-    how(written[0], abstract(wider).params)
-  with pytest.raises((ValueError, UserError)):
-    how(written[0], abstract(models['untied']).params)
+  for how in (checkpoint.restore_params, checkpoint.restore_host_params):
+    for other in (wider, models['untied']):
+      with pytest.raises(UserError, match='the checkpoint of another model'):
+        how(written[0], abstract(other).params)
+  with pytest.raises(UserError, match='the checkpoint of another model'):
+    checkpoint.open_params(written[0], wider)
 
 
 def test_find(written):
@@ -149,28 +144,17 @@ def test_find(written):
   assert checkpoint.finished_step(folder / 'checkpoints') == 12
 
 
-@pytest.mark.parametrize('exists', [True, False])
-def test_find_refuses_a_folder_without_a_checkpoint(tmp_path, exists):
-  path = tmp_path if exists else tmp_path / 'nowhere'
-  with pytest.raises(UserError, match='holds no checkpoint') as caught:
-    checkpoint.find(path)
-  assert str(path) in str(caught.value)
-  assert checkpoint.finished_step(path) is None
-
-
 def test_what_a_kill_leaves_behind_is_no_checkpoint(tmp_path, models):
-  left = tmp_path / 'checkpoints' / '7.orbax-checkpoint-tmp' / 'meta'
-  left.mkdir(parents=True)
-  (tmp_path / 'checkpoints' / '9').mkdir()  # empty
-  (tmp_path / 'checkpoints' / 'notes').mkdir()
-  assert checkpoint.finished_step(tmp_path / 'checkpoints') is None
-  with pytest.raises(UserError, match='holds no checkpoint'):
-    checkpoint.find(tmp_path)
-
-
-def test_a_run_goes_on_beside_what_a_kill_left_behind(tmp_path, models):
+  """And a run goes on beside it."""
   model, folder = models['dense'], tmp_path / 'checkpoints'
   (folder / '7.orbax-checkpoint-tmp' / 'meta').mkdir(parents=True)
+  (folder / '9').mkdir()  # empty
+  (folder / 'notes').mkdir()
+  assert checkpoint.finished_step(folder) is None
+  for path in (tmp_path, tmp_path / 'nowhere'):
+    with pytest.raises(UserError, match=f'{path} holds no checkpoint'):
+      checkpoint.find(path)
+  (folder / '9').rmdir()
   checkpoints = checkpoint.Checkpoints(folder, keep=2)
   assert checkpoints.latest() is None and checkpoints.newest_folder() is None
   checkpoints.save(7, *draw(model, (1, 1, 1, 1), 7)[:2], {}, meta(model, 7))
@@ -196,10 +180,10 @@ def spoil(step: Path, what: str) -> str:
   return str(path.relative_to(step))
 
 
-DAMAGE = [
-  'params flipped', 'params cut', 'params gone', 'opt_state flipped', 'data flipped',
-  'meta flipped', 'meta gone', 'checksums flipped',
-]  # fmt: skip
+DAMAGE = ['params flipped', 'meta gone', 'checksums flipped'] + [
+  pytest.param(what, marks=pytest.mark.slow)
+  for what in ('params cut', 'params gone', 'opt_state flipped', 'data flipped', 'meta flipped')
+]
 
 
 @pytest.fixture
@@ -208,14 +192,9 @@ def two_steps(written, tmp_path):
   return shutil.copytree(written[0] / 'checkpoints', tmp_path / 'checkpoints')
 
 
-def test_whole_checkpoints_stay(two_steps):
-  assert integrity.set_aside(two_steps) == []
-  assert integrity.set_aside(two_steps / 'nowhere') == []
-  assert checkpoint.finished_step(two_steps) == 12
-
-
 @pytest.mark.parametrize('what', DAMAGE)
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(two_steps, written, models, what):
+  assert integrity.set_aside(two_steps) == [] == integrity.set_aside(two_steps / 'nowhere')
   file = spoil(two_steps / '12', what)
   (sentence,) = integrity.set_aside(two_steps)
   assert f'{two_steps}/12 is damaged' in sentence
@@ -258,7 +237,7 @@ def test_a_damaged_checkpoint_gives_no_parameters(two_steps, models):
   checkpoint.restore_host_params(two_steps / '3', wanted)  # which does not read it
 
 
-def test_a_checkpoint_of_before_there_were_checksums_is_believed(two_steps, written, models):
+def test_a_checkpoint_that_was_copied_from_a_bucket_is_believed(two_steps, written, models):
   shutil.rmtree(two_steps / '12' / 'checksums')
   assert integrity.set_aside(two_steps) == []
   wanted = abstract(models['bam_kv_experts']).params
@@ -298,17 +277,17 @@ def test_a_checkpoint_is_on_disk_before_the_one_before_is_removed(tmp_path, mode
   def write(folder, into):
     written(folder, into)
     assert {path.stat().st_ino for path in Path(folder).rglob('*')} <= synced
-    before.append((tmp_path / '1').exists())
+    before.append((tmp_path / '9').exists())
 
   monkeypatch.setattr(os, 'fsync', lambda file: synced.add(os.fstat(file).st_ino))
   monkeypatch.setattr(integrity, 'write', write)
   checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
-  for at in (1, 2):
+  for at in (9, 10):  # by number, not by name
     checkpoints.save(at, *state[:2], {}, meta(models['dense'], at))
   checkpoints.close()
-  assert before == [False, True] and not (tmp_path / '1').exists()
+  assert before == [False, True] and not (tmp_path / '9').exists()
   # Empty, and read in buckets only.
-  later = {path for path in (tmp_path / '2').rglob('*') if path.stat().st_ino not in synced}
+  later = {path for path in (tmp_path / '10').rglob('*') if path.stat().st_ino not in synced}
   assert {path.name for path in later} <= {folders.COMMITTED}
 
 
@@ -326,28 +305,6 @@ def test_a_file_system_without_fsync_takes_checkpoints(listed, monkeypatch, numb
       write()
 
 
-@pytest.mark.parametrize('keep', [1, 2])
-def test_old_checkpoints_are_removed(tmp_path, models, keep):
-  model = models['dense']
-  state = draw(model, (1, 1, 1, 1), 0)
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep)
-  for at in (1, 2, 10):
-    checkpoints.save(at, *state[:2], {}, meta(model, at))
-  checkpoints.close()
-  steps = sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit())
-  assert steps == [1, 2, 10][-keep:]
-
-
-@pytest.mark.parametrize('changes', [{}, dict(method=None, sources=(), run='seed')], ids=str)
-def test_meta_comes_back(tmp_path, models, changes):
-  model = models['bam_shared_kv'] if not changes else models['untied']
-  want = meta(model, 5, **changes)
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
-  checkpoints.save(5, {'a': np.zeros(1)}, {'a': np.zeros(1)}, {}, want)
-  checkpoints.close()
-  assert checkpoint.read_meta(tmp_path) == want
-
-
 @pytest.fixture
 def fake(tmp_path, models):
   """The function that writes the text of a `meta` by hand and gives the checkpoint's folder."""
@@ -362,8 +319,11 @@ def fake(tmp_path, models):
   return write
 
 
-def test_a_meta_by_hand_is_read(fake, models):
+def test_meta_comes_back(fake, tmp_path, models):
   assert checkpoint.read_meta(fake()) == meta(models['dense'], 5)
+  want = meta(models['bam_shared_kv'], 5, method=None, sources=(), run='seed')
+  checkpoint.write_meta(tmp_path / 'made', want)
+  assert checkpoint.read_meta(tmp_path / 'made') == want
 
 
 @pytest.mark.parametrize(
@@ -408,10 +368,3 @@ def test_a_tokenizer_is_found_where_it_may_be(tmp_path, models, place):
     checkpoint.find_tokenizer(tmp_path / 'run')
   (tmp_path / place / 'tokenizer.model').write_bytes(b'right')
   assert checkpoint.find_tokenizer(tmp_path / 'run') == tmp_path / place / 'tokenizer.model'
-
-
-def test_a_meta_that_is_not_there_is_refused(fake):
-  folder = fake()
-  (folder / 'meta' / 'metadata').unlink()
-  with pytest.raises(UserError, match='damaged'):
-    checkpoint.read_meta(folder)

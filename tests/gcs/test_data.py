@@ -1,6 +1,5 @@
 """A dataset in a bucket: prepared once, copied to every machine that reads it, and no further."""
 
-import shutil
 
 import numpy as np
 import pytest
@@ -66,18 +65,14 @@ def test_another_dataset_at_the_same_place_is_another_copy(cache, published, dat
   assert new != old and old.exists()
 
 
-@pytest.mark.parametrize('what', ['nothing', 'a file less', 'no room'])
-def test_what_cannot_be_copied_is_one_sentence(cache, published, what, monkeypatch):
+@pytest.mark.parametrize('what', ['nothing', 'a file less'])
+def test_what_cannot_be_copied_is_one_sentence(cache, published, what):
   sentence = 'cannot be written'
   if what == 'nothing':
     (published / shards.MANIFEST).unlink()
-    sentence = 'is no prepared dataset'
-  elif what == 'a file less':
-    (published / 'law' / next(n for n in files(published / 'law'))).unlink()
+    sentence = 'is not a prepared dataset'
   else:
-    usage = shutil.disk_usage(cache.parents[2])._replace(free=10)
-    monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage)
-    sentence = 'XDG_CACHE_HOME'
+    (published / 'law' / next(n for n in files(published / 'law'))).unlink()
   with pytest.raises(UserError, match=sentence):
     remote.fetch(published)
 
