@@ -27,7 +27,7 @@ from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
 from bam_jax.parallel import sharding
 from bam_jax.recipes import graph
-from bam_jax.train import optimizer, stages
+from bam_jax.train import optimizer
 from bam_jax.train import step as step_lib
 
 _CONFIG = cli.define_recipe()
@@ -73,9 +73,9 @@ class Stepper:
       run.optimizer,
       run.grad_accum_steps,
       self.mesh,
-      stages.of(run),
+      optimizer.factors_of(run),
     )
-    self.rates = stages.rates(lambda step: 1e-4, run.router_warmup_steps)(0)
+    self.rates = np.full(2, 1e-4, np.float32)
     abstract = step_lib.abstract_state(node.model, run.compute, run.optimizer, self.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     network = transformer.Network(node.model, run.compute)

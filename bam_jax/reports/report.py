@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.markdown import Markdown
 from rich.text import Text
 
 from bam_jax.errors import UserError
 from bam_jax.files import buckets, folders, json_file
 from bam_jax.reports import figures, scores
-from bam_jax.train import metrics
+from bam_jax.train import log
 from bam_jax.train.progress import duration
 
 Row = dict[str, Any]
@@ -92,27 +93,17 @@ def _write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
   # Each file appears whole: jobs that train other runs of the workdir write the report too.
   with folders.writing(folder), buckets.drafts(folder) as drafts:
     if rows:
-      report['pictures'] = _draw(workdir, drafts, rows, domains)
+      report['pictures'] = _draw(workdir, drafts, rows)
   folders.write_file(folder / 'report.json', json.dumps(report, indent=1) + '\n')
   folders.write_file(folder / 'report.md', markdown(report))
   return report
 
 
-def table(report: Mapping[str, Any]) -> Table:
+def table(report: Mapping[str, Any]) -> RenderableType:
   """The perplexities for a terminal: best mixture in bold, best run of all with a star."""
   # As a Text, nothing that a user named is markup.
   title = Text(f'{report["name"]}: held-out perplexity', 'table.title')
-  result = Table(title=title, title_justify='left', box=None)
-  result.add_column('run', no_wrap=True)
-  for name in (*report['domains'], 'average'):
-    result.add_column(Text(name), justify='right')
-  for row, cells in zip(report['rows'], _cells(report, 'perplexity')):
-    result.add_row(
-      Text(row['label']), *(Text(text, 'bold' if bold else '') for text, bold in cells)
-    )
-  for run in report['not_finished']:
-    result.add_row(f'{run}: not finished', style='dim')
-  return result
+  return Group(title, Markdown(_score_table(report, 'perplexity')))
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -132,7 +123,6 @@ def markdown(report: Mapping[str, Any]) -> str:
     f'Held-out text; lower is better. Bold: the best mixture. {BEST}: the best of all runs.'
     ' The average is the arithmetic mean over the domains. Each row is one run from one random'
     ' seed, so small differences may be chance.',
-    '![Perplexity by run and domain](perplexity.png)',
     '## Bits per byte',
     _score_table(report, 'bits_per_byte'),
     'The same losses for each byte of text, which do not depend on the tokenizer.',
@@ -212,13 +202,10 @@ def _average(values: Mapping[str, float], domains: Sequence[str]) -> float | Non
   return sum(values[domain] for domain in domains) / len(domains)
 
 
-def _draw(
-  workdir: Path | epath.Path, folder: Path, rows: Sequence[Row], domains: Sequence[str]
-) -> list[str]:
+def _draw(workdir: Path | epath.Path, folder: Path, rows: Sequence[Row]) -> list[str]:
   lines = {row['run']: _metrics(workdir / row['run'] / 'metrics.jsonl') for row in rows}
   figures.loss_curves(folder / 'loss_curves.png', rows, lines)
-  figures.perplexity(folder / 'perplexity.png', rows, domains)
-  pictures = ['loss_curves.png', 'perplexity.png']
+  pictures = ['loss_curves.png']
   for row in rows:
     if row['routing']:
       pictures.append(f'routing_{row["run"]}.png')
@@ -229,7 +216,7 @@ def _draw(
 def _metrics(path: Path | epath.Path) -> list[dict[str, Any]]:
   """One line a step, in order: a resumed run writes some steps again, and the last one counts."""
   lines: dict[int, dict[str, Any]] = {}
-  for _, line in metrics.read_lines(path):
+  for _, line in log.read_lines(path):
     lines[line['step']] = lines.get(line['step'], {}) | line
   return [lines[step] for step in sorted(lines)]
 

@@ -1,8 +1,7 @@
-"""Steps that would do harm: no number, or a spike, in the loss or the gradient's norm.
+"""Steps that would do harm: NaN, infinity or a spike in the loss or in the gradient's norm.
 
-The device judges a step and leaves the state as it was, without a word to the host, and all devices
-judge alike: loss and norm are sums over all of them. The host reads the verdict one step later,
-counts, and halts the run where its guard says so.
+The devices decide whether a step is taken, all alike, as loss and norm are sums over all of them.
+The host reads the outcome one step later, counts, and halts the run where its guard says so.
 """
 
 import math
@@ -19,7 +18,7 @@ from bam_jax.errors import UserError
 
 
 class History(NamedTuple):
-  """What spikes are measured by: of [loss, gradient norm] over the steps that were taken."""
+  """What spikes are measured by: [loss, gradient norm] over the steps that were taken."""
 
   mean: jax.Array  # float32 [2]
   variance: jax.Array  # float32 [2]
@@ -27,57 +26,46 @@ class History(NamedTuple):
 
 
 def history(guard: config.Guard, saved: Mapping[str, Any] | None = None) -> History | tuple[()]:
-  """The history to go on from, as NumPy arrays; empty where nothing asks for it.
-
-  Args:
-    guard: of the run.
-    saved: what `to_json` made of it; None, before the first step.
-  """
+  """What `to_json` saved, or a new history, in NumPy arrays; empty where spikes are ignored."""
   if guard.on_spike == 'ignore':
     return ()
   saved = saved or {'mean': [0, 0], 'variance': [0, 0], 'count': 0}
-  as_float = lambda name: np.asarray(saved[name], np.float32)
-  return History(as_float('mean'), as_float('variance'), np.asarray(saved['count'], np.int32))
+  mean, variance = np.float32(saved['mean']), np.float32(saved['variance'])
+  return History(mean, variance, np.int32(saved['count']))
 
 
-def to_json(history: History | tuple[()]) -> dict[str, Any] | None:
+def to_json(history: History | tuple[()]) -> dict[str, Any]:
   """A history for a checkpoint, without a loss of bits; waits for the step that made it."""
-  if history == ():
-    return None
-  return {name: np.asarray(value).tolist() for name, value in history._asdict().items()}
+  facts = jax.device_get(history)._asdict() if history else {}
+  return {name: array.tolist() for name, array in facts.items()}
 
 
-def judge(guard: config.Guard) -> Callable:
-  """The function `(before, after, loss, gradient norm) -> (state, spike)`.
+def select(
+  guard: config.Guard, before: Any, after: Any, loss: jax.Array, norm: jax.Array
+) -> tuple[Any, jax.Array | None]:
+  """The state to go on with, and whether the step was a spike (None where the guard ignores them).
 
-  `state` is `after` with its history brought up to date, or `before`, to the bit, where the step is
-  to be skipped; `spike` is whether it was one, None where nothing asks.
+  That is `after`, a `step.State` but for its history, or, to the bit, `before` where the step of
+  this loss and gradient norm is skipped.
   """
-  skip_nan = guard.on_nan == 'skip'
-
+  finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   if guard.on_spike == 'ignore':
-    if not skip_nan:
-      return lambda before, after, loss, norm: (after, None)
-    return lambda before, after, loss, norm: (_keep(_finite(loss, norm), after, before), None)
-
-  def run(before, after, loss, norm):
-    finite, spike = _finite(loss, norm), is_spike(guard, before.history, loss, norm)
-    history = _keep(finite & ~spike, add(guard, before.history, loss, norm), before.history)
-    taken = ~spike & finite if skip_nan else ~spike
-    return _keep(taken, after, before)._replace(history=history), spike
-
-  return run
+    return (_where(finite, after, before) if guard.on_nan == 'skip' else after), None
+  spike = is_spike(guard, before.history, loss, norm)
+  history = _where(finite & ~spike, add(guard, before.history, loss, norm), before.history)
+  taken = ~spike & finite if guard.on_nan == 'skip' else ~spike
+  return _where(taken, after, before)._replace(history=history), spike
 
 
 def is_spike(guard: config.Guard, history: History, loss: jax.Array, norm: jax.Array) -> jax.Array:
-  """Whether loss or norm lie too far above their means; never before a window is full."""
+  """Whether loss or norm is too far above its mean; never before a window is full."""
   above = jnp.stack([loss, norm]) - history.mean
   far = (above > guard.spike_deviations * jnp.sqrt(history.variance)).any()
-  return far & (history.count >= guard.window) & _finite(loss, norm)
+  return far & (history.count >= guard.window) & jnp.isfinite(loss) & jnp.isfinite(norm)
 
 
 def add(guard: config.Guard, history: History, loss: jax.Array, norm: jax.Array) -> History:
-  """The history with one step more.
+  """The history with one more step.
 
   Plain mean and variance over the first window, then exponentially weighted ones: D. H. D. West,
   Communications of the ACM 22 (1979), with weights that fall off by 1 - 1 / window.
@@ -89,33 +77,15 @@ def add(guard: config.Guard, history: History, loss: jax.Array, norm: jax.Array)
   return History(history.mean + rate * delta, variance, count)
 
 
-def _finite(loss: jax.Array, norm: jax.Array) -> jax.Array:
-  return jnp.isfinite(loss) & jnp.isfinite(norm)
-
-
-def _keep(taken: jax.Array, after: Any, before: Any) -> Any:
-  return jax.tree.map(lambda new, old: jnp.where(taken, new, old), after, before)
-
-
-class Diverged(UserError):
-  """A run halts at a step that would do harm."""
-
-  def __init__(self, name: str, what: str, checkpoint: Path | None):
-    kept = f'the last good checkpoint is {checkpoint}' if checkpoint else 'no checkpoint was saved'
-    super().__init__(
-      f'runs.{name} {what}; {kept}: lower runs.{name}.schedule.peak_learning_rate, look at the '
-      f'data, or set runs.{name}.guard.'
-    )
+def _where(condition: jax.Array, true: Any, false: Any) -> Any:
+  return jax.tree.map(lambda x, y: jnp.where(condition, x, y), true, false)
 
 
 class Skips:
-  """Counts the steps that a run skips, and halts it.
+  """A hook of finished steps that counts those that a run skips, and halts it.
 
-  Args:
-    name: of the run.
-    guard: of the run.
-    last_good: the newest checkpoint, for the message.
-    counts: what `counts` was at the checkpoint that the run resumes at.
+  `counts`, of all skipped steps and of the newest ones in a row, are those of the checkpoint that
+  the run resumes at; `last_good` returns the folder of the newest checkpoint, for the message.
   """
 
   def __init__(
@@ -126,38 +96,31 @@ class Skips:
     counts: tuple[int, int] = (0, 0),
   ):
     self._name, self._guard, self._last_good = name, guard, last_good
-    self.counts = counts  # of skipped steps: all, and those that the newest steps are
+    self.counts = counts
 
-  @property
-  def total(self) -> int:
-    """Steps that were skipped."""
-    return self.counts[0]
-
-  def skipped(self, step: int, facts: Mapping[str, Any]) -> bool:
-    """Whether a step was skipped.
-
-    Args:
-      step: its number.
-      facts: its `loss`, its `gradient_norm` and, if it is asked, whether it is a `spike`.
-
-    Raises:
-      Diverged: the run must halt.
-    """
-    finite = math.isfinite(facts['loss']) and math.isfinite(facts['gradient_norm'])
-    if finite and not facts.get('spike'):
-      self.counts = self.total, 0
-      return False
-    if (self._guard.on_spike if finite else self._guard.on_nan) == 'halt':
-      what = (
-        f'has a spike at step {step}, loss {facts["loss"]:.4g}, gradient norm '
-        f'{facts["gradient_norm"]:.4g}'
-        if finite
-        else f'lost its loss or gradient to NaN or infinity at step {step}'
+  def __call__(self, step: int, facts: dict[str, Any]) -> None:
+    """Adds `taken` and `skipped`, the number of steps, to a step's facts; UserError to halt."""
+    loss, norm, (total, in_a_row) = facts['loss'], facts['gradient_norm'], self.counts
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    facts |= {'taken': finite and not facts.get('spike'), 'skipped': total}
+    if facts['taken']:
+      self.counts = total, 0
+      return
+    if not finite and self._guard.on_nan == 'halt':
+      self._halt(f'has NaN or infinity at step {step}, in its loss or gradient')
+    if finite and self._guard.on_spike == 'halt':
+      self._halt(f'has a spike at step {step}, loss {loss:.4g}, gradient norm {norm:.4g}')
+    if in_a_row >= self._guard.max_skipped:
+      self._halt(
+        f'skipped guard.max_skipped={in_a_row} steps in a row and would have to skip step {step}'
       )
-      raise Diverged(self._name, what, self._last_good())
-    total, running = self.counts
-    if running >= self._guard.max_skipped:
-      what = f'skipped guard.max_skipped={running} steps, and must skip step {step} too'
-      raise Diverged(self._name, what, self._last_good())
-    self.counts = total + 1, running + 1
-    return True
+    self.counts = total + 1, in_a_row + 1
+    facts['skipped'] += 1
+
+  def _halt(self, what: str) -> None:
+    folder = self._last_good()
+    kept = f'the last good checkpoint is {folder}' if folder else 'no checkpoint was saved'
+    raise UserError(
+      f'runs.{self._name} {what}; {kept}: lower runs.{self._name}.schedule.peak_learning_rate, '
+      f'look at the data, or set runs.{self._name}.guard.'
+    )

@@ -8,26 +8,18 @@ from typing import Any
 
 import grain
 import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from bam_jax import checkpoint, config, errors
 from bam_jax.checkpoint import integrity
 from bam_jax.data import mixture, shards
 from bam_jax.errors import UserError
-from bam_jax.model import arithmetic, transformer
+from bam_jax.model import transformer
 from bam_jax.parallel import processes, sharding
-from bam_jax.train import (
-  evaluation,
-  goodput,
-  guard,
-  metrics,
-  optimizer,
-  profile,
-  record,
-  stages,
-  stop,
-)
+from bam_jax.train import guard, heldout, log, optimizer, stop, timing
+from bam_jax.train import hooks as hooks_lib
 from bam_jax.train import step as step_lib
-from bam_jax.train import watch as watch_lib
 from bam_jax.train.progress import Progress
 
 PREFETCH = 4  # batches made ahead
@@ -58,31 +50,22 @@ def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> di
     began: when the time of this run began, by `time.monotonic`.
 
   Returns:
-    `step`, `tokens`, `wall_seconds`, `time` (seconds by kind of `goodput`), `skipped` (steps),
+    `step`, `tokens`, `wall_seconds`, `time` (seconds by kind of `timing.KINDS`), `skipped` (steps),
     `loss` of the last step and `domains`, the held-out results.
 
   Raises:
-    guard.Diverged: a step would do harm, and the run's guard does not skip it.
     stop.Stopped: a signal came; the state is saved.
-    UserError: the disk takes no more, or what lies on it is damaged.
+    UserError: a step would do harm and the run's guard does not skip it, the disk is full, or what
+      is on it is damaged.
   """
-  run, recipe, options = job.run, job.recipe, job.recipe.evaluation
-  total_steps, step_tokens = recipe.total_steps(job.name), recipe.step_tokens(job.name)
-  learning_rate = optimizer.learning_rate(run.schedule, recipe.warmup_steps(job.name), total_steps)
-  mesh = sharding.make_mesh(run.mesh)
+  name, run, recipe = job.name, job.run, job.recipe
+  total_steps, mesh = recipe.total_steps(name), sharding.make_mesh(run.mesh)
+  replicated = NamedSharding(mesh, P())
   train_step = step_lib.train_step(
-    job.model,
-    run.compute,
-    run.loss,
-    run.optimizer,
-    run.grad_accum_steps,
-    mesh,
-    stages.of(run),
-    run.guard,
-  )
-  rates = stages.rates(learning_rate, recipe.router_warmup_steps(job.name))
-  evaluate = step_lib.evaluation_step(job.model, run.compute, mesh)
-  spent = goodput.Goodput(began)
+    job.model, run.compute, run.loss, run.optimizer, run.grad_accum_steps, mesh,
+    optimizer.factors_of(run), run.guard,
+  )  # fmt: skip
+  goodput, hooks = timing.Goodput(began), hooks_lib.Hooks()
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
@@ -91,95 +74,88 @@ def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> di
     checkpoints = checkpoint.Checkpoints(job.folder / 'checkpoints', run.intervals.keep)
     stack.push(lambda kind, error, trace: _close(checkpoints, error))
     batches = mixture.iterate(batches_of(run, recipe, job.dataset), 0, PREFETCH)
-    first_step, state, data = _start(job, mesh, checkpoints, batches)
-    writer = metrics.Writer(job.folder, first_step)
-    stack.callback(writer.close)
-    spent.resume(data.get('spent', {}), writer.dropped)
-    watch = stack.enter_context(
-      watch_lib.Watch(
-        job.name, first_step, run.watch.stall_seconds, lambda: spent.kind, progress.note
-      )
-    )
-    skips = guard.Skips(
-      job.name, run.guard, checkpoints.newest_folder, tuple(data.get('skipped', (0, 0)))
-    )
-    recorder = record.Recorder(
-      job.name,
-      writer,
-      progress,
-      first_step=first_step,
-      total_steps=total_steps,
-      spent=spent,
-      skips=skips,
-      done=watch.done,
-      step_tokens=step_tokens,
-      flops_per_token=arithmetic.training_flops(job.model, recipe.data.sequence_length),
-      num_devices=mesh.size,
-      log_every=run.intervals.log,
-      learning_rate=learning_rate,
-    )
-    profiler = profile.Profiler(job.folder / 'profile', run.watch, recorder.settle)
-    stack.callback(profiler.close)
+    first_step, state, saved = _start(job, mesh, checkpoints, batches)
+    writer = stack.enter_context(log.Writer(job.folder, first_step))
+    goodput.resume(saved.get('spent', {}), writer.dropped)
+    stalls = timing.StallWatch(name, first_step, run.watch.stall_seconds, goodput, progress.note)
+    skips = guard.Skips(name, run.guard, checkpoints.newest_folder, saved.get('skipped', (0, 0)))
+    steps = log.Log(recipe, name, job.model, first_step, writer, progress, goodput)
+    profile = hooks_lib.Profile(job.folder / 'profile', run.watch, first_step, hooks.settle)
+    stack.enter_context(stalls)
+    stack.callback(profile.close)
 
-    def save(step: int) -> None:
-      recorder.settle()
-      with spent.spend('checkpoint'):
+    def nats(state: step_lib.State, tokens: int | None, between: Callable) -> dict[str, Any]:
+      with goodput.spend('evaluate'):
+        return heldout.evaluate(
+          job.model, run, recipe, state.params, job.dataset, job.domains, tokens, between
+        )  # fmt: skip
+
+    def evaluate(step: int, state: step_lib.State, between: Callable = stalls.alive) -> None:
+      hooks.settle()
+      steps.valid(step, nats(state, recipe.evaluation.tokens, between))
+
+    def save(step: int, state: step_lib.State) -> None:
+      hooks.settle()  # raises if this step did harm
+      if step == checkpoints.latest():
+        return
+      with goodput.spend('checkpoint'):
         data = {
           'iterator': batches.get_state(),
           'history': guard.to_json(state.history),
           'skipped': skips.counts,
-          'spent': spent.spent(),
+          'spent': goodput.spent(),
         }
-        writer.flush()  # a resume at this step reads back what was told of the steps before
+        writer.flush()  # a resume at this step reads what was written of the steps before it
         checkpoints.save(step, state.params, state.opt_state, data, job.meta(step))
 
-    def heldout(tokens: int | None, between: Callable[[], None]) -> dict[str, Any]:
-      recorder.settle()
-      with spent.spend('evaluate'):
-        return evaluation.heldout_nll(
-          evaluate, state.params, job.dataset, job.domains, options,
-          recipe.data.sequence_length, mesh, tokens, between,
-        )  # fmt: skip
+    def stop_if_asked(step: int, state: step_lib.State) -> None:
+      if signum := stopping.agreed():
+        save(step, state)
+        raise stop.Stopped(signum)
 
-    def may_stop() -> None:
-      """Between the batches of all held-out text, which may be long; by then the state is saved."""
-      watch.goes_on()
+    def stop_at_once() -> None:
+      stalls.alive()
       if signum := stopping.agreed():
         raise stop.Stopped(signum)
 
-    stack.enter_context(spent.spend('step'))
-    for step in range(first_step + 1, total_steps + 1):
-      profiler.before(step)
-      with spent.spend('data'):
-        batch = sharding.put_batch(mixture.model_inputs(next(batches)), mesh)
-      with spent.spend('step' if step > first_step + 1 else 'compile'):
-        state, step_metrics = train_step(state, batch, rates(step - 1))
-      recorder.step(step, step_metrics)
-      profiler.after(step)
-      if step == total_steps:
-        break
-      if _due(step, run.intervals.evaluate):
-        recorder.valid(step, evaluation.nats_per_token(heldout(options.tokens, watch.goes_on)))
-      signum = stopping.agreed()
-      if _due(step, run.intervals.checkpoint) or signum:
-        save(step)
-      if signum:
-        raise stop.Stopped(signum)
+    for hook in (stalls, skips, steps):
+      hooks.add_finished(hook)
+    hooks.add(profile)
+    hooks.add(evaluate, every=run.intervals.evaluate)
+    hooks.add(save, every=run.intervals.checkpoint)
+    hooks.add(stop_if_asked)
 
-    if checkpoints.latest() != total_steps:
-      save(total_steps)
+    stack.enter_context(goodput.spend('step'))
+    for step in range(first_step + 1, total_steps + 1):
+      with goodput.spend('data'):
+        batch = sharding.put_batch(mixture.model_inputs(next(batches)), mesh)
+      rates = optimizer.learning_rates(recipe, name, step)
+      rates = jax.make_array_from_process_local_data(replicated, rates)
+      compiles = step == first_step + 1  # which may put constants on the devices
+      with (
+        goodput.spend('compile' if compiles else 'step'),
+        jax.transfer_guard('allow' if compiles else 'disallow'),
+      ):
+        state, step_metrics = train_step(state, batch, rates)
+      hooks.dispatched(step, step_metrics)
+      if step < total_steps:
+        hooks.run(step, state)
+
+    hooks.settle()
+    profile.close()
+    save(total_steps, state)
     # The curve's last point is over the text of all its points; the result is over everything.
-    recorder.valid(total_steps, evaluation.nats_per_token(heldout(options.tokens, may_stop)))
-    domains = heldout(None, may_stop)
-    with spent.spend('checkpoint'):
+    evaluate(total_steps, state, stop_at_once)
+    domains = nats(state, None, stop_at_once)
+    with goodput.spend('checkpoint'):
       checkpoints.wait()
     return {
       'step': total_steps,
-      'tokens': total_steps * step_tokens,
-      'wall_seconds': spent.seconds,
-      'time': spent.spent(),
-      'skipped': skips.total,
-      'loss': recorder.loss,
+      'tokens': total_steps * recipe.step_tokens(name),
+      'wall_seconds': goodput.seconds,
+      'time': goodput.spent(),
+      'skipped': skips.counts[0],
+      'loss': steps.loss,
       'domains': domains,
     }
 
@@ -191,7 +167,7 @@ def _close(checkpoints: checkpoint.Checkpoints, error: BaseException | None) -> 
   try:
     checkpoints.close()
   except UserError:
-    if not isinstance(error, UserError):  # of a full disk one sentence is enough
+    if not isinstance(error, UserError):  # one sentence is enough of a full disk
       raise
 
 
@@ -206,14 +182,13 @@ def _start(
     params = job.init(shardings.params)
     adamw = optimizer.adamw(job.run.optimizer)
     opt_state = jax.jit(adamw.init, out_shardings=shardings.opt_state)(params)
-    first_step, data = 0, {}
+    first_step, saved = 0, {}
   else:
-    params, opt_state, data = checkpoints.restore(first_step, abstract.params, abstract.opt_state)
-    batches.set_state(data['iterator'])
-  history = guard.history(job.run.guard, data.get('history'))
-  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  history = processes.put(history, jax.tree.map(lambda _: everywhere, history))
-  return first_step, step_lib.State(params, opt_state, history), data
+    params, opt_state, saved = checkpoints.restore(first_step, abstract.params, abstract.opt_state)
+    batches.set_state(saved['iterator'])
+  history = guard.history(job.run.guard, saved.get('history'))
+  everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), history)
+  return first_step, step_lib.State(params, opt_state, processes.put(history, everywhere)), saved
 
 
 def batches_of(
@@ -231,7 +206,3 @@ def batches_of(
     process_index=part,
     process_count=parts,
   )
-
-
-def _due(step: int, every: int) -> bool:
-  return every > 0 and step % every == 0

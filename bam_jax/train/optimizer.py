@@ -1,17 +1,22 @@
-"""AdamW and its learning rate.
+"""AdamW, the learning rates of a step, and which parameters learn how fast.
 
-The learning rate is an input of the train step and not a part of the optimizer: runs that differ
-only in their schedule then share one compiled step.
+Learning rates are an input of the train step and no part of the optimizer: runs that differ only in
+their schedule then share one compiled step.
 """
 
-from collections.abc import Callable
+import fnmatch
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bam_jax import config
-from bam_jax.model import parameters
+from bam_jax.errors import UserError
+from bam_jax.model import parameters, transformer
 from bam_jax.parallel import sharding
+
+Factors = tuple[tuple[str, float], ...]  # pattern, factor of the learning rate
 
 
 def adamw(options: config.Optimizer) -> optax.GradientTransformation:
@@ -28,31 +33,108 @@ def adamw(options: config.Optimizer) -> optax.GradientTransformation:
   )
 
 
-def decayed(params) -> dict:
+def decayed(params: dict) -> dict:
   """True for the parameters that decay."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: sharding.path_of(path).split('/')[-1] not in parameters.UNDECAYED, params
-  )
+  is_decayed = lambda key_path, _: key_path[-1].key not in parameters.UNDECAYED
+  return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
-def learning_rate(
-  schedule: config.Schedule, warmup_steps: int, total_steps: int
-) -> Callable[[int], float]:
-  """The learning rate of step n = 0, 1, ...
+def learning_rates(recipe: config.Recipe, name: str, step: int) -> np.ndarray:
+  """The learning rates of a run's step 1, 2, ...: float32 [2], of routers and of all else.
 
-  It grows by equal parts, the first of them already at step 0, to the peak at step
-  `warmup_steps - 1`, and reaches `min_lr_ratio` of it at the last step.
+  They grow by equal parts, the first of them at step 1, to the peak at step `warmup_steps`, fall
+  along a cosine, and are `min_lr_ratio` of the peak at the last step. In the first
+  `router_warmup_steps` only routers learn.
+
+  Computed on the host, so that it never waits for a device; bit for bit what optax's
+  `linear_schedule` and `cosine_decay_schedule` give on a CPU.
   """
-  peak, end = schedule.peak_learning_rate, schedule.min_lr_ratio * schedule.peak_learning_rate
-  cosine = optax.cosine_decay_schedule(
-    peak, max(total_steps - warmup_steps, 1), schedule.min_lr_ratio
-  )
-  warm = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
+  schedule, total_steps = recipe.runs[name].schedule, recipe.total_steps(name)
+  peak, ratio, warmup_steps = (
+    schedule.peak_learning_rate, schedule.min_lr_ratio, recipe.warmup_steps(name)
+  )  # fmt: skip
+  if step >= total_steps:
+    rate = ratio * peak
+  elif step < warmup_steps:
+    rate = peak - peak * (1 - np.float32(step) / np.float32(warmup_steps))
+  else:
+    angle = np.float32(np.pi) * np.float32(step - warmup_steps)
+    angle /= np.float32(total_steps - warmup_steps)
+    # NumPy's complex cosine is the C library's, as XLA's is on CPUs; its real one rounds otherwise.
+    cosine = np.cos(np.complex64(angle)).real
+    rate = peak * ((1 - ratio) * (0.5 * (1 + cosine)) + ratio)
+  return np.array([rate, rate if step > recipe.router_warmup_steps(name) else 0], np.float32)
 
-  def at(step: int) -> float:
-    count = step + 1
-    if count >= total_steps:
-      return end
-    return float(warm(count) if count < warmup_steps else cosine(count - warmup_steps))
 
-  return at
+def factors_of(run: config.Run) -> Factors:
+  """The factors of a run's learning rates; hashable, as the key of a compiled step must be."""
+  return tuple(sorted(run.learning_rate_factors.items()))
+
+
+def factor(path: str, factors: Factors) -> float:
+  """The factor of a parameter: of the longest pattern that matches its path, 1 if none does."""
+  matching = [(len(pattern), pattern, value) for pattern, value in factors if _hit(pattern, path)]
+  return max(matching)[-1] if matching else 1.0
+
+
+def freeze(grads: dict, factors: Factors) -> dict:
+  """Gradients in which those of parameters with factor 0 are 0.
+
+  They then do not count in the norm that clipping bounds, and XLA computes none of them.
+  """
+
+  def one(key_path, grad):
+    return grad if factor(sharding.path_of(key_path), factors) else jnp.zeros_like(grad)
+
+  return jax.tree_util.tree_map_with_path(one, grads)
+
+
+def apply_updates(params: dict, updates: dict, learning_rates: jax.Array, factors: Factors) -> dict:
+  """`params - factor * learning rate * updates`.
+
+  A factor of 0 returns the array itself: weight decay, a part of the update, does not move it.
+  """
+
+  def one(key_path, param, update):
+    path = sharding.path_of(key_path)
+    if not (scale := factor(path, factors)):
+      return param
+    rate = learning_rates[0 if key_path[-1].key in parameters.ROUTERS else 1]
+    return (param - scale * rate * update).astype(param.dtype)
+
+  return jax.tree_util.tree_map_with_path(one, params, updates)
+
+
+def update_expert_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:
+  """`b_i += rate * sign(mean load - load_i)`, a layer at a time; arXiv 2408.15664, algorithm 1.
+
+  `load_LE` are the assignments to each expert in the whole step, int32.
+  """
+  # In whole numbers, so that equal loads move nothing: `mean - load` has the sign of the floor of
+  # the mean minus the load, and where these two are equal, of what the floor leaves out.
+  floor_L1, rest_L1 = jnp.divmod(load_LE.sum(-1, keepdims=True), load_LE.shape[-1])
+  return bias_LE + rate * jnp.sign(2 * (floor_L1 - load_LE) + (rest_L1 > 0))
+
+
+def check(run: config.Run, model: config.Model, where: str) -> None:
+  """UserError when a pattern matches no parameter, or a model without routers is to warm them."""
+  if run.router_warmup_steps and model == model.dense():
+    raise UserError(
+      f'{where}.router_warmup_steps={run.router_warmup_steps} has no meaning for a dense model, '
+      'which has no router: set it to 0.'
+    )
+  if not run.learning_rate_factors:
+    return
+  abstract = transformer.Network(model, config.Compute()).abstract()
+  paths = [sharding.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)]
+  for pattern in run.learning_rate_factors:
+    if not any(_hit(pattern, path) for path in paths):
+      raise UserError(
+        f'{where}.learning_rate_factors has the pattern {pattern!r}, which matches no parameter: '
+        f'there are {", ".join(paths)}.'
+      )
+
+
+def _hit(pattern: str, path: str) -> bool:
+  """Whether a path lies under the prefix `pattern` or, with wildcards, is what it describes."""
+  return path == pattern or path.startswith(f'{pattern}/') or fnmatch.fnmatchcase(path, pattern)

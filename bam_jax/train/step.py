@@ -7,16 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bam_jax import config
-from bam_jax.model import transformer
+from bam_jax.model import block, transformer
 from bam_jax.parallel import sharding
-from bam_jax.train import balance
 from bam_jax.train import guard as guard_lib
 from bam_jax.train import loss as loss_lib
 from bam_jax.train import optimizer as optimizer_lib
-from bam_jax.train import stages as stages_lib
 
 
 class State(NamedTuple):
@@ -30,7 +29,7 @@ class State(NamedTuple):
 class StepMetrics(NamedTuple):
   """What a step reports."""
 
-  loss: jax.Array  # the objective, nats and routers' losses
+  loss: jax.Array  # the objective: nats and the routers' losses
   gradient_norm: jax.Array  # before clipping
   sums: loss_lib.Metrics
   spike: jax.Array | None = None  # whether it was one, if the guard asks
@@ -58,45 +57,42 @@ def train_step(
   optimizer: config.Optimizer,
   grad_accum_steps: int,
   mesh: jax.sharding.Mesh,
-  stages: stages_lib.Stages = stages_lib.Stages(),  # noqa: B008
+  factors: optimizer_lib.Factors = (),
   guard: config.Guard = config.Guard(),  # noqa: B008
 ) -> Callable[[State, dict, Any], tuple[State, StepMetrics]]:
-  """The jitted step `(state, batch, learning_rate) -> (state, metrics)`.
+  """The jitted step `(state, batch, learning_rates) -> (state, metrics)`.
 
-  Cached, so that runs which differ in data, schedule or initial parameters compile once. What
-  `learning_rate` is, `stages.rates` says.
+  Cached, so that runs which differ in data, schedule or initial parameters compile once.
+  `learning_rates` is what `optimizer.learning_rates` returns; `factors` are of them.
   """
   network = transformer.Network(model, compute, mesh)
-  gradients = spread_gradients(network, loss, grad_accum_steps)
   adamw = optimizer_lib.adamw(optimizer)
-  learnable, learn = stages_lib.learnable(stages), stages_lib.learner(stages)
-  move_bias = balance.bias_update(model, loss, stages)
   abstract = abstract_state(model, compute, optimizer, mesh)
-  judge = guard_lib.judge(guard)
-  fetch = _fetcher(compute, sharding.tree(abstract.opt_state, mesh))
-  everywhere = jax.sharding.NamedSharding(mesh, P())
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)._replace(history=everywhere)
+  on_devices = sharding.tree(abstract.opt_state, mesh)
+  replicated = NamedSharding(mesh, P())
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)._replace(history=replicated)
+  bias_rate = loss.expert_bias_update_rate * optimizer_lib.factor('blocks/ffn/expert_bias', factors)
 
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, everywhere))
-  def step(state: State, batch: dict, learning_rate) -> tuple[State, StepMetrics]:
-    (loss_value, sums), grads = gradients(state.params, batch)
-    grads = learnable(grads)
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated))
+  def step(state: State, batch: dict, learning_rates: jax.Array) -> tuple[State, StepMetrics]:
+    (loss_value, sums), grads = gradients(network, loss, grad_accum_steps, state.params, batch)
+    grads = optimizer_lib.freeze(grads, factors)
     norm = optax.tree.norm(grads)
-    before = state._replace(opt_state=fetch(state.opt_state))
-    updates, opt_state = adamw.update(grads, before.opt_state, before.params)
-    params = move_bias(learn(before.params, updates, learning_rate), sums.routing)
-    after = before._replace(params=params, opt_state=opt_state)
-    state, spike = judge(before, after, loss_value, norm)
-    return state, StepMetrics(loss_value, norm, sums, spike)
+    if compute.offload_optimizer:
+      state = state._replace(opt_state=jax.device_put(state.opt_state, on_devices))
+    updates, opt_state = adamw.update(grads, state.opt_state, state.params)
+    params = optimizer_lib.apply_updates(state.params, updates, learning_rates, factors)
+    if model.ffn_experts and model.ffn_experts.expert_bias and bias_rate:
+      ffn = params['blocks']['ffn']
+      bias_LE = optimizer_lib.update_expert_bias(
+        ffn['expert_bias'], sums.routing.ffn.load, bias_rate
+      )
+      params |= {'blocks': params['blocks'] | {'ffn': ffn | {'expert_bias': bias_LE}}}
+    after = State(params, opt_state, state.history)
+    after, spike = guard_lib.select(guard, state, after, loss_value, norm)
+    return after, StepMetrics(loss_value, norm, sums, spike)
 
   return step
-
-
-def _fetcher(compute: config.Compute, shardings: Any) -> Callable[[Any], Any]:
-  """What brings the optimizer's state to the devices for its update."""
-  if not compute.offload_optimizer:
-    return lambda opt_state: opt_state
-  return lambda opt_state: jax.device_put(opt_state, shardings)
 
 
 @functools.lru_cache(maxsize=8)
@@ -105,56 +101,69 @@ def evaluation_step(
 ) -> Callable[[transformer.Params, dict], loss_lib.Metrics]:
   """The jitted `(params, batch) -> sums of the rows of each device`, along a first axis.
 
-  They are not added up here: in which order a network adds is not for us to say.
+  They are not added up here: the order in which a network adds is not fixed. Nothing is dropped: a
+  token's likelihood must not depend on its neighbours.
   """
-  network = transformer.Network(model, compute, mesh)
+  network = transformer.Network(model.dropless(), compute, mesh)
   layout = network.layout
 
   def sums(params, batch):
     return jax.tree.map(lambda x: x[None], loss_lib.nll(network, params, batch))
 
   specs = layout.specs(network.abstract()), sharding.BATCH
-  everywhere = jax.sharding.NamedSharding(mesh, P())
-  return jax.jit(layout.spread(sums, specs, sharding.BATCH), out_shardings=everywhere)
+  return jax.jit(layout.spread(sums, specs, sharding.BATCH), out_shardings=NamedSharding(mesh, P()))
 
 
-def spread_gradients(
-  network: transformer.Network, loss: config.Loss, grad_accum_steps: int
-) -> Callable:
-  """The function `(params, batch) -> ((loss, sums), gradients)` of global arrays."""
+def gradients(
+  network: transformer.Network,
+  loss: config.Loss,
+  grad_accum_steps: int,
+  params: transformer.Params,
+  batch: dict,
+) -> tuple[tuple[jax.Array, loss_lib.Metrics], transformer.Params]:
+  """`((loss, sums), gradients)` of global arrays, over `grad_accum_steps` micro-batches."""
   layout = network.layout
-  gradients = jax.value_and_grad(loss_lib.objective(network, loss), has_aux=True)
-  if grad_accum_steps > 1:
-    gradients = _accumulated(gradients, grad_accum_steps, network, loss)
 
-  def run(params, batch):
-    (value, sums), grads = gradients(params, batch)
+  def local(params, batch):
+    gradient = functools.partial(
+      jax.value_and_grad(loss_lib.objective, argnums=2, has_aux=True), network, loss, params
+    )
+    if grad_accum_steps == 1:
+      (value, sums), grads = gradient(batch)
+    else:
+      targets = layout.total(batch['weights'].sum())
+      # Micro-batch i takes every row i modulo `grad_accum_steps`, on every mesh the same rows.
+      micro = jax.tree.map(
+        lambda x: x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), batch
+      )
+      whole = None
+      if loss.balance_over == 'global_batch' and network.model != network.model.dense():
+        whole = _whole_routing(network, params, micro)
+
+      def add(total, part):
+        return jax.tree.map(jnp.add, total, gradient(part, targets, whole)), None
+
+      first = gradient(jax.tree.map(lambda x: x[0], micro), targets, whole)
+      rest = jax.tree.map(lambda x: x[1:], micro)
+      ((value, sums), grads), _ = jax.lax.scan(add, first, rest)
     value = layout.sum(value, *sharding.AXES)
     return (value, layout.total(sums)), layout.gradient_sums(grads)
 
   specs = layout.specs(network.abstract())
-  return layout.spread(run, (specs, sharding.BATCH), ((P(), P()), specs))
+  return layout.spread(local, (specs, sharding.BATCH), ((P(), P()), specs))(params, batch)
 
 
-def _accumulated(
-  gradient: Callable, grad_accum_steps: int, network: transformer.Network, loss: config.Loss
-) -> Callable:
-  """`gradient` over micro-batches: sums over the step's targets, divided once."""
-  whole_step = balance.whole_step(network, loss)
+def _whole_routing(network: transformer.Network, params, micro: dict) -> block.Routing:
+  """The routing of all micro-batches, for routers' losses over the whole step.
 
-  def run(params, batch):
-    targets = network.layout.total(batch['weights'].sum())
-    # Micro-batch i takes every row i modulo `grad_accum_steps`, on every mesh the same rows.
-    micro = jax.tree.map(
-      lambda x: x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), batch
-    )
-    whole = whole_step(params, micro)
+  Balancing micro-batch by micro-batch punishes experts of domains for what they are meant for;
+  arXiv 2501.11873. This is one more forward pass, a third more work in the blocks, and no more
+  memory.
+  """
 
-    def body(total, part):
-      return jax.tree.map(jnp.add, total, gradient(params, part, targets, whole)), None
+  def forward(carry, part):
+    inputs = part['tokens'], part['segments'], part['positions']
+    return carry, network.hidden(params, *inputs)[1]
 
-    first = gradient(params, jax.tree.map(lambda x: x[0], micro), targets, whole)
-    total, _ = jax.lax.scan(body, first, jax.tree.map(lambda x: x[1:], micro))
-    return total
-
-  return run
+  _, routing = jax.lax.scan(forward, None, micro)
+  return network.layout.total(jax.tree.map(lambda x: x.sum(0), routing))

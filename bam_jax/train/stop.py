@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave; the same command goes on."""
+"""Ctrl-C and SIGTERM: finish the step, save, end; the same command continues."""
 
 import contextlib
 import signal
@@ -44,17 +44,17 @@ class Flag:
     if jax.process_count() == 1:
       return self.signum
     asked, self._asked = self._asked, processes.highest(self.signum or 0)
-    return int(asked) or None if asked is not None else None
+    return int(jax.device_get(asked)) or None if asked is not None else None
 
 
 @contextlib.contextmanager
 def catch() -> Iterator[Flag]:
-  """Catches the signals for the time of a `with` block; must run in the main thread."""
+  """Catches the signals inside a `with` block; must run in the main thread."""
   flag = Flag()
   before = {signum: signal.signal(signum, flag) for signum in SIGNALS}
   try:
     yield flag
   finally:
     for signum, handler in before.items():
-      # None is a handler in C, as a device's library may have: Python cannot give it back.
+      # None is a handler in C, as a device's library may have: Python cannot put it back.
       signal.signal(signum, signal.SIG_DFL if handler is None else handler)

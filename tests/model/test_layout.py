@@ -37,7 +37,7 @@ def compiled(named, start, make_batch):
     network = transformer.Network(named(name), compute, mesh)
     params = jax.device_put(start(name), sharding.tree(network.abstract(), mesh))
     batch = sharding.put_batch(make_batch(8, 12, seed=1), mesh)
-    gradients = jax.jit(step.spread_gradients(network, LOSS, 1))
+    gradients = jax.jit(functools.partial(step.gradients, network, LOSS, 1))
     return gradients.lower(params, batch).compile(), (params, batch)
 
   return build
@@ -49,7 +49,8 @@ def one_device(named, start, make_batch):
 
   @functools.cache
   def run(name: str):
-    objective = loss_lib.objective(transformer.Network(named(name), config.Compute()), LOSS)
+    network = transformer.Network(named(name), config.Compute())
+    objective = functools.partial(loss_lib.objective, network, LOSS)
     gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))
     return jax.device_get(gradient(start(name), make_batch(8, 12, seed=1)))
 
@@ -185,7 +186,8 @@ def test_devices_whose_rows_do_not_fit_take_the_full_buffer(
   crowded['blocks']['ffn']['expert_bias'][0, 1] = 10
   params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), crowded, params)
 
-  objective = loss_lib.objective(transformer.Network(named('biased'), config.Compute()), LOSS)
+  network = transformer.Network(named('biased'), config.Compute())
+  objective = functools.partial(loss_lib.objective, network, LOSS)
   want = jax.jit(jax.value_and_grad(objective, has_aux=True))(crowded, make_batch(8, 12, seed=1))
   load_LE = np.asarray(want[0][1].routing.ffn.load)
   assert load_LE[0, 1] == load_LE[0].sum() and (load_LE[1] < load_LE[1].sum()).all()

@@ -266,7 +266,7 @@ def measure(logits_BTV: np.ndarray, routes: list[oracle.Route], batch: dict) -> 
 def program(model: config.Model, compute: config.Compute) -> Callable:
   """The JAX model as training computes it, compiled: (params, batch) -> Answer."""
   network = transformer.Network(model, compute)
-  objective = loss.objective(network, LOSS)
+  objective = functools.partial(loss.objective, network, LOSS)
 
   def run(params, batch):
     hidden_BTD, _ = network.hidden(params, batch['tokens'], batch['segments'], batch['positions'])
@@ -401,7 +401,7 @@ def test_bfloat16_is_near_float32(name):
   @jax.jit
   def run(params, batch):
     hidden_BTD, _ = network.hidden(params, batch['tokens'], batch['segments'], batch['positions'])
-    return network.logits(params, hidden_BTD), loss.objective(network, LOSS)(params, batch)[0]
+    return network.logits(params, hidden_BTD), loss.objective(network, LOSS, params, batch)[0]
 
   logits_BTV, value = jax.device_get(run(params, batch))
   assert logits_BTV.dtype == value.dtype == np.float32

@@ -1,0 +1,144 @@
+"""Where a run's wall time goes, over all of its attempts; a thread that reports stalled steps."""
+
+import contextlib
+import os
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+KINDS = {  # of time, and what a run waits for while it is spent
+  'step': 'the devices',
+  'data': 'a batch of data',
+  'compile': 'the compiler',
+  'checkpoint': 'a checkpoint to be written',
+  'evaluate': 'the held-out losses',
+  'restart': 'what comes before the first step',  # and steps that are done again
+}
+USUAL = 10  # times the median step, and as long as was asked, is a stall
+
+
+class Goodput:
+  """A run's seconds by kind; what is spent on no kind, from when it `began`, is `restart`."""
+
+  def __init__(self, began: float, clock: Callable[[], float] = time.monotonic):
+    self._spent, self._clock = dict.fromkeys(KINDS, 0.0), clock
+    self._began = self._since = began
+    self._compiled = 0.0
+    self.kind = 'restart'  # what time is being spent on now
+
+  @contextlib.contextmanager
+  def spend(self, kind: str) -> Iterator[None]:
+    """Counts the block's time as of this kind, but for blocks of another kind inside it."""
+    outer = self.kind
+    self._switch(kind)
+    try:
+      yield
+    finally:
+      self._switch(outer)
+
+  def resume(self, spent: Mapping[str, float], dropped: Iterable[Mapping[str, Any]]) -> None:
+    """Adds the attempts before this one.
+
+    They had `spent` this much at the checkpoint that this one begins at, and `dropped` are metrics
+    of the steps after it, which are done again: their `seconds` came to nothing.
+    """
+    for kind, seconds in spent.items():
+      self._spent[kind] += seconds
+    latest = max((line.get('seconds', 0.0) for line in dropped), default=0.0)
+    self._spent['restart'] += max(latest - sum(spent.values()), 0.0)
+    self._compiled += spent.get('compile', 0.0)
+
+  @property
+  def attempt(self) -> tuple[float, float]:
+    """Seconds of this attempt, and those of them that went into compiling."""
+    return self._clock() - self._began, self.spent()['compile'] - self._compiled
+
+  @property
+  def seconds(self) -> float:
+    """Wall time over all attempts."""
+    return sum(self.spent().values())
+
+  def spent(self) -> dict[str, float]:
+    """Seconds by kind, up to now."""
+    self._switch(self.kind)
+    return dict(self._spent)
+
+  def shares(self) -> dict[str, float]:
+    """Shares of the wall time by kind; that of `step` is the goodput."""
+    spent = self.spent()
+    return {kind: seconds / sum(spent.values()) for kind, seconds in spent.items()}
+
+  def _switch(self, kind: str) -> None:
+    now = self._clock()
+    self._spent[self.kind] += now - self._since
+    self.kind, self._since = kind, now
+
+
+def process_began() -> float:
+  """When this process began, by `time.monotonic`; on systems without /proc, now."""
+  try:
+    # Field 22 of a line whose second field, a name in brackets, may hold spaces.
+    ticks = int(Path('/proc/self/stat').read_text().rpartition(')')[2].split()[19])
+  except OSError:
+    return time.monotonic()
+  began = ticks / os.sysconf('SC_CLK_TCK')
+  return time.monotonic() - (time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+
+
+class StallWatch:
+  """Reports a step that does not finish, once: a context manager, and a hook of finished steps.
+
+  It is stalled after so many `seconds` (0: never) without a finished step or held-out batch, if
+  they are also USUAL times the median step. `goodput` knows what the run waits for, `note` prints a
+  line, and `first_step` were done before this attempt.
+  """
+
+  def __init__(
+    self, name: str, first_step: int, seconds: float, goodput: Goodput, note: Callable[[str], None]
+  ):
+    self._name, self._seconds, self._goodput, self._note = name, seconds, goodput, note
+    self._first = self._step = first_step
+    self._since, self._reported = time.monotonic(), False
+    self._took: deque[float] = deque(maxlen=100)
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._look, name='stall watch', daemon=True)
+
+  def __enter__(self) -> Self:
+    if self._seconds:
+      self._thread.start()
+    return self
+
+  def __exit__(self, *error) -> None:
+    self._ended.set()
+    if self._seconds:
+      self._thread.join()
+
+  def __call__(self, step: int, facts: Mapping[str, Any] | None = None) -> None:
+    """A step has finished."""
+    since = self._since
+    self.alive()
+    if self._step > self._first:  # the first one compiles
+      self._took.append(self._since - since)
+    self._step = step
+
+  def alive(self) -> None:
+    """A part of what the run does between two steps is done."""
+    self._since = time.monotonic()
+    if self._reported:
+      self._note(f'{self._name}: continues')
+    self._reported = False
+
+  def _look(self) -> None:
+    while not self._ended.wait(min(max(self._seconds / 20, 0.01), 3600)):
+      waited = time.monotonic() - self._since
+      usual = statistics.median(list(self._took)) if self._took else 0.0
+      if not self._reported and waited > max(self._seconds, USUAL * usual):
+        self._reported = True
+        self._note(
+          f'{self._name}: stalled, no step has finished for {waited:.0f} s after step '
+          f'{self._step:,}; it waits for {KINDS[self._goodput.kind]}'
+        )
