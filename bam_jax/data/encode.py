@@ -1,14 +1,13 @@
 """Texts to files of tokens, in this process or in several: the parallel part of `prepare`."""
 
+import collections
 import concurrent.futures
-import contextlib
-import functools
 import multiprocessing
 import os
 import signal
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from pathlib import Path
@@ -21,42 +20,35 @@ from bam_jax.errors import UserError
 from bam_jax.files import folders
 
 
-@contextlib.contextmanager
-def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Callable[[Path, list[str]], None]]:
-  """A function that encodes some texts into a file; leaving the context waits for all of them.
+def encode_all(tokenizer: Tokenizer, tasks: Iterable[tuple[Path, list[str]]], workers: int) -> None:
+  """Encodes texts into files, BOS and EOS around each text.
 
   Args:
-    tokenizer: encodes the texts; begin and end are added to each.
-    workers: processes; 1 encodes in this one, at the call.
+    tokenizer: encodes the texts.
+    tasks: each a file to write and its texts.
+    workers: processes; 1 encodes in this one.
 
   Raises:
     UserError: a worker process died.
   """
   if workers == 1:
-    yield functools.partial(_encode_chunk, tokenizer)
+    for path, texts in tasks:
+      _encode_chunk(tokenizer, path, texts)
     return
   # Spawned, not forked: JAX and the tokenizers library hold threads that a fork would break.
   context = multiprocessing.get_context('spawn')
   pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (tokenizer,))
-  pending = set()
-
-  def settle(done: set[concurrent.futures.Future]) -> None:
-    for future in done:
-      future.result()
-
-  def submit(path: Path, texts: list[str]) -> None:
-    nonlocal pending
-    pending.add(pool.submit(_encode_in_worker, path, texts))
-    if len(pending) > 2 * workers:  # bounds the texts in memory
-      done, pending = concurrent.futures.wait(pending, return_when='FIRST_COMPLETED')
-      settle(done)
-
+  pending = collections.deque()
   try:
-    yield submit
-    settle(pending)
+    for path, texts in tasks:
+      pending.append(pool.submit(_encode_in_worker, path, texts))
+      if len(pending) > 2 * workers:  # bounds the texts in memory
+        pending.popleft().result()
+    for future in pending:
+      future.result()
   except BrokenProcessPool as error:
     raise UserError(
-      f'A worker process died, for want of memory perhaps: lower --workers={workers}.'
+      f'A worker process died, perhaps for lack of memory: lower --workers={workers}.'
     ) from error
   finally:
     pool.shutdown(cancel_futures=True)
@@ -66,7 +58,7 @@ def _start_worker(tokenizer: Tokenizer) -> None:
   global _worker_tokenizer
   _worker_tokenizer = tokenizer
   os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the processes are the parallelism
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers it
   threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -81,10 +73,11 @@ def _encode_in_worker(path: Path, texts: list[str]) -> None:
 
 
 def _encode_chunk(tokenizer: Tokenizer, path: Path, texts: list[str]) -> None:
-  ids = [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+  documents = [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+  dtype = token_dtype(tokenizer.vocab_size)
   encoded = Encoded(
-    np.concatenate([np.asarray(i, token_dtype(tokenizer.vocab_size)) for i in ids]),
-    np.array([len(i) for i in ids], np.int64),
+    np.concatenate([np.asarray(ids, dtype) for ids in documents]),
+    np.array([len(ids) for ids in documents], np.int64),
     np.array([len(text.encode()) for text in texts], np.int64),
   )
   unfinished = path.with_suffix(f'.{os.getpid()}')
@@ -96,7 +89,7 @@ def _encode_chunk(tokenizer: Tokenizer, path: Path, texts: list[str]) -> None:
 
 
 def read_chunk(path: Path) -> Encoded:
-  """Reads what `encoder` wrote."""
+  """Reads what `encode_all` wrote."""
   try:
     with np.load(path, allow_pickle=False) as arrays:
       return Encoded(**arrays)

@@ -1,8 +1,8 @@
 """Batches from weighted domains: batch `n` is a pure function of the seed and `n`.
 
-Nothing is carried from one batch to the next, so a run resumes at any step, on any number of
-hosts, with the very batches that it would have seen. The documents of a domain are packed into
-sequences of one length, hence a domain's share of the sequences is its share of the tokens.
+A run resumes at any step, on any number of hosts, with the very batches that it would have seen.
+The documents of a domain are packed into sequences of one length, hence a domain's share of the
+sequences is its share of the tokens.
 
 Legend: B batch, T sequence.
 """
@@ -24,10 +24,10 @@ Batch = dict[str, np.ndarray]
 class Documents(Protocol):
   """What this module asks of one domain's documents; `shards.Documents` is one."""
 
-  lengths: np.ndarray
+  lengths: np.ndarray  # tokens of each document, BOS and EOS included
 
-  def read(self, i: int, start: int, stop: int) -> np.ndarray:
-    """Tokens `start` to `stop` of document `i`."""
+  def read(self, index: int, start: int, stop: int) -> np.ndarray:
+    """Tokens `start` to `stop` of a document."""
 
 
 class PackedSequences(grain.sources.RandomAccessDataSource):
@@ -46,7 +46,7 @@ class PackedSequences(grain.sources.RandomAccessDataSource):
     weights: float32, 1 where input and target lie in the same document, else 0.
 
   Args:
-    documents: the domain's documents, each `[bos] + tokens + [eos]`.
+    documents: the domain's documents, each `[BOS] + tokens + [EOS]`.
     sequence_length: T.
     seed: shuffles the documents; None keeps them in order.
   """
@@ -62,22 +62,20 @@ class PackedSequences(grain.sources.RandomAccessDataSource):
     return math.ceil(max(int(self._bounds[-1]) - 1, 0) / self._sequence_length)
 
   def __getitem__(self, record_key: int) -> Batch:
-    begin = record_key * self._sequence_length
-    end = min(begin + self._sequence_length + 1, int(self._bounds[-1]))
-    first, last = np.searchsorted(self._bounds, (begin, end - 1), side='right') - 1
-    cuts = np.clip(self._bounds[first : last + 2], begin, end)
-    sizes = np.diff(cuts)
-    skipped = cuts[:-1] - self._bounds[first : last + 1]
+    start = record_key * self._sequence_length
+    stop = min(start + self._sequence_length + 1, int(self._bounds[-1]))
+    first, last = np.searchsorted(self._bounds, (start, stop - 1), side='right') - 1
+    cuts = np.clip(self._bounds[first : last + 2], start, stop)
+    sizes = np.diff(cuts)  # of each document's piece in the window
+    skipped = cuts[:-1] - self._bounds[first : last + 1]  # tokens of it before the window
 
     tokens, segments, positions = np.zeros((3, self._sequence_length + 1), np.int32)
-    size = end - begin
-    segments[:size] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
-    positions[:size] = np.arange(size) - np.repeat(cuts[:-1] - begin, sizes)
-    pieces = zip(self._order[first : last + 1].tolist(), skipped.tolist(), sizes.tolist())
+    segments[: stop - start] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
+    positions[: stop - start] = np.arange(stop - start) - np.repeat(cuts[:-1] - start, sizes)
     filled = 0
-    for document, start, length in pieces:
-      tokens[filled : filled + length] = self._documents.read(document, start, start + length)
-      filled += length
+    for i, skip, size in zip(self._order[first : last + 1], skipped.tolist(), sizes.tolist()):
+      tokens[filled : filled + size] = self._documents.read(int(i), skip, skip + size)
+      filled += size
     same_document = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
     return {
       'tokens': tokens[:-1],
@@ -108,10 +106,8 @@ def batches(
     documents: the documents of each domain.
     weights: the share of the tokens of each domain, in any unit; 0 leaves a domain out.
     sequence_length: T.
-    batch_size: B, the sequences of one step over all processes.
+    batch_size: B, the sequences of one step over all `process_count` processes.
     seed: of both shuffles; a domain's order depends on it and on the domain's name alone.
-    process_index: which process this is.
-    process_count: how many processes share each batch.
 
   Returns:
     A random-access dataset. Its item `n` is this process's part of the batch of step `n`: the
@@ -120,12 +116,11 @@ def batches(
     processes, are the same batch whatever their number.
 
   Raises:
-    UserError: for weights that are not a mixture of the domains there are, or a batch that does
-      not divide among the processes.
+    UserError: the weights are not a mixture of the domains, or the batch cannot be divided.
   """
   local_size = _local_size(batch_size, process_count)
-  names = _mixed_domains(documents, weights)
-  domains = sorted(weights)
+  _check_weights(documents, weights)
+  names = sorted(name for name in weights if weights[name] > 0)
   sequences = []
   for name in names:
     entropy = np.random.SeedSequence([seed, *name.encode()])
@@ -133,7 +128,7 @@ def batches(
     packed = PackedSequences(documents[name], sequence_length, document_seed)
     if not len(packed):
       raise UserError(f'The domain {name!r} has no text to train on: prepare it again or drop it.')
-    label = functools.partial(_label, domain=domains.index(name))
+    label = functools.partial(_label, domain=sorted(weights).index(name))
     sequences.append(grain.MapDataset.source(packed).map(label).shuffle(sequence_seed).repeat())
 
   smallest = min(weights[name] for name in names)
@@ -150,8 +145,7 @@ def iterate(
 ) -> grain.DatasetIterator[Batch]:
   """Iterates from `start_step`, with `prefetch` batches made ahead in a thread (0: none).
 
-  The iterator's `get_state()` is a small dict for a checkpoint, and `set_state()` resumes from it
-  exactly, on any number of processes.
+  `get_state()` and `set_state()` of the iterator resume exactly, on any number of processes.
   """
   # One thread: more of them only fight for the interpreter's lock, and are slower.
   options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
@@ -175,26 +169,16 @@ def heldout(
 ) -> Iterator[Batch]:
   """One pass over one domain's held-out documents, in order.
 
-  Args:
-    documents: the documents to evaluate on.
-    sequence_length: T.
-    batch_size: B, the sequences of one batch over all processes.
-    process_index: which process this is.
-    process_count: how many processes share each batch.
-
   Yields:
     This process's rows of each batch: the arrays of `PackedSequences`, [B / process_count, T]. The
     last batch is filled up with padding, so that all have one shape and every process has as many.
     The weights add up to the number of targets: that of all tokens less one a document.
-
-  Raises:
-    UserError: when the batch does not divide among the processes.
   """
   local_size = _local_size(batch_size, process_count)
   packed = PackedSequences(documents, sequence_length, None)
-  for begin in range(0, len(packed), batch_size):
-    begin += process_index * local_size
-    rows = [packed[i] for i in range(begin, min(begin + local_size, len(packed)))]
+  for start in range(0, len(packed), batch_size):
+    start += process_index * local_size
+    rows = [packed[i] for i in range(start, min(start + local_size, len(packed)))]
     rows = rows or [{key: np.zeros_like(value) for key, value in packed[0].items()}]
     fill = ((0, local_size - len(rows)), (0, 0))
     yield {key: np.pad(np.stack([row[key] for row in rows]), fill) for key in rows[0]}
@@ -207,23 +191,18 @@ def _label(sequence: Batch, domain: int) -> Batch:
 def _local_size(batch_size: int, process_count: int) -> int:
   if batch_size % process_count:
     raise UserError(
-      f'The batch of {batch_size} sequences cannot be divided among {process_count} processes:'
-      ' choose a multiple.'
+      f'The batch of {batch_size} sequences cannot be divided among {process_count} processes: '
+      'choose a multiple.'
     )
   return batch_size // process_count
 
 
-def _mixed_domains(documents: Mapping[str, Documents], weights: Mapping[str, float]) -> list[str]:
-  """The domains of positive weight, sorted."""
+def _check_weights(documents: Mapping[str, Documents], weights: Mapping[str, float]) -> None:
   for name, weight in weights.items():
     if name not in documents:
-      raise UserError(
-        f'The mixture names the domain {name!r}, which is not in the data: it has'
-        f' {", ".join(sorted(documents))}.'
-      )
-    if not (math.isfinite(weight) and weight >= 0):
+      has = ', '.join(sorted(documents))
+      raise UserError(f'The mixture names the domain {name!r}, which is not in the data: {has}.')
+    if not 0 <= weight < math.inf:
       raise UserError(f'The weight of the domain {name!r} is {weight}: give a finite number >= 0.')
-  names = sorted(name for name, weight in weights.items() if weight > 0)
-  if not names:
+  if not any(weights.values()):
     raise UserError('The mixture has no domain of positive weight: give at least one.')
-  return names

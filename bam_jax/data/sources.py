@@ -14,6 +14,7 @@ from bam_jax.data.documents import EXTENSIONS, extension, read_documents
 from bam_jax.data.shards import DOMAIN_NAME, file_hash
 from bam_jax.errors import UserError
 
+SAMPLE = Path(__file__).parent / 'sample'  # the text that is shipped with bam_jax
 TRAIN, VALID, TEST = 'train', 'valid', 'test'
 
 _MARKS = {
@@ -24,6 +25,7 @@ _MARKS = {
 # A whole word at the start: testimony.txt is no test set.
 _MARK = re.compile(f'({"|".join(_MARKS)})(?![a-z])', re.IGNORECASE)
 _ABOUT = ('readme', 'notice', 'license', 'licence', 'copying')
+_NAMING = 'name it with letters, digits, "_", "-" and "."'
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,18 @@ class Domain:
   def find(cls, name: str, path: Path, text_field: str) -> 'Domain':
     """Walks a domain's file or folder; raises UserError when nothing in it can be read."""
     if not DOMAIN_NAME.fullmatch(name):
-      raise UserError(f'{name!r} cannot name a domain: use letters, digits, "_", "-" and ".".')
+      raise UserError(f'{name!r} cannot name a domain: {_NAMING}.')
     readable, others = find_files(path)
     root = path if path.is_dir() else path.parent
     marked = [(file, find_split(file.relative_to(root))) for file in readable]
     tests = [file for file, split in marked if split == TEST]
     # Valid first: what is held out must be known before train is read.
-    files = sorted(
-      ((file, split) for file, split in marked if split != TEST), key=lambda f: f[1] != VALID
-    )
+    files = [file for file in marked if file[1] != TEST]
+    files.sort(key=lambda file: file[1] != VALID)
     if not files:
       raise UserError(f'{path} holds only test files: name those for training train*.')
     left_out = tuple(f'{name}/{file.relative_to(root).as_posix()}' for file in others + tests)
     return cls(name, root, tuple(files), left_out, text_field)
-
-  @property
-  def has_valid(self) -> bool:
-    """Whether some file is marked valid; if none is, documents are held out by their hash."""
-    return any(split == VALID for _, split in self.files)
 
   @property
   def size(self) -> int:
@@ -79,44 +75,45 @@ class Domain:
       ]
 
   def read(
-    self, valid_fraction: float, skipped: collections.Counter, progress: Callable[[int], None]
+    self,
+    valid_fraction: float,
+    skipped: collections.Counter | None = None,
+    progress: Callable[[int], None] = lambda done: None,
   ) -> Iterator[tuple[str, str]]:
-    """Yields (split, text) and counts in `skipped[domain, split, reason]` what it passes over."""
-    held_out = set()
-    before = 0
+    """Yields (split, text) of every document; calls `progress` with the bytes read so far.
+
+    Args:
+      valid_fraction: share of the documents held out, by a hash of the text, if no file is valid.
+      skipped: counts by (domain, split, reason) what is passed over: empty, or train text in valid.
+    """
+    skipped = collections.Counter() if skipped is None else skipped
+    has_valid = any(split == VALID for _, split in self.files)
+    held_out, before = set(), 0
     for file, mark in self.files:
       for text, position in read_documents(file, self.text_field):
         progress(before + position)
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        if self.has_valid:
-          split = mark or TRAIN
-        else:
-          share = int.from_bytes(digest[:8], 'big') / 2**64
-          split = VALID if share < valid_fraction else TRAIN
+        share = int.from_bytes(digest[:8], 'big') / 2**64
+        split = (mark or TRAIN) if has_valid else VALID if share < valid_fraction else TRAIN
         if not text:
           skipped[self.name, split, 'empty'] += 1
-        elif split == VALID:
-          held_out.add(digest)
-          yield VALID, text
-        elif digest in held_out:
+        elif split == TRAIN and digest in held_out:
           skipped[self.name, TRAIN, 'in_valid'] += 1
         else:
-          yield TRAIN, text
+          if split == VALID:
+            held_out.add(digest)
+          yield split, text
       before += file.stat().st_size
 
 
 def find_files(path: Path) -> tuple[list[Path], list[Path]]:
-  """The readable files of a domain, and those that are left out for their unknown kind.
+  """The readable files of a domain's file or folder, and those left out, sorted by their path.
 
-  Args:
-    path: a file, or a folder that is walked whole; names that begin with a dot are passed over.
-
-  Returns:
-    Two lists, sorted by the path inside the folder.
+  A folder is walked whole; names that begin with a dot are passed over.
 
   Raises:
-    UserError: the path is missing, of an unknown kind, or a folder with no readable file, with
-      what only looks like one, or with a link to what is read anyway.
+    UserError: the path is missing, of an unknown kind, or a folder with no readable file or with a
+      link to a folder that is read anyway.
   """
   if path.is_file():
     if extension(path) is None:
@@ -124,34 +121,26 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
     return [path], []
   if not path.is_dir():
     found = 'is neither a file nor a folder' if path.exists() else 'does not exist'
-    raise UserError(f'{path} {found}: mend the path.')
+    raise UserError(f'{path} {found}: correct the path.')
   files, walked = [], set()
   for folder, folders, names in os.walk(path, followlinks=True):
     if (real := os.path.realpath(folder)) in walked:
-      raise UserError(f'{folder} is read twice, once of them by a link: remove the link.')
+      raise UserError(f'{folder} is read twice because of a link: remove the link.')
     walked.add(real)
     folders[:] = [name for name in folders if not name.startswith('.')]
     files += [Path(folder, name) for name in names if not name.startswith('.')]
   files.sort(key=lambda file: file.relative_to(path).parts)
-  readable = [file for file in files if extension(file)]
+  readable = [file for file in files if extension(file) and file.is_file()]
   if not readable:
     raise UserError(f'{path} holds no file that can be read: put {", ".join(EXTENSIONS)} there.')
-  for file in readable:
-    if not file.is_file():  # a pipe would be waited for
-      raise UserError(f'{file} is not a file: remove it.')
-  return readable, [file for file in files if not extension(file)]
+  known = set(readable)
+  return readable, [file for file in files if file not in known]
 
 
 def find_split(relative: Path) -> str | None:
-  """The split that a file's name, or that of a folder above it, is marked with.
+  """The split that a file's path inside its domain is marked with; None when nothing is marked.
 
-  A name is marked by its first word: `train-00001.parquet`, `validation/a.txt`, `test.jsonl`.
-
-  Args:
-    relative: the file's path inside its domain.
-
-  Returns:
-    'train', 'valid', 'test', or None when nothing is marked.
+  A file or folder is marked by its first word: `train-00001.parquet`, `validation/a.txt`.
   """
   for part in relative.parts:
     if mark := _MARK.match(part):
@@ -160,26 +149,18 @@ def find_split(relative: Path) -> str | None:
 
 
 def find_domains(inputs: Sequence[str]) -> dict[str, Path]:
-  """Reads `--input`: either some `domain=path`, or one folder whose entries are the domains.
-
-  Raises:
-    UserError: a name is unfit or given twice, a path is missing, or the folder is no set of
-      domains.
-  """
+  """Reads `--input`: either some `domain=path`, or one folder whose entries are the domains."""
   if not inputs:
-    raise UserError('Nothing to prepare: give --input=DOMAIN=PATH or --input=FOLDER.')
+    raise UserError('--input is required: give --input=DOMAIN=PATH or --input=FOLDER.')
   if len(inputs) == 1 and Path(inputs[0]).is_dir():
     return _domains_of_folder(Path(inputs[0]))
   domains = {}
   for given in inputs:
     name, equals, path = given.partition('=')
     if not equals:
-      raise UserError(
-        f'--input={given} names no domain: write --input=DOMAIN={given},'
-        ' or give one folder whose sub-folders are the domains.'
-      )
+      raise UserError(f'--input={given} names no domain: write --input=DOMAIN={given}.')
     if not DOMAIN_NAME.fullmatch(name):
-      raise UserError(f'--input={given}: a domain is named with letters, digits, "_", "-" and ".".')
+      raise UserError(f'--input={given} cannot name a domain: {_NAMING}.')
     if name in domains:
       raise UserError(f'--input={given}: the domain {name} is given twice; put both in one folder.')
     if not Path(path).exists():
@@ -192,23 +173,17 @@ def _domains_of_folder(folder: Path) -> dict[str, Path]:
   domains = {}
   for entry in sorted(folder.iterdir()):
     kind = extension(entry) if entry.is_file() else ''
-    about = entry.is_file() and entry.name.lower().startswith(_ABOUT)
-    if entry.name.startswith('.') or about:
+    if entry.name.startswith('.') or entry.is_file() and entry.name.lower().startswith(_ABOUT):
       continue
     if kind is None:
       raise UserError(
-        f'{entry} is neither a folder nor one of {", ".join(EXTENSIONS)}: move it out, or name'
-        ' the domains one by one with --input=DOMAIN=PATH.'
+        f'{entry} is neither a folder nor one of {", ".join(EXTENSIONS)}: move it out.'
       )
     name = entry.name[: len(entry.name) - len(kind)]
     if find_split(Path(name)):
-      raise UserError(
-        f'{entry} is a split, not a domain: if the folder is one, --input=DOMAIN={folder}.'
-      )
+      raise UserError(f'{entry} is a split, not a domain: give --input=DOMAIN={folder}.')
     if not DOMAIN_NAME.fullmatch(name):
-      raise UserError(
-        f'{entry} cannot name a domain: rename it with letters, digits, "_", "-" and ".".'
-      )
+      raise UserError(f'{entry} cannot name a domain: {_NAMING}.')
     if name in domains:
       raise UserError(f'{entry} and {domains[name]} name the same domain: move one into the other.')
     domains[name] = entry

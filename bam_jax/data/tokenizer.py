@@ -1,11 +1,15 @@
 """One small interface over Hugging Face `tokenizer.json` and SentencePiece `.model` files."""
 
+import concurrent.futures
 import hashlib
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
+import sentencepiece
 import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -16,32 +20,20 @@ from bam_jax.files import folders
 HUGGING_FACE_FILE = 'tokenizer.json'
 SENTENCEPIECE_FILE = 'tokenizer.model'
 
-# In order of preference; a token in both lists may begin and end documents alike.
+# In order of preference; a token in both lists may be BOS and EOS alike.
 BOS_TOKENS = (
-  '<|bos|>',
-  '<BOS_TOKEN>',
-  '<|begin_of_text|>',
-  '<s>',
-  '<bos>',
-  '[BOS]',
-  '<|startoftext|>',
+  '<|bos|>', '<BOS_TOKEN>', '<|begin_of_text|>', '<s>', '<bos>', '[BOS]', '<|startoftext|>',
   '<|endoftext|>',
-)
+)  # fmt: skip
 EOS_TOKENS = (
-  '<|eos|>',
-  '<|END_OF_TURN_TOKEN|>',
-  '<EOS_TOKEN>',
-  '<|end_of_text|>',
-  '</s>',
-  '<eos>',
-  '[EOS]',
+  '<|eos|>', '<|END_OF_TURN_TOKEN|>', '<EOS_TOKEN>', '<|end_of_text|>', '</s>', '<eos>', '[EOS]',
   '<|endoftext|>',
-)
-# 256 bytes, beginning and end: what byte-level BPE needs before its first merge.
-SMALLEST_VOCAB = 258
-FILE_BYTES = 2**28  # at most, of a tokenizer's file
-BATCH_BYTES = 2**22  # encoded at a time: each takes some 100 bytes, until all are encoded
-LARGEST_VOCAB = 2**20  # to train; the trainer makes room for all of it beforehand
+)  # fmt: skip
+MIN_VOCAB = 258  # to train: 256 bytes, BOS and EOS
+MAX_VOCAB = 2**20  # to train; the trainer allocates room for all of it
+MAX_PRE_TOKEN = 1024  # bytes, in training: its time grows with the square of the longest
+FILE_BYTES = 2**28  # of a tokenizer's file, at most
+BATCH = 128  # texts encoded at a time: each takes 100 times its bytes until all are encoded
 
 
 def read_file(path: Path | epath.Path) -> bytes:
@@ -52,46 +44,43 @@ def read_file(path: Path | epath.Path) -> bytes:
   except OSError as error:
     raise UserError(f'The tokenizer {path} cannot be read: {error.strerror or error}.') from error
   if len(content) > FILE_BYTES:
-    raise UserError(f'{path} is larger than {FILE_BYTES >> 20} MiB: it is no tokenizer.')
+    raise UserError(f'{path} is larger than {FILE_BYTES >> 20} MiB: it is not a tokenizer.')
   return content
 
 
 class Tokenizer:
   """Text to token ids and back.
 
-  Documents are plain text: a special token's name inside a text is spelled out like any other
-  characters, it never becomes the special id, so no document can forge its own end.
+  The ids of a text depend on the text alone. What a tokenizer's file says of truncation, padding
+  and dropout is switched off, and a special token's name inside a text is spelled out like any
+  other characters: it never becomes the special id, so that no document can forge its own end.
 
   Attributes:
     vocab_size: one more than the largest id.
-    bos_token: the name of the token that begins every document.
-    eos_token: the name of the token that ends every document.
-    bos_id: its id.
-    eos_id: its id.
+    bos_token, bos_id: the token that begins every document, and its id.
+    eos_token, eos_id: the token that ends every document, and its id.
     hash: SHA-256 of the tokenizer's file, in hex.
     file_name: `tokenizer.json` or `tokenizer.model`, the name under which `save` writes it.
+    switched_off: names of what the file asks for and is switched off.
   """
 
   def __init__(
     self, content: bytes, file_name: str, bos_token: str | None = None, eos_token: str | None = None
   ):
-    """Reads a tokenizer from its file's bytes.
+    """Reads a tokenizer from the bytes of its file, which is of the kind that `file_name` says.
 
-    Args:
-      content: the bytes of a `tokenizer.json` or of a SentencePiece model.
-      file_name: `tokenizer.json` or `tokenizer.model`; says which of the two it is.
-      bos_token: the token that begins documents, or None to look for a well-known one.
-      eos_token: the token that ends documents, or None to look for a well-known one.
+    Without `bos_token` and `eos_token` it looks for well-known ones.
 
     Raises:
       UserError: the bytes are no such file, or the tokens are not in its vocabulary.
     """
-    kinds = {HUGGING_FACE_FILE: _HuggingFace, SENTENCEPIECE_FILE: _SentencePiece}
+    backend = _HuggingFace if file_name == HUGGING_FACE_FILE else _SentencePiece
     self._content = content
-    self._backend = kinds[file_name](content)
+    self._backend = backend(content)
     self.file_name = file_name
     self.hash = hashlib.sha256(content).hexdigest()
     self.vocab_size = self._backend.vocab_size
+    self.switched_off = self._backend.switched_off
     self.bos_token, self.bos_id = self._find('bos_token', bos_token, BOS_TOKENS)
     self.eos_token, self.eos_id = self._find('eos_token', eos_token, EOS_TOKENS)
 
@@ -102,7 +91,7 @@ class Tokenizer:
     """Loads a `tokenizer.json`, a SentencePiece `.model`, or a folder that holds one of them.
 
     Raises:
-      UserError: there is no such file, it cannot be read, or it lacks the begin or end token.
+      UserError: there is no such file, it cannot be read, or it lacks BOS or EOS.
     """
     file = folders.at(path)
     if file.is_dir():
@@ -114,7 +103,7 @@ class Tokenizer:
         )
     names = {'.json': HUGGING_FACE_FILE, '.model': SENTENCEPIECE_FILE}
     if file.suffix not in names:
-      raise UserError(f'{path} is no tokenizer: give a tokenizer.json or a SentencePiece .model.')
+      raise UserError(f'{path} is not a tokenizer: give a tokenizer.json or a .model.')
     content = read_file(file)
     try:
       return cls(content, names[file.suffix], bos_token, eos_token)
@@ -126,28 +115,21 @@ class Tokenizer:
     """Trains byte-level BPE: lossless on any text, digits apart, `<|bos|>` 0 and `<|eos|>` 1.
 
     The same texts in the same order give the same tokenizer, byte for byte. Few texts may hold
-    fewer than `vocab_size` tokens: `Tokenizer.vocab_size` says how many there are.
+    fewer than `vocab_size` tokens: `Tokenizer.vocab_size` says how many there are. Runs without
+    spaces are cut every MAX_PRE_TOKEN bytes, in training alone.
 
     Raises:
-      UserError: `vocab_size` has no room for the 256 bytes and the two special tokens, or is past
-        LARGEST_VOCAB.
+      UserError: `vocab_size` is not between MIN_VOCAB and MAX_VOCAB.
     """
-    if vocab_size < SMALLEST_VOCAB:
-      raise UserError(
-        f'--train_tokenizer={vocab_size} is too small: a byte-level vocabulary needs at least'
-        f' {SMALLEST_VOCAB} tokens.'
-      )
-    if vocab_size > LARGEST_VOCAB:
-      raise UserError(
-        f'--train_tokenizer={vocab_size} is too large: at most {LARGEST_VOCAB:,} tokens.'
-      )
+    if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
+      raise UserError(f'--train_tokenizer={vocab_size} is not from {MIN_VOCAB} to {MAX_VOCAB:,}.')
+    words = [
+      pre_tokenizers.Digits(individual_digits=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+    cut = pre_tokenizers.Split(tokenizers.Regex(f'.{{{MAX_PRE_TOKEN}}}'), 'isolated')
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-      [
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-      ]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, cut])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
       vocab_size=vocab_size,
@@ -155,15 +137,16 @@ class Tokenizer:
       initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
       show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    _interruptible(lambda: tokenizer.train_from_iterator(texts, trainer))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
     return cls(tokenizer.to_str(pretty=True).encode(), HUGGING_FACE_FILE)
 
   def encode(self, text: str) -> list[int]:
-    """The ids of one text, without begin and end."""
+    """The ids of one text, without BOS and EOS."""
     return self.encode_batch([text])[0]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of several texts, without begin and end."""
+    """The ids of several texts, without BOS and EOS."""
     return self._backend.encode_batch(texts)
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -186,33 +169,38 @@ class Tokenizer:
         return name, token_id
     if token is None:
       raise UserError(f'has none of the well-known tokens {", ".join(known)}: name its --{flag}.')
-    raise UserError(f'has no token {token!r}: mend --{flag}.')
+    raise UserError(f'has no token {token!r}: correct --{flag}.')
 
 
 class _HuggingFace:
   def __init__(self, content: bytes):
     try:
-      self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+      made = tokenizers.Tokenizer.from_str(content.decode())
     except BaseException as error:  # the library raises bare Exceptions
       _check_own(error)
       raise UserError(f'is not a tokenizer.json that can be read ({_line(error)}).') from error
-    # A tokenizer.json may carry its model's truncation, which would silently cut documents.
-    self._tokenizer.no_truncation()
-    self._tokenizer.no_padding()
-    self._tokenizer.encode_special_tokens = True
-    self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+    dropout = getattr(made.model, 'dropout', None)  # of BPE
+    asked = {'truncation': made.truncation, 'padding': made.padding, 'dropout': dropout}
+    self.switched_off = tuple(name for name, value in asked.items() if value)
+    made.no_truncation()
+    made.no_padding()
+    if dropout:
+      made.model.dropout = None
+    made.encode_special_tokens = True
+    self.vocab_size = max(made.get_vocab().values(), default=-1) + 1
+    self._tokenizer = made
 
   def token_id(self, token: str) -> int | None:
     return self._tokenizer.token_to_id(token)
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     ids = []
-    for batch in batches(texts):
+    for batch in itertools.batched(texts, BATCH):
       try:
         encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
       except BaseException as error:  # its model may have no token for what it does not know
         _check_own(error)
-        raise UserError(f'The tokenizer cannot encode a text ({_line(error)}): mend it.') from error
+        raise UserError(f'The tokenizer cannot encode a text ({_line(error)}).') from error
       ids += [encoding.ids for encoding in encodings]
     return ids
 
@@ -221,11 +209,9 @@ class _HuggingFace:
 
 
 class _SentencePiece:
+  switched_off = ()
+
   def __init__(self, content: bytes):
-    try:
-      import sentencepiece  # only who brings a .model needs the package
-    except ImportError as error:
-      raise UserError('needs the package sentencepiece: pip install sentencepiece.') from error
     self._processor = sentencepiece.SentencePieceProcessor()
     try:
       self._processor.LoadFromSerializedProto(content)
@@ -246,18 +232,18 @@ class _SentencePiece:
     return self._processor.DecodeIds([i for i in ids if not self._processor.IsControl(i)])
 
 
-def batches(texts: Sequence[str], most: int = BATCH_BYTES) -> Iterator[list[str]]:
-  """The texts in order, as many at a time as have `most` bytes of UTF-8, or one that has more."""
-  batch, total = [], 0
-  for text in texts:
-    size = len(text.encode(errors='surrogatepass'))
-    if batch and total + size > most:
-      yield batch
-      batch, total = [], 0
-    batch.append(text)
-    total += size
-  if batch:
-    yield batch
+def _interruptible(work: Callable[[], None]) -> None:
+  """Does work of a library that does not notice Ctrl-C."""
+  future = concurrent.futures.Future()
+
+  def run() -> None:
+    try:
+      future.set_result(work())
+    except BaseException as error:
+      future.set_exception(error)
+
+  threading.Thread(target=run, daemon=True).start()  # Python's exit does not wait for it
+  future.result()
 
 
 def _check_own(error: BaseException) -> None:
@@ -267,4 +253,4 @@ def _check_own(error: BaseException) -> None:
 
 
 def _line(error: BaseException) -> str:
-  return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+  return (str(error).strip().splitlines() or [type(error).__name__])[0]
