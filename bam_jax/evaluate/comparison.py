@@ -1,10 +1,12 @@
 """Checkpoints side by side on the same documents: their scores, intervals and differences."""
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich import markup, progress
 
 from bam_jax import checkpoint, config
 from bam_jax.data.tokenizer import Tokenizer
@@ -15,8 +17,6 @@ from bam_jax.parallel import sharding
 from bam_jax.reports import scores
 
 MEASURES = ('nats_per_token', 'perplexity', 'bits_per_byte')
-# (what is scored, windows in all) -> the function to call with how many more are done
-Progress = Callable[[str, int], Callable[[int], None]]
 
 
 class Options(NamedTuple):
@@ -89,9 +89,9 @@ def score(
   domains: Sequence[corpus.Domain],
   options: Options,
   routers: bool = False,
-  progress: Progress = lambda what, windows: lambda more: None,
+  bar: progress.Progress | None = None,
 ) -> Result:
-  """Scores every document under one checkpoint, and records its `routers` if wanted."""
+  """Scores every document under one checkpoint, and records what its `routers` do if asked."""
   scorer = Scorer(entry.path, options.dtype, options.mesh, options.batch_size, entry.window)
   result = Result(entry, {}, {}, {})
   for domain in domains:
@@ -103,8 +103,9 @@ def score(
       owners += [number] * len(cut)
     record = routing.Record()
     nll = np.zeros(len(pieces))
-    advance = progress(f'{entry.label}: {domain.name}', len(pieces))
-    for number, scored in scorer.score(pieces, routers, advance):
+    bar = bar or progress.Progress(disable=True)
+    task = bar.add_task(markup.escape(f'{entry.label}: {domain.name}'), total=len(pieces))
+    for number, scored in scorer.score(pieces, routers, functools.partial(bar.advance, task)):
       # Summed by window first and by document later, in an order that nothing else has a part in.
       nll[number] = scored.nll.sum(dtype=np.float64)
       record.add(owners[number], number, scored.routing)
@@ -119,6 +120,7 @@ def score(
     result.tokens[domain.name] = np.array([len(tokens) - 1 for tokens in documents])
     if routers:
       result.records[domain.name] = record
+    bar.remove_task(task)
   return result
 
 

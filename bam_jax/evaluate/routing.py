@@ -1,7 +1,7 @@
 """Where routers send tokens: sums by domain, and a few documents token by token.
 
-A token counts once: in the window in which the token after it is scored. So begin counts, and the
-end of a document, from which nothing is predicted, does not.
+A token counts once: in the window in which the token after it is scored. So BOS counts, and EOS,
+from which nothing is predicted, does not.
 
 Legend: L layers, T tokens, E experts.
 """
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from bam_jax import checkpoint
 from bam_jax.evaluate.scorer import Routed
@@ -36,16 +37,13 @@ class Record:
     """
     for name, routed in routing.items():
       gate_LTE = routed.gate_LTE.astype(np.float64)
-      # The limit of g log g at 0 is 0.
-      log_LTE = np.log(np.maximum(gate_LTE, np.finfo(np.float64).tiny))
       new = {
         'gate': gate_LTE.sum(1),
         'load': routed.load_LTE.sum(1, dtype=np.float64),
-        'entropy': -(gate_LTE * log_LTE).sum((1, 2)),
+        'entropy': special.entr(gate_LTE).sum((1, 2)),
       }
-      sums = self._sums.setdefault(name, {key: np.zeros_like(value) for key, value in new.items()})
-      for key, value in new.items():
-        sums[key] += value
+      sums = self._sums.get(name, {})
+      self._sums[name] = {key: sums.get(key, 0.0) + value for key, value in new.items()}
     self.tokens += next(iter(routing.values())).gate_LTE.shape[1] if routing else 0
     if document < SHOWN:
       self._kept.setdefault(document, {})[window] = routing

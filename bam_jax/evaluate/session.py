@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import rich.progress
 import rich.table
+from rich import progress
 
 from bam_jax import cli, config
 from bam_jax.errors import UserError
@@ -22,11 +22,7 @@ def run(
 ) -> dict[str, Any]:
   """Compares checkpoints, prints what came out, and returns the facts of `--json`.
 
-  Args:
-    checkpoints: at least one.
-    domains: what to score.
-    options: how.
-    folder: where the pictures and the page of the routers go, if they are wanted.
+  The page of the routers and its pictures go to `folder`, if it is given.
 
   Raises:
     UserError: a checkpoint cannot be compared, or the folder cannot be written.
@@ -37,10 +33,10 @@ def run(
       raise UserError('--routing shows routers, and no checkpoint has one: leave it out.')
     with _routing_errors(folder):
       Path(folder).mkdir(parents=True, exist_ok=True)
-  with _progress() as progress:
-    results = [
-      comparison.score(entry, domains, options, folder is not None, progress) for entry in entries
-    ]
+  console = cli.console()
+  with progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    routers = folder is not None
+    results = [comparison.score(entry, domains, options, routers, bar) for entry in entries]
   facts = {
     'dtype': options.dtype,
     'mesh': config.to_dict(options.mesh),
@@ -52,7 +48,6 @@ def run(
     'rows': comparison.compare(results, domains, options),
     'routing_page': None,
   }
-  console = cli.console()
   for table in tables(facts):
     console.print(table, '')
   for note in facts['notes']:
@@ -64,16 +59,30 @@ def run(
   return facts
 
 
-def tables(facts: Mapping[str, Any]) -> list[rich.table.Table]:
-  """Perplexity, bits per byte, and the difference from the first checkpoint, by domain.
+def perplexity(score: Mapping[str, Any]) -> str:
+  """A cell of the first table."""
+  return _cell(score['perplexity'], scores.number)
 
-  Args:
-    facts: of `--json`.
-  """
+
+def bits_per_byte(score: Mapping[str, Any]) -> str:
+  """A cell of the second."""
+  return _cell(score['bits_per_byte'], '{:.4f}'.format)
+
+
+def difference(score: Mapping[str, Any]) -> str:
+  """A cell of the third: bits per byte less those of the first checkpoint."""
+  measure = score['difference']['bits_per_byte']
+  low, high = measure['low'], measure['high']
+  certain = low is not None and (low > 0 or high < 0)
+  return _cell(measure, '{:+.4f}'.format, '*' if certain else '')
+
+
+def tables(facts: Mapping[str, Any]) -> list[rich.table.Table]:
+  """The facts of `--json`, by domain: perplexity, bits per byte, and differences from the first."""
   share, rows, domains = f'{100 * facts["confidence"]:g}%', facts['rows'], facts['domains']
   made = [
-    _table(f'Perplexity, and its {share} interval', domains, rows, _perplexity),
-    _table(f'Bits per byte, and its {share} interval', domains, rows, _bits),
+    _table(f'Perplexity, and its {share} interval', domains, rows, perplexity),
+    _table(f'Bits per byte, and its {share} interval', domains, rows, bits_per_byte),
   ]
   if len(rows) > 1:
     title = f'Bits per byte less those of {rows[0]["label"]}; *: the {share} interval is without 0'
@@ -89,14 +98,6 @@ def tables(facts: Mapping[str, Any]) -> list[rich.table.Table]:
   return made
 
 
-def difference(score: Mapping[str, Any]) -> str:
-  """A cell of the table of differences."""
-  measure = score['difference']['bits_per_byte']
-  low, high = measure['low'], measure['high']
-  certain = low is not None and (low > 0 or high < 0)
-  return _cell(measure, '{:+.4f}'.format, '*' if certain else '')
-
-
 def _table(
   title: str,
   domains: Sequence[str],
@@ -110,40 +111,11 @@ def _table(
   return cli.table(title, ['checkpoint'], [*domains, 'overall'], lines)
 
 
-def _perplexity(score: Mapping[str, Any]) -> str:
-  return _cell(score['perplexity'], scores.number)
-
-
-def _bits(score: Mapping[str, Any]) -> str:
-  return _cell(score['bits_per_byte'], '{:.4f}'.format)
-
-
 def _cell(measure: Mapping[str, Any], text: Callable[[float], str], mark: str = '') -> str:
   value = text(measure['value']) + mark
   if measure['low'] is None:
     return value
   return f'{value}\n{text(measure["low"])} … {text(measure["high"])}'
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[comparison.Progress]:
-  """A bar at a terminal."""
-  columns = (
-    rich.progress.TextColumn('{task.description}', markup=False),
-    rich.progress.BarColumn(),
-    rich.progress.MofNCompleteColumn(),
-    rich.progress.TimeRemainingColumn(),
-  )
-  console = cli.console()
-  disable = not console.is_terminal
-  with rich.progress.Progress(*columns, console=console, transient=True, disable=disable) as bar:
-    task = bar.add_task('', total=None)
-
-    def begin(what: str, windows: int):
-      bar.reset(task, description=what, total=windows)
-      return lambda more: bar.advance(task, more)
-
-    yield begin
 
 
 @contextlib.contextmanager

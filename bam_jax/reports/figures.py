@@ -1,4 +1,4 @@
-"""Pictures: loss curves, perplexity against the seed, and where routers send tokens.
+"""Pictures: loss curves, and where routers send tokens.
 
 Legend: L layers, E experts.
 """
@@ -16,14 +16,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bam_jax.reports import scores
-
 INK, FAINT = '#2b2f36', '#9aa1ab'
 # Okabe and Ito's palette, safe for the colour-blind, without its yellow, too pale for a line.
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#5b5b5b')
-BETTER_WORSE = LinearSegmentedColormap.from_list(
-  'better_worse', ['#0b5a8f', '#7fb4d6', '#f7f7f5', '#f0b27a', '#b8520a']
-)
 SHARE = LinearSegmentedColormap.from_list(
   'share', ['#fbfbf9', '#cfe3ee', '#7fb4d6', '#2a7fb5', '#083d66']
 )
@@ -128,44 +123,6 @@ def valid_loss(row: Mapping[str, Any], valid: Mapping[str, float]) -> float:
   if row['kind'] == 'specialist' and row['run'] in valid:
     return valid[row['run']]
   return sum(valid.values()) / len(valid)
-
-
-def perplexity(path: Path, rows: Sequence[Mapping[str, Any]], domains: Sequence[str]) -> None:
-  """Draws each run's perplexity by domain, coloured by its change from the seed's.
-
-  Args:
-    path: the PNG to write.
-    rows: the report's rows of finished runs; the first seed, or else the first row, is the base.
-    domains: the columns.
-  """
-  base = next((row for row in rows if row['kind'] == 'seed'), rows[0])
-  values, bases = (
-    np.array([[row['perplexity'].get(d, math.nan) for d in domains] for row in some])
-    for some in (rows, [base])
-  )
-  change = np.log(values / bases)
-  limit = max(0.05, np.nanmax(np.abs(change), initial=0.0))
-  with style():
-    size = (max(4.0, 2.6 + 1.05 * len(domains)), 1.4 + 0.46 * len(rows))
-    figure = Figure(figsize=size, layout='constrained')
-    axis = figure.subplots()
-    axis.imshow(change, cmap=BETTER_WORSE, vmin=-limit, vmax=limit, aspect='auto')
-    for i, j in np.ndindex(change.shape):
-      if math.isnan(change[i, j]):
-        continue
-      colour = 'white' if abs(change[i, j]) > 0.72 * limit else INK
-      centred = dict(ha='center', va='center', color=colour)
-      note = '' if rows[i] is base else scores.percent(math.expm1(change[i, j]), 0)
-      axis.text(j, i - (0.13 if note else 0), scores.number(values[i, j]), **centred)
-      axis.text(j, i + 0.24, note, fontsize=6.5, **centred)
-    _grid(axis, domains, [row['label'] for row in rows])
-    axis.xaxis.tick_top()
-    for i in range(1, len(rows)):
-      if rows[i]['kind'] != rows[i - 1]['kind']:
-        axis.axhline(i - 0.5, color=INK, linewidth=1.5, zorder=3)
-    legend = f'perplexity and its change from {base["label"]}\nblue is better, orange is worse'
-    figure.supxlabel(legend, fontsize=8)
-    _save(figure, path)
 
 
 def routing(path: Path, row: Mapping[str, Any]) -> None:

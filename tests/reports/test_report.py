@@ -115,7 +115,7 @@ def test_the_json_is_what_is_returned(tmp_path):
   assert json.loads((tmp_path / 'report' / 'report.json').read_text()) == found
   assert found['recipe'] is None and found['name'] == tmp_path.name
   assert found['pictures'] == [
-    'loss_curves.png', 'perplexity.png', 'routing_bam.png', 'routing_btx.png',
+    'loss_curves.png', 'routing_bam.png', 'routing_btx.png',
   ]  # fmt: skip
   for name in found['pictures']:
     assert (tmp_path / 'report' / name).read_bytes().startswith(b'\x89PNG')
@@ -126,7 +126,7 @@ def test_pictures_are_deterministic(tmp_path):
   for name in ('one', 'two'):
     write(tmp_path / name, RESULTS)
     pages.append({p.name: p.read_bytes() for p in (tmp_path / name / 'report').glob('*.png')})
-  assert pages[0] == pages[1] and len(pages[0]) == 4
+  assert pages[0] == pages[1] and len(pages[0]) == 3
 
 
 def test_the_recipe_heads_the_page(tmp_path):
