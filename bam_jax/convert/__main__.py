@@ -10,8 +10,8 @@ Subcommands:
   export-hf   a checkpoint to a folder for transformers
   inspect     what a checkpoint is, or how two differ
 
-`python -m bam_jax.convert SUBCOMMAND --help` lists its flags. What a subcommand writes is complete or
-not there: it is written beside --output and renamed at the end.
+`python -m bam_jax.convert SUBCOMMAND --help` lists its flags. An --output is complete or not there:
+it is written beside its place and renamed at the end.
 """
 
 from bam_jax import cli

@@ -3,7 +3,7 @@
     python -m bam_jax.convert export-hf --checkpoint=runs/mine/bam_kv --output=hf/bam_kv
 
 A dense model becomes CohereForCausalLM, which transformers knows. A mixture becomes BamForCausalLM,
-whose code lies in the folder: AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
+whose code is in the folder: AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
 README.md says what the model is, where it comes from and how to load it. Arrays stream through
 memory one layer of one expert at a time, without torch.
 
@@ -24,35 +24,24 @@ from bam_jax.hf import exporting
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, "A run's folder, or a checkpoint's.")
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to make.')
 _DTYPE = flags.DEFINE_enum(
-  'dtype', None, ('float32', 'bfloat16'), 'Of all tensors but routers; default: as they are.'
+  'dtype', None, ('float32', 'bfloat16'), 'Of all tensors except routers; default: unchanged.'
 )
-_MAX_SHARD_SIZE = flags.DEFINE_string('max_shard_size', '5GB', 'Of a file: 500MB, 5GB, 2GiB.')
-_UNITS = {'': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9, 'KIB': 2**10, 'MIB': 2**20, 'GIB': 2**30}
+_MAX_SHARD_SIZE = flags.DEFINE_string('max_shard_size', '5GB', 'Of a file: 500MB, 5GB.')
 
 
 def main() -> dict[str, Any]:
-  """Exports what the flags name, and prints what came out."""
-  if not (_CHECKPOINT.value and _OUTPUT.value):
-    raise UserError('What and where to? Give --checkpoint and --output.')
+  """Exports the checkpoint that the flags name; returns facts about the folder."""
+  checkpoint, output, size = _CHECKPOINT.value, _OUTPUT.value, _MAX_SHARD_SIZE.value
+  if not (checkpoint and output):
+    raise UserError('--checkpoint and --output are required.')
+  if not re.fullmatch(r'[1-9]\d{0,8}[KMGT]B', size, re.ASCII):
+    raise UserError(f'--max_shard_size={size} is not a size such as 500MB or 5GB.')
   start = time.monotonic()
   with cli.bytes_bar('Exporting') as progress:
     facts = exporting.convert(
-      _CHECKPOINT.value,
-      _OUTPUT.value,
-      dtype=_DTYPE.value,
-      max_shard_bytes=_bytes(_MAX_SHARD_SIZE.value),
-      progress=progress,
+      checkpoint, output, dtype=_DTYPE.value, max_shard_size=size, progress=progress
     )
   seconds = time.monotonic() - start
-  print(
-    f'{_OUTPUT.value}: {facts["architecture"]} in {len(facts["files"])} files, {seconds:.1f} s.',
-    file=sys.stderr,
-  )
-  return {'output': _OUTPUT.value, 'seconds': seconds, **facts}
-
-
-def _bytes(size: str) -> int:
-  match = re.fullmatch(r'(\d{1,18})\s*([KMG]i?B)?', size, re.IGNORECASE)
-  if not match or not int(match[1]):
-    raise UserError(f'--max_shard_size={size} is no size: give one such as 500MB or 5GB.')
-  return int(match[1]) * _UNITS[(match[2] or '').upper()]
+  count = len(facts['files'])
+  print(f'{output}: {facts["architecture"]} in {count} files, {seconds:.1f} s.', file=sys.stderr)
+  return {'output': output, 'seconds': seconds, **facts}

@@ -1,4 +1,4 @@
-"""A folder for transformers to a checkpoint: what main, evaluate, generate and inspect take.
+"""A folder for transformers to a checkpoint that main, evaluate, generate and inspect read.
 
     python -m bam_jax.convert import-hf --input=aya-expanse-8b/ --output=seeds/aya
 
@@ -6,7 +6,7 @@ The folder holds config.json, tokenizer.json and safetensors, in one file or in 
 index, as `save_pretrained` or a download leaves them. It is read one tensor at a time, without
 torch, and nothing in it is run or unpickled. CohereForCausalLM fits without loss; so do
 Cohere2ForCausalLM, if every layer rotates positions and sees everything, and BamForCausalLM, which
-`export-hf` makes. Any other model is refused: the sentence says what does not fit.
+`export-hf` makes. Any other model is refused, with a sentence that says what does not fit.
 
 A recipe starts from the result with init={'checkpoint': DIR}, its data prepared with the same
 tokenizer: python -m bam_jax.prepare --tokenizer=DIR/tokenizer.json.
@@ -29,29 +29,24 @@ from bam_jax.model import arithmetic
 
 _INPUT = flags.DEFINE_string('input', None, 'Folder of the model.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to make.')
-_DTYPE = flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'Of the arrays on disk.')
-_TOKENIZER = flags.DEFINE_string('tokenizer', None, 'Its tokenizer, if not in that folder.')
-_BOS_TOKEN = flags.DEFINE_string('bos_token', None, 'Begins documents; default: a well-known one.')
-_EOS_TOKEN = flags.DEFINE_string('eos_token', None, 'Ends documents; default: a well-known one.')
+_OPTIONS = (
+  flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'Of the arrays on disk.'),
+  flags.DEFINE_string('tokenizer', None, 'Its tokenizer, if not in that folder.'),
+  flags.DEFINE_string('bos_token', None, 'Begins documents; default: a well-known token.'),
+  flags.DEFINE_string('eos_token', None, 'Ends documents; default: a well-known token.'),
+)
 
 
 def main() -> dict[str, Any]:
-  """Imports what the flags name, and prints what came out."""
-  if not (_INPUT.value and _OUTPUT.value):
-    raise UserError('From where and where to? Give --input and --output.')
+  """Imports the folder that the flags name; returns facts about the checkpoint."""
+  source, output = _INPUT.value, _OUTPUT.value
+  if not (source and output):
+    raise UserError('--input and --output are required.')
   start = time.monotonic()
+  options = {flag.name: flag.value for flag in _OPTIONS}
   with cli.bytes_bar('Importing') as progress:
-    meta = importing.convert(
-      _INPUT.value,
-      _OUTPUT.value,
-      dtype=_DTYPE.value,
-      tokenizer=_TOKENIZER.value,
-      bos_token=_BOS_TOKEN.value,
-      eos_token=_EOS_TOKEN.value,
-      command=cli.command(),
-      progress=progress,
-    )
+    meta = importing.convert(source, output, command=cli.command(), progress=progress, **options)
   seconds = time.monotonic() - start
   count = arithmetic.parameters(meta.model).total
-  print(f'{_OUTPUT.value}: {count:,} parameters, {seconds:.1f} s.', file=sys.stderr)
-  return {'output': _OUTPUT.value, 'seconds': seconds, 'meta': strict.to_dict(meta)}
+  print(f'{output}: {count:,} parameters, {seconds:.1f} s.', file=sys.stderr)
+  return {'output': output, 'seconds': seconds, 'meta': strict.to_dict(meta)}

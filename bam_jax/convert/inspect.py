@@ -14,27 +14,168 @@ two `a`, `b`, `arrays` (`path`, `{a,b}_{shape,dtype}`, `distance`, `cosine`, `eq
 shapes differ) and `groups`.
 """
 
+import collections
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import rich.console
+import numpy as np
+import rich.table
 
-from bam_jax import cli
-from bam_jax.convert import inspection
+from bam_jax import checkpoint, cli
+from bam_jax.checkpoint import arrays
+from bam_jax.config import strict
 from bam_jax.errors import UserError
 
 MAX_ARGUMENTS = 2
+GROUPS = ('embeddings', 'norms', 'attention', 'ffn', 'routers')
 
 
 def main(*paths: str) -> dict[str, Any]:
-  """Reads what the arguments name, and prints what it found."""
+  """Prints and returns the facts about one checkpoint, or the differences of two."""
   if not paths:
-    raise UserError('Inspect what? Give one checkpoint, or two to compare.')
+    raise UserError('The path of a checkpoint is required, or of two to compare.')
   with cli.bytes_bar('Reading') as progress:
-    look = inspection.describe if len(paths) == 1 else inspection.compare
-    facts = look(*paths, progress)
-  console = rich.console.Console(stderr=True, markup=False, highlight=False)
+    facts = describe(*paths, progress) if len(paths) == 1 else compare(*paths, progress)
+  console = cli.console()
   if not console.is_terminal:
     console.width = max(console.width, 140)
-  for table in inspection.tables(facts):
-    console.print(table)
+  console.print(*tables(facts))
   return facts
+
+
+def group_of(path: str) -> str:
+  """The part of the model that an array belongs to; a head's norms are attention."""
+  if '/router' in path:
+    return 'routers'
+  if path.startswith(('embed/', 'unembed/')):
+    return 'embeddings'
+  return next((part for part in ('attention', 'ffn') if f'/{part}/' in path), 'norms')
+
+
+def describe(path: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
+  """The facts about one checkpoint: its `meta`, and for every array shape, dtype and values."""
+  folder = checkpoint.find(path)
+  reader = arrays.Reader(folder / 'params')
+  moments = collections.defaultdict(list)
+  for name, (piece,) in _pieces([reader], list(reader.specs), progress):
+    moments[name].append(_moments(piece))
+  rows, groups = [], {group: dict(group=group, parameters=0, bytes=0) for group in GROUPS}
+  for name, spec in reader.specs.items():
+    facts = dict(path=name, shape=list(spec.shape), dtype=str(spec.dtype), bytes=spec.nbytes)
+    rows.append(facts | _statistics(moments[name]))
+    groups[group_of(name)]['parameters'] += math.prod(spec.shape)
+    groups[group_of(name)]['bytes'] += spec.nbytes
+  return {
+    'checkpoint': str(folder),
+    'meta': strict.to_dict(checkpoint.read_meta(folder)),
+    'arrays': rows,
+    'groups': [group for group in groups.values() if group['bytes']],
+  }
+
+
+def compare(a: str, b: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
+  """How far the arrays of two checkpoints are apart: ||A - B|| / ||A||, and the cosine."""
+  folders = [checkpoint.find(path) for path in (a, b)]
+  readers = [arrays.Reader(folder / 'params') for folder in folders]
+  rows = {}
+  for name in readers[0].specs | readers[1].specs:
+    rows[name] = dict(path=name, distance=None, cosine=None, equal=False)
+    for side, reader in zip('ab', readers):
+      spec = reader.specs.get(name)
+      rows[name][f'{side}_shape'] = list(spec.shape) if spec else None
+      rows[name][f'{side}_dtype'] = str(spec.dtype) if spec else None
+  alike = [name for name, row in rows.items() if row['a_shape'] == row['b_shape']]
+  if not alike:
+    raise UserError(f'{a} and {b} have no array of one name and shape: nothing can be compared.')
+  products, groups = collections.defaultdict(float), []
+  for name, (piece_a, piece_b) in _pieces(readers, alike, progress):
+    products[name] += _products(piece_a, piece_b)
+  for name in alike:
+    rows[name] |= _distance(products[name])
+  for group in (*GROUPS, 'all'):
+    members = [products[name] for name in alike if group in (group_of(name), 'all')]
+    if members:
+      groups.append(dict(group=group, arrays=len(members), **_distance(sum(members))))
+  return dict(a=str(folders[0]), b=str(folders[1]), arrays=list(rows.values()), groups=groups)
+
+
+def _pieces(
+  readers: Sequence[arrays.Reader], names: Sequence[str], progress: Callable[[int, int], None]
+) -> Iterator[tuple[str, list[np.ndarray]]]:
+  """The arrays piece by piece, one of each reader."""
+  places = [(name, at) for name in names for at in arrays.pieces(name, readers[0].specs[name])]
+  regions = arrays.read_ahead((reader, name, at) for name, at in places for reader in readers)
+  total = sum(reader.specs[name].nbytes for reader in readers for name in names)
+  done = 0
+  for name, _ in places:
+    pieces = [next(regions) for _ in readers]
+    done += sum(piece.nbytes for piece in pieces)
+    progress(done, total)
+    yield name, pieces
+
+
+def _moments(piece: np.ndarray) -> tuple[float, ...]:
+  """Count, sum, sum of squares, minimum and maximum of the finite values; how many are not."""
+  values = piece[np.isfinite(piece)].astype(np.float64)
+  low, high = values.min(initial=math.inf), values.max(initial=-math.inf)
+  return values.size, values.sum(), values @ values, low, high, piece.size - values.size
+
+
+def _statistics(moments: list[tuple[float, ...]]) -> dict[str, float | None]:
+  counts, sums, squares, lows, highs, not_finite = zip(*moments)
+  facts = dict(mean=None, std=None, min=None, max=None, not_finite=sum(not_finite))
+  if count := sum(counts):
+    mean = float(sum(sums) / count)
+    std = math.sqrt(max(0.0, sum(squares) / count - mean**2))
+    facts |= dict(mean=mean, std=std, min=float(min(lows)), max=float(max(highs)))
+  return facts
+
+
+def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  """The sums of a a, b b, a b and (a - b)^2, in float64."""
+  a, b = (x.astype(np.float64).reshape(-1) for x in (a, b))
+  return np.array([a @ a, b @ b, a @ b, (a - b) @ (a - b)])
+
+
+def _distance(products: np.ndarray) -> dict[str, Any]:
+  aa, bb, ab, dd = map(float, products)
+  cosine = ab / math.sqrt(aa * bb) if aa and bb else None
+  return dict(distance=math.sqrt(dd / aa) if aa else None, cosine=cosine, equal=dd == 0)
+
+
+def tables(facts: Mapping[str, Any]) -> list[rich.table.Table]:
+  """What `describe` or `compare` found, for a person."""
+  if 'a' in facts:
+    title, right = f'A: {facts["a"]}\nB: {facts["b"]}', ['distance', 'cosine', 'equal']
+    left = ['path', 'a_shape', 'a_dtype', 'b_shape', 'b_dtype']
+    return [
+      _table(title, left, right, facts['arrays']),
+      _table('By group', ['group'], ['arrays', *right], facts['groups']),
+    ]
+  meta, made = facts['meta'], facts['meta']['manifest'] or {}
+  about = meta | made | {'manifest': None, 'made': None, 'sources': meta['sources']}
+  rows = [{'key': k, 'value': v} for k, v in about.items() if v not in (None, '', [])]
+  how = {row['target']: row['how'] for row in made.get('made', ())}
+  parameters = [row | {'made_by': how.get(row['path'])} for row in facts['arrays']]
+  right = ['bytes', 'mean', 'std', 'min', 'max', 'not_finite']
+  return [
+    _table(facts['checkpoint'], ['key', 'value'], [], rows),
+    _table('Made from', ['path', 'run'], ['step', 'hash'], made.get('sources', ())),
+    _table('Parameters', ['path', 'shape', 'dtype', 'made_by'], right, parameters),
+    _table('In all', ['group'], ['parameters', 'bytes'], facts['groups']),
+  ]
+
+
+def _table(title: str, left: list[str], right: list[str], rows: Iterable) -> rich.table.Table:
+  return cli.table(title, left, right, ([_cell(row[k]) for k in (*left, *right)] for row in rows))
+
+
+def _cell(value: Any) -> Any:
+  if isinstance(value, dict):
+    return ', '.join(f'{key}={x}' for key, x in value.items() if x not in (None, [], ''))
+  if isinstance(value, list):
+    return ' '.join(map(str, value))
+  if value is None or isinstance(value, bool):
+    return '-' if value is None else str(value)
+  return f'{value:.6g}' if isinstance(value, float) else value

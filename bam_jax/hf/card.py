@@ -1,19 +1,26 @@
-"""The README.md of an exported folder, for people who know nothing of bam_jax."""
+"""The README.md of an exported folder, for readers who know nothing of bam_jax."""
 
 import os
 
-from bam_jax import checkpoint, config
+from bam_jax import checkpoint
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, Tokenizer
 from bam_jax.model import arithmetic
 
-_METHODS = {
-  'bam_kv_experts': 'BAM with KV experts: attention experts with keys and values of their own',
-  'bam_shared_kv': 'BAM with shared KV: attention experts on one averaged key and value',
-  'btx': 'Branch-Train-MiX: FFN experts; attention is averaged',
-  'sparse': 'sparse upcycling: FFN experts, copies of one dense model',
-  'average': 'the average of dense models',
-}
-_LOAD = """\
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- bam_jax{tag}
+---
+
+# {run}
+
+`{architecture}`, {total:,} parameters, {active:,} of them active for each token; exported by \
+bam_jax from step {step}.
+
+{facts}
+
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,61 +31,48 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
 """
 _CODE = """
-The model is `modeling_bam.py`, in this folder; `trust_remote_code=True` lets transformers run it.
-It drops no tokens, whatever room experts had for them in training, and adds no balancing loss when
-it is fine-tuned.
+The code is `modeling_bam.py`, in this folder; `trust_remote_code=True` lets transformers run it. It
+drops no tokens, whatever the capacity of experts was in training, and adds no balancing loss.
 """
 _SENTENCEPIECE = """
-The tokenizer is a SentencePiece model, `tokenizer.model`, which AutoTokenizer does not read from
-here: load it with the package sentencepiece. A document begins with {bos} and ends with {eos}.
+AutoTokenizer does not read the SentencePiece model `tokenizer.model`: load it with the package
+sentencepiece. A document begins with {bos} and ends with {eos}.
 """
 
 
-def text(meta: checkpoint.Meta, config_json: dict, tokenizer: Tokenizer) -> str:
+def text(meta: checkpoint.Meta, architecture: str, tokenizer: Tokenizer) -> str:
   """The model card: what the model is, where it comes from, how to load it."""
-  model, counts = meta.model, arithmetic.parameters(meta.model)
-  mixture = model != model.dense()
-  tags = ['bam_jax', *(['mixture-of-experts'] if mixture else [])]
-  front = ['---', 'library_name: transformers', 'pipeline_tag: text-generation', 'tags:']
-  front += [*(f'- {tag}' for tag in tags), '---', '']
-  lines = [
-    f'# {meta.run}',
-    '',
-    f'`{config_json["architectures"][0]}`, {counts.total:,} parameters, of which a token meets '
-    f'{counts.active:,}; exported by bam_jax from step {meta.step}.',
-    '',
-    *_experts(model),
-  ]
-  if meta.method:
-    lines.append(f'- Method: {_METHODS[meta.method]}.')
-  if meta.sources:
-    lines.append(f'- Sources, in the order of the experts: {", ".join(meta.sources)}.')
-  for source in meta.manifest.sources if meta.manifest else ():
-    name = source.run or os.path.basename(source.path)  # whole paths are nobody's business
-    step = '' if source.step is None else f', step {source.step}'
-    digest = f', content hash `{source.hash}`' if source.hash else ''
-    lines.append(f'- Made from `{name}`{step}{digest}.')
-  lines += [
-    f'- Trained on {meta.sequence_length:,} tokens at once.',
-    f'- Tokenizer: {tokenizer.vocab_size:,} tokens, SHA-256 of its file `{meta.tokenizer_hash}`.',
-    f'- Made with {", ".join(f"{name} {version}" for name, version in meta.versions.items())}.',
-    '',
-    _LOAD.format(trust=', trust_remote_code=True' if mixture else ''),
-  ]
-  if mixture:
-    lines.append(_CODE)
-  if tokenizer.file_name != HUGGING_FACE_FILE:
-    lines.append(_SENTENCEPIECE.format(bos=tokenizer.bos_token, eos=tokenizer.eos_token))
-  return '\n'.join([*front, *lines])
-
-
-def _experts(model: config.Model) -> list[str]:
-  attention, ffn = model.attention_experts, model.ffn_experts
-  lines = []
-  if attention:
+  counts, facts = arithmetic.parameters(meta.model), []
+  if attention := meta.model.attention_experts:
     routing = f'top-{attention.top_k}' if attention.top_k else 'soft'
     keys = 'shared' if attention.shared_kv else 'their own'
-    lines.append(f'- {attention.num_experts} attention experts, {routing}, keys and values {keys}.')
-  if ffn:
-    lines.append(f'- {ffn.num_experts} FFN experts, top-{ffn.top_k}.')
-  return lines
+    facts.append(f'{attention.num_experts} attention experts, {routing}, keys and values {keys}.')
+  if ffn := meta.model.ffn_experts:
+    facts.append(f'{ffn.num_experts} FFN experts, top-{ffn.top_k}.')
+  if meta.method:
+    experts = ', '.join(meta.sources)
+    facts.append(f'Method: `{meta.method}`. Sources, in the order of the experts: {experts}.')
+  for source in meta.manifest.sources if meta.manifest else ():
+    name = source.run or os.path.basename(source.path)  # a whole path is private
+    facts.append(f'Made from `{name}`, step {source.step}, content hash `{source.hash}`.')
+  versions = ', '.join(f'{name} {version}' for name, version in meta.versions.items())
+  facts += [
+    f'Trained on {meta.sequence_length:,} tokens at once; made with {versions}.',
+    f'Tokenizer: {tokenizer.vocab_size:,} tokens, SHA-256 `{meta.tokenizer_hash}`.',
+  ]
+  mixture = bool(attention or ffn)
+  card = _CARD.format(
+    tag='\n- mixture-of-experts' if mixture else '',
+    run=meta.run,
+    architecture=architecture,
+    total=counts.total,
+    active=counts.active,
+    step=meta.step,
+    facts='\n'.join(f'- {fact}' for fact in facts),
+    trust=', trust_remote_code=True' if mixture else '',
+  )
+  if mixture:
+    card += _CODE
+  if tokenizer.file_name != HUGGING_FACE_FILE:
+    card += _SENTENCEPIECE.format(bos=tokenizer.bos_token, eos=tokenizer.eos_token)
+  return card

@@ -1,7 +1,7 @@
 """A config.json of transformers and our model: one is read as the other, or refused by name."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from bam_jax import config
@@ -19,7 +19,7 @@ _IRRELEVANT = frozenset(
   torch_dtype transformers_version unk_token_id upcycling_method use_cache
   """.split()
 )
-# Keys that may stand there with this value and no other; absent, they have it.
+# Keys that may only have this value; it is also what they mean when absent.
 _FIXED = {
   'attention_bias': False,
   'attention_dropout': 0.0,
@@ -31,14 +31,21 @@ _FIXED = {
   'use_gated_activation': True,
   'use_parallel_block': True,
 }
-_SIZES = {
-  'vocab_size': 'vocab_size',
-  'd_model': 'hidden_size',
-  'num_layers': 'num_hidden_layers',
-  'num_heads': 'num_attention_heads',
-  'ffn_dim': 'intermediate_size',
+# Fields of our model, their keys there, and their types.
+_FIELDS = {
+  'vocab_size': ('vocab_size', int),
+  'd_model': ('hidden_size', int),
+  'num_layers': ('num_hidden_layers', int),
+  'num_heads': ('num_attention_heads', int),
+  'num_kv_heads': ('num_key_value_heads', int),
+  'head_dim': ('head_dim', int),
+  'ffn_dim': ('intermediate_size', int),
+  'norm_epsilon': ('layer_norm_eps', float),
+  'logit_scale': ('logit_scale', float),
+  'tied_embeddings': ('tie_word_embeddings', bool),
+  'qk_norm': ('use_qk_norm', bool),
 }
-# BAM's own keys: a section of our model, and what its options are called.
+# The same of the experts' options, which BamForCausalLM has.
 _ATTENTION_EXPERTS = {
   'num_experts': 'num_attention_experts',
   'top_k': 'num_attention_experts_per_tok',
@@ -49,23 +56,23 @@ _FFN_EXPERTS = {
   'num_experts': 'num_experts',
   'top_k': 'num_experts_per_tok',
   'renormalize': 'norm_topk_prob',
-  'capacity_factor': 'expert_buffer_factor',
+  'capacity_factor': 'capacity_factor',
   'expert_bias': 'use_expert_bias',
 }
+_LENGTH = 'max_position_embeddings'
+_KINDS = {int: 'a positive whole number', float: 'a positive number', bool: 'true or false'}
 
 
 def to_model(config_json: Mapping[str, Any]) -> config.Model:
   """The model that a config.json describes.
 
-  Raises:
-    UserError: it names the key that describes another model than ours, or that is not known here
-      and is not simply off; what is missing and has no safe default is named too.
+  UserError names a key that describes another model than ours, is not known here and not simply
+  off, or is missing and has no safe default.
   """
   facts = dict(config_json)
   architectures = facts.pop('architectures', None)
-  if not isinstance(architectures, list) or len(architectures) != 1:
-    architectures = [architectures]
-  (architecture,) = architectures
+  single = isinstance(architectures, list) and len(architectures) == 1
+  architecture = architectures[0] if single else architectures
   if architecture not in ARCHITECTURES:
     raise UserError(
       f'architectures names {architecture!r}: only {", ".join(ARCHITECTURES)} can be imported.'
@@ -77,33 +84,22 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
     if value != only:
       raise UserError(f'{key}={value!r} is not {only!r}: our model has nothing like it.')
 
-  sizes = {ours: _whole(facts, theirs) for ours, theirs in _SIZES.items()}
-  heads = sizes['num_heads']
-  if facts.get('num_key_value_heads') is None:
-    facts['num_key_value_heads'] = heads
-  if facts.get('head_dim') is None:
-    facts['head_dim'], rest = divmod(sizes['d_model'], heads)
-    if rest:
-      raise UserError(
-        f'hidden_size={sizes["d_model"]} is not a multiple of num_attention_heads={heads}, and '
-        'head_dim is not given.'
-      )
+  width, heads = (_take(dict(facts), key, int) for key in ('hidden_size', 'num_attention_heads'))
+  if width % heads and facts.get('head_dim') is None:
+    raise UserError(
+      f'hidden_size={width} is not a multiple of num_attention_heads={heads}: head_dim is required.'
+    )
+  # transformers leaves a key out of the file where it has its default.
+  defaults = dict(num_kv_heads=heads, head_dim=width // heads, tied_embeddings=True, qk_norm=False)
   model = {
-    **sizes,
-    'num_kv_heads': _whole(facts, 'num_key_value_heads'),
-    'head_dim': _whole(facts, 'head_dim'),
-    'rope_theta': _theta(facts),
-    'norm_epsilon': _number(facts, 'layer_norm_eps'),
-    'logit_scale': _number(facts, 'logit_scale'),
-    # transformers leaves these out of the file where they are what they are by default.
-    'tied_embeddings': _flag(facts, 'tie_word_embeddings', True),
-    'qk_norm': _flag(facts, 'use_qk_norm', False),
+    field: _take(facts, key, kind, defaults.get(field)) for field, (key, kind) in _FIELDS.items()
   }
+  model['rope_theta'] = _rope_theta(facts)
   if architecture == BAM:
     model['attention_experts'] = _experts(facts, config.AttentionExperts, _ATTENTION_EXPERTS)
     model['ffn_experts'] = _experts(facts, config.FFNExperts, _FFN_EXPERTS)
   for key, value in facts.items():
-    # Whatever is off or empty cannot make it another model: sliding windows, parallel variants.
+    # What is off or empty cannot make it another model: sliding windows, parallel variants.
     if key not in _IRRELEVANT and value not in (None, False):
       raise UserError(
         f'{key}={value!r} is a key that we cannot follow: the import might be another model.'
@@ -111,51 +107,37 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
   return config.Model(**model)
 
 
-def to_length(config_json: Mapping[str, Any]) -> int:
-  """The tokens that the model of a config.json was trained on at once."""
-  return _whole(dict(config_json), 'max_position_embeddings')
-
-
-def to_origin(config_json: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
-  """How a mixture was made, and the names of its experts' sources; nothing where it is not said."""
+def to_origin(config_json: Mapping[str, Any]) -> tuple[int, str | None, tuple[str, ...]]:
+  """The tokens trained on at once, how a mixture was made, and the sources of its experts."""
   method, sources = config_json.get('upcycling_method'), config_json.get('expert_sources') or ()
   if method not in (None, *get_args(config.Method)):
     raise UserError(f'upcycling_method={method!r} is not one of {get_args(config.Method)}.')
-  return method, tuple(map(str, sources))
+  return _take(dict(config_json), _LENGTH, int), method, tuple(map(str, sources))
 
 
 def from_model(
   model: config.Model, length: int, method: str | None, sources: Sequence[str]
 ) -> dict[str, Any]:
-  """The config.json of a model, all of whose keys are read back.
-
-  Args:
-    model: any variant; a dense one is Cohere's.
-    length: tokens that it was trained on at once.
-    method: how a mixture was made.
-    sources: names of what its experts were.
-  """
+  """The config.json of a model; `to_model` and `to_origin` read it back."""
   facts = {
-    **{theirs: getattr(model, ours) for ours, theirs in _SIZES.items()},
-    'num_key_value_heads': model.num_kv_heads,
-    'head_dim': model.head_dim,
-    'max_position_embeddings': length,
-    'layer_norm_eps': model.norm_epsilon,
+    **{key: getattr(model, field) for field, (key, _) in _FIELDS.items()},
+    _LENGTH: length,
+    'attention_bias': False,
+    'attention_dropout': 0.0,
+    'hidden_act': 'silu',
     'rope_theta': model.rope_theta,
-    'logit_scale': model.logit_scale,
-    'use_qk_norm': model.qk_norm,
-    'tie_word_embeddings': model.tied_embeddings,
+    # Where transformers 5 looks for it.
+    'rope_parameters': {'rope_type': 'default', 'rope_theta': model.rope_theta},
   }
   if model == model.dense():
-    return facts | {
-      'architectures': [COHERE],
-      'model_type': 'cohere',
-      'attention_bias': False,
-      'attention_dropout': 0.0,
-      'hidden_act': 'silu',
-      # Where releases of transformers from 5 on look for it.
-      'rope_parameters': {'rope_type': 'default', 'rope_theta': model.rope_theta},
-    }
+    return facts | {'architectures': [COHERE], 'model_type': 'cohere'}
+  for experts, keys in (
+    (model.attention_experts, _ATTENTION_EXPERTS),
+    (model.ffn_experts, _FFN_EXPERTS),
+  ):
+    facts[keys['num_experts']] = 0
+    if experts:
+      facts |= {theirs: getattr(experts, ours) for ours, theirs in keys.items()}
   return facts | {
     'architectures': [BAM],
     'model_type': 'bam',
@@ -164,97 +146,76 @@ def from_model(
       'AutoModel': 'modeling_bam.BamModel',
       'AutoModelForCausalLM': f'modeling_bam.{BAM}',
     },
-    **_from_experts(model.attention_experts, _ATTENTION_EXPERTS),
-    **_from_experts(model.ffn_experts, _FFN_EXPERTS),
     'upcycling_method': method,
     'expert_sources': list(sources),
   }
 
 
-def _check_cohere2(facts: dict[str, Any]) -> None:
-  """UserError unless every layer rotates positions and sees everything, as ours do."""
-  pattern = facts.pop('sliding_window_pattern', 4)
-  layers, window = facts.pop('layer_types', None), facts.pop('sliding_window', None)
-  count = _whole(dict(facts), 'num_hidden_layers')
-  if layers is None:  # older files give a pattern, or rely on the default
-    layers = ['sliding_attention' if n % pattern else 'full_attention' for n in range(1, count + 1)]
-  if len(layers) != count:
-    raise UserError(f'layer_types has {len(layers)} layers and num_hidden_layers={count}.')
-  for number, kind in enumerate(layers):
-    if kind != 'sliding_attention' or window is None:
-      raise UserError(
-        f'layer {number} has {kind} (layer_types, sliding_window={window}), to which Cohere2 gives '
-        'no rotary positions: all of our layers have them.'
-      )
-  length = to_length(facts)
-  if type(window) is not int or window < length:
-    raise UserError(
-      f'sliding_window={window} is below max_position_embeddings={length}: our layers see '
-      'everything.'
-    )
-  if _flag(facts, 'use_qk_norm', False):
-    raise UserError('use_qk_norm=True is not False: Cohere2 has no norm of queries and keys.')
-
-
-def _experts(facts: dict[str, Any], section: type, names: Mapping[str, str]) -> Any:
+def _experts(facts: dict[str, Any], section: type, keys: Mapping[str, str]) -> Any:
   """A section of our model, or None where there are no experts."""
-  anything = lambda value: True  # what each of them may be is for the section to say
-  if not _pop(dict(facts), names['num_experts'], anything, ''):
-    for theirs in names.values():
-      facts.pop(theirs, None)
+  options = {ours: facts.pop(theirs) for ours, theirs in keys.items() if theirs in facts}
+  if options.get('num_experts') == 0:
     return None
-  options = {ours: _pop(facts, theirs, anything, '') for ours, theirs in names.items()}
+  if missing := [theirs for ours, theirs in keys.items() if ours not in options]:
+    raise UserError(f'{missing[0]} is missing.')
   return strict.from_dict(section, options, 'config.json')
 
 
-def _from_experts(section: Any, names: Mapping[str, str]) -> dict[str, Any]:
-  if section is None:
-    return {names['num_experts']: 0}
-  return {theirs: getattr(section, ours) for ours, theirs in names.items()}
+def _check_cohere2(facts: dict[str, Any]) -> None:
+  """UserError unless every layer rotates positions and sees everything, as ours do."""
+  count, length = (_take(dict(facts), k, int) for k in ('num_hidden_layers', _LENGTH))
+  pattern, window = (
+    _take(facts, 'sliding_window_pattern', int, 4),
+    facts.pop('sliding_window', None),
+  )
+  layers = facts.pop('layer_types', None)
+  if layers is None:  # older files give a pattern, or rely on the default
+    full = [pattern - 1] if pattern <= count else []
+  elif isinstance(layers, list) and len(layers) == count:
+    full = [n for n, kind in enumerate(layers) if kind != 'sliding_attention']
+  else:
+    raise UserError(f'layer_types={layers!r} does not list num_hidden_layers={count} layers.')
+  if full or window is None:
+    raise UserError(
+      f'layer {min(full, default=0)} has no rotary positions, as all of ours have: see layer_types '
+      f'and sliding_window={window}.'
+    )
+  if type(window) is not int or window < length:
+    raise UserError(f'sliding_window={window} is below {_LENGTH}={length}: our layers see all.')
+  if facts.get('use_qk_norm'):
+    raise UserError('use_qk_norm=True is not False: Cohere2 has no norm of queries and keys.')
 
 
-def _theta(facts: dict[str, Any]) -> float:
+def _rope_theta(facts: dict[str, Any]) -> float:
   """The base of RoPE: at the top level in older files, under rope_parameters in newer ones."""
-  grouped = dict(facts.pop('rope_parameters', None) or {})
-  kind = grouped.pop('rope_type', 'default')
+  scaling = facts.pop('rope_parameters', None) or {}
+  if not isinstance(scaling, Mapping):
+    raise UserError(f'rope_parameters={scaling!r} is not an object.')
+  scaling = dict(scaling)
+  kind = scaling.pop('rope_type', 'default')
   if kind != 'default':
     raise UserError(f'rope_parameters.rope_type={kind!r} is not "default": we scale no positions.')
-  found = []
-  for group, key in ((facts, 'rope_theta'), (grouped, 'rope_theta')):
-    if group.get(key) is not None:
-      found.append(_number(group, key))
-  if not found:
-    # transformers' own default changed from one release to the next.
+  groups = [group for group in (facts, scaling) if group.get('rope_theta') is not None]
+  found = [_take(group, 'rope_theta', float) for group in groups]
+  if not found:  # the default of transformers changed from one release to the next
     raise UserError('rope_theta is missing, at the top level and under rope_parameters.')
-  if len(set(found)) > 1:
-    raise UserError(f'rope_theta={found[0]} is {found[1]} under rope_parameters: which is it?')
-  for key, value in grouped.items():
+  if found[0] != found[-1]:
+    raise UserError(f'rope_theta={found[0]}, but rope_parameters.rope_theta={found[1]}.')
+  for key, value in scaling.items():
     if value is not None:
       raise UserError(f'rope_parameters.{key}={value!r} is a key that we cannot follow.')
   return found[0]
 
 
-def _pop(facts: dict[str, Any], key: str, fits: Callable[[Any], bool], what: str) -> Any:
+def _take(facts: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
+  """Removes and returns a value of a kind; where it is absent or null, the default, if any."""
+  if facts.get(key) is None and default is not None:
+    facts.pop(key, None)
+    return default
   if key not in facts:
     raise UserError(f'{key} is missing.')
   value = facts.pop(key)
-  if not fits(value):
-    raise UserError(f'{key}={value!r} is not {what}.')
-  return value
-
-
-def _whole(facts: dict[str, Any], key: str) -> int:
-  fits = lambda value: type(value) is int and value > 0
-  return _pop(facts, key, fits, 'a positive whole number')
-
-
-def _number(facts: dict[str, Any], key: str) -> float:
-  fits = lambda value: type(value) in (int, float) and math.isfinite(value) and value > 0
-  return float(_pop(facts, key, fits, 'a positive number'))
-
-
-def _flag(facts: dict[str, Any], key: str, default: bool) -> bool:
-  if facts.get(key) is None:
-    facts.pop(key, None)
-    return default
-  return _pop(facts, key, lambda value: type(value) is bool, 'true or false')
+  fits = type(value) is kind or (kind is float and type(value) is int)
+  if not fits or (kind is not bool and not 0 < value <= sys.float_info.max):
+    raise UserError(f'{key}={value!r} is not {_KINDS[kind]}.')
+  return kind(value)

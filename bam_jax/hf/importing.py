@@ -34,31 +34,28 @@ def convert(
     output: the checkpoint; does not exist.
     dtype: of its arrays, 'float32' or 'bfloat16'; what it cannot hold is rounded to nearest.
     tokenizer: its file, or a folder that holds it; None: the source.
-    bos_token: begins documents; None: a well-known token, as in bam_jax.prepare.
-    eos_token: ends them.
+    bos_token, eos_token: around documents; None: well-known tokens, as in bam_jax.prepare.
     command: for the record.
-    progress: is told bytes read, and of how many.
+    progress: called with the bytes read so far and in all.
 
   Returns:
-    What was written as `meta`.
-
-  Raises:
-    UserError: the model is not one of ours, its files are damaged or do not fit its config.json, a
-      value is NaN or infinite, or the output exists or cannot be written.
+    What was written as `meta`; UserError when the model is not one of ours, its files are damaged
+    or do not fit its config.json, or the output exists or cannot be written.
   """
   folder = Path(source)
   facts = files.read_json(folder / files.CONFIG)
   try:
-    model, length = config_json.to_model(facts), config_json.to_length(facts)
-    method, experts = config_json.to_origin(facts)
+    model = config_json.to_model(facts)
+    length, method, experts = config_json.to_origin(facts)
   except UserError as error:
     raise UserError(f'{folder / files.CONFIG}: {error}') from None
   reader, table = files.Reader(folder), names.tensors(model)
   _check(reader, table, model)
-  words, words_file = _tokenizer(Path(tokenizer or source), bos_token, eos_token)
+  place = Path(tokenizer or source)
+  words = Tokenizer.load(place, bos_token, eos_token)
   if words.vocab_size > model.vocab_size:
     raise UserError(
-      f'{words_file} has {words.vocab_size} tokens and the model in {source} has rows for '
+      f'{place} has {words.vocab_size} tokens and the model in {source} has rows for '
       f'{model.vocab_size}: it is the tokenizer of another model.'
     )
   specs = {
@@ -66,12 +63,11 @@ def convert(
     for path, tensor in table.items()
   }
   with folders.new_folder(output, sum(spec.nbytes for spec in specs.values())) as beside:
-    writer = arrays.Writer(beside / 'params', specs)
-    hashes = _copy(reader, table, writer, progress)
-    writer.finish()
-    (beside / words.file_name).write_bytes(words_file.read_bytes())
+    with arrays.Writer(beside / 'params', specs) as writer:
+      hashes = _copy(reader, table, writer, progress)
+    words.save(beside)
     path = os.path.abspath(source)
-    taken = manifest.Source(path, hash=manifest.content_hash(hashes), array_hashes=hashes)
+    origin = manifest.Source(path, hash=manifest.content_hash(hashes), array_hashes=hashes)
     made = (
       manifest.Made(path, 'transpose' if tensor.is_matrix else 'copy', tensor.name.format('*', '*'))
       for path, tensor in table.items()
@@ -89,9 +85,7 @@ def convert(
       versions=manifest.versions(),
       bos_token=words.bos_token,
       eos_token=words.eos_token,
-      manifest=manifest.Manifest(
-        time=manifest.now(), sources=(taken,), made=tuple(made), command=command
-      ),
+      manifest=manifest.Manifest(command, manifest.now(), (origin,), tuple(made)),
     )
     checkpoint.write_meta(beside, meta)
   return meta
@@ -99,27 +93,15 @@ def convert(
 
 def _check(reader: files.Reader, table: Mapping[str, names.Tensor], model: config.Model) -> None:
   """UserError unless the folder has the tensors of the model, in their shapes, and no others."""
-  wanted = {name: tensor.theirs for tensor in table.values() for _, name in tensor.parts()}
+  expected = {name: tensor.theirs for tensor in table.values() for _, name in tensor.parts()}
   # PyTorch lists a tied head although it is the table; a file written from that may hold both.
   tied_twice = model.tied_embeddings and names.HEAD in reader.specs
   if tied_twice:
-    wanted[names.HEAD] = wanted[names.TABLE]
-  for what, odd in (
-    ('lacks', wanted.keys() - reader.specs.keys()),
-    ('has', reader.specs.keys() - wanted.keys()),
+    expected[names.HEAD] = expected[names.TABLE]
+  files.check_shapes(reader.folder, reader.specs, expected, files.CONFIG)
+  if tied_twice and not np.array_equal(
+    reader.read(names.HEAD), reader.read(names.TABLE), equal_nan=True
   ):
-    if odd:
-      more = f' and {len(odd) - 1} more' if len(odd) > 1 else ''
-      raise UserError(
-        f'{reader.folder} {what} {min(odd)}{more}, unlike the model that its config.json describes.'
-      )
-  for name, shape in wanted.items():
-    if reader.specs[name].shape != shape:
-      raise UserError(
-        f'{reader.folder} has {name} of shape {reader.specs[name].shape}; in the model that its '
-        f'config.json describes it has {shape}.'
-      )
-  if tied_twice and not np.array_equal(reader.read(names.HEAD), reader.read(names.TABLE)):
     raise UserError(
       f'{reader.folder} has {names.HEAD} other than {names.TABLE}, although its config.json says '
       'tie_word_embeddings.'
@@ -133,24 +115,18 @@ def _copy(
   progress: Callable[[int, int], None],
 ) -> dict[str, str]:
   """Writes every tensor where it belongs; `manifest.Hash` of each."""
-  total = sum(reader.specs[name].nbytes for part in table.values() for _, name in part.parts())
+  parts = [(path, *part) for path, tensor in table.items() for part in tensor.parts()]
+  total = sum(reader.specs[name].nbytes for _, _, name in parts)
   hashes, done = {}, 0
-  for path, tensor in table.items():
-    for index, name in tensor.parts():
-      theirs = reader.read(name)
-      digest = manifest.Hash()
-      digest.update(theirs)
-      hashes[name] = digest.hexdigest()
-      ours = names.to_ours(tensor, theirs, writer.specs[path].dtype)
-      if not np.isfinite(ours).all():
-        raise UserError(f'{reader.folder} has {name} with values that are NaN or infinite.')
-      writer.write(path, index, ours)
-      done += theirs.nbytes
-      progress(done, total)
+  for path, index, name in parts:
+    theirs, dtype = reader.read(name), writer.specs[path].dtype
+    digest = manifest.Hash()
+    digest.update(theirs)
+    hashes[name] = digest.hexdigest()
+    ours = names.to_ours(table[path], theirs, dtype)
+    if not np.isfinite(ours).all():
+      raise files.not_finite(reader.folder, name, theirs.astype(dtype))
+    writer.write(path, index, ours)
+    done += theirs.nbytes
+    progress(done, total)
   return hashes
-
-
-def _tokenizer(path: Path, bos_token: str | None, eos_token: str | None) -> tuple[Tokenizer, Path]:
-  """A tokenizer and the file that it is."""
-  tokenizer = Tokenizer.load(path, bos_token, eos_token)
-  return tokenizer, path if path.is_file() else path / tokenizer.file_name

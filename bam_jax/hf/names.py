@@ -39,46 +39,41 @@ class Tensor(NamedTuple):
 
 
 def tensors(model: config.Model) -> dict[str, Tensor]:
-  """All the tensors of a model by our paths, in the order in which our checkpoints have them."""
+  """All the tensors of a model by our paths, in the order of the layers' computation."""
   D, F, V, L = model.d_model, model.ffn_dim, model.vocab_size, model.num_layers
   H, G, K = model.num_heads, model.num_kv_heads, model.head_dim
   attention, ffn = model.attention_experts, model.ffn_experts
   layer = 'model.layers.{0}.'
-  shared = layer + 'self_attn.', (L,)
-  own = shared
-  if attention:
-    own = layer + 'self_attn.experts.{1}.', (L, attention.num_experts)
-  key_value = own if attention and not attention.shared_kv else shared
-  mlp = layer + 'mlp.', (L,)
-  if ffn:
-    mlp = layer + 'mlp.experts.{1}.', (L, ffn.num_experts)
+  made = {}
 
-  def under(place: tuple[str, tuple[int, ...]], name: str, ours, theirs) -> Tensor:
-    prefix, stacked = place
-    return Tensor(f'{prefix}{name}.weight', stacked, ours, theirs)
+  def add(path, experts, module, name, ours, theirs) -> None:
+    """Adds an array of every layer and, if it has experts of its own, of every expert."""
+    prefix = f'{layer}{module}.experts.{{1}}.' if experts else f'{layer}{module}.'
+    stacked = (L, experts.num_experts) if experts else (L,)
+    made[f'blocks/{path}'] = Tensor(f'{prefix}{name}', stacked, ours, theirs)
 
-  made = {
-    'embed/table': Tensor(TABLE, (), (V, D), (V, D)),
-    'blocks/norm/scale': Tensor(layer + 'input_layernorm.weight', (L,), (D,), (D,)),
-    'blocks/attention/query': under(own, 'q_proj', (D, H, K), (H * K, D)),
-    'blocks/attention/key': under(key_value, 'k_proj', (D, G, K), (G * K, D)),
-    'blocks/attention/value': under(key_value, 'v_proj', (D, G, K), (G * K, D)),
-    'blocks/attention/out': under(own, 'o_proj', (H, K, D), (D, H * K)),
-    'blocks/ffn/gate': under(mlp, 'gate_proj', (D, F), (F, D)),
-    'blocks/ffn/up': under(mlp, 'up_proj', (D, F), (F, D)),
-    'blocks/ffn/down': under(mlp, 'down_proj', (F, D), (D, F)),
-    'final_norm/scale': Tensor('model.norm.weight', (), (D,), (D,)),
-  }
+  kv = None if attention and attention.shared_kv else attention
+  made['embed/table'] = Tensor(TABLE, (), (V, D), (V, D))
+  made['blocks/norm/scale'] = Tensor(layer + 'input_layernorm.weight', (L,), (D,), (D,))
+  add('attention/query', attention, 'self_attn', 'q_proj.weight', (D, H, K), (H * K, D))
+  add('attention/key', kv, 'self_attn', 'k_proj.weight', (D, G, K), (G * K, D))
+  add('attention/value', kv, 'self_attn', 'v_proj.weight', (D, G, K), (G * K, D))
+  add('attention/out', attention, 'self_attn', 'o_proj.weight', (H, K, D), (D, H * K))
   if model.qk_norm:
-    made['blocks/attention/query_scale'] = under(own, 'q_norm', (H, K), (H, K))
-    made['blocks/attention/key_scale'] = under(key_value, 'k_norm', (G, K), (G, K))
-  for part, name, experts in (('attention', 'self_attn', attention), ('ffn', 'mlp', ffn)):
-    if experts:
-      E, router = experts.num_experts, f'{layer}{name}.router.'
-      made[f'blocks/{part}/router'] = Tensor(router + 'weight', (L,), (D, E), (E, D))
-  if ffn and ffn.expert_bias:
-    bias = layer + 'mlp.router.e_score_correction_bias'
-    made['blocks/ffn/expert_bias'] = Tensor(bias, (L,), (ffn.num_experts,), (ffn.num_experts,))
+    add('attention/query_scale', attention, 'self_attn', 'q_norm.weight', (H, K), (H, K))
+    add('attention/key_scale', kv, 'self_attn', 'k_norm.weight', (G, K), (G, K))
+  if attention:
+    E = attention.num_experts
+    add('attention/router', None, 'self_attn', 'router.weight', (D, E), (E, D))
+  add('ffn/gate', ffn, 'mlp', 'gate_proj.weight', (D, F), (F, D))
+  add('ffn/up', ffn, 'mlp', 'up_proj.weight', (D, F), (F, D))
+  add('ffn/down', ffn, 'mlp', 'down_proj.weight', (F, D), (D, F))
+  if ffn:
+    E = ffn.num_experts
+    add('ffn/router', None, 'mlp', 'router.weight', (D, E), (E, D))
+    if ffn.expert_bias:
+      add('ffn/expert_bias', None, 'mlp', 'router.e_score_correction_bias', (E,), (E,))
+  made['final_norm/scale'] = Tensor('model.norm.weight', (), (D,), (D,))
   if not model.tied_embeddings:
     made['unembed/kernel'] = Tensor(HEAD, (), (D, V), (V, D))
   return made

@@ -13,38 +13,23 @@ from bam_jax.data.tokenizer import HUGGING_FACE_FILE, Tokenizer
 PAD_TOKENS = ('<|pad|>', '<PAD>', '<pad>', '[PAD]', '<|padding|>')
 
 
-def write(folder: Path, file: Path, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
+def write(folder: Path, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
   """Writes a tokenizer's file and, for a tokenizer.json, tokenizer_config.json.
 
-  A tokenizer.json that puts nothing before a text gets a rule that puts the beginning of a document
-  there, as in our data; any other is copied as it is. A SentencePiece model is copied too, but
-  AutoTokenizer would only guess how to read it.
-
-  Args:
-    folder: exists.
-    file: the tokenizer's.
-    tokenizer: what the file holds.
-    length: tokens that the model was trained on at once.
+  A SentencePiece model is copied, although AutoTokenizer does not read it. `length` is the number
+  of tokens that the model was trained on at once.
 
   Returns:
     The ids of config.json: `bos_token_id`, `eos_token_id` and `pad_token_id`, None without one.
   """
   ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id, 'pad_token_id': None}
-  content = file.read_bytes()
+  path = tokenizer.save(folder)
   if tokenizer.file_name != HUGGING_FACE_FILE:
-    (folder / tokenizer.file_name).write_bytes(content)
     return ids
-  backend = tokenizers.Tokenizer.from_str(content.decode())
-  if not backend.num_special_tokens_to_add(is_pair=False):
-    begin = processors.TemplateProcessing(
-      single=[tokenizer.bos_token, '$A'],
-      pair=[tokenizer.bos_token, '$A', '$B'],
-      special_tokens=[(tokenizer.bos_token, tokenizer.bos_id)],
-    )
-    before = backend.post_processor
-    backend.post_processor = processors.Sequence([before, begin]) if before else begin
-    content = backend.to_str(pretty=True).encode()
-  (folder / tokenizer.file_name).write_bytes(content)
+  backend = tokenizers.Tokenizer.from_file(str(path))
+  plain = backend.encode('', add_special_tokens=False).ids
+  if backend.encode('').ids != [tokenizer.bos_id, *plain]:
+    path.write_text(_begin_with_bos(backend, tokenizer), encoding='utf-8')
   pad = next((name for name in PAD_TOKENS if backend.token_to_id(name) is not None), None)
   facts = {
     'tokenizer_class': 'PreTrainedTokenizerFast',
@@ -58,3 +43,19 @@ def write(folder: Path, file: Path, tokenizer: Tokenizer, length: int) -> dict[s
   text = json.dumps(facts, indent=1, ensure_ascii=False) + '\n'
   (folder / 'tokenizer_config.json').write_text(text, encoding='utf-8')
   return ids | {'pad_token_id': pad and backend.token_to_id(pad)}
+
+
+def _begin_with_bos(backend: tokenizers.Tokenizer, tokenizer: Tokenizer) -> str:
+  """A tokenizer.json whose texts begin with BOS and do not end with EOS, as prompts do here."""
+  before = json.loads(backend.to_str())['post_processor'] or {'type': None}
+  backend.post_processor = processors.TemplateProcessing(
+    single=[tokenizer.bos_token, '$A'],
+    pair=[tokenizer.bos_token, '$A', '$B'],
+    special_tokens=[(tokenizer.bos_token, tokenizer.bos_id)],
+  )
+  facts = json.loads(backend.to_str())
+  # Of the other rules, only ByteLevel adds no token: it corrects offsets.
+  rules = [rule for rule in before.get('processors', [before]) if rule['type'] == 'ByteLevel']
+  rules.append(facts['post_processor'])
+  facts['post_processor'] = {'type': 'Sequence', 'processors': rules}
+  return json.dumps(facts, indent=2, ensure_ascii=False)

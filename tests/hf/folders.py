@@ -1,7 +1,6 @@
 """Tiny checkpoints of ours, and tiny folders as transformers writes them."""
 
 import functools
-import hashlib
 import json
 from pathlib import Path
 
@@ -46,18 +45,9 @@ CONFIG = {
   'vocab_size': 270,
 }
 MODEL = config.Model(
-  vocab_size=270,
-  d_model=24,
-  num_layers=3,
-  num_heads=6,
-  num_kv_heads=2,
-  head_dim=4,
-  ffn_dim=20,
-  rope_theta=8e6,
-  norm_epsilon=1e-5,
-  qk_norm=True,
-  logit_scale=0.0625,
-)
+  vocab_size=270, d_model=24, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=4, ffn_dim=20,
+  rope_theta=8e6, norm_epsilon=1e-5, qk_norm=True, logit_scale=0.0625,
+)  # fmt: skip
 _KV = config.AttentionExperts(3)
 MODELS = {
   'dense': {},
@@ -113,26 +103,16 @@ def write_checkpoint(folder: Path, model: config.Model, values: dict, **meta) ->
   tokenizer = make_tokenizer()
   with new_folder(folder) as beside:
     specs = {path: arrays.Spec(array.shape, array.dtype) for path, array in values.items()}
-    writer = arrays.Writer(beside / 'params', specs)
-    for path, spec in specs.items():
-      for index in arrays.pieces(path, spec):
-        writer.write(path, index, values[path][index])
-    writer.finish()
+    with arrays.Writer(beside / 'params', specs) as writer:
+      for path, spec in specs.items():
+        for index in arrays.pieces(path, spec):
+          writer.write(path, index, values[path][index])
     tokenizer.save(beside)
     facts = dict(
-      format=checkpoint.FORMAT,
-      model=model,
-      sequence_length=64,
-      tokenizer_hash=tokenizer.hash,
-      tokenizer_path=str(folder),
-      run='tiny',
-      step=7,
-      method=None,
-      sources=(),
-      versions=manifest.versions(),
-      bos_token=tokenizer.bos_token,
-      eos_token=tokenizer.eos_token,
-    )
+      format=checkpoint.FORMAT, model=model, sequence_length=64, tokenizer_hash=tokenizer.hash,
+      tokenizer_path=str(folder), run='tiny', step=7, method=None, sources=(),
+      versions=manifest.versions(), bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token,
+    )  # fmt: skip
     checkpoint.write_meta(beside, checkpoint.Meta(**facts | meta))
   return folder
 
@@ -195,11 +175,6 @@ def write_json(path: Path, facts) -> None:
 def read_json(path: Path):
   """Reads JSON."""
   return json.loads(path.read_text(encoding='utf-8'))
-
-
-def sha256(path: Path) -> str:
-  """Of a file's bytes, in hex."""
-  return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def flat(params: dict) -> dict[str, np.ndarray]:

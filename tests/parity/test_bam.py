@@ -32,7 +32,7 @@ def exported(request, tmp_path_factory):
   model = folders.make_model(request.param, **FELT)
   folders.write_checkpoint(folder / 'ours', model, folders.draw(model))
   exporting.convert(
-    folder / 'ours', str(folder / 'hf'), dtype=None, max_shard_bytes=50_000,
+    folder / 'ours', str(folder / 'hf'), dtype=None, max_shard_size="50KB",
     progress=lambda done, total: None,
   )  # fmt: skip
   return load(folder / 'hf').eval(), folder / 'hf', folder / 'ours'
