@@ -5,18 +5,18 @@ Legend: L layers, E experts.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-INK, FAINT = '#2b2f36', '#9aa1ab'
+INK = '#2b2f36'
 # Okabe and Ito's palette, safe for the colour-blind, without its yellow, too pale for a line.
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#5b5b5b')
 SHARE = LinearSegmentedColormap.from_list(
@@ -30,40 +30,9 @@ ROUTERS = {
 }
 
 
-@contextlib.contextmanager
-def style() -> Iterator[None]:
+def style() -> contextlib.AbstractContextManager:
   """The style of all pictures, for the figures made and saved inside."""
-  with matplotlib.rc_context(
-    {
-      'figure.dpi': 150,
-      'figure.facecolor': 'white',
-      'savefig.facecolor': 'white',
-      'font.size': 9,
-      'axes.titlesize': 10,
-      'axes.titleweight': 'bold',
-      'axes.titlelocation': 'left',
-      'axes.edgecolor': FAINT,
-      'axes.labelcolor': INK,
-      'axes.titlecolor': INK,
-      'axes.spines.top': False,
-      'axes.spines.right': False,
-      'axes.grid': True,
-      'axes.axisbelow': True,
-      'grid.color': '#e6e8eb',
-      'grid.linewidth': 0.6,
-      'text.color': INK,
-      'text.parse_math': False,  # a label may have dollars
-      'xtick.color': INK,
-      'ytick.color': INK,
-      'xtick.major.size': 0,
-      'ytick.major.size': 0,
-      'legend.frameon': False,
-      'legend.fontsize': 8,
-      'lines.linewidth': 1.6,
-      'lines.solid_capstyle': 'round',
-    }
-  ):
-    yield
+  return matplotlib.style.context('bam_jax.reports.pictures')
 
 
 def loss_curves(
@@ -153,8 +122,7 @@ def routing(path: Path, row: Mapping[str, Any]) -> None:
         if layer >= num_layers:
           axis.set_axis_off()
           continue
-        _load(axis, load[:, layer])
-        _grid(axis, row['experts'], list(row['routing'][router]))
+        _heat_map(axis, load[:, layer], row['experts'], list(row['routing'][router]))
         axis.set_title(f'layer {layer + 1}', fontsize=8, weight='normal')
       for axis in grid[-1]:
         axis.tick_params(axis='x', rotation=90 if num_experts > 4 else 0)
@@ -208,19 +176,16 @@ def router_name(router: str) -> str:
   return {'ffn': 'FFN router'}.get(router, f'{router} router')
 
 
-def _load(axis: Axes, load: np.ndarray) -> None:
+def _heat_map(axis: Axes, load: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:
   axis.imshow(load, cmap=SHARE, vmin=0.0, vmax=1.0, aspect='auto')
   for i, j in np.ndindex(load.shape):
     colour = 'white' if load[i, j] > 0.55 else INK
     axis.text(j, i, f'{load[i, j]:.2f}', ha='center', va='center', color=colour, fontsize=6.5)
-
-
-def _grid(axis: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
-  """Names the cells of a heat map and separates them with white lines."""
   axis.set_xticks(range(len(columns)), columns)
   axis.set_yticks(range(len(rows)), rows)
   axis.grid(False)
   axis.spines[:].set_visible(False)
+  # White lines between the cells.
   axis.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)
   axis.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)
   axis.grid(which='minor', color='white', linewidth=1.5)

@@ -221,43 +221,28 @@ def _metrics(path: Path | epath.Path) -> list[dict[str, Any]]:
   return [lines[step] for step in sorted(lines)]
 
 
-def _cells(report: Mapping[str, Any], score: str) -> list[list[tuple[str, bool]]]:
-  """For each row the text of each cell, and whether it is bold."""
-  rows = report['rows']
-  values = [
-    [*(row[score].get(domain) for domain in report['domains']), row[f'average_{score}']]
-    for row in rows
-  ]
-
-  def best(column: int, kinds: Sequence[str]) -> float | None:
-    some = [v[column] for row, v in zip(rows, values) if row['kind'] in kinds]
-    return min((value for value in some if value is not None), default=None)
-
-  columns = range(len(report['domains']) + 1)
-  of_all = [best(column, [row['kind'] for row in rows]) for column in columns]
-  of_mixtures = [best(column, ['mixture']) for column in columns]
-  lines = []
-  for row, line in zip(rows, values):
-    cells = []
-    for value, best_of_all, best_mixture in zip(line, of_all, of_mixtures):
-      if value is None:
-        cells.append(('–', False))
-        continue
-      text = scores.number(value) if score == 'perplexity' else f'{value:.3f}'
-      star = f' {BEST}' if value == best_of_all else ''
-      cells.append((text + star, row['kind'] == 'mixture' and value == best_mixture))
-    lines.append(cells)
-  return lines
-
-
 def _score_table(report: Mapping[str, Any], score: str) -> str:
+  rows, domains = report['rows'], report['domains']
+  values = [[*map(row[score].get, domains), row[f'average_{score}']] for row in rows]
+  mixtures = [line for line, row in zip(values, rows) if row['kind'] == 'mixture']
+  best = lambda column: min((value for value in column if value is not None), default=None)
+  best_of_all = list(map(best, zip(*values)))
+  best_mixture = list(map(best, zip(*mixtures))) or [None] * len(best_of_all)
+
+  def cell(row: Row, column: int, value: float | None) -> str:
+    if value is None:
+      return '–'
+    text = scores.number(value) if score == 'perplexity' else f'{value:.3f}'
+    text += f' {BEST}' if value == best_of_all[column] else ''
+    bold = row['kind'] == 'mixture' and value == best_mixture[column]
+    return f'**{text}**' if bold else text
+
   lines = [
-    [row['label'], *(f'**{text}**' if bold else text for text, bold in cells)]
-    for row, cells in zip(report['rows'], _cells(report, score))
+    [row['label'], *(cell(row, i, value) for i, value in enumerate(line))]
+    for row, line in zip(rows, values)
   ]
-  blanks = [''] * (len(report['domains']) + 1)
-  lines += [[f'{run}: not finished', *blanks] for run in report['not_finished']]
-  return _markdown_table(['run', *report['domains'], 'average'], lines)
+  lines += [[f'{run}: not finished', *[''] * len(best_of_all)] for run in report['not_finished']]
+  return _markdown_table(['run', *domains, 'average'], lines)
 
 
 def _cost_table(report: Mapping[str, Any]) -> str:
