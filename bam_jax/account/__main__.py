@@ -18,13 +18,13 @@ a run, in the order of training:
     activations come on top.
   steps, step_tokens, tokens, budget_flops: what the run is trained for, in whole steps.
   matched_tokens, matched_steps: with --against=RUN, what RUN's `budget_flops` buy for this run.
-  notes: where the paper's own count of this very model is in error.
+
+docs/paper.md says where the paper's own counts are in error.
 """
 
 from typing import Any
 
 import jax
-import rich.console
 from absl import flags
 
 from bam_jax import cli
@@ -45,14 +45,11 @@ def main() -> dict[str, Any]:
   names = [_RUN.value] if _RUN.value else []
   recipe = cli.read_recipe(_CONFIG)
   facts = accounting.account(recipe, names, _CONTEXT.value or 0, _AGAINST.value or '')
-  console = rich.console.Console(stderr=True, markup=False, highlight=False)
+  console = cli.console()
   if not console.is_terminal:
     console.width = max(console.width, 120)
   for table in accounting.tables(facts):
     console.print(table, '')
-  for row in facts['rows']:
-    for note in row['notes']:
-      console.print(f'{row["run"]}: {note}', soft_wrap=True)
   return facts
 
 

@@ -39,16 +39,15 @@ With --search:
 from typing import Any
 
 import jax
-import rich.console
 from absl import flags
 
 from bam_jax import cli
-from bam_jax.aot import decode, program, report, save, search, topology
+from bam_jax.aot import program, report, search, topology
 from bam_jax.errors import UserError
 
 _CONFIG = cli.define_recipe()
 _RUN = flags.DEFINE_string('run', None, 'The run whose step to compile.')
-_PHASE = flags.DEFINE_enum('phase', 'train', ['train', 'decode'], 'What the step is of.')
+_PHASE = flags.DEFINE_enum('phase', 'train', ['train', 'decode'], 'Which step to compile.')
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'Such as v5e:4x4 or v5p:4x4x4.')
 _SLICES = flags.DEFINE_integer('slices', 1, 'Equal slices of that topology.', lower_bound=1)
 _SEQUENCES = flags.DEFINE_integer(
@@ -66,10 +65,14 @@ _DTYPE = flags.DEFINE_enum(
 )
 _SAVE = flags.DEFINE_string('save', None, 'File for the serialised executable.')
 _HLO = flags.DEFINE_string('hlo', None, "File for the optimized program's text.")
-_SEARCH = flags.DEFINE_bool('search', False, 'Propose mesh, remat and sequences a chip.')
+_SEARCH = flags.DEFINE_bool('search', False, 'Search for mesh, remat and sequences a chip.')
 _SEARCH_SECONDS = flags.DEFINE_integer(
   'search_seconds', 900, 'How long to search; a compilation begun is finished.', lower_bound=1
 )
+_FLAGS_OF = {
+  'train': (_SEQUENCES, _SEARCH, _SEARCH_SECONDS),
+  'decode': (_BATCH, _CONTEXT, _DTYPE),
+}
 
 
 def main() -> dict[str, Any]:
@@ -80,42 +83,39 @@ def main() -> dict[str, Any]:
   recipe = cli.read_recipe(_CONFIG)
   for flag in (_RUN, _TOPOLOGY):
     if not flag.value:
-      raise UserError(f'Which {flag.name}? Give --{flag.name}=...')
-  job = program.job(recipe, _RUN.value)
+      raise UserError(f'--{flag.name} is required.')
+  job = program.make_job(recipe, _RUN.value)
   target = topology.parse(_TOPOLOGY.value, _SLICES.value)
-  console = rich.console.Console(stderr=True, markup=False, highlight=False)
-  _check_phase()
-  if _PHASE.value == 'decode':
-    context = _CONTEXT.value or recipe.data.sequence_length
-    shape = decode.Shape(_BATCH.value, context, _DTYPE.value)
-    compiled, facts = decode.step(job, shape, target)
+  (other,) = _FLAGS_OF.keys() - {_PHASE.value}
+  for flag in _FLAGS_OF[other]:
+    if flag.present:
+      raise UserError(f'--{flag.name} needs --phase={other}: leave it out, or give that phase.')
+  console, devices = cli.console(), target.devices()
+  if _SEARCH.value:
+    compiled, facts = search.search(
+      job, target, devices, _SEQUENCES.value, _SEARCH_SECONDS.value, console
+    )
+  elif _PHASE.value == 'train':
+    job = job.with_sequences(_SEQUENCES.value) if _SEQUENCES.value else job
+    mesh = program.make_mesh(job, devices, target)
+    compiled = program.compile_train(job, mesh)
+    facts = report.train_facts(job, target, mesh, compiled)
   else:
-    if _SEARCH.value:
-      found = search.search(job, target, _SEQUENCES.value, _SEARCH_SECONDS.value, console)
-    else:
-      found = search.one(job, target, _SEQUENCES.value)
-    compiled, facts = found.compiled, found.facts
+    context = _CONTEXT.value or recipe.data.sequence_length
+    decode = program.Decode(_BATCH.value, context, _DTYPE.value)
+    mesh = program.make_mesh(job, devices, target)
+    decoder = program.make_decoder(job, decode, mesh)
+    compiled = program.compile_decode(decoder, decode, mesh)
+    facts = report.decode_facts(job, decode, target, mesh, decoder, compiled)
   for table in report.tables(facts):
     console.print(table, '')
   for note in report.notes(facts):
     console.print(note, soft_wrap=True)
   if _SAVE.value:
-    save.executable(compiled, _SAVE.value)
+    program.save(compiled, _SAVE.value)
   if _HLO.value:
-    save.text(compiled, _HLO.value)
+    program.save_text(compiled, _HLO.value)
   return facts
-
-
-def _check_phase() -> None:
-  """UserError for a flag of the other phase."""
-  flags_of = {
-    'train': (_SEQUENCES, _SEARCH, _SEARCH_SECONDS),
-    'decode': (_BATCH, _CONTEXT, _DTYPE),
-  }
-  (other,) = flags_of.keys() - {_PHASE.value}
-  for flag in flags_of[other]:
-    if flag.present:
-      raise UserError(f'--{flag.name} is for --phase={other}: leave it out, or give that phase.')
 
 
 if __name__ == '__main__':

@@ -1,27 +1,43 @@
-"""What a compiled program does in one call on one device, loops as often as they run.
+"""FLOPs, HBM bytes and collectives of a compiled program on one device, loops as often as they run.
 
-XLA's own `cost_analysis` counts a loop's body once and takes kernels at their word; this one walks
-the optimized HLO.
+XLA's own `cost_analysis` counts a loop's body once and says nothing of most kernels; this walks the
+optimized HLO. FLOPs are those of matrix products, 2 for a multiply and add: what is elementwise
+runs on other units. Bytes are what instructions read and write in HBM: what the compiler placed on
+the chip is free, only what crosses the edge of a fusion counts, slices and gathers read what they
+take, and updates in place write what they change. The padding of tiles is not counted.
 """
 
+import collections
 import dataclasses
+import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from bam_jax.aot import collectives, hlo, kernels, products, traffic
+import numpy as np
+
+from bam_jax.aot import collectives, hlo, kernels
 from bam_jax.aot.collectives import Collective
-from bam_jax.aot.hlo import Computation, Instruction, Module
+from bam_jax.aot.hlo import HBM, Computation, Instruction
 
-MATMUL = 'matmul'
+FREE = {
+  'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'call', 'conditional',
+  'after-all', 'partition-id', 'replica-id', 'opt-barrier', 'add-dependency', 'domain',
+}  # fmt: skip
+FREE_TARGETS = {
+  'AllocateBuffer', 'ConcatBitcast', 'AssumeGatherIndicesInBound', 'GatherScatterIndicesBitpacked',
+  'AsyncCollectiveStart', 'AsyncCollectiveDone',
+}  # fmt: skip
+COPIES = ('copy-start', 'slice-start', 'dynamic-slice-start')  # while other instructions run
+PASSED_ON = ('bitcast', 'reshape', 'get-tuple-element', 'copy', 'convert')
 
 
 @dataclass(frozen=True)
 class Event:
   """One instruction that costs something."""
 
-  source: str  # the path of JAX transformations and primitives
-  times: float  # in one call of the program; not whole in a part of a call
-  flops: dict[str, float] = dataclasses.field(default_factory=dict)  # 'matmul', or a kernel's kind
+  times: float  # that it runs; not an integer in a part of a call
+  flops: Mapping[str, float] = field(default_factory=dict)  # 'matmul', or the kind of a kernel
   hbm_bytes: float = 0
   collective: Collective | None = None
   asynchronous: bool = False  # other instructions run meanwhile
@@ -31,168 +47,234 @@ class Event:
 class Loop:
   """One while loop."""
 
-  source: str
+  source: str  # the path of JAX transformations and primitives
   trips: int | None  # None where the program does not tell; its body is then counted once
   times: int  # that the loop is entered
 
 
 @dataclass(frozen=True)
 class Program:
-  """Everything that costs something, in the order of the text."""
+  """All events in the order of the text."""
 
-  events: tuple[Event, ...]
-  loops: tuple[Loop, ...]
-  uncounted: tuple[str, ...]  # kernels whose FLOPs nothing tells
+  events: list[Event]
+  loops: list[Loop] = field(default_factory=list)
+  uncounted: list[str] = field(default_factory=list)  # kernels whose FLOPs are not known
 
   def flops(self) -> dict[str, float]:
     """By kind."""
-    total: dict[str, float] = {}
+    total = collections.Counter()
     for event in self.events:
-      for kind, number in event.flops.items():
-        total[kind] = total.get(kind, 0) + event.times * number
-    return total
+      total.update({kind: event.times * number for kind, number in event.flops.items()})
+    return dict(total)
 
   def hbm_bytes(self) -> float:
     return sum(event.times * event.hbm_bytes for event in self.events)
 
-  def collectives(self) -> list[Event]:
-    return [event for event in self.events if event.collective]
-
   def part(self, parts: int) -> 'Program':
     """The costs of one of the equal parts of a call; loops are still those of all of it."""
-
-    def share(times: float) -> float:
-      return times / parts if times % parts else times // parts
-
-    events = (dataclasses.replace(event, times=share(event.times)) for event in self.events)
-    return dataclasses.replace(self, events=tuple(events))
+    share = lambda times: times / parts if times % parts else times // parts
+    events = [dataclasses.replace(event, times=share(event.times)) for event in self.events]
+    return dataclasses.replace(self, events=events)
 
 
 def read(
-  text: str,
-  devices: int,
-  even_rows: float | None = None,
-  trips: Mapping[str, int] | None = None,
+  text: str, devices: int, even_rows: float | None = None, trips: Mapping[str, int] | None = None
 ) -> Program:
   """The costs of an optimized program.
 
   Args:
     text: of the HLO module, as `jax.stages.Compiled.as_text()` gives it.
-    devices: that the program runs on.
-    even_rows: of a grouped product's buffer, those that are filled at even load; None is all.
-    trips: of loops whose trips an argument says, by the `jax.named_scope` around them.
+    devices: on which the program runs.
+    even_rows: rows of a grouped product's buffer that are filled at even load; None is all.
+    trips: of loops whose trips are an argument, by the `jax.named_scope` around them.
   """
-  return _Walk(hlo.parse(text), devices, even_rows, trips or {}).program()
+  reader = _Reader(devices, even_rows, trips or {})
+  reader.program.events.extend(reader.computation(hlo.parse(text), 1))
+  return reader.program
 
 
-class _Walk:
-  def __init__(
-    self, module: Module, devices: int, even_rows: float | None, trips: Mapping[str, int]
-  ):
-    self.module, self.devices, self.even_rows, self.trips = module, devices, even_rows, trips
-    self.loops: list[Loop] = []
-    self.uncounted: dict[str, None] = {}
+class _Reader:
+  def __init__(self, devices: int, even_rows: float | None, trips: Mapping[str, int]):
+    self.devices, self.even_rows, self.trips = devices, even_rows, trips
+    self.program = Program([])
 
-  def program(self) -> Program:
-    events = tuple(self.walk(self.module.entry, 1))
-    return Program(events, tuple(self.loops), tuple(self.uncounted))
-
-  def walk(self, computation: Computation, times: int) -> Iterator[Event]:
+  def computation(self, computation: Computation, times: int) -> Iterator[Event]:
     """The events of a computation that runs `times` times."""
-    for instruction in computation:
-      match instruction.opcode:
+    for x in computation.instructions.values():
+      match x.opcode:
         case 'while':
-          trips = self.trip_count(computation, instruction)
-          self.loops.append(Loop(instruction.source, trips, times))
-          body = self.module.called(instruction, 'body')
-          yield from self.walk(body, times * (1 if trips is None else trips))
+          scope = x.source.removesuffix('/while').rpartition('/')[2]
+          trips = hlo.trip_count(x)
+          trips = self.trips.get(scope) if trips is None else trips
+          self.program.loops.append(Loop(x.source, trips, times))
+          yield from self.computation(x.calls['body'][0], times * (1 if trips is None else trips))
         case 'call':
-          yield from self.walk(self.module.called(instruction, 'to_apply'), times)
+          yield from self.computation(x.calls['to_apply'][0], times)
         case 'conditional':
-          yield from self.taken(instruction, times)
+          yield from self.branch(x, times)
         case 'async-start':
-          for event in self.walk(self.module.called(instruction), times):
+          for event in self.computation(x.calls['calls'][0], times):
             yield dataclasses.replace(event, asynchronous=True)
         case _:
-          yield from self.events(computation, instruction, times)
+          flops, size, (collective, beside) = self.flops(x), self.bytes(x), self.collective(x)
+          if collective or flops or size:
+            yield Event(times, flops, size, collective, beside or x.opcode in COPIES)
 
-  def trip_count(self, computation: Computation, loop: Instruction) -> int | None:
-    scope = loop.source.removesuffix('/while').rpartition('/')[2]
-    found = hlo.trip_count(self.module, computation, loop)
-    return self.trips.get(scope) if found is None else found
-
-  def taken(self, instruction: Instruction, times: int) -> list[Event]:
-    """The branch of a conditional with the most FLOPs, or bytes when none has any.
+  def branch(self, conditional: Instruction, times: int) -> list[Event]:
+    """The branch with the most FLOPs, or bytes when none has any.
 
     Of buffers for grouped products the shortest: each has room for an even load.
     """
-    keys = ('branch_computations', 'true_computation', 'false_computation')
-    names = [name for key in keys for name in instruction.calls.get(key, ())]
-    branches = [list(self.walk(self.module.computations[name], times)) for name in names]
-    cost = lambda events: (
-      sum(sum(event.flops.values()) for event in events),
-      sum(event.hbm_bytes for event in events),
-    )
-    if all(any(kernels.GROUPED in event.flops for event in branch) for branch in branches):
-      return min(branches, key=lambda events: cost(events)[1])
-    return max(branches, key=cost)
+    branches = [
+      list(self.computation(computation, times))
+      for key in ('branch_computations', 'true_computation', 'false_computation')
+      for computation in conditional.calls.get(key, ())
+    ]
+    flops = lambda events: sum(sum(event.flops.values()) for event in events)
+    size = lambda events: sum(event.hbm_bytes for event in events)
+    if all(any(kernels.GROUPED in event.flops for event in events) for events in branches):
+      return min(branches, key=size)
+    return max(branches, key=lambda events: (flops(events), size(events)))
 
-  def events(
-    self, computation: Computation, instruction: Instruction, times: int
-  ) -> Iterator[Event]:
-    """What one instruction costs: at most a computation and a collective."""
-    event = Event(
-      instruction.source,
-      times,
-      self.flops(computation, instruction),
-      self.bytes(computation, instruction),
-      asynchronous=instruction.opcode in traffic.COPIES,
-    )
-    collective, asynchronous = self.collective(computation, instruction)
-    if collective:
-      yield dataclasses.replace(event, collective=collective, asynchronous=asynchronous)
-    elif event.flops or event.hbm_bytes:
-      yield event
-
-  def bytes(self, computation: Computation, instruction: Instruction) -> float:
-    if instruction.target == kernels.TARGET:
-      return self.kernel(computation, instruction).bytes
-    return traffic.hbm_bytes(self.module, computation, instruction)
-
-  def flops(self, computation: Computation, instruction: Instruction) -> dict[str, float]:
+  def flops(self, x: Instruction) -> Mapping[str, float]:
     """FLOPs by kind, those inside a fusion included."""
-    if instruction.opcode == 'fusion':
-      inner, total = self.module.called(instruction), {}
-      for part in inner:
-        for kind, number in self.flops(inner, part).items():
-          total[kind] = total.get(kind, 0) + number
+    if x.opcode == 'fusion':
+      total = collections.Counter()
+      for part in x.calls['calls'][0].instructions.values():
+        total.update(self.flops(part))
       return total
-    if instruction.target == kernels.TARGET:
-      kernel = self.kernel(computation, instruction)
-      if kernel.flops is None:
-        self.uncounted[instruction.name] = None
+    if x.target == kernels.TARGET:
+      kernel = kernels.read(x, self.even_rows)
+      if kernel.flops is None and x.name not in self.program.uncounted:
+        self.program.uncounted.append(x.name)
       return {kernel.kind: kernel.flops} if kernel.flops else {}
-    number = products.flops(computation, instruction)
-    return {MATMUL: number} if number else {}
+    number = matmul_flops(x)
+    return {'matmul': number} if number else {}
 
-  def kernel(self, computation: Computation, instruction: Instruction) -> kernels.Kernel:
-    return kernels.read(computation, instruction, self.even_rows)
+  def bytes(self, x: Instruction) -> float:
+    if x.target == kernels.TARGET:
+      return kernels.read(x, self.even_rows).bytes
+    return hbm_bytes(x)
 
-  def collective(
-    self, computation: Computation, instruction: Instruction
-  ) -> tuple[Collective | None, bool]:
+  def collective(self, x: Instruction) -> tuple[Collective | None, bool]:
     """The collective that an instruction starts, and whether others run meanwhile.
 
     A collective that TPUs run beside several fusions stands in each of them: it is counted in the
     one that starts it.
     """
-    found = collectives.read(computation, instruction, self.devices)
-    if found or instruction.opcode != 'fusion':
-      return found, instruction.opcode.endswith('-start') or instruction.opcode == 'send'
-    inner = self.module.called(instruction)
-    starts = any(part.target == 'AsyncCollectiveStart' for part in inner)
-    for part in inner:
-      found = collectives.read(inner, part, self.devices)
+    found = collectives.read(x, self.devices)
+    if found:
+      return found, x.opcode.endswith('-start') or x.opcode == 'send'
+    parts = x.calls['calls'][0].instructions.values() if x.opcode == 'fusion' else ()
+    starts = any(part.target == 'AsyncCollectiveStart' for part in parts)
+    for part in parts:
+      found = collectives.read(part, self.devices)
       if found and (starts or 'async_collective_fusion_config' not in part.attributes):
         return found, starts
     return None, False
+
+
+def matmul_flops(instruction: Instruction) -> int:
+  """Of a dot, or of a convolution, as which TPUs compute dots; 0 for all else."""
+  if instruction.opcode == 'dot':
+    contracted = instruction.attribute(r'lhs_contracting_dims=\{([\d,]*)\}')
+    dims = instruction.operands[0].arrays[0].dims
+    depth = math.prod(dims[int(dimension)] for dimension in contracted.split(',') if dimension)
+    return 2 * instruction.arrays[0].size * depth
+  return _convolution_flops(instruction) if instruction.opcode == 'convolution' else 0
+
+
+def _convolution_flops(convolution: Instruction) -> int:
+  """Without the terms that are padding: a batched product is a convolution with much of it.
+
+  As XLA's HloCostAnalysis::HandleConvolution counts it.
+  """
+  labels = re.split('_|->', convolution.attribute(r'dim_labels=(\S+?)(?:,|$)'))
+  arrays = *(operand.arrays[0] for operand in convolution.operands), convolution.arrays[0]
+  left, right, out = (dict(zip(names, x.dims)) for names, x in zip(labels, arrays))
+  groups = lambda kind: int(convolution.attribute(rf'{kind}_group_count=(\d+)') or 1)
+  terms = left['b'] // groups('batch') * (left['f'] // groups('feature')) * right['o']
+  window = convolution.attribute(r'window=\{([^}]*)')
+  fields = dict(field.split('=') for field in window.split())
+  spatial = sorted(filter(str.isdigit, out))
+  of = lambda name, default: (fields.get(name) or 'x'.join([default] * len(spatial))).split('x')
+  pads = [pad.split('_')[0] for pad in of('pad', '0_0')]
+  rest = (of(name, '1') for name in ('stride', 'rhs_dilate', 'lhs_dilate'))
+  for label, *numbers in zip(spatial, *rest, pads):
+    stride, dilation, hole, pad = map(int, numbers)
+    steps, taps = np.arange(out[label])[:, None], np.arange(right[label])
+    position, remainder = np.divmod(stride * steps + dilation * taps - pad, hole)
+    terms *= int(np.sum((remainder == 0) & (position >= 0) & (position < left[label])))
+  return 2 * terms
+
+
+def hbm_bytes(instruction: Instruction) -> int:
+  """Bytes between HBM and the chip; those of loops, calls and kernels are left to others."""
+  opcode = instruction.opcode
+  if opcode in FREE or opcode.endswith(('-done', '-update')) or instruction.target in FREE_TARGETS:
+    return 0
+  if opcode in COPIES:
+    moved = instruction.arrays[0 if opcode == 'copy-start' else 1]
+    ends = moved.memory_space, instruction.operands[0].arrays[0].memory_space
+    return moved.bytes * ends.count(HBM)
+  read = sum(
+    _read(instruction, number)
+    for number, operand in enumerate(instruction.operands)
+    if operand.arrays and operand.arrays[0].memory_space == HBM
+  )
+  written = zip(instruction.arrays, _written(instruction))
+  return read + sum(size for array, size in written if array.memory_space == HBM)
+
+
+def _read(reader: Instruction, number: int) -> int:
+  """Bytes that an instruction reads of one operand."""
+  whole = reader.operands[number].bytes
+  match reader.opcode:
+    case 'slice' | 'dynamic-slice' | 'gather' if number == 0:
+      return min(reader.bytes, whole)
+    case 'dynamic-update-slice' | 'scatter' if number == 0:
+      return 0
+    case 'fusion':
+      return _read_inside(reader.calls['calls'][0].parameters[number])
+  return whole
+
+
+def _read_inside(value: Instruction) -> int:
+  """Bytes that a fusion reads of one of its parameters."""
+  total, whole = 0, value.bytes
+  for user in value.users:
+    if user.opcode in PASSED_ON and not user.is_root:
+      total += min(_read_inside(user), whole)
+    elif user.opcode != 'tuple' and not _is_asynchronous(user):
+      numbers = [n for n, operand in enumerate(user.operands) if operand is value]
+      total += sum(min(_read(user, number), whole) for number in numbers)
+  return min(total, whole)
+
+
+def _is_asynchronous(x: Instruction) -> bool:
+  """Whether it is of a collective that runs beside a fusion, or costs nothing."""
+  return x.target in FREE_TARGETS or 'replica_groups=' in x.attributes
+
+
+def _written(writer: Instruction) -> list[int]:
+  """Bytes that an instruction writes of each array of its result."""
+  match writer.opcode:
+    case 'dynamic-update-slice':
+      return [writer.operands[1].bytes]
+    case 'scatter':
+      return [writer.operands[-1].bytes]
+    case 'fusion':
+      return _written_inside(writer.calls['calls'][0].root)
+  return [array.bytes for array in writer.arrays]
+
+
+def _written_inside(value: Instruction) -> list[int]:
+  """Bytes that a fusion writes of the arrays of its result, or of one element of it."""
+  match value.opcode:
+    case 'tuple':
+      return [size for operand in value.operands for size in _written_inside(operand)]
+    case 'bitcast' | 'reshape':
+      return _written_inside(value.operands[0])
+    case 'parameter' if not value.is_root:
+      return [0] * len(value.arrays)  # passed through in place
+  return [0] * len(value.arrays) if _is_asynchronous(value) else _written(value)

@@ -1,14 +1,12 @@
 """FLOPs and bytes of Mosaic (Pallas) kernels, about which HLO's text says little.
 
-- Grouped products (`jax.lax.ragged_dot`; megablox): the kernel's cost estimate is for every row of
-  its buffer. Where its grid has a bound that is known only at run time, the kernel visits as many
-  tiles of rows as the groups fill, and rows are counted at even load.
+- Grouped products, which XLA makes of `jax.lax.ragged_dot`: the estimate is for every row of the
+  buffer. Where a bound of the grid is known only at run time, the kernel visits as many tiles of
+  rows as the groups fill, and rows are counted at even load. The kernel's body is text; the windows
+  that it declares tell how often the grid fetches each operand from HBM.
 - Splash attention gives no estimate: its block sizes and the causal mask tell which blocks it
   visits.
 - Any other kernel: its own estimate, or none.
-
-XLA writes the body of its own kernels as text; the windows it declares tell how often the grid
-reads each operand from HBM.
 """
 
 import base64
@@ -19,13 +17,12 @@ import math
 import re
 from dataclasses import dataclass
 
-from bam_jax.aot.hlo import MAIN_MEMORY, Array, Computation, Instruction
+from bam_jax.aot.hlo import HBM, Array, Instruction
 
 TARGET = 'tpu_custom_call'
 GROUPED = 'grouped'  # a kind
 DYNAMIC = -(2**63)  # a bound of the grid that is known only at run time
 
-_GROUPED = re.compile(r'\bragged-dot|\bt?gmm\b')  # in a call's name or source
 _SPLASH = re.compile(r'splash_m[hq]a_(fwd|dkv|dq)')
 # Products of a visited block. Forward: the scores, and the sum of values. For dk and dv: the scores
 # again, the gradient of the weights, and dk and dv. For dq: the same first two, and dq.
@@ -37,30 +34,22 @@ class Window:
   """The part of an operand that one step of the grid works on."""
 
   shape: tuple[int, ...]
-  depends: tuple[frozenset[int], ...]  # what dimensions of the grid each of its coordinates follows
+  depends: tuple[frozenset[int], ...]  # the grid's dimensions that each coordinate depends on
 
   def bytes(self, array: Array, grid: list[int]) -> float:
-    """Bytes that it fetches of `array` while the grid is walked, the last dimension fastest.
+    """Bytes of `array` that are fetched while the grid is walked, its last dimension fastest.
 
-    A window that does not move stays. A coordinate takes each of its values once before it starts
-    over: rows are sorted by group. Windows at the edge are smaller.
+    A window that does not move is not fetched again. A coordinate takes each of its values once
+    before it starts over, since rows are sorted by group. Windows at the edge are smaller.
     """
     count, inner_moves = 1, False
     places = [-(-size // part) for size, part in zip(array.dims, self.shape)]
     for dimension in reversed(range(len(grid))):
-      values = [n for n, follows in zip(places, self.depends) if dimension in follows]
+      values = [n for n, depends in zip(places, self.depends) if dimension in depends]
       moves = min(grid[dimension], math.prod(values)) if values else 1
       count *= grid[dimension] if inner_moves else moves
       inner_moves |= moves > 1
     return count * array.bytes / math.prod(places)
-
-
-@dataclass(frozen=True)
-class Body:
-  """What is declared of a kernel: its grid, and the windows of its operands and results."""
-
-  grid: tuple[int, ...]
-  windows: tuple[Window, ...]
 
 
 @dataclass(frozen=True)
@@ -72,36 +61,36 @@ class Kernel:
   bytes: float
 
 
-def read(computation: Computation, call: Instruction, even_rows: float | None) -> Kernel:
-  """The cost of a Mosaic call.
+def read(call: Instruction, even_rows: float | None) -> Kernel:
+  """The cost of a Mosaic kernel.
 
   Args:
-    computation: that it stands in.
     call: the custom call.
-    even_rows: of a grouped product's buffer, those that are filled at even load; None is all.
+    even_rows: rows of a grouped product's buffer that are filled at even load; None is all.
   """
-  operands = [array for name in call.operands for array in computation[name].arrays]
-  whole = sum(x.bytes for x in (*operands, *call.arrays) if x.memory_space == MAIN_MEMORY)
-  flops = _estimate(call, 'flops')
-  moved = _estimate(call, 'bytes_accessed') or whole
-  if _SPLASH.search(call.name):
-    return Kernel('attention', _splash(call, operands), whole)
-  if not _GROUPED.search(f'{call.name} {call.source}'):
+  operands = [array for operand in call.operands for array in operand.arrays]
+  in_hbm = sum(array.bytes for array in (*operands, *call.arrays) if array.memory_space == HBM)
+  if found := _SPLASH.search(call.name):
+    return Kernel('attention', _splash_flops(call, operands, found[1]), in_hbm)
+  flops, moved = _estimate(call, 'flops'), _estimate(call, 'bytes_accessed') or in_hbm
+  if 'ragged-dot' not in f'{call.name} {call.source}':
     return Kernel('kernel', flops, moved)
   if flops is None:
     return Kernel(GROUPED, 0, 0)  # the groups' bookkeeping, a loop over scalars
-  body = _body(call)
-  if body is None:
-    share = _share([array for array in operands if len(array.dims) == 2], even_rows)
-    return Kernel(GROUPED, flops * share, moved * share)
-  rows = operands[len(call.arrays) - len(body.windows) :]
-  share = _share(rows, even_rows) if DYNAMIC in body.grid else 1.0
-  return Kernel(GROUPED, flops * share, _fetched(body, operands, call.arrays, share))
-
-
-def _share(rows: list[Array], even_rows: float | None) -> float:
-  """Of a buffer's rows, the first of the arrays, those that are filled at even load."""
-  return min(1.0, even_rows / rows[0].dims[0]) if even_rows else 1.0
+  grid, windows = _body(call)
+  share = 1.0
+  if even_rows and (not grid or DYNAMIC in grid):
+    rows = next(array for array in operands if len(array.dims) == 2)
+    share = min(1.0, even_rows / rows.dims[0])
+  if windows:
+    arrays = [*operands[len(call.arrays) - len(windows) :], *call.arrays]
+    tiles = math.ceil(arrays[0].dims[0] * share / windows[0].shape[0])
+    bounds = [tiles if bound == DYNAMIC else bound for bound in grid]
+    fetched = [window.bytes(array, bounds) for window, array in zip(windows, arrays)]
+    moved = sum(size for size, array in zip(fetched, arrays) if array.memory_space == HBM)
+  else:
+    moved *= share
+  return Kernel(GROUPED, flops * share, moved)
 
 
 def _estimate(call: Instruction, key: str) -> float | None:
@@ -109,24 +98,11 @@ def _estimate(call: Instruction, key: str) -> float | None:
   return float(number) if number else None
 
 
-def _fetched(body: Body, operands: list[Array], results: tuple[Array, ...], share: float) -> float:
-  """Bytes between HBM and the chip, when every window is fetched as often as it changes."""
-  arrays = [*operands[len(results) - len(body.windows) :], *results]
-  rows = arrays[0].dims[0] * share / body.windows[0].shape[0]
-  grid = [math.ceil(rows) if bound == DYNAMIC else bound for bound in body.grid]
-  return sum(
-    window.bytes(array, grid)
-    for window, array in zip(body.windows, arrays)
-    if array.memory_space == MAIN_MEMORY
-  )
-
-
-def _splash(call: Instruction, operands: list[Array]) -> float | None:
+def _splash_flops(call: Instruction, operands: list[Array], kind: str) -> float | None:
   metadata = call.attribute(r'"xprof_metadata":"(.*?[^\\])"')
   if not metadata:
     return None
   blocks = json.loads(metadata.replace('\\"', '"'))
-  kind = _SPLASH.search(call.name)[1]
   suffix = '' if kind == 'fwd' else f'_{kind}'
   query_block, key_block = blocks[f'block_q{suffix}'], blocks[f'block_kv{suffix}']
   query, key = [x for x in operands if x.dtype in ('bf16', 'f32') and len(x.dims) > 2][:2]
@@ -140,32 +116,32 @@ def _splash(call: Instruction, operands: list[Array]) -> float | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _body(call: Instruction) -> Body | None:
-  """A kernel's body where it is text, else None."""
+def _body(call: Instruction) -> tuple[tuple[int, ...], tuple[Window, ...]]:
+  """The grid and the windows of a kernel's operands and results; empty where it is not text."""
   try:
     text = base64.b64decode(call.attribute(r'"body":"([^"]*)"'), validate=True).decode()
   except (binascii.Error, UnicodeDecodeError):
-    return None
+    return (), ()
   grid = re.search(r'iteration_bounds = array<i64: ([^>]*)>', text)
-  indices = re.findall(r'transform_indices = @(\w+)', text)
   scalars = re.search(r'scalar_prefetch = (\d+)', text)
-  if not (grid and indices and scalars):
-    return None
+  indices = re.findall(r'transform_indices = @(\w+)', text)
+  if not (grid and scalars and indices):
+    return (), ()
   bounds = tuple(int(bound) for bound in grid[1].split(','))
   references = re.findall(r'memref<([\dx]+)x[a-z]', text[: text.index('attributes')])
   shapes = [tuple(map(int, dims.split('x'))) for dims in references[int(scalars[1]) :]]
   depends = [_depends(text, name, len(bounds)) for name in indices]
-  return Body(bounds, tuple(map(Window, shapes, depends)))
+  return bounds, tuple(map(Window, shapes, depends))
 
 
 def _depends(text: str, name: str, dimensions: int) -> tuple[frozenset[int], ...]:
-  """The dimensions of the grid that each coordinate of a window is computed from."""
+  """The grid's dimensions from which each coordinate of a window is computed."""
   function = re.search(rf'func\.func @{name}\(.*?\n  \}}', text, re.DOTALL)[0]
-  follows = {f'%arg{number}': frozenset([number]) for number in range(dimensions)}
+  depends = {f'%arg{number}': frozenset([number]) for number in range(dimensions)}
   for line in function.splitlines()[1:]:
     result, _, expression = line.strip().rpartition(' = ')
-    used = [follows.get(value, frozenset()) for value in re.findall(r'%\w+', expression)]
+    used = [depends.get(value, frozenset()) for value in re.findall(r'%\w+', expression)]
     if expression.startswith('return'):
       return tuple(used)
-    follows[result] = frozenset().union(*used)
+    depends[result] = frozenset().union(*used)
   raise ValueError(f'{name} of a kernel returns nothing.')

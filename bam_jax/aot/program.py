@@ -1,22 +1,31 @@
-"""The train step of a run, compiled for devices that need not be there."""
+"""The step of a run, to train or to decode, compiled for devices that need not be there."""
 
 import contextlib
 import dataclasses
+import math
+import pickle
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import serialize_executable
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from bam_jax import config
+from bam_jax.aot.topology import Topology
 from bam_jax.errors import UserError
-from bam_jax.model import transformer
+from bam_jax.generate import generator
+from bam_jax.model import resident, transformer
+from bam_jax.model.decoder import Decoder
 from bam_jax.parallel import sharding
 from bam_jax.recipes import graph
-from bam_jax.train import stages
+from bam_jax.train import optimizer
 from bam_jax.train import step as step_lib
 
 UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
@@ -24,7 +33,7 @@ UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 @dataclass(frozen=True)
 class Job:
-  """One run as it is to be compiled; what `graph.resolve` and the recipe say of it."""
+  """One run as it is to be compiled."""
 
   name: str
   model: config.Model
@@ -32,150 +41,221 @@ class Job:
   sequence_length: int
 
   @property
+  def key(self) -> str:
+    """Of the run on the command line."""
+    return f'config.runs.{self.name}'
+
+  @property
   def sequences_per_chip(self) -> int:
-    """Sequences that a device works on at once, one micro-batch."""
+    """Sequences of one micro-batch on one device."""
     return self.run.batch_size // (self.run.grad_accum_steps * self.run.mesh.batch_shards)
 
   @property
   def even_rows(self) -> int:
-    """Rows that a device's FFN experts get at even load: as many as its own tokens choose."""
+    """Rows of a device's FFN experts at even load: as many as its own tokens' assignments."""
     experts = self.model.ffn_experts
     return self.sequences_per_chip * self.sequence_length * (experts.top_k if experts else 1)
 
+  def replace(self, **changes) -> 'Job':
+    """The job with other values in its run."""
+    return dataclasses.replace(self, run=dataclasses.replace(self.run, **changes))
+
+  def with_sequences(self, sequences_per_chip: int) -> 'Job':
+    """The job with so many sequences a device and no accumulation."""
+    batch_size = sequences_per_chip * self.run.mesh.batch_shards
+    return self.replace(batch_size=batch_size, grad_accum_steps=1)
+
 
 @dataclass(frozen=True)
-class Memory:
-  """Bytes of one device's HBM."""
+class Decode:
+  """What is decoded."""
 
-  arguments: int
-  temporaries: int
-  outputs: int
-  aliased: int  # outputs that take the place of donated arguments
+  batch_size: int  # rows at once
+  context: int  # tokens of a row's prompt and continuation
+  dtype: str  # of weights, activations and cache
 
   @property
-  def peak(self) -> int:
-    return self.arguments + self.temporaries + self.outputs - self.aliased
+  def slots(self) -> int:
+    """Of the cache, for each row: as `generate` rounds them up."""
+    return generator.bucket(self.context)
 
 
 @dataclass(frozen=True)
 class Compiled:
-  """A compiled step."""
+  """A compiled step, or one that the compiler refused because it does not fit."""
 
-  executable: jax.stages.Compiled
-  memory: Memory
+  executable: jax.stages.Compiled | None  # None: it does not fit
   lower_seconds: float
   compile_seconds: float
+  needed_bytes: int | None = None  # of one that does not fit, where the compiler says it
+  reason: str = ''  # likewise
+
+  @property
+  def memory(self) -> dict[str, int]:
+    """Bytes of one device's HBM as the compiler planned them."""
+    stats = self.executable.memory_analysis()
+    return {
+      'arguments': stats.argument_size_in_bytes,
+      'temporaries': stats.temp_size_in_bytes,
+      'outputs': stats.output_size_in_bytes,
+      'aliased': stats.alias_size_in_bytes,  # outputs that replace donated arguments
+    }
+
+  @property
+  def peak_bytes(self) -> int | None:
+    if not self.executable:
+      return self.needed_bytes
+    *held, aliased = self.memory.values()
+    return sum(held) - aliased
 
 
-@dataclass(frozen=True)
-class TooLarge:
-  """A step that the compiler refused for want of memory."""
-
-  needed_bytes: int | None  # where the compiler says it
-  reason: str
-  compile_seconds: float
-
-
-def job(recipe: config.Recipe, name: str) -> Job:
-  """The run of a recipe; UserError for one that it lacks."""
+def make_job(recipe: config.Recipe, name: str) -> Job:
+  """The job of a recipe's run; UserError for a run that is not in it."""
   nodes = graph.resolve(recipe)
   if name not in nodes:
-    raise UserError(f'--run names {name!r}; the recipe has {", ".join(nodes)}.')
+    raise UserError(f'--run={name} is not in the recipe, which has {", ".join(nodes)}.')
   return Job(name, nodes[name].model, nodes[name].run, recipe.data.sequence_length)
 
 
-def with_sequences(job: Job, sequences_per_chip: int) -> Job:
-  """The job with so many sequences a device and no accumulation."""
-  batch_size = sequences_per_chip * job.run.mesh.batch_shards
-  run = dataclasses.replace(job.run, batch_size=batch_size, grad_accum_steps=1)
-  return dataclasses.replace(job, run=run)
-
-
-def make_mesh(job: Job, devices: Sequence[Any], where: str) -> jax.sharding.Mesh:
-  """The mesh of a job; UserError when it does not use all the devices or does not suit the model.
-
-  Args:
-    job: the run.
-    devices: of the topology.
-    where: names the topology in messages.
-  """
-  check_size(job, devices, where, ', or add --search')
-  abstract = transformer.Network(job.model, job.run.compute).abstract()
-  sharding.check(abstract, job.run.mesh, key(job))
+def make_mesh(job: Job, devices: Sequence[Any], topology: Topology) -> jax.sharding.Mesh:
+  """The mesh of a job; UserError when it does not use all devices of the topology."""
+  if job.run.mesh.size != len(devices):
+    raise UserError(
+      f'{job.key}.mesh has {job.run.mesh.size} devices and {topology.flag} {len(devices)}: set '
+      f'--{job.key}.mesh.fsdp and the other axes, or add --search.'
+    )
   return sharding.make_mesh(job.run.mesh, devices)
 
 
-def check_size(job: Job, devices: Sequence[Any], where: str, or_else: str = '') -> None:
-  """UserError when the mesh of a job does not use all the devices."""
-  if job.run.mesh.size != len(devices):
-    raise UserError(
-      f'{key(job)}.mesh has {job.run.mesh.size} devices and {where} {len(devices)}: set '
-      f'--{key(job)}.mesh.fsdp and the other axes{or_else}.'
-    )
-
-
-def key(job: Job) -> str:
-  """What names a job's run on the command line."""
-  return f'config.runs.{job.name}'
-
-
-def compile_step(job: Job, mesh: jax.sharding.Mesh) -> Compiled | TooLarge:
-  """Compiles the very step that `bam_jax.main` runs."""
-  run = job.run
-  staged = stages.of(run)
+def compile_train(job: Job, mesh: jax.sharding.Mesh) -> Compiled:
+  """Compiles the step that `bam_jax.main` runs; UserError for a mesh that does not divide it."""
+  run, model = job.run, job.model
+  sharding.check(transformer.Network(model, run.compute).abstract(), run.mesh, job.key)
+  factors = optimizer.factors_of(run)
   step = step_lib.train_step(
-    job.model, run.compute, run.loss, run.optimizer, run.grad_accum_steps, mesh, staged
+    model, run.compute, run.loss, run.optimizer, run.grad_accum_steps, mesh, factors
   )
-  state = step_lib.abstract_state(job.model, run.compute, run.optimizer, mesh)
-  rate = stages.rates(lambda step: 0.0, run.router_warmup_steps)(0)
+  state = step_lib.abstract_state(model, run.compute, run.optimizer, mesh)
+  rate = jax.ShapeDtypeStruct((2,), jnp.float32)
   # Not under `jax.set_mesh`, as training is: constants that a kernel computes while it is traced
   # would be computed on the mesh's devices, which are not there.
-  return compile_lowered(lambda: step.lower(state, abstract_batch(job, mesh), rate))
+  return _compile(lambda: step.lower(state, _abstract_batch(job, mesh), rate))
 
 
-def compile_lowered(lower: Callable[[], jax.stages.Lowered]) -> Compiled | TooLarge:
-  """Compiles what `lower` returns, and takes the time of both."""
-  start = time.monotonic()
-  lowered = lower()
-  lowered_at = time.monotonic()
-  try:
-    executable = lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    return TooLarge(*_shortage(str(error)), compile_seconds=time.monotonic() - lowered_at)
-  return Compiled(executable, memory(executable), lowered_at - start, time.monotonic() - lowered_at)
-
-
-def abstract_batch(job: Job, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract_batch(job: Job, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes and shardings of what the loop feeds the step."""
-  shape = job.run.batch_size, job.sequence_length
+  shape, where = (job.run.batch_size, job.sequence_length), sharding.batch(mesh)
   dtypes = dict.fromkeys(('tokens', 'targets', 'segments', 'positions'), jnp.int32)
-  where = sharding.batch(mesh)
   return {
     name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
     for name, dtype in (*dtypes.items(), ('weights', jnp.float32))
   }
 
 
-def memory(executable: jax.stages.Compiled) -> Memory:
-  """What the compiler planned for one device."""
-  stats = executable.memory_analysis()
-  return Memory(
-    stats.argument_size_in_bytes,
-    stats.temp_size_in_bytes,
-    stats.output_size_in_bytes,
-    stats.alias_size_in_bytes,
+def make_decoder(job: Job, decode: Decode, mesh: jax.sharding.Mesh) -> Decoder:
+  """The model on the mesh; UserError when the mesh does not divide the model or the batch."""
+  decoder = Decoder(job.model, decode.dtype, mesh)
+  resident.check(decoder.abstract, decoder.layout, f'{job.key}.mesh')
+  if decode.batch_size % decoder.layout.row_shards:
+    raise UserError(
+      f'--batch_size={decode.batch_size} is not a multiple of the {decoder.layout.row_shards} '
+      f'parts into which {job.key}.mesh.data and .fsdp cut it: change one of them.'
+    )
+  return decoder
+
+
+def compile_decode(decoder: Decoder, decode: Decode, mesh: jax.sharding.Mesh) -> Compiled:
+  """Compiles the program with which `bam_jax.generate` decodes MAX_STEPS tokens of each row."""
+  program = generator.Program(decoder.model, decode.dtype, mesh)
+  arguments = generator.abstract_arguments(decoder, decode.batch_size, decode.slots)
+  here = NamedSharding(mesh, P())  # of a single device, where arguments have no sharding
+  arguments = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), arguments
   )
+  return _compile(lambda: generator.decode.lower(program, *arguments))
+
+
+def needed_bytes(decoder: Decoder, decode: Decode) -> dict[str, int]:
+  """Bytes that a device must read for a token of each row: `weights` that it holds, and `cache`.
+
+  Of the FFN experts those that a batch can visit, at most one for each assignment; of an input
+  embedding that is not the output's next to nothing.
+  """
+  model, layout = decoder.model, decoder.layout
+  visited = 1.0
+  if model.ffn_experts:
+    assignments = decode.batch_size // layout.row_shards * model.ffn_experts.top_k
+    visited = min(1.0, assignments / model.ffn_experts.num_experts)
+  params, state, *_ = generator.abstract_arguments(decoder, decode.batch_size, decode.slots)
+
+  def on_device(x: jax.ShapeDtypeStruct) -> int:
+    shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+    return math.prod(shape) * jnp.dtype(x.dtype).itemsize
+
+  weights = 0.0
+  for key_path, x in jax.tree_util.tree_leaves_with_path(params):
+    path = sharding.path_of(key_path)
+    if path in ('blocks/ffn/gate', 'blocks/ffn/up', 'blocks/ffn/down'):
+      weights += visited * on_device(x)
+    elif path != 'embed/table' or model.tied_embeddings:
+      weights += on_device(x)
+  return {'weights': int(weights), 'cache': sum(map(on_device, jax.tree.leaves(state.cache)))}
+
+
+def _compile(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
+  start = time.monotonic()
+  lowered = lower()
+  lower_seconds, start = time.monotonic() - start, time.monotonic()
+  try:
+    executable = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    seconds = time.monotonic() - start
+    return Compiled(None, lower_seconds, seconds, *_shortage(str(error)))
+  return Compiled(executable, lower_seconds, time.monotonic() - start)
 
 
 def _shortage(message: str) -> tuple[int | None, str]:
   """Bytes that a refused program needs, as far as the message tells, and its first sentence."""
-  needed = None
-  for pattern in (r'[Uu]sed ([\d.]+)([KMGT])', r'\(([\d.]+)([KMGT])\)'):
-    if needed is None and (found := re.search(pattern, message)):
-      needed = int(float(found[1]) * UNITS[found[2]])
+  found = re.search(r'[Uu]sed ([\d.]+)([KMGT])', message)
+  found = found or re.search(r'\(([\d.]+)([KMGT])\)', message)
+  needed = int(float(found[1]) * UNITS[found[2]]) if found else None
   sentence = ' '.join(message.split())
   with contextlib.suppress(ValueError):
     sentence = sentence[sentence.index('Ran out of memory') :]
   return needed, sentence.split(' See ')[0][:300]
+
+
+def save(compiled: Compiled, path: str) -> None:
+  """Writes the executable, for `load` on the TPU: a pickle of bytes and two tree structures."""
+  _write(compiled, 'save', path, lambda x: pickle.dumps(serialize_executable.serialize(x)))
+
+
+def save_text(compiled: Compiled, path: str) -> None:
+  """Writes the optimized HLO."""
+  _write(compiled, 'hlo', path, lambda x: x.as_text().encode())
+
+
+def _write(compiled: Compiled, flag: str, path: str, content: Callable[[Any], bytes]) -> None:
+  if not compiled.executable:
+    raise UserError(f'--{flag}={path} has nothing to write: the step does not fit.')
+  try:
+    Path(path).write_bytes(content(compiled.executable))
+  except OSError as error:
+    raise UserError(f'--{flag}={path} cannot be written: {error.strerror}.') from error
+
+
+def load(path: str, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
+  """The step that `save` wrote, ready to be called.
+
+  The file is a pickle: load only what you wrote.
+
+  Args:
+    path: the file.
+    mesh: like the one that the step was compiled for, of devices that are there.
+  """
+  serialized, in_tree, out_tree = pickle.loads(Path(path).read_bytes())
+  return serialize_executable.deserialize_and_load(
+    serialized, in_tree, out_tree, execution_devices=list(mesh.devices.flat)
+  )

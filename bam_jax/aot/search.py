@@ -1,159 +1,221 @@
-"""Compiles one layout of a run, or the most promising ones of all that a topology allows."""
+"""Searches mesh, remat and sequences a chip: guesses what each layout costs, compiles the best.
 
+The guess only orders the layouts and drops the hopeless ones: what is reported is compiled.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import typing
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import rich.console
-import rich.progress
-import rich.table
 
-from bam_jax.aot import candidates, program, report
-from bam_jax.aot.network import Network
+from bam_jax import cli, config
+from bam_jax.account import accounting
+from bam_jax.aot import program, report
+from bam_jax.aot.collectives import Collective
+from bam_jax.aot.program import Job
+from bam_jax.aot.roofline import BOUNDS, Network
 from bam_jax.aot.topology import Topology
 from bam_jax.errors import UserError
+from bam_jax.model import arithmetic, transformer
+from bam_jax.parallel import sharding
 
+REMAT = typing.get_args(typing.get_type_hints(config.Compute)['remat'])  # 'none' first
+SLACK = 1.1  # layouts that are guessed to need this times the memory are not compiled
 
-@dataclass(frozen=True)
-class Found:
-  """A compiled layout."""
-
-  job: program.Job
-  compiled: program.Compiled | program.TooLarge
-  facts: dict[str, Any]
-
-  @property
-  def seconds_per_token(self) -> tuple[float, float]:
-    """What the best layout has least of; infinite for one that does not fit."""
-    if not self.facts['fits']:
-      return float('inf'), float('inf')
-    tokens = self.facts['batch_size'] * self.facts['sequence_length']
-    seconds = self.facts['seconds']
-    return seconds['roofline'] / tokens, seconds['in_order'] / tokens
-
-
-def one(job: program.Job, topology: Topology, sequences_per_chip: int | None) -> Found:
-  """The layout that the run itself has, or that with so many sequences a chip."""
-  if sequences_per_chip:
-    job = program.with_sequences(job, sequences_per_chip)
-  return _compile(job, topology, topology.devices())
+_state_bytes = functools.cache(accounting.state_bytes)
 
 
 def search(
-  job: program.Job,
+  job: Job,
   topology: Topology,
+  devices: Sequence[Any],
   sequences_per_chip: int | None,
   seconds: int,
   console: rich.console.Console,
-) -> Found:
+) -> tuple[program.Compiled, dict[str, Any]]:
   """The layout with the least roofline time a token among those compiled in time that fit.
 
-  Its facts have `candidates` and `flags` besides.
+  Returns:
+    It, and its facts with `candidates` and `flags`.
 
   Raises:
     UserError: no layout is legal, or none of the compiled ones fits.
   """
-  devices, start = topology.devices(), time.monotonic()
-  network = Network(topology, devices)
-  guesses = [
-    (candidates.guess(layout, topology, network), layout)
-    for layout in candidates.layouts(job, topology, sequences_per_chip)
-  ]
-  if not guesses:
+  start, network = time.monotonic(), Network(topology, devices)
+  possible = [(*guess(x, network), x) for x in layouts(job, topology, sequences_per_chip)]
+  if not possible:
     raise UserError(
       f'No mesh of {topology.size} chips divides the model and batch_size={job.run.batch_size} of '
-      f'config.runs.{job.name}: change --topology, or give --sequences_per_chip.'
+      f'{job.key}: change --topology, or give --sequences_per_chip.'
     )
-  limit = candidates.SLACK * topology.chip.hbm_bytes
-  hopeful = [pair for pair in guesses if pair[0].peak_bytes <= limit]
-  hopeful = sorted(hopeful or guesses, key=lambda pair: pair[0].seconds_per_token)
-  done: list[Found] = []
-  with _progress(console) as progress:
-    task = progress.add_task('', total=seconds)
-    for number, (_, layout) in enumerate(hopeful):
-      longest = max((found.facts['compile_seconds'] for found in done), default=0.0)
-      elapsed = time.monotonic() - start
-      if done and elapsed + longest > seconds:
-        break
-      progress.update(
-        task, completed=min(elapsed, seconds),
-        description=f'{number + 1} of {len(hopeful)}: {_layout_text(layout)}',
-      )  # fmt: skip
-      done.append(_compile(layout, topology, devices))
-  done.sort(key=lambda found: found.seconds_per_token)
-  console.print(_table(done), '')
-  best = done[0]
-  if not best.facts['fits']:
+  hopeful = [x for x in possible if x[1] <= SLACK * topology.chip.hbm_bytes] or possible
+  hopeful.sort(key=lambda x: x[0])
+  done, longest = [], 0.0
+  for number, (*_, layout) in enumerate(hopeful, 1):
+    elapsed = time.monotonic() - start
+    if done and elapsed + longest > seconds:
+      break
+    sizes, remat = report.mesh_text(vars(layout.run.mesh)), layout.run.compute.remat
+    console.print(
+      f'{elapsed:.0f} of {seconds} s, {number} of {len(hopeful)}: {sizes}, remat {remat}, '
+      f'{layout.sequences_per_chip} sequences a chip'
+    )
+    mesh = program.make_mesh(layout, devices, topology)
+    compiled = program.compile_train(layout, mesh)
+    longest = max(longest, compiled.compile_seconds)
+    done.append((layout, compiled, report.train_facts(layout, topology, mesh, compiled)))
+  done.sort(key=lambda x: _seconds_per_token(x[2]))
+  rows = [_row(facts) for *_, facts in done]
+  console.print(_table(rows), '')
+  best, compiled, facts = done[0]
+  if not facts['fits']:
     raise UserError(
       f'None of the {len(done)} layouts compiled of {len(hopeful)} fits {topology.name}: give more '
       'chips, fewer --sequences_per_chip, or a longer --search_seconds.'
     )
-  flags = _flags(job, best.job)
+  before, after = _overrides(job.run), _overrides(best.run)
+  flags = [f'--{job.key}.{key}={new}' for key, new in after.items() if new != before[key]]
   console.print('The best of them:', *flags, sep='\n  ', end='\n\n')
-  rows = [_row(found.facts) for found in done]
-  return Found(best.job, best.compiled, best.facts | {'candidates': rows, 'flags': flags})
+  return compiled, facts | {'candidates': rows, 'flags': flags}
 
 
-def _compile(job: program.Job, topology: Topology, devices: Sequence[Any]) -> Found:
-  mesh = program.make_mesh(job, devices, topology.flag)
-  compiled = program.compile_step(job, mesh)
-  return Found(job, compiled, report.facts(job, topology, mesh, compiled))
+def layouts(job: Job, topology: Topology, sequences_per_chip: int | None) -> Iterator[Job]:
+  """The job under every mesh, remat and number of sequences at once that is legal.
+
+  Only replicas lie in different slices. A batch keeps its size, by accumulation, unless
+  `sequences_per_chip` says how many sequences a chip has in a step.
+  """
+  for mesh in meshes(job.model, topology):
+    of_chip, rest = divmod(job.run.batch_size, mesh.batch_shards)
+    here = job.replace(mesh=mesh)
+    if sequences_per_chip:
+      batches = [here.with_sequences(sequences_per_chip)]
+    else:
+      at_once = [2**power for power in range(of_chip.bit_length())]
+      steps = [of_chip // n for n in at_once if not rest and of_chip % n == 0]
+      batches = [here.replace(grad_accum_steps=number) for number in steps]
+    for layout, remat in itertools.product(batches, REMAT):
+      yield layout.replace(compute=dataclasses.replace(job.run.compute, remat=remat))
 
 
-def _flags(asked: program.Job, best: program.Job) -> list[str]:
-  """The command line's overrides that turn one layout into another."""
-  prefix = f'--config.runs.{asked.name}'
-  before, after = asked.run, best.run
-  sizes = [(f'mesh.{axis}', axis) for axis in ('data', 'fsdp', 'expert', 'tensor')]
-  changes = [
-    *((key, getattr(before.mesh, axis), getattr(after.mesh, axis)) for key, axis in sizes),
-    ('batch_size', before.batch_size, after.batch_size),
-    ('grad_accum_steps', before.grad_accum_steps, after.grad_accum_steps),
-    ('compute.remat', before.compute.remat, after.compute.remat),
+def meshes(model: config.Model, topology: Topology) -> list[config.Mesh]:
+  """The meshes of all chips that divide every array of the model."""
+  abstract = transformer.Network(model, config.Compute()).abstract()
+  experts = model.ffn_experts.num_experts if model.ffn_experts else 1
+  found = []
+  sizes = [size for size in range(1, topology.size + 1) if topology.size % size == 0]
+  for data, expert, tensor in itertools.product(sizes, repeat=3):
+    fsdp, rest = divmod(topology.size, data * expert * tensor)
+    if rest or data % topology.slices or experts % expert or model.num_kv_heads % tensor:
+      continue
+    mesh = config.Mesh(data, fsdp, expert, tensor)
+    try:
+      sharding.check(abstract, mesh, 'config')
+    except UserError:
+      continue
+    found.append(mesh)
+  return found
+
+
+def guess(job: Job, network: Network) -> tuple[float, float]:
+  """Seconds a token and bytes of memory of a layout, from the sizes of its arrays.
+
+  Args:
+    job: with its layout.
+    network: of the topology's devices in the order of the mesh.
+  """
+  model, run, mesh, chip = job.model, job.run, job.run.mesh, network.topology.chip
+  L, D = model.num_layers, model.d_model
+  attention, ffn = model.attention_experts, model.ffn_experts
+  itemsize = jnp.dtype(run.compute.dtype).itemsize
+  parts = arithmetic.total_parts(model)
+  weights = parts.attention / (mesh.expert if attention else 1)
+  weights += parts.ffn / (mesh.expert if ffn else 1)
+  weights *= itemsize / L / mesh.tensor  # that a layer uses, gathered
+  tokens = job.sequences_per_chip * job.sequence_length
+  residual = itemsize * tokens * D
+
+  # What a layer saves for the backward pass, and what is computed again, by remat.
+  gathered = mesh.expert if ffn else 1  # devices whose tokens are gathered
+  heads = 2 * (model.num_heads + model.num_kv_heads) * (attention.num_experts if attention else 1)
+  attention_bytes = itemsize * tokens * (heads * model.head_dim / mesh.tensor + gathered * D)
+  rows = tokens * (ffn.top_k if ffn else 1)  # twice those of an even load are held
+  hidden_bytes = itemsize * rows * 2 * min(gathered, 2) * model.ffn_dim / mesh.tensor
+  hidden_bytes += itemsize * rows * gathered * D * bool(ffn)
+  forward = arithmetic.forward_parts(model, job.sequence_length)
+  is_cut = mesh.fsdp * mesh.expert > 1
+  saved, again = {
+    'none': ((1 if is_cut else 1.5) * (attention_bytes + hidden_bytes), 0),
+    'matmuls': (attention_bytes + hidden_bytes, 0),
+    'attention': (attention_bytes, forward.ffn),
+    'full': (0, forward.attention + forward.ffn),
+  }[run.compute.remat]
+
+  keeps = run.compute.remat == 'none' and is_cut  # gathered weights for the backward pass
+  compute = dataclasses.replace(run.compute, remat='full')  # which changes no bytes: cached
+  state = _state_bytes(model, compute, run.optimizer, mesh)['total']
+  logits = 4 * min(run.compute.loss_chunk or tokens, tokens) * model.vocab_size / mesh.tensor
+  peak = state + L * (residual + saved) + (3 + keeps * L) * weights + logits
+
+  def gather_seconds(axis: str, size: float, times: int) -> float:
+    if (count := getattr(mesh, axis)) == 1:
+      return 0.0
+    ids = np.arange(mesh.size).reshape(dataclasses.astuple(mesh))
+    group = np.moveaxis(ids, sharding.AXES.index(axis), -1).reshape(-1, count)[0]
+    gather = Collective('all-gather', int(size / count), (tuple(group.tolist()),))
+    return times * sum(network.seconds(gather))
+
+  passes = run.grad_accum_steps * L
+  wire = [
+    gather_seconds('fsdp', weights, (2 if keeps else 3) * passes),
+    gather_seconds('expert', residual * mesh.expert, 5 * passes),
+    gather_seconds('tensor', 2 * residual, 4 * passes),
+    gather_seconds('data', 2 * state / 4, 1),
   ]
-  return [f'{prefix}.{key}={new}' for key, old, new in changes if old != new]
+  step_tokens = run.batch_size * job.sequence_length
+  flops = (arithmetic.training_flops(model, job.sequence_length) + again) * step_tokens
+  compute = flops / (mesh.size * chip.flops)
+  # A little of what overlaps, so that of two layouts bound alike the one that sends less is first.
+  return (max(compute, *wire) + 0.1 * (compute + sum(wire))) / step_tokens, peak
+
+
+def _seconds_per_token(facts: dict[str, Any]) -> tuple[float, float]:
+  if not facts['fits']:
+    return math.inf, math.inf
+  tokens = facts['batch_size'] * facts['sequence_length']
+  return facts['seconds']['roofline'] / tokens, facts['seconds']['in_order'] / tokens
+
+
+def _overrides(run: config.Run) -> dict[str, Any]:
+  """The keys of a run that a layout sets."""
+  keys = {f'mesh.{axis}': size for axis, size in config.to_dict(run.mesh).items()}
+  keys |= {'batch_size': run.batch_size, 'grad_accum_steps': run.grad_accum_steps}
+  return keys | {'compute.remat': run.compute.remat}
 
 
 def _row(facts: dict[str, Any]) -> dict[str, Any]:
   keys = ('mesh', 'grad_accum_steps', 'sequences_per_chip', 'fits', 'peak_bytes')
   row = {key: facts[key] for key in keys} | {'remat': facts['compute']['remat']}
   if facts['fits']:
-    bounds = {name: facts['seconds'][name] for name in report.BOUNDS}
-    row |= {'seconds': bounds, 'mfu': facts['mfu']}
+    row |= {'seconds': {name: facts['seconds'][name] for name in BOUNDS}, 'mfu': facts['mfu']}
   return row
 
 
-def _table(done: Sequence[Found]) -> rich.table.Table:
-  table = rich.table.Table(title='Layouts compiled', title_justify='left', box=None, pad_edge=False)
-  for column in ('mesh', 'remat'):
-    table.add_column(column)
-  for column in ('sequences a chip', 'peak', 'roofline', 'MFU', 'in order', 'MFU'):
-    table.add_column(column, justify='right')
-  for facts in (found.facts for found in done):
-    peak = '-' if facts['peak_bytes'] is None else f'{facts["peak_bytes"] / 1e9:.1f} GB'
-    cells = ['does not fit']
-    if facts['fits']:
-      cells = [
-        text for name in ('roofline', 'in_order')
-        for text in (f'{1e3 * facts["seconds"][name]:.0f} ms', f'{facts["mfu"][name]:.1%}')
-      ]  # fmt: skip
-    table.add_row(
-      report.mesh_text(facts['mesh']), facts['compute']['remat'], str(facts['sequences_per_chip']),
-      peak, *cells,
-    )  # fmt: skip
-  return table
-
-
-def _layout_text(job: program.Job) -> str:
-  mesh = report.mesh_text(vars(job.run.mesh))
-  return f'{mesh}, remat {job.run.compute.remat}, {job.sequences_per_chip} a chip'
-
-
-def _progress(console: rich.console.Console) -> rich.progress.Progress:
-  columns = (
-    rich.progress.BarColumn(20),
-    rich.progress.TimeElapsedColumn(),
-    rich.progress.TextColumn('{task.description}'),
-  )
-  return rich.progress.Progress(*columns, console=console)
+def _table(rows: Sequence[dict[str, Any]]):
+  body = []
+  for row in rows:
+    peak = '-' if row['peak_bytes'] is None else f'{row["peak_bytes"] / 1e9:.1f} GB'
+    cells = [report.mesh_text(row['mesh']), row['remat'], row['sequences_per_chip'], peak]
+    for name in ('roofline', 'in_order') if row['fits'] else ():
+      cells += [f'{1e3 * row["seconds"][name]:.0f} ms', f'{row["mfu"][name]:.1%}']
+    body.append(cells if row['fits'] else [*cells, 'does not fit'])
+  numbers = ('sequences a chip', 'peak', 'roofline', 'MFU', 'in order', 'MFU')
+  return cli.table('Layouts compiled', ('mesh', 'remat'), numbers, body)

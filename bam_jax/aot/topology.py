@@ -1,4 +1,4 @@
-"""TPUs that are not at hand: what a topology's name stands for, and what its chips can do."""
+"""TPUs that are not at hand: what the name of a topology stands for, and what its chips can do."""
 
 import importlib.util
 import math
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
 
 from bam_jax.errors import UserError
 
@@ -21,25 +22,31 @@ class Chip:
   """One chip, which is one JAX device."""
 
   name: str
-  flops: float  # peak, bfloat16, a second
-  hbm_bytes: int  # that a program may use, as libtpu 0.0.50 gives it out
+  cores: int
+  hbm_bytes: int  # that a program may use, as reported by libtpu 0.0.50
   hbm_bandwidth: float  # bytes a second
   link_bandwidth: float  # bytes a second that one link to a neighbour carries each way
   slices_bandwidth: float  # bytes a second each way to other slices, a chip's share of its host's
   dimensions: int  # of the grid of chips
   wraps: int  # dimensions that are a multiple of this are rings, others are lines
 
+  @property
+  def flops(self) -> float:
+    """Peak FLOP/s in bfloat16."""
+    version = getattr(pltpu.ChipVersion, f'TPU_{self.name.upper()}')
+    return self.cores * pltpu.get_tpu_info_for_chip(version, self.cores).bf16_ops_per_second
 
-# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: FLOP/s, HBM and its bandwidth; links are the
-# interconnect's bandwidth over the chip's links (v5e 1,600 Gbit/s over 4, v6e 3,200 over 4, v5p
-# 1,200 GB/s both ways over 6); between slices a pod's bandwidth over its chips (v5e 6.4, v6e 25.6
-# Tbit/s over 256), for v5p 50 Gbit/s a chip. v4's links: arXiv 2304.01433, 50 GB/s; its bandwidth
-# between slices is not published, that of v5p is assumed.
+
+# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: HBM and its bandwidth; links are the interconnect's
+# bandwidth over the chip's links (v5e 1,600 Gbit/s over 4, v6e 3,200 over 4, v5p 1,200 GB/s both
+# ways over 6); between slices a pod's bandwidth over its chips (v5e 6.4, v6e 25.6 Tbit/s over 256),
+# for v5p 50 Gbit/s a chip. v4's links: arXiv 2304.01433, 50 GB/s; its bandwidth between slices is
+# not published, that of v5p is assumed. JAX's own HBM figures are rounded, for v5p to 2,460 GB/s.
 CHIPS = {
-  'v4': Chip('v4', 275e12, int(30.75 * GIB), 1.2e12, 50e9, 6.25e9, dimensions=3, wraps=4),
-  'v5e': Chip('v5e', 197e12, int(15.75 * GIB), 819e9, 50e9, 3.125e9, dimensions=2, wraps=16),
-  'v5p': Chip('v5p', 459e12, int(95.73 * GIB), 2765e9, 100e9, 6.25e9, dimensions=3, wraps=4),
-  'v6e': Chip('v6e', 918e12, int(31.24 * GIB), 1.6e12, 100e9, 12.5e9, dimensions=2, wraps=16),
+  'v4': Chip('v4', 2, int(30.75 * GIB), 1.2e12, 50e9, 6.25e9, dimensions=3, wraps=4),
+  'v5e': Chip('v5e', 1, int(15.75 * GIB), 819e9, 50e9, 3.125e9, dimensions=2, wraps=16),
+  'v5p': Chip('v5p', 2, int(95.73 * GIB), 2765e9, 100e9, 6.25e9, dimensions=3, wraps=4),
+  'v6e': Chip('v6e', 1, int(31.24 * GIB), 1.6e12, 100e9, 12.5e9, dimensions=2, wraps=16),
 }
 HOST = (2, 2, 1)  # chips of a host along each dimension, where there are as many
 
@@ -67,7 +74,7 @@ class Topology:
 
   @property
   def flag(self) -> str:
-    """What names it in messages."""
+    """What it is called in messages."""
     return f'--topology={f"{self.slices} slices of " if self.slices > 1 else ""}{self.name}'
 
   def devices(self) -> Sequence[Any]:
@@ -83,15 +90,13 @@ class Topology:
       )
     for name, value in _ENVIRONMENT.items():
       os.environ.setdefault(name, value)
-    hosts = tuple(math.gcd(*pair) for pair in zip(HOST, (*self.shape, 1)))
-    options = {'num_slices': self.slices} if self.slices > 1 else {}
     try:
       return topologies.get_topology_desc(
         f'{self.chip.name}:{"x".join(map(str, self.shape))}',
         platform='tpu',
-        chips_per_host_bounds=hosts,
-        chip_config_name='megacore' if self.chip.name in ('v4', 'v5p') else 'default',
-        **options,
+        chips_per_host_bounds=tuple(math.gcd(*pair) for pair in zip(HOST, (*self.shape, 1))),
+        chip_config_name='megacore' if self.chip.cores > 1 else 'default',
+        **({'num_slices': self.slices} if self.slices > 1 else {}),
       ).devices
     except jax.errors.JaxRuntimeError as error:
       sentence = ' '.join(str(error).split())
@@ -109,7 +114,7 @@ def parse(name: str, slices: int = 1) -> Topology:
   chip, shape = CHIPS[found[1]], tuple(int(size) for size in found[2].split('x'))
   if len(shape) != chip.dimensions or 0 in shape:
     raise UserError(
-      f'--topology={name} has {len(shape)} sizes, and {chip.name} chips form a grid of '
+      f'--topology={name} has {len(shape)} sizes; {chip.name} chips form a grid of '
       f'{chip.dimensions} dimensions.'
     )
   return Topology(name, chip, shape, slices)

@@ -1,6 +1,5 @@
-"""The door's numbers: the paper's to the last one, states as they lie on devices, mistakes."""
+"""The command's numbers: the paper's to the last one, states as they lie on devices, mistakes."""
 
-import dataclasses
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from bam_jax.train import step
 ROOT = Path(__file__).parents[2]
 
 
-def door(*flags: str) -> subprocess.CompletedProcess:
+def run_command(*flags: str) -> subprocess.CompletedProcess:
   # A platform that is not there: counting must not ask for it.
   environment = os.environ | {'JAX_PLATFORMS': 'tpu', 'COLUMNS': '120'}
   return subprocess.run(
@@ -31,7 +30,7 @@ def door(*flags: str) -> subprocess.CompletedProcess:
 
 
 def rows_of(*flags: str) -> tuple[dict[str, dict], str]:
-  done = door(*flags, '--json=-')
+  done = run_command(*flags, '--json=-')
   assert done.returncode == 0, done.stderr
   facts = json.loads(done.stdout)  # and nothing else is there
   return {row['run']: row for row in facts['rows']}, done.stderr
@@ -118,30 +117,15 @@ def test_matching(small):
   assert rows['bam_kv']['matched_tokens'] < rows['bam_shared_kv']['matched_tokens']
 
 
-def test_errata_are_noted_where_they_belong(small, top3):
-  rows, printed = small
-  noted = {run: row['notes'] for run, row in rows.items() if row['notes']}
-  assert noted.keys() == {'bam_kv', 'bam_shared_kv'}
-  assert '662,731,776' in noted['bam_kv'][0] and '612,400,128' in noted['bam_shared_kv'][0]
-  assert all(note in printed for notes in noted.values() for note in notes)
-  assert '776M' in top3[0]['btx_6_top3']['notes'][0]
-  assert not rows_of('--config=configs/large_2b.py', '--run=bam_kv')[0]['bam_kv']['notes']
-
-
-def test_errata_by_the_papers_own_slips():
-  """The wrong numbers come out when the parts that the notes name are left out."""
-  kv, shared_kv = (model for model, _ in accounting.ERRATA[:2])
-  router = 6 * 1024 * 4
-  active = lambda model: accounting.arithmetic.parameters(model).active
-  assert active(kv) - router == 662_731_776
-  assert active(shared_kv) - router - 6 * 2 * 1024**2 == 612_400_128
-
-
-def test_a_note_does_not_depend_on_what_counts_do_not(small):
-  model = accounting.ERRATA[0][0]
-  buffered = dataclasses.replace(model.ffn_experts, capacity_factor=1.25)
-  assert accounting.notes(dataclasses.replace(model, rope_theta=5e5, ffn_experts=buffered))
-  assert not accounting.notes(dataclasses.replace(model, num_layers=7))
+def test_the_papers_errata(small, top3):
+  """docs/paper.md: the paper's numbers come out when the parts that it names are left out."""
+  page, router = (ROOT / 'docs' / 'paper.md').read_text(encoding='utf-8'), 6 * 1024 * 4
+  active = lambda run: small[0][run]['active_parameters']['total']
+  wrong = active('bam_kv') - router, active('bam_shared_kv') - router - 6 * 2 * 1024**2
+  assert wrong == (662_731_776, 612_400_128)
+  totals = small[0]['btx']['parameters']['total'], top3[0]['btx_6_top3']['parameters']['total']
+  for number in (*wrong, active('bam_kv'), active('bam_shared_kv'), *totals):
+    assert f'{number:,}' in page
 
 
 @pytest.mark.parametrize('sizes', [(1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 4, 1), (2, 1, 2, 2)])
@@ -184,8 +168,14 @@ def test_a_mesh_that_does_not_divide_is_refused(recipe_dict):
 MISTAKES = {
   'no config': ((), '--config is required: give --config'),
   'no file': (('--config=nowhere.py',), '--config=nowhere.py cannot be read'),
-  'no such run': (('--config=configs/quickstart.py', '--run=bam'), "--run names 'bam'"),
-  'no such budget': (('--config=configs/quickstart.py', '--against=moe'), "--against names 'moe'"),
+  'no such run': (
+    ('--config=configs/quickstart.py', '--run=bam'),
+    '--run=bam is not in',
+  ),
+  'no such budget': (
+    ('--config=configs/quickstart.py', '--against=moe'),
+    '--against=moe is not in',
+  ),
   'no context': (('--config=configs/quickstart.py', '--context=0'), 'context'),
 }
 

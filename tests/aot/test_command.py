@@ -1,4 +1,4 @@
-"""The door as a process: its mistakes, and, where the TPU's compiler is, real programs."""
+"""The command as a process: its mistakes, and, where the TPU's compiler is, real programs."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def door(*flags: str) -> subprocess.CompletedProcess:
+def run(*flags: str) -> subprocess.CompletedProcess:
   # A platform that is not there: compiling must not ask for it.
   environment = os.environ | {'JAX_PLATFORMS': 'tpu', 'COLUMNS': '100'}
   return subprocess.run(
@@ -28,16 +28,16 @@ def door(*flags: str) -> subprocess.CompletedProcess:
 
 
 MISTAKES = {
-  'no run': ((RECIPE, '--topology=v5e:2x2'), 'Which run? Give --run'),
-  'no topology': ((RECIPE, '--run=seed'), 'Which topology? Give --topology'),
-  'no such run': ((RECIPE, '--run=dense', '--topology=v5e:2x2'), "--run names 'dense'"),
+  'no run': ((RECIPE, '--topology=v5e:2x2'), '--run is required'),
+  'no topology': ((RECIPE, '--run=seed'), '--topology is required'),
+  'no such run': ((RECIPE, '--run=dense', '--topology=v5e:2x2'), '--run=dense is not in'),
   'a flag of decoding': (
     (RECIPE, '--run=seed', '--topology=v5e:2x2', '--context=99'),
-    '--context is for --phase=decode: leave it out, or give that phase',
+    '--context needs --phase=decode: leave it out, or give that phase',
   ),
   'a flag of training': (
     (RECIPE, '--run=seed', '--topology=v5e:2x2', '--phase=decode', '--search'),
-    '--search is for --phase=train',
+    '--search needs --phase=train',
   ),
   'no such chip': ((RECIPE, '--run=seed', '--topology=v9:2x2'), '--topology=v9:2x2 is not CHIP'),
 }
@@ -53,12 +53,12 @@ def test_a_mistake_is_one_sentence_and_status_2(server, name):
 
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is not None, reason='libtpu is installed')
 def test_without_the_compiler():
-  done = door(RECIPE, '--run=seed', '--topology=v5e:2x2')
+  done = run(RECIPE, '--run=seed', '--topology=v5e:2x2')
   assert done.returncode == 2 and "pip install 'jax[tpu]'" in done.stderr
 
 
 def facts_of(*flags: str) -> dict:
-  done = door(*flags, '--json=-')
+  done = run(*flags, '--json=-')
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout)
 
@@ -142,6 +142,6 @@ def test_a_search_compiles_and_ranks():
 @needs_libtpu
 @pytest.mark.slow
 def test_a_mesh_of_another_size():
-  done = door(RECIPE, '--run=seed', '--topology=v5e:2x2')
+  done = run(RECIPE, '--run=seed', '--topology=v5e:2x2')
   assert done.returncode == 2
   assert 'config.runs.seed.mesh has 1 devices and --topology=v5e:2x2 4' in done.stderr

@@ -42,7 +42,7 @@ FLOPS = 2 * ROWS * INNER * COLUMNS
 
 
 def call(name: str, operands: list[str], results: str, target='tpu_custom_call', **config):
-  """A module of one custom call of arrays, and that call."""
+  """A custom call of arrays."""
   lines = [f'  %x{n} = {shape} parameter({n})' for n, shape in enumerate(operands)]
   names = ', '.join(f'%x{n}' for n in range(len(operands)))
   text = config.pop('attributes', '')
@@ -51,8 +51,7 @@ def call(name: str, operands: list[str], results: str, target='tpu_custom_call',
     f'  ROOT %{name} = {results} custom-call({names}), custom_call_target="{target}", {text}'
     f'backend_config={backend}'
   )
-  module = hlo.parse('ENTRY %main (x: f32[]) -> f32[] {\n' + '\n'.join(lines) + '\n}\n')
-  return module.entry, module.entry.root
+  return hlo.parse('ENTRY %main (x: f32[]) -> f32[] {\n' + '\n'.join(lines) + '\n}\n').root
 
 
 def grouped(tile: tuple[int, int, int], bounds: str, **estimate):
@@ -94,31 +93,30 @@ def moved(tile: tuple[int, int, int], row_tiles: int) -> int:
 @pytest.mark.parametrize('share', [1.0, 0.5])
 def test_a_grouped_product_at_even_load(tile, share):
   bounds = f'{-(-COLUMNS // tile[2])}, {kernels.DYNAMIC}, {-(-INNER // tile[1])}'
-  computation, instruction = grouped(tile, bounds, cost_estimate={'flops': str(FLOPS)})
-  kernel = kernels.read(computation, instruction, share * ROWS)
+  instruction = grouped(tile, bounds, cost_estimate={'flops': str(FLOPS)})
+  kernel = kernels.read(instruction, share * ROWS)
   assert kernel.kind == 'grouped' and kernel.flops == share * FLOPS
   assert kernel.bytes == moved(tile, int(ROWS * share) // tile[0])
 
 
 def test_a_grid_that_is_known_visits_every_row():
   bounds = f'3, {ROWS // 128}, 1'
-  computation, instruction = grouped((128, 512, 256), bounds, cost_estimate={'flops': str(FLOPS)})
-  assert kernels.read(computation, instruction, ROWS / 4).flops == FLOPS
+  instruction = grouped((128, 512, 256), bounds, cost_estimate={'flops': str(FLOPS)})
+  assert kernels.read(instruction, ROWS / 4).flops == FLOPS
 
 
 def test_the_groups_bookkeeping_is_free():
-  computation, instruction = grouped((128, 512, 256), '1')
-  assert kernels.read(computation, instruction, ROWS / 4) == kernels.Kernel('grouped', 0, 0)
+  instruction = grouped((128, 512, 256), '1')
+  assert kernels.read(instruction, ROWS / 4) == kernels.Kernel('grouped', 0, 0)
 
 
 def test_a_grouped_kernel_whose_body_is_not_text():
   operands = ['bf16[64,32]{1,0}', 'bf16[2,32,16]{2,1,0}']
-  source = 'metadata={op_name="jit(step)/transpose(jvp(jit(tgmm)))/pallas_call"}, '
-  computation, instruction = call(
-    'transpose_jvp_jit_tgmm.1', operands, 'bf16[64,16]{1,0}', attributes=source, body='TUzvUgFN',
+  instruction = call(
+    'ragged-dot.1', operands, 'bf16[64,16]{1,0}', body='TUzvUgFN',
     cost_estimate={'flops': '1000', 'bytes_accessed': '80'},
   )  # fmt: skip
-  assert kernels.read(computation, instruction, 32) == kernels.Kernel('grouped', 500.0, 40.0)
+  assert kernels.read(instruction, 32) == kernels.Kernel('grouped', 500.0, 40.0)
 
 
 def splash(kind: str, blocks: dict, queries: int, keys: int):
@@ -153,12 +151,12 @@ def test_splash_visits_the_blocks_that_hold_a_visible_pair(
     if k <= q + query_block - 1
   ]
   flops = 2 * products * len(visible) * query_block * key_block * 128 * 2 * 6
-  kernel = kernels.read(*splash(kind, blocks, length, length), None)
+  kernel = kernels.read(splash(kind, blocks, length, length), None)
   assert kernel.kind == 'attention' and kernel.flops == flops
 
 
 def test_other_kernels_say_themselves_or_are_not_known():
   known = call('mine.1', ['f32[8]{0:T(128)S(1)}'], 'f32[8]{0}', cost_estimate={'flops': '77'})
-  assert kernels.read(*known, 32) == kernels.Kernel('kernel', 77.0, 32)
+  assert kernels.read(known, 32) == kernels.Kernel('kernel', 77.0, 32)
   silent = call('mine.1', ['f32[8]{0}'], 'f32[8]{0}')
-  assert kernels.read(*silent, 32) == kernels.Kernel('kernel', None, 64)
+  assert kernels.read(silent, 32) == kernels.Kernel('kernel', None, 64)

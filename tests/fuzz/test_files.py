@@ -292,7 +292,7 @@ def test_pickles_of_transformers_are_not_read(server, world, tmp_path):
 
 
 def test_no_module_reads_pickles():
-  """But for `aot --save`, whose file is the user's own program, for `save.load` to read.
+  """But for `aot --save`, whose file is the user's own program, for `program.load` to read.
 
   And for code that models write in a task: asked for by a flag, run by a child with limits.
   """
@@ -304,4 +304,4 @@ def test_no_module_reads_pickles():
       r'pickle\.load|allow_pickle=True|\beval\(|\bexec\(|torch\.load|marshal', path.read_text()
     )
   ]
-  assert found == ['compiled/save.py', 'tasks/launcher.py']
+  assert found == ['aot/program.py', 'tasks/launcher.py']

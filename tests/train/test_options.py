@@ -18,6 +18,7 @@ from bam_jax.parallel import sharding
 from bam_jax.recipes import graph
 from bam_jax.train import balance, stages, step
 from bam_jax.upcycle import rules
+from tests.account.test_accounting import counted
 from tests.upcycle import memory
 
 OPTIMIZER = config.Optimizer(epsilon=1e-2, clip_norm=0, weight_decay=0.1)
@@ -181,7 +182,7 @@ def test_bias_evens_loads(biased, make_batch):
 
 
 def test_bias_is_counted_cut_and_made_by_a_rule(models, biased):
-  assert arithmetic.counted(biased) == (
+  assert counted(biased) == (
     arithmetic.total_parts(biased), arithmetic.active_parts(biased)
   )  # fmt: skip
   assert arithmetic.total_parts(biased).routers == arithmetic.total_parts(models['btx']).routers + 8

@@ -1,17 +1,19 @@
-"""Times on a TPU's links, of groups that lie in different ways on its grid."""
+"""Topologies and their chips; times on links, of groups that lie in different ways on the grid."""
 
 import itertools
 from types import SimpleNamespace
 
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from bam_jax.aot import network, topology
+from bam_jax.aot import roofline, topology
 from bam_jax.aot.collectives import Collective
+from bam_jax.errors import UserError
 
 GB = 10**9
 
 
-def grid(name: str, slices: int = 1) -> network.Network:
+def grid(name: str, slices: int = 1) -> roofline.Network:
   """A network whose devices are numbered with the first dimension slowest, slice by slice."""
   target = topology.parse(name, slices)
   devices = [
@@ -19,10 +21,10 @@ def grid(name: str, slices: int = 1) -> network.Network:
     for number in range(slices)
     for coords in itertools.product(*map(range, target.shape))
   ]
-  return network.Network(target, devices)
+  return roofline.Network(target, devices)
 
 
-def seconds(net: network.Network, kind: str, *groups: tuple[int, ...], size: int = GB):
+def seconds(net: roofline.Network, kind: str, *groups: tuple[int, ...], size: int = GB):
   return net.seconds(Collective(kind, size, groups))
 
 
@@ -85,3 +87,34 @@ def test_between_slices():
   assert inside == pytest.approx(GB * 3 / 12 / fast)
   # Replicas that lie one in each slice send nothing inside.
   assert seconds(net, 'all-reduce', (0, 4, 8)) == (0.0, pytest.approx(GB * 4 / 3 / slow))
+
+
+def test_a_topology():
+  target = topology.parse('v5p:4x4x8', slices=2)
+  assert target.chip.name == 'v5p' and target.shape == (4, 4, 8) and target.size == 256
+
+
+@pytest.mark.parametrize(
+  'name, sentence',
+  [
+    ('v5e', 'is not CHIP:SIZES'),
+    ('v7x:2x2', 'CHIP one of v4, v5e, v5p, v6e'),
+    ('v5e:4*4', 'is not CHIP:SIZES'),
+    ('v5e:4x4x4', 'has 3 sizes; v5e chips form a grid of 2 dimensions'),
+    ('v5p:4x4', 'a grid of 3 dimensions'),
+    ('v5e:0x4', 'has 2 sizes'),
+  ],
+)
+def test_mistakes(name, sentence):
+  with pytest.raises(UserError, match=sentence.replace('*', r'\*')):
+    topology.parse(name)
+
+
+@pytest.mark.parametrize('name', topology.CHIPS)
+def test_chips_as_jax_knows_them(name):
+  chip, version = topology.CHIPS[name], getattr(pltpu.ChipVersion, f'TPU_{name.upper()}')
+  published = {'v4': 275e12, 'v5e': 197e12, 'v5p': 459e12, 'v6e': 918e12}
+  assert chip.flops == pytest.approx(published[name], rel=0.01)
+  info = pltpu.get_tpu_info_for_chip(version, chip.cores)
+  assert chip.hbm_bandwidth == pytest.approx(chip.cores * info.mem_bw_bytes_per_second, rel=0.15)
+  assert 0.9 < chip.hbm_bytes / (chip.cores * info.hbm_capacity_bytes) <= 1

@@ -1,0 +1,260 @@
+"""Compiled steps, to train and to decode, and their facts on a topology made up here."""
+
+import dataclasses
+import io
+import itertools
+import json
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+
+from bam_jax import config
+from bam_jax.aot import cost, program, report, topology
+from bam_jax.aot.roofline import BOUNDS
+from bam_jax.errors import UserError
+from bam_jax.generate import generator
+from bam_jax.model import arithmetic
+from bam_jax.parallel import sharding
+from bam_jax.train import step
+
+TARGET = topology.parse('v5e:2x4')
+SQUARE = topology.parse('v5e:2x2')
+DECODE = program.Decode(batch_size=2, context=20, dtype='float32')
+
+
+@pytest.fixture(scope='module')
+def make_job(models):
+  """The function (model's name, mesh) -> a job."""
+
+  def make(name: str, **mesh) -> program.Job:
+    run = config.Run(
+      label='a run', init='scratch', data={'general': 1.0}, tokens=256, batch_size=8,
+      schedule=config.Schedule(1e-2, 1), mesh=config.Mesh(**mesh),
+    )  # fmt: skip
+    return program.Job(name, models[name], run, 16)
+
+  return make
+
+
+def as_tpus(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> SimpleNamespace:
+  """The mesh with chips of a grid in place of its devices."""
+  chips = [SimpleNamespace(coords=(*place, 0)) for place in itertools.product(*map(range, shape))]
+  return SimpleNamespace(
+    devices=np.array(chips[: mesh.size]).reshape(mesh.devices.shape), shape=mesh.shape
+  )
+
+
+def decoded(job: program.Job) -> dict:
+  """The facts of a decode step compiled for the CPU, as if its devices were TPUs."""
+  target = dataclasses.replace(SQUARE, shape=(job.run.mesh.size // 2 or 1,) * 2)
+  mesh = program.make_mesh(job, jax.devices()[: job.run.mesh.size], target)
+  decoder = program.make_decoder(job, DECODE, mesh)
+  compiled = program.compile_decode(decoder, DECODE, mesh)
+  return report.decode_facts(job, DECODE, target, as_tpus(mesh, (2, 2)), decoder, compiled)
+
+
+@pytest.fixture(scope='module')
+def trained(make_job):
+  """A job, its mesh, what was compiled for the CPU, and its facts as if its devices were TPUs."""
+  job = make_job('bam_kv_experts', fsdp=2, expert=2, data=2)
+  mesh = sharding.make_mesh(job.run.mesh, jax.devices())
+  compiled = program.compile_train(job, mesh)
+  return job, mesh, compiled, report.train_facts(job, TARGET, as_tpus(mesh, (2, 4)), compiled)
+
+
+@pytest.fixture(scope='module')
+def token(make_job):
+  return decoded(make_job('bam_kv_experts', expert=4))
+
+
+def test_facts_are_json_and_help_names_every_key(trained, token, door_doc):
+  words = set(re.findall(r'\w+', door_doc('aot')))
+  for facts in (trained[-1], token):
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts.keys() <= words
+    for key in ('memory', 'seconds', 'compiled_flops'):
+      assert facts[key].keys() - {'grouped', 'attention'} <= words
+    for key in ('collectives', 'loops'):
+      assert facts[key] and all(row.keys() <= words for row in facts[key])
+  assert token['needed_bytes'].keys() <= words
+
+
+def test_facts_agree_with_each_other(trained):
+  job, *_, facts = trained
+  tokens = facts['batch_size'] * facts['sequence_length']
+  flops = arithmetic.training_flops(job.model, 16) * tokens
+  assert facts['model_flops'] == flops and facts['sequences_per_chip'] == 1
+  assert facts['flops_ratio'] == facts['compiled_flops']['total'] / flops
+  seconds, peak = facts['seconds'], facts['chips'] * TARGET.chip.flops
+  assert seconds['compute'] == pytest.approx(facts['compiled_flops']['total'] / peak)
+  assert seconds['hbm'] == pytest.approx(facts['hbm_bytes'] / TARGET.chip.hbm_bandwidth)
+  assert seconds['roofline'] <= seconds['in_order'] <= seconds['no_overlap']
+  assert seconds['roofline'] == max(seconds['compute'], seconds['hbm'], *seconds['wire'].values())
+  for bound in BOUNDS:
+    assert facts['mfu'][bound] == pytest.approx(flops / (peak * seconds[bound]))
+  total = sum(seconds['wire'].values())
+  assert total == pytest.approx(sum(row['seconds'] for row in facts['collectives']))
+  assert facts['peak_bytes'] + facts['headroom_bytes'] == facts['hbm_limit_bytes']
+
+
+def test_a_mixture_gathers_and_reduces_over_its_experts_axis(trained):
+  kinds = {(row['kind'], row['axes']) for row in trained[-1]['collectives']}
+  assert {('all-gather', 'expert'), ('reduce-scatter', 'expert'), ('all-gather', 'fsdp')} <= kinds
+
+
+def test_memory_of_a_donated_state(trained):
+  job, mesh, compiled, _ = trained
+  state = step.abstract_state(job.model, job.run.compute, job.run.optimizer, mesh)
+  sizes = [
+    np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)
+  ]
+  memory = compiled.memory
+  assert memory['aliased'] >= sum(sizes) and memory['arguments'] >= sum(sizes)
+  held = memory['arguments'] + memory['temporaries'] + memory['outputs']
+  assert compiled.peak_bytes == held - memory['aliased']
+
+
+def test_what_is_loaded_computes_the_same(trained, make_batch, tmp_path):
+  job, mesh, compiled, _ = trained
+  program.save(compiled, str(tmp_path / 'step'))
+  loaded = program.load(str(tmp_path / 'step'), mesh)
+
+  def outcome(function):
+    abstract = step.abstract_state(job.model, job.run.compute, job.run.optimizer, mesh)
+    state = jax.tree.map(
+      lambda x: jax.device_put(jnp.full(x.shape, 0.01, x.dtype), x.sharding), abstract
+    )
+    return function(state, sharding.put_batch(make_batch(8, 16), mesh), np.full(2, 0.5, np.float32))
+
+  for a, b in zip(jax.tree.leaves(outcome(loaded)), jax.tree.leaves(outcome(compiled.executable))):
+    np.testing.assert_array_equal(a, b)
+
+
+def shown(facts: dict) -> str:
+  text = io.StringIO()
+  rich.console.Console(file=text, width=200).print(*report.tables(facts))
+  return text.getvalue()
+
+
+def test_tables_and_notes(trained, token):
+  words = ('data=2 fsdp=2 expert=2', 'MFU', 'all-gather', 'fits', 'roofline', 'GB left')
+  assert all(word in shown(trained[-1]) for word in words)
+  assert 'one token of each row' in shown(token) and 'cache to read' in shown(token)
+  odd = {'uncounted_kernels': ['mine.1'], 'loops': [{'trips': None}]}
+  notes = ' '.join(report.notes(trained[-1] | odd))
+  assert 'mine.1' in notes and 'counted once' in notes
+  assert report.notes(trained[-1] | {'loops': [{'trips': 2}]}) == []
+
+
+def test_a_step_that_does_not_fit(make_job, tmp_path):
+  message = (
+    'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory '
+    'required for HLO temporaries (20.25G) exceeds available HBM (15.75G). HLO module: jit_step. '
+    'See https://openxla.org/xla/errors/error_1000 for more details.'
+  )
+  needed, reason = program._shortage(message)
+  assert needed == int(20.25 * 2**30) and reason.startswith('Ran out of memory on HBM')
+  job, refused = make_job('btx', data=4), program.Compiled(None, 1.0, 1.0, needed, reason)
+  facts = report.train_facts(job, TARGET, None, refused)
+  assert not facts['fits'] and facts['headroom_bytes'] == TARGET.chip.hbm_bytes - needed
+  assert all(word in shown(facts) for word in ('does not fit', 'too much', 'jit_step'))
+  with pytest.raises(UserError, match='--save=x has nothing to write: the step does not fit'):
+    program.save(refused, 'x')
+  compiled = program.Compiled(jax.jit(lambda x: x + 1).lower(1.0).compile(), 0.0, 0.0)
+  with pytest.raises(UserError, match='--hlo=.* cannot be written: No such file or directory'):
+    program.save_text(compiled, str(tmp_path / 'nowhere' / 'file'))
+
+
+def test_sequences_a_chip(make_job):
+  job = make_job('btx', fsdp=2, expert=2, data=2).replace(batch_size=32, grad_accum_steps=2)
+  assert job.sequences_per_chip == 2
+  job = job.with_sequences(3)
+  assert job.run.batch_size == 24 and job.run.grad_accum_steps == 1 and job.sequences_per_chip == 3
+
+
+def flops_of(job: program.Job) -> float:
+  """Of one device."""
+  mesh = sharding.make_mesh(job.run.mesh)
+  text = program.compile_train(job, mesh).executable.as_text()
+  return sum(cost.read(text, job.run.mesh.size).flops().values())
+
+
+@pytest.mark.slow
+def test_a_dense_step_is_the_models_flops_and_some_scores(make_job):
+  job = make_job('dense')
+  one = flops_of(job)
+  expected = 8 * 16 * arithmetic.training_flops(job.model, 16)
+  assert 1 <= one / expected < 1.1  # both halves of the square, or blocks of it
+  assert 1 <= flops_of(make_job('dense', data=2, fsdp=4)) / (one / 8) < 1.02
+
+
+def test_a_token_is_a_part_of_a_call(token, make_job):
+  layers = make_job('bam_kv_experts').model.num_layers
+  counts = {row['kind']: row['count'] for row in token['collectives']}
+  assert counts == {'all-reduce': layers + 1, 'all-gather': 1}
+  (loop,) = [loop for loop in token['loops'] if loop['trips'] == generator.MAX_STEPS]
+  assert loop['times'] == 1 and loop['source'].endswith(f'/{generator.DECODE_LOOP}/while')
+
+
+def test_facts_of_a_token_agree_with_each_other(token, make_job):
+  model = make_job('bam_kv_experts').model
+  # 32 slots, all of them seen: the arithmetic counts half of a context.
+  flops = DECODE.batch_size * arithmetic.forward_flops(model, 2 * 32)
+  assert token['slots'] == 32 and token['model_flops'] == flops
+  assert token['flops_ratio'] == token['compiled_flops']['total'] / flops
+  assert token['hbm_ratio'] == token['hbm_bytes'] / sum(token['needed_bytes'].values())
+  for bound in BOUNDS:
+    assert token['tokens_per_second'][bound] == DECODE.batch_size / token['seconds'][bound]
+
+
+@pytest.mark.slow
+def test_a_dense_token_costs_the_models_flops(make_job):
+  facts = decoded(make_job('dense'))
+  assert facts['flops_ratio'] == 1
+  assert 1 <= facts['hbm_ratio'] < 2  # activations weigh as much as weights in so small a model
+
+
+def test_what_must_be_read(make_job):
+  def needed(name, batch=2, **mesh):
+    job, decode = make_job(name, **mesh), dataclasses.replace(DECODE, batch_size=batch)
+    made = sharding.make_mesh(job.run.mesh, jax.devices()[: job.run.mesh.size])
+    return program.needed_bytes(program.make_decoder(job, decode, made), decode)
+
+  for name in ('btx', 'bam_kv_experts', 'bam_shared_kv'):
+    model = make_job(name).model
+    # Four rows of one assignment each may visit all four experts.
+    weights = arithmetic.total_parts(model)
+    assert needed(name, 4)['weights'] == needed(name, 8)['weights'] == 4 * weights.total
+    assert needed(name, 1)['weights'] == 4 * (weights.total - 3 * weights.ffn // 4)
+    assert needed(name)['cache'] == 2 * 32 * arithmetic.cache_bytes(model, 'float32')
+  # An attention expert, its cache, and a quarter of the rest, but for norms and routers.
+  whole, part = needed('bam_kv_experts'), needed('bam_kv_experts', expert=4)
+  parts = arithmetic.total_parts(make_job('bam_kv_experts').model)
+  everywhere = 4 * (parts.norms + parts.routers)
+  assert part['weights'] - everywhere == (whole['weights'] - everywhere) / 4
+  assert part['cache'] == whole['cache'] / 4
+  # An input embedding of its own is hardly read.
+  assert needed('untied')['weights'] == needed('dense')['weights']
+
+
+MISTAKES = {
+  'size': ({'expert': 2}, 2, r'config.runs.btx.mesh has 2 devices and --topology=v5e:2x2 4: set'),
+  'rows': (
+    {'data': 4}, 2, r'--batch_size=2 is not a multiple of the 4 parts .* config.runs.btx.mesh'
+  ),
+  'model': ({'tensor': 4}, 4, r'config.runs.btx.mesh cuts blocks/attention/key of shape'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_mistakes(make_job, name):
+  mesh, batch, sentence = MISTAKES[name]
+  job, decode = make_job('btx', **mesh), dataclasses.replace(DECODE, batch_size=batch)
+  with pytest.raises(UserError, match=sentence):
+    made = program.make_mesh(job, jax.devices()[:4], SQUARE)
+    program.make_decoder(job, decode, made)
