@@ -213,13 +213,3 @@ def test_nothing_is_written_after_a_failure(tmp_path):
         raise KeyboardInterrupt
     time.sleep(0.1)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_a_disk_that_fills_up_leaves_nothing(disk):
-  small_disk = disk(1024)
-  values = draw({UP: arrays.Spec((8, 256, 128), FLOAT32)})  # 1 MB, and what describes it
-  with pytest.raises(UserError, match='No space left on device'):
-    with folders.new_folder(small_disk / 'made') as folder:
-      write(folder / 'params', values)
-  assert list(small_disk.iterdir()) == []

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -66,18 +66,15 @@ class Job:
 
   def wait_for_step(self, folder: Path, step: int) -> None:
     """Until a run has logged a step."""
-    metrics, line = folder / 'metrics.jsonl', f'{{"step": {step}, "loss"'
-    deadline = time.monotonic() + SECONDS
-    while not (metrics.exists() and line in metrics.read_text()):
-      for process in self.processes:
-        assert process.poll() is None, process.communicate()
-      assert time.monotonic() < deadline
-      time.sleep(0.002)
+    self._wait(lambda: step in losses(folder))
 
   def wait_for_checkpoint(self, folder: Path) -> None:
     """Until a run has a checkpoint."""
+    self._wait(lambda: checkpoint.finished_step(folder / 'checkpoints') is not None)
+
+  def _wait(self, done: Callable[[], bool]) -> None:
     deadline = time.monotonic() + SECONDS
-    while checkpoint.finished_step(folder / 'checkpoints') is None:
+    while not done():
       for process in self.processes:
         assert process.poll() is None, process.communicate()
       assert time.monotonic() < deadline
@@ -142,7 +139,7 @@ def assert_same_bits(folder: Path, reference: Path) -> None:
 def losses(folder: Path) -> dict[int, float]:
   metrics = folder / 'metrics.jsonl'
   text = metrics.read_text() if metrics.exists() else ''
-  lines = [json.loads(line) for line in text.splitlines()]
+  lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith('\n')]
   steps = [line['step'] for line in lines if 'loss' in line]
   assert len(steps) == len(set(steps)), 'a step is told twice'
   return {line['step']: line['loss'] for line in lines if 'loss' in line}

@@ -47,17 +47,9 @@ def assert_same_run(recorded, workdir, undisturbed):
 
 
 @pytest.mark.slow
-def test_from_one_process_to_two_to_one(text, undisturbed, tmp_path):
-  workdir = tmp_path / 'workdir'
-  recorded = record(text, workdir, 1, '1x2x1x2', stop_after=4)
-  recorded += record(text, workdir, 2, '2x1x1x1', stop_after=len(recorded) + 4)
-  recorded += record(text, workdir, 1, '1x1x1x1')
-  assert_same_run(recorded, workdir, undisturbed)
-
-
-@pytest.mark.slow
-def test_from_four_processes_to_two(text, undisturbed, tmp_path):
+def test_from_four_processes_to_one_to_two(text, undisturbed, tmp_path):
   workdir = tmp_path / 'workdir'
   recorded = record(text, workdir, 4, '4x1x1x1', stop_after=4)
+  recorded += record(text, workdir, 1, '1x2x1x2', stop_after=len(recorded) + 4)
   recorded += record(text, workdir, 2, '1x1x2x2')
   assert_same_run(recorded, workdir, undisturbed)

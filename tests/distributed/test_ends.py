@@ -1,12 +1,10 @@
 """How a job ends: asked to, or by the loss of a process."""
 
-import random
 import signal
-import time
 
 import pytest
 
-from tests.distributed.jobs import MESH, assert_same_bits, job, losses
+from tests.distributed.jobs import MESH, assert_same_bits, job
 
 LOST = 'start all processes again with the same command'
 STEPS = 40  # more than pass between a test's look and its signal
@@ -37,24 +35,6 @@ def test_a_signal_to_one_stops_all_at_one_step(text, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_signals_at_random_moments(text, tmp_path):
-  chance, steps = random.Random(0), 400
-  undisturbed, stopped = tmp_path / 'undisturbed', tmp_path / 'stopped'
-  with job(undisturbed, text, 1, MESH, '--runs=seed', steps=steps) as one:
-    one.succeeds()
-  for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
-    done = max(losses(stopped / 'seed'), default=0)
-    with job(stopped, text, 2, MESH, '--runs=seed', steps=steps) as both:
-      both.wait_for_step(stopped / 'seed', done + 1)
-      time.sleep(chance.uniform(0, 0.2))
-      both.processes[chance.randrange(2)].send_signal(signum)
-      assert [status for status, _ in both.ends()] == [128 + signum] * 2
-  with job(stopped, text, 2, MESH, '--runs=seed', steps=steps) as again:
-    again.succeeds()
-  assert_same_bits(stopped / 'seed', undisturbed / 'seed')
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize('victim', (0, 1))
 def test_a_killed_process_takes_the_other_down(text, undisturbed, tmp_path, victim):
   """Without a hang, with a sentence, and nothing is lost but the steps since the checkpoint."""
@@ -68,19 +48,6 @@ def test_a_killed_process_takes_the_other_down(text, undisturbed, tmp_path, vict
   with job(tmp_path, text, 2, MESH, '--runs=seed', steps=STEPS) as again:
     assert 'seed: resumes at step' in again.succeeds()[0]
   assert_same_bits(tmp_path / 'seed', undisturbed / 'seed')
-
-
-@pytest.mark.slow
-def test_a_process_is_killed_between_two_steps(text, tmp_path):
-  """Wherever the other one is told of it: JAX has several errors for it; all are one sentence."""
-  flags = ('--runs=seed', '--lost_timeout=10', '--config.runs.seed.intervals.checkpoint=0')
-  for attempt in range(4):
-    with job(tmp_path / str(attempt), text, 2, MESH, *flags, steps=4000) as both:
-      both.wait_for_step(tmp_path / str(attempt) / 'seed', 3 + attempt)
-      both.processes[1].kill()
-      status, told = both.ends()[0]
-    assert status not in (0, 2)
-    assert LOST in told.splitlines()[-1] and 'Traceback' not in told
 
 
 @pytest.mark.slow

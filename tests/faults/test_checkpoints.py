@@ -16,14 +16,13 @@ from tests.distributed import jobs
 from tests.faults.conftest import SEED, assert_sentence
 from tests.test_main import ROOT, assert_same_end, environment, run, start
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.parametrize(
-  'what', ['params flipped', pytest.param('opt_state cut', marks=pytest.mark.slow)]
-)
-def test_a_run_goes_on_from_the_checkpoint_before(text, undisturbed, copied, what):
+
+def test_a_run_goes_on_from_the_checkpoint_before(text, undisturbed, copied):
   """As if it was killed before its result, and the disk then lost a bit or an end."""
   (copied / 'seed' / 'result.json').unlink()
-  file = spoil(copied / 'seed' / 'checkpoints' / '12', what)
+  file = spoil(copied / 'seed' / 'checkpoints' / '12', 'params flipped')
   again = run(text, copied, *SEED)
   assert again.returncode == 0, again.stderr
   assert f'{copied}/seed/checkpoints/12 is damaged ({file}' in again.stderr
@@ -31,7 +30,6 @@ def test_a_run_goes_on_from_the_checkpoint_before(text, undisturbed, copied, wha
   assert_same_end(copied, undisturbed, ['seed'])
 
 
-@pytest.mark.slow
 def test_two_processes_go_on_from_the_checkpoint_before(text, tmp_path):
   """Each reads its share of the files, and what one finds both know."""
   whole, workdir = tmp_path / 'whole', tmp_path / 'damaged'
@@ -74,9 +72,7 @@ def test_other_commands_refuse_a_damaged_checkpoint(text, copied):
   assert_sentence(run(text, copied, '--runs=code'), 'seed/checkpoints/12 is damaged')
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('seed', range(2))
-def test_the_only_checkpoint_outlives_many_kills(text, undisturbed, tmp_path, seed):
+def test_the_only_checkpoint_outlives_many_kills(text, undisturbed, tmp_path):
   """A run that keeps one checkpoint and is killed while it writes the next, again and again."""
   flags = [
     *SEED,
@@ -84,7 +80,7 @@ def test_the_only_checkpoint_outlives_many_kills(text, undisturbed, tmp_path, se
     '--config.runs.seed.intervals.keep=1',
     '--config.runs.seed.intervals.evaluate=0',
   ]
-  checkpoints, chance = tmp_path / 'seed' / 'checkpoints', random.Random(seed)
+  checkpoints, chance = tmp_path / 'seed' / 'checkpoints', random.Random(0)
   for _ in range(12):
     before = checkpoint.finished_step(checkpoints) or 0
     if before == 12:

@@ -14,6 +14,7 @@ from tests.distributed import jobs
 from tests.faults.conftest import SEED, assert_sentence
 from tests.test_main import ROOT, assert_same_end, command, environment, run, start, wait_for_step
 
+pytestmark = pytest.mark.slow
 SKIP = '--config.runs.seed.guard.on_nan=skip'
 
 
@@ -30,7 +31,6 @@ def poisoned(text: Path, workdir: Path, steps: str, first: int, *flags: str):
   )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_step_without_a_number_halts_and_may_be_skipped(text, tmp_path):
   """The guard may be set when it is needed, not only from the start."""
   halted = poisoned(text, tmp_path, '8', 0)
@@ -81,28 +81,12 @@ def test_a_run_tells_where_its_time_goes(text, undisturbed):
   assert result['wall_seconds'] == pytest.approx(sum(result['time'].values()), rel=1e-3)
 
 
-def test_steps_that_are_done_again_are_no_goodput(text, copied):
-  """All that was done after checkpoint 9 came to nothing, when 12 is lost."""
-  (copied / 'seed' / 'result.json').unlink()
-  before = {line['step']: line for line in lines(copied / 'seed') if 'loss' in line}
-  for path in sorted((copied / 'seed' / 'checkpoints' / '12').glob('meta/*')):
-    path.unlink()
-  done = run(text, copied, *SEED)
-  assert done.returncode == 0, done.stderr
-  after = {line['step']: line for line in lines(copied / 'seed') if 'loss' in line}
-  lost = before[12]['seconds'] - before[10]['seconds']
-  restart = {name: line['time']['restart'] * line['seconds'] for name, line in after.items()}
-  assert restart[10] - restart[9] >= lost
-
-
-@pytest.mark.slow
 def test_a_profile_on_request(text, tmp_path):
   done = run(text, tmp_path, *SEED, '--config.runs.seed.watch.profile_from=5')
   assert done.returncode == 0, done.stderr
   assert list((tmp_path / 'seed' / 'profile').rglob('*.xplane.pb'))
 
 
-@pytest.mark.slow
 def test_a_stalled_step_is_reported(text, tmp_path):
   """One of two processes stands still: the other tells what it waits for, long before the end."""
   never = [f'--config.runs.seed.intervals.{what}=0' for what in ('evaluate', 'checkpoint')]

@@ -2,7 +2,7 @@
 
 It speaks the part of the JSON API that gcsfs, google-cloud-storage and tensorstore use: objects
 with generations and preconditions, listings in pages, whole, multipart and resumable uploads,
-ranges, copies, moves, and deletions in batches. An object appears whole or not at all.
+ranges, copies, and deletions in batches. An object appears whole or not at all.
 
     python tests/gcs/server.py BUCKET...      # prints its address, and serves until it is killed
 
@@ -29,7 +29,6 @@ PAGE = 100  # objects of a listing; the service gives 1,000
 OBJECTS = re.compile(r'/storage/v1/b/([^/]+)/o')
 OBJECT = re.compile(r'(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)')
 COPY = re.compile(r'/storage/v1/b/([^/]+)/o/([^/]+)/(?:rewriteTo|copyTo)/b/([^/]+)/o/([^/]+)')
-MOVE = re.compile(r'/storage/v1/b/([^/]+)/o/([^/]+)/moveTo/o/([^/]+)')
 UPLOAD = re.compile(r'/upload/storage/v1/b/([^/]+)/o')
 BUCKET = re.compile(r'/storage/v1/b/([^/]+)')
 
@@ -173,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
     if method == 'POST' and path == '/batch/storage/v1':
       return self._batch(body, headers)
     if found := match(UPLOAD):
-      return self._upload(method, *found, query, body, headers)
+      return self._upload(*found, query, body, headers)
     if method == 'GET' and (found := match(OBJECTS)):
       return Reply(_list(self.store.objects(*found), *found, query))
     if method == 'GET' and (found := match(OBJECT)):
@@ -186,12 +185,6 @@ class Handler(BaseHTTPRequestHandler):
       stored = self.store.get(*source)
       stored = self.store.put(*target, stored.data, query, stored.content_type)
       return Reply({'done': True, 'resource': _resource(*target, stored)})
-    if method == 'POST' and (found := match(MOVE)):
-      bucket, name, new = found
-      stored = self.store.get(bucket, name)
-      moved = self.store.put(bucket, new, stored.data, query, stored.content_type)
-      self.store.delete(bucket, name, {})
-      return Reply(_resource(bucket, new, moved))
     if method == 'GET' and (found := match(BUCKET)):
       self.store.objects(*found)
       return Reply({'kind': 'storage#bucket', 'id': found[0], 'name': found[0]})
@@ -206,13 +199,10 @@ class Handler(BaseHTTPRequestHandler):
       return Reply(_resource(bucket, name, stored))
     facts = _resource(bucket, name, stored)
     about = {
-      'Content-Type': stored.content_type,
-      'X-Goog-Generation': facts['generation'],
-      'X-Goog-Metageneration': '1',
-      'X-Goog-Hash': f'md5={facts["md5Hash"]}',
-      'X-Goog-Stored-Content-Length': facts['size'],
-      'ETag': facts['etag'],
-    }
+      'Content-Type': stored.content_type, 'X-Goog-Generation': facts['generation'],
+      'X-Goog-Metageneration': '1', 'X-Goog-Hash': f'md5={facts["md5Hash"]}',
+      'X-Goog-Stored-Content-Length': facts['size'], 'ETag': facts['etag'],
+    }  # fmt: skip
     whole = len(stored.data)
     asked = re.fullmatch(r'bytes=(\d*)-(\d*)', headers.get('Range') or '')
     if not asked or not any(asked.groups()):
@@ -227,13 +217,11 @@ class Handler(BaseHTTPRequestHandler):
     about['Content-Range'] = f'bytes {start}-{stop - 1}/{whole}'
     return Reply(stored.data[start:stop], 206, about)
 
-  def _upload(
-    self, method: str, bucket: str, query: dict[str, str], body: bytes, headers: Any
-  ) -> Reply:
+  def _upload(self, bucket: str, query: dict[str, str], body: bytes, headers: Any) -> Reply:
     self.store.objects(bucket)
     session = query.get('upload_id')
     if session is not None:
-      return self._resume(method, bucket, session, body, headers)
+      return self._resume(bucket, session, body, headers)
     kind = headers.get('Content-Type') or 'application/octet-stream'
     match query['uploadType']:
       case 'media':
@@ -252,12 +240,9 @@ class Handler(BaseHTTPRequestHandler):
         return Reply(headers={'Location': f'{where}?uploadType=resumable&upload_id={session}'})
     raise Refused(400, f'uploadType={query["uploadType"]}')
 
-  def _resume(self, method: str, bucket: str, session: str, body: bytes, headers: Any) -> Reply:
+  def _resume(self, bucket: str, session: str, body: bytes, headers: Any) -> Reply:
     if session not in self.store.sessions:
       raise Refused(404, 'no such upload')
-    if method == 'DELETE':
-      del self.store.sessions[session]
-      return Reply(status=499)
     _, query, data = self.store.sessions[session]
     asked = re.fullmatch(r'bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)', headers['Content-Range'])
     first, _, whole = asked.groups()
@@ -336,20 +321,13 @@ def _list(objects: dict[str, Stored], bucket: str, query: dict[str, str]) -> dic
 
 def _resource(bucket: str, name: str, stored: Stored) -> dict[str, Any]:
   return {
-    'kind': 'storage#object',
-    'id': f'{bucket}/{name}/{stored.generation}',
-    'bucket': bucket,
-    'name': name,
-    'size': str(len(stored.data)),
-    'generation': str(stored.generation),
-    'metageneration': '1',
-    'contentType': stored.content_type,
-    'etag': f'etag-{stored.generation}',
+    'kind': 'storage#object', 'id': f'{bucket}/{name}/{stored.generation}', 'bucket': bucket,
+    'name': name, 'size': str(len(stored.data)), 'generation': str(stored.generation),
+    'metageneration': '1', 'contentType': stored.content_type, 'storageClass': 'STANDARD',
+    'etag': f'etag-{stored.generation}', 'timeCreated': '2026-11-24T10:00:00.000000Z',
     'md5Hash': base64.b64encode(hashlib.md5(stored.data).digest()).decode(),
-    'storageClass': 'STANDARD',
-    'timeCreated': '2026-11-24T10:00:00.000000Z',
     'updated': '2026-11-24T10:00:00.000000Z',
-  }
+  }  # fmt: skip
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """A dataset in a bucket: prepared once, copied to every machine that reads it, and no further."""
 
-
 import numpy as np
 import pytest
 
@@ -10,6 +9,8 @@ from bam_jax.errors import UserError
 from bam_jax.files import buckets, folders
 from bam_jax.recipes import datasets
 from tests.gcs.conftest import files
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

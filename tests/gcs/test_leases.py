@@ -8,6 +8,7 @@ import pytest
 from bam_jax.errors import UserError
 from bam_jax.files import claims
 
+pytestmark = pytest.mark.slow
 HOLD = """
 import sys
 from etils import epath
@@ -95,10 +96,3 @@ def test_an_object_of_unknown_content_is_a_holder(folder, quick):
   with claims.Claims(told.append) as held:
     held.take([folder / 'seed'])
   assert 'another job' in told[0]
-
-
-def test_a_bucket_that_is_not_there_is_one_sentence(service):
-  from etils import epath
-
-  with claims.Claims(print) as held, pytest.raises(UserError, match='cannot be written'):
-    held.take([epath.Path('gs://nowhere/run/seed')])

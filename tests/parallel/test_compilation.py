@@ -23,49 +23,34 @@ print(value, bytes(grad).hex())
 """
 
 
-@pytest.fixture
-def run(tmp_path):
-  """The function `(**environment) -> (standard output, cached files)`; nothing may be warned of."""
-
+@pytest.mark.slow
+def test_what_is_loaded_is_what_was_compiled(tmp_path):
   def run(**environment):
     clean = {k: v for k, v in os.environ.items() if not k.startswith('JAX_')}
     done = subprocess.run(
       [sys.executable, '-c', PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True,
       env=clean | {'JAX_PLATFORMS': 'cpu', 'XDG_CACHE_HOME': str(tmp_path)} | environment,
     )  # fmt: skip
-    assert not done.stderr
+    assert not done.stderr, 'nothing may be warned of'
     return done.stdout, sorted(tmp_path.rglob('*-cache'))
 
-  return run
-
-
-def test_what_is_loaded_is_what_was_compiled(run, tmp_path):
-  first, files = run()
-  assert files and len({file.parent for file in files}) == 1 and files[0].parent.parent.name == 'bam_jax'
-  times = [file.stat().st_mtime_ns for file in files]
-  again, after = run()
-  assert again == first and after == files
-  assert [file.stat().st_mtime_ns for file in after] == times  # read, not written
-  never, _ = run(JAX_ENABLE_COMPILATION_CACHE='false')
-  assert never == first
-
-
-def test_the_user_moves_it_and_turns_it_off(run, tmp_path):
-  assert run(JAX_ENABLE_COMPILATION_CACHE='false')[1] == []
-  _, files = run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'mine'))
-  assert files and all(file.parent == tmp_path / 'mine' for file in files)
-
-
-def test_a_home_that_cannot_be_written_is_no_trouble(run, tmp_path):
+  never, files = run(JAX_ENABLE_COMPILATION_CACHE='false')
+  assert files == []
   (tmp_path / 'file').write_text('')
-  assert run(XDG_CACHE_HOME=str(tmp_path / 'file'))[1] == []
+  assert run(XDG_CACHE_HOME=str(tmp_path / 'file')) == (never, []), 'a home that is read-only'
+  first, files = run()
+  assert files and {file.parent.parent for file in files} == {tmp_path / 'bam_jax'}
+  times = [file.stat().st_mtime_ns for file in files]
+  assert run() == (first, files) and first == never
+  assert [file.stat().st_mtime_ns for file in files] == times  # read, not written
+  _, files = run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'mine'))
+  assert any(file.parent == tmp_path / 'mine' for file in files)
 
 
 def test_machines_that_differ_share_nothing(monkeypatch):
   here = compilation.cache_folder()
+  assert here == compilation.cache_folder()
   for name, value in (('_cpu_features', 'sse2'), ('platform.libc_ver', ('glibc', '2.17'))):
     with monkeypatch.context() as patch:
-      target = f'bam_jax.parallel.compilation.{name}'
-      patch.setattr(target, lambda value=value: value)
+      patch.setattr(f'bam_jax.parallel.compilation.{name}', lambda value=value: value)
       assert compilation.cache_folder() != here
-  assert compilation.cache_folder() == here
