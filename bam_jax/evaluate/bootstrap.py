@@ -12,32 +12,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
-MAX_COUNTS = 2**22  # in memory at once
-
 
 def totals(sums_NC: np.ndarray, resamples: int, seed: int, name: str) -> np.ndarray:
   """Column sums over the documents of each resample, float64 (R, C).
 
-  Args:
-    sums_NC: of each document.
-    resamples: R.
-    seed: of the draws.
-    name: of the domain: its draws do not depend on what other domains there are.
+  The draws of a domain depend on the seed and its name, not on what other domains there are.
   """
-  parts = [counts_RN @ sums_NC for counts_RN in draws(len(sums_NC), resamples, seed, name)]
-  return np.concatenate(parts)
+  return np.stack([counts @ sums_NC for counts in draws(len(sums_NC), resamples, seed, name)])
 
 
 def draws(documents: int, resamples: int, seed: int, name: str) -> Iterator[np.ndarray]:
-  """How often each resample has each document, float64, some resamples at a time."""
+  """How often each resample has each document, float64 (N,)."""
   rng = np.random.default_rng([seed, *name.encode()])
-  step = max(1, MAX_COUNTS // documents)
-  for start in range(0, resamples, step):
-    rows = min(step, resamples - start)
-    chosen = rng.integers(documents, size=(rows, documents))
-    chosen += documents * np.arange(rows)[:, None]
-    counts = np.bincount(chosen.reshape(-1), minlength=rows * documents)
-    yield counts.reshape(rows, documents).astype(np.float64)
+  for _ in range(resamples):
+    chosen = rng.integers(documents, size=documents)
+    yield np.bincount(chosen, minlength=documents).astype(np.float64)
 
 
 def interval(values_R: np.ndarray, confidence: float) -> tuple[float, float]:

@@ -114,8 +114,7 @@ def test_every_number(runs, texts, door_doc):
   facts = ask(runs, ('seed', 'bam', 'other'), texts, **options)
   assert json.loads(json.dumps(facts)) == facts
   words = set(re.findall(r'\w+', door_doc('evaluate')))
-  counts = {d.name: [c for part in bootstrap.draws(len(d.byte_counts), 40, 3, d.name) for c in part]
-            for d in texts}  # fmt: skip
+  counts = {d.name: list(bootstrap.draws(len(d.byte_counts), 40, 3, d.name)) for d in texts}
   sums = {run: {d.name: by_hand(runs[run], d, 11) for d in texts} for run in runs}
   nbytes = {d.name: d.byte_counts for d in texts}
 
