@@ -1,5 +1,9 @@
-"""Checkpoints side by side on the same documents: their scores, intervals and differences."""
+"""Checkpoints side by side on the same documents: their scores, intervals and differences.
 
+Legend: N documents of a domain, R resamples, C columns of sums.
+"""
+
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -16,8 +20,6 @@ from bam_jax.evaluate.scorer import Scorer, rows_mesh
 from bam_jax.parallel import sharding
 from bam_jax.reports import scores
 
-MEASURES = ('nats_per_token', 'perplexity', 'bits_per_byte')
-
 
 class Options(NamedTuple):
   """How documents are scored, and how sure one can be."""
@@ -32,8 +34,9 @@ class Options(NamedTuple):
   seed: int = 0  # of the resamples
 
 
-class Entry(NamedTuple):
-  """One checkpoint to compare."""
+@dataclasses.dataclass
+class Entry:
+  """One checkpoint, and what it scored by domain."""
 
   path: str
   label: str
@@ -41,15 +44,9 @@ class Entry(NamedTuple):
   tokenizer: Tokenizer
   window: int
   stride: int
-
-
-class Result(NamedTuple):
-  """What one checkpoint scored: by domain, sums of each document, and records of the routers."""
-
-  entry: Entry
-  nll: dict[str, np.ndarray]  # float64 nats
-  tokens: dict[str, np.ndarray]  # that were scored
-  records: dict[str, routing.Record]  # empty unless asked for
+  nll: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # float64 (N,), nats
+  tokens: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # (N,), scored ones
+  records: dict[str, routing.Record] = dataclasses.field(default_factory=dict)  # if asked for
 
 
 def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Options) -> list[Entry]:
@@ -90,10 +87,10 @@ def score(
   options: Options,
   routers: bool = False,
   bar: progress.Progress | None = None,
-) -> Result:
+) -> None:
   """Scores every document under one checkpoint, and records what its `routers` do if asked."""
   scorer = Scorer(entry.path, options.dtype, options.mesh, options.batch_size, entry.window)
-  result = Result(entry, {}, {}, {})
+  bar = bar or progress.Progress(disable=True)
   for domain in domains:
     documents = domain.documents(entry.tokenizer)
     pieces, owners = [], []
@@ -101,14 +98,13 @@ def score(
       cut = list(windows.cut(tokens, entry.window, entry.stride))
       pieces += cut
       owners += [number] * len(cut)
-    record = routing.Record()
-    nll = np.zeros(len(pieces))
-    bar = bar or progress.Progress(disable=True)
+    record, nll = routing.Record(), np.zeros(len(pieces))
     task = bar.add_task(markup.escape(f'{entry.label}: {domain.name}'), total=len(pieces))
     for number, scored in scorer.score(pieces, routers, functools.partial(bar.advance, task)):
       # Summed by window first and by document later, in an order that nothing else has a part in.
       nll[number] = scored.nll.sum(dtype=np.float64)
       record.add(owners[number], number, scored.routing)
+    bar.remove_task(task)
     nll = np.bincount(owners, weights=nll, minlength=len(documents))
     bad = np.flatnonzero(~np.isfinite(nll))
     if len(bad):
@@ -116,100 +112,100 @@ def score(
         f'{entry.path} gives document {bad[0]} of {domain.name} no finite likelihood: its '
         'parameters are damaged, or its training diverged.'
       )
-    result.nll[domain.name] = nll
-    result.tokens[domain.name] = np.array([len(tokens) - 1 for tokens in documents])
+    entry.nll[domain.name] = nll
+    entry.tokens[domain.name] = np.array([len(tokens) - 1 for tokens in documents])
     if routers:
-      result.records[domain.name] = record
-    bar.remove_task(task)
-  return result
+      entry.records[domain.name] = record
 
 
 def compare(
-  results: Sequence[Result], domains: Sequence[corpus.Domain], options: Options
+  entries: Sequence[Entry], domains: Sequence[corpus.Domain], options: Options
 ) -> list[dict[str, Any]]:
-  """The rows of `--json`; see `python -m bam_jax.evaluate --help`."""
+  """The rows of `--json`, of entries that were scored."""
   # Columns of a domain's sums: bytes, then nats and tokens of each checkpoint.
   sums, drawn = {}, {}
   for domain in domains:
     name = domain.name
-    columns = [column for r in results for column in (r.nll[name], r.tokens[name])]
+    columns = [column for e in entries for column in (e.nll[name], e.tokens[name])]
     sums[name] = np.stack([domain.byte_counts, *columns], axis=1).astype(np.float64)
-    # A single document says nothing of other documents: no interval.
-    drawn[name] = None
-    if len(sums[name]) > 1:
+    if len(sums[name]) > 1:  # a single document says nothing of others: no interval
       drawn[name] = bootstrap.totals(sums[name], options.resamples, options.seed, name)
-  whole = {name: x.sum(0, keepdims=True) for name, x in sums.items()}
-  overall_draws = None
-  if not any(draws is None for draws in drawn.values()):
-    overall_draws = sum(drawn.values())
+  whole = {name: x.sum(0) for name, x in sums.items()}
+  everything = sum(drawn.values()) if len(drawn) == len(sums) else None
   rows = []
-  for place, result in enumerate(results):
-    entry, meta = result.entry, result.entry.meta
-    same = entry.tokenizer.hash == results[0].entry.tokenizer.hash
-    rest = place, same, options.confidence
+  for place, entry in enumerate(entries):
+    same = entry.tokenizer.hash == entries[0].tokenizer.hash
+    facts = functools.partial(_facts, place=place, same=same, confidence=options.confidence)
+    experts = routing.expert_names(entry.meta)
+    records = {name: record.facts(name, experts) for name, record in entry.records.items()}
     rows.append(
       {
         'label': entry.label,
         'checkpoint': entry.path,
-        'run': meta.run,
-        'step': meta.step,
-        'method': meta.method,
-        'tokenizer_hash': meta.tokenizer_hash,
+        'run': entry.meta.run,
+        'step': entry.meta.step,
+        'method': entry.meta.method,
+        'tokenizer_hash': entry.meta.tokenizer_hash,
         'window': entry.window,
         'stride': entry.stride,
-        'domains': {
-          name: {'documents': len(x)} | _score(whole[name], drawn[name], *rest)
-          for name, x in sums.items()
-        },
-        'overall': {'documents': sum(map(len, sums.values()))}
-        | _score(sum(whole.values()), overall_draws, *rest),
-        'experts': routing.expert_names(meta),
-        'routing': _routing(result),
+        'domains': {name: facts(len(x), whole[name], drawn.get(name)) for name, x in sums.items()},
+        'overall': facts(sum(map(len, sums.values())), sum(whole.values()), everything),
+        'experts': experts,
+        'routing': {
+          router: {name: by_router[router] for name, by_router in records.items()}
+          for router in experts
+          if records
+        }
+        or None,
       }
     )
   return rows
 
 
-def measures(totals: np.ndarray, place: int) -> dict[str, np.ndarray]:
-  """Each measure of one checkpoint, given column sums (..., C)."""
-  nbytes, nll, tokens = totals[..., 0], totals[..., 1 + 2 * place], totals[..., 2 + 2 * place]
-  nats = nll / tokens
-  values = nats, np.exp(np.minimum(nats, scores.MAX_NATS)), nll / (math.log(2) * nbytes)
-  return dict(zip(MEASURES, values))
-
-
-def _score(
-  totals: np.ndarray, draws: np.ndarray | None, place: int, same: bool, confidence: float
+def _facts(
+  documents: int,
+  total_C: np.ndarray,
+  drawn_RC: np.ndarray | None,
+  place: int,
+  same: bool,
+  confidence: float,
 ) -> dict[str, Any]:
   """A checkpoint's scores in one column of the table, and their differences to the first's."""
 
-  def facts(value, resampled):
-    low, high = (None, None) if draws is None else bootstrap.interval(resampled, confidence)
+  def measure(value, value_R):
+    low, high = (None, None) if drawn_RC is None else bootstrap.interval(value_R, confidence)
     return {'value': float(value), 'low': low, 'high': high}
 
-  drawn = totals if draws is None else draws
-  values, base = measures(totals[0], place), measures(totals[0], 0)
-  values_R, base_R = measures(drawn, place), measures(drawn, 0)
-  differences = {
-    m: facts(values[m] - base[m], values_R[m] - base_R[m]) if same or m == 'bits_per_byte' else None
-    for m in MEASURES
+  values, base = _measures(total_C, place), _measures(total_C, 0)
+  values_R, base_R = (
+    _measures(total_C if drawn_RC is None else drawn_RC, number) for number in (place, 0)
+  )
+  facts = {
+    'documents': documents,
+    'tokens': int(total_C[2 + 2 * place]),
+    'bytes': int(total_C[0]),
+    'nll': float(total_C[1 + 2 * place]),
+    **{name: measure(values[name], values_R[name]) for name in values},
+    'difference': None,
   }
+  if place:
+    facts['difference'] = {
+      name: measure(values[name] - base[name], values_R[name] - base_R[name])
+      if same or name == 'bits_per_byte'
+      else None
+      for name in values
+    }
+  return facts
+
+
+def _measures(totals: np.ndarray, place: int) -> dict[str, np.ndarray]:
+  """Each measure of one checkpoint, given column sums (..., C)."""
+  num_bytes, nll, tokens = totals[..., 0], totals[..., 1 + 2 * place], totals[..., 2 + 2 * place]
   return {
-    'tokens': int(totals[0, 2 + 2 * place]),
-    'bytes': int(totals[0, 0]),
-    'nll': float(totals[0, 1 + 2 * place]),
-    **{m: facts(values[m], values_R[m]) for m in MEASURES},
-    'difference': differences if place else None,
+    'nats_per_token': nll / tokens,
+    'perplexity': np.exp(np.minimum(nll / tokens, scores.MAX_NATS)),
+    'bits_per_byte': nll / (math.log(2) * num_bytes),
   }
-
-
-def _routing(result: Result) -> dict[str, dict[str, Any]] | None:
-  experts = routing.expert_names(result.entry.meta)
-  by_router: dict[str, dict[str, Any]] = {}
-  for domain, record in result.records.items():
-    for router, facts in record.facts(domain, experts).items():
-      by_router.setdefault(router, {})[domain] = facts
-  return by_router or None
 
 
 def notes(entries: Sequence[Entry]) -> list[str]:

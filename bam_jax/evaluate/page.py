@@ -16,7 +16,7 @@ from matplotlib import colors
 
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.evaluate import corpus, routing
-from bam_jax.evaluate.comparison import Result
+from bam_jax.evaluate.comparison import Entry
 from bam_jax.generate import text
 from bam_jax.reports import figures
 
@@ -27,7 +27,7 @@ LEFT = ' class="name"'  # of a table's cells
 def write(
   folder: Path,
   facts: Mapping[str, Any],
-  results: Sequence[Result],
+  entries: Sequence[Entry],
   domains: Sequence[corpus.Domain],
 ) -> Path:
   """Draws the pictures into the folder and writes `routing.html`; returns its path.
@@ -35,13 +35,13 @@ def write(
   Args:
     folder: exists.
     facts: of `--json`, with routing.
-    results: of the same checkpoints, in the same order.
+    entries: that were scored, in the same order.
     domains: that were scored.
   """
-  routed = [(row, result) for row, result in zip(facts['rows'], results) if row['routing']]
+  routed = [(row, entry) for row, entry in zip(facts['rows'], entries) if row['routing']]
   rows = [row for row, _ in routed]
   routers = list(dict.fromkeys(name for row in rows for name in row['routing']))
-  layers = max(result.entry.meta.model.num_layers for _, result in routed)
+  layers = max(entry.meta.model.num_layers for _, entry in routed)
   body = [
     '<h1>Where the routers send tokens</h1>',
     f'<p>{_escape(", ".join(row["label"] for row in facts["rows"]))}. Tokens count where the next'
@@ -64,10 +64,10 @@ def write(
   for domain in domains:
     body.append(f'<h3>{_escape(domain.name)}</h3>')
     for number in range(min(routing.SHOWN, len(domain.byte_counts))):
-      for row, result in routed:
-        shown = result.records[domain.name].shown(number)
-        tokens = domain.documents(result.entry.tokenizer)[number]
-        body += [_legend(row, number), _text(result.entry.tokenizer, tokens, shown)]
+      for row, entry in routed:
+        shown = entry.records[domain.name].shown(number)
+        tokens = domain.documents(entry.tokenizer)[number]
+        body += [_legend(row, number), _text(entry.tokenizer, tokens, shown)]
   path = folder / 'routing.html'
   colours = [' '.join(str(round(255 * part)) for part in colors.to_rgb(c)) for c in figures.COLOURS]
   page = PAGE.read_text(encoding='utf-8').replace('COLOURS', json.dumps(colours), 1)

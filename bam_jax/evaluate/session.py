@@ -36,7 +36,8 @@ def run(
   console = cli.console()
   with progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
     routers = folder is not None
-    results = [comparison.score(entry, domains, options, routers, bar) for entry in entries]
+    for entry in entries:
+      comparison.score(entry, domains, options, routers, bar)
   facts = {
     'dtype': options.dtype,
     'mesh': config.to_dict(options.mesh),
@@ -45,7 +46,7 @@ def run(
     'seed': options.seed,
     'domains': [domain.name for domain in domains],
     'notes': comparison.notes(entries),
-    'rows': comparison.compare(results, domains, options),
+    'rows': comparison.compare(entries, domains, options),
     'routing_page': None,
   }
   for table in tables(facts):
@@ -54,7 +55,7 @@ def run(
     console.print(note, soft_wrap=True)
   if folder is not None:
     with _routing_errors(folder):
-      facts['routing_page'] = str(page.write(Path(folder), facts, results, domains))
+      facts['routing_page'] = str(page.write(Path(folder), facts, entries, domains))
     console.print(f'Open {facts["routing_page"]} in a browser.', soft_wrap=True)
   return facts
 
