@@ -11,72 +11,55 @@ from bam_jax.errors import UserError
 from bam_jax.files import folders
 from bam_jax.reports import figures, report
 
-DOMAINS = ('general', 'code')
 KINDS = {'seed': 'seed', 'code': 'specialist'}
 
 
-def result(run, perplexities, method=None, sources=(), routing=None, flops=1e6):
-  """A result with 100 tokens and 400 bytes in each domain."""
+def result(run, general, code, method=None, sources=(), routers=(), own=0.75, flops=1e6):
+  """A result with 100 tokens and 400 bytes a domain, given perplexities; None leaves a domain out.
+
+  Of its two layers and experts `own` of each domain goes to the expert of its place.
+  """
+  loads = {'general': [own, 1 - own], 'code': [1 - own, own]}
+  perplexities = {'general': general, 'code': code}
   return {
-    'run': run,
-    'label': run.upper(),
-    'kind': KINDS.get(run, 'mixture'),
-    'method': method,
-    'sources': list(sources),
-    'step': 50,
-    'tokens': 2_000_000,
-    'wall_seconds': 61.2,
-    'parameters': 1_234_567,
-    'active_parameters': 1_000_000,
-    'flops_per_token': flops,
+    'run': run, 'label': run.upper(), 'kind': KINDS.get(run, 'mixture'), 'method': method,
+    'sources': list(sources), 'step': 50, 'tokens': 2_000_000, 'wall_seconds': 61.2,
+    'parameters': 1_234_567, 'active_parameters': 1_000_000, 'flops_per_token': flops,
     'domains': {
       domain: {
-        'nll': 100 * math.log(value),
-        'tokens': 100,
-        'bytes': 400,
-        'routing': (routing or {}).get(domain, {}),
+        'nll': 100 * math.log(value), 'tokens': 100, 'bytes': 400,
+        'routing': {
+          name: {'load': [loads[domain]] * 2, 'entropy': [0.5, 0.5]} for name in routers
+        },
       }
-      for domain, value in perplexities.items()
+      for domain, value in perplexities.items() if value
     },
-  }
+  }  # fmt: skip
 
 
-def routing(router_names, own=0.75):
-  """Two layers, two experts: `own` of each domain goes to the expert of its place."""
-  loads = {'general': [own, 1 - own], 'code': [1 - own, own]}
-  return {
-    domain: {router: {'load': [load, load], 'entropy': [0.5, 0.5]} for router in router_names}
-    for domain, load in loads.items()
-  }
-
-
-def mixture(run, method, perplexities, routers=('attention', 'ffn'), own=0.75, flops=1e6):
-  sources = ['seed', 'code']
-  return result(run, perplexities, method, sources, routing(routers, own), flops)
-
-
+SOURCES = ['seed', 'code']
 RESULTS = [
-  result('seed', {'general': 20.0, 'code': 10.0}),
-  result('code', {'general': 25.0, 'code': 4.0}, sources=['seed']),
-  mixture('bam', 'bam_kv_experts', {'general': 19.0, 'code': 5.0}, flops=1.5e6),
-  mixture('btx', 'btx', {'general': 21.0, 'code': 4.0}, routers=['ffn']),
+  result('seed', 20.0, 10.0),
+  result('code', 25.0, 4.0, sources=['seed']),
+  result('bam', 19.0, 5.0, 'bam_kv_experts', SOURCES, ['attention', 'ffn'], flops=1.5e6),
+  result('btx', 21.0, 4.0, 'btx', SOURCES, ['ffn']),
 ]
 
 
-def save(workdir, results, metrics=True):
+def save(workdir, results):
   for r in results:
     folder = workdir / r['run']
     folder.mkdir(parents=True)
     (folder / 'result.json').write_text(json.dumps(r))
     lines = [{'step': s, 'nll': 5.0 - s / 50} for s in range(1, 51)]
-    lines[-1]['valid'] = {d: 4.0 for d in r['domains']}
-    if metrics:
-      (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
+    lines[-1]['valid'] = dict.fromkeys(r['domains'], 4.0)
+    (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
   return [r['run'] for r in results]
 
 
-def write(workdir, results, **options):
-  return report.write(workdir, save(workdir, results, **options))
+def write(workdir, results):
+  found = report.write(workdir, save(workdir, results))
+  return found, (workdir / 'report' / 'report.md').read_text()
 
 
 def cells(page, heading):
@@ -87,9 +70,14 @@ def cells(page, heading):
   return {row[0]: row[1:] for row in rows}
 
 
+def printed(found):
+  console = Console(width=90, record=True, file=open('/dev/null', 'w'))
+  console.print(report.table(found))
+  return console.export_text()
+
+
 def test_tables_by_hand(tmp_path):
-  found = write(tmp_path, RESULTS)
-  page = (tmp_path / 'report' / 'report.md').read_text()
+  found, page = write(tmp_path, RESULTS)
   assert cells(page, 'Perplexity') == {
     'run': ['general', 'code', 'average'],
     '---': ['---:', '---:', '---:'],
@@ -99,119 +87,69 @@ def test_tables_by_hand(tmp_path):
     'BTX': ['21.00', '**4.00 ★**', '12.50'],
   }
   # A token is four bytes, so bits per byte are a quarter of the bits per token.
-  bits = cells(page, 'Bits per byte')
-  assert bits['BTX'] == ['1.098', '**0.500 ★**', '**0.799 ★**']
-  assert cells(page, 'Cost')['BAM'] == [
-    '1,234,567', '1,000,000', '50', '2,000,000', '3e+12', '1m 01s',
-  ]  # fmt: skip
-  row = found['rows'][3]
-  assert row['average_perplexity'] == pytest.approx(12.5)
-  assert row['bits_per_byte']['code'] == pytest.approx(0.5)
-  assert row['training_flops'] == 2e12
-
-
-def test_the_json_is_what_is_returned(tmp_path):
-  found = write(tmp_path, RESULTS)
+  assert cells(page, 'Bits per byte')['BTX'] == ['1.098', '**0.500 ★**', '**0.799 ★**']
+  costs = ['1,234,567', '1,000,000', '50', '2,000,000', '3e+12', '1m 01s']
+  assert cells(page, 'Cost')['BAM'] == costs
+  seed, _, bam, btx = found['rows']
+  assert btx['average_perplexity'] == pytest.approx(12.5) and btx['training_flops'] == 2e12
+  assert btx['bits_per_byte']['code'] == pytest.approx(0.5)
+  assert seed['routing'] == {} and seed['experts'] == []
+  assert set(bam['routing']) == {'attention', 'ffn'} and set(btx['routing']) == {'ffn'}
+  assert bam['experts'] == SOURCES
+  # The files are what is returned.
   assert json.loads((tmp_path / 'report' / 'report.json').read_text()) == found
   assert found['recipe'] is None and found['name'] == tmp_path.name
-  assert found['pictures'] == [
-    'loss_curves.png', 'routing_bam.png', 'routing_btx.png',
-  ]  # fmt: skip
+  assert found['pictures'] == ['loss_curves.png', 'routing_bam.png', 'routing_btx.png']
+  assert all(name in page for name in found['pictures'])
+  # The same numbers give the same bytes.
+  (tmp_path / 'again').mkdir()
+  write(tmp_path / 'again', RESULTS)
   for name in found['pictures']:
-    assert (tmp_path / 'report' / name).read_bytes().startswith(b'\x89PNG')
-
-
-def test_pictures_are_deterministic(tmp_path):
-  pages = []
-  for name in ('one', 'two'):
-    write(tmp_path / name, RESULTS)
-    pages.append({p.name: p.read_bytes() for p in (tmp_path / name / 'report').glob('*.png')})
-  assert pages[0] == pages[1] and len(pages[0]) == 3
+    picture = (tmp_path / 'report' / name).read_bytes()
+    assert picture.startswith(b'\x89PNG')
+    assert (tmp_path / 'again' / 'report' / name).read_bytes() == picture
 
 
 def test_the_recipe_heads_the_page(tmp_path):
   recipe = {'name': 'tiny', 'command': 'python -m x', 'seed': 3, 'devices': '8 TPU v5e'}
   recipe['versions'] = {'Python': '3.12.1', 'jax': '0.12.0'}
   (tmp_path / 'recipe.json').write_text(json.dumps(recipe))
-  found = report.write(tmp_path, [])
-  page = (tmp_path / 'report' / 'report.md').read_text()
+  found, page = write(tmp_path, [])
   facts = 'Seed 3, 8 TPU v5e, Python 3.12.1, jax 0.12.0.'
   assert page == f'# tiny\n\n```\npython -m x\n```\n\n{facts}\n\nNo run is finished.\n'
   assert found['rows'] == found['pictures'] == []
 
 
-def test_unfinished_runs_are_listed(tmp_path):
-  runs = save(tmp_path, RESULTS[:1])
+def test_runs_of_other_kinds(tmp_path):
+  """Not finished; made of other experts than there are sources; without one domain or a curve."""
+  odd = [RESULTS[0], RESULTS[2] | {'sources': ['seed']}]
+  odd.append(result('btx', None, 4.0, 'btx', SOURCES, ['ffn']))
+  runs = save(tmp_path, odd)
+  (tmp_path / 'seed' / 'metrics.jsonl').unlink()
   found = report.write(tmp_path, [*runs, 'law'])
-  assert found['not_finished'] == ['law']
+  assert found['not_finished'] == ['law'] and 'law: not finished' in printed(found)
   page = (tmp_path / 'report' / 'report.md').read_text()
   assert cells(page, 'Perplexity')['law: not finished'] == ['', '', '']
-
-
-def test_routers_that_a_model_lacks(tmp_path):
-  found = write(tmp_path, RESULTS)
-  seed, _, bam, btx = found['rows']
-  assert seed['routing'] == {} and seed['experts'] == []
-  assert set(bam['routing']) == {'attention', 'ffn'} and set(btx['routing']) == {'ffn'}
-  assert bam['experts'] == ['seed', 'code']
-
-
-def test_experts_without_sources_are_numbered(tmp_path):
-  soup = mixture('bam', 'bam_kv_experts', {'general': 19.0, 'code': 5.0}) | {'sources': ['seed']}
-  found = write(tmp_path, [soup])
-  assert found['rows'][0]['experts'] == ['0', '1']
-
-
-def test_a_domain_that_one_run_lacks_is_blank_and_has_no_average(tmp_path):
-  found = write(tmp_path, [RESULTS[0], mixture('btx', 'btx', {'code': 4.0}, routers=['ffn'])])
-  assert found['rows'][1]['average_perplexity'] is None
-  page = (tmp_path / 'report' / 'report.md').read_text()
+  assert found['rows'][1]['experts'] == ['0', '1']
+  assert found['rows'][2]['average_perplexity'] is None
   assert cells(page, 'Perplexity')['BTX'] == ['–', '**4.00 ★**', '–']
-
-
-def test_metrics_of_a_resumed_run(tmp_path):
-  path = tmp_path / 'metrics.jsonl'
-  lines = ['{"step": 1, "loss": 5.0}', '{"step": 2, "loss": 9.0}', '{"step": 3, "lo']
-  path.write_text('\n'.join([*lines, '{"step": 2, "loss": 4.0}', '']))
-  assert report._metrics(path) == [{'step': 1, 'loss': 5.0}, {'step': 2, 'loss': 4.0}]
-
-
-def test_a_broken_result_is_named(tmp_path):
-  save(tmp_path, RESULTS[:1])
-  (tmp_path / 'seed' / 'result.json').write_text('{"run": ')
-  with pytest.raises(UserError, match='seed/result.json is not JSON'):
-    report.write(tmp_path, ['seed'])
-
-
-def test_the_terminal_table(tmp_path):
-  runs = save(tmp_path, RESULTS)
-  found = report.write(tmp_path, [*runs, 'law'])
-  console = Console(width=90, record=True, file=open('/dev/null', 'w'))
-  console.print(report.table(found))
-  text = console.export_text()
-  for words in ('BAM', '19.00 ★', '12.50', 'law: not finished', 'average'):
-    assert words in text
 
 
 def test_a_run_that_diverged_is_in_a_report_that_json_can_hold(tmp_path):
   """No float holds exp(800); and a run without a likelihood has no score."""
-  wild, mute = (
-    result('bam', {'general': 19.0, 'code': 5.0}, 'btx'),
-    result('mute', {'general': 19.0, 'code': 5.0}),
-  )
+  wild, mute = result('bam', 19.0, 5.0, 'btx'), result('mute', 19.0, 5.0)
   wild['domains']['code']['nll'] = 800 * 100
   mute['domains']['code']['nll'] = math.nan
-  found = write(tmp_path, [*RESULTS[:2], wild, mute])
+  found, page = write(tmp_path, [*RESULTS[:2], wild, mute])
 
   def refuse(literal):
     raise AssertionError(literal)
 
   text = (tmp_path / 'report' / 'report.json').read_text()
   assert json.loads(text, parse_constant=refuse) == found
-  page = cells((tmp_path / 'report' / 'report.md').read_text(), 'Perplexity')
-  assert page['SEED'] == ['20.00', '10.00', '15.00']
-  assert page['BAM'] == ['**19.00 ★**', '**>1e299**', '**>1e299**']
-  assert page['MUTE'] == ['**19.00 ★**', '–', '–']
+  table = cells(page, 'Perplexity')
+  assert table['BAM'] == ['**19.00 ★**', '**>1e299**', '**>1e299**']
+  assert table['MUTE'] == ['**19.00 ★**', '–', '–']
 
 
 @pytest.mark.parametrize(
@@ -234,10 +172,17 @@ def test_a_result_of_something_else_is_damaged(tmp_path, change):
   (tmp_path / 'seed' / 'result.json').write_text(json.dumps(RESULTS[0] | change))
   with pytest.raises(UserError, match='seed/result.json is damaged: delete its folder'):
     report.write(tmp_path, ['seed'])
+  (tmp_path / 'seed' / 'result.json').write_text('{"run": ')
+  with pytest.raises(UserError, match='seed/result.json is not JSON'):
+    report.write(tmp_path, ['seed'])
 
 
-def test_lines_of_the_metrics_that_say_nothing_are_passed_over(tmp_path):
+def test_lines_of_the_metrics(tmp_path):
+  """Those of a resumed run count once; those that say nothing are passed over."""
   path = tmp_path / 'metrics.jsonl'
+  lines = ['{"step": 1, "loss": 5.0}', '{"step": 2, "loss": 9.0}', '{"step": 3, "lo']
+  path.write_text('\n'.join([*lines, '{"step": 2, "loss": 4.0}', '']))
+  assert report._metrics(path) == [{'step': 1, 'loss': 5.0}, {'step': 2, 'loss': 4.0}]
   odd = b'{"step": 2, "nll": "x"}\n{"step": 2, "valid": 3}\n{"step": 2, "valid": {"law": []}}\n'
   odd += b'{"step": true, "nll": 1}\n{"step": 2, "nll": 1' + b'0' * 400 + b'}\n'
   path.write_bytes(b'\xff\n{"loss": 3}\n[]\n{"step": "2"}\n' + odd + b'{"step": 1, "nll": NaN}\n')
@@ -245,29 +190,21 @@ def test_lines_of_the_metrics_that_say_nothing_are_passed_over(tmp_path):
   assert line['step'] == 1 and math.isnan(line['nll'])
 
 
-def test_names_are_no_markup(tmp_path):
-  recipe = {'name': 'a[/b]', 'command': 'x', 'seed': 3}
-  (tmp_path / 'recipe.json').write_text(json.dumps(recipe))
+def test_names_are_not_markup(tmp_path):
+  (tmp_path / 'recipe.json').write_text('{"name": "a[/b]", "command": "x", "seed": 3}')
   label = {'label': '[/c] $\\frac$\n| d'}
-  found = write(tmp_path, [RESULTS[0] | label, RESULTS[2] | label])
-  console = Console(width=90, record=True, file=open('/dev/null', 'w'))
-  console.print(report.table(found))
-  text = console.export_text()
-  assert 'a[/b]: held-out' in text and r'[/c] $\frac$' in text
-  assert r'| [/c] $\frac$ \| d | ' in (tmp_path / 'report' / 'report.md').read_text()
+  found, page = write(tmp_path, [RESULTS[0] | label, RESULTS[2] | label])
+  assert 'a[/b]: held-out' in printed(found) and r'[/c] $\frac$' in printed(found)
+  assert r'| [/c] $\frac$ \| d | ' in page
 
 
-def test_smoothing():
+def test_curves():
   line = np.linspace(5.0, 1.0, 100)
-  smoothed = figures.smooth(line)
-  assert smoothed[:90] == pytest.approx(line[:90])
+  assert figures.smooth(line)[:90] == pytest.approx(line[:90])
   assert figures.smooth(np.full(100, 3.0)) == pytest.approx(np.full(100, 3.0))
   noise = np.random.default_rng(0).normal(size=400)
   assert figures.smooth(noise)[50:].std() < 0.3
   assert figures.smooth(np.array([2.0])) == pytest.approx([2.0])
-
-
-def test_held_out_loss_of_a_curve():
   valid = {'general': 3.0, 'code': 1.0}
   assert figures.valid_loss({'run': 'code', 'kind': 'specialist'}, valid) == 1.0
   assert figures.valid_loss({'run': 'seed', 'kind': 'seed'}, valid) == 2.0
@@ -280,15 +217,9 @@ def test_a_run_that_ends_while_the_report_is_written_is_in_it(tmp_path, monkeypa
   def end_another(path, content):
     write_file(path, content)
     if path.name == 'report.md' and not (tmp_path / 'code').exists():
-      (tmp_path / 'code').mkdir()
-      write_file(
-        tmp_path / 'code' / 'result.json', json.dumps(result('code', {'general': 5, 'code': 2}))
-      )
+      save(tmp_path, [result('code', 5, 2)])
 
-  (tmp_path / 'seed').mkdir()
-  (tmp_path / 'seed' / 'result.json').write_text(
-    json.dumps(result('seed', {'general': 4, 'code': 3}))
-  )
+  save(tmp_path, [result('seed', 4, 3)])
   monkeypatch.setattr(folders, 'write_file', end_another)
   facts = report.write(tmp_path, ['seed', 'code', 'law'])
   assert [row['run'] for row in facts['rows']] == ['seed', 'code']
