@@ -1,8 +1,7 @@
 """Checkpoints in, checkpoints out; strict, and with little memory however large they are.
 
     python -m bam_jax.convert upcycle --from=SEED --from=CODE --method=bam_kv_experts --output=DIR
-    python -m bam_jax.convert inspect DIR
-    python -m bam_jax.convert inspect DIR OTHER
+    python -m bam_jax.convert inspect DIR [OTHER]
 
 Subcommands:
   upcycle     dense checkpoints to a mixture's
@@ -10,8 +9,7 @@ Subcommands:
   export-hf   a checkpoint to a folder for transformers
   inspect     what a checkpoint is, or how two differ
 
-`python -m bam_jax.convert SUBCOMMAND --help` lists its flags. An --output is complete or not there:
-it is written beside its place and renamed at the end.
+`python -m bam_jax.convert SUBCOMMAND --help` lists its flags. An --output is complete or not there.
 """
 
 from bam_jax import cli

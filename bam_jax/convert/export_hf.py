@@ -23,9 +23,7 @@ from bam_jax.hf import exporting
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, "A run's folder, or a checkpoint's.")
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to make.')
-_DTYPE = flags.DEFINE_enum(
-  'dtype', None, ('float32', 'bfloat16'), 'Of all tensors except routers; default: unchanged.'
-)
+_DTYPE = flags.DEFINE_enum('dtype', None, exporting.DTYPES, 'Of all but routers; default: as is.')
 _MAX_SHARD_SIZE = flags.DEFINE_string('max_shard_size', '5GB', 'Of a file: 500MB, 5GB.')
 
 
@@ -36,12 +34,9 @@ def main() -> dict[str, Any]:
     raise UserError('--checkpoint and --output are required.')
   if not re.fullmatch(r'[1-9]\d{0,8}[KMGT]B', size, re.ASCII):
     raise UserError(f'--max_shard_size={size} is not a size such as 500MB or 5GB.')
-  start = time.monotonic()
+  options, start = dict(dtype=_DTYPE.value, max_shard_size=size), time.monotonic()
   with cli.bytes_bar('Exporting') as progress:
-    facts = exporting.convert(
-      checkpoint, output, dtype=_DTYPE.value, max_shard_size=size, progress=progress
-    )
-  seconds = time.monotonic() - start
-  count = len(facts['files'])
+    facts = exporting.convert(checkpoint, output, **options, progress=progress)
+  seconds, count = time.monotonic() - start, len(facts['files'])
   print(f'{output}: {facts["architecture"]} in {count} files, {seconds:.1f} s.', file=sys.stderr)
   return {'output': output, 'seconds': seconds, **facts}

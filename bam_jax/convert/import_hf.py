@@ -39,14 +39,12 @@ _OPTIONS = (
 
 def main() -> dict[str, Any]:
   """Imports the folder that the flags name; returns facts about the checkpoint."""
-  source, output = _INPUT.value, _OUTPUT.value
+  source, output, start = _INPUT.value, _OUTPUT.value, time.monotonic()
   if not (source and output):
     raise UserError('--input and --output are required.')
-  start = time.monotonic()
   options = {flag.name: flag.value for flag in _OPTIONS}
   with cli.bytes_bar('Importing') as progress:
     meta = importing.convert(source, output, command=cli.command(), progress=progress, **options)
-  seconds = time.monotonic() - start
-  count = arithmetic.parameters(meta.model).total
+  seconds, count = time.monotonic() - start, arithmetic.parameters(meta.model).total
   print(f'{output}: {count:,} parameters, {seconds:.1f} s.', file=sys.stderr)
   return {'output': output, 'seconds': seconds, 'meta': strict.to_dict(meta)}

@@ -38,8 +38,7 @@ def main(*paths: str) -> dict[str, Any]:
   with cli.bytes_bar('Reading') as progress:
     facts = describe(*paths, progress) if len(paths) == 1 else compare(*paths, progress)
   console = cli.console()
-  if not console.is_terminal:
-    console.width = max(console.width, 140)
+  console.width = max(console.width, 0 if console.is_terminal else 140)
   console.print(*tables(facts))
   return facts
 
@@ -48,9 +47,8 @@ def group_of(path: str) -> str:
   """The part of the model that an array belongs to; a head's norms are attention."""
   if '/router' in path:
     return 'routers'
-  if path.startswith(('embed/', 'unembed/')):
-    return 'embeddings'
-  return next((part for part in ('attention', 'ffn') if f'/{part}/' in path), 'norms')
+  parts = {'embed': 'embeddings', 'attention': 'attention', 'ffn': 'ffn', 'unembed': 'embeddings'}
+  return next((parts[word] for word in path.split('/') if word in parts), 'norms')
 
 
 def describe(path: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
@@ -66,19 +64,16 @@ def describe(path: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
     rows.append(facts | _statistics(moments[name]))
     groups[group_of(name)]['parameters'] += math.prod(spec.shape)
     groups[group_of(name)]['bytes'] += spec.nbytes
-  return {
-    'checkpoint': str(folder),
-    'meta': strict.to_dict(checkpoint.read_meta(folder)),
-    'arrays': rows,
-    'groups': [group for group in groups.values() if group['bytes']],
-  }
+  groups = [group for group in groups.values() if group['bytes']]
+  meta = strict.to_dict(checkpoint.read_meta(folder))
+  return dict(checkpoint=str(folder), meta=meta, arrays=rows, groups=groups)
 
 
 def compare(a: str, b: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
   """How far the arrays of two checkpoints are apart: ||A - B|| / ||A||, and the cosine."""
   folders = [checkpoint.find(path) for path in (a, b)]
   readers = [arrays.Reader(folder / 'params') for folder in folders]
-  rows = {}
+  rows, products, groups = {}, collections.defaultdict(float), []
   for name in readers[0].specs | readers[1].specs:
     rows[name] = dict(path=name, distance=None, cosine=None, equal=False)
     for side, reader in zip('ab', readers):
@@ -88,9 +83,9 @@ def compare(a: str, b: str, progress: Callable[[int, int], None]) -> dict[str, A
   alike = [name for name, row in rows.items() if row['a_shape'] == row['b_shape']]
   if not alike:
     raise UserError(f'{a} and {b} have no array of one name and shape: nothing can be compared.')
-  products, groups = collections.defaultdict(float), []
-  for name, (piece_a, piece_b) in _pieces(readers, alike, progress):
-    products[name] += _products(piece_a, piece_b)
+  for name, pieces in _pieces(readers, alike, progress):
+    x, y = (piece.astype(np.float64).reshape(-1) for piece in pieces)
+    products[name] += np.array([x @ x, y @ y, x @ y, (x - y) @ (x - y)])
   for name in alike:
     rows[name] |= _distance(products[name])
   for group in (*GROUPS, 'all'):
@@ -115,30 +110,25 @@ def _pieces(
     yield name, pieces
 
 
-def _moments(piece: np.ndarray) -> tuple[float, ...]:
-  """Count, sum, sum of squares, minimum and maximum of the finite values; how many are not."""
+def _moments(piece: np.ndarray) -> list[float]:
+  """Number of values that are not finite; of the others count, sum, squares, -min, max."""
   values = piece[np.isfinite(piece)].astype(np.float64)
   low, high = values.min(initial=math.inf), values.max(initial=-math.inf)
-  return values.size, values.sum(), values @ values, low, high, piece.size - values.size
+  return [piece.size - values.size, values.size, values.sum(), values @ values, -low, high]
 
 
-def _statistics(moments: list[tuple[float, ...]]) -> dict[str, float | None]:
-  counts, sums, squares, lows, highs, not_finite = zip(*moments)
-  facts = dict(mean=None, std=None, min=None, max=None, not_finite=sum(not_finite))
-  if count := sum(counts):
-    mean = float(sum(sums) / count)
-    std = math.sqrt(max(0.0, sum(squares) / count - mean**2))
-    facts |= dict(mean=mean, std=std, min=float(min(lows)), max=float(max(highs)))
-  return facts
-
-
-def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """The sums of a a, b b, a b and (a - b)^2, in float64."""
-  a, b = (x.astype(np.float64).reshape(-1) for x in (a, b))
-  return np.array([a @ a, b @ b, a @ b, (a - b) @ (a - b)])
+def _statistics(moments: list[list[float]]) -> dict[str, float | None]:
+  not_finite, count, total, squares = np.sum(moments, axis=0)[:4]
+  if not count:
+    return dict(mean=None, std=None, min=None, max=None, not_finite=int(not_finite))
+  low, high = np.max(moments, axis=0)[4:]
+  mean = float(total / count)
+  std = math.sqrt(max(0.0, squares / count - mean**2))
+  return dict(mean=mean, std=std, min=float(-low), max=float(high), not_finite=int(not_finite))
 
 
 def _distance(products: np.ndarray) -> dict[str, Any]:
+  """||A - B|| / ||A|| and the cosine, from the sums of a a, b b, a b and (a - b)^2."""
   aa, bb, ab, dd = map(float, products)
   cosine = ab / math.sqrt(aa * bb) if aa and bb else None
   return dict(distance=math.sqrt(dd / aa) if aa else None, cosine=cosine, equal=dd == 0)
@@ -177,5 +167,5 @@ def _cell(value: Any) -> Any:
   if isinstance(value, list):
     return ' '.join(map(str, value))
   if value is None or isinstance(value, bool):
-    return '-' if value is None else str(value)
+    return {None: '-', True: 'yes', False: 'no'}[value]
   return f'{value:.6g}' if isinstance(value, float) else value

@@ -10,14 +10,10 @@ _CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
-tags:
-- bam_jax{tag}
+tags: [{tags}]
 ---
 
-# {run}
-
-`{architecture}`, {total:,} parameters, {active:,} of them active for each token; exported by \
-bam_jax from step {step}.
+# {name}
 
 {facts}
 
@@ -36,13 +32,18 @@ drops no tokens, whatever the capacity of experts was in training, and adds no b
 """
 _SENTENCEPIECE = """
 AutoTokenizer does not read the SentencePiece model `tokenizer.model`: load it with the package
-sentencepiece. A document begins with {bos} and ends with {eos}.
+sentencepiece. A document begins with {0.bos_token} and ends with {0.eos_token}.
 """
 
 
 def text(meta: checkpoint.Meta, architecture: str, tokenizer: Tokenizer) -> str:
   """The model card: what the model is, where it comes from, how to load it."""
-  counts, facts = arithmetic.parameters(meta.model), []
+  counts = arithmetic.parameters(meta.model)
+  facts = [
+    f'`{architecture}`, {counts.total:,} parameters, {counts.active:,} of them active for a token.',
+    f'Exported by bam_jax from step {meta.step}; {meta.sequence_length:,} tokens at once.',
+    f'Tokenizer: {tokenizer.vocab_size:,} tokens, SHA-256 `{meta.tokenizer_hash}`.',
+  ]
   if attention := meta.model.attention_experts:
     routing = f'top-{attention.top_k}' if attention.top_k else 'soft'
     keys = 'shared' if attention.shared_kv else 'their own'
@@ -55,24 +56,14 @@ def text(meta: checkpoint.Meta, architecture: str, tokenizer: Tokenizer) -> str:
   for source in meta.manifest.sources if meta.manifest else ():
     name = source.run or os.path.basename(source.path)  # a whole path is private
     facts.append(f'Made from `{name}`, step {source.step}, content hash `{source.hash}`.')
-  versions = ', '.join(f'{name} {version}' for name, version in meta.versions.items())
-  facts += [
-    f'Trained on {meta.sequence_length:,} tokens at once; made with {versions}.',
-    f'Tokenizer: {tokenizer.vocab_size:,} tokens, SHA-256 `{meta.tokenizer_hash}`.',
-  ]
+  facts.append(f'Versions: {", ".join(f"{name} {v}" for name, v in meta.versions.items())}.')
   mixture = bool(attention or ffn)
   card = _CARD.format(
-    tag='\n- mixture-of-experts' if mixture else '',
-    run=meta.run,
-    architecture=architecture,
-    total=counts.total,
-    active=counts.active,
-    step=meta.step,
+    tags='bam_jax, mixture-of-experts' if mixture else 'bam_jax',
+    name=meta.run,
     facts='\n'.join(f'- {fact}' for fact in facts),
     trust=', trust_remote_code=True' if mixture else '',
   )
-  if mixture:
-    card += _CODE
   if tokenizer.file_name != HUGGING_FACE_FILE:
-    card += _SENTENCEPIECE.format(bos=tokenizer.bos_token, eos=tokenizer.eos_token)
-  return card
+    card += _SENTENCEPIECE.format(tokenizer)
+  return card + _CODE if mixture else card

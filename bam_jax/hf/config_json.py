@@ -10,7 +10,6 @@ from bam_jax.errors import UserError
 
 COHERE, COHERE2, BAM = 'CohereForCausalLM', 'Cohere2ForCausalLM', 'BamForCausalLM'
 ARCHITECTURES = (COHERE, COHERE2, BAM)
-
 # Keys that change nothing about the parameters and what is computed from them.
 _IRRELEVANT = frozenset(
   """
@@ -21,16 +20,10 @@ _IRRELEVANT = frozenset(
 )
 # Keys that may only have this value; it is also what they mean when absent.
 _FIXED = {
-  'attention_bias': False,
-  'attention_dropout': 0.0,
-  'hidden_act': 'silu',
-  'position_embedding_type': 'rope_gptj',
-  'rope_scaling': None,
-  'rotary_pct': 1.0,
-  'use_embedding_sharing': True,
-  'use_gated_activation': True,
-  'use_parallel_block': True,
-}
+  'attention_bias': False, 'attention_dropout': 0.0, 'hidden_act': 'silu',
+  'position_embedding_type': 'rope_gptj', 'rope_scaling': None, 'rotary_pct': 1.0,
+  'use_embedding_sharing': True, 'use_gated_activation': True, 'use_parallel_block': True,
+}  # fmt: skip
 # Fields of our model, their keys there, and their types.
 _FIELDS = {
   'vocab_size': ('vocab_size', int),
@@ -47,18 +40,13 @@ _FIELDS = {
 }
 # The same of the experts' options, which BamForCausalLM has.
 _ATTENTION_EXPERTS = {
-  'num_experts': 'num_attention_experts',
-  'top_k': 'num_attention_experts_per_tok',
-  'shared_kv': 'shared_kv',
-  'renormalize': 'norm_topk_attention',
-}
+  'num_experts': 'num_attention_experts', 'top_k': 'num_attention_experts_per_tok',
+  'shared_kv': 'shared_kv', 'renormalize': 'norm_topk_attention',
+}  # fmt: skip
 _FFN_EXPERTS = {
-  'num_experts': 'num_experts',
-  'top_k': 'num_experts_per_tok',
-  'renormalize': 'norm_topk_prob',
-  'capacity_factor': 'capacity_factor',
-  'expert_bias': 'use_expert_bias',
-}
+  'num_experts': 'num_experts', 'top_k': 'num_experts_per_tok', 'renormalize': 'norm_topk_prob',
+  'capacity_factor': 'capacity_factor', 'expert_bias': 'use_expert_bias',
+}  # fmt: skip
 _LENGTH = 'max_position_embeddings'
 _KINDS = {int: 'a positive whole number', float: 'a positive number', bool: 'true or false'}
 
@@ -71,8 +59,8 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
   """
   facts = dict(config_json)
   architectures = facts.pop('architectures', None)
-  single = isinstance(architectures, list) and len(architectures) == 1
-  architecture = architectures[0] if single else architectures
+  is_one = isinstance(architectures, list) and len(architectures) == 1
+  (architecture,) = architectures if is_one else [architectures]
   if architecture not in ARCHITECTURES:
     raise UserError(
       f'architectures names {architecture!r}: only {", ".join(ARCHITECTURES)} can be imported.'
@@ -131,10 +119,8 @@ def from_model(
   }
   if model == model.dense():
     return facts | {'architectures': [COHERE], 'model_type': 'cohere'}
-  for experts, keys in (
-    (model.attention_experts, _ATTENTION_EXPERTS),
-    (model.ffn_experts, _FFN_EXPERTS),
-  ):
+  attention, ffn = model.attention_experts, model.ffn_experts
+  for experts, keys in ((attention, _ATTENTION_EXPERTS), (ffn, _FFN_EXPERTS)):
     facts[keys['num_experts']] = 0
     if experts:
       facts |= {theirs: getattr(experts, ours) for ours, theirs in keys.items()}

@@ -1,7 +1,7 @@
 """A checkpoint of ours into a folder for transformers, one tensor at a time, and without torch."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,18 @@ from etils import epath
 
 from bam_jax import checkpoint
 from bam_jax.checkpoint import arrays
-from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.files import folders
 from bam_jax.hf import card, config_json, files, names, tokenizer_files
+from bam_jax.hf.files import Progress
 
+DTYPES = ('float32', 'bfloat16')
 # The code that transformers runs for a mixture; it imports nothing of ours.
 CODE = ('configuration_bam.py', 'modeling_bam.py')
 
 
 def convert(
-  source: epath.PathLike,
-  output: str,
-  *,
-  dtype: str | None,
-  max_shard_size: str,
-  progress: Callable[[int, int], None],
+  source: epath.PathLike, output: str, *, dtype: str | None, max_shard_size: str, progress: Progress
 ) -> dict[str, Any]:
   """Makes a folder that AutoModelForCausalLM and AutoTokenizer load.
 
@@ -35,7 +31,6 @@ def convert(
     output: the folder; does not exist.
     dtype: of the tensors except routers, which keep theirs; None: as the checkpoint has them.
     max_shard_size: of the values in a file, such as '5GB'.
-    progress: called with the bytes written so far and in all.
 
   Returns:
     Facts about the folder; UserError when the checkpoint is damaged or has values that are NaN or
@@ -43,13 +38,10 @@ def convert(
   """
   if folders.in_bucket(output):
     raise UserError(f'--output={output}: export to a local folder, and copy that to the bucket.')
-  checkpoint_folder = checkpoint.find(source)
-  meta = checkpoint.read_meta(checkpoint_folder)
-  tokenizer_file = checkpoint.find_tokenizer(checkpoint_folder)
-  tokenizer = Tokenizer.load(tokenizer_file, meta.bos_token, meta.eos_token)
-  reader, table = arrays.Reader(checkpoint_folder / 'params'), names.tensors(meta.model)
-  shapes = {path: (*tensor.stacked, *tensor.ours) for path, tensor in table.items()}
-  files.check_shapes(reader.folder, reader.specs, shapes, 'meta')
+  source = checkpoint.find(source)  # once: a run's newest may change
+  meta = checkpoint.read_meta(source)
+  tokenizer = checkpoint.open_tokenizer(source, meta)
+  reader, table = checkpoint.open_params(source, meta.model), names.tensors(meta.model)
   specs = _specs(reader, table, dtype)
   total = sum(spec.nbytes for spec in specs.values())
   shards = files.plan(specs, max_shard_size)
@@ -62,24 +54,17 @@ def convert(
     facts |= ids | {'dtype': specs[names.TABLE].dtype.name}
     architecture = facts['architectures'][0]
     files.write_json(folder / files.CONFIG, facts)
-    pad = tokenizer.eos_id if ids['pad_token_id'] is None else ids['pad_token_id']
-    files.write_json(folder / 'generation_config.json', ids | {'pad_token_id': pad})
+    padded = {'pad_token_id': tokenizer.eos_id} | {k: v for k, v in ids.items() if v is not None}
+    files.write_json(folder / 'generation_config.json', padded)
     if 'auto_map' in facts:
       for name in CODE:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     (folder / 'README.md').write_text(card.text(meta, architecture, tokenizer), encoding='utf-8')
-  return {
-    'architecture': architecture,
-    'dtype': facts['dtype'],
-    'tensors': len(specs),
-    'bytes': total,
-    'files': list(shards),
-  }
+  facts = dict(architecture=architecture, dtype=facts['dtype'], tensors=len(specs), bytes=total)
+  return facts | {'files': list(shards)}
 
 
-def _specs(
-  reader: arrays.Reader, table: Mapping[str, names.Tensor], dtype: str | None
-) -> dict[str, arrays.Spec]:
+def _specs(reader: arrays.Reader, table: names.Table, dtype: str | None) -> dict[str, arrays.Spec]:
   """The tensors by name: the embedding, then layer by layer, then the rest."""
   placed = []
   for path, tensor in table.items():
@@ -92,11 +77,7 @@ def _specs(
 
 
 def _tensors(
-  reader: arrays.Reader,
-  table: Mapping[str, names.Tensor],
-  order: list[str],
-  specs: Mapping[str, arrays.Spec],
-  progress: Callable[[int, int], None],
+  reader: arrays.Reader, table: names.Table, order: list[str], specs: dict, progress: Progress
 ) -> Iterator[np.ndarray]:
   """The values of tensors in their order in the files."""
   parts = {name: (path, index) for path in table for index, name in table[path].parts()}

@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from bam_jax.checkpoint.arrays import Spec
 from bam_jax.errors import UserError
 from bam_jax.files import json_file
 
+Progress = Callable[[int, int], None]  # called with the bytes done so far and in all
 CONFIG = 'config.json'
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
@@ -28,9 +29,7 @@ _CODES = {name: code for code, name in _DTYPES.items()}
 class Reader:
   """The tensors of a folder: one file, or several with an index.
 
-  Attributes:
-    folder: the folder.
-    specs: shape and dtype of every tensor.
+  `specs` has the shape and dtype of every tensor.
   """
 
   def __init__(self, folder: Path):
@@ -82,19 +81,7 @@ def not_finite(place: Any, name: str, array: np.ndarray, part: tuple = ()) -> Us
   )
 
 
-def check_shapes(
-  folder: Any, specs: Mapping[str, Spec], expected: Mapping[str, tuple[int, ...]], source: str
-) -> None:
-  """UserError unless a folder has the arrays that `source` describes, and no others."""
-  for name in sorted(specs.keys() | expected.keys()):
-    if name not in specs:
-      raise UserError(f'{folder} lacks {name}, which its {source} describes.')
-    shape, described = specs[name].shape, expected.get(name, 'no such array')
-    if shape != described:
-      raise UserError(f'{folder} has {name} of shape {shape}; its {source} describes {described}.')
-
-
-def plan(specs: Mapping[str, Spec], max_shard_size: str) -> dict[str, list[str]]:
+def plan(specs: dict[str, Spec], max_shard_size: str) -> dict[str, list[str]]:
   """The files to write, for each its tensors in their order there.
 
   A tensor of more than `max_shard_size`, such as '5GB', has a file of its own.
@@ -113,10 +100,7 @@ def plan(specs: Mapping[str, Spec], max_shard_size: str) -> dict[str, list[str]]
 
 
 def write(
-  folder: Path,
-  shards: Mapping[str, Sequence[str]],
-  specs: Mapping[str, Spec],
-  arrays: Iterator[np.ndarray],
+  folder: Path, shards: dict[str, list[str]], specs: dict[str, Spec], arrays: Iterator[np.ndarray]
 ) -> None:
   """Writes the files of `plan` and their index; `arrays` are the values, in the same order."""
   for file, names in shards.items():

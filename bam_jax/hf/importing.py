@@ -1,7 +1,6 @@
 """A folder for transformers into a checkpoint of ours, one tensor at a time, and without torch."""
 
 import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.files import folders
 from bam_jax.hf import config_json, files, names
+from bam_jax.hf.files import Progress
 
 
 def convert(
@@ -21,11 +21,11 @@ def convert(
   output: epath.PathLike,
   *,
   dtype: str,
+  command: str,
   tokenizer: str | None = None,
   bos_token: str | None = None,
   eos_token: str | None = None,
-  command: str,
-  progress: Callable[[int, int], None],
+  progress: Progress,
 ) -> checkpoint.Meta:
   """Makes a checkpoint of the model in a folder, with its tokenizer beside it.
 
@@ -36,7 +36,6 @@ def convert(
     tokenizer: its file, or a folder that holds it; None: the source.
     bos_token, eos_token: around documents; None: well-known tokens, as in bam_jax.prepare.
     command: for the record.
-    progress: called with the bytes read so far and in all.
 
   Returns:
     What was written as `meta`; UserError when the model is not one of ours, its files are damaged
@@ -51,23 +50,19 @@ def convert(
     raise UserError(f'{folder / files.CONFIG}: {error}') from None
   reader, table = files.Reader(folder), names.tensors(model)
   _check(reader, table, model)
-  place = Path(tokenizer or source)
-  words = Tokenizer.load(place, bos_token, eos_token)
+  words = Tokenizer.load(tokenizer or source, bos_token, eos_token)
   if words.vocab_size > model.vocab_size:
     raise UserError(
-      f'{place} has {words.vocab_size} tokens and the model in {source} has rows for '
+      f'{tokenizer or source} has {words.vocab_size} tokens and the model in {source} has rows for '
       f'{model.vocab_size}: it is the tokenizer of another model.'
     )
-  specs = {
-    path: arrays.Spec((*tensor.stacked, *tensor.ours), jnp.dtype(dtype))
-    for path, tensor in table.items()
-  }
+  specs = {path: arrays.Spec(tensor.shape, jnp.dtype(dtype)) for path, tensor in table.items()}
   with folders.new_folder(output, sum(spec.nbytes for spec in specs.values())) as beside:
     with arrays.Writer(beside / 'params', specs) as writer:
       hashes = _copy(reader, table, writer, progress)
     words.save(beside)
-    path = os.path.abspath(source)
-    origin = manifest.Source(path, hash=manifest.content_hash(hashes), array_hashes=hashes)
+    place = os.path.abspath(source)
+    origin = manifest.Source(place, hash=manifest.content_hash(hashes), array_hashes=hashes)
     made = (
       manifest.Made(path, 'transpose' if tensor.is_matrix else 'copy', tensor.name.format('*', '*'))
       for path, tensor in table.items()
@@ -77,8 +72,8 @@ def convert(
       model=model,
       sequence_length=length,
       tokenizer_hash=words.hash,
-      tokenizer_path=path,
-      run=os.path.basename(path),
+      tokenizer_path=place,
+      run=os.path.basename(place),
       step=0,
       method=method,
       sources=experts,
@@ -91,17 +86,21 @@ def convert(
   return meta
 
 
-def _check(reader: files.Reader, table: Mapping[str, names.Tensor], model: config.Model) -> None:
+def _check(reader: files.Reader, table: names.Table, model: config.Model) -> None:
   """UserError unless the folder has the tensors of the model, in their shapes, and no others."""
   expected = {name: tensor.theirs for tensor in table.values() for _, name in tensor.parts()}
   # PyTorch lists a tied head although it is the table; a file written from that may hold both.
   tied_twice = model.tied_embeddings and names.HEAD in reader.specs
   if tied_twice:
     expected[names.HEAD] = expected[names.TABLE]
-  files.check_shapes(reader.folder, reader.specs, expected, files.CONFIG)
-  if tied_twice and not np.array_equal(
-    reader.read(names.HEAD), reader.read(names.TABLE), equal_nan=True
-  ):
+  for name in sorted(reader.specs.keys() | expected.keys()):
+    if name not in reader.specs:
+      raise UserError(f'{reader.folder} lacks {name}, which its config.json describes.')
+    shape, described = reader.specs[name].shape, expected.get(name, 'no such tensor')
+    if shape != described:
+      raise UserError(f'{reader.folder} has {name} of shape {shape}; its config says {described}.')
+  pair = (reader.read(name) for name in (names.HEAD, names.TABLE))
+  if tied_twice and not np.array_equal(*pair, equal_nan=True):
     raise UserError(
       f'{reader.folder} has {names.HEAD} other than {names.TABLE}, although its config.json says '
       'tie_word_embeddings.'
@@ -109,10 +108,7 @@ def _check(reader: files.Reader, table: Mapping[str, names.Tensor], model: confi
 
 
 def _copy(
-  reader: files.Reader,
-  table: Mapping[str, names.Tensor],
-  writer: arrays.Writer,
-  progress: Callable[[int, int], None],
+  reader: files.Reader, table: names.Table, writer: arrays.Writer, progress: Progress
 ) -> dict[str, str]:
   """Writes every tensor where it belongs; `manifest.Hash` of each."""
   parts = [(path, *part) for path, tensor in table.items() for part in tensor.parts()]

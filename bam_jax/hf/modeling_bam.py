@@ -46,20 +46,14 @@ class BamProjections(nn.Module):
 
   def __init__(self, config: BamConfig, query_output: bool, key_value: bool):
     super().__init__()
-    D, K, H, G = (
-      config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
-    )  # fmt: skip
-    norm = lambda heads: (
-      modeling_cohere.CohereLayerNorm((heads, K), config.layer_norm_eps)
-      if config.use_qk_norm
-      else nn.Identity()
-    )
+    D, H, G = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    K, eps, use_norm = config.head_dim, config.layer_norm_eps, config.use_qk_norm
     if query_output:
-      self.q_proj, self.q_norm = nn.Linear(D, H * K, bias=False), norm(H)
-      self.o_proj = nn.Linear(H * K, D, bias=False)
+      self.q_proj, self.o_proj = nn.Linear(D, H * K, bias=False), nn.Linear(H * K, D, bias=False)
+      self.q_norm = modeling_cohere.CohereLayerNorm((H, K), eps) if use_norm else nn.Identity()
     if key_value:
-      self.k_proj, self.k_norm = nn.Linear(D, G * K, bias=False), norm(G)
-      self.v_proj = nn.Linear(D, G * K, bias=False)
+      self.k_proj, self.v_proj = nn.Linear(D, G * K, bias=False), nn.Linear(D, G * K, bias=False)
+      self.k_norm = modeling_cohere.CohereLayerNorm((G, K), eps) if use_norm else nn.Identity()
 
 
 class BamAttention(BamProjections):

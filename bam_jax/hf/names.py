@@ -28,8 +28,13 @@ class Tensor(NamedTuple):
   theirs: tuple[int, ...]  # matrices are (out, in) over there
 
   @property
+  def shape(self) -> tuple[int, ...]:
+    """Of our array."""
+    return *self.stacked, *self.ours
+
+  @property
   def is_matrix(self) -> bool:
-    """Whether the array multiplies tokens, and is therefore transposed over there."""
+    """Whether the array is transposed over there."""
     return self.name.endswith(('_proj.weight', 'router.weight', HEAD))
 
   def parts(self) -> Iterator[tuple[tuple[int, ...], str]]:
@@ -38,7 +43,10 @@ class Tensor(NamedTuple):
       yield index, self.name.format(*index)
 
 
-def tensors(model: config.Model) -> dict[str, Tensor]:
+Table = dict[str, Tensor]  # all of a model's, by our paths
+
+
+def tensors(model: config.Model) -> Table:
   """All the tensors of a model by our paths, in the order of the layers' computation."""
   D, F, V, L = model.d_model, model.ffn_dim, model.vocab_size, model.num_layers
   H, G, K = model.num_heads, model.num_kv_heads, model.head_dim
@@ -81,19 +89,20 @@ def tensors(model: config.Model) -> dict[str, Tensor]:
 
 def to_ours(tensor: Tensor, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """One tensor of theirs as a part of our array, contiguous."""
-  array = _transpose(array, dtype) if tensor.is_matrix else array.astype(dtype)
-  return array.reshape(tensor.ours)
+  return _cast(array, dtype, tensor.is_matrix).reshape(tensor.ours)
 
 
 def to_theirs(tensor: Tensor, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """One part of our array as a tensor of theirs, contiguous; undoes `to_ours`."""
-  array = array.reshape(tensor.theirs[::-1] if tensor.is_matrix else tensor.theirs)
-  return _transpose(array, dtype) if tensor.is_matrix else array.astype(dtype)
+  shape = tensor.theirs[::-1] if tensor.is_matrix else tensor.theirs
+  return _cast(array.reshape(shape), dtype, tensor.is_matrix)
 
 
-def _transpose(matrix: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """A transposed and cast copy; in strips, which is several times as fast as `matrix.T.copy()`."""
-  transposed = np.empty(matrix.shape[::-1], dtype)
-  for row in range(0, len(matrix), STRIP):
-    transposed[:, row : row + STRIP] = matrix[row : row + STRIP].astype(dtype).T
+def _cast(array: np.ndarray, dtype: np.dtype, transpose: bool) -> np.ndarray:
+  """A copy; transposed in strips, which is several times as fast as `array.T.copy()`."""
+  if not transpose:
+    return array.astype(dtype)
+  transposed = np.empty(array.shape[::-1], dtype)
+  for row in range(0, len(array), STRIP):
+    transposed[:, row : row + STRIP] = array[row : row + STRIP].astype(dtype).T
   return transposed

@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import processors
 
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, Tokenizer
+from bam_jax.hf import files
 
 # What pads a batch, in order of preference; else what ends documents.
 PAD_TOKENS = ('<|pad|>', '<PAD>', '<pad>', '[PAD]', '<|padding|>')
@@ -16,11 +17,8 @@ PAD_TOKENS = ('<|pad|>', '<PAD>', '<pad>', '[PAD]', '<|padding|>')
 def write(folder: Path, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
   """Writes a tokenizer's file and, for a tokenizer.json, tokenizer_config.json.
 
-  A SentencePiece model is copied, although AutoTokenizer does not read it. `length` is the number
-  of tokens that the model was trained on at once.
-
-  Returns:
-    The ids of config.json: `bos_token_id`, `eos_token_id` and `pad_token_id`, None without one.
+  `length` is the number of tokens that the model was trained on at once. Returns the ids for
+  config.json: `bos_token_id`, `eos_token_id` and `pad_token_id`, which may be None.
   """
   ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id, 'pad_token_id': None}
   path = tokenizer.save(folder)
@@ -40,8 +38,7 @@ def write(folder: Path, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
     'model_max_length': length,
     'clean_up_tokenization_spaces': False,
   }
-  text = json.dumps(facts, indent=1, ensure_ascii=False) + '\n'
-  (folder / 'tokenizer_config.json').write_text(text, encoding='utf-8')
+  files.write_json(folder / 'tokenizer_config.json', facts)
   return ids | {'pad_token_id': pad and backend.token_to_id(pad)}
 
 

@@ -266,12 +266,10 @@ def test_what_cannot_be_exported(tmp_path):
     convert(good, 'gs://bucket/folder')
   less = {path: x for path, x in values.items() if path != 'final_norm/scale'}
   folders.write_checkpoint(tmp_path / 'less', model, less)
-  check_refused(tmp_path / 'less', output, 'lacks final_norm/scale')
+  check_refused(tmp_path / 'less', output, 'final_norm/scale of shape None where')
   more = values | {'unembed/kernel': np.zeros((24, 270), np.float32)}
   folders.write_checkpoint(tmp_path / 'more', model, more)
-  check_refused(
-    tmp_path / 'more', output, r'unembed/kernel of shape \(24, 270\); its meta describes no'
-  )
+  check_refused(tmp_path / 'more', output, r'unembed/kernel of shape \(24, 270\) where None')
   folders.write_checkpoint(tmp_path / 'other', dataclasses.replace(model, ffn_dim=8), values)
   check_refused(tmp_path / 'other', output, 'blocks/ffn/down of shape')
   values['blocks/ffn/up'][2, 23, 19] = np.nan
