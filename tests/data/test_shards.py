@@ -1,7 +1,6 @@
 """The prepared dataset: what is written is what is read, and damage is named."""
 
 import json
-import pickle
 import shutil
 
 import hypothesis
@@ -62,7 +61,7 @@ def test_documents_come_back(made):
   dataset.verify()
 
 
-def test_read_is_a_slice(made):
+def test_read_is_a_slice(made, copy):
   documents = open_dataset(made).documents('law', 'train')
   for index in (0, 17, 49):
     whole = documents[index]
@@ -74,22 +73,15 @@ def test_read_is_a_slice(made):
   for index in (-1, 50):
     with pytest.raises(IndexError):
       documents[index]
-
-
-def test_documents_pickle_small_and_are_read_only(made):
-  documents = open_dataset(made).documents('law', 'train')
-  first, lengths = documents[0], documents.lengths
-  pickled = pickle.dumps(documents)
-  assert len(pickled) < 8_000 and first.tobytes() not in pickled
-  again = pickle.loads(pickled)
-  np.testing.assert_array_equal(again[0], first)
-  np.testing.assert_array_equal(again.lengths, lengths)
-  with pytest.raises(ValueError):
-    first[0] = 1
+  documents = open_dataset(copy).documents('law', 'train')
+  for path in copy.glob('law/train-*.tokens.npy'):
+    path.write_bytes(path.read_bytes()[:130])
+  with pytest.raises(UserError, match='has been cut short since it was opened'):
+    documents[49]
 
 
 @hypothesis.settings(
-  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], max_examples=60
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], max_examples=30
 )
 @hypothesis.given(
   lengths=st.lists(st.integers(2, 40), min_size=1, max_size=30),
@@ -147,21 +139,20 @@ def test_damaged_files(copy, part):
   whole = path.read_bytes()
   array = np.load(path)
 
+  def refused(sentence):
+    with pytest.raises(UserError, match=f'{path.name} {sentence}'):
+      open_dataset(copy)
+
   path.write_bytes(whole[:-8])
-  with pytest.raises(UserError, match=f'{path.name} is cut short'):
-    open_dataset(copy)
+  refused('is cut short')
   np.save(path, array[:-1])
-  with pytest.raises(UserError, match=f'{path.name} holds .* promises'):
-    open_dataset(copy)
+  refused('holds .* promises')
   np.save(path, array.astype(np.int32))
-  with pytest.raises(UserError, match=f'{path.name} holds int32.* promises'):
-    open_dataset(copy)
+  refused('holds int32.* promises')
   np.save(path, np.array([{'evil': 1}], dtype=object), allow_pickle=True)
-  with pytest.raises(UserError, match=f'{path.name} is cut short or no array'):
-    open_dataset(copy)
+  refused('is cut short or not an array')
   path.unlink()
-  with pytest.raises(UserError, match=f'{path.name} is missing'):
-    open_dataset(copy)
+  refused('is missing')
 
   changed = bytearray(whole)
   changed[-1] ^= 1
@@ -186,30 +177,23 @@ def test_tokenizer_must_be_the_same(copy):
   path.write_text(path.read_text() + '\n')
   with pytest.raises(UserError, match='tokenizer.json is missing or not the tokenizer of'):
     open_dataset(copy)
-  path.unlink()
-  with pytest.raises(UserError, match='tokenizer.json is missing or not the tokenizer of'):
-    open_dataset(copy)
 
 
-def rename_shard(manifest):
-  manifest['domains']['law']['train']['shards'][0]['name'] = '../../etc/passwd'
-
-
-def rename_domain(manifest):
-  manifest['domains']['../law'] = manifest['domains'].pop('law')
+def shard(manifest):
+  return manifest['domains']['law']['train']['shards'][0]
 
 
 @pytest.mark.parametrize(
   'change, sentence',
   [
     (lambda m: m.update(format=2), 'has format 2, newer than 1: upgrade'),
-    (lambda m: m.pop('format'), 'is no manifest'),
+    (lambda m: m.pop('format'), 'is not the manifest'),
     (lambda m: m.pop('domains'), 'is damaged'),
     (lambda m: m['tokenizer'].update(vocab_size='270'), 'is damaged'),
     (lambda m: m['tokenizer'].update(file='/etc/passwd'), 'is damaged'),
-    (lambda m: m['domains']['law']['train']['shards'][0].pop('tokens'), 'is damaged'),
-    (rename_shard, 'is damaged'),
-    (rename_domain, 'is damaged'),
+    (lambda m: shard(m).pop('tokens'), 'is damaged'),
+    (lambda m: shard(m).update(name='../../etc/passwd'), 'is damaged'),
+    (lambda m: m['domains'].update({'../law': m['domains'].pop('law')}), 'is damaged'),
   ],
 )
 def test_damaged_manifest(copy, change, sentence):
@@ -219,7 +203,7 @@ def test_damaged_manifest(copy, change, sentence):
 
 
 def test_no_manifest(tmp_path, copy):
-  with pytest.raises(UserError, match='is no prepared dataset .*bam_jax.prepare'):
+  with pytest.raises(UserError, match='is not a prepared dataset .*bam_jax.prepare'):
     open_dataset(tmp_path / 'gone')
   (copy / 'manifest.json').write_text('{"format": 1')
   with pytest.raises(UserError, match='manifest.json cannot be read'):

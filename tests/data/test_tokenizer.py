@@ -3,8 +3,11 @@
 import io
 import json
 import pickle
+import random
+import signal
 import subprocess
 import sys
+import time
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,7 +15,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from bam_jax.data.tokenizer import Tokenizer, batches
+from bam_jax.data.tokenizer import MAX_PRE_TOKEN, Tokenizer
 from bam_jax.errors import UserError
 
 TEXTS = [f'The {i}th whale swam; def f(x): return x + {i}\n' for i in range(200)]
@@ -51,25 +54,45 @@ def test_trained_vocabulary():
   assert (BYTE_LEVEL.bos_id, BYTE_LEVEL.eos_id, BYTE_LEVEL.vocab_size) == (0, 1, 280)
   assert len(BYTE_LEVEL.encode(TEXTS[0])) < len(TEXTS[0]) / 2
   assert len(BYTE_LEVEL.encode('1234')) == 4
-  with pytest.raises(UserError, match='--train_tokenizer=257 .* at least 258'):
+  with pytest.raises(UserError, match='--train_tokenizer=257 is not from 258 to'):
     Tokenizer.train(TEXTS, 257)
 
 
-def test_special_tokens_are_skipped_when_decoding():
+def test_batch_is_one_by_one_and_special_tokens_are_skipped_when_decoding():
+  assert BYTE_LEVEL.encode_batch(TEXTS) == [BYTE_LEVEL.encode(text) for text in TEXTS]
   assert BYTE_LEVEL.decode([0, *BYTE_LEVEL.encode('whale'), 1]) == 'whale'
 
 
-def test_batch_is_one_by_one():
-  assert BYTE_LEVEL.encode_batch(TEXTS[:5]) == [BYTE_LEVEL.encode(text) for text in TEXTS[:5]]
+def test_training_on_runs_without_spaces_takes_linear_time_and_does_not_change_others():
+  chance = random.Random(0)
+  dna = ''.join(chance.choices('ACGT', k=400_000))
+  start = time.process_time()
+  tokenizer = Tokenizer.train([dna], 512)
+  assert time.process_time() - start < 10  # 28 s without the bound
+  assert tokenizer.decode(tokenizer.encode(dna)) == dna
+  assert (
+    json.loads(tokenizer._content)['pre_tokenizer']
+    == json.loads(BYTE_LEVEL._content)['pre_tokenizer']
+  ), 'the bound is of training alone'
+  whole = 'x' * MAX_PRE_TOKEN
+  assert Tokenizer.train([whole], 262).encode(whole) == Tokenizer.train([whole * 3], 262).encode(
+    whole
+  )
 
 
-@hypothesis.given(texts=st.lists(st.text(max_size=6), max_size=8), most=st.integers(1, 12))
-def test_batches_are_all_texts_in_order_and_small(texts, most):
-  found = list(batches(texts, most))
-  assert [text for batch in found for text in batch] == texts
-  size = lambda texts: len(''.join(texts).encode())
-  assert all(len(batch) == 1 or size(batch) <= most for batch in found)
-  assert all(size([*one, after[0]]) > most for one, after in zip(found, found[1:]))
+def test_ctrl_c_ends_the_training():
+  code = (
+    'import os; from bam_jax.data.tokenizer import Tokenizer;'
+    'texts = [os.urandom(20_000_000).hex()];'
+    'print("ready", flush=True); Tokenizer.train(texts, 100_000)'
+  )
+  process = subprocess.Popen(
+    [sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  assert process.stdout.readline() == 'ready\n'
+  time.sleep(0.5)
+  process.send_signal(signal.SIGINT)
+  assert 'KeyboardInterrupt' in process.communicate(timeout=10)[1]
 
 
 def test_save_and_load_are_exact(tmp_path, sentence_piece):
@@ -114,12 +137,18 @@ def test_well_known_tokens(specials, names):
   assert (tokenizer.bos_token, tokenizer.eos_token) == names
 
 
-def test_truncation_and_padding_of_the_file_do_not_cut_documents():
+def test_truncation_padding_and_dropout_of_the_file_are_off():
   file = hugging_face('<s>', '</s>')
   file.enable_truncation(2)
   file.enable_padding(length=9)
   tokenizer = Tokenizer(file.to_str().encode(), 'tokenizer.json')
   assert tokenizer.encode('abab') == [0, 1, 0, 1]
+  assert tokenizer.switched_off == ('truncation', 'padding')
+  facts = json.loads(BYTE_LEVEL._content)
+  facts['model']['dropout'] = 0.5
+  tokenizer = Tokenizer(json.dumps(facts).encode(), 'tokenizer.json')
+  assert tokenizer.switched_off == ('dropout',) and not BYTE_LEVEL.switched_off
+  assert tokenizer.encode_batch(TEXTS) == BYTE_LEVEL.encode_batch(TEXTS)
 
 
 def test_errors(tmp_path):
@@ -128,7 +157,7 @@ def test_errors(tmp_path):
     Tokenizer.load(tmp_path)
   with pytest.raises(UserError, match='cannot be read'):
     Tokenizer.load(path)
-  with pytest.raises(UserError, match='is no tokenizer'):
+  with pytest.raises(UserError, match='is not a tokenizer'):
     Tokenizer.load(tmp_path / 'vocab.bin')
   path.write_text('{}')
   with pytest.raises(UserError, match=f'{path} is not a tokenizer.json'):
@@ -141,7 +170,7 @@ def test_errors(tmp_path):
     Tokenizer.load(path)
   with pytest.raises(UserError, match='well-known tokens .*: name its --eos_token'):
     Tokenizer.load(path, bos_token='<begin>')
-  with pytest.raises(UserError, match="no token '<end>': mend --eos_token"):
+  with pytest.raises(UserError, match="no token '<end>': correct --eos_token"):
     Tokenizer.load(path, bos_token='<begin>', eos_token='<end>')
   assert Tokenizer.load(path, bos_token='<begin>', eos_token='a').eos_id == 0
 
