@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,13 +14,12 @@ from bam_jax.errors import UserError
 
 
 @dataclass(frozen=True)
-class Inner:
-  size: int
-  share: float = 0.5
+class Inner(strict.Section):
+  size: strict.PositiveInt
+  share: strict.Fraction = 0.5
 
-  def __post_init__(self):
-    if self.size < 1:
-      raise UserError(f'size={self.size} is below 1.')
+  def check(self):
+    self.require(self.size != 7, f'size={self.size} is unlucky.')
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,9 @@ class Outer:
 
 
 FULL = Outer(
-  count=3,
-  flag=True,
-  label='x',
-  kind='b',
-  names=('p', 'q'),
-  shares={'p': 0.25, 'q': 1.0},
-  inner=Inner(2),
-  inners={'one': Inner(1, 0.1)},
-  start=ByPath('/tmp'),
-  note='a word',
-)
+  count=3, flag=True, label='x', kind='b', names=('p', 'q'), shares={'p': 0.25, 'q': 1.0},
+  inner=Inner(2), inners={'one': Inner(1, 0.1)}, start=ByPath('/tmp'), note='a word',
+)  # fmt: skip
 
 
 def test_every_kind_of_field_comes_back():
@@ -69,20 +61,12 @@ def test_every_kind_of_field_comes_back():
 
 def test_defaults_fill_what_is_not_there():
   assert strict.from_dict(Outer, {'count': 1}, 'it') == Outer(1)
-
-
-@pytest.mark.parametrize('note', [None, 'btx'])
-def test_a_string_that_may_be_missing(note):
-  assert strict.from_dict(Outer, {'count': 1, 'note': note}, 'it').note == note
+  assert strict.from_dict(Outer, {'count': 1, 'note': None}, 'it') == Outer(1)
 
 
 @pytest.mark.parametrize(
   'start, parsed',
-  [
-    ('scratch', 'scratch'),
-    ({'name': 'n'}, ByName('n')),
-    ({'path': 'p'}, ByPath('p')),
-  ],
+  [('scratch', 'scratch'), ({'name': 'n'}, ByName('n')), ({'path': 'p'}, ByPath('p'))],
   ids=str,
 )
 def test_one_of_several_groups(start, parsed):
@@ -94,57 +78,47 @@ def test_numbers_become_the_type_that_is_asked_for():
   assert type(parsed.count) is int and type(parsed.shares['p']) is float
 
 
-REFUSALS = {
-  'not a group': (3, 'it must be a group of keys, not 3.'),
-  'typing error': ({'cuont': 1}, "it.cuont does not exist; did you mean 'count'?"),
-  'the key and not the attribute': ({'count': 1, 'names': []}, 'it.names does not exist'),
-  'nothing like it': ({'zzz': 1}, 'it.zzz does not exist; it has count, flag, label'),
-  'a key that is no string': ({'count': 1, 7: 1}, 'it.7 does not exist'),
-  'missing': ({}, 'it.count is missing.'),
-  'missing deeper': ({'count': 1, 'inner': {}}, 'it.inner.size is missing.'),
-  'a string for a whole number': ({'count': '1'}, "it.count must be a whole number, not '1'."),
-  'a fraction for a whole number': ({'count': 1.5}, 'it.count must be a whole number, not 1.5.'),
-  'nan for a whole number': ({'count': float('nan')}, 'it.count must be a whole number, not nan.'),
-  'infinity for a whole number': (
-    {'count': float('inf')},
-    'it.count must be a whole number, not inf.',
+REFUSALS = [
+  (3, 'it must be a group of keys, not 3.'),
+  ({'cuont': 1}, "it.cuont does not exist; did you mean 'count'?"),
+  ({'count': 1, 'names': []}, 'it.names does not exist'),  # the attribute, and not the key
+  ({'zzz': 1}, 'it.zzz does not exist; it has count, flag, label'),
+  ({'count': 1, 7: 1}, 'it.7 does not exist'),
+  ({}, 'it.count is missing.'),
+  ({'count': 1, 'inner': {}}, 'it.inner.size is missing.'),
+  ({'count': '1'}, "it.count must be a whole number, not '1'."),
+  ({'count': 1.5}, 'it.count must be a whole number, not 1.5.'),
+  ({'count': math.inf}, 'it.count must be a whole number, not inf.'),
+  ({'count': True}, 'it.count must be a whole number, not True.'),
+  ({'count': None}, 'it.count must be a whole number, not None.'),
+  ({'count': 10**400}, 'it.count is past 64 bits'),
+  ({'count': 1e300}, 'it.count is past 64 bits'),
+  ({'count': 1, 'shares': {'p': 10**400}}, 'it.shares.p is past 64 bits'),
+  ({'count': 1, 'shares': {'p': True}}, 'it.shares.p must be a number, not True.'),
+  ({'count': 1, 'flag': 1}, 'it.flag must be True or False, not 1.'),
+  ({'count': 1, 'label': 1}, 'it.label must be a string, not 1.'),
+  ({'count': 1, 'kind': 'c'}, "it.kind='c' is not one of 'a', 'b'."),
+  ({'count': 1, 'kind': []}, "it.kind=[] is not one of 'a', 'b'."),
+  ({'count': 1, 'from': 'pq'}, "it.from must be a list, not 'pq'."),
+  ({'count': 1, 'from': ['p', 2]}, 'it.from[1] must be a string, not 2.'),
+  ({'count': 1, 'shares': []}, 'it.shares must be a group of keys, not [].'),
+  ({'count': 1, 'inner': 3}, 'it.inner must be a group of keys, not 3.'),
+  ({'count': 1, 'inners': {'one': {'size': 'x'}}}, 'it.inners.one.size must be a whole number'),
+  ({'count': 1, 'inner': {'size': 0}}, 'it.inner: size=0 is below 1.'),
+  ({'count': 1, 'inner': {'size': 7}}, 'it.inner: size=7 is unlucky.'),
+  ({'count': 1, 'inner': {'size': 1, 'share': 2}}, 'it.inner: share=2.0 is not between 0 and 1.'),
+  ({'count': 1, 'inner': {'size': 1, 'share': math.nan}}, 'share=nan is not a finite number.'),
+  ({'count': 1, 'start': {'zzz': 1}}, "it.start={'zzz': 1} is none of"),
+  ({'count': 1, 'start': {'bypath': {}}}, "it.start={'bypath': {}} is none of"),
+  (
+    {'count': 1, 'start': 'scratchy'},
+    "it.start='scratchy' is none of these: 'scratch'; a group of",
   ),
-  'True for a whole number': ({'count': True}, 'it.count must be a whole number, not True.'),
-  'None for a whole number': ({'count': None}, 'it.count must be a whole number, not None.'),
-  'True for a number': (
-    {'count': 1, 'shares': {'p': True}},
-    'it.shares.p must be a number, not True.',
-  ),
-  'a number for True or False': ({'count': 1, 'flag': 1}, 'it.flag must be True or False, not 1.'),
-  'a number for a string': ({'count': 1, 'label': 1}, 'it.label must be a string, not 1.'),
-  'not a choice': ({'count': 1, 'kind': 'c'}, "it.kind='c' is not one of 'a', 'b'."),
-  'an unhashable choice': ({'count': 1, 'kind': []}, "it.kind=[] is not one of 'a', 'b'."),
-  'a string for a list': ({'count': 1, 'from': 'pq'}, "it.from must be a list, not 'pq'."),
-  'in a list': ({'count': 1, 'from': ['p', 2]}, 'it.from[1] must be a string, not 2.'),
-  'a list for a group': ({'count': 1, 'shares': []}, 'it.shares must be a group of keys, not [].'),
-  'a number for a group': ({'count': 1, 'inner': 3}, 'it.inner must be a group of keys, not 3.'),
-  'in a group of groups': (
-    {'count': 1, 'inners': {'one': {'size': 'x'}}},
-    "it.inners.one.size must be a whole number, not 'x'.",
-  ),
-  "the dataclass's own check": ({'count': 1, 'inner': {'size': 0}}, 'it.inner: size=0 is below 1.'),
-  'none of the groups': ({'count': 1, 'start': {'zzz': 1}}, "it.start={'zzz': 1} is none of"),
-  'a group by its class': (
-    {'count': 1, 'start': {'bypath': {'path': 'p'}}},
-    "it.start={'bypath': {'path': 'p'}} is none of",
-  ),
-  'another word': ({'count': 1, 'start': 'scratchy'}, "it.start='scratchy' is none of"),
-  'past every machine': ({'count': 10**400}, 'it.count'),
-  'past every machine, as a float': ({'count': 1e300}, 'it.count is past 64 bits'),
-  'past every float': ({'count': 1, 'shares': {'p': 10**400}}, 'it.shares.p'),
-  'two groups at once': (
-    {'count': 1, 'start': {'name': 'n', 'path': 'p'}},
-    'it.start.path does not exist',
-  ),
-}
+  ({'count': 1, 'start': {'name': 'n', 'path': 'p'}}, 'it.start.path does not exist'),
+]
 
 
-@pytest.mark.parametrize('value, sentence', REFUSALS.values(), ids=REFUSALS)
+@pytest.mark.parametrize('value, sentence', REFUSALS, ids=str)
 def test_a_refusal_names_the_key(value, sentence):
   with pytest.raises(UserError) as caught:
     strict.from_dict(Outer, value, 'it')

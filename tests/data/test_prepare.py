@@ -341,18 +341,12 @@ def test_command_line(tmp_path):
     assert facts['already_prepared'] is already
     assert facts['domains'] == open_dataset(tmp_path / 'data').manifest['domains']
     assert 'bytes/token' in result.stderr and 'a/test.jsonl' in result.stderr
-  flags = (*flags[:1], f'--output={tmp_path}/lossy', f'--tokenizer={lossy().save(tmp_path)}')
-  result = run(*flags, '--min_decoded=0.5')
+  result = run(
+    flags[0], f'--output={tmp_path}/b', f'--tokenizer={lossy().save(tmp_path)}', '--min_decoded=0'
+  )
   assert result.returncode == 0 and 'WARNING: this tokenizer loses text' in result.stderr
-  for wrong, sentence in (
-    (flags[1:], '--input is required'),
-    ((flags[0], flags[2]), '--output is required'),
-    ((*flags[:2], '--bos_token=x'), 'go with --tokenizer=PATH only'),
-    ((*flags[:2], '--tokenizer=/gone.json'), 'tokenizer /gone.json cannot be read'),
-  ):
-    result = run(*wrong)
-    assert result.returncode == 2
-    assert sentence in result.stderr and 'Traceback' not in result.stderr
+  result = run(*flags[:2], '--bos_token=x')
+  assert result.returncode == 2 and 'go with --tokenizer=PATH only' in result.stderr
 
 
 def sample(domain, split):
