@@ -16,56 +16,49 @@ def scores(size: int, seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).normal(0, 2, size).astype(np.float32)
 
 
-def expected(logits: np.ndarray, options: SamplingParams) -> np.ndarray:
+def expected(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
   """The probabilities of a choice, in float64, by sorting."""
-  scaled = logits.astype(np.float64) / options.temperature
+  scaled = logits.astype(np.float64) / params.temperature
   order = np.argsort(-scaled, kind='stable')
   kept = np.zeros(len(scaled), bool)
-  kept[order[: options.top_k or None]] = True
+  kept[order[: params.top_k or None]] = True
   weights = np.where(kept, np.exp(scaled - scaled.max()), 0)
   weights /= weights.sum()
-  if options.top_p < 1:
+  if params.top_p < 1:
     before = np.array([weights[weights > w].sum() for w in weights])
-    weights = np.where(before < options.top_p, weights, 0)
+    weights = np.where(before < params.top_p, weights, 0)
   return weights / weights.sum()
 
 
-def drawn(logits: np.ndarray, options: SamplingParams, draws: int = DRAWS) -> np.ndarray:
+def drawn(logits: np.ndarray, params: SamplingParams, draws: int = DRAWS) -> np.ndarray:
   """How often each word is drawn, by as many rows."""
   keys = jax.random.split(jax.random.key(5), draws)
   one = lambda key: sampling.sample(
-    jnp.asarray(logits)[None], key[None], options.static(), options.temperature, options.top_p
+    jnp.asarray(logits)[None], key[None], params.static(), params.temperature, params.top_p
   )[0]
   words = jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=1000))(keys)
   return np.bincount(np.asarray(words), minlength=len(logits)) / draws
 
 
 @pytest.mark.parametrize(
-  'options',
+  'params, block',
   [
-    SamplingParams(1.0),
-    SamplingParams(0.5),
-    SamplingParams(1.0, top_k=5),
-    SamplingParams(1.0, top_p=0.7),
-    SamplingParams(1.3, top_k=20, top_p=0.6),
+    (SamplingParams(0.5), 512),
+    (SamplingParams(1.0, top_k=5), 512),
+    (SamplingParams(1.0, top_k=100), 512),  # more than there are words
+    (SamplingParams(1.0, top_p=0.7), 512),
+    (SamplingParams(1.3, top_k=20, top_p=0.6), 512),
+    (SamplingParams(1.0), 8),  # several blocks, the last of them not full, one all masked
   ],
   ids=str,
 )
-def test_draws_have_their_probabilities(options):
+def test_draws_have_their_probabilities(params, block, monkeypatch):
+  monkeypatch.setattr(sampling, 'BLOCK', block)
   logits = scores(70)
-  wanted, got = expected(logits, options), drawn(logits, options)
+  logits[8:16] = -np.inf if block == 8 else logits[8:16]
+  wanted, got = expected(logits, params), drawn(logits, params)
   assert (got[wanted == 0] == 0).all()
   # Six standard deviations of a binomial, and nothing is random: the keys are fixed.
-  assert (np.abs(got - wanted) <= 6 * np.sqrt(wanted * (1 - wanted) / DRAWS) + 1e-9).all()
-
-
-def test_draws_over_blocks(monkeypatch):
-  """Several blocks of candidates, the last of them not full, some of them all masked."""
-  monkeypatch.setattr(sampling, 'BLOCK', 8)
-  logits = scores(45)
-  logits[8:16] = -np.inf
-  wanted, got = expected(logits, SamplingParams(1.0)), drawn(logits, SamplingParams(1.0))
-  assert (got[wanted == 0] == 0).all()
   assert (np.abs(got - wanted) <= 6 * np.sqrt(wanted * (1 - wanted) / DRAWS) + 1e-9).all()
 
 
@@ -91,23 +84,8 @@ def test_of_equal_scores_the_first():
   assert got[0] == got[3] == 0 and (got[1:3] > 0.4).all()
 
 
-def test_a_row_has_its_own_draw():
-  logits = np.tile(scores(300), (6, 1))
-  choose = lambda logits, keys: sampling.sample(logits, keys, SamplingParams(1.0).static(), 1, 1)
-  keys = jax.random.split(jax.random.key(0), 6)
-  together = choose(logits, keys)
-  alone = [choose(logits[:1], keys[i : i + 1])[0] for i in range(6)]
-  assert together.tolist() == [int(word) for word in alone]
-  assert len(set(together.tolist())) > 1
-
-
-def test_more_candidates_than_words():
-  got = drawn(scores(6), SamplingParams(1.0, top_k=100), 200)
-  assert got.sum() == 1
-
-
 @pytest.mark.parametrize(
-  'options, flag',
+  'params, flag',
   [
     (dict(temperature=-1), '--temperature=-1'),
     (dict(temperature=float('nan')), '--temperature=nan'),
@@ -117,6 +95,6 @@ def test_more_candidates_than_words():
     (dict(top_k=5), '--temperature=1'),
   ],
 )
-def test_what_makes_no_sense(options, flag):
+def test_what_makes_no_sense(params, flag):
   with pytest.raises(UserError, match=flag):
-    SamplingParams(**options)
+    SamplingParams(**params)
