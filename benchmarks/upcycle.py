@@ -37,7 +37,7 @@ from bam_jax import checkpoint, cli, config
 from bam_jax.checkpoint import manifest
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
-from bam_jax.upcycle import options, rules, sources
+from bam_jax.upcycle import options, outputs, rules
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the checkpoints.')
 _LAYERS = flags.DEFINE_integer('layers', 8, 'Of the dense models; 190 MB each.', lower_bound=1)
@@ -64,8 +64,8 @@ def main() -> dict[str, Any] | None:
   for number, name in enumerate(names):
     if checkpoint.finished_step(workdir / name / 'checkpoints') is None:
       _make(model, workdir / name, number)
-  mixture = sources.specs(rules.mixture_model(model, upcycle), np.dtype(np.float32))
-  dense = sources.specs(model, np.dtype(np.float32))
+  mixture = outputs.specs(_abstract(rules.mixture_model(model, upcycle)))
+  dense = outputs.specs(_abstract(model))
   facts: dict[str, Any] = {
     'dense_bytes': sum(spec.nbytes for spec in dense.values()),
     'mixture_bytes': sum(spec.nbytes for spec in mixture.values()),
@@ -93,7 +93,7 @@ def _make(model: config.Model, folder: Path, seed: int) -> None:
   (folder / 'tokenizer.json').write_bytes(tokenizer)
   rng = np.random.default_rng(seed)
   params: dict[str, Any] = {}
-  for path, spec in sources.specs(model, np.dtype(np.float32)).items():
+  for path, spec in outputs.specs(_abstract(model)).items():
     *groups, name = path.split('/')
     group = params
     for key in groups:
@@ -123,7 +123,7 @@ def _mix_in_memory(model: config.Model, upcycle: config.Upcycle, output: Path) -
   restored = [checkpoint.restore_host_params(path, _abstract(model)) for path in upcycle.sources]
   flat = [traverse_util.flatten_dict(params, sep='/') for params in restored]
   mixture = rules.mixture_model(model, upcycle)
-  wanted, params = sources.specs(mixture, np.dtype(np.float32)), {}
+  wanted, params = outputs.specs(_abstract(mixture)), {}
   for rule in rules.rules(mixture):
     if rule.how == 'mean':
       params[rule.target] = options.average([one[rule.source] for one in flat], upcycle)

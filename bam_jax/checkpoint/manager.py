@@ -252,9 +252,9 @@ def open_tokenizer(path: epath.PathLike, meta: Meta) -> Tokenizer:
   return tokenizer
 
 
-def open_params(path: epath.PathLike, model: config.Model) -> arrays.Reader:
+def open_params(path: epath.PathLike, model: config.Model, check: bool = True) -> arrays.Reader:
   """Reads the parameters of a model in regions; UserError when they are damaged or another's."""
-  reader = arrays.Reader(find(path) / 'params')
+  reader = arrays.Reader(find(path) / 'params', check)
   _check_shapes(reader, transformer.Network(model, config.Compute()).abstract())
   return reader
 

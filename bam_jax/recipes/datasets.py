@@ -27,19 +27,13 @@ def _prepare_missing(data: config.Data) -> None:
   if not options or (path / shards.MANIFEST).exists():
     return
   print(f'Preparing {path} from {options.input}.', file=sys.stderr)
-
-  def prepare_in(folder: Path) -> None:
-    prepare.prepare(
-      sources.find_domains([str(SAMPLE) if options.input == 'sample' else options.input]),
-      folder,
-      tokenizer=Tokenizer.load(options.tokenizer) if options.tokenizer else None,
-      train_tokenizer=options.train_tokenizer or None,
-    )
-
-  if folders.in_bucket(path):
-    remote.publish(path, prepare_in)
-  else:
-    prepare_in(path)
+  prepare_in = functools.partial(
+    prepare.prepare,
+    sources.find_domains([str(SAMPLE) if options.input == 'sample' else options.input]),
+    tokenizer=Tokenizer.load(options.tokenizer) if options.tokenizer else None,
+    train_tokenizer=options.train_tokenizer or None,
+  )
+  remote.publish(path, prepare_in) if folders.in_bucket(path) else prepare_in(path)
 
 
 def with_workdir(recipe: config.Recipe, workdir: Path) -> config.Recipe:

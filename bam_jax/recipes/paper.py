@@ -26,8 +26,8 @@ class Scale:
   """Sizes and budgets of the paper's graph."""
 
   model: Mapping[str, Any]  # of config.Model
-  # T. The paper does not print its training length; the FLOPs of its tables 7 and 10 are counted
-  # at 256, the prompt of its latency measurement. 2,048 is usual for models of these sizes, and
+  # The paper does not print its training length; the FLOPs of its tables 7 and 10 are counted at
+  # 256, the prompt of its latency measurement. 2,048 is usual for models of these sizes, and
   # statutes and proofs are long.
   sequence_length: int
   batch_size: int  # sequences a step
@@ -43,13 +43,7 @@ class Scale:
 
 
 def recipe(name: str, scale: Scale, runs: Mapping[str, dict]) -> dict:
-  """A recipe of the given runs over the paper's four domains.
-
-  Args:
-    name: of the recipe.
-    scale: of everything.
-    runs: by name, as the functions below make them.
-  """
+  """A recipe of runs, as the functions below make them, over the paper's four domains."""
   return dict(
     name=name,
     seed=0,
@@ -63,15 +57,8 @@ def recipe(name: str, scale: Scale, runs: Mapping[str, dict]) -> dict:
 
 def seed(scale: Scale) -> dict:
   """The dense model that everything starts from."""
-  return dict(
-    label='seed',
-    init='scratch',
-    data=dict(general=1.0),
-    data_seed=0,
-    tokens=scale.seed_tokens,
-    schedule=dict(scale.seed_schedule),
-    **_step(scale),
-  )
+  tokens, schedule = scale.seed_tokens, scale.seed_schedule
+  return _run(scale, 'seed', 'scratch', dict(general=1.0), 0, tokens, schedule)
 
 
 def specialist(scale: Scale, domain: str) -> dict:
@@ -80,35 +67,21 @@ def specialist(scale: Scale, domain: str) -> dict:
   Half of the seed's peak learning rate; the paper gives no other schedule, so the rest is as the
   seed's.
   """
-  peak = scale.seed_schedule['peak_learning_rate'] / 2
-  return dict(
-    label=f'{domain} specialist',
-    init=dict(run='seed'),
-    data={domain: 0.9, 'general': 0.1},
-    data_seed=1,
-    tokens=scale.specialist_tokens,
-    schedule=dict(scale.seed_schedule) | dict(peak_learning_rate=peak),
-    **_step(scale),
-  )
+  half = dict(peak_learning_rate=scale.seed_schedule['peak_learning_rate'] / 2)
+  data, schedule = {domain: 0.9, 'general': 0.1}, {**scale.seed_schedule, **half}
+  label, init = f'{domain} specialist', dict(run='seed')
+  return _run(scale, label, init, data, 1, scale.specialist_tokens, schedule)
+
+
+def branches(scale: Scale) -> dict[str, dict]:
+  """The seed and its specialists."""
+  return dict(seed=seed(scale), **{domain: specialist(scale, domain) for domain in SPECIALTIES})
 
 
 def mixture(
-  scale: Scale,
-  label: str,
-  method: str,
-  *,
-  sources: Iterable[str] = SOURCES,
-  **upcycle,
+  scale: Scale, label: str, method: str, *, sources: Iterable[str] = SOURCES, **upcycle
 ) -> dict:
-  """Mix: one model of dense ones, trained on a quarter of each domain.
-
-  Args:
-    scale: of everything.
-    label: what tables call it.
-    method: of config.Upcycle.
-    sources: names of the dense runs.
-    **upcycle: other keys of config.Upcycle.
-  """
+  """Mix: one model of the dense runs `sources`; `upcycle` has other keys of config.Upcycle."""
   upcycle = {'from': tuple(sources), 'method': method, **upcycle}
   experts = upcycle.get('num_experts') or len(upcycle['from'])
   return on_all_domains(
@@ -117,21 +90,9 @@ def mixture(
 
 
 def on_all_domains(scale: Scale, label: str, init: Mapping[str, Any], *, experts: int = 1) -> dict:
-  """A run on the batches of all mixtures, whatever it starts from."""
-  return dict(
-    label=label,
-    init=dict(init),
-    data=dict.fromkeys(DOMAINS, 0.25),
-    data_seed=2,
-    tokens=scale.mixture_tokens,
-    schedule=dict(scale.mixture_schedule),
-    **_step(scale, experts),
-  )
-
-
-def branches(scale: Scale) -> dict[str, dict]:
-  """The seed and its specialists."""
-  return dict(seed=seed(scale), **{domain: specialist(scale, domain) for domain in SPECIALTIES})
+  """A run on the batches of all mixtures, a quarter of each domain, whatever it starts from."""
+  data, tokens = dict.fromkeys(DOMAINS, 0.25), scale.mixture_tokens
+  return _run(scale, label, dict(init), data, 2, tokens, scale.mixture_schedule, experts)
 
 
 def btx(scale: Scale) -> dict:
@@ -145,17 +106,17 @@ def compute_matched(scale: Scale, label: str, method: str, **upcycle) -> dict:
   The paper matches accelerator time. FLOPs are what can be known beforehand and on any machine;
   those that a model needs are meant, whatever an implementation spends beside them.
   """
-  dense = config.Model(**scale.model)
-  step_tokens = scale.batch_size * scale.sequence_length
+  dense, length = config.Model(**scale.model), scale.sequence_length
+  step_tokens = scale.batch_size * length
 
   def model(run: dict) -> config.Model:
     options = {'sources' if k == 'from' else k: v for k, v in run['init']['upcycle'].items()}
     return rules.mixture_model(dense, config.Upcycle(**options))
 
-  steps = scale.mixture_tokens // step_tokens
-  flops = arithmetic.training_flops(model(btx(scale)), scale.sequence_length)
+  budget = scale.mixture_tokens // step_tokens * step_tokens
+  flops = budget * arithmetic.training_flops(model(btx(scale)), length)
   run = mixture(scale, label, method, **upcycle)
-  tokens = arithmetic.matched_tokens(model(run), scale.sequence_length, steps * step_tokens * flops)
+  tokens = arithmetic.matched_tokens(model(run), length, flops)
   return run | dict(tokens=tokens // step_tokens * step_tokens)
 
 
@@ -163,6 +124,22 @@ def mesh(devices: int, experts: int = 1) -> dict[str, int]:
   """Parameters over all devices: experts along an axis of up to 4 that divides them, FSDP else."""
   expert = math.gcd(4, experts, devices)
   return dict(fsdp=devices // expert, expert=expert)
+
+
+def _run(scale, label, init, data, data_seed, tokens, schedule, experts=1) -> dict:
+  return dict(
+    label=label,
+    init=init,
+    data=data,
+    data_seed=data_seed,
+    tokens=tokens,
+    schedule=dict(schedule),
+    batch_size=scale.batch_size,
+    grad_accum_steps=scale.grad_accum_steps,
+    compute=dict(scale.compute),
+    mesh=mesh(scale.devices, experts),
+    intervals=dict(scale.intervals),
+  )
 
 
 def smoke(recipe: Mapping[str, Any]) -> dict:
@@ -175,22 +152,14 @@ def smoke(recipe: Mapping[str, Any]) -> dict:
   model = config.to_dict(config.Model(**small['model']))
   kv_heads, head_dim = 2, 16
   heads = kv_heads * model['num_heads'] // model['num_kv_heads']
-  hidden = heads * head_dim * model['ffn_dim'] // model['d_model']
+  width = heads * head_dim
   small['model'] = model | dict(
-    vocab_size=512,
-    d_model=heads * head_dim,
-    num_layers=2,
-    num_heads=heads,
-    num_kv_heads=kv_heads,
-    head_dim=head_dim,
-    ffn_dim=hidden,
-  )
+    vocab_size=512, num_layers=2, d_model=width, num_heads=heads, num_kv_heads=kv_heads,
+    head_dim=head_dim, ffn_dim=width * model['ffn_dim'] // model['d_model'],
+  )  # fmt: skip
   sequence_length, batch_size, steps = 64, 16, 4
-  small['data'] = dict(
-    path='{workdir}/data',
-    sequence_length=sequence_length,
-    prepare=dict(input='sample', train_tokenizer=512),
-  )
+  prepare = dict(input='sample', train_tokenizer=512)
+  small['data'] = dict(path='{workdir}/data', sequence_length=sequence_length, prepare=prepare)
   small['steps'] = steps  # shrinks warm-ups too
   small['evaluation'] = small.get('evaluation', {}) | dict(batch_size=64, tokens=4_096)
   for run in small['runs'].values():
@@ -205,14 +174,3 @@ def smoke(recipe: Mapping[str, Any]) -> dict:
       intervals=dict(log=1, evaluate=2, checkpoint=2),
     )
   return small
-
-
-def _step(scale: Scale, experts: int = 1) -> dict:
-  """What a step takes in, and where and how it is computed."""
-  return dict(
-    batch_size=scale.batch_size,
-    grad_accum_steps=scale.grad_accum_steps,
-    compute=dict(scale.compute),
-    mesh=mesh(scale.devices, experts),
-    intervals=dict(scale.intervals),
-  )

@@ -19,19 +19,12 @@ from bam_jax.files import claims, folders, json_file
 from bam_jax.model import arithmetic
 from bam_jax.parallel import processes
 from bam_jax.recipes import graph, start
-from bam_jax.train import loop, stop, timing
-from bam_jax.train.progress import Progress
+from bam_jax.train import log, loop, stop, timing
 from bam_jax.upcycle import rules
-
-RECORDED = {'identity': dict, 'hash': str}  # what a resume reads of a run's config.json
 
 
 def execute(
-  recipe: config.Recipe,
-  workdir: Path,
-  dataset: shards.Dataset,
-  only: Sequence[str] = (),
-  progress_enabled: bool = True,
+  recipe: config.Recipe, workdir: Path, dataset: shards.Dataset, only: Sequence[str] = ()
 ) -> list[str]:
   """Trains the runs that are asked for and not finished; returns the names of all asked, in order.
 
@@ -40,7 +33,6 @@ def execute(
     workdir: every run has a folder in it; it may be one of a bucket.
     dataset: the token shards.
     only: names of runs; empty is all.
-    progress_enabled: whether to show progress on standard error.
 
   Raises:
     UserError: before anything is trained, for a recipe that cannot run here or does not match the
@@ -54,18 +46,14 @@ def execute(
   processes.same(graph.digest(everything), 'recipe, flags and data')
   asked = processes.decide(lambda: _asked(nodes, only, workdir))
   domains = graph.check(recipe, nodes, dataset, asked)
-  steps = {name: recipe.total_steps(name) for name in asked}
-  with (
-    stop.catch() as stopping,
-    Progress(steps, enabled=progress_enabled) as progress,
-    claims.Claims(progress.note, stopping.check) as held,
-  ):
-    unfinished = processes.decide(lambda: _claim(held, workdir, nodes, asked, domains))
+  with stop.catch() as stopping, claims.Claims(log.note, stopping.check) as held:
+    claim = functools.partial(_claim, held, [nodes[name] for name in asked], workdir, domains)
+    unfinished = processes.decide(claim)
     if isinstance(unfinished, int):
       raise stop.Stopped(unfinished)
     for name in asked:
       if name not in unfinished:
-        progress.skip(name)
+        log.note(f'{name}: skipped, it is finished')
         continue
       node, folder = nodes[name], workdir / name
       _write_json(folder / 'config.json', _record(recipe, node))
@@ -81,22 +69,28 @@ def execute(
         init=functools.partial(start.initial_params, recipe, nodes, node, workdir, dataset),
         meta=functools.partial(_meta, recipe, node, workdir, dataset),
       )
-      facts = loop.train(job, progress, stopping, began)
+      facts = loop.train(job, stopping, began)
       began = time.monotonic()
-      loss = facts.pop('loss')
       _write_json(folder / 'result.json', _result(recipe, node) | facts)
-      progress.finish(name, loss)
   return asked
 
 
-def _asked(nodes: dict[str, graph.Node], only: Sequence[str], workdir: Path) -> list[str]:
+def write_command(workdir: Path, recipe: config.Recipe, command: str) -> None:
+  """Records what made this workdir, for the report."""
+  facts = {'name': recipe.name, 'command': command, 'seed': recipe.seed}
+  facts['devices'] = f'{jax.device_count()} {jax.devices()[0].device_kind}'
+  facts['versions'] = {'Python': platform.python_version(), **manifest.versions()}
+  _write_json(workdir / 'recipe.json', facts)
+
+
+def _asked(nodes: Mapping[str, graph.Node], only: Sequence[str], workdir: Path) -> list[str]:
   for name in only:
     if name not in nodes:
       raise UserError(f'--runs names {name!r}; the recipe has {", ".join(nodes)}.')
   asked = [name for name in nodes if not only or name in only]
   for name in asked:
     for parent in config.parents(nodes[name].run):
-      if parent not in asked and not _is_finished(workdir / parent, nodes[parent]):
+      if parent not in asked and not _is_finished(workdir, nodes[parent]):
         raise UserError(
           f'--runs asks for {name!r}, which starts from {parent!r}, and {workdir / parent} does '
           f'not hold it finished by this configuration: add {parent!r} to --runs.'
@@ -105,27 +99,24 @@ def _asked(nodes: dict[str, graph.Node], only: Sequence[str], workdir: Path) -> 
 
 
 def _claim(
-  held: claims.Claims,
-  workdir: Path,
-  nodes: Mapping[str, graph.Node],
-  asked: Sequence[str],
-  domains: Sequence[str],
+  held: claims.Claims, nodes: Sequence[graph.Node], workdir: Path, domains: Sequence[str]
 ) -> list[str] | int:
-  """Takes the folders of the runs that are not finished; their names, or a signal that came."""
-  finished = lambda name: _is_finished(workdir / name, nodes[name], domains)
+  """Takes the folders of the runs that are not finished: their names, or a signal that came."""
+  unfinished = lambda: [one.name for one in nodes if not _is_finished(workdir, one, domains)]
   try:
-    held.take(workdir / name for name in asked if not finished(name))
+    held.take(workdir / name for name in unfinished())
   except stop.Stopped as stopped:
     return stopped.signum
-  for name in asked:
-    _check_identity(workdir / name, nodes[name])
-  return [name for name in asked if not finished(name)]  # another job may have finished some
+  for node in nodes:
+    _check_identity(workdir / node.name, node)
+  return unfinished()  # another job may have finished some meanwhile
 
 
-def _is_finished(folder: Path, node: graph.Node, domains: Sequence[str] = ()) -> bool:
+def _is_finished(workdir: Path, node: graph.Node, domains: Sequence[str] = ()) -> bool:
   """Whether a run has its last checkpoint, by this configuration, and a result on `domains`."""
-  recorded = _read_json(folder / 'config.json', RECORDED)
-  result = _read_json(folder / 'result.json', {'domains': dict})
+  folder = workdir / node.name
+  recorded = _read_json(folder / 'config.json', identity=dict, hash=str)
+  result = _read_json(folder / 'result.json', domains=dict)
   return (
     checkpoint.finished_step(folder / 'checkpoints') == node.identity['total_steps']
     and result is not None
@@ -136,7 +127,7 @@ def _is_finished(folder: Path, node: graph.Node, domains: Sequence[str] = ()) ->
 
 
 def _check_identity(folder: Path, node: graph.Node) -> None:
-  recorded = _read_json(folder / 'config.json', RECORDED)
+  recorded = _read_json(folder / 'config.json', identity=dict, hash=str)
   if recorded is None or recorded['hash'] == graph.digest(node.identity):
     return
   changes = strict.differences(recorded['identity'], json.loads(json.dumps(node.identity)))
@@ -148,12 +139,8 @@ def _check_identity(folder: Path, node: graph.Node) -> None:
 
 
 def _record(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:
-  return {
-    'recipe': recipe.name,
-    'run': config.to_dict(node.run),
-    'identity': node.identity,
-    'hash': graph.digest(node.identity),
-  }
+  run, identity = config.to_dict(node.run), node.identity
+  return {'recipe': recipe.name, 'run': run, 'identity': identity, 'hash': graph.digest(identity)}
 
 
 def _meta(
@@ -178,25 +165,17 @@ def _meta(
 
 def _manifest(recipe: config.Recipe, node: graph.Node, workdir: Path) -> manifest.Manifest | None:
   """What a run's first parameters were made from; hashes would take reading all of it again."""
-  match node.run.init:
-    case 'scratch':
-      return None
-    case config.FromCheckpoint(path):
-      origins = [manifest.Source(path)]
-    case _:
-      origins = [
-        manifest.Source(str(folders.absolute(workdir / name)), name, recipe.total_steps(name))
-        for name in config.parents(node.run)
-      ]
-  return manifest.Manifest(
-    command='',
-    time=manifest.now(),
-    sources=tuple(origins),
-    made=rules.record(node.model) if node.upcycle else (),
-    upcycle=node.upcycle,
-    seed=recipe.seed,
-    name=node.name,
-  )
+  if node.run.init == 'scratch':
+    return None
+  origins = [
+    manifest.Source(str(folders.absolute(workdir / name)), name, recipe.total_steps(name))
+    for name in config.parents(node.run)
+  ]
+  if isinstance(node.run.init, config.FromCheckpoint):
+    origins = [manifest.Source(node.run.init.checkpoint)]
+  made = rules.record(node.model) if node.upcycle else ()
+  seed, name = recipe.seed, node.name
+  return manifest.Manifest('', manifest.now(), tuple(origins), made, node.upcycle, seed, name)
 
 
 def _result(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:
@@ -213,14 +192,15 @@ def _result(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:
   }
 
 
-def _read_json(path: Path, keys: Mapping[str, type]) -> dict[str, Any] | None:
+def _read_json(path: Path, **kinds: type) -> dict[str, Any] | None:
+  """An object with values of these kinds; None without the file."""
   try:
     facts = json_file.load(path)
   except FileNotFoundError:
     return None
   except ValueError:
     facts = None
-  if isinstance(facts, dict) and all(isinstance(facts.get(k), kind) for k, kind in keys.items()):
+  if isinstance(facts, dict) and all(isinstance(facts.get(k), kind) for k, kind in kinds.items()):
     return facts
   raise UserError(f'{path} is damaged: delete its folder and train the run again.')
 
@@ -237,11 +217,3 @@ def _copy_tokenizer(dataset: shards.Dataset, folder: Path) -> None:
   name = dataset.manifest['tokenizer']['file']
   if jax.process_index() == 0 and not (folder / name).exists():
     folders.write_file(folder / name, (dataset.path / name).read_bytes())
-
-
-def write_command(workdir: Path, recipe: config.Recipe, command: str) -> None:
-  """Records what made this workdir, for the report."""
-  facts = {'name': recipe.name, 'command': command, 'seed': recipe.seed}
-  facts['devices'] = f'{jax.device_count()} {jax.devices()[0].device_kind}'
-  facts['versions'] = {'Python': platform.python_version(), **manifest.versions()}
-  _write_json(workdir / 'recipe.json', facts)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from bam_jax.model import parameters, transformer
 from bam_jax.parallel import processes, sharding
 from bam_jax.recipes import graph
 from bam_jax.train import loop
-from bam_jax.upcycle import centroids, merge, outputs, rules
-from bam_jax.upcycle import sources as sources_lib
+from bam_jax.upcycle import centroids, outputs, rules, sources
+from bam_jax.upcycle.merge import Merge, run_key
 
 
 def initial_params(
@@ -33,30 +33,25 @@ def initial_params(
   shardings: Any,
 ) -> transformer.Params:
   """The parameters that a run starts from, laid out by `shardings`; all processes must call."""
-  abstract = transformer.Network(node.model, node.run.compute).abstract()
-  key = merge.run_key(recipe.seed, node.name)
+  network, key = transformer.Network(node.model, node.run.compute), run_key(recipe.seed, node.name)
+  abstract = network.abstract()
   match node.run.init:
     case 'scratch':
-      init = transformer.Network(node.model, node.run.compute).init
-      return jax.jit(init, out_shardings=shardings)(key)
-    case config.FromRun(parent):
-      return checkpoint.restore_params(
-        _find(workdir / parent), checkpoint.abstract(abstract, shardings)
-      )
-    case config.FromCheckpoint(path):
-      return checkpoint.restore_params(_find(path), checkpoint.abstract(abstract, shardings))
+      return jax.jit(network.init, out_shardings=shardings)(key)
     case config.FromUpcycle(upcycle):
       paths = [_find(workdir / name) for name in upcycle.sources]
       for path in paths:
         integrity.check_together(path, ['params'])
-      sources = sources_lib.open_sources([str(path) for path in paths])
-      processes.decide(functools.partial(sources_lib.check_different, sources))
-      routers = None
+      merge = Merge(sources.open_sources(list(map(str, paths))), upcycle, key)
+      processes.decide(functools.partial(sources.check_different, merge.sources))
       if upcycle.router_init == 'centroids':
-        runs = [nodes[name].run for name in upcycle.sources]
-        routers = _centroids(recipe, node, runs, dataset, sources, key)
-      return outputs.to_mesh(sources, abstract, shardings, upcycle, key, routers)
-  raise AssertionError(node.run.init)
+        merge = merge._replace(routers=_centroids(recipe, nodes, node, dataset, merge))
+      return outputs.to_mesh(merge, abstract, shardings)
+    case config.FromRun(parent):
+      path = workdir / parent
+    case config.FromCheckpoint(path):
+      pass
+  return checkpoint.restore_params(_find(path), checkpoint.abstract(abstract, shardings))
 
 
 def _find(path: Path | str) -> Path:
@@ -65,32 +60,29 @@ def _find(path: Path | str) -> Path:
 
 def _centroids(
   recipe: config.Recipe,
+  nodes: Mapping[str, graph.Node],
   node: graph.Node,
-  runs: Sequence[config.Run],
   dataset: shards.Dataset,
-  sources: Sequence[sources_lib.Source],
-  key: jax.Array,
+  merge: Merge,
 ) -> dict[str, np.ndarray]:
   """A mixture's routers, from the first batches that each of its sources was trained on."""
-  upcycle, mesh = node.upcycle, sharding.make_mesh(node.run.mesh)
-  rows = node.run.batch_size // node.run.grad_accum_steps
+  run, upcycle, mesh = node.run, merge.upcycle, sharding.make_mesh(node.run.mesh)
+  rows = run.batch_size // run.grad_accum_steps  # of a micro-batch, which the mesh can hold
   count = math.ceil(centroids.CENTROID_TOKENS / (rows * recipe.data.sequence_length))
   batches = []
-  for run in runs:
-    # In the mixture's micro-batches, which its mesh can hold.
-    run = dataclasses.replace(run, batch_size=rows, grad_accum_steps=1, mesh=node.run.mesh)
-    read = loop.batches_of(run, recipe, dataset)
+  for name in upcycle.sources:
+    changes = dict(batch_size=rows, grad_accum_steps=1, mesh=run.mesh)
+    read = loop.batches_of(dataclasses.replace(nodes[name].run, **changes), recipe, dataset)
     batches.append(map(read.__getitem__, range(count)))
 
   # The dense average is whole on every device for a moment, in the dtype that it computes in.
-  network = transformer.Network(sources[0].meta.model, node.run.compute)
-  cast = functools.partial(parameters.cast, dtype=np.dtype(node.run.compute.dtype))
+  network = transformer.Network(merge.sources[0].meta.model, run.compute)
+  cast = functools.partial(parameters.cast, dtype=np.dtype(run.compute.dtype))
   abstract = jax.eval_shape(cast, network.abstract())
   everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), abstract)
-  soup = config.Upcycle(
-    upcycle.sources, 'average', average=upcycle.average, weights=upcycle.weights
-  )
-  params = outputs.to_mesh(sources, abstract, everywhere, soup, key)
+  average = dict(average=upcycle.average, weights=upcycle.weights)
+  soup = merge._replace(upcycle=config.Upcycle(upcycle.sources, 'average', **average))
+  params = outputs.to_mesh(soup, abstract, everywhere)
   means_SLD = centroids.mean_inputs(network, params, batches, mesh)
   paths = [rule.target for rule in rules.rules(node.model) if rule.how == 'router']
-  return {path: centroids.columns(means_SLD, path, upcycle, key) for path in paths}
+  return {path: centroids.columns(means_SLD, path, upcycle, merge.key) for path in paths}

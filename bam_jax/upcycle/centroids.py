@@ -24,7 +24,7 @@ from bam_jax.model import transformer
 from bam_jax.parallel import sharding
 
 CENTROID_TOKENS = 32_768  # read of each source's data, rounded up to whole batches
-COPY_SPREAD = 0.1  # how far copies' columns are turned from the first source's
+COPY_SPREAD = 0.1  # radians that copies' columns are turned from the first source's
 
 
 def mean_inputs(
@@ -35,11 +35,8 @@ def mean_inputs(
 ) -> np.ndarray:
   """The mean normalised input of every block over each source's tokens: SLD.
 
-  Args:
-    network: the dense model, whole on every device.
-    params: its parameters, averaged over the sources, replicated on the mesh.
-    batches: for each source a few batches of its training data, this process's rows of each.
-    mesh: of the devices that share the rows.
+  The dense network's parameters are whole on every device of the mesh; `batches` are for each
+  source a few batches of its training data, this process's rows of each.
   """
   sums = jax.jit(_input_sums, static_argnums=0, out_shardings=NamedSharding(mesh, P()))
   means_SLD = []
@@ -76,16 +73,13 @@ def _input_sums(network, params, tokens_BT, segments_BT, positions_BT):
 def columns(
   means_SLD: np.ndarray, path: str, upcycle: config.Upcycle, key: jax.Array
 ) -> np.ndarray:
-  """A router LDE from the mean inputs of every source's tokens.
+  """The router LDE at a path, from the mean inputs of every source's tokens.
 
-  Column i points from the mean over the sources toward source i. A router has no bias, so the
-  part along the mean over the sources would favour one expert for every token alike: it is taken
-  out, and the sources' mean token finds all gates equal. All columns have the length
-  `router_scale`, on average that of a random router's: with equal lengths the mean token of each
-  source has its largest logit at its own expert, in every layer, however close the domains are.
-
-  A copy's column is the first source's, turned by about COPY_SPREAD radians in a random direction:
-  equal columns would tie, and ties go to the lower expert.
+  Column i points from the mean over the sources toward source i. A router has no bias, so the part
+  along the mean would favour one expert for every token alike: it is taken out. All columns have
+  the length `router_scale`, about a random router's, so that the mean token of each source has its
+  largest logit at its own expert, however close the domains are. A copy's column is the first
+  source's, turned a little in a random direction: equal columns would tie.
   """
   means_SLD = means_SLD.astype(np.float64)
   common_LD = means_SLD.mean(0)

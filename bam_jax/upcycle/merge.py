@@ -24,6 +24,15 @@ from bam_jax.upcycle.sources import Source
 Box = tuple[tuple[int, int], ...]  # start and stop on every axis of an array
 
 
+class Merge(NamedTuple):
+  """What to merge, and how."""
+
+  sources: Sequence[Source]  # in the experts' order; the first is also what extra experts copy
+  upcycle: config.Upcycle
+  key: jax.Array  # of what is drawn
+  routers: Mapping[str, np.ndarray] = {}  # LDE by path, for `router_init='centroids'`
+
+
 class Region(NamedTuple):
   """A part of one of the mixture's arrays."""
 
@@ -47,42 +56,35 @@ def run_key(seed: int, name: str) -> jax.Array:
 
 
 def regions(
-  sources: Sequence[Source],
+  merge: Merge,
   wanted: Mapping[str, arrays.Spec],
-  upcycle: config.Upcycle,
-  key: jax.Array,
-  *,
-  routers: Mapping[str, np.ndarray] | None = None,
   parts: Mapping[str, Collection[Box]] | None = None,
   on_read: Callable[[int, str, arrays.Index, np.ndarray], None] = lambda *_: None,
 ) -> Iterator[Region]:
   """The mixture's arrays in regions, those of one array together.
 
   Args:
-    sources: dense checkpoints in the experts' order; the first is also what extra experts copy.
+    merge: of opened sources.
     wanted: the mixture's arrays by path, with the dtypes to make them in.
-    upcycle: method and options.
-    key: of what is drawn.
-    routers: [layers, d_model, experts] by path, for `router_init='centroids'`.
     parts: the parts of every target array that are needed; the rest is not read. Default: all.
     on_read: called with each region that is read: number of the source, path, index and values.
 
   Raises:
-    UserError: a source lacks an array or has one too many, a value is NaN or infinite, or reading
-      fails.
+    UserError: a value is NaN or infinite, or reading fails.
   """
+  sources, upcycle, key, _ = merge
   if len(sources) != len(upcycle.sources):
     raise ValueError(f'{len(upcycle.sources)} sources are named and {len(sources)} are given.')
   table = rules.rules(rules.mixture_model(sources[0].meta.model, upcycle))
-  _check_paths(sources, wanted, table)
-  if parts is None:
-    parts = {path: [arrays.bounds(spec, ())] for path, spec in wanted.items()}
+  if odd := {rule.target for rule in table} ^ set(wanted):
+    raise ValueError(f'The rule table and the mixture differ in {sorted(odd)}.')
+  parts = parts or {path: [arrays.bounds(spec, ())] for path, spec in wanted.items()}
   for rule in table:
     if not rule.source:
-      array = drawn(rule, wanted[rule.target].shape, upcycle, key, routers)
+      array = drawn(merge, rule, wanted[rule.target].shape)
       yield Region(rule.target, (), array.astype(wanted[rule.target].dtype))
 
-  jobs = list(_jobs(table, sources, wanted, parts, upcycle))
+  jobs = list(_jobs(merge, table, wanted, parts))
   reads = arrays.read_ahead((sources[j.source].reader, j.rule.source, j.index) for j in jobs)
   held: list[np.ndarray] = []  # of a mean, until all sources' are there
   for (rule, source, index, experts), array in zip(jobs, reads):
@@ -91,8 +93,7 @@ def regions(
     array, dtype = array.astype(np.float32, copy=False), wanted[rule.target].dtype
     for expert in experts:
       layer, *rest = index
-      made = options.drop(rule.target, array, layer, expert, upcycle, key)
-      made = options.add_noise(rule.target, made, layer, expert, upcycle, key)
+      made = options.expert(rule.target, array, layer, expert, upcycle, key)
       yield Region(rule.target, (layer, expert, *rest), made.astype(dtype, copy=False))
     if rule.how == 'mean':
       held.append(array)
@@ -108,36 +109,29 @@ def overlap(one: Box, other: Box) -> Box:
   return both if all(start < stop for start, stop in both) else ()
 
 
-def drawn(
-  rule: rules.Rule,
-  shape: tuple[int, ...],
-  upcycle: config.Upcycle,
-  key: jax.Array,
-  routers: Mapping[str, np.ndarray] | None = None,
-) -> np.ndarray:
+def drawn(merge: Merge, rule: rules.Rule, shape: tuple[int, ...]) -> np.ndarray:
   """A bias of zeros, or a router LDE: given, or normal with deviation `router_scale / sqrt(D)`."""
   if rule.how == 'zero':
     return np.zeros(shape, np.float32)
-  if upcycle.router_init == 'centroids':
-    return routers[rule.target]
-  scale = upcycle.router_scale if upcycle.router_init == 'random' else 0.0
-  key = jax.random.fold_in(key, zlib.crc32(rule.target.encode()))
+  if merge.upcycle.router_init == 'centroids':
+    return merge.routers[rule.target]
+  scale = merge.upcycle.router_scale if merge.upcycle.router_init == 'random' else 0.0
+  key = jax.random.fold_in(merge.key, zlib.crc32(rule.target.encode()))
   return scale / math.sqrt(shape[-2]) * np.asarray(jax.random.normal(key, shape, jnp.float32))
 
 
-def _jobs(table, sources, wanted, parts, upcycle) -> Iterator[_Job]:
+def _jobs(merge: Merge, table, wanted, parts) -> Iterator[_Job]:
   """What to read, in order: a layer of an array with layers at a time, else a chunk."""
-  for rule in table:
-    if not rule.source:
-      continue
+  upcycle = merge.upcycle
+  for rule in filter(lambda rule: rule.source, table):
     stack = rule.how == 'stack'
     # Dropping and noise take statistics of an expert's whole matrix.
     whole = stack and (upcycle.drop_ratio or upcycle.noise)
     # The target's dtype, since regions must be whole chunks of the target.
-    spec = sources[0].reader.specs[rule.source]._replace(dtype=wanted[rule.target].dtype)
+    spec = merge.sources[0].reader.specs[rule.source]._replace(dtype=wanted[rule.target].dtype)
     for index in arrays.pieces(rule.source, spec):
       piece = arrays.bounds(spec, index)
-      for source in range(len(sources)):
+      for source in range(len(merge.sources)):
         experts, needed = set(), []
         for expert in (source, *upcycle.copies) if stack and source == 0 else (source,):
           target = (piece[0], (expert, expert + 1), *piece[1:]) if stack else piece
@@ -149,18 +143,6 @@ def _jobs(table, sources, wanted, parts, upcycle) -> Iterator[_Job]:
           hull = [slice(min(a for a, _ in axis), max(b for _, b in axis)) for axis in axes]
           hull[0] = index[0] if isinstance(index[0], int) else hull[0]
           yield _Job(rule, source, tuple(hull), tuple(sorted(experts)) if stack else ())
-
-
-def _check_paths(sources: Sequence[Source], wanted: Mapping[str, arrays.Spec], table) -> None:
-  if odd := {rule.target for rule in table} ^ set(wanted):
-    raise ValueError(f'The rule table and the mixture differ in {sorted(odd)}.')
-  needed = {rule.source for rule in table if rule.source}
-  for source in sources:
-    missing, unused = needed - set(source.reader.specs), set(source.reader.specs) - needed
-    if missing:
-      raise UserError(f'{source.path} has no {", ".join(sorted(missing))}.')
-    if unused:
-      raise UserError(f'{source.path} has {", ".join(sorted(unused))}, which no rule consumes.')
 
 
 def _check_finite(source: Source, path: str, index: arrays.Index, array: np.ndarray) -> None:

@@ -1,9 +1,4 @@
-"""What a merge may do beyond the paper, one piece at a time; all of it is off by default.
-
-What is drawn depends on an array's path, the key and the options alone.
-
-Legend: D model, F FFN hidden.
-"""
+"""What a merge may do beyond the paper, one matrix at a time; all of it is off by default."""
 
 import zlib
 from collections.abc import Sequence
@@ -13,7 +8,7 @@ import numpy as np
 
 from bam_jax import config
 
-# The axis of F in one expert's matrix.
+# The axis of the hidden dimensions in one expert's matrix.
 HIDDEN_AXIS = {'blocks/ffn/gate': 1, 'blocks/ffn/up': 1, 'blocks/ffn/down': 0}
 
 
@@ -32,57 +27,46 @@ def average(arrays: Sequence[np.ndarray], upcycle: config.Upcycle) -> np.ndarray
   return sum(terms[1:], start=terms[0])
 
 
-def drop(
-  path: str, matrix: np.ndarray, layer: int, expert: int, upcycle: config.Upcycle, key: jax.Array
+def expert(
+  path: str, matrix: np.ndarray, layer: int, number: int, upcycle: config.Upcycle, key: jax.Array
 ) -> np.ndarray:
-  """Draws a part of a copied FFN expert anew; Drop-Upcycling, arXiv 2502.19261.
+  """One expert's array, made of its source's: itself, or changed where it is a copy.
 
-  For each layer and expert `drop_ratio * F` hidden dimensions (to the nearest whole number) are
-  chosen, the same for the expert's three matrices: columns of `gate` and `up`, rows of `down`. In
-  each matrix these weights are replaced by draws from a normal distribution with the mean and the
-  standard deviation that they had together. Method 'sparse' does so to every expert, as in the
-  article; other methods to the experts past the sources.
+  `drop_ratio`: of every FFN expert's hidden dimensions this share is drawn anew, in each matrix
+  from a normal distribution with the mean and standard deviation that these weights had together.
+  Method 'sparse' does so to every expert; Drop-Upcycling, arXiv 2502.19261. Others leave the
+  sources' own experts as they are.
+
+  `noise`: Gaussian noise of this many of the array's standard deviations is added to every array of
+  the experts past the sources; the baseline of the same article.
 
   Args:
-    path: of the array; nothing happens to arrays other than the three.
-    matrix: DF or FD, of one layer and one expert; it is not changed.
+    path: of the array; with the layer, the expert and the key it decides what is drawn.
+    matrix: float32, of one layer; it is not changed.
     layer: its number.
-    expert: its number.
+    number: the expert's.
     upcycle: the options.
     key: of the whole merge.
   """
-  experts = range(upcycle.experts) if upcycle.method == 'sparse' else upcycle.copies
-  if not upcycle.drop_ratio or path not in HIDDEN_AXIS or expert not in experts:
-    return matrix
-  matrix = matrix.copy()
-  rows_FD = np.moveaxis(matrix, HIDDEN_AXIS[path], 0)  # a view
-  chosen = dropped(layer, expert, len(rows_FD), upcycle.drop_ratio, key)
-  if chosen.size:
-    old = rows_FD[chosen].astype(np.float32)
-    fresh = _rng(key, f'{path}/drop', layer, expert).standard_normal(old.shape, np.float32)
-    rows_FD[chosen] = old.mean() + old.std() * fresh
+  dropping = range(upcycle.experts) if upcycle.method == 'sparse' else upcycle.copies
+  if upcycle.drop_ratio and path in HIDDEN_AXIS and number in dropping:
+    matrix = matrix.copy()
+    rows = np.moveaxis(matrix, HIDDEN_AXIS[path], 0)  # a view, hidden dimensions first
+    chosen = dropped(layer, number, len(rows), upcycle.drop_ratio, key)
+    if chosen.size:
+      old = rows[chosen].astype(np.float32)
+      fresh = _rng(key, f'{path}/drop', layer, number).standard_normal(old.shape, np.float32)
+      rows[chosen] = old.mean() + old.std() * fresh
+  if upcycle.noise and number in upcycle.copies:
+    draw = _rng(key, f'{path}/noise', layer, number).standard_normal(matrix.shape, np.float32)
+    matrix = matrix + upcycle.noise * matrix.std() * draw
   return matrix
 
 
 def dropped(layer: int, expert: int, size: int, ratio: float, key: jax.Array) -> np.ndarray:
-  """The hidden dimensions of one expert that `drop` draws anew, in order."""
+  """The hidden dimensions to draw anew, in order; the same for an expert's three matrices."""
   rng = _rng(key, 'blocks/ffn/dropped', layer, expert)
   return np.sort(rng.choice(size, round(ratio * size), replace=False))
-
-
-def add_noise(
-  path: str, array: np.ndarray, layer: int, expert: int, upcycle: config.Upcycle, key: jax.Array
-) -> np.ndarray:
-  """Adds Gaussian noise to a copied expert; the baseline "noise" of arXiv 2502.19261.
-
-  The noise's standard deviation is `noise` times that of the array. Every array of the experts past
-  the sources gets it, attention's as well as the FFN's. The arguments are those of `drop`.
-  """
-  if not upcycle.noise or expert not in upcycle.copies:
-    return array
-  copy = array.astype(np.float32)
-  draw = _rng(key, f'{path}/noise', layer, expert).standard_normal(copy.shape, np.float32)
-  return copy + upcycle.noise * copy.std() * draw
 
 
 def _rng(key: jax.Array, name: str, *numbers: int) -> np.random.Generator:

@@ -4,7 +4,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,46 +17,36 @@ from bam_jax import checkpoint, config
 from bam_jax.checkpoint import arrays, integrity, manifest
 from bam_jax.errors import UserError
 from bam_jax.files import folders
+from bam_jax.model import transformer
 from bam_jax.parallel import processes
-from bam_jax.upcycle import merge, rules
-from bam_jax.upcycle.sources import Source, check_different, open_sources, specs
+from bam_jax.upcycle import merge as merge_lib
+from bam_jax.upcycle import rules
+from bam_jax.upcycle.sources import check_different, open_sources
 
 
-def to_mesh(
-  sources: Sequence[Source],
-  abstract: Any,
-  shardings: Any,
-  upcycle: config.Upcycle,
-  key: jax.Array,
-  routers: Mapping[str, np.ndarray] | None = None,
-) -> Any:
+def specs(abstract: Any, dtype: np.dtype | None = None) -> dict[str, arrays.Spec]:
+  """The arrays of a tree by path, in their own dtypes or in one."""
+  leaves = traverse_util.flatten_dict(abstract, sep='/')
+  return {path: arrays.Spec(x.shape, np.dtype(dtype or x.dtype)) for path, x in leaves.items()}
+
+
+def to_mesh(merge: merge_lib.Merge, abstract: Any, shardings: Any) -> Any:
   """The mixture's parameters on the devices of a mesh; all processes must call.
 
-  Each process reads what its own devices need, and its memory holds their parts and about one array
-  more.
-
-  Args:
-    sources: dense checkpoints in the experts' order.
-    abstract: shapes and dtypes of the mixture's parameters.
-    shardings: of the same structure.
-    upcycle: method and options.
-    key: of what is drawn.
-    routers: [layers, d_model, experts] by path, for `router_init='centroids'`.
-
-  Raises:
-    UserError: the sources cannot be mixed; in every process.
+  Each process reads what its own devices need, and holds their parts and about one array more.
+  `abstract` has the shapes and dtypes, `shardings` is of the same structure. UserError, in every
+  process, when the sources cannot be mixed.
   """
-  leaves, shardings = (traverse_util.flatten_dict(tree, sep='/') for tree in (abstract, shardings))
-  wanted = {path: arrays.Spec(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
+  wanted, shardings = specs(abstract), traverse_util.flatten_dict(shardings, sep='/')
   parts = {}
   for path, spec in wanted.items():
     indices = shardings[path].addressable_devices_indices_map(spec.shape).values()
     parts[path] = {arrays.bounds(spec, index) for index in indices}
   made, message = {}, ''
   try:
-    regions = merge.regions(sources, wanted, upcycle, key, routers=routers, parts=parts)
-    for path, group in itertools.groupby(regions, lambda region: region.path):
-      made[path] = _assemble(wanted[path], shardings[path], parts[path], group)
+    regions = merge_lib.regions(merge, wanted, parts)
+    for path, of_path in itertools.groupby(regions, lambda region: region.path):
+      made[path] = _assemble(wanted[path], shardings[path], parts[path], of_path)
   except UserError as error:  # other processes may not have met it
     message = str(error)
   if message := processes.first(message):
@@ -67,24 +57,24 @@ def to_mesh(
 def _assemble(
   spec: arrays.Spec,
   sharding: jax.sharding.Sharding,
-  parts: Collection[merge.Box],
-  regions: Iterable[merge.Region],
+  parts: Iterable[merge_lib.Box],
+  regions: Iterable[merge_lib.Region],
 ) -> jax.Array:
   """One array from its regions; ValueError unless they fill the parts."""
   buffers = {part: np.empty([stop - start for start, stop in part], spec.dtype) for part in parts}
-  missing = {part: buffer.size for part, buffer in buffers.items()}
+  missing = sum(buffer.size for buffer in buffers.values())
   for _, index, array in regions:
     region = arrays.bounds(spec, index)
     array = array.reshape([stop - start for start, stop in region])
     for part, buffer in buffers.items():
-      if both := merge.overlap(region, part):
+      if both := merge_lib.overlap(region, part):
         source, target = (
           tuple(slice(start - at, stop - at) for (start, stop), (at, _) in zip(both, box))
           for box in (region, part)
         )
         buffer[target] = array[source]
-        missing[part] -= buffer[target].size
-  if any(missing.values()):
+        missing -= buffer[target].size
+  if missing:
     raise ValueError(f'An array of shape {spec.shape} was not filled exactly once.')
   return jax.make_array_from_callback(
     spec.shape, sharding, lambda index: buffers[arrays.bounds(spec, index)]
@@ -121,53 +111,36 @@ def to_checkpoint(
       "router_init='centroids' needs the sources' training data: upcycle in a recipe, or choose "
       "'random' or 'zero'."
     )
-  sources = open_sources(upcycle.sources)
-  for source in sources:
+  merge = merge_lib.Merge(open_sources(upcycle.sources), upcycle, merge_lib.run_key(seed, name))
+  first = merge.sources[0]
+  for source in merge.sources:
     if epath.Path(os.path.realpath(source.folder)) in epath.Path(os.path.realpath(output)).parents:
       raise UserError(f'{output} lies inside the source {source.path}: choose another folder.')
-  tokenizer = checkpoint.find_tokenizer(sources[0].folder)
-  mixture = rules.mixture_model(sources[0].meta.model, upcycle)
-  wanted = specs(mixture, jnp.dtype(dtype))
+  tokenizer = checkpoint.find_tokenizer(first.folder)
+  mixture = rules.mixture_model(first.meta.model, upcycle)
+  wanted = specs(transformer.Network(mixture, config.Compute()).abstract(), jnp.dtype(dtype))
   with folders.new_folder(output, sum(spec.nbytes for spec in wanted.values())) as folder:
     with arrays.Writer(folder / 'params', wanted) as writer:
-      hashes = _write(sources, writer, upcycle, merge.run_key(seed, name), progress)
+      origins = _write(merge, writer, progress)
     (folder / tokenizer.name).write_bytes(tokenizer.read_bytes())
-    origins = [
-      manifest.Source(
-        path=str(folders.absolute(source.folder)),
-        run=source.meta.run,
-        step=source.meta.step,
-        hash=manifest.content_hash(array_hashes),
-        array_hashes=array_hashes,
-      )
-      for source, array_hashes in zip(sources, hashes)
-    ]
+    made = rules.record(mixture)
     meta = dataclasses.replace(
-      sources[0].meta,
-      format=checkpoint.FORMAT,
+      first.meta,
       model=mixture,
       run=name or epath.Path(output).name,
       step=0,
       method=upcycle.method,
-      sources=rules.expert_names(upcycle, [source.meta.run for source in sources]),
+      sources=rules.expert_names(upcycle, [source.meta.run for source in merge.sources]),
       versions=manifest.versions(),
-      manifest=manifest.Manifest(
-        command=command,
-        time=manifest.now(),
-        sources=tuple(origins),
-        made=rules.record(mixture),
-        upcycle=upcycle,
-        seed=seed,
-        name=name,
-      ),
+      manifest=manifest.Manifest(command, manifest.now(), origins, made, upcycle, seed, name),
     )
     checkpoint.write_meta(folder, meta)
   return meta
 
 
-def _write(sources, writer, upcycle, key, progress) -> list[dict[str, str]]:
-  """Writes the mixture's arrays; for each source the `manifest.Hash` of its arrays by path."""
-  items = [*(source.reader for source in sources), writer]
+def _write(merge, writer: arrays.Writer, progress) -> tuple[manifest.Source, ...]:
+  """Writes the mixture's arrays; what they were made of, with hashes."""
+  items = [*(source.reader for source in merge.sources), writer]
   total = sum(spec.nbytes for item in items for spec in item.specs.values())
   hashes = [{path: manifest.Hash(s.shape) for path, s in item.specs.items()} for item in items[:-1]]
   pending: list[concurrent.futures.Future] = []
@@ -183,10 +156,10 @@ def _write(sources, writer, upcycle, key, progress) -> list[dict[str, str]]:
   # Hashes need one thread, for their order. Checksums run ahead of the mixing, which finds in
   # memory what they read.
   hashing, checking = (concurrent.futures.ThreadPoolExecutor(1) for _ in range(2))
-  checks = [checking.submit(integrity.check, one.folder, ['params']) for one in sources]
+  checks = [checking.submit(integrity.check, one.folder, ['params']) for one in merge.sources]
   try:
-    check_different(sources)
-    for path, index, array in merge.regions(sources, writer.specs, upcycle, key, on_read=on_read):
+    check_different(merge.sources)
+    for path, index, array in merge_lib.regions(merge, writer.specs, on_read=on_read):
       writer.write(path, index, array)
       done += array.nbytes
       progress(done, total)
@@ -195,4 +168,9 @@ def _write(sources, writer, upcycle, key, progress) -> list[dict[str, str]]:
   finally:
     for pool in (hashing, checking):
       pool.shutdown(wait=False, cancel_futures=True)
-  return [{path: one.hexdigest() for path, one in mine.items()} for mine in hashes]
+  origins = []
+  for (_, folder, meta, _), mine in zip(merge.sources, hashes):
+    array_hashes = {path: one.hexdigest() for path, one in mine.items()}
+    content, path = manifest.content_hash(array_hashes), str(folders.absolute(folder))
+    origins.append(manifest.Source(path, meta.run, meta.step, content, array_hashes))
+  return tuple(origins)

@@ -26,7 +26,7 @@ def test_checkpoints_say_what_they_were_made_from(tmp_path, dataset, recipe_dict
   # The data lie where they may be deleted.
   shutil.copytree(dataset.path, tmp_path / 'data')
   parsed = config.parse(recipe_dict)
-  runner.execute(parsed, tmp_path, shards.open_dataset(tmp_path / 'data'), progress_enabled=False)
+  runner.execute(parsed, tmp_path, shards.open_dataset(tmp_path / 'data'))
   shutil.rmtree(tmp_path / 'data')
 
   metas = {name: checkpoint.read_meta(tmp_path / name) for name in recipe_dict['runs']}
@@ -57,7 +57,7 @@ def execute(tmp_path, dataset, recipe_dict):
   recipe_dict['runs']['seed']['schedule'] |= {'warmup_steps': 0}
   recipe_dict |= {'evaluation': {'batch_size': 1, 'domains': ['law']}}
   return lambda name: runner.execute(
-    config.parse(recipe_dict), tmp_path / name, dataset, progress_enabled=False
+    config.parse(recipe_dict), tmp_path / name, dataset
   )
 
 
@@ -133,4 +133,4 @@ def test_a_record_of_something_else_is_damaged(tmp_path, dataset, recipe_dict, n
   (tmp_path / 'seed').mkdir()
   (tmp_path / 'seed' / name).write_text(content, encoding='latin-1')
   with pytest.raises(UserError, match=f'{name} is damaged: delete its folder'):
-    runner.execute(config.parse(recipe_dict), tmp_path, dataset, progress_enabled=False)
+    runner.execute(config.parse(recipe_dict), tmp_path, dataset)

@@ -58,7 +58,7 @@ def source(dense: config.Model, params: dict, name: str = 'source') -> Source:
 
 
 def specs(model: config.Model) -> dict[str, arrays.Spec]:
-  return {path: arrays.Spec(x.shape, x.dtype) for path, x in flat(abstract(model)).items()}
+  return outputs.specs(abstract(model))
 
 
 def mix(
@@ -73,7 +73,7 @@ def mix(
   sources = [source(dense, one, f'source {number}') for number, one in enumerate(params)]
   target = abstract(rules.mixture_model(dense, upcycle))
   shardings = sharding.tree(target, sharding.make_mesh(mesh))
-  mixed = outputs.to_mesh(sources, target, shardings, upcycle, key, routers)
+  mixed = outputs.to_mesh(merge.Merge(sources, upcycle, key, routers or {}), target, shardings)
   assert jax.tree.all(jax.tree.map(lambda x, where: x.sharding == where, mixed, shardings))
   return jax.tree.map(np.asarray, mixed)
 
@@ -92,9 +92,9 @@ def spelled_out(
       made[rule.target] = np.empty(shape, np.float32)
       for layer, expert in np.ndindex(shape[:2]):
         array = sources[expert if expert < len(sources) else 0][rule.source][layer]
-        array = options.drop(rule.target, array, layer, expert, upcycle, key)
-        array = options.add_noise(rule.target, array, layer, expert, upcycle, key)
-        made[rule.target][layer, expert] = array
+        made[rule.target][layer, expert] = options.expert(
+          rule.target, array, layer, expert, upcycle, key
+        )
     else:
-      made[rule.target] = merge.drawn(rule, shape, upcycle, key)
+      made[rule.target] = merge.drawn(merge.Merge((), upcycle, key), rule, shape)
   return made

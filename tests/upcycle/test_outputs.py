@@ -376,10 +376,10 @@ REFUSED = {
   'equal': (equal, ['same values', 'copy', 'code']),
   'equal, stored otherwise': (equal_otherwise_stored, ['same values', 'again', 'code']),
   'missing': (missing, ['nowhere', 'holds no checkpoint']),
-  'no array': (with_array('blocks/ffn/up', lambda x: None), ['odd', 'has no blocks/ffn/up']),
+  'no array': (with_array('blocks/ffn/up', lambda x: None), ['odd', 'blocks/ffn/up of shape None']),
   'one array too many': (
     with_array('blocks/ffn/bias', lambda x: np.zeros(3, np.float32)),
-    ['odd', 'blocks/ffn/bias', 'no rule'],
+    ['odd', 'blocks/ffn/bias', 'where None is wanted'],
   ),
   'another shape': (
     with_array('blocks/ffn/up', lambda x: x[..., 1:]),
