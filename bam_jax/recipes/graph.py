@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from bam_jax import checkpoint, config
 from bam_jax.checkpoint import integrity
+from bam_jax.config.strict import require
 from bam_jax.data import shards
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
@@ -119,20 +120,22 @@ def _origin(
 def _mixture(recipe, name, upcycle, nodes) -> tuple[config.Model, str, tuple[str, ...]]:
   where, first, seen = f'config.runs.{name}.init.upcycle', upcycle.sources[0], {}
   for source in upcycle.sources:
-    if nodes[source].model != nodes[source].model.dense():
-      raise UserError(
-        f'{where}.from names {source!r}, which is a mixture: only dense models can be mixed.'
-      )
-    if nodes[source].model != nodes[first].model:
-      raise UserError(f'{where}.from mixes {first!r} and {source!r}, whose models differ.')
-    data = recipe.runs[source].data
+    model, data = nodes[source].model, recipe.runs[source].data
+    require(
+      model == model.dense(),
+      f'{where}.from names {source!r}, which is a mixture: only dense models can be mixed.',
+    )
+    require(
+      model == nodes[first].model,
+      f'{where}.from mixes {first!r} and {source!r}, whose models differ.',
+    )
     shares = sorted((domain, round(x / sum(data.values()), 6)) for domain, x in data.items())
     other = seen.setdefault(tuple(shares), source)
-    if upcycle.router_init == 'centroids' and other != source:
-      raise UserError(
-        f"{where}.router_init='centroids' cannot tell {other!r} from {source!r}, which have the "
-        "same data: set router_init='random'."
-      )
+    require(
+      upcycle.router_init != 'centroids' or other == source,
+      f"{where}.router_init='centroids' cannot tell {other!r} from {source!r}, which have the same "
+      "data: set router_init='random'.",
+    )
   try:
     model = rules.mixture_model(nodes[first].model, upcycle)
   except UserError as error:
@@ -141,72 +144,74 @@ def _mixture(recipe, name, upcycle, nodes) -> tuple[config.Model, str, tuple[str
 
 
 def check(
-  recipe: config.Recipe, nodes: dict[str, Node], dataset: shards.Dataset, asked: Sequence[str]
+  recipe: config.Recipe, nodes: Mapping[str, Node], dataset: shards.Dataset, asked: Sequence[str]
 ) -> tuple[str, ...]:
   """The domains to evaluate; UserError for what the data, the devices or the mesh cannot give."""
-  domains = tuple(recipe.evaluation.domains or dataset.domains)
+  domains, batch_size = recipe.evaluation.domains or dataset.domains, recipe.evaluation.batch_size
   for domain in domains:
-    if 'valid' not in dataset.splits(domain):
-      raise UserError(f'{dataset.path} has no held-out documents of the domain {domain!r}.')
+    require(
+      'valid' in dataset.splits(domain),
+      f'{dataset.path} has no held-out documents of the domain {domain!r}.',
+    )
   for name in asked:
     node, mesh, where = nodes[name], nodes[name].run.mesh, f'config.runs.{name}'
     _check_data(node, nodes, dataset)
-    if mesh.size > jax.device_count():
-      raise UserError(
-        f'{where}.mesh needs {mesh.size} devices and there are {jax.device_count()}: make its axes '
-        'smaller.'
-      )
-    if recipe.evaluation.batch_size % mesh.batch_shards:
-      raise UserError(
-        f'config.evaluation.batch_size={recipe.evaluation.batch_size} is not a multiple of the '
-        f'{mesh.batch_shards} parts that {where}.mesh cuts a batch into.'
-      )
+    require(
+      mesh.size <= jax.device_count(),
+      f'{where}.mesh needs {mesh.size} devices and there are {jax.device_count()}: make its axes '
+      'smaller.',
+    )
+    require(
+      batch_size % mesh.batch_shards == 0,
+      f'config.evaluation.{batch_size=} is not a multiple of the {mesh.batch_shards} parts that '
+      f'{where}.mesh cuts a batch into.',
+    )
     attention.check(node.model, recipe.data.sequence_length, jax.default_backend())
     sharding.check(transformer.Network(node.model, node.run.compute).abstract(), mesh, where)
     processes.check_mesh(mesh, where)
     _check_memory(node, recipe)
-  return domains
+  return tuple(domains)
 
 
 def _check_data(node: Node, nodes: Mapping[str, Node], dataset: shards.Dataset) -> None:
-  vocabulary = dataset.manifest['tokenizer']['vocab_size']
-  if node.model.vocab_size < vocabulary:
-    raise UserError(
-      f'config.model.vocab_size={node.model.vocab_size} is below the {vocabulary} tokens of the '
-      f'tokenizer in {dataset.path}: raise it to {vocabulary}.'
-    )
+  vocab_size, tokens = node.model.vocab_size, dataset.manifest['tokenizer']['vocab_size']
+  require(
+    vocab_size >= tokens,
+    f'config.model.{vocab_size=} is below the {tokens} tokens of the tokenizer in {dataset.path}: '
+    f'raise it to {tokens}.',
+  )
   if isinstance(node.run.init, config.FromCheckpoint):
     path = node.run.init.checkpoint
-    if checkpoint.read_meta(path).tokenizer_hash != dataset.tokenizer_hash:
-      raise UserError(
-        f'config.runs.{node.name}.init.checkpoint={path} was made with another tokenizer than '
-        f'{dataset.path}: prepare the data with the tokenizer that lies with the checkpoint.'
-      )
+    require(
+      checkpoint.read_meta(path).tokenizer_hash == dataset.tokenizer_hash,
+      f'config.runs.{node.name}.init.checkpoint={path} was made with another tokenizer than '
+      f'{dataset.path}: prepare the data with the tokenizer that lies with the checkpoint.',
+    )
   centroids = node.upcycle and node.upcycle.router_init == 'centroids'
   for reader in (node.name, *(node.upcycle.sources if centroids else ())):
     for domain in nodes[reader].run.data:
-      where = f'config.runs.{reader}.data names the domain {domain!r}'
-      if domain not in dataset.domains:
-        raise UserError(f'{where}; {dataset.path} has {", ".join(dataset.domains)}.')
-      if 'train' not in dataset.splits(domain):
-        raise UserError(f'{where}, of which {dataset.path} has no train split.')
+      names, has = f'config.runs.{reader}.data names the domain {domain!r}', dataset.domains
+      require(domain in has, f'{names}; {dataset.path} has {", ".join(has)}.')
+      require(
+        'train' in dataset.splits(domain), f'{names}, of which {dataset.path} has no train split.'
+      )
 
 
 def _check_memory(node: Node, recipe: config.Recipe) -> None:
   """UserError when the devices cannot hold a run: its state, and the least of its activations."""
+  free = memory.free_bytes()
+  if free is None:
+    return
   run, model, name = node.run, node.model, f'config.runs.{node.name}'
   # Every fake device of a CPU has its part in the one memory.
   parts = config.Mesh() if jax.default_backend() == 'cpu' else run.mesh
   copies = 2 if run.compute.offload_optimizer else 4  # gradients; two moments of AdamW
   state = copies * 4 * arithmetic.parameters(model).total // parts.size
-  free = memory.free_bytes()
-  if free is None:
-    return
-  if state > free:
-    raise UserError(
-      f'{name} needs {state / 1e9:,.1f} GB of a device for parameters, gradients and optimizer, '
-      f'and {free / 1e9:,.1f} GB are free: make model smaller or mesh larger.'
-    )
+  require(
+    state <= free,
+    f'{name} needs {state / 1e9:,.1f} GB of a device for parameters, gradients and optimizer, and '
+    f'{free / 1e9:,.1f} GB are free: make model smaller or mesh larger.',
+  )
   # Gradients come while activations go: only one of the two is whole at any time.
   kept, itemsize = state * (copies - 1) // copies, jnp.dtype(run.compute.dtype).itemsize
   for key, batch_size, grad_accum_steps, layers in (
@@ -217,9 +222,9 @@ def _check_memory(node: Node, recipe: config.Recipe) -> None:
     logits = min(tokens, run.compute.loss_chunk or tokens) * model.vocab_size // parts.tensor
     # Whatever is done again in the backward pass, each block's input is kept for it.
     needed = kept + layers * tokens * model.d_model * itemsize + 4 * logits
-    if needed > free:
-      raise UserError(
-        f'{key}={batch_size} needs at least {needed / 1e9:,.1f} GB of a device, for blocks, logits '
-        f'and the state of {name}, and {free / 1e9:,.1f} GB are free: make it smaller, or cut it '
-        f'with {name}.grad_accum_steps (training alone) or its compute.loss_chunk.'
-      )
+    require(
+      needed <= free,
+      f'{key}={batch_size} needs at least {needed / 1e9:,.1f} GB of a device, for blocks, logits '
+      f'and the state of {name}, and {free / 1e9:,.1f} GB are free: make it smaller, or cut it '
+      f'with {name}.grad_accum_steps (training alone) or its compute.loss_chunk.',
+    )
