@@ -51,7 +51,7 @@ class World:
       'prepare': [f'--input={self.text}', f'--output={output}', '--train_tokenizer=300'],
     }[command]  # fmt: skip
 
-  def door(self, command: str, output: Path) -> list[str]:
+  def refused(self, command: str, output: Path) -> list[str]:
     """A command line that is refused in a moment, after its flags are read."""
     nowhere = {
       'account': '--run=nowhere', 'evaluate': '--checkpoint=nowhere',
@@ -59,10 +59,10 @@ class World:
     }  # fmt: skip
     if command == 'convert upcycle':
       return ['--from=nowhere', '--from=there', '--method=bam_kv_experts', f'--output={output}']
-    return [*self.threshold(command, output), *filter(None, [nowhere.get(command)])]
+    return [*self.checked(command, output), *filter(None, [nowhere.get(command)])]
 
-  def threshold(self, command: str, output: Path) -> list[str]:
-    """As `line`, but for main: it is refused when it has checked all and would begin to train."""
+  def checked(self, command: str, output: Path) -> list[str]:
+    """As `line`, but main is refused when it has checked everything and would begin to train."""
     if command != 'main':
       return self.line(command, output)
     data = f'--config.data.path={self.data}', '--config.model.vocab_size=320'

@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 from tests.commands import ROOT
 from tests.fuzz import values
 
-DEEP = '[' * 100_000 + ']' * 100_000
-
 
 class Trap:
   """Whoever unpickles it makes a file."""
@@ -48,6 +46,7 @@ def lines(world, folder: Path, output: Path) -> dict[str, list[tuple[str, list[s
 
 
 FOLDERS = ('data', 'mixture', 'hf', 'hf_shards')
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('hf', 'hf_shards')]
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -65,26 +64,18 @@ def faults(path: Path, marker: Path) -> dict:
   content = path.read_bytes()
   at = chance.randrange(len(content) or 1)
 
-  def with_link(target) -> None:
-    path.unlink()
-    path.symlink_to(target)
-
   return {
     'missing': path.unlink,
     'empty': lambda: path.write_bytes(b''),
     'half': lambda: path.write_bytes(content[: len(content) // 2]),
-    'longer': lambda: path.write_bytes(content + bytes(1000)),
     'flipped': lambda: path.write_bytes(
       content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :]
     ),
     'noise': lambda: path.write_bytes(chance.randbytes(len(content))),
     'a pickle': lambda: path.write_bytes(pickle.dumps(Trap(marker))),
     'an array of objects': lambda: _save_objects(path, marker),
-    'deep': lambda: path.write_text(DEEP),
-    'latin': lambda: path.write_bytes(b'{"\xe9": 1}'),
+    'deep': lambda: path.write_text('[' * 100_000 + ']' * 100_000),
     'an absurd size': lambda: os.truncate(path, 2**37),
-    'a loop': lambda: with_link(path.name),
-    'a device': lambda: with_link('/dev/zero'),
     'a folder': lambda: (path.unlink(), path.mkdir()),
   }
 
@@ -122,7 +113,7 @@ def damage_all(server, world, sources, tmp_path, name: str, few: bool) -> None:
       each_command(server, world, tmp_path, name, few)
 
 
-@pytest.mark.parametrize('name', [name for name in FOLDERS if name != 'mixture'])  # is below
+@pytest.mark.parametrize('name', ['data', *SLOW])
 def test_a_damaged_file(server, world, sources, tmp_path, name):
   damage_all(server, world, sources, tmp_path, name, few=True)
 
@@ -144,12 +135,9 @@ JSON = {
 def places(facts, path: tuple = ()):
   """Paths to everything in nested JSON, the first few entries of a list or group."""
   yield path
-  items = (
-    facts.items()
-    if isinstance(facts, dict)
-    else enumerate(facts if isinstance(facts, list) else [])
-  )
-  for key, value in list(items)[:40]:
+  items = list(facts.items()) if isinstance(facts, dict) else []
+  items = list(enumerate(facts)) if isinstance(facts, list) else items
+  for key, value in items[:40]:
     yield from places(value, (*path, key))
 
 
@@ -162,6 +150,7 @@ def changed(facts, path: tuple, value):
   return copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, file', [(name, file) for name in JSON for file in JSON[name]])
 def test_json_that_says_something_else(server, world, sources, tmp_path, name, file):
   folder = shutil.copytree(sources[name], tmp_path / 'damaged')
@@ -179,43 +168,30 @@ def test_json_that_says_something_else(server, world, sources, tmp_path, name, f
   say()
 
 
-@pytest.mark.parametrize(
-  'outside', ['../../etc/passwd', '/etc/passwd', 'code/../../x', '..', 'a\\b/c']
-)
+@pytest.mark.parametrize('outside', ['../../etc/passwd', '/etc/passwd', 'code/../../x'])
 def test_no_manifest_leads_out_of_its_folder(server, world, tmp_path, outside):
   """Names in them are plain; a link that lies there is the user's own, and is followed."""
   data = shutil.copytree(world.data, tmp_path / 'data')
   manifest = json.loads((data / 'manifest.json').read_text())
-  shard = ('domains', 'code', 'train', 'shards', 0, 'name')
-  renamed = {**manifest, 'domains': {outside: manifest['domains']['code']}}
   for facts in (
-    changed(manifest, shard, outside),
+    changed(manifest, ('domains', 'code', 'train', 'shards', 0, 'name'), outside),
     changed(manifest, ('tokenizer', 'file'), outside),
-    renamed,
+    {**manifest, 'domains': {outside: manifest['domains']['code']}},
   ):
     (data / 'manifest.json').write_text(json.dumps(facts))
     outcome = server.run('evaluate', f'--data={data}', f'--checkpoint={world.dense}')
     assert outcome.check('manifest.json').status == 2
   hf = shutil.copytree(world.hf_shards, tmp_path / 'hf')
-  index = json.loads((hf / 'model.safetensors.index.json').read_text())
-  name = next(iter(index['weight_map']))
-  (hf / 'model.safetensors.index.json').write_text(
-    json.dumps(changed(index, ('weight_map', name), f'{outside}.safetensors'))
-  )
+  index = hf / 'model.safetensors.index.json'
+  facts = json.loads(index.read_text())
+  name = ('weight_map', next(iter(facts['weight_map'])))
+  index.write_text(json.dumps(changed(facts, name, f'{outside}.safetensors')))
   outcome = server.run('convert import-hf', f'--input={hf}', f'--output={tmp_path}/output')
   assert outcome.check('model.safetensors.index.json').status == 2
   sums = shutil.copytree(world.dense, tmp_path / 'dense') / 'checksums' / 'crc32.json'
   listed = json.loads(sums.read_text())
-  sums.write_text(json.dumps({f'params/{outside}': value for value in listed.values()}))
+  sums.write_text(json.dumps(listed | {f'params/{outside}': [0, 0]}))
   assert server.run('convert inspect', str(tmp_path / 'dense')).check().status == 2
-  for name in ('/dev/zero', 'meta/../../../../../../../../dev/zero'):
-    sums.write_text(json.dumps(listed | {name: [0, 0]}))
-    outcome = server.run('convert inspect', str(tmp_path / 'dense'))
-    assert outcome.check('leads out of the checkpoint').status == 2
-  (tmp_path / 'dense' / 'meta' / 'a pipe').symlink_to('/dev/zero')
-  sums.write_text(json.dumps(listed | {'meta/a pipe': [0, 0]}))
-  outcome = server.run('convert inspect', str(tmp_path / 'dense'))
-  assert outcome.check('is not a file').status == 2
 
 
 def test_a_newer_format(server, world, tmp_path):
@@ -224,19 +200,16 @@ def test_a_newer_format(server, world, tmp_path):
   data = shutil.copytree(world.data, tmp_path / 'data')
   for file in (dense / 'meta' / 'metadata', data / 'manifest.json'):
     facts = json.loads(file.read_text())
-    file.write_text(json.dumps(facts | {'format': 2, 'unheard_of': 1}))
-  lines = [
+    file.write_text(json.dumps(facts | {'format': facts['format'] + 1, 'unheard_of': 1}))
+  for command, line in [
     ('convert inspect', [str(dense)]),
-    ('convert export-hf', [f'--checkpoint={dense}', f'--output={tmp_path}/output']),
     ('convert upcycle', [f'--from={dense}', f'--from={world.other}', '--method=btx', '--output=o']),
     ('generate', [f'--checkpoint={dense}', '--prompt=x']),
-    ('evaluate', [f'--checkpoint={dense}', f'--data=code={world.text}/code']),
     ('evaluate', [f'--checkpoint={world.dense}', f'--data={data}']),
     ('main', [f'--config={world.recipe}', f'--config.data.path={data}', '--workdir=w']),
-  ]
-  for command, line in lines:
+  ]:
     outcome = server.run(command, *line, folder=tmp_path).check('upgrade bam_jax')
-    assert outcome.status == 2 and 'format 2' in outcome.sentence
+    assert outcome.status == 2 and 'format ' in outcome.sentence
 
 
 def header(facts, length: int | None = None, values: bytes = bytes(64)) -> bytes:
@@ -247,13 +220,8 @@ def header(facts, length: int | None = None, values: bytes = bytes(64)) -> bytes
 TENSOR = {'dtype': 'F32', 'shape': [2, 4], 'data_offsets': [0, 32]}
 SAFETENSORS = {
   'nothing': b'',
-  'half a length': b'\1\0\0',
   'no header': header(b''),
-  'no object': header([1]),
   'length past the file': header({'x': TENSOR}, 10**6),
-  'length past any file': header({'x': TENSOR}, 2**64 - 1),
-  'length of a GiB': header({'x': TENSOR}, 2**30),
-  'a header of 90 MB': header(b'{"' + b'x' * 90_000_000 + b'": 1}'),
   'deep': header(b'{"x":' + b'[' * 10**6 + b']' * 10**6 + b'}'),
   'values past the file': header(
     {'x': TENSOR | {'shape': [10**6, 4], 'data_offsets': [0, 16 * 10**6]}}
@@ -261,11 +229,9 @@ SAFETENSORS = {
   'offsets backwards': header({'x': TENSOR | {'data_offsets': [32, 0]}}),
   'offsets that overlap': header({'x': TENSOR, 'y': TENSOR}),
   'another size': header({'x': TENSOR | {'shape': [3, 4]}}),
-  'a negative shape': header({'x': TENSOR | {'shape': [-2, -4]}}),
   'a shape that overflows': header(
     {'x': TENSOR | {'shape': [2**62, 2**62], 'data_offsets': [0, 0]}}
   ),
-  'nothing in a shape': header({'x': TENSOR | {'shape': [0], 'data_offsets': [0, 0]}}),
   'integers': header({'x': TENSOR | {'dtype': 'I32'}}),
   'no such dtype': header({'x': TENSOR | {'dtype': 'O'}}),
   'a name twice': header(b'{"x":%s,"x":%s}' % ((json.dumps(TENSOR).encode(),) * 2)),

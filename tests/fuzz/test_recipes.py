@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import typing
 from collections.abc import Iterator, Mapping
 
@@ -23,25 +22,19 @@ FILES = {
   'empty': b'',
   'no_function': b'x = 1\n',
   'no_python': b'def get_config(:\n',
-  'null_bytes': b'x = 1\n\0\n',
   'latin': b'# \xe9\n',
   'binary': bytes(range(256)),
   'raises': b'def get_config():\n  return 1 / 0\n',
   'raises_at_once': b'raise ValueError("two\\nlines")\n',
   'wants_a_file': b'def get_config():\n  return open("/nowhere")\n',
-  'wants_memory': b'def get_config():\n  return b"x" * 2**40\n',
   'recurses': b'def get_config():\n  return get_config()\n',
   'wants_an_argument': b'def get_config(size):\n  return int(size)\n',
   'returns_nothing': b'def get_config():\n  pass\n',
   'returns_a_dict': b'def get_config():\n  return {"name": "x"}\n',
-  'returns_a_number': b'def get_config():\n  return 3\n',
   'is_no_function': b'get_config = 3\n',
   'imports_nothing': b'import nowhere\n',
 }
-LITERALS = [
-  '', 'x', '-1', '0', '1', '-0.5', '1e30', 'nan', 'inf', str(2**31), str(2**63), 'True', 'None',
-  '[]', '(1,)', '{}', '{"x": 1}', '\x1b', 'x' * 3000,
-]  # fmt: skip
+LITERALS = ['', 'x', '-1', '1', '0.5', 'nan', str(2**63), 'True', 'None', '[]', '{"x": 1}', '\x1b']
 
 
 @pytest.mark.parametrize('name', FILES)
@@ -57,9 +50,8 @@ def test_a_recipe_that_is_none(server, tmp_path, name):
 
 def test_a_recipe_that_is_not_there(server, tmp_path):
   (tmp_path / 'loop.py').symlink_to('loop.py')
-  os.mkfifo(tmp_path / 'pipe.py')
-  paths = [tmp_path, tmp_path / 'nowhere.py', tmp_path / 'loop.py', tmp_path / 'pipe.py']
-  for path in [*paths, '/dev/zero', '/dev/full', '', ' ', 'x' * 5000]:
+  paths = [tmp_path, tmp_path / 'nowhere.py', tmp_path / 'loop.py', '/dev/zero', '', 'x' * 5000]
+  for path in paths:
     for more in ([], ['--config.seed=1']):
       outcome = server.run('account', f'--config={path}', *more)
       assert outcome.check('--config=', str(path)[:100]).status == 2
@@ -112,6 +104,7 @@ def test_every_key_is_found():
   assert len(found) > 90
 
 
+@pytest.mark.slow
 def test_any_value_of_any_key(server, recipe_dict, tmp_path):
   """As the recipe says it, which may be of any type."""
   plain = config.to_dict(config.parse(recipe_dict))
@@ -129,9 +122,11 @@ def test_any_value_of_any_key(server, recipe_dict, tmp_path):
     values.BRIEF(given(st.just(key), values.ODD)(give))()
 
 
-@pytest.mark.slow
-def test_any_value_of_any_key_on_the_command_line(server, world):
-  for key in keys():
+@pytest.mark.parametrize(
+  'section', [*(pytest.param(s, marks=pytest.mark.slow) for s in ('model', 'runs')), 'data', 'seed']
+)
+def test_any_value_of_any_key_on_the_command_line(server, world, section):
+  for key in (key for key in keys() if key.path[0] == section):
     path = '.'.join(of_kind(key.path))
     for value in LITERALS:
       line = f'--config={world.recipe}', f'--config.{path}={value}', '--run=nowhere'
@@ -146,6 +141,7 @@ REFUSED = {  # past what any machine holds
 FRACTIONS = {
   f'runs.seed.{key}' for key in ('schedule.min_lr_ratio', 'optimizer.b1', 'optimizer.b2')
 }
+REFUSED_LATE = sorted(REFUSED - {'runs.seed.batch_size'})
 SIZES = REFUSED | {'seed', 'runs.seed.compute.unroll', 'runs.seed.guard.window'}  # of 32 bits
 
 
@@ -173,7 +169,9 @@ def test_numbers_at_their_limits_train(server, world, tmp_path, high):
   assert server.run('main', *line, seconds=120).check().status == 0
 
 
-@pytest.mark.parametrize('key', sorted(REFUSED))
+@pytest.mark.parametrize(
+  'key', ['runs.seed.batch_size', *(pytest.param(k, marks=pytest.mark.slow) for k in REFUSED_LATE)]
+)
 def test_sizes_past_any_machine_are_refused(server, world, tmp_path, key):
   line = world.line('main', tmp_path / 'w')
   line += [f'--config.{key}={2**31 - 1}', f'--config.runs.seed.tokens={2**62}']
@@ -181,16 +179,11 @@ def test_sizes_past_any_machine_are_refused(server, world, tmp_path, key):
   assert outcome.status == 2 and not (tmp_path / 'w' / 'seed').exists()
 
 
-@pytest.mark.parametrize(
-  'flag',
-  [
-    '--config.', '--config.=1', '--config..=1', '--config.x=1', '--config.runs=1',
-    '--config.runs.=1', '--config.runs.seed=1', '--config.runs.seed.tokens.x=1',
-    '--config.runs[0]=1', '--config.seed',
-    '--config.runs.seed.data={"x": -1}', '--config.seed[0]=1', '--config.model.__class__=1',
-    '--config.\x1b=1', '--config.' + 'x' * 5000, '--config.evaluation.domains=[',
-    '--config.evaluation.domains=(1,(2,', '--noconfig.seed',
-  ],
-)  # fmt: skip
+@pytest.mark.parametrize('flag', [
+  '--config.', '--config.=1', '--config.x=1', '--config.runs=1', '--config.runs.seed=1',
+  '--config.runs.seed.tokens.x=1', '--config.runs[0]=1', '--config.seed',
+  '--config.runs.seed.data={"x": -1}', '--config.model.__class__=1', '--config.\x1b=1',
+  '--config.' + 'x' * 5000, '--config.evaluation.domains=(1,(2,', '--noconfig.seed',
+])  # fmt: skip
 def test_a_flag_that_names_no_key(server, world, flag):
   server.run('account', f'--config={world.recipe}', flag, '--run=nowhere').check()
