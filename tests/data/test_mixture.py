@@ -10,13 +10,8 @@ from hypothesis import strategies as st
 from bam_jax.data import mixture
 from bam_jax.errors import UserError
 
-ARRAYS = {
-  'tokens': np.int32,
-  'targets': np.int32,
-  'segments': np.int32,
-  'positions': np.int32,
-  'weights': np.float32,
-}
+ARRAYS = dict.fromkeys(('tokens', 'targets', 'segments', 'positions'), np.int32)
+ARRAYS['weights'] = np.float32
 
 
 class Documents:
@@ -62,7 +57,7 @@ def same(left, right):
   return left.keys() == right.keys() and all(np.array_equal(left[k], right[k]) for k in left)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
   lengths=st.lists(st.integers(2, 20), min_size=1, max_size=12),
   sequence_length=st.integers(1, 25),
@@ -79,7 +74,7 @@ def test_every_pair_once(lengths, sequence_length, seed):
   assert all((item['segments'] > 0).all() for item in items[:-1])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
   lengths=st.lists(st.integers(2, 9), min_size=1, max_size=9), sequence_length=st.integers(2, 20)
 )
@@ -99,16 +94,6 @@ def test_segments_and_positions(lengths, sequence_length):
       pieces[-1] = (pieces[-1][0], position + 1)
     padding = item['segments'] == 0
     assert np.array_equal(padding, np.sort(padding))
-
-
-def test_seed_orders_documents():
-  documents = Documents([5] * 20)
-  in_order, shuffled, again, other = (
-    mixture.PackedSequences(documents, 99, seed)[0]['tokens'] for seed in (None, 1, 1, 2)
-  )
-  assert np.array_equal(in_order, np.arange(1, 100))
-  assert np.array_equal(shuffled, again)
-  assert not np.array_equal(shuffled, in_order) and not np.array_equal(shuffled, other)
 
 
 def test_an_epoch_is_each_sequence_once_and_the_next_is_shuffled_anew():
@@ -152,14 +137,10 @@ def test_a_domain_keeps_its_order_when_others_change():
   assert np.array_equal(from_law, alone[0]['tokens'])
 
 
-def test_seed_changes_the_batches():
-  assert same(make()[5], make()[5])
-  assert not same(make()[5], make(seed=8)[5])
-
-
 @pytest.mark.parametrize('processes', [1, 2, 4])
 def test_processes_join_to_the_same_batch(processes):
   whole = make()
+  assert same(whole[5], make()[5]) and not same(whole[5], make(seed=8)[5])
   parts = [make(process_index=i, process_count=processes) for i in range(processes)]
   for step in (0, 1, 17, 1_000_000):
     batches = [part[step] for part in parts]
@@ -214,14 +195,9 @@ def test_heldout_counts_every_target_once(lengths, sequence_length, processes):
   assert all({k: v.dtype for k, v in b.items()} == ARRAYS for b in everything)
   assert pairs(everything) == documents.pairs()
   assert sum(b['weights'].sum() for b in everything) == sum(lengths) - len(lengths)
-
-
-def test_heldout_keeps_the_order_and_pads_the_end():
-  first, last = mixture.heldout(Documents([6, 7]), sequence_length=4, batch_size=2)
-  assert np.array_equal(first['tokens'], [[1, 2, 3, 4], [5, 6, 7, 8]])
-  assert np.array_equal(first['weights'], [[1, 1, 1, 1], [1, 0, 1, 1]])
-  assert np.array_equal(last['tokens'], [[9, 10, 11, 12], [0, 0, 0, 0]])
-  assert np.array_equal(last['segments'], [[1, 1, 1, 1], [0, 0, 0, 0]])
+  if processes == 1:
+    tokens = np.concatenate([batch['tokens'].ravel() for batch in everything])
+    assert np.array_equal(tokens[: sum(lengths) - 1], np.arange(1, sum(lengths))), 'in order'
 
 
 @pytest.mark.parametrize(

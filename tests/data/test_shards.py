@@ -116,11 +116,6 @@ def test_shards_do_not_depend_on_the_pieces(tmp_path, lengths, cuts, shard_token
   assert len(list(folder.iterdir())) == 3 * len(wanted)
 
 
-def test_token_dtype():
-  assert shards.token_dtype(2**16) == np.uint16
-  assert shards.token_dtype(2**16 + 1) == np.uint32
-
-
 def test_unknown_domain_and_split(made):
   dataset = open_dataset(made)
   with pytest.raises(UserError, match="has no domain 'code': it has law"):
@@ -172,11 +167,16 @@ def test_ends_must_divide_the_tokens(copy):
       open_dataset(copy)
 
 
-def test_tokenizer_must_be_the_same(copy):
+def test_tokenizer_and_manifest_must_be_there(copy):
   path = copy / 'tokenizer.json'
   path.write_text(path.read_text() + '\n')
   with pytest.raises(UserError, match='tokenizer.json is missing or not the tokenizer of'):
     open_dataset(copy)
+  (copy / 'manifest.json').write_text('{"format": 1')
+  with pytest.raises(UserError, match='manifest.json cannot be read'):
+    open_dataset(copy)
+  with pytest.raises(UserError, match='is not a prepared dataset .*bam_jax.prepare'):
+    open_dataset(copy / 'law')
 
 
 def shard(manifest):
@@ -199,12 +199,4 @@ def shard(manifest):
 def test_damaged_manifest(copy, change, sentence):
   edit_manifest(copy, change)
   with pytest.raises(UserError, match=f'manifest.json {sentence}'):
-    open_dataset(copy)
-
-
-def test_no_manifest(tmp_path, copy):
-  with pytest.raises(UserError, match='is not a prepared dataset .*bam_jax.prepare'):
-    open_dataset(tmp_path / 'gone')
-  (copy / 'manifest.json').write_text('{"format": 1')
-  with pytest.raises(UserError, match='manifest.json cannot be read'):
     open_dataset(copy)

@@ -1,23 +1,13 @@
 """Recipes that are no recipes, and every key of a recipe with values of all kinds."""
 
 import dataclasses
-import json
 import typing
 from collections.abc import Iterator, Mapping
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bam_jax import config
-from tests.fuzz import values
 
-FROM_JSON = (
-  'import json\n'
-  'from ml_collections import ConfigDict\n'
-  'def get_config(path):\n'
-  '  return ConfigDict(json.load(open(path)), convert_dict=True)\n'
-)
 FILES = {
   'empty': b'',
   'no_function': b'x = 1\n',
@@ -80,15 +70,6 @@ def keys(cls: type = config.Recipe, above: tuple[str, ...] = ()) -> Iterator[Key
       yield from keys(section, path)
 
 
-def put(recipe: dict, path: tuple[str, ...], value) -> None:
-  """Sets a key; groups above it are made where there are none."""
-  for name in path[:-1]:
-    if not isinstance(recipe.get(name), dict):
-      recipe[name] = {}
-    recipe = recipe[name]
-  recipe[path[-1]] = value
-
-
 def of_kind(path: tuple[str, ...]) -> tuple[str, ...]:
   """The same key of a run that has it."""
   kind = {'upcycle': 'btx', 'run': 'code'}.get(
@@ -102,24 +83,6 @@ def test_every_key_is_found():
   assert {'seed', 'model.ffn_experts.top_k', 'runs.seed.init.upcycle.weights'} <= found
   assert {'data.prepare.input', 'runs.seed.data.general', 'runs.seed.watch.stall_seconds'} <= found
   assert len(found) > 90
-
-
-@pytest.mark.slow
-def test_any_value_of_any_key(server, recipe_dict, tmp_path):
-  """As the recipe says it, which may be of any type."""
-  plain = config.to_dict(config.parse(recipe_dict))
-  plain['data']['path'] = 'nowhere'
-  (tmp_path / 'recipe.py').write_text(FROM_JSON)
-
-  def give(key: Key, value) -> None:
-    recipe = json.loads(json.dumps(plain))
-    put(recipe, of_kind(key.path), value)
-    (tmp_path / 'recipe.json').write_text(json.dumps(recipe))
-    line = f'--config={tmp_path}/recipe.py:{tmp_path}/recipe.json', '--run=nowhere'
-    server.run('account', *line).check('config', key.path[-1], '--run')
-
-  for key in keys():
-    values.BRIEF(given(st.just(key), values.ODD)(give))()
 
 
 @pytest.mark.parametrize(

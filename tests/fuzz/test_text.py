@@ -3,13 +3,10 @@
 import gzip
 import json
 
-import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pyarrow import parquet
 
-from bam_jax.data import documents
 from tests.fuzz import values
 from tests.hf import folders
 
@@ -51,35 +48,6 @@ def test_any_encoding(server, tmp_path, encoding):
     assert outcome.status == 2 or encoding in ('utf-7', 'utf-8-sig')
 
 
-@pytest.mark.parametrize('line', [
-  '[]', '3', 'null', '{}', '{"text": null}', '{"text": ["x"]}', '{"text": "x"', '{"text": NaN}',
-  '{"text": "\\ud800"}', '{"text": "x"} {"text": "y"}', '[' * 100_000, '\0', '{"text": "\0"}',
-  '{"text": "x", "n": ' + '1' * 5000 + '}',
-])  # fmt: skip
-def test_json_lines_that_are_none(server, tmp_path, line):
-  good = json.dumps({'text': 'fine'})
-  outcome = prepare(server, tmp_path, 'a.jsonl', f'{good}\n{line}\n'.encode())
-  assert outcome.check('a.jsonl, line 2').status == 2
-
-
-def test_parquet_of_other_things(server, tmp_path):
-  (tmp_path / 'x').mkdir()
-  path = tmp_path / 'x' / 'a.parquet'
-  odd = {
-    'numbers': pyarrow.table({'text': [1, 2]}),
-    'nothing': pyarrow.table({'text': pyarrow.array([], pyarrow.string())}),
-    'nulls': pyarrow.table({'text': pyarrow.array([None, 'x'], pyarrow.string())}),
-    'bytes': pyarrow.table({'text': [b'\xff\xfe']}),
-    'lists': pyarrow.table({'text': [['x']]}),
-    'other columns': pyarrow.table({'text\x1b[31m': ['x']}),
-    'a large text': pyarrow.table({'text': ['x' * (documents.DOCUMENT_BYTES + 1)]}),
-  }
-  for name, table in odd.items():
-    parquet.write_table(table, path)
-    line = f'--input=x={path}', f'--output={tmp_path}/{name}', '--train_tokenizer=300'
-    assert server.run('prepare', *line).check('a.parquet').status == 2, name
-
-
 def test_a_prompt_of_no_tokens(server, world, tmp_path):
   (tmp_path / 'p.txt').write_text('\n \n')
   line = f'--checkpoint={world.dense}', '--max_new_tokens=1'
@@ -117,16 +85,3 @@ def test_prompts_in_any_encoding(server, tmp_path, encoding, name):
   outcome = server.run('generate', '--checkpoint=nowhere', f'--prompts={tmp_path}/{name}')
   assert outcome.check(name, 'nowhere').status == 2
   assert (name in outcome.sentence) != (encoding in ('utf-8-sig', 'utf-7')), outcome.sentence
-
-
-@pytest.mark.slow
-def test_prompts_of_any_bytes(server, tmp_path):
-  @values.LONG
-  @given(st.binary(max_size=60) | values.ODD.map(lambda odd: json.dumps({'prompt': odd}).encode()))
-  def try_one(content):
-    for name in ('p.txt', 'p.jsonl'):
-      (tmp_path / name).write_bytes(content)
-      outcome = server.run('generate', '--checkpoint=nowhere', f'--prompts={tmp_path}/{name}')
-      assert outcome.check(name, 'nowhere').status == 2
-
-  try_one()
