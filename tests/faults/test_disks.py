@@ -39,7 +39,7 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_training(text, undis
 
 @pytest.mark.slow
 def test_a_report_that_finds_no_room(disk, undisturbed):
-  workdir = disk(60)
+  workdir = disk(32)
   (workdir / 'seed').mkdir()
   for name in ('result.json', 'metrics.jsonl'):
     shutil.copy(undisturbed / 'seed' / name, workdir / 'seed')
