@@ -13,11 +13,11 @@ from tests.model import oracle
 
 @pytest.fixture(scope='session')
 def start(models):
-  """The function name -> parameters of a model, float32."""
+  """The function (name, seed) -> parameters of a model, float32."""
 
   @functools.cache
-  def make(name: str) -> dict:
-    params = oracle.random_params(models[name], np.random.default_rng(1))
+  def make(name: str, seed: int = 1) -> dict:
+    params = oracle.random_params(models[name], np.random.default_rng(seed))
     return oracle.map_leaves(lambda x: x.astype(np.float32), params)
 
   return make
@@ -27,21 +27,14 @@ def start(models):
 def saved(models, start, dataset, tmp_path_factory):
   """The function name -> the folder of a checkpoint of that model."""
   folder = tmp_path_factory.mktemp('saved')
-  sources = ('general', 'code', 'law', 'math')
 
   @functools.cache
   def make(name: str) -> str:
-    mixture = models[name].ffn_experts is not None
-    return str(
-      write_checkpoint(
-        folder / name,
-        models[name],
-        start(name),
-        dataset.tokenizer(),
-        sources=sources if mixture else (),
-        method=name if mixture else None,
-      )  # fmt: skip
-    )
+    facts = {}
+    if models[name].ffn_experts:
+      facts = dict(sources=('general', 'code', 'law', 'math'), method=name)
+    tokenizer = dataset.tokenizer()
+    return str(write_checkpoint(folder / name, models[name], start(name), tokenizer, **facts))
 
   return make
 

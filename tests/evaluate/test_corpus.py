@@ -63,13 +63,6 @@ def test_options(files, dataset):
   assert all(len(d.byte_counts) == len(d.documents(dataset.tokenizer())) == 3 for d in prepared)
 
 
-def test_a_dataset_of_another_tokenizer(dataset):
-  (first, *_) = corpus.read([str(dataset.path)], 'valid', 'text', None)
-  first.check(dataset.tokenizer(), 'DIR')
-  with pytest.raises(UserError, match=r'another tokenizer than that of DIR: give the text, --data'):
-    first.check(Tokenizer.train(TEXTS, 258), 'DIR')
-
-
 MISTAKES = {
   'nothing': ([], '--data=PREPARED_FOLDER or --data=DOMAIN=FILE is required'),
   'no domain': (['{}/law.jsonl'], 'write --data=DOMAIN={}/law.jsonl'),
@@ -84,7 +77,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize('name', MISTAKES)
-def test_mistakes(files, name):
+def test_mistakes(files, dataset, name):
   (files / 'empty.jsonl').write_text('{"text": ""}\n', encoding='utf-8')
   (files / 'bad.jsonl').write_text('{"text": "\n', encoding='utf-8')
   (files / 'law.bin').write_bytes(b'x')
@@ -94,8 +87,5 @@ def test_mistakes(files, name):
   with pytest.raises(UserError) as caught:
     corpus.read([item.format(files) for item in given], 'valid', 'text', None)
   assert sentence.format(files) in str(caught.value)
-
-
-def test_no_such_split(dataset):
   with pytest.raises(UserError, match="no split 'test' of the domain code: it has train, valid"):
     corpus.read([str(dataset.path)], 'test', 'text', None)

@@ -17,59 +17,45 @@ from bam_jax.evaluate.scorer import Routed, Scorer
 EXPERTS = ['general', 'code', 'law', 'general']  # as with a copy of the first source
 
 
-def routed(rng, layers=2, tokens=9, top_k=0) -> Routed:
-  gates = rng.dirichlet([0.5] * 4, (layers, tokens))
+def routed(rng, tokens, top_k=0) -> Routed:
+  """Two layers; one gate in ten is 0."""
+  gates = rng.dirichlet([0.5] * 4, (2, tokens)) * (rng.random((2, tokens, 4)) < 0.9)
   load = gates if not top_k else np.zeros_like(gates)
-  for place in np.ndindex(layers, tokens if top_k else 0):
+  for place in np.ndindex(2, tokens if top_k else 0):
     load[place][np.argsort(-gates[place])[:top_k]] = 1 / top_k
   return Routed(gates.astype(np.float32), load.astype(np.float32))
 
 
-def test_sums_over_windows():
-  rng = np.random.default_rng(0)
-  record, parts = routing.Record(), []
-  for number, tokens in enumerate((9, 4, 6)):
-    parts.append(
-      {'attention': routed(rng, tokens=tokens), 'ffn': routed(rng, tokens=tokens, top_k=2)}
-    )
-    record.add(number, number, parts[-1])
-  assert record.tokens == 19
-  names = {'attention': EXPERTS, 'ffn': EXPERTS}
-  facts = record.facts('general', names)
-  for router in ('attention', 'ffn'):
-    gates = np.concatenate([part[router].gate_LTE for part in parts], axis=1).astype(float)
-    loads = np.concatenate([part[router].load_LTE for part in parts], axis=1).astype(float)
-    np.testing.assert_allclose(facts[router]['gate'], gates.mean(1), rtol=1e-6)
-    np.testing.assert_allclose(facts[router]['load'], loads.mean(1), rtol=1e-6)
-    entropy = [np.mean([-sum(g * np.log(g) for g in token) for token in layer]) for layer in gates]
-    np.testing.assert_allclose(facts[router]['entropy'], entropy, rtol=1e-5)
-    own = loads.mean(1)[:, 0] + loads.mean(1)[:, 3]
-    np.testing.assert_allclose(facts[router]['own_share'], own, rtol=1e-6)
-  assert record.facts('math', names)['ffn']['own_share'] is None
-
-
-def test_the_first_tokens_of_the_first_documents(monkeypatch):
+def test_sums_over_windows(monkeypatch):
   monkeypatch.setattr(routing, 'SHOWN_TOKENS', 11)
   rng = np.random.default_rng(0)
-  parts = [{'ffn': routed(rng, tokens=tokens)} for tokens in (5, 5, 5)]
+  parts = [{'attention': routed(rng, n), 'ffn': routed(rng, n, top_k=2)} for n in (9, 4, 6)]
   record = routing.Record()
-  for number in (2, 0, 1):
+  for number in (2, 0, 1):  # windows of one document, in any order
     record.add(1, 7 + number, parts[number])
-  joined = np.concatenate([part['ffn'].gate_LTE for part in parts], axis=1)
-  np.testing.assert_array_equal(record.shown(1)['ffn'].gate_LTE, joined[:, :11])
+  assert record.tokens == 19
+  facts = record.facts('general', {'attention': EXPERTS, 'ffn': EXPERTS})
+  for router in ('attention', 'ffn'):
+    gates, loads = (np.concatenate([part[router][i] for part in parts], axis=1) for i in (0, 1))
+    np.testing.assert_array_equal(record.shown(1)[router].gate_LTE, gates[:, :11])
+    gates, loads = gates.astype(float), loads.astype(float)
+    np.testing.assert_allclose(facts[router]['gate'], gates.mean(1), rtol=1e-6)
+    np.testing.assert_allclose(facts[router]['load'], loads.mean(1), rtol=1e-6)
+    logs = np.log(np.where(gates > 0, gates, 1))
+    np.testing.assert_allclose(facts[router]['entropy'], -(gates * logs).sum(-1).mean(1), rtol=1e-5)
+    own = loads.mean(1)[:, 0] + loads.mean(1)[:, 3]
+    np.testing.assert_allclose(facts[router]['own_share'], own, rtol=1e-6)
+  assert record.facts('math', {'attention': EXPERTS, 'ffn': EXPERTS})['ffn']['own_share'] is None
 
 
-def test_a_gate_of_zero_has_no_entropy():
-  gates = np.zeros((1, 3, 4), np.float32)
-  gates[..., 1] = 1
-  record = routing.Record()
-  record.add(0, 0, {'ffn': Routed(gates, gates)})
-  assert record.facts('law', {'ffn': EXPERTS})['ffn']['entropy'] == [0.0]
-
-
-def test_the_strongest_of_those_visited():
-  gates = np.array([[[0.1, 0.6, 0.3]]], np.float32)
-  biased = np.array([[[0.5, 0.0, 0.5]]], np.float32)  # a bias kept the largest gate out
+def test_a_token_counts_once_and_where_it_went(saved, documents):
+  """Where windows overlap, too; and the largest gate may be one that a bias kept out."""
+  scorer, record = Scorer(saved('bam_kv_experts')), routing.Record()
+  pieces = [w for tokens in documents for w in windows.cut(tokens, scorer.length, 7)]
+  for number, scored in scorer.score(pieces, routing=True):
+    record.add(number, number, scored.routing)
+  assert record.tokens == sum(len(tokens) - 1 for tokens in documents)
+  gates, biased = np.array([[[[0.1, 0.6, 0.3]]], [[[0.5, 0.0, 0.5]]]], np.float32)
   expert, gate = routing.strongest(Routed(gates, biased))
   assert expert.tolist() == [[2]] and gate.item() == np.float32(0.3)
 
@@ -81,15 +67,6 @@ def test_names_of_experts(models, saved):
   unknown = dataclasses.replace(meta, sources=())
   assert routing.expert_names(unknown)['ffn'] == ['0', '1', '2', '3']
   assert routing.expert_names(checkpoint.read_meta(saved('dense'))) == {}
-
-
-def test_a_token_counts_once(saved, documents):
-  """Where windows overlap, too."""
-  scorer, record = Scorer(saved('bam_kv_experts')), routing.Record()
-  pieces = [w for tokens in documents for w in windows.cut(tokens, scorer.length, 7)]
-  for number, scored in scorer.score(pieces, routing=True):
-    record.add(number, number, scored.routing)
-  assert record.tokens == sum(len(tokens) - 1 for tokens in documents)
 
 
 @pytest.fixture(scope='module')

@@ -9,6 +9,7 @@ import pytest
 
 from bam_jax import config
 from bam_jax.data import mixture
+from bam_jax.errors import UserError
 from bam_jax.evaluate import windows
 from bam_jax.evaluate.scorer import Scorer
 from bam_jax.parallel import sharding
@@ -102,6 +103,23 @@ def test_no_model_changes_a_bit(saved, pieces, alone, name, dtype, shape):
     np.testing.assert_array_equal(a, b)
 
 
+def test_bfloat16_is_near(saved, pieces, alone):
+  low = exact(Scorer(saved('bam_kv_experts'), 'bfloat16'), pieces)
+  total = [sum(x[: len(x) // 2].sum() for x in scores) for scores in (low, alone('bam_kv_experts'))]
+  assert total[0] != total[1]
+  np.testing.assert_allclose(*total, rtol=1e-2)
+
+
+def test_weights_are_cut(saved):
+  scorer = Scorer(saved('btx'), 'bfloat16', config.Mesh(data=2, fsdp=2, expert=2))
+  assert dict(scorer._mesh.shape) == {'data': 2, 'fsdp': 4, 'expert': 1, 'tensor': 1}
+  up = scorer._params['blocks']['ffn']['up']
+  assert up.addressable_shards[0].data.size * 4 == up.size and up.dtype == 'bfloat16'
+  assert scorer._params['blocks']['ffn']['router'].dtype == 'float32'
+  with pytest.raises(UserError, match=r'--mesh cuts .* into 3 parts'):
+    Scorer(saved('dense'), mesh=config.Mesh(fsdp=3))
+
+
 def test_groups_of_an_accelerator(saved, pieces, alone, monkeypatch):
   """Rows beside each other: near what they are alone, and exact whatever the mesh and the batch."""
   monkeypatch.setattr(windows, 'GROUP_TOKENS', 4 * LENGTH)
@@ -113,21 +131,6 @@ def test_groups_of_an_accelerator(saved, pieces, alone, monkeypatch):
   for a, b, single in zip(*found, alone('bam_kv_experts')):
     np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose(a, single, rtol=1e-5, atol=2e-5)
-
-
-def test_weights_are_cut(saved):
-  scorer = Scorer(saved('btx'), 'bfloat16', config.Mesh(data=2, fsdp=2, expert=2))
-  assert dict(scorer._mesh.shape) == {'data': 2, 'fsdp': 4, 'expert': 1, 'tensor': 1}
-  up = scorer._params['blocks']['ffn']['up']
-  assert up.addressable_shards[0].data.size * 4 == up.size and up.dtype == 'bfloat16'
-  assert scorer._params['blocks']['ffn']['router'].dtype == 'float32'
-
-
-def test_bfloat16_is_near(saved, pieces, alone):
-  low = exact(Scorer(saved('bam_kv_experts'), 'bfloat16'), pieces)
-  total = [sum(x[: len(x) // 2].sum() for x in scores) for scores in (low, alone('bam_kv_experts'))]
-  assert total[0] != total[1]
-  np.testing.assert_allclose(*total, rtol=1e-2)
 
 
 @pytest.fixture(scope='module')
@@ -191,9 +194,3 @@ def test_loglikelihoods(models, saved, start):
   assert found[-1][1] and not found[3][1]
   with pytest.raises(ValueError, match='Request 1 has no context'):
     Scorer(saved('dense')).loglikelihoods([([1], [2]), ([], [2])])
-
-
-def test_meshes_that_a_model_does_not_fit(saved):
-  with pytest.raises(Exception, match=r'--mesh cuts .* into 3 parts') as caught:
-    Scorer(saved('dense'), mesh=config.Mesh(fsdp=3))
-  assert type(caught.value).__name__ == 'UserError'

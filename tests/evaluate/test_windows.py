@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from bam_jax.evaluate import windows
 from bam_jax.evaluate.windows import Window
 
-sizes = st.integers(1, 40)
+SIZES = st.integers(1, 40)
 
 
-@hypothesis.given(count=st.integers(2, 200), length=sizes, stride=sizes, data=st.data())
+@hypothesis.given(count=st.integers(2, 200), length=SIZES, stride=SIZES, data=st.data())
 def test_each_token_is_scored_once_and_in_order(count, length, stride, data):
   stride = min(stride, length)
   first = data.draw(st.integers(1, count - 1))
@@ -29,14 +29,11 @@ def test_each_token_is_scored_once_and_in_order(count, length, stride, data):
   assert cut[0].tokens[0] == max(0, min(first - 1, count - length - 1))
 
 
-def test_a_document_that_fits_is_one_window():
+def test_what_fits_and_what_gives_way():
   (window,) = windows.cut(np.arange(9), 8, 3)
   assert window.first == 1 and len(window.tokens) == 9
   assert len(list(windows.cut(np.arange(10), 8, 3))) == 2
-
-
-def test_a_context_gives_way_to_its_continuation():
-  (window,) = windows.cut(np.arange(20), 8, 8, first=16)
+  (window,) = windows.cut(np.arange(20), 8, 8, first=16)  # a context, for its continuation
   assert window.tokens.tolist() == list(range(11, 20)) and window.first == 5
 
 
