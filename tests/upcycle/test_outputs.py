@@ -97,9 +97,16 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('method, name', [
-  *((method, name) for method in METHODS[:4] for name in OPTIONS), ('average', 'weighted')
-])  # fmt: skip
+FAST = [
+  ('bam_kv_experts', 'everything'), ('bam_shared_kv', 'copies'), ('btx', 'zero'),
+  ('sparse', 'everything'), ('average', 'weighted'),
+]  # fmt: skip
+REST = [(method, name) for method in METHODS[:4] for name in OPTIONS if (method, name) not in FAST]
+
+
+@pytest.mark.parametrize(
+  'method, name', [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
+)
 def test_the_numbers_that_are_spelled_out(small_chunks, tmp_path, models, sources, method, name):
   folder, params = sources
   changes = OPTIONS[name] | ({} if method == 'average' else {'num_experts': 5})
@@ -157,6 +164,7 @@ def test_a_recipe_refuses_what_convert_refuses(tmp_path, models, recipe_dict, da
     make()
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(chunk=st.integers(1000, 20_000), ahead=st.integers(1, 20_000), pending=st.integers(0, 9000))
 def test_no_size_of_pieces_changes_a_bit(tmp_path_factory, models, sources, chunk, ahead, pending):
@@ -246,46 +254,24 @@ def test_what_the_checkpoint_says_of_itself(tmp_path, models, sources):
   read = sum(array.nbytes for mine in params for array in flat(mine).values())
   total = read + sum(array.nbytes for array in made.values())
   assert seen[-1] == (total, total)
-
-
-def test_without_a_name_the_folder_does_not_matter(tmp_path, sources):
-  folder, _ = sources
+  # Without a name, neither the folder's name nor anything but the seed decides what is drawn.
+  drawn = []
   for output, seed in (('one', 3), ('two', 3), ('three', 4)):
     convert(tmp_path / output, how(folder, 'btx'), name='', seed=seed)
-  routers = [values(tmp_path / output)['blocks/ffn/router'] for output in ('one', 'two', 'three')]
-  np.testing.assert_array_equal(routers[0], routers[1])
-  assert (routers[0] != routers[2]).all()
+    drawn.append(values(tmp_path / output)['blocks/ffn/router'])
+  assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).all()
 
 
 # What is refused. Each function spoils something below `tmp_path` and names the sources.
-
-
-def copied(tmp_path, folder):
-  """A copy of a source, to spoil."""
-  shutil.copytree(folder / 'code', tmp_path / 'copy')
-  return tmp_path / 'copy'
 
 
 def respelled(tmp_path, folder, models):
   return [folder / 'seed', folder / 'code', folder / 'seed' / 'checkpoints' / '7']
 
 
-def linked(tmp_path, folder, models):
-  (tmp_path / 'link').symlink_to(folder / 'seed')
-  return [folder / 'seed', tmp_path / 'link']
-
-
-def equal(tmp_path, folder, models):
-  return [folder / 'code', folder / 'law', copied(tmp_path, folder)]
-
-
 def equal_otherwise_stored(tmp_path, folder, models):
   save(tmp_path / 'again', draw(models['untied'], 1), models['untied'], step=8)
   return [folder / 'seed', folder / 'code', tmp_path / 'again']
-
-
-def missing(tmp_path, folder, models):
-  return [folder / 'seed', folder / 'nowhere']
 
 
 def with_array(path, change):
@@ -306,12 +292,9 @@ def with_array(path, change):
   return spoil
 
 
-def with_value(path, index, value):
-  def change(array):
-    array[index] = value
-    return array
-
-  return with_array(path, change)
+def put(array, index, value):
+  array[index] = value
+  return array
 
 
 def another_model(tmp_path, folder, models):
@@ -330,34 +313,9 @@ def a_mixture(tmp_path, folder, models):
   return [tmp_path / 'odd', folder / 'seed']
 
 
-def newer(tmp_path, folder, models):
-  path = copied(tmp_path, folder) / 'checkpoints' / '7' / 'meta' / 'metadata'
-  format = f'"format": {checkpoint.FORMAT}'
-  assert format in path.read_text()
-  path.write_text(path.read_text().replace(format, '"format": 99'))
-  shutil.rmtree(path.parents[1] / 'checksums')  # which are of the other text
-  return [folder / 'seed', tmp_path / 'copy']
-
-
-def damaged_meta(tmp_path, folder, models):
-  (copied(tmp_path, folder) / 'checkpoints' / '7' / 'meta' / 'metadata').write_text('{')
-  return [folder / 'seed', tmp_path / 'copy']
-
-
-def without_parameters(tmp_path, folder, models):
-  shutil.rmtree(copied(tmp_path, folder) / 'checkpoints' / '7' / 'params')
-  return [folder / 'seed', tmp_path / 'copy']
-
-
-def damaged_values(tmp_path, folder, models):
-  path = copied(tmp_path, folder) / 'checkpoints' / '7' / 'params'
-  for file in path.rglob('d/*'):
-    file.write_bytes(file.read_bytes()[:10])
-  return [folder / 'seed', tmp_path / 'copy']
-
-
 def a_flipped_bit(tmp_path, folder, models):
-  path = copied(tmp_path, folder) / 'checkpoints' / '7' / 'params'
+  shutil.copytree(folder / 'code', tmp_path / 'copy')
+  path = tmp_path / 'copy' / 'checkpoints' / '7' / 'params'
   largest = max(path.rglob('d/*'), key=lambda file: file.stat().st_size)
   content = bytearray(largest.read_bytes())
   content[len(content) // 2] ^= 1
@@ -365,25 +323,13 @@ def a_flipped_bit(tmp_path, folder, models):
   return [folder / 'seed', tmp_path / 'copy']
 
 
-def tokenizer_changed(tmp_path, folder, models):
-  (copied(tmp_path, folder) / 'tokenizer.json').write_text('{}')
-  return [tmp_path / 'copy', folder / 'seed']
-
-
 REFUSED = {
   'respelled': (respelled, ['same checkpoint', '/seed', 'once']),
-  'linked': (linked, ['same checkpoint', 'link']),
-  'equal': (equal, ['same values', 'copy', 'code']),
-  'equal, stored otherwise': (equal_otherwise_stored, ['same values', 'again', 'code']),
-  'missing': (missing, ['nowhere', 'holds no checkpoint']),
+  'equal': (equal_otherwise_stored, ['same values', 'again', 'code']),
   'no array': (with_array('blocks/ffn/up', lambda x: None), ['odd', 'blocks/ffn/up of shape None']),
   'one array too many': (
     with_array('blocks/ffn/bias', lambda x: np.zeros(3, np.float32)),
     ['odd', 'blocks/ffn/bias', 'where None is wanted'],
-  ),
-  'another shape': (
-    with_array('blocks/ffn/up', lambda x: x[..., 1:]),
-    ['odd', 'blocks/ffn/up', '(2, 32, 47)', '(2, 32, 48)'],
   ),
   'another dtype': (
     with_array('final_norm/scale', lambda x: x.astype(np.float64)),
@@ -392,23 +338,14 @@ REFUSED = {
   'another model': (another_model, ['odd', 'another model', 'ffn_dim: 48 -> 64']),
   'another tokenizer': (another_tokenizer, ['odd', 'another tokenizer']),
   'a mixture': (a_mixture, ['odd', 'is a mixture']),
-  'newer': (newer, ['copy', 'format 99', 'upgrade']),
-  'damaged meta': (damaged_meta, ['copy', 'meta', 'damaged']),
-  'without parameters': (without_parameters, ['copy', 'params', 'damaged']),
-  'damaged values': (damaged_values, ['copy', 'damaged']),
   'a flipped bit': (a_flipped_bit, ['copy', 'damaged', 'other bytes']),
-  'tokenizer changed': (tokenizer_changed, ['copy', 'lost its tokenizer']),
   'NaN in a layer': (
-    with_value('blocks/ffn/up', (1, 30, 47), np.nan),
+    with_array('blocks/ffn/up', lambda x: put(x, (1, 30, 47), np.nan)),
     ['odd', 'nan', 'blocks/ffn/up[1, 30, 47]'],
   ),
   'infinity in a chunk': (
-    with_value('unembed/kernel', (31, 300), -np.inf),
+    with_array('unembed/kernel', lambda x: put(x, (31, 300), -np.inf)),
     ['odd', '-inf', 'unembed/kernel[31, 300]'],
-  ),
-  'NaN in a vector': (
-    with_value('final_norm/scale', (3,), np.nan),
-    ['odd', 'nan', 'final_norm/scale[3]'],
   ),
 }
 
@@ -421,24 +358,20 @@ def test_what_cannot_be_mixed(small_chunks, tmp_path, models, sources, spoil, wo
     convert(tmp_path / 'mix', config.Upcycle(tuple(map(str, paths)), 'bam_kv_experts'))
   message = str(caught.value)
   assert '\n' not in message and message.endswith('.')
-  for word in words:
-    assert word in message
+  assert all(word in message for word in words), message
   after = {path for path in tmp_path.rglob('*') if 'checkpoints' not in path.parts}
   assert after == before, 'no output, and nothing beside it'
 
 
-@pytest.mark.parametrize('inside', ['seed/checkpoints/7/mix', 'seed/checkpoints/7/params/mix'])
-def test_a_source_is_not_written_into(sources, inside):
+def test_where_no_output_is_made(tmp_path, sources):
   folder, _ = sources
-  with pytest.raises(UserError, match='lies inside the source'):
-    convert(folder / inside, how(folder, 'btx'))
-  assert not (folder / inside).exists()
-
-
-def test_an_existing_output_is_kept(tmp_path, sources):
+  for inside in ('seed/checkpoints/7/mix', 'seed/checkpoints/7/params/mix'):
+    with pytest.raises(UserError, match='lies inside the source'):
+      convert(folder / inside, how(folder, 'btx'))
+    assert not (folder / inside).exists()
   (tmp_path / 'mix').mkdir()
   with pytest.raises(UserError, match='mix exists'):
-    convert(tmp_path / 'mix', how(sources[0], 'btx'))
+    convert(tmp_path / 'mix', how(folder, 'btx'))
   assert list((tmp_path / 'mix').iterdir()) == []
 
 
