@@ -81,10 +81,8 @@ def fault(folder: epath.PathLike, sums: Sums) -> str:
   for name, (size, _) in sums.items():
     try:
       facts = os.stat(os.path.join(folder, name))
-    except OSError as error:
-      return f'{name}: {error.strerror}'
-    except ValueError as error:  # NUL, or half a surrogate pair
-      return f'{name!r} names no file: {error}'
+    except (OSError, ValueError) as error:  # ValueError: NUL, or half a surrogate pair
+      return f'{name}: {getattr(error, "strerror", error)}'
     if not stat.S_ISREG(facts.st_mode):  # a device could be read for ever
       return f'{name} is not a file'
     if facts.st_size != size:
@@ -142,12 +140,9 @@ def _steps(folder: Path) -> list[str]:
 
 def _rename(folder: Path, what: str) -> str:
   aside = folder.with_name(folder.name + SET_ASIDE)
-  try:
+  with folders.writing(aside):
     folders.remove(aside)
     folder.rename(aside)
-  except OSError as error:
-    said = error.strerror or error
-    raise UserError(f'{folder} is damaged and cannot be renamed: {said}.') from error
   return f'{folder} is damaged ({what}): it is {aside.name} now, and the one before is taken.'
 
 

@@ -57,11 +57,8 @@ class Meta:
 class _ChecksumsHandler(ocp.CheckpointHandler):
   """Writes checksums when the items before it have their names, and the step does not yet."""
 
-  def save(self, directory: epath.Path, args: '_ChecksumsSave') -> None:
-    pass
-
-  def restore(self, directory: epath.Path, args: '_ChecksumsSave') -> None:
-    pass
+  def save(self, directory: epath.Path, args: Any) -> None: ...
+  def restore(self, directory: epath.Path, args: Any) -> None: ...
 
   def finalize(self, directory: epath.Path) -> None:
     integrity.write(directory.parent, directory)
@@ -126,15 +123,10 @@ class Checkpoints:
       self._manager.save(step, args=args)
 
   def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any, dict]:
-    """Parameters, optimizer state and data state of a step.
+    """Parameters, optimizer state and data state of a finished step.
 
-    Args:
-      step: a finished step.
-      params: jax.ShapeDtypeStruct leaves whose shardings say where each array goes.
-      opt_state: the same.
-
-    Raises:
-      UserError: the step is of another format, or lacks the data state of a run.
+    The arguments' leaves are jax.ShapeDtypeStruct whose shardings say where each array goes.
+    UserError when the step is of another format, or lacks the data state of a run.
     """
     folder = self.folder / str(step)
     processes.decide(lambda: read_meta(folder) and None)
@@ -221,11 +213,7 @@ def find(path: epath.PathLike) -> epath.Path:
 
 
 def find_tokenizer(path: epath.PathLike) -> epath.Path:
-  """The tokenizer's file of the checkpoint at or below `path`: beside it, or where its data were.
-
-  Raises:
-    UserError: no file has the hash that `meta` has.
-  """
+  """The tokenizer's file, of the hash in `meta`: beside the checkpoint, or where its data were."""
   folder, meta = find(path), read_meta(path)
   # A converted checkpoint has it inside, a run two folders above its steps.
   places = [folder, folder.parent.parent, epath.Path(meta.tokenizer_path)]
@@ -262,12 +250,8 @@ def open_params(path: epath.PathLike, model: config.Model, check: bool = True) -
 def restore_params(path: epath.PathLike, params: Any) -> Any:
   """The parameters alone of the checkpoint at or below `path`; all processes must ask.
 
-  Args:
-    path: of a checkpoint.
-    params: jax.ShapeDtypeStruct leaves whose shardings say where each array goes.
-
-  Raises:
-    UserError: the parameters are damaged, or of another model.
+  The leaves of `params` are jax.ShapeDtypeStruct whose shardings say where each array goes.
+  UserError when the stored ones are damaged, or of another model.
   """
   reader = _open_together(path, params)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

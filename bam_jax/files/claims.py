@@ -42,9 +42,8 @@ LOST = 1  # exit status of a holder that was replaced
 class Claims:
   """The runs' folders that this job has for itself; a context manager, which gives them back.
 
-  Args:
-    report: is told a sentence of a lock that cannot be had, or takes time.
-    poll: is called again and again while it takes time; what it raises ends the wait.
+  `report` is told of a lock that cannot be had, or takes time; `poll` is called again and again
+  while it does, and what it raises ends the wait.
   """
 
   def __init__(self, report: Callable[[str], None], poll: Callable[[], None] = lambda: None):
@@ -57,11 +56,7 @@ class Claims:
     self._held.close()
 
   def take(self, runs: Iterable[Path | epath.Path]) -> None:
-    """Claims folders, making those that are not there; in a job, only its first process does.
-
-    Raises:
-      UserError: another job has one, or one cannot be written.
-    """
+    """Makes and claims folders; UserError when another job has one, or it cannot be written."""
     runs = list(runs)
     leased = [folder for folder in runs if folders.in_bucket(folder)]
     if leased:
@@ -111,11 +106,7 @@ class Lease:
     self._thread = threading.Thread(target=self._beat, name='lease', daemon=True)
 
   def take(self, report: Callable[[str], None], poll: Callable[[], None]) -> None:
-    """Takes the lease, and holds it until `give_back` or the end of the process.
-
-    Raises:
-      UserError: its holder lives, or the bucket does not let it be written.
-    """
+    """Holds it until `give_back`; UserError when its holder lives, or it cannot be written."""
     try:
       seen = self._read()
       if seen.state == 'value' and not _is_gone(_facts(seen)):

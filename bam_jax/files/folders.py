@@ -159,15 +159,14 @@ def new_folder(path: epath.PathLike, nbytes: int = 0) -> Iterator[epath.Path]:
     raise UserError(f'{path} exists: choose another folder, or delete it.')
   beside, lock = (path, None) if remote else _begin(path, nbytes)
   try:
-    yield beside
-    if not remote:
-      sync(beside)
-      os.rename(beside, path)
-      _sync_path(path.parent)
-  except BaseException as error:
+    with writing(path):
+      yield beside
+      if not remote:
+        sync(beside)
+        os.rename(beside, path)
+        _sync_path(path.parent)
+  except BaseException:
     remove(beside) if remote else shutil.rmtree(beside, ignore_errors=True)
-    if isinstance(error, OSError):
-      raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
     raise
   finally:
     if lock is not None:

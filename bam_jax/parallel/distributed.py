@@ -54,12 +54,11 @@ class Place(NamedTuple):
 
 def define_flags() -> None:
   """Defines the flags that `joined` reads."""
-  flags.DEFINE_string(
-    'coordinator',
-    None,
+  text = (
     'For a job of several processes: HOST:PORT of process 0, or "auto" to ask SLURM, Open MPI or '
-    'Kubernetes. TPU pods need none of these flags.',
+    'Kubernetes. TPU pods need none of these flags.'
   )
+  flags.DEFINE_string('coordinator', None, text)
   for name, default, lower, text in (
     ('process_count', None, 1, 'How many processes the job has.'),
     ('process_id', None, 0, 'Which one this is, from 0.'),
@@ -74,16 +73,12 @@ def joined() -> Iterator[None]:
   """Makes this process part of its job for the time of a `with` block; alone, it does nothing.
 
   Must come before anything asks JAX for its devices. In a job, an error leaves the process at once:
-  the others could only wait for it.
-
-  Raises:
-    UserError: the flags do not fit together, or there is no such job.
+  the others could only wait for it. UserError when the flags do not fit together, or to a job.
   """
-  values = flags.FLAGS
-  place = place_of(
-    values.coordinator, values.process_count, values.process_id, pod=has_tpu(Path('/dev'))
-  )
-  witness = place and _join(place, values.join_timeout, values.lost_timeout)
+  told = flags.FLAGS
+  pod = has_tpu(Path('/dev'))
+  place = place_of(told.coordinator, told.process_count, told.process_id, pod)
+  witness = place and _join(place, told.join_timeout, told.lost_timeout)
   if witness is None:
     yield
     return
@@ -94,8 +89,8 @@ def joined() -> Iterator[None]:
   except KeyboardInterrupt:
     _leave('interrupted at once, nothing saved.', 128 + signal.SIGINT, witness)
   except Exception as error:
-    if told := errors.sentence(error):
-      _leave(told, errors.USER_ERROR, witness, GRACE if jax.process_index() == 0 else 0.0)
+    if said := errors.sentence(error):
+      _leave(said, errors.USER_ERROR, witness, GRACE if jax.process_index() == 0 else 0.0)
     if said := _of_jax(error):
       sentence = f'{this} cannot go on ({said}), most likely since another one was lost: {AGAIN}.'
     else:

@@ -30,10 +30,9 @@ SHARED_SECONDS = 30.0  # that a network file system may take to show a new file
 
 
 def decide[T](question: Callable[[], T]) -> T:
-  """Process 0's answer, for all; all must ask.
+  """Process 0's answer, which JSON can hold, for all; all must ask.
 
-  Args:
-    question: returns what JSON can hold; what a user can fix is raised in every process.
+  An error that a user can fix is raised in every process.
   """
   if jax.process_count() == 1:
     return question()
@@ -55,12 +54,7 @@ def decide[T](question: Callable[[], T]) -> T:
 
 
 def same(facts: Any, what: str) -> None:
-  """UserError unless all processes hold the same facts, which JSON can hold.
-
-  Args:
-    facts: to compare with process 0's.
-    what: the facts are about, for the sentence.
-  """
+  """UserError, which names `what`, unless all processes hold the same facts (of JSON)."""
   mine = json.loads(json.dumps(facts))
   _all_agree(
     mine == decide(lambda: mine),
