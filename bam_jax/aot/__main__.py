@@ -109,12 +109,9 @@ def main() -> dict[str, Any]:
     facts = report.decode_facts(job, decode, target, mesh, decoder, compiled)
   for table in report.tables(facts):
     console.print(table, '')
-  for note in report.notes(facts):
-    console.print(note, soft_wrap=True)
-  if _SAVE.value:
-    program.save(compiled, _SAVE.value)
-  if _HLO.value:
-    program.save_text(compiled, _HLO.value)
+  for flag in (_SAVE, _HLO):
+    if flag.value:
+      program.save(compiled, flag.value, flag.name)
   return facts
 
 

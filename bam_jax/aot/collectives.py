@@ -34,21 +34,12 @@ class Collective:
   groups: tuple[tuple[int, ...], ...]  # of devices; pairs, of a permute
 
   @property
-  def devices(self) -> int:
-    """Of one group."""
-    return len(self.groups[0])
-
-  @property
   def wire_bytes(self) -> float:
     """What one device sends."""
-    return self.operand_bytes * sends(self.kind, self.devices)
+    return self.operand_bytes * sends(self.kind, len(self.groups[0]))
 
   def axes(self, sizes: dict[str, int]) -> str:
-    """The axes of the mesh along which the devices of a group differ, joined by "+".
-
-    Args:
-      sizes: of the axes, in the order of the mesh.
-    """
+    """The axes of a mesh of these sizes along which a group's devices differ, joined by "+"."""
     places = np.stack(np.unravel_index(np.array(self.groups), tuple(sizes.values())))
     differ = np.any(places != places[:, :, :1], axis=(1, 2))
     return '+'.join(name for name, is_along in zip(sizes, differ) if is_along)
@@ -56,14 +47,9 @@ class Collective:
 
 def sends(kind: str, n: int) -> float:
   """What each of n devices sends, over the bytes of its operand."""
-  match kind:
-    case 'all-gather':
-      return n - 1
-    case 'all-reduce':
-      return 2 * (n - 1) / n
-    case 'collective-permute' | 'collective-broadcast':
-      return 1
-  return (n - 1) / n
+  if kind in ('collective-permute', 'collective-broadcast'):
+    return 1
+  return (n - 1) * {'all-gather': 1, 'all-reduce': 2 / n}.get(kind, 1 / n)
 
 
 def read(instruction: Instruction, devices: int) -> Collective | None:
@@ -73,11 +59,11 @@ def read(instruction: Instruction, devices: int) -> Collective | None:
     return _between_slices(instruction, devices)
   if opcode not in KINDS:
     return None
-  operands = instruction.operands[: 1 if opcode == 'collective-permute' else None]
   groups = _groups(instruction, devices)
   if not groups or len(groups[0]) == 1:
     return None
   kind = 'reduce-scatter' if opcode == 'all-reduce' and _is_scattered(instruction) else opcode
+  operands = instruction.operands[: 1 if kind == 'collective-permute' else None]
   return Collective(kind, sum(operand.bytes for operand in operands), groups)
 
 

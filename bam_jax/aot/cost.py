@@ -100,7 +100,7 @@ class _Reader:
 
   def computation(self, computation: Computation, times: int) -> Iterator[Event]:
     """The events of a computation that runs `times` times."""
-    for x in computation.instructions.values():
+    for x in computation.values():
       match x.opcode:
         case 'while':
           scope = x.source.removesuffix('/while').rpartition('/')[2]
@@ -116,7 +116,7 @@ class _Reader:
           for event in self.computation(x.calls['calls'][0], times):
             yield dataclasses.replace(event, asynchronous=True)
         case _:
-          flops, size, (collective, beside) = self.flops(x), self.bytes(x), self.collective(x)
+          (flops, size), (collective, beside) = self.cost(x), self.collective(x)
           if collective or flops or size:
             yield Event(times, flops, size, collective, beside or x.opcode in COPIES)
 
@@ -136,25 +136,19 @@ class _Reader:
       return min(branches, key=size)
     return max(branches, key=lambda events: (flops(events), size(events)))
 
-  def flops(self, x: Instruction) -> Mapping[str, float]:
-    """FLOPs by kind, those inside a fusion included."""
-    if x.opcode == 'fusion':
-      total = collections.Counter()
-      for part in x.calls['calls'][0].instructions.values():
-        total.update(self.flops(part))
-      return total
+  def cost(self, x: Instruction) -> tuple[Mapping[str, float], float]:
+    """FLOPs by kind, those inside a fusion included, and HBM bytes."""
     if x.target == kernels.TARGET:
       kernel = kernels.read(x, self.even_rows)
       if kernel.flops is None and x.name not in self.program.uncounted:
         self.program.uncounted.append(x.name)
-      return {kernel.kind: kernel.flops} if kernel.flops else {}
-    number = matmul_flops(x)
-    return {'matmul': number} if number else {}
-
-  def bytes(self, x: Instruction) -> float:
-    if x.target == kernels.TARGET:
-      return kernels.read(x, self.even_rows).bytes
-    return hbm_bytes(x)
+      return {kernel.kind: kernel.flops} if kernel.flops else {}, kernel.bytes
+    flops = collections.Counter()
+    for part in x.fused if x.opcode == 'fusion' else ():
+      flops.update(self.cost(part)[0])
+    if number := matmul_flops(x):
+      flops['matmul'] += number
+    return flops, hbm_bytes(x)
 
   def collective(self, x: Instruction) -> tuple[Collective | None, bool]:
     """The collective that an instruction starts, and whether others run meanwhile.
@@ -162,10 +156,9 @@ class _Reader:
     A collective that TPUs run beside several fusions stands in each of them: it is counted in the
     one that starts it.
     """
-    found = collectives.read(x, self.devices)
-    if found:
+    if found := collectives.read(x, self.devices):
       return found, x.opcode.endswith('-start') or x.opcode == 'send'
-    parts = x.calls['calls'][0].instructions.values() if x.opcode == 'fusion' else ()
+    parts = x.fused if x.opcode == 'fusion' else ()
     starts = any(part.target == 'AsyncCollectiveStart' for part in parts)
     for part in parts:
       found = collectives.read(part, self.devices)
@@ -229,14 +222,12 @@ def hbm_bytes(instruction: Instruction) -> int:
 def _read(reader: Instruction, number: int) -> int:
   """Bytes that an instruction reads of one operand."""
   whole = reader.operands[number].bytes
-  match reader.opcode:
-    case 'slice' | 'dynamic-slice' | 'gather' if number == 0:
-      return min(reader.bytes, whole)
-    case 'dynamic-update-slice' | 'scatter' if number == 0:
-      return 0
-    case 'fusion':
-      return _read_inside(reader.calls['calls'][0].parameters[number])
-  return whole
+  if reader.opcode == 'fusion':
+    parameters = [x for x in reader.fused if x.opcode == 'parameter']
+    return _read_inside(next(x for x in parameters if x.literal == str(number)))
+  if reader.opcode in ('slice', 'dynamic-slice', 'gather') and number == 0:
+    return min(reader.bytes, whole)
+  return 0 if reader.opcode in ('dynamic-update-slice', 'scatter') and number == 0 else whole
 
 
 def _read_inside(value: Instruction) -> int:
@@ -258,23 +249,18 @@ def _is_asynchronous(x: Instruction) -> bool:
 
 def _written(writer: Instruction) -> list[int]:
   """Bytes that an instruction writes of each array of its result."""
-  match writer.opcode:
-    case 'dynamic-update-slice':
-      return [writer.operands[1].bytes]
-    case 'scatter':
-      return [writer.operands[-1].bytes]
-    case 'fusion':
-      return _written_inside(writer.calls['calls'][0].root)
+  if writer.opcode == 'fusion':
+    return _written_inside(hlo.root(writer.calls['calls'][0]))
+  if writer.opcode in ('dynamic-update-slice', 'scatter'):
+    return [writer.operands[1 if writer.opcode == 'dynamic-update-slice' else -1].bytes]
   return [array.bytes for array in writer.arrays]
 
 
 def _written_inside(value: Instruction) -> list[int]:
   """Bytes that a fusion writes of the arrays of its result, or of one element of it."""
-  match value.opcode:
-    case 'tuple':
-      return [size for operand in value.operands for size in _written_inside(operand)]
-    case 'bitcast' | 'reshape':
-      return _written_inside(value.operands[0])
-    case 'parameter' if not value.is_root:
-      return [0] * len(value.arrays)  # passed through in place
-  return [0] * len(value.arrays) if _is_asynchronous(value) else _written(value)
+  if value.opcode == 'tuple':
+    return [size for operand in value.operands for size in _written_inside(operand)]
+  if value.opcode in ('bitcast', 'reshape'):
+    return _written_inside(value.operands[0])
+  in_place = value.opcode == 'parameter' and not value.is_root
+  return [0] * len(value.arrays) if in_place or _is_asynchronous(value) else _written(value)

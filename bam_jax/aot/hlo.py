@@ -4,27 +4,21 @@
 the counts need is read: shapes with their memory space, operands, called computations, attributes.
 """
 
-import functools
 import math
 import re
 from dataclasses import dataclass, field
 
-DTYPE_BITS = {
-  'pred': 8, 's2': 2, 'u2': 2, 's4': 4, 'u4': 4, 's16': 16, 'u16': 16, 'bf16': 16, 'f16': 16,
-  's32': 32, 'u32': 32, 'f32': 32, 's64': 64, 'u64': 64, 'f64': 64, 'c64': 64, 'c128': 128,
-  'token': 0, 'opaque': 0,
-}  # fmt: skip
+BITS = {'pred': 8, 'token': 0, 'opaque': 0}  # others have them in their name: bf16, f8e4m3fn
 HBM = 0  # a memory space; others are on the chip (1 is VMEM) or the host's (5)
 
-_ARRAY = re.compile(r'([a-z]+\d*[a-z0-9]*)\[([\d,<= ]*)\](\{[^}]*\})?')
-_MEMORY_SPACE = re.compile(r'S\((\d+)\)')
+_ARRAY = re.compile(r'([a-z]+\d*[a-z0-9]*)\[([\d,<= ]*)\](?:\{[^}]*?S\((\d+)\)[^}]*\})?')
 _COMMENT = re.compile(r'/\*.*?\*/')
 _INSTRUCTION = re.compile(r'\s+(ROOT )?%([\w.\-]+) = ')
 _COMPUTATION = re.compile(r'(ENTRY )?%([\w.\-]+) \(.*\{$')
 _NAME = re.compile(r'%([\w.\-]+)')
 _CALLS = re.compile(
-  r'\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation|'
-  r'called_computations)=(\{[^}]*\}|%[\w.\-]+)'
+  r'\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation)='
+  r'(\{[^}]*\}|%[\w.\-]+)'
 )
 _COPIES = ('copy', 'copy-start', 'copy-done', 'bitcast', 'reshape', 'convert')
 
@@ -44,7 +38,8 @@ class Array:
   @property
   def bytes(self) -> int:
     """Without the padding of tiles."""
-    return -(-self.size * DTYPE_BITS.get(self.dtype, 8) // 8)  # s8, u8 and the f8 family: 8 bits
+    bits = BITS[self.dtype] if self.dtype in BITS else int(re.search(r'\d+', self.dtype)[0])
+    return -(-self.size * bits // 8)
 
 
 @dataclass(eq=False)
@@ -53,7 +48,7 @@ class Instruction:
 
   name: str
   opcode: str
-  arrays: tuple[Array, ...]  # of the result; a tuple's, flattened
+  arrays: list[Array]  # of the result; a tuple's, flattened
   operands: list['Instruction']
   literal: str  # the text between the parentheses: a parameter's number, a constant's value
   attributes: str  # the text behind them
@@ -76,28 +71,22 @@ class Instruction:
     """Of all arrays of the result."""
     return sum(array.bytes for array in self.arrays)
 
+  @property
+  def fused(self) -> list['Instruction']:
+    """The instructions of the computation that a fusion or an async-start calls."""
+    return list(self.calls['calls'][0].values())
+
   def attribute(self, pattern: str) -> str:
     """The first group of a pattern in the attributes; empty without a match."""
     found = re.search(pattern, self.attributes)
     return found[1] if found else ''
 
 
-@dataclass(eq=False)
-class Computation:
-  """Instructions in order, which is that of execution in a scheduled module."""
+Computation = dict[str, Instruction]  # by name, in the order of execution in a scheduled module
 
-  name: str
-  instructions: dict[str, Instruction]
 
-  @functools.cached_property
-  def root(self) -> Instruction:
-    return next(x for x in self.instructions.values() if x.is_root)
-
-  @functools.cached_property
-  def parameters(self) -> list[Instruction]:
-    """In the order of their numbers."""
-    found = [x for x in self.instructions.values() if x.opcode == 'parameter']
-    return sorted(found, key=lambda x: int(x.literal))
+def root(computation: Computation) -> Instruction:
+  return next(x for x in computation.values() if x.is_root)
 
 
 def parse(text: str) -> Computation:
@@ -109,7 +98,10 @@ def parse(text: str) -> Computation:
       name, statements = found[2], []
       entry = name if found[1] else entry
     elif line == '}' and name:
-      computations[name] = _computation(name, statements, computations)
+      computations[name] = computation = {}
+      for statement in statements:
+        instruction = _instruction(statement, computation, computations)
+        computation[instruction.name] = instruction
       name = ''
     elif name and _INSTRUCTION.match(line):
       statements.append(line)
@@ -120,45 +112,36 @@ def parse(text: str) -> Computation:
   return computations[entry]
 
 
-def _computation(name: str, statements: list[str], computations: dict) -> Computation:
-  """Instructions refer to earlier instructions and to computations that were printed before."""
-  instructions: dict[str, Instruction] = {}
-  for statement in statements:
-    found = _INSTRUCTION.match(statement)
-    rest = _COMMENT.sub('', statement[found.end() :])
-    end = _closing(rest) if rest.startswith('(') else rest.index(' ')
-    shape, rest = rest[:end], rest[end:].lstrip()
-    start = rest.index('(')
-    end = start + _closing(rest[start:])
-    literal, attributes = rest[start + 1 : end - 1], rest[end:]
-    operands = [] if rest.startswith('constant(') else _NAME.findall(literal)
-    instruction = Instruction(
-      name=found[2],
-      opcode=rest[:start],
-      arrays=arrays(shape),
-      operands=[instructions[operand] for operand in operands],
-      literal=literal,
-      attributes=attributes,
-      calls={
-        key: [computations[called] for called in _NAME.findall(names) if called in computations]
-        for key, names in _CALLS.findall(attributes)
-      },
-      is_root=bool(found[1]),
-    )
-    for operand in dict.fromkeys(instruction.operands):
-      operand.users.append(instruction)
-    instructions[instruction.name] = instruction
-  return Computation(name, instructions)
+def _instruction(
+  statement: str, earlier: Computation, computations: dict[str, Computation]
+) -> Instruction:
+  """Refers to earlier instructions, and to computations that were printed before."""
+  found = _INSTRUCTION.match(statement)
+  rest = _COMMENT.sub('', statement[found.end() :])
+  end = _closing(rest) if rest.startswith('(') else rest.index(' ')
+  shape, rest = rest[:end], rest[end:].lstrip()
+  start = rest.index('(')
+  end = start + _closing(rest[start:])
+  literal, attributes = rest[start + 1 : end - 1], rest[end:]
+  calls = {
+    key: [computations[called] for called in _NAME.findall(names) if called in computations]
+    for key, names in _CALLS.findall(attributes)
+  }
+  operands = [] if rest.startswith('constant(') else [earlier[x] for x in _NAME.findall(literal)]
+  made = Instruction(
+    found[2], rest[:start], arrays(shape), operands, literal, attributes, calls, bool(found[1])
+  )
+  for operand in dict.fromkeys(operands):
+    operand.users.append(made)
+  return made
 
 
-def arrays(text: str) -> tuple[Array, ...]:
+def arrays(text: str) -> list[Array]:
   """The arrays of a shape's text, in order; those of tuples flattened."""
-  result = []
-  for dtype, dims, layout in _ARRAY.findall(text):
-    space = _MEMORY_SPACE.search(layout)
-    sizes = tuple(int(size.strip(' <=')) for size in dims.split(',') if size)
-    result.append(Array(dtype, sizes, int(space[1]) if space else HBM))
-  return tuple(result)
+  return [
+    Array(dtype, tuple(int(n.strip(' <=')) for n in dims.split(',') if n), int(space or HBM))
+    for dtype, dims, space in _ARRAY.findall(text)
+  ]
 
 
 def _closing(text: str) -> int:
@@ -179,32 +162,29 @@ def trip_count(loop: Instruction) -> int | None:
   """
   if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
     return int(known)
-  condition, body = loop.calls['condition'][0].root, loop.calls['body'][0].root
-  if condition.opcode != 'compare' or 'direction=LT' not in condition.attributes:
+  test, body = root(loop.calls['condition'][0]), root(loop.calls['body'][0])
+  if test.opcode != 'compare' or 'direction=LT' not in test.attributes:
     return None
-  counter, limit = _origin(condition.operands[0]), _constant(condition.operands[1])
+  counter, limit = _origin(test.operands[0]), _constant(test.operands[1])
   if limit is None or counter.opcode != 'get-tuple-element':
     return None
+  element = lambda x: x.operands[index] if x.opcode == 'tuple' else x
   index = int(counter.attribute(r'index=(\d+)'))
-  start, added = _constant(_element(loop.operands[0], index)), _origin(_element(body, index))
+  start, added = _constant(element(loop.operands[0])), _origin(element(body))
   if start is None or added.opcode != 'add':
     return None
   steps = [step for step in map(_constant, added.operands) if step]
   return max(0, -(-(limit - start) // steps[0])) if steps else None
 
 
-def _origin(value: Instruction) -> Instruction:
+def _origin(x: Instruction) -> Instruction:
   """What a value is a mere copy of."""
-  while value.opcode in _COPIES:
-    value = value.operands[0]
-  return value
+  while x.opcode in _COPIES:
+    x = x.operands[0]
+  return x
 
 
-def _constant(value: Instruction) -> int | None:
-  value = _origin(value)
-  is_integer = value.opcode == 'constant' and value.literal.lstrip('-').isdigit()
-  return int(value.literal) if is_integer else None
-
-
-def _element(value: Instruction, index: int) -> Instruction:
-  return value.operands[index] if value.opcode == 'tuple' else value
+def _constant(x: Instruction) -> int | None:
+  x = _origin(x)
+  is_integer = x.opcode == 'constant' and x.literal.lstrip('-').isdigit()
+  return int(x.literal) if is_integer else None

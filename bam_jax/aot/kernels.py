@@ -15,7 +15,7 @@ import functools
 import json
 import math
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bam_jax.aot.hlo import HBM, Array, Instruction
 
@@ -29,8 +29,7 @@ _SPLASH = re.compile(r'splash_m[hq]a_(fwd|dkv|dq)')
 _SPLASH_PRODUCTS = {'fwd': 2, 'dkv': 4, 'dq': 3}
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
   """The part of an operand that one step of the grid works on."""
 
   shape: tuple[int, ...]
@@ -52,8 +51,7 @@ class Window:
     return count * array.bytes / math.prod(places)
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(NamedTuple):
   """What one call costs."""
 
   kind: str  # GROUPED, 'attention' or 'kernel'
@@ -103,8 +101,8 @@ def _splash_flops(call: Instruction, operands: list[Array], kind: str) -> float 
   if not metadata:
     return None
   blocks = json.loads(metadata.replace('\\"', '"'))
-  suffix = '' if kind == 'fwd' else f'_{kind}'
-  query_block, key_block = blocks[f'block_q{suffix}'], blocks[f'block_kv{suffix}']
+  names = (f'block_{x}' if kind == 'fwd' else f'block_{x}_{kind}' for x in ('q', 'kv'))
+  query_block, key_block = (blocks[name] for name in names)
   query, key = [x for x in operands if x.dtype in ('bf16', 'f32') and len(x.dims) > 2][:2]
   queries, keys = query.dims[-2], key.dims[-2]
   visited = sum(

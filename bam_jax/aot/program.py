@@ -1,6 +1,5 @@
 """The step of a run, to train or to decode, compiled for devices that need not be there."""
 
-import contextlib
 import dataclasses
 import math
 import pickle
@@ -93,13 +92,14 @@ class Compiled:
   @property
   def memory(self) -> dict[str, int]:
     """Bytes of one device's HBM as the compiler planned them."""
-    stats = self.executable.memory_analysis()
-    return {
-      'arguments': stats.argument_size_in_bytes,
-      'temporaries': stats.temp_size_in_bytes,
-      'outputs': stats.output_size_in_bytes,
-      'aliased': stats.alias_size_in_bytes,  # outputs that replace donated arguments
+    names = {
+      'arguments': 'argument',
+      'temporaries': 'temp',
+      'outputs': 'output',
+      'aliased': 'alias',
     }
+    stats = self.executable.memory_analysis()
+    return {name: getattr(stats, f'{key}_size_in_bytes') for name, key in names.items()}
 
   @property
   def peak_bytes(self) -> int | None:
@@ -144,12 +144,10 @@ def compile_train(job: Job, mesh: jax.sharding.Mesh) -> Compiled:
 
 def _abstract_batch(job: Job, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes and shardings of what the loop feeds the step."""
-  shape, where = (job.run.batch_size, job.sequence_length), sharding.batch(mesh)
   dtypes = dict.fromkeys(('tokens', 'targets', 'segments', 'positions'), jnp.int32)
-  return {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-    for name, dtype in (*dtypes.items(), ('weights', jnp.float32))
-  }
+  dtypes['weights'] = jnp.float32
+  shape, where = (job.run.batch_size, job.sequence_length), sharding.batch(mesh)
+  return {name: jax.ShapeDtypeStruct(shape, x, sharding=where) for name, x in dtypes.items()}
 
 
 def make_decoder(job: Job, decode: Decode, mesh: jax.sharding.Mesh) -> Decoder:
@@ -218,38 +216,29 @@ def _compile(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
 
 def _shortage(message: str) -> tuple[int | None, str]:
   """Bytes that a refused program needs, as far as the message tells, and its first sentence."""
-  found = re.search(r'[Uu]sed ([\d.]+)([KMGT])', message)
-  found = found or re.search(r'\(([\d.]+)([KMGT])\)', message)
+  size = r'([\d.]+)([KMGT])'
+  found = re.search(f'[Uu]sed {size}', message) or re.search(rf'\({size}\)', message)
   needed = int(float(found[1]) * UNITS[found[2]]) if found else None
   sentence = ' '.join(message.split())
-  with contextlib.suppress(ValueError):
-    sentence = sentence[sentence.index('Ran out of memory') :]
-  return needed, sentence.split(' See ')[0][:300]
+  return needed, sentence[max(0, sentence.find('Ran out of memory')) :].split(' See ')[0][:300]
 
 
-def save(compiled: Compiled, path: str) -> None:
-  """Writes the executable, for `load` on the TPU: a pickle of bytes and two tree structures."""
-  _write(compiled, 'save', path, lambda x: pickle.dumps(serialize_executable.serialize(x)))
-
-
-def save_text(compiled: Compiled, path: str) -> None:
-  """Writes the optimized HLO."""
-  _write(compiled, 'hlo', path, lambda x: x.as_text().encode())
-
-
-def _write(compiled: Compiled, flag: str, path: str, content: Callable[[Any], bytes]) -> None:
+def save(compiled: Compiled, path: str, flag: str) -> None:
+  """Writes the optimized HLO for the flag `hlo`; for `save` what `load` reads on the TPU."""
   if not compiled.executable:
     raise UserError(f'--{flag}={path} has nothing to write: the step does not fit.')
+  if flag == 'hlo':
+    content = compiled.executable.as_text().encode()
+  else:
+    content = pickle.dumps(serialize_executable.serialize(compiled.executable))
   try:
-    Path(path).write_bytes(content(compiled.executable))
+    Path(path).write_bytes(content)
   except OSError as error:
     raise UserError(f'--{flag}={path} cannot be written: {error.strerror}.') from error
 
 
 def load(path: str, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
-  """The step that `save` wrote, ready to be called.
-
-  The file is a pickle: load only what you wrote.
+  """The step of a file that `aot --save` wrote, a pickle: load only what you wrote.
 
   Args:
     path: the file.

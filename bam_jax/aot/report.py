@@ -77,6 +77,7 @@ def _common_facts(
 ) -> dict[str, Any]:
   """What was compiled for what, and whether it fits."""
   peak, limit = compiled.peak_bytes, topology.chip.hbm_bytes
+  distributions = {x.name: x.version for x in metadata.distributions() if x.name in LIBRARIES}
   facts = {
     'run': job.name,
     'label': job.run.label,
@@ -84,7 +85,7 @@ def _common_facts(
     'slices': topology.slices,
     'chips': topology.size,
     'mesh': config.to_dict(job.run.mesh),
-    'versions': {library: _version(library) for library in LIBRARIES},
+    'versions': {name: distributions.get(name) for name in LIBRARIES},
     'compile_seconds': compiled.compile_seconds,
     'fits': compiled.executable is not None,
     'peak_bytes': peak,
@@ -96,24 +97,10 @@ def _common_facts(
   return facts | {'memory': compiled.memory, 'lower_seconds': compiled.lower_seconds}
 
 
-def _version(library: str) -> str | None:
-  try:
-    return metadata.version(library)
-  except metadata.PackageNotFoundError:
-    return None  # libtpu, which tests do without
-
-
 def _costs(
   topology: Topology, mesh: jax.sharding.Mesh, step: cost.Program, model_flops: float
 ) -> dict[str, Any]:
-  """What a step that fits does, and how long it takes.
-
-  Args:
-    topology: of the mesh's devices.
-    mesh: that it was compiled for.
-    step: what one device does.
-    model_flops: that all devices need for it.
-  """
+  """What a step that fits does, and how long it takes; `step` is what one device does."""
   network, sizes = roofline.Network(topology, list(mesh.devices.flat)), dict(mesh.shape)
   flops = {kind: topology.size * number for kind, number in step.flops().items()}
   total, peak = sum(flops.values()), topology.size * topology.chip.flops
@@ -121,12 +108,10 @@ def _costs(
   collectives: dict[tuple[str, str], dict[str, Any]] = {}
   for event in [event for event in step.events if event.collective]:
     one, key = event.collective, (event.collective.kind, event.collective.axes(sizes))
-    row = collectives.setdefault(key, collections.Counter())
-    row['count'] += event.times
-    row['asynchronous'] += event.times * event.asynchronous
-    row['operand_bytes'] += event.times * one.operand_bytes
-    row['wire_bytes'] += event.times * one.wire_bytes
-    row['seconds'] += event.times * sum(network.seconds(one))
+    row = {'count': 1, 'asynchronous': int(event.asynchronous), 'operand_bytes': one.operand_bytes}
+    row |= {'wire_bytes': one.wire_bytes, 'seconds': sum(network.seconds(one))}
+    row = {name: event.times * value for name, value in row.items()}
+    collectives.setdefault(key, collections.Counter()).update(row)
   rows = [{'kind': kind, 'axes': axes, **row} for (kind, axes), row in collectives.items()]
   return {
     'model_flops': model_flops,
@@ -142,88 +127,44 @@ def _costs(
 
 
 def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
-  """The facts of either phase, for a terminal."""
-  train = facts['phase'] == 'train'
-  rows = [('mesh', mesh_text(facts['mesh']))]
-  if train:
-    at_once, times = facts['sequences_per_chip'], facts['grad_accum_steps']
-    batch = (
-      f'{facts["batch_size"]} x {facts["sequence_length"]}, {at_once} sequences a chip at once'
-    )
-    compute = f'{facts["compute"]["dtype"]}, remat {facts["compute"]["remat"]}'
-    rows += [('batch', f'{batch}, {times} times'), ('compute', compute)]
-  else:
-    batch = f'{facts["batch_size"]} rows, room for {facts["slots"]} tokens each'
-    rows += [('batch', batch), ('dtype', facts['dtype'])]
-  if (headroom := facts['headroom_bytes']) is None:
-    rows.append(('fits', 'no'))
-  else:
-    room = f'{_gb(abs(headroom))} {"left" if headroom >= 0 else "too much"}'
-    room = f'{_gb(facts["peak_bytes"])} of {_gb(facts["hbm_limit_bytes"])}, {room}'
-    rows.append(('fits' if facts['fits'] else 'does not fit', room))
-  rows += _cost_rows(facts) if facts['fits'] else [('why', facts['reason'])]
+  """The facts of either phase, under the names that they have in `--json`."""
+  apart = ('collectives', 'loops', 'label', 'slices', 'versions', 'compute', 'fits')
+  compute = {f'compute.{key}': facts.get('compute', {}).get(key) for key in ('dtype', 'remat')}
+  rows = {key: value for key, value in (facts | compute).items() if key not in apart}
+  loops = collections.Counter(loop['trips'] or '?' for loop in facts.get('loops', ()))
+  rows['loops'] = ', '.join(f'{n} of {trips} trips' for trips, n in loops.items())
+  rows = [(key, _text(key, value)) for key, value in rows.items() if value not in (None, '', [])]
   slices = f'{facts["slices"]} x ' if facts['slices'] > 1 else ''
-  what = 'one step' if train else 'one token of each row'
-  title = f'{facts["run"]} on {slices}{facts["topology"]}, {what}'
-  summary = cli.table(title, ('', ''), (), rows)
+  fits = 'fits' if facts['fits'] else 'does not fit'
+  summary = cli.table(f'{facts["run"]} {fits} {slices}{facts["topology"]}', ('', ''), (), rows)
   summary.show_header = False
-  if not facts['fits']:
-    return [summary]
-  columns = ('count', 'asynchronous', 'wire a chip', 'time')
+  columns = ('count', 'asynchronous', 'wire_bytes', 'seconds')
   cells = [
-    (row['kind'], row['axes'], row['count'], row['asynchronous'], _gb(row['wire_bytes']),
-     _ms(row['seconds']))
-    for row in facts['collectives']
-  ]  # fmt: skip
-  return [summary, cli.table('Collectives, a step', ('collective', 'axes'), columns, cells)]
-
-
-def _cost_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
-  memory, seconds = facts['memory'], facts['seconds']
-  trips = ('?' if loop['trips'] is None else loop['trips'] for loop in facts['loops'])
-  loops = ', '.join(f'{n} of {number}' for number, n in collections.Counter(trips).items())
-  rows = [
-    ('arguments, temporaries', f'{_gb(memory["arguments"])}, {_gb(memory["temporaries"])}'),
-    ('compiled / model FLOPs', f'{facts["flops_ratio"]:.3f}'),
-    *((f'  {kind}', f'{n:.3e}') for kind, n in facts['compiled_flops'].items()),
-    ('  of the model', f'{facts["model_flops"]:.3e}'),
-    ('HBM traffic a chip', _gb(facts['hbm_bytes'])),
-    *((f'  {kind} to read', _gb(n)) for kind, n in facts.get('needed_bytes', {}).items()),
-    ('loops', loops or 'none'),
-    ('compute', _ms(seconds['compute'])),
-    ('HBM', _ms(seconds['hbm'])),
-    *((f'  over {axes}', _ms(time)) for axes, time in seconds['wire'].items()),
+    (row['kind'], row['axes'], *(_text(name, row[name]) for name in columns))
+    for row in facts.get('collectives', ())
   ]
-  if facts['slices'] > 1:
-    rows.append(('  between slices', _ms(seconds['between_slices'])))
-  for name in BOUNDS:
-    if facts['phase'] == 'train':
-      speed = f'{facts["tokens_per_second_per_chip"][name]:,.0f} tokens/s a chip'
-      speed = f'MFU {facts["mfu"][name]:.1%}, {speed}'
-    else:
-      speed = f'{facts["tokens_per_second"][name]:,.0f} tokens/s'
-    rows.append((name.replace('_', ' '), f'{_ms(seconds[name])}, {speed}'))
-  return [*rows, ('compilation', f'{facts["compile_seconds"]:.0f} s')]
+  return [summary, *([cli.table(None, ('collective', 'axes'), columns, cells)] if cells else [])]
 
 
-def notes(facts: dict[str, Any]) -> list[str]:
-  """Sentences about what the numbers leave out."""
-  result = []
-  if names := facts.get('uncounted_kernels'):
-    result.append(f'FLOPs of kernels that give no estimate are left out: {", ".join(names)}.')
-  if any(loop['trips'] is None for loop in facts.get('loops', ())):
-    result.append('The number of trips of a loop is not known: its body is counted once.')
-  return result
+def _text(key: str, value: Any) -> str:
+  if isinstance(value, dict):
+    nested = lambda x: f'({_text(key, x)})' if isinstance(x, dict) else _text(key, x)
+    return ', '.join(f'{name} {nested(x)}' for name, x in value.items())
+  if not isinstance(value, int | float):
+    return str(value)
+  if 'bytes' in key or key == 'memory':
+    return f'{value / 1e9:.2f} GB' if abs(value) >= 1e7 else f'{value / 1e6:.2f} MB'
+  if key.endswith('_seconds'):
+    return f'{value:.0f} s'
+  if key == 'seconds':
+    return f'{1e3 * value:.1f} ms' if value >= 0.01 else f'{1e3 * value:.3f} ms'
+  if key.endswith('_flops'):
+    return f'{value:.3e}'
+  if key == 'mfu':
+    return f'{value:.1%}'
+  return f'{value:.3f}' if isinstance(value, float) and value < 100 else f'{value:,.0f}'
 
 
 def mesh_text(mesh: dict[str, int]) -> str:
   """The axes of more than one device."""
   return ' '.join(f'{axis}={size}' for axis, size in mesh.items() if size > 1) or 'one device'
-
-
-def _gb(number: float) -> str:
-  return f'{number / 1e9:.2f} GB' if number >= 1e7 else f'{number / 1e6:.2f} MB'
-
-
-def _ms(seconds: float) -> str:
-  return f'{1e3 * seconds:.1f} ms' if seconds >= 0.01 else f'{1e3 * seconds:.3f} ms'

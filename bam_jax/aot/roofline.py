@@ -84,10 +84,7 @@ def _split(collective: Collective, local: int, slices: int) -> tuple[float, floa
 def seconds(program: Program, network: Network, sizes: dict[str, int]) -> dict[str, Any]:
   """The times of one step: of `compute`, `hbm`, `wire` by axes, `between_slices`, and BOUNDS.
 
-  Args:
-    program: what one device does.
-    network: the links between the devices of the mesh.
-    sizes: of the mesh's axes.
+  `program` is what one device does, `sizes` are those of the mesh's axes.
   """
   chip = network.topology.chip
   wire, between, waited_for = {}, 0.0, 0.0

@@ -13,16 +13,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 import rich.console
 
 from bam_jax import cli, config
 from bam_jax.account import accounting
 from bam_jax.aot import program, report
-from bam_jax.aot.collectives import Collective
 from bam_jax.aot.program import Job
-from bam_jax.aot.roofline import BOUNDS, Network
-from bam_jax.aot.topology import Topology
+from bam_jax.aot.roofline import BOUNDS
+from bam_jax.aot.topology import Chip, Topology
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
 from bam_jax.parallel import sharding
@@ -49,14 +47,14 @@ def search(
   Raises:
     UserError: no layout is legal, or none of the compiled ones fits.
   """
-  start, network = time.monotonic(), Network(topology, devices)
-  possible = [(*guess(x, network), x) for x in layouts(job, topology, sequences_per_chip)]
+  start, chip = time.monotonic(), topology.chip
+  possible = [(*guess(x, chip), x) for x in layouts(job, topology, sequences_per_chip)]
   if not possible:
     raise UserError(
       f'No mesh of {topology.size} chips divides the model and batch_size={job.run.batch_size} of '
       f'{job.key}: change --topology, or give --sequences_per_chip.'
     )
-  hopeful = [x for x in possible if x[1] <= SLACK * topology.chip.hbm_bytes] or possible
+  hopeful = [x for x in possible if x[1] <= SLACK * chip.hbm_bytes] or possible
   hopeful.sort(key=lambda x: x[0])
   done, longest = [], 0.0
   for number, (*_, layout) in enumerate(hopeful, 1):
@@ -125,37 +123,30 @@ def meshes(model: config.Model, topology: Topology) -> list[config.Mesh]:
   return found
 
 
-def guess(job: Job, network: Network) -> tuple[float, float]:
-  """Seconds a token and bytes of memory of a layout, from the sizes of its arrays.
-
-  Args:
-    job: with its layout.
-    network: of the topology's devices in the order of the mesh.
-  """
-  model, run, mesh, chip = job.model, job.run, job.run.mesh, network.topology.chip
-  L, D = model.num_layers, model.d_model
-  attention, ffn = model.attention_experts, model.ffn_experts
-  itemsize = jnp.dtype(run.compute.dtype).itemsize
-  parts = arithmetic.total_parts(model)
+def guess(job: Job, chip: Chip) -> tuple[float, float]:
+  """Seconds a token and bytes of memory of a layout, from the sizes of its arrays."""
+  model, run, mesh = job.model, job.run, job.run.mesh
+  attention, ffn, L = model.attention_experts, model.ffn_experts, model.num_layers
+  itemsize, parts = jnp.dtype(run.compute.dtype).itemsize, arithmetic.total_parts(model)
   weights = parts.attention / (mesh.expert if attention else 1)
   weights += parts.ffn / (mesh.expert if ffn else 1)
   weights *= itemsize / L / mesh.tensor  # that a layer uses, gathered
   tokens = job.sequences_per_chip * job.sequence_length
-  residual = itemsize * tokens * D
+  residual = itemsize * tokens * model.d_model
 
-  # What a layer saves for the backward pass, and what is computed again, by remat.
-  gathered = mesh.expert if ffn else 1  # devices whose tokens are gathered
+  # What a layer saves for the backward pass, and the FLOPs of what is computed again.
+  gathered = residual * (mesh.expert if ffn else 1)
   heads = 2 * (model.num_heads + model.num_kv_heads) * (attention.num_experts if attention else 1)
-  attention_bytes = itemsize * tokens * (heads * model.head_dim / mesh.tensor + gathered * D)
-  rows = tokens * (ffn.top_k if ffn else 1)  # twice those of an even load are held
-  hidden_bytes = itemsize * rows * 2 * min(gathered, 2) * model.ffn_dim / mesh.tensor
-  hidden_bytes += itemsize * rows * gathered * D * bool(ffn)
+  attended = gathered + itemsize * tokens * heads * model.head_dim / mesh.tensor
+  room = 2 * min(mesh.expert, 2) * ffn.top_k if ffn else 2  # gate and up; twice an even load
+  hidden = itemsize * tokens * room * model.ffn_dim / mesh.tensor
+  hidden += gathered * ffn.top_k if ffn else 0
   forward = arithmetic.forward_parts(model, job.sequence_length)
   is_cut = mesh.fsdp * mesh.expert > 1
   saved, again = {
-    'none': ((1 if is_cut else 1.5) * (attention_bytes + hidden_bytes), 0),
-    'matmuls': (attention_bytes + hidden_bytes, 0),
-    'attention': (attention_bytes, forward.ffn),
+    'none': ((1 if is_cut else 1.5) * (attended + hidden), 0),
+    'matmuls': (attended + hidden, 0),
+    'attention': (attended, forward.ffn),
     'full': (0, forward.attention + forward.ffn),
   }[run.compute.remat]
 
@@ -165,26 +156,20 @@ def guess(job: Job, network: Network) -> tuple[float, float]:
   logits = 4 * min(run.compute.loss_chunk or tokens, tokens) * model.vocab_size / mesh.tensor
   peak = state + L * (residual + saved) + (3 + keeps * L) * weights + logits
 
-  def gather_seconds(axis: str, size: float, times: int) -> float:
-    if (count := getattr(mesh, axis)) == 1:
-      return 0.0
-    ids = np.arange(mesh.size).reshape(dataclasses.astuple(mesh))
-    group = np.moveaxis(ids, sharding.AXES.index(axis), -1).reshape(-1, count)[0]
-    gather = Collective('all-gather', int(size / count), (tuple(group.tolist()),))
-    return times * sum(network.seconds(gather))
-
   passes = run.grad_accum_steps * L
-  wire = [
-    gather_seconds('fsdp', weights, (2 if keeps else 3) * passes),
-    gather_seconds('expert', residual * mesh.expert, 5 * passes),
-    gather_seconds('tensor', 2 * residual, 4 * passes),
-    gather_seconds('data', 2 * state / 4, 1),
-  ]
+  gathers = {
+    'fsdp': (2 if keeps else 3) * passes * weights,
+    'expert': 5 * passes * residual * mesh.expert,
+    'tensor': 8 * passes * residual,
+    'data': state / 2,
+  }
+  wire = [size * (1 - 1 / getattr(mesh, axis)) for axis, size in gathers.items()]
+  wire = [size / chip.link_bandwidth for size in wire]
   step_tokens = run.batch_size * job.sequence_length
   flops = (arithmetic.training_flops(model, job.sequence_length) + again) * step_tokens
-  compute = flops / (mesh.size * chip.flops)
+  seconds = flops / (mesh.size * chip.flops)
   # A little of what overlaps, so that of two layouts bound alike the one that sends less is first.
-  return (max(compute, *wire) + 0.1 * (compute + sum(wire))) / step_tokens, peak
+  return (max(seconds, *wire) + 0.1 * (seconds + sum(wire))) / step_tokens, peak
 
 
 def _seconds_per_token(facts: dict[str, Any]) -> tuple[float, float]:
@@ -212,7 +197,7 @@ def _row(facts: dict[str, Any]) -> dict[str, Any]:
 def _table(rows: Sequence[dict[str, Any]]):
   body = []
   for row in rows:
-    peak = '-' if row['peak_bytes'] is None else f'{row["peak_bytes"] / 1e9:.1f} GB'
+    peak = f'{row["peak_bytes"] / 1e9:.1f} GB' if row['peak_bytes'] else '-'
     cells = [report.mesh_text(row['mesh']), row['remat'], row['sequences_per_chip'], peak]
     for name in ('roofline', 'in_order') if row['fits'] else ():
       cells += [f'{1e3 * row["seconds"][name]:.0f} ms', f'{row["mfu"][name]:.1%}']

@@ -59,8 +59,8 @@ class Model(TemplateLM):
       batch_size: rows on the devices at once; default, and 'auto': 16.
       max_length: tokens read at once; default: the length that the model was trained at.
       seed: of sampling.
-      max_batch_size: ignored; lm-eval's command line passes it.
-      device: likewise; JAX_PLATFORMS chooses.
+      max_batch_size: ignored, as is `device`; lm-eval's command line passes them.
+      device: JAX_PLATFORMS chooses.
       **axes: of the mesh: data=2, fsdp=4.
 
     Raises:
@@ -77,65 +77,48 @@ class Model(TemplateLM):
       known = ('checkpoint', 'dtype', 'max_length', 'seed', *sharding.AXES)
       raise UserError(f'--model_args has {name}={axes[name]}; it takes {", ".join(known)}.')
     self._mesh = config.Mesh(**{axis: _positive(axis, size) for axis, size in axes.items()})
-    self._meta = checkpoint_lib.read_meta(checkpoint)
-    self._tokenizer = checkpoint_lib.open_tokenizer(checkpoint, self._meta)
-    length = self._meta.sequence_length if max_length is None else max_length
-    self.max_length = _positive('max_length', length)
+    self.meta = checkpoint_lib.read_meta(checkpoint)
+    self._tokenizer = checkpoint_lib.open_tokenizer(checkpoint, self.meta)
+    self.max_length = (
+      self.meta.sequence_length if max_length is None else _positive('max_length', max_length)
+    )
     self._loaded: Scorer | generator.Generator | None = None
     self._warned: set[str] = set()
 
+  # Of lm-eval's models: what an empty context is, what ends a document, what names the tokenizer.
+  prefix_token_id = property(lambda self: self._tokenizer.bos_id)
+  eot_token_id = property(lambda self: self._tokenizer.eos_id)
+  tokenizer_name = property(lambda self: self._tokenizer.hash)
+
+  def identity(self) -> dict[str, Any]:
+    """Which checkpoint it is."""
+    return {key: getattr(self.meta, key) for key in ('run', 'step', 'method', 'tokenizer_hash')}
+
   def get_model_info(self) -> dict[str, Any]:
     """What lm-eval writes beside its results."""
-    facts = {
-      name: getattr(self._meta, name) for name in ('run', 'step', 'method', 'tokenizer_hash')
-    }
-    mesh = config.to_dict(self._mesh)
-    return facts | {'model_dtype': self._dtype, 'mesh': mesh, 'max_length': self.max_length}
-
-  @property
-  def eot_token_id(self) -> int:
-    return self._tokenizer.eos_id
-
-  @property
-  def prefix_token_id(self) -> int:
-    """The first token of a document, and the whole of an empty context."""
-    return self._tokenizer.bos_id
-
-  @property
-  def tokenizer_name(self) -> str:
-    return self._tokenizer.hash
+    how = {'model_dtype': self._dtype, 'mesh': config.to_dict(self._mesh)}
+    return self.identity() | how | {'max_length': self.max_length}
 
   def tok_encode(
     self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
   ) -> list[int]:
     """The tokens of a text, after BOS unless `add_special_tokens` is False."""
-    del kwargs
-    bos = [] if add_special_tokens is False else [self._tokenizer.bos_id]
+    bos = [] if add_special_tokens is False else [self.prefix_token_id]
     return bos + self._tokenizer.encode(string)
 
   def loglikelihood(
     self, requests: Sequence[Instance], disable_tqdm: bool = False
   ) -> list[tuple[float, bool]]:
     """Log-likelihood of each continuation in nats, and whether greedy decoding writes it."""
-    pairs = []
-    for context, continuation in (request.args for request in requests):
-      if context:
-        encoded = self._encode_pair(context, continuation)
-      else:
-        encoded = [self.prefix_token_id], self._tokenizer.encode(continuation)
-      pairs.append(((context, continuation), *encoded))
-    return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+    return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
 
   def _loglikelihood_tokens(
     self, requests: Sequence[Pair], disable_tqdm: bool = False, **kwargs: Any
   ) -> list[tuple[float, bool]]:
-    del kwargs
     longest = max((len(context) + len(tokens) for _, context, tokens in requests), default=0)
     if longest - 1 > self.max_length:
       self._warn_once(
-        'request',
-        f'A request has {longest:,} tokens, and the model reads {self.max_length:,}: contexts are '
-        'cut from the left.',
+        'A request is longer than what the model reads: contexts are cut from the left.'
       )
     # An empty continuation has probability 1.
     answers = {(tuple(c), tuple(t)): (0.0, True) for _, c, t in requests}
@@ -182,45 +165,34 @@ class Model(TemplateLM):
     Of `gen_kwargs` this reads `until`, `max_gen_toks` and its other names, `do_sample`,
     `temperature`, `top_k` and `top_p`; UserError for any other that would change the text.
     """
-    batches: dict[tuple, list[tuple[int, list[str]]]] = {}  # by what must be equal in a batch
+    batches: dict[tuple, list[int]] = {}  # by what must be equal in a batch
+    stops = []
     for number, request in enumerate(requests):
-      until, wanted, options = _gen_kwargs(request.args[1])
+      until, wanted, params = _gen_kwargs(request.args[1])
+      stops.append(until)
       max_new_tokens = min(wanted, max(1, self.max_length // 2))
       if wanted > max_new_tokens:
-        self._warn_once(
-          'room',
-          f'A task asks for {wanted:,} new tokens, and the model reads {self.max_length:,} at '
-          f'once: it gets {max_new_tokens:,}.',
-        )
-      batches.setdefault((max_new_tokens, options), []).append((number, until))
+        self._warn_once(f'A task gets {max_new_tokens:,} new tokens, half of what the model reads.')
+      batches.setdefault((max_new_tokens, params), []).append(number)
     texts = [''] * len(requests)
     with _progress(len(requests), disable_tqdm) as progress:
-      for (max_new_tokens, options), batch in batches.items():
-        asked = [(requests[number].args[0], until) for number, until in batch]
-        for (number, _), written in zip(batch, self._generate(asked, max_new_tokens, options)):
+      for how, numbers in batches.items():
+        asked = [(requests[number].args[0], stops[number]) for number in numbers]
+        for number, written in zip(numbers, self._generate(asked, *how)):
           texts[number] = written
-        progress.update(len(batch))
+        progress.update(len(numbers))
     return texts
 
   def _generate(
-    self,
-    requests: Sequence[tuple[str, list[str]]],
-    max_new_tokens: int,
-    params: SamplingParams,
+    self, requests: list[tuple[str, list[str]]], max_new_tokens: int, params: SamplingParams
   ) -> list[str]:
     """Continuations of contexts up to their stops; a context that is repeated gets other draws."""
-    rows: list[generator.Row] = []
-    made: list[text.Continuation] = []
-    seen = collections.Counter()
+    rows, made, seen = [], [], collections.Counter()
     room = max(1, self.max_length - max_new_tokens)
     for context, until in requests:
       tokens = self.tok_encode(context)
       if len(tokens) > room:
-        self._warn_once(
-          'prompt',
-          f'A prompt has {len(tokens):,} tokens, and there is room for {room:,} beside '
-          f'{max_new_tokens:,} new ones: prompts are cut from the left.',
-        )
+        self._warn_once(f'A prompt has more than {room:,} tokens: prompts are cut from the left.')
       prompt = tuple(tokens[-room:])
       rows.append(generator.Row(prompt, seen[prompt]))
       made.append(text.Continuation(self._tokenizer, prompt, until))
@@ -241,10 +213,9 @@ class Model(TemplateLM):
       continuation.finish()
     return [continuation.text for continuation in made]
 
-  def _warn_once(self, kind: str, sentence: str) -> None:
-    """Prints the first warning of a kind."""
-    if kind not in self._warned:
-      self._warned.add(kind)
+  def _warn_once(self, sentence: str) -> None:
+    if sentence not in self._warned:
+      self._warned.add(sentence)
       print(f'{self._path}: {sentence}', file=sys.stderr)
 
 

@@ -64,23 +64,23 @@ def read(path: str) -> Questions:
 
 def _check(row: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
   """The keys of the kind; UserError where one is missing or of the wrong type."""
-  for key in ('prompt', 'test', 'entry_point') if kind == CODE else ('context',):
+  is_text = lambda x: isinstance(x, str) and bool(x.strip())
+  texts = ['prompt', 'test', 'entry_point'] if kind == CODE else ['context']
+  for key in texts:
     if not isinstance(row.get(key), str):
       raise UserError(f'{where}: the key "{key}" must be a string.')
-  if kind == CODE:
-    return {key: row[key] for key in ('prompt', 'test', 'entry_point')}
-  context, answer, choices = row['context'], row.get('answer'), row.get('choices')
+  answer, choices = row.get('answer'), row.get('choices')
+  if kind == CHOICE:
+    if not isinstance(choices, list) or len(choices) < 2 or not all(map(is_text, choices)):
+      raise UserError(f'{where}: the key "choices" must be a list of at least two strings.')
+    if type(answer) is not int or not 0 <= answer < len(choices):
+      raise UserError(f'{where}: the key "answer" must be the index of a choice, from 0.')
   if kind == LINE:
-    answers = answer if isinstance(answer, list) else [answer]
-    if not answers or not all(isinstance(x, str) and x.strip() for x in answers):
+    row['answer'] = answer if isinstance(answer, list) else [answer]
+    if not row['answer'] or not all(map(is_text, row['answer'])):
       raise UserError(f'{where}: the key "answer" must be a non-empty string or a list of them.')
-    return {'context': context, 'answer': answers}
-  texts = isinstance(choices, list) and all(isinstance(x, str) and x for x in choices)
-  if not texts or len(choices) < 2:
-    raise UserError(f'{where}: the key "choices" must be a list of at least two strings.')
-  if type(answer) is not int or not 0 <= answer < len(choices):
-    raise UserError(f'{where}: the key "answer" must be the index of a choice, from 0.')
-  return {'context': context, 'choices': choices, 'answer': answer}
+  keys = texts + {CHOICE: ['choices', 'answer'], LINE: ['answer'], CODE: []}[kind]
+  return {key: row[key] for key in keys}
 
 
 def lm_eval_task(questions: Questions) -> dict[str, Any]:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import rich.console
 import rich.table
 
-from bam_jax import checkpoint, config
+from bam_jax import checkpoint, cli, config
 from bam_jax.errors import UserError
 from bam_jax.evaluate.scorer import rows_mesh
 from bam_jax.parallel import sharding
@@ -80,7 +79,7 @@ def run(checkpoints: Sequence[str], tasks: Sequence[str], options: Options) -> d
   rows = [row for row, _ in scores]
   for row, samples in scores[1:]:
     add_differences(row['tasks'], samples, scores[0][1])
-  console = rich.console.Console(stderr=True, markup=False, highlight=False)
+  console = cli.console()
   if not console.is_terminal:
     console.width = max(console.width, 120)
   console.print(_table(rows))
@@ -154,9 +153,13 @@ def _score(path: str, loaded: Loaded, options: Options) -> tuple[dict[str, Any],
 
   from bam_jax.tasks import adapter
 
-  meta, axes = checkpoint.read_meta(path), config.to_dict(options.mesh)
   model = adapter.Model(
-    path, options.dtype, options.batch_size, options.window, options.seed, **axes
+    path,
+    options.dtype,
+    options.batch_size,
+    options.window,
+    options.seed,
+    **config.to_dict(options.mesh),
   )
   results = lm_eval.simple_evaluate(
     model,
@@ -168,10 +171,7 @@ def _score(path: str, loaded: Loaded, options: Options) -> tuple[dict[str, Any],
   )
   row = {
     'checkpoint': path,
-    'run': meta.run,
-    'step': meta.step,
-    'method': meta.method,
-    'tokenizer_hash': meta.tokenizer_hash,
+    **model.identity(),
     'window': model.max_length,
     'tasks': {
       name: {
@@ -228,21 +228,16 @@ def _by_question(metric: str, samples: Sequence[Mapping[str, Any]]) -> dict[int,
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> rich.table.Table:
   """A column a checkpoint: scores, their errors, and in brackets the difference from the first."""
-  table = rich.table.Table(box=None)
-  for name in ('task', 'shots', 'metric'):
-    table.add_column(name, overflow='fold')
-  names = [row['run'] for row in rows]
-  for row in rows:
-    label = row['run'] if names.count(row['run']) == 1 else row['checkpoint']
-    table.add_column(label, justify='right', overflow='fold')
+  runs = [row['run'] for row in rows]
+  labels = [row['run'] if runs.count(row['run']) == 1 else row['checkpoint'] for row in rows]
+  body = []
   for name, facts in rows[0]['tasks'].items():
     for metric in facts['metrics']:
       cells = [_cell(row['tasks'][name]['metrics'][metric]) for row in rows]
-      table.add_row(name, str(facts['few_shot']), metric, *cells)
+      body.append([name, str(facts['few_shot']), metric, *cells])
   for name, metrics in rows[0]['groups'].items():
-    for metric in metrics:
-      table.add_row(name, '', metric, *(_cell(row['groups'][name][metric]) for row in rows))
-  return table
+    body += [[name, '', x, *(_cell(row['groups'][name][x]) for row in rows)] for x in metrics]
+  return cli.table(None, ['task', 'shots', 'metric'], labels, body)
 
 
 def _cell(measure: Mapping[str, float | None]) -> str:

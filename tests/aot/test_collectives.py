@@ -40,7 +40,7 @@ def read(opcode: str, attributes: str) -> collectives.Collective | None:
     '  %x = f32[8,24]{1,0} parameter(0)\n'
     f'  ROOT %y = f32[8,24]{{1,0}} {opcode}(%x), channel_id=1, {attributes}, to_apply=%add\n}}\n'
   )
-  return collectives.read(entry.root, 8)
+  return collectives.read(hlo.root(entry), 8)
 
 
 @pytest.mark.parametrize('text', FORMS)
@@ -85,8 +85,8 @@ ENTRY %main (y: f32[32,4]) -> f32[8,4] {
 
 
 def test_an_all_reduce_of_which_a_part_is_kept_is_a_reduce_scatter():
-  fusion = hlo.parse(SCATTERED).root.calls['calls'][0]
-  found = collectives.read(fusion.instructions['sum'], 8)
+  fusion = hlo.root(hlo.parse(SCATTERED)).calls['calls'][0]
+  found = collectives.read(fusion['sum'], 8)
   assert found.kind == 'reduce-scatter' and found.wire_bytes == 32 * 4 * 4 * 3 / 4
 
 
@@ -103,9 +103,9 @@ _xla_megascale_transfer_type="ALL_REDUCE"}
 
 
 def test_slices_send_through_their_hosts():
-  found = collectives.read(hlo.parse(SEND).instructions['send'], 8)
+  found = collectives.read(hlo.parse(SEND)['send'], 8)
   assert found.kind == 'all-reduce' and found.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
   assert found.axes(dict(data=2, fsdp=4)) == 'data'
   assert found.wire_bytes == 8 * 24 * 4
   other = hlo.parse(SEND.replace('_xla_megascale_transfer_type="ALL_REDUCE"', 'x="y"'))
-  assert collectives.read(other.instructions['send'], 8) is None
+  assert collectives.read(other['send'], 8) is None

@@ -51,7 +51,7 @@ def call(name: str, operands: list[str], results: str, target='tpu_custom_call',
     f'  ROOT %{name} = {results} custom-call({names}), custom_call_target="{target}", {text}'
     f'backend_config={backend}'
   )
-  return hlo.parse('ENTRY %main (x: f32[]) -> f32[] {\n' + '\n'.join(lines) + '\n}\n').root
+  return hlo.root(hlo.parse('ENTRY %main (x: f32[]) -> f32[] {\n' + '\n'.join(lines) + '\n}\n'))
 
 
 def grouped(tile: tuple[int, int, int], bounds: str, **estimate):

@@ -2,12 +2,11 @@
 
 import dataclasses
 import itertools
-from types import SimpleNamespace
 
 import pytest
 
 from bam_jax import config
-from bam_jax.aot import program, roofline, search, topology
+from bam_jax.aot import program, search, topology
 
 
 def job(model: config.Model, batch_size: int, **changes) -> program.Job:
@@ -63,12 +62,9 @@ def test_layouts_take_the_sequences_that_they_are_told(models):
 
 def guess(model, mesh, batch_size=32, grad_accum_steps=1, **compute) -> tuple[float, float]:
   """Seconds a token and bytes."""
-  target = topology.parse('v5e:2x4')
-  coords = itertools.product(range(2), range(4))
-  links = roofline.Network(target, [SimpleNamespace(coords=(*place, 0)) for place in coords])
   compute = config.Compute(**compute)
   asked = job(model, batch_size, mesh=mesh, grad_accum_steps=grad_accum_steps, compute=compute)
-  return search.guess(asked, links)
+  return search.guess(asked, topology.CHIPS['v5e'])
 
 
 WIDE = config.Model(
