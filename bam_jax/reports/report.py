@@ -20,7 +20,7 @@ from bam_jax.errors import UserError
 from bam_jax.files import buckets, folders, json_file
 from bam_jax.reports import figures, scores
 from bam_jax.train import log
-from bam_jax.train.progress import duration
+from bam_jax.train.log import duration
 
 Row = dict[str, Any]
 

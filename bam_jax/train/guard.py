@@ -1,11 +1,11 @@
 """Steps that would do harm: NaN, infinity or a spike in the loss or in the gradient's norm.
 
 The devices decide whether a step is taken, all alike, as loss and norm are sums over all of them.
-The host reads the outcome one step later, counts, and halts the run where its guard says so.
+The host reads that one step later, counts, and halts the run where its guard says so.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,10 +43,9 @@ def to_json(history: History | tuple[()]) -> dict[str, Any]:
 def select(
   guard: config.Guard, before: Any, after: Any, loss: jax.Array, norm: jax.Array
 ) -> tuple[Any, jax.Array | None]:
-  """The state to go on with, and whether the step was a spike (None where the guard ignores them).
+  """The state to go on with, and whether the step was a spike (None where spikes are ignored).
 
-  That is `after`, a `step.State` but for its history, or, to the bit, `before` where the step of
-  this loss and gradient norm is skipped.
+  That is `after`, or to the bit `before` where the step of this loss and gradient norm is skipped.
   """
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   if guard.on_spike == 'ignore':
@@ -65,10 +64,9 @@ def is_spike(guard: config.Guard, history: History, loss: jax.Array, norm: jax.A
 
 
 def add(guard: config.Guard, history: History, loss: jax.Array, norm: jax.Array) -> History:
-  """The history with one more step.
+  """The history with one more step: mean and variance over the first window, then weighted ones.
 
-  Plain mean and variance over the first window, then exponentially weighted ones: D. H. D. West,
-  Communications of the ACM 22 (1979), with weights that fall off by 1 - 1 / window.
+  D. H. D. West, Communications of the ACM 22 (1979), weights falling off by 1 - 1 / window.
   """
   count = history.count + 1
   rate = 1 / jnp.minimum(count, guard.window)
@@ -89,36 +87,26 @@ class Skips:
   """
 
   def __init__(
-    self,
-    name: str,
-    guard: config.Guard,
-    last_good: Callable[[], Path | None],
-    counts: tuple[int, int] = (0, 0),
+    self, name: str, guard: config.Guard, last_good: Callable, counts: Sequence[int] = (0, 0)
   ):
-    self._name, self._guard, self._last_good = name, guard, last_good
-    self.counts = counts
+    self._name, self._guard, self._last_good, self.counts = name, guard, last_good, counts
 
   def __call__(self, step: int, facts: dict[str, Any]) -> None:
     """Adds `taken` and `skipped`, the number of steps, to a step's facts; UserError to halt."""
     loss, norm, (total, in_a_row) = facts['loss'], facts['gradient_norm'], self.counts
     finite = math.isfinite(loss) and math.isfinite(norm)
-    facts |= {'taken': finite and not facts.get('spike'), 'skipped': total}
-    if facts['taken']:
-      self.counts = total, 0
-      return
+    taken = finite and not facts.get('spike')
+    self.counts = (total, 0) if taken else (total + 1, in_a_row + 1)
+    facts |= {'taken': taken, 'skipped': self.counts[0]}
     if not finite and self._guard.on_nan == 'halt':
       self._halt(f'has NaN or infinity at step {step}, in its loss or gradient')
-    if finite and self._guard.on_spike == 'halt':
+    if not taken and finite and self._guard.on_spike == 'halt':
       self._halt(f'has a spike at step {step}, loss {loss:.4g}, gradient norm {norm:.4g}')
-    if in_a_row >= self._guard.max_skipped:
-      self._halt(
-        f'skipped guard.max_skipped={in_a_row} steps in a row and would have to skip step {step}'
-      )
-    self.counts = total + 1, in_a_row + 1
-    facts['skipped'] += 1
+    if not taken and in_a_row >= self._guard.max_skipped:
+      self._halt(f'would skip step {step} after guard.max_skipped={in_a_row} others in a row')
 
   def _halt(self, what: str) -> None:
-    folder = self._last_good()
+    folder: Path | None = self._last_good()
     kept = f'the last good checkpoint is {folder}' if folder else 'no checkpoint was saved'
     raise UserError(
       f'runs.{self._name} {what}; {kept}: lower runs.{self._name}.schedule.peak_learning_rate, '

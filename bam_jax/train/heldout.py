@@ -1,51 +1,39 @@
 """Held-out likelihood by domain, and where the routers send each domain."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from bam_jax import config
-from bam_jax.data import mixture, shards
+from bam_jax.data import mixture
 from bam_jax.model import transformer
 from bam_jax.parallel import processes, sharding
 from bam_jax.train import log
 from bam_jax.train import step as step_lib
+from bam_jax.train.job import Job
 
 
 def evaluate(
-  model: config.Model,
-  run: config.Run,
-  recipe: config.Recipe,
-  params: transformer.Params,
-  dataset: shards.Dataset,
-  domains: Iterable[str],
-  tokens: int | None,
-  between: Callable[[], None],
+  job: Job, params: transformer.Params, tokens: int | None, between: Callable[[], None]
 ) -> dict[str, dict[str, Any]]:
-  """Negative log-likelihood of the held-out documents of domains, packed and cut into sequences.
+  """Negative log-likelihood of the job's held-out documents, packed and cut into sequences.
 
   It reads `tokens` of each domain, rounded up to whole batches, or everything (None), and calls
-  `between` after every batch, in every process as often.
-
-  Returns:
-    For each domain `nll` (a sum, nats), `tokens` and `bytes` that it is over, the latter scaled to
-    the tokens read, and the `routing` of each router.
+  `between` after every batch, in every process as often. For each domain it returns `nll` (a sum,
+  nats), `tokens` and `bytes` that it is over, the latter scaled to the tokens read, and `routing`.
   """
-  mesh = sharding.make_mesh(run.mesh)
-  step = step_lib.evaluation_step(model, run.compute, mesh)
+  mesh = sharding.make_mesh(job.run.mesh)
+  step = step_lib.evaluation_step(job.model, job.run.compute, mesh)
   part, parts = processes.share_of_batch(mesh)
-  length, batch_size = recipe.data.sequence_length, recipe.evaluation.batch_size
+  length, batch_size = job.recipe.data.sequence_length, job.recipe.evaluation.batch_size
   num_batches = None if tokens is None else -(-tokens // (batch_size * length))
   results = {}
-  for domain in domains:
-    documents = dataset.documents(domain, 'valid')
-    batches = mixture.heldout(
-      documents, sequence_length=length, batch_size=batch_size, process_index=part,
-      process_count=parts,
-    )  # fmt: skip
+  for domain in job.domains:
+    documents = job.dataset.documents(domain, 'valid')
+    where = dict(process_index=part, process_count=parts)
+    batches = mixture.heldout(documents, sequence_length=length, batch_size=batch_size, **where)
     total = None
     for batch in itertools.islice(batches, num_batches):
       sums = jax.device_get(step(params, sharding.put_batch(batch, mesh)))
@@ -54,11 +42,11 @@ def evaluate(
       sums = jax.tree.map(lambda x: np.asarray(x, np.float64).sum(0), sums)
       total = sums if total is None else jax.tree.map(np.add, total, sums)
       between()
-    targets = documents.num_tokens - len(documents)
+    tokens_read, targets = int(total.targets), documents.num_tokens - len(documents)
     results[domain] = {
       'nll': float(total.nll),
-      'tokens': int(total.targets),
-      'bytes': int(documents.byte_counts.sum()) * int(total.targets) / targets,
+      'tokens': tokens_read,
+      'bytes': int(documents.byte_counts.sum()) * tokens_read / targets,
       'routing': log.of_routers(total.routing),
     }
   return results

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -15,14 +16,14 @@ import tensorboardX
 from etils import epath
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from bam_jax import config
 from bam_jax.files import buckets, folders, json_file
 from bam_jax.model import arithmetic, block, router
 from bam_jax.train import optimizer, timing
 from bam_jax.train import step as step_lib
-from bam_jax.train.progress import Progress
+from bam_jax.train.job import Job
 
 FLUSH_SECONDS = 60.0  # until a bucket, or TensorBoard, sees what was written
+PRINT_SECONDS = 10.0  # between two lines about a run
 
 # Dense bfloat16 FLOP/s of one device, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -51,10 +52,7 @@ def of_routers(routing: block.Routing) -> dict[str, Any]:
 
 
 def of_router(stats: router.Statistics) -> dict[str, Any]:
-  """For every layer each expert's share of the assignments, and means over the tokens.
-
-  `entropy` is in nats, `dropped` the number of a token's assignments that were dropped.
-  """
+  """By layer the experts' shares of the assignments, and means over tokens; `entropy` in nats."""
   load, tokens = np.asarray(stats.load, np.float64), np.maximum(stats.tokens, 1.0)
   return {
     'load': (load / np.maximum(load.sum(-1, keepdims=True), 1)).tolist(),
@@ -63,22 +61,19 @@ def of_router(stats: router.Statistics) -> dict[str, Any]:
   }
 
 
-def mfu(flops_per_token: float, tokens_per_second: float, num_devices: int) -> float | None:
+def mfu(flops_per_second: float, num_devices: int) -> float | None:
   """Model FLOPs utilisation, or None on a device whose peak is not known."""
   peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-  return flops_per_token * tokens_per_second / (peak * num_devices) if peak else None
+  return flops_per_second / (peak * num_devices) if peak else None
 
 
-class Writer:
-  """Appends to a run's metrics; a context manager. Only the job's first process writes.
-
-  `dropped` holds what an earlier attempt wrote of steps that are to be done again.
-  """
+class Writer(contextlib.ExitStack):
+  """Appends to a run's metrics; a context manager. Only the job's first process writes."""
 
   def __init__(self, folder: Path | epath.Path, start_step: int):
-    """Opens the files, dropping what an earlier attempt wrote of steps after `start_step`."""
-    self.dropped: list[dict[str, Any]] = []
-    self._closing, self._file = contextlib.ExitStack(), None
+    """Opens the files; `dropped` is what an earlier attempt wrote of steps after `start_step`."""
+    super().__init__()
+    self.dropped, self._file = [], None
     if jax.process_index():
       return
     self._path, self._flushed = folder / 'metrics.jsonl', time.monotonic()
@@ -90,23 +85,18 @@ class Writer:
       (folder / 'tensorboard').mkdir(parents=True, exist_ok=True)
     self._mirrors = [buckets.Mirror(p) for p in (self._path, folder / 'tensorboard' / name)]
     for mirror in self._mirrors:
-      self._closing.callback(mirror.close)
+      self.callback(mirror.close)
     folders.write_file(self._mirrors[0].path, kept)
     with folders.writing(folder):
-      self._file = self._closing.enter_context(open(self._mirrors[0].path, 'ab', buffering=0))
+      self._file = self.enter_context(open(self._mirrors[0].path, 'ab', buffering=0))
       # The library's SummaryWriter writes in a thread, in which a full disk is only a traceback.
       self._events = tensorboardX.RecordWriter(str(self._mirrors[1].path))
-      self._closing.callback(self._close_events)
+      self.enter_context(contextlib.suppress(OSError))  # reported by `write` already
+      self.callback(self._events.close)
       self._write_event(file_version='brain.Event:2')
       # TensorBoard no longer shows what earlier files have from here on.
       start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
       self._write_event(step=start_step + 1, session_log=start)
-
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *error) -> None:
-    self._closing.close()
 
   def write(self, step: int, facts: dict[str, Any]) -> None:
     """Writes the facts of a step, nested values as one TensorBoard curve each; else UserError."""
@@ -133,16 +123,9 @@ class Writer:
   def _write_event(self, **fields) -> None:
     self._events.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
 
-  def _close_events(self) -> None:
-    with contextlib.suppress(OSError):
-      self._events.close()
-
 
 def read_lines(path: Path | epath.Path) -> list[tuple[str, dict[str, Any]]]:
-  """A file's lines through which curves can be drawn, and what they say.
-
-  A kill or a full disk may have cut one short.
-  """
+  """A file's sound lines and what they say; a kill or a full disk may have cut one short."""
   lines = []
   text = path.read_bytes().decode(errors='replace') if path.exists() else ''
   for line in text.splitlines(keepends=True):
@@ -164,56 +147,61 @@ def _flatten(value: Any, tag: str = '') -> list[tuple[str, float]]:
 
 
 class Log:
-  """Writes and shows a run's steps: a hook of finished steps, after `guard.Skips`.
+  """Writes and prints a run's steps: a context manager, and a hook that follows `guard.Skips`."""
 
-  `loss` is that of the last step that was taken; `first_step` were done before this attempt.
-  """
+  def __init__(self, job: Job, first_step: int, writer: Writer, goodput: timing.Goodput):
+    self._job, self._writer, self._goodput = job, writer, goodput
+    self._first_step = self._step = first_step
+    self._total_steps = job.recipe.total_steps(job.name)
+    self._step_tokens = job.recipe.step_tokens(job.name)
+    flops = arithmetic.training_flops(job.model, job.recipe.data.sequence_length)
+    self._step_flops = flops * self._step_tokens
+    self._speed, self._mark = 0.0, (first_step, 0.0)  # steps a second; step and time it counts from
+    self._loss, self._printed = None, time.monotonic()
 
-  def __init__(
-    self,
-    recipe: config.Recipe,
-    name: str,
-    model: config.Model,
-    first_step: int,
-    writer: Writer,
-    progress: Progress,
-    goodput: timing.Goodput,
-  ):
-    self._recipe, self._name, self._first_step = recipe, name, first_step
-    self._writer, self._progress, self._goodput = writer, progress, goodput
-    self._flops_per_token = arithmetic.training_flops(model, recipe.data.sequence_length)
-    self._mark: tuple[int, float] | None = None  # step and time that the speed is measured from
-    self._speed = 0.0
-    self.loss: float | None = None
-    progress.start(name, first_step)
+  def __enter__(self) -> Self:
+    how = f'resumes at step {self._step:,} of' if self._step else 'starts,'
+    note(f'{self._job.name}: {how} {self._total_steps:,} steps')
+    return self
+
+  def __exit__(self, kind: type | None, *error) -> None:
+    how = f'stopped at step {self._step:,} of {self._total_steps:,}' if kind else 'done'
+    loss = '' if self._loss is None else f', loss {self._loss:.4f}'
+    note(f'{self._job.name}: {how}{loss}, {duration(self._goodput.attempt()[0])}')
 
   def __call__(self, step: int, facts: dict[str, Any]) -> None:
     """Writes every `intervals.log`-th and the last step, and those that were skipped."""
-    name, run = self._name, self._recipe.runs[self._name]
+    name, run, now = self._job.name, self._job.run, time.monotonic()
     if step == self._first_step + 1:
-      seconds, compiling = self._goodput.attempt
+      seconds, compiling = self._goodput.attempt()
       times = {'first_step_seconds': seconds, 'first_step_compile_seconds': compiling}
       self._writer.write(step, times)
-      self._progress.note(
-        f'{name}: first step done after {seconds:.1f} s, {compiling:.1f} s of them compiling'
-      )
+      note(f'{name}: first step done after {seconds:.1f} s, {compiling:.1f} s of them compiling')
+    self._step = step
     if not facts.pop('taken'):
-      self._progress.note(f'{name}: skipped step {step:,}, loss {facts["loss"]:.4g}')
+      note(f'{name}: skipped step {step:,}, loss {facts["loss"]:.4g}')
       self._writer.write(step, {'skipped': facts['skipped']})
-      self._mark = step, time.monotonic()
+      self._mark = step, now
       return
-    self.loss = facts['loss']
-    speed, shares = self._tokens_per_second(step), self._goodput.shares()
-    self._progress.update(name, step, self.loss, speed, shares['step'])
-    if step % run.intervals.log == 0 or step == self._recipe.total_steps(name):
-      facts |= {
-        'learning_rate': float(optimizer.learning_rates(self._recipe, name, step)[0]),
-        'tokens': step * self._recipe.step_tokens(name),
+    self._loss, times = facts['loss'], self._goodput.facts()
+    if self._mark[1] and step > self._mark[0]:
+      latest = (step - self._mark[0]) / (now - self._mark[1])
+      self._speed = 0.9 * self._speed + 0.1 * latest if self._speed else latest
+    self._mark = step, now
+    speed = self._speed * self._step_tokens
+    if now - self._printed > PRINT_SECONDS:
+      self._printed = now
+      left = (self._total_steps - step) / self._speed if self._speed else 0
+      note(
+        f'{name}: step {step:,} of {self._total_steps:,}, loss {self._loss:.4f}, {speed:,.0f} '
+        f'tokens/s, goodput {times["goodput"]:.0%}' + (f', {duration(left)} left' if left else '')
+      )
+    if step % run.intervals.log == 0 or step == self._total_steps:
+      facts |= times | {
+        'learning_rate': float(optimizer.learning_rates(self._job.recipe, name, step)[0]),
+        'tokens': step * self._step_tokens,
         'tokens_per_second': speed,
-        'mfu': mfu(self._flops_per_token, speed, run.mesh.size),
-        'seconds': self._goodput.seconds,
-        'goodput': shares['step'],
-        'time': shares,
+        'mfu': mfu(self._speed * self._step_flops, run.mesh.size),
       }
       self._writer.write(step, facts)
 
@@ -223,12 +211,16 @@ class Log:
     self._writer.write(step, {'valid': nats_per_token})
     self._mark = step, time.monotonic()
 
-  def _tokens_per_second(self, step: int) -> float:
-    """Speed with a memory of about ten steps; 0 at the first one, which compiles."""
-    now = time.monotonic()
-    if self._mark and step > self._mark[0]:
-      tokens = (step - self._mark[0]) * self._recipe.step_tokens(self._name)
-      latest = tokens / (now - self._mark[1])
-      self._speed = latest if not self._speed else 0.9 * self._speed + 0.1 * latest
-    self._mark = step, now
-    return self._speed
+
+def note(text: str) -> None:
+  """Prints a line to standard error in the job's first process; results go to standard output."""
+  if jax.process_index() == 0:
+    print(text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+  """A span of time for a person: 42s, 3m 05s, 1h 02m."""
+  minutes, seconds = divmod(round(seconds), 60)
+  if minutes >= 60:
+    return f'{minutes // 60}h {minutes % 60:02}m'
+  return f'{minutes}m {seconds:02}s' if minutes else f'{seconds}s'

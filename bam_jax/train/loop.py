@@ -2,8 +2,6 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -15,48 +13,21 @@ from bam_jax import checkpoint, config, errors
 from bam_jax.checkpoint import integrity
 from bam_jax.data import mixture, shards
 from bam_jax.errors import UserError
-from bam_jax.model import transformer
 from bam_jax.parallel import processes, sharding
 from bam_jax.train import guard, heldout, log, optimizer, stop, timing
 from bam_jax.train import hooks as hooks_lib
 from bam_jax.train import step as step_lib
-from bam_jax.train.progress import Progress
-
-PREFETCH = 4  # batches made ahead
+from bam_jax.train.job import Job
 
 
-@dataclass(frozen=True)
-class Job:
-  """One run with everything decided that its recipe decides."""
+def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
+  """Trains to the budget, saves, evaluates; returns what `result.json` is to hold of it.
 
-  name: str
-  run: config.Run
-  model: config.Model
-  recipe: config.Recipe
-  dataset: shards.Dataset
-  domains: tuple[str, ...]  # to evaluate
-  folder: Path  # of the run
-  init: Callable[[Any], transformer.Params]  # from the parameters' shardings
-  meta: Callable[[int], checkpoint.Meta]  # of a step
-
-
-def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> dict[str, Any]:
-  """Trains to the budget, saves, evaluates.
-
-  Args:
-    job: what to train.
-    progress: what a person sees.
-    stopping: says when to stop.
-    began: when the time of this run began, by `time.monotonic`.
-
-  Returns:
-    `step`, `tokens`, `wall_seconds`, `time` (seconds by kind of `timing.KINDS`), `skipped` (steps),
-    `loss` of the last step and `domains`, the held-out results.
+  The time of this run began at `began`, by `time.monotonic`.
 
   Raises:
     stop.Stopped: a signal came; the state is saved.
-    UserError: a step would do harm and the run's guard does not skip it, the disk is full, or what
-      is on it is damaged.
+    UserError: a step would do harm, the disk is full, or what is on it is damaged.
   """
   name, run, recipe = job.name, job.run, job.recipe
   total_steps, mesh = recipe.total_steps(name), sharding.make_mesh(run.mesh)
@@ -65,34 +36,31 @@ def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> di
     job.model, run.compute, run.loss, run.optimizer, run.grad_accum_steps, mesh,
     optimizer.factors_of(run), run.guard,
   )  # fmt: skip
-  goodput, hooks = timing.Goodput(began), hooks_lib.Hooks()
+  goodput = timing.Goodput(began)
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
     for sentence in integrity.set_aside(job.folder / 'checkpoints'):
-      progress.note(sentence)
+      log.note(sentence)
     checkpoints = checkpoint.Checkpoints(job.folder / 'checkpoints', run.intervals.keep)
     stack.push(lambda kind, error, trace: _close(checkpoints, error))
-    batches = mixture.iterate(batches_of(run, recipe, job.dataset), 0, PREFETCH)
+    batches = mixture.iterate(batches_of(run, recipe, job.dataset), 0, prefetch=4)
     first_step, state, saved = _start(job, mesh, checkpoints, batches)
     writer = stack.enter_context(log.Writer(job.folder, first_step))
     goodput.resume(saved.get('spent', {}), writer.dropped)
-    stalls = timing.StallWatch(name, first_step, run.watch.stall_seconds, goodput, progress.note)
+    stalls = timing.StallWatch(name, first_step, run.watch.stall_seconds, goodput, log.note)
     skips = guard.Skips(name, run.guard, checkpoints.newest_folder, saved.get('skipped', (0, 0)))
-    steps = log.Log(recipe, name, job.model, first_step, writer, progress, goodput)
+    steps = stack.enter_context(log.Log(job, first_step, writer, goodput))
+    hooks = hooks_lib.Hooks(stalls, skips, steps)
     profile = hooks_lib.Profile(job.folder / 'profile', run.watch, first_step, hooks.settle)
     stack.enter_context(stalls)
     stack.callback(profile.close)
 
-    def nats(state: step_lib.State, tokens: int | None, between: Callable) -> dict[str, Any]:
-      with goodput.spend('evaluate'):
-        return heldout.evaluate(
-          job.model, run, recipe, state.params, job.dataset, job.domains, tokens, between
-        )  # fmt: skip
-
     def evaluate(step: int, state: step_lib.State, between: Callable = stalls.alive) -> None:
       hooks.settle()
-      steps.valid(step, nats(state, recipe.evaluation.tokens, between))
+      with goodput.spend('evaluate'):
+        found = heldout.evaluate(job, state.params, recipe.evaluation.tokens, between)
+      steps.valid(step, found)
 
     def save(step: int, state: step_lib.State) -> None:
       hooks.settle()  # raises if this step did harm
@@ -113,13 +81,10 @@ def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> di
         save(step, state)
         raise stop.Stopped(signum)
 
-    def stop_at_once() -> None:
+    def stop_at_once() -> None:  # once the last step is saved
       stalls.alive()
-      if signum := stopping.agreed():
-        raise stop.Stopped(signum)
+      stop_if_asked(total_steps, state)
 
-    for hook in (stalls, skips, steps):
-      hooks.add_finished(hook)
     hooks.add(profile)
     hooks.add(evaluate, every=run.intervals.evaluate)
     hooks.add(save, every=run.intervals.checkpoint)
@@ -146,16 +111,16 @@ def train(job: Job, progress: Progress, stopping: stop.Flag, began: float) -> di
     save(total_steps, state)
     # The curve's last point is over the text of all its points; the result is over everything.
     evaluate(total_steps, state, stop_at_once)
-    domains = nats(state, None, stop_at_once)
+    with goodput.spend('evaluate'):
+      domains = heldout.evaluate(job, state.params, None, stop_at_once)
     with goodput.spend('checkpoint'):
       checkpoints.wait()
     return {
       'step': total_steps,
       'tokens': total_steps * recipe.step_tokens(name),
-      'wall_seconds': goodput.seconds,
+      'wall_seconds': goodput.facts()['seconds'],
       'time': goodput.spent(),
       'skipped': skips.counts[0],
-      'loss': steps.loss,
       'domains': domains,
     }
 
@@ -187,8 +152,8 @@ def _start(
     params, opt_state, saved = checkpoints.restore(first_step, abstract.params, abstract.opt_state)
     batches.set_state(saved['iterator'])
   history = guard.history(job.run.guard, saved.get('history'))
-  everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), history)
-  return first_step, step_lib.State(params, opt_state, processes.put(history, everywhere)), saved
+  history = processes.put(history, jax.tree.map(lambda _: NamedSharding(mesh, P()), history))
+  return first_step, step_lib.State(params, opt_state, history), saved
 
 
 def batches_of(

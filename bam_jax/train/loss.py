@@ -22,9 +22,8 @@ class Metrics(NamedTuple):
 
 def nll(network: transformer.Network, params: transformer.Params, batch: dict) -> Metrics:
   """Sums of the batch: `tokens, targets, segments, positions` (B, T) int32, `weights` (B, T)."""
-  hidden_BTD, routing = network.hidden(
-    params, batch['tokens'], batch['segments'], batch['positions']
-  )
+  inputs = batch['tokens'], batch['segments'], batch['positions']
+  hidden_BTD, routing = network.hidden(params, *inputs)
   total = network.nll_sum(params, hidden_BTD, batch['targets'], batch['weights'])
   return Metrics(total, batch['weights'].sum(), routing)
 
@@ -64,13 +63,11 @@ def router_loss(
   losses are over, those at hand among them.
   """
   total = jnp.zeros(())
-  attention = model.attention_experts
-  for stats, over, balanced in (
-    (routing.ffn, whole.ffn, model.ffn_experts is not None),
-    (routing.attention, whole.attention, attention is not None and attention.top_k > 0),
-  ):
-    if stats is not None:
-      total += loss.router_z * router.router_z(stats, over)
-    if balanced:
-      total += loss.load_balance * router.load_balance(stats, over)
+  if routing.ffn is not None:
+    total += loss.router_z * router.router_z(routing.ffn, whole.ffn)
+    total += loss.load_balance * router.load_balance(routing.ffn, whole.ffn)
+  if routing.attention is not None:
+    total += loss.router_z * router.router_z(routing.attention, whole.attention)
+    if model.attention_experts.top_k:
+      total += loss.load_balance * router.load_balance(routing.attention, whole.attention)
   return total

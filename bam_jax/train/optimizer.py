@@ -20,11 +20,7 @@ Factors = tuple[tuple[str, float], ...]  # pattern, factor of the learning rate
 
 
 def adamw(options: config.Optimizer) -> optax.GradientTransformation:
-  """Clipping, Adam's moments and decoupled weight decay; the step scales by -learning rate.
-
-  Weight decay spares the scales of norms and the biases of routers (arXiv 1711.05101; the paper
-  decays by 0.1).
-  """
+  """Clipping, Adam's moments, decoupled weight decay (arXiv 1711.05101); the step scales it."""
   clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
   return optax.chain(
     clip,
@@ -34,7 +30,7 @@ def adamw(options: config.Optimizer) -> optax.GradientTransformation:
 
 
 def decayed(params: dict) -> dict:
-  """True for the parameters that decay."""
+  """True for the parameters that decay: all but the scales of norms and the biases of routers."""
   is_decayed = lambda key_path, _: key_path[-1].key not in parameters.UNDECAYED
   return jax.tree_util.tree_map_with_path(is_decayed, params)
 
@@ -44,22 +40,17 @@ def learning_rates(recipe: config.Recipe, name: str, step: int) -> np.ndarray:
 
   They grow by equal parts, the first of them at step 1, to the peak at step `warmup_steps`, fall
   along a cosine, and are `min_lr_ratio` of the peak at the last step. In the first
-  `router_warmup_steps` only routers learn.
-
-  Computed on the host, so that it never waits for a device; bit for bit what optax's
-  `linear_schedule` and `cosine_decay_schedule` give on a CPU.
+  `router_warmup_steps` only routers learn. Computed on the host, which never waits for a device;
+  bit for bit what optax's `linear_schedule` and `cosine_decay_schedule` give on a CPU.
   """
-  schedule, total_steps = recipe.runs[name].schedule, recipe.total_steps(name)
-  peak, ratio, warmup_steps = (
-    schedule.peak_learning_rate, schedule.min_lr_ratio, recipe.warmup_steps(name)
-  )  # fmt: skip
-  if step >= total_steps:
+  schedule, warmup = recipe.runs[name].schedule, recipe.warmup_steps(name)
+  peak, ratio, total = schedule.peak_learning_rate, schedule.min_lr_ratio, recipe.total_steps(name)
+  if step >= total:
     rate = ratio * peak
-  elif step < warmup_steps:
-    rate = peak - peak * (1 - np.float32(step) / np.float32(warmup_steps))
+  elif step < warmup:
+    rate = peak - peak * (1 - np.float32(step) / np.float32(warmup))
   else:
-    angle = np.float32(np.pi) * np.float32(step - warmup_steps)
-    angle /= np.float32(total_steps - warmup_steps)
+    angle = np.float32(np.pi) * np.float32(step - warmup) / np.float32(total - warmup)
     # NumPy's complex cosine is the C library's, as XLA's is on CPUs; its real one rounds otherwise.
     cosine = np.cos(np.complex64(angle)).real
     rate = peak * ((1 - ratio) * (0.5 * (1 + cosine)) + ratio)
@@ -90,14 +81,10 @@ def freeze(grads: dict, factors: Factors) -> dict:
 
 
 def apply_updates(params: dict, updates: dict, learning_rates: jax.Array, factors: Factors) -> dict:
-  """`params - factor * learning rate * updates`.
-
-  A factor of 0 returns the array itself: weight decay, a part of the update, does not move it.
-  """
+  """`params - factor * learning rate * updates`; a factor of 0 returns the array itself."""
 
   def one(key_path, param, update):
-    path = sharding.path_of(key_path)
-    if not (scale := factor(path, factors)):
+    if not (scale := factor(sharding.path_of(key_path), factors)):
       return param
     rate = learning_rates[0 if key_path[-1].key in parameters.ROUTERS else 1]
     return (param - scale * rate * update).astype(param.dtype)
@@ -106,10 +93,7 @@ def apply_updates(params: dict, updates: dict, learning_rates: jax.Array, factor
 
 
 def update_expert_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:
-  """`b_i += rate * sign(mean load - load_i)`, a layer at a time; arXiv 2408.15664, algorithm 1.
-
-  `load_LE` are the assignments to each expert in the whole step, int32.
-  """
+  """`b_i += rate * sign(mean load - load_i)` with int32 loads; arXiv 2408.15664, algorithm 1."""
   # In whole numbers, so that equal loads move nothing: `mean - load` has the sign of the floor of
   # the mean minus the load, and where these two are equal, of what the floor leaves out.
   floor_L1, rest_L1 = jnp.divmod(load_LE.sum(-1, keepdims=True), load_LE.shape[-1])
@@ -123,11 +107,9 @@ def check(run: config.Run, model: config.Model, where: str) -> None:
       f'{where}.router_warmup_steps={run.router_warmup_steps} has no meaning for a dense model, '
       'which has no router: set it to 0.'
     )
-  if not run.learning_rate_factors:
-    return
-  abstract = transformer.Network(model, config.Compute()).abstract()
-  paths = [sharding.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)]
   for pattern in run.learning_rate_factors:
+    abstract = transformer.Network(model, config.Compute()).abstract()
+    paths = [sharding.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)]
     if not any(_hit(pattern, path) for path in paths):
       raise UserError(
         f'{where}.learning_rate_factors has the pattern {pattern!r}, which matches no parameter: '

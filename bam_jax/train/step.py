@@ -44,9 +44,8 @@ def abstract_state(
   shardings = sharding.tree(state, mesh)
   if compute.offload_optimizer:
     shardings = shardings._replace(opt_state=sharding.on_host(shardings.opt_state))
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
-  )
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  return jax.tree.map(place, state, shardings)
 
 
 @functools.lru_cache(maxsize=8)
@@ -59,17 +58,15 @@ def train_step(
   mesh: jax.sharding.Mesh,
   factors: optimizer_lib.Factors = (),
   guard: config.Guard = config.Guard(),  # noqa: B008
-) -> Callable[[State, dict, Any], tuple[State, StepMetrics]]:
-  """The jitted step `(state, batch, learning_rates) -> (state, metrics)`.
+) -> Callable[[State, dict, jax.Array], tuple[State, StepMetrics]]:
+  """The jitted `(state, batch, optimizer.learning_rates) -> (state, metrics)`.
 
-  Cached, so that runs which differ in data, schedule or initial parameters compile once.
-  `learning_rates` is what `optimizer.learning_rates` returns; `factors` are of them.
+  Cached: runs that differ in data, schedule or initial parameters compile once.
   """
   network = transformer.Network(model, compute, mesh)
   adamw = optimizer_lib.adamw(optimizer)
   abstract = abstract_state(model, compute, optimizer, mesh)
-  on_devices = sharding.tree(abstract.opt_state, mesh)
-  replicated = NamedSharding(mesh, P())
+  on_devices, replicated = sharding.tree(abstract.opt_state, mesh), NamedSharding(mesh, P())
   shardings = jax.tree.map(lambda x: x.sharding, abstract)._replace(history=replicated)
   bias_rate = loss.expert_bias_update_rate * optimizer_lib.factor('blocks/ffn/expert_bias', factors)
 
@@ -83,11 +80,9 @@ def train_step(
     updates, opt_state = adamw.update(grads, state.opt_state, state.params)
     params = optimizer_lib.apply_updates(state.params, updates, learning_rates, factors)
     if model.ffn_experts and model.ffn_experts.expert_bias and bias_rate:
-      ffn = params['blocks']['ffn']
-      bias_LE = optimizer_lib.update_expert_bias(
-        ffn['expert_bias'], sums.routing.ffn.load, bias_rate
-      )
-      params |= {'blocks': params['blocks'] | {'ffn': ffn | {'expert_bias': bias_LE}}}
+      ffn, load_LE = params['blocks']['ffn'], sums.routing.ffn.load
+      bias_LE = optimizer_lib.update_expert_bias(ffn['expert_bias'], load_LE, bias_rate)
+      params['blocks']['ffn'] = ffn | {'expert_bias': bias_LE}
     after = State(params, opt_state, state.history)
     after, spike = guard_lib.select(guard, state, after, loss_value, norm)
     return after, StepMetrics(loss_value, norm, sums, spike)
@@ -99,43 +94,34 @@ def train_step(
 def evaluation_step(
   model: config.Model, compute: config.Compute, mesh: jax.sharding.Mesh
 ) -> Callable[[transformer.Params, dict], loss_lib.Metrics]:
-  """The jitted `(params, batch) -> sums of the rows of each device`, along a first axis.
-
-  They are not added up here: the order in which a network adds is not fixed. Nothing is dropped: a
-  token's likelihood must not depend on its neighbours.
-  """
+  """The jitted `(params, batch) -> sums of each device's rows`, as networks add in any order."""
+  # As `evaluate` scores: what a token gets must not depend on its neighbours.
   network = transformer.Network(model.dropless(), compute, mesh)
-  layout = network.layout
 
   def sums(params, batch):
     return jax.tree.map(lambda x: x[None], loss_lib.nll(network, params, batch))
 
-  specs = layout.specs(network.abstract()), sharding.BATCH
-  return jax.jit(layout.spread(sums, specs, sharding.BATCH), out_shardings=NamedSharding(mesh, P()))
+  specs = network.layout.specs(network.abstract()), sharding.BATCH
+  spread = network.layout.spread(sums, specs, sharding.BATCH)
+  return jax.jit(spread, out_shardings=NamedSharding(mesh, P()))
 
 
 def gradients(
-  network: transformer.Network,
-  loss: config.Loss,
-  grad_accum_steps: int,
-  params: transformer.Params,
-  batch: dict,
-) -> tuple[tuple[jax.Array, loss_lib.Metrics], transformer.Params]:
+  network: transformer.Network, loss: config.Loss, grad_accum_steps: int, params: dict, batch: dict
+) -> tuple[tuple[jax.Array, loss_lib.Metrics], dict]:
   """`((loss, sums), gradients)` of global arrays, over `grad_accum_steps` micro-batches."""
   layout = network.layout
 
   def local(params, batch):
-    gradient = functools.partial(
-      jax.value_and_grad(loss_lib.objective, argnums=2, has_aux=True), network, loss, params
-    )
+    gradient = jax.value_and_grad(loss_lib.objective, argnums=2, has_aux=True)
+    gradient = functools.partial(gradient, network, loss, params)
     if grad_accum_steps == 1:
       (value, sums), grads = gradient(batch)
     else:
       targets = layout.total(batch['weights'].sum())
       # Micro-batch i takes every row i modulo `grad_accum_steps`, on every mesh the same rows.
-      micro = jax.tree.map(
-        lambda x: x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), batch
-      )
+      split = lambda x: x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1)
+      micro = jax.tree.map(split, batch)
       whole = None
       if loss.balance_over == 'global_batch' and network.model != network.model.dense():
         whole = _whole_routing(network, params, micro)
@@ -143,9 +129,8 @@ def gradients(
       def add(total, part):
         return jax.tree.map(jnp.add, total, gradient(part, targets, whole)), None
 
-      first = gradient(jax.tree.map(lambda x: x[0], micro), targets, whole)
-      rest = jax.tree.map(lambda x: x[1:], micro)
-      ((value, sums), grads), _ = jax.lax.scan(add, first, rest)
+      first, rest = (jax.tree.map(lambda x, at=at: x[at], micro) for at in (0, slice(1, None)))
+      ((value, sums), grads), _ = jax.lax.scan(add, gradient(first, targets, whole), rest)
     value = layout.sum(value, *sharding.AXES)
     return (value, layout.total(sums)), layout.gradient_sums(grads)
 
@@ -153,12 +138,11 @@ def gradients(
   return layout.spread(local, (specs, sharding.BATCH), ((P(), P()), specs))(params, batch)
 
 
-def _whole_routing(network: transformer.Network, params, micro: dict) -> block.Routing:
+def _whole_routing(network: transformer.Network, params: dict, micro: dict) -> block.Routing:
   """The routing of all micro-batches, for routers' losses over the whole step.
 
   Balancing micro-batch by micro-batch punishes experts of domains for what they are meant for;
-  arXiv 2501.11873. This is one more forward pass, a third more work in the blocks, and no more
-  memory.
+  arXiv 2501.11873. This is one more forward pass, a third more work in the blocks.
   """
 
   def forward(carry, part):

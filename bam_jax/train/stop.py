@@ -8,8 +8,6 @@ import jax
 
 from bam_jax.parallel import processes
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 
 class Stopped(Exception):
   """A job was asked to stop, and what it has to save is saved."""
@@ -38,8 +36,7 @@ class Flag:
   def agreed(self) -> int | None:
     """The signal at which to stop after this step, for all processes the same; all ask every step.
 
-    With several processes it is what they asked one another after the step before: by now known,
-    so that no device waits for it. SIGTERM goes before Ctrl-C.
+    Several processes asked one another after the step before, so that no device waits for it.
     """
     if jax.process_count() == 1:
       return self.signum
@@ -51,7 +48,7 @@ class Flag:
 def catch() -> Iterator[Flag]:
   """Catches the signals inside a `with` block; must run in the main thread."""
   flag = Flag()
-  before = {signum: signal.signal(signum, flag) for signum in SIGNALS}
+  before = {signum: signal.signal(signum, flag) for signum in (signal.SIGINT, signal.SIGTERM)}
   try:
     yield flag
   finally:

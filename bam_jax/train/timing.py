@@ -26,8 +26,7 @@ class Goodput:
 
   def __init__(self, began: float, clock: Callable[[], float] = time.monotonic):
     self._spent, self._clock = dict.fromkeys(KINDS, 0.0), clock
-    self._began = self._since = began
-    self._compiled = 0.0
+    self._began, self._since, self._compiled = began, began, 0.0
     self.kind = 'restart'  # what time is being spent on now
 
   @contextlib.contextmanager
@@ -43,8 +42,8 @@ class Goodput:
   def resume(self, spent: Mapping[str, float], dropped: Iterable[Mapping[str, Any]]) -> None:
     """Adds the attempts before this one.
 
-    They had `spent` this much at the checkpoint that this one begins at, and `dropped` are metrics
-    of the steps after it, which are done again: their `seconds` came to nothing.
+    They had `spent` this much at the checkpoint that this one begins at; `dropped` are metrics of
+    the steps after it, which are done again: their `seconds` came to nothing.
     """
     for kind, seconds in spent.items():
       self._spent[kind] += seconds
@@ -52,25 +51,21 @@ class Goodput:
     self._spent['restart'] += max(latest - sum(spent.values()), 0.0)
     self._compiled += spent.get('compile', 0.0)
 
-  @property
   def attempt(self) -> tuple[float, float]:
     """Seconds of this attempt, and those of them that went into compiling."""
     return self._clock() - self._began, self.spent()['compile'] - self._compiled
 
-  @property
-  def seconds(self) -> float:
-    """Wall time over all attempts."""
-    return sum(self.spent().values())
-
   def spent(self) -> dict[str, float]:
-    """Seconds by kind, up to now."""
+    """Seconds by kind over all attempts, up to now."""
     self._switch(self.kind)
     return dict(self._spent)
 
-  def shares(self) -> dict[str, float]:
-    """Shares of the wall time by kind; that of `step` is the goodput."""
+  def facts(self) -> dict[str, Any]:
+    """`seconds` of wall time over all attempts, the share in steps (`goodput`), all shares."""
     spent = self.spent()
-    return {kind: seconds / sum(spent.values()) for kind, seconds in spent.items()}
+    seconds = sum(spent.values())
+    shares = {kind: part / seconds for kind, part in spent.items()}
+    return {'seconds': seconds, 'goodput': shares['step'], 'time': shares}
 
   def _switch(self, kind: str) -> None:
     now = self._clock()
@@ -85,25 +80,23 @@ def process_began() -> float:
     ticks = int(Path('/proc/self/stat').read_text().rpartition(')')[2].split()[19])
   except OSError:
     return time.monotonic()
-  began = ticks / os.sysconf('SC_CLK_TCK')
-  return time.monotonic() - (time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+  age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK')
+  return time.monotonic() - age
 
 
 class StallWatch:
   """Reports a step that does not finish, once: a context manager, and a hook of finished steps.
 
   It is stalled after so many `seconds` (0: never) without a finished step or held-out batch, if
-  they are also USUAL times the median step. `goodput` knows what the run waits for, `note` prints a
-  line, and `first_step` were done before this attempt.
+  they are also USUAL times the median step. `goodput` knows what it waits for, `note` prints that.
   """
 
   def __init__(
     self, name: str, first_step: int, seconds: float, goodput: Goodput, note: Callable[[str], None]
   ):
     self._name, self._seconds, self._goodput, self._note = name, seconds, goodput, note
-    self._first = self._step = first_step
-    self._since, self._reported = time.monotonic(), False
-    self._took: deque[float] = deque(maxlen=100)
+    self._first, self._step, self._reported = first_step, first_step, False
+    self._since, self._took = time.monotonic(), deque(maxlen=100)
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._look, name='stall watch', daemon=True)
 
@@ -127,10 +120,7 @@ class StallWatch:
 
   def alive(self) -> None:
     """A part of what the run does between two steps is done."""
-    self._since = time.monotonic()
-    if self._reported:
-      self._note(f'{self._name}: continues')
-    self._reported = False
+    self._since, self._reported = time.monotonic(), False
 
   def _look(self) -> None:
     while not self._ended.wait(min(max(self._seconds / 20, 0.01), 3600)):

@@ -8,7 +8,7 @@ from pathlib import Path
 from bam_jax.errors import UserError
 from bam_jax.recipes import paper as recipes
 from bam_jax.reports import scores
-from bam_jax.train.progress import duration
+from bam_jax.train.log import duration
 from configs import reproduction
 from tools.reproduction import compare, paper
 from tools.reproduction.compare import AVERAGE, COLUMNS, Printed, Seeds, Spread, spread
