@@ -7,7 +7,8 @@ import base64
 import html
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,72 +31,62 @@ def write(
   entries: Sequence[Entry],
   domains: Sequence[corpus.Domain],
 ) -> Path:
-  """Draws the pictures into the folder and writes `routing.html`; returns its path.
+  """Draws the pictures into the folder, which exists, and writes `routing.html`; returns its path.
 
   Args:
-    folder: exists.
+    folder: where to.
     facts: of `--json`, with routing.
-    entries: that were scored, in the same order.
+    entries: their checkpoints, in the same order.
     domains: that were scored.
   """
   routed = [(row, entry) for row, entry in zip(facts['rows'], entries) if row['routing']]
   rows = [row for row, _ in routed]
-  routers = list(dict.fromkeys(name for row in rows for name in row['routing']))
-  layers = max(entry.meta.model.num_layers for _, entry in routed)
-  body = [
-    '<h1>Where the routers send tokens</h1>',
-    f'<p>{_escape(", ".join(row["label"] for row in facts["rows"]))}. Tokens count where the next'
-    ' one is scored.</p>',
-    '<h2>Own specialists</h2>',
-    "<p>Share of a domain's tokens with the expert that its specialist became, mean over the"
-    ' layers: of attention the mean gate, of the FFN the choices.</p>',
-    _shares(facts['domains'], rows),
-  ]
-  for file, title in _draw(folder, rows):
-    data = base64.b64encode((folder / file).read_bytes()).decode()
-    body += [f'<h2>{_escape(title)}</h2>']
-    body += [f'<img alt="{_escape(title)}" src="data:image/png;base64,{data}">']
-  choices = [
-    _select('router', routers, routers),
-    _select('layer', range(layers), range(1, layers + 1)),
-    '<span class="faint">The colour is the expert, its strength the gate.</span>',
-  ]
-  body += ['<h2>Token by token</h2>', f'<nav>{" ".join(choices)}</nav>']
+  routers = dict.fromkeys(name for row in rows for name in row['routing'])
+  layers = range(max(entry.meta.model.num_layers for _, entry in routed))
+  documents = []
   for domain in domains:
-    body.append(f'<h3>{_escape(domain.name)}</h3>')
+    documents.append(f'<h3>{_escape(domain.name)}</h3>')
     for number in range(min(routing.SHOWN, len(domain.byte_counts))):
       for row, entry in routed:
         shown = entry.records[domain.name].shown(number)
         tokens = domain.documents(entry.tokenizer)[number]
-        body += [_legend(row, number), _text(entry.tokenizer, tokens, shown)]
-  path = folder / 'routing.html'
+        documents += [_legend(row, number), _text(entry.tokenizer, tokens, shown)]
   colours = [' '.join(str(round(255 * part)) for part in colors.to_rgb(c)) for c in figures.COLOURS]
-  page = PAGE.read_text(encoding='utf-8').replace('COLOURS', json.dumps(colours), 1)
-  page = page.replace('<!-- BODY -->', '\n'.join(body), 1)
+  parts = {
+    'labels': _escape(', '.join(row['label'] for row in facts['rows'])),
+    'shares': _shares(facts['domains'], rows),
+    'pictures': ''.join(_draw(folder, rows)),
+    'routers': ''.join(f'<option>{name}</option>' for name in routers),
+    'layers': ''.join(f'<option value="{layer}">{layer + 1}</option>' for layer in layers),
+    'documents': '\n'.join(documents),
+    'colours': json.dumps(colours),
+  }
+  page = re.sub('<!-- ([a-z]+) -->', lambda part: parts[part[1]], PAGE.read_text(encoding='utf-8'))
+  path = folder / 'routing.html'
   path.write_text(page, encoding='utf-8', errors='replace')
   return path
 
 
-def _draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-  """Draws all pictures of the rows with routers; the file and the title of each."""
+def _draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+  """Draws all pictures of the rows with routers, as the page shows them."""
   figures.routers_by_layer(folder / 'by_layer.png', rows)
-  made = [('by_layer.png', 'Layer by layer')]
+  yield _picture(folder / 'by_layer.png', 'Layer by layer')
   for number, row in enumerate(rows):
     for router, by_domain in row['routing'].items():
-      made.append((f'{number}_{router}.png', f'{row["label"]}: {figures.router_name(router)}'))
+      path = folder / f'{number}_{router}.png'
       loads = {domain: facts['load'] for domain, facts in by_domain.items()}
       shown = row | {'experts': row['experts'][router], 'routing': {router: loads}}
-      figures.routing(folder / made[-1][0], shown)
-  return made
+      figures.routing(path, shown)
+      yield _picture(path, f'{row["label"]}: {figures.router_name(router)}')
+
+
+def _picture(path: Path, title: str) -> str:
+  data, title = base64.b64encode(path.read_bytes()).decode(), _escape(title)
+  return f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/png;base64,{data}">\n'
 
 
 def _escape(words: Any) -> str:
   return html.escape(str(words))
-
-
-def _select(name: str, values: Iterable, shown: Iterable) -> str:
-  options = [f'<option value="{_escape(v)}">{_escape(s)}</option>' for v, s in zip(values, shown)]
-  return f'<label>{name} <select id="{name}">{"".join(options)}</select></label>'
 
 
 def _shares(domains: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -105,7 +96,7 @@ def _shares(domains: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     for router, by_domain in row['routing'].items():
       shares = ''.join(f'<td>{routing.own_share(by_domain[name])}</td>' for name in domains)
       lines.append(f'<td{LEFT}>{_escape(row["label"])}</td><td{LEFT}>{router}</td>{shares}')
-  return '<table>' + ''.join(f'<tr>{line}</tr>' for line in lines) + '</table>'
+  return ''.join(f'<tr>{line}</tr>' for line in lines)
 
 
 def _legend(row: Mapping[str, Any], number: int) -> str:

@@ -72,15 +72,10 @@ def score(
   dtype: str,
   mesh: jax.sharding.Mesh,
 ) -> Scores:
-  """The likelihood of every token but a row's first.
+  """The likelihood of every token (int32) but a row's first, under a dropless model.
 
-  Args:
-    params: global arrays.
-    tokens_BS: int32.
-    length_B: int32, tokens that are read of each row; what follows is padding.
-    model: any variant, dropless.
-    dtype: of activations and matrices.
-    mesh: of `rows_mesh`.
+  Of each row `length_B` (int32) tokens are read, and what follows is padding. The mesh is one of
+  `rows_mesh`; `dtype` is that of activations and matrices.
   """
   network = Watched(model, config.Compute(dtype=dtype), mesh)
   layout = network.layout
@@ -107,12 +102,9 @@ def score(
     return Scores(nll_N.reshape(shape), greedy_N.reshape(shape), routing)
 
   rows, of_layers = sharding.BATCH, P(None, *sharding.BATCH)
-  routing = block.Routing(
-    *(
-      Choices(of_layers, of_layers, P()) if experts else None
-      for experts in (model.attention_experts, model.ffn_experts)
-    )
-  )
+  choices = Choices(of_layers, of_layers, P())
+  experts = model.attention_experts, model.ffn_experts
+  routing = block.Routing(*(choices if section else None for section in experts))
   in_specs = layout.specs(network.abstract()), rows, rows
   return layout.spread(run, in_specs, Scores(rows, rows, routing))(params, tokens_BS, length_B)
 
@@ -160,8 +152,7 @@ class Scorer:
       path: of a run, one of its steps, or what `convert` wrote.
       dtype: 'float32' or 'bfloat16', of activations and matrices.
       mesh: its devices; see `rows_mesh`.
-      batch_size: windows that are on the devices at once, or what they compute together if that is
-        more.
+      batch_size: windows on the devices at once, or what they compute together if that is more.
       length: tokens of a window; default: what the model was trained at.
 
     Raises:
@@ -170,12 +161,10 @@ class Scorer:
     self.meta = checkpoint.read_meta(path)
     self.tokenizer = checkpoint.open_tokenizer(path, self.meta)
     self.length = length or self.meta.sequence_length
-    rows = rows_mesh(mesh)
-    self._mesh, self._batch_size = sharding.make_mesh(rows), batch_size
-    self._params = _load(path, self.meta.model, dtype, rows, self._mesh)
-    self._score = functools.partial(
-      score, model=self.meta.model.dropless(), dtype=dtype, mesh=self._mesh
-    )
+    self._mesh, self._batch_size = sharding.make_mesh(rows_mesh(mesh)), batch_size
+    self._params = _load(path, self.meta.model, dtype, mesh, self._mesh)
+    model = self.meta.model.dropless()
+    self._score = functools.partial(score, model=model, dtype=dtype, mesh=self._mesh)
     self._platform = self._mesh.devices.flat[0].platform
 
   def loglikelihoods(
@@ -183,19 +172,15 @@ class Scorer:
     requests: Sequence[tuple[Sequence[int], Sequence[int]]],
     progress: Callable[[int], None] = lambda done: None,
   ) -> list[tuple[float, bool]]:
-    """Log-likelihood of each continuation of a context, and whether greedy decoding would give it.
+    """Log-likelihood (natural) of each continuation, and whether greedy decoding would give it.
 
     Args:
       requests: tokens of context and continuation, at least one of each. A context that leaves no
         room is cut from the left.
       progress: called with how many more windows are done, of which a request has one, unless its
         continuation alone is longer.
-
-    Returns:
-      Natural logarithms, in the order of the requests.
     """
-    pieces: list[Window] = []
-    owners: list[int] = []
+    pieces, owners = [], []
     for number, (context, continuation) in enumerate(requests):
       if not len(context) or not len(continuation):
         raise ValueError(f'Request {number} has no context or no continuation.')
@@ -215,12 +200,10 @@ class Scorer:
     routing: bool = False,
     progress: Callable[[int], None] = lambda done: None,
   ) -> Iterator[tuple[int, Scored]]:
-    """Scores windows; the results come with their windows' numbers, not in order.
+    """Scores windows of at most `length + 1` tokens; results come with their numbers, in any order.
 
-    Args:
-      windows: of at most `length + 1` tokens.
-      routing: whether the results have what the routers did.
-      progress: called with how many more windows are done.
+    They have what the routers did if `routing` asks for it. `progress` is called with how many more
+    windows are done.
     """
     running: collections.deque[tuple[Batch, Scores]] = collections.deque()
     for batch in windows_lib.batches(windows, self.length, self._platform, self._mesh.size):
@@ -259,7 +242,7 @@ def _load(
   reader = checkpoint.open_params(path, model)
   wanted = transformer.Network(model, config.Compute()).abstract()
   try:
-    sharding.check(wanted, sizes, '-')
+    sharding.check(wanted, rows_mesh(sizes), '-')
   except UserError as error:
     raise UserError(str(error).replace('-.mesh', f'{path}: --mesh', 1)) from None
 

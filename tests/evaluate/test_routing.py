@@ -73,7 +73,7 @@ def test_names_of_experts(models, saved):
 def shown(saved, tmp_path_factory):
   """The page of two mixtures and a dense model on texts that would break a careless one."""
   folder = tmp_path_factory.mktemp('page')
-  nasty = '</b><script>alert("1")</script> <!-- BODY --> COLOURS naïve \u2603 court & act'
+  nasty = '</b><script>alert("1")</script> <!-- labels --> <!-- x --> naïve \u2603 court & act'
   domains = [corpus.Text('law', [nasty, 'the court shall', 'x']), corpus.Text('code', ['x = 1'])]
   options = comparison.Options(resamples=10)
   paths = [saved(name) for name in ('dense', 'btx', 'bam_kv_experts')]
