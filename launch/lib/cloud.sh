@@ -8,8 +8,8 @@ require_cloud() {
     BAM_PROJECT=$(gcloud config get-value project 2>/dev/null) || true
   fi
   [[ -n $BAM_PROJECT ]] ||
-    refuse 'Which project? Set BAM_PROJECT, or give --project=PROJECT.'
-  [[ -n ${BAM_ZONES// /} ]] || refuse 'Which zones? Set BAM_ZONES, or give --zones=ZONE,….'
+    refuse 'A project is required: set BAM_PROJECT, or give --project=PROJECT.'
+  [[ -n ${BAM_ZONES// /} ]] || refuse 'A zone is required: set BAM_ZONES, or give --zones=ZONE,….'
 }
 
 # gcloud compute tpus …; what it complains of goes to $scratch/errors, and `trouble` says what it
@@ -49,10 +49,10 @@ complaint() {
   tr '\n' ' ' <"$scratch/errors" | sed -e 's/.*ERROR: ([^)]*) //' -e 's/  */ /g' -e 's/ $//'
 }
 
-# Ends the script when no zone and no waiting would mend what gcloud complained of.
+# Ends the script when neither another zone nor waiting would fix what gcloud complained of.
 refuse_hopeless() {
   case $trouble in
-    credentials) refuse 'Google Cloud knows no credentials of yours: run gcloud auth login.' ;;
+    credentials) refuse 'No credentials for Google Cloud were found: run gcloud auth login.' ;;
     disabled)
       refuse "Project '$BAM_PROJECT' does not use the Cloud TPU API yet: run" \
         "gcloud services enable tpu.googleapis.com --project=$BAM_PROJECT."

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What every verb shares: sentences, arguments, pauses, and leaving tidily.
+# What every subcommand shares: sentences, arguments, pauses, and leaving tidily.
 
 # What the functions tell each other.
 scratch=''      # a folder for temporary files
@@ -58,8 +58,8 @@ pause() {
   wait $!
 }
 
-# Reads the arguments of a verb: `name`, the array `task` of what follows --, and the settings that
-# flags name. FLAGS take a value, SWITCHES none; NAMED is 1 when the verb needs the name of a TPU.
+# Reads the arguments of a subcommand: `name`, the array `task` of what follows --, and the settings that
+# flags name. FLAGS take a value, SWITCHES none; NAMED is 1 when it needs the name of a TPU.
 #   read_arguments FLAGS SWITCHES NAMED "$@"
 read_arguments() {
   local flags=" $1 project zones " switches=" $2 " named=$3 flag
@@ -70,7 +70,7 @@ read_arguments() {
     flag=${flag#--}
     case $1 in
       -h | --help)
-        "help_$verb"
+        "help_$subcommand"
         exit 0
         ;;
       --)
@@ -79,12 +79,12 @@ read_arguments() {
         break
         ;;
       --*=*)
-        [[ $flags == *" $flag "* ]] || refuse "$verb has no flag --$flag=…. (Try --help.)"
+        [[ $flags == *" $flag "* ]] || refuse "$subcommand has no flag --$flag=…. (Try --help.)"
         set_setting "$flag" "${1#*=}"
         ;;
       --*)
         [[ $flags != *" $flag "* ]] || refuse "--$flag needs a value: --$flag=…"
-        [[ $switches == *" $flag "* ]] || refuse "$verb has no flag --$flag. (Try --help.)"
+        [[ $switches == *" $flag "* ]] || refuse "$subcommand has no flag --$flag. (Try --help.)"
         set_setting "$flag" 1
         ;;
       *)
@@ -97,7 +97,7 @@ read_arguments() {
   done
   BAM_ZONES=${BAM_ZONES//,/ }
   if [[ $named == 1 ]]; then
-    [[ -n $name ]] || refuse "Which TPU? launch/tpu $verb NAME. (Try --help.)"
+    [[ -n $name ]] || refuse "The name of a TPU is required: launch/tpu $subcommand NAME. (Try --help.)"
     check_name "$name"
   fi
   check_settings
@@ -124,5 +124,5 @@ check_settings() {
     [[ ${!variable} =~ ^[0-9]{1,9}(\.[0-9]+)?$ ]] ||
       refuse "$variable='${!variable}' is not a number."
   done
-  ((BAM_SLICES >= 1)) || refuse "BAM_SLICES=$BAM_SLICES: there is at least one."
+  ((BAM_SLICES >= 1)) || refuse "BAM_SLICES=$BAM_SLICES must be at least 1."
 }

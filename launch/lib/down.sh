@@ -10,7 +10,7 @@ Exit status: 0 when nothing is left, 1 when something may be, which it names.
 HELP
 }
 
-verb_down() {
+subcommand_down() {
   local found=0 left=0 code
   doing=0
   read_arguments poll '' 1 "$@"

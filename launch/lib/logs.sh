@@ -7,7 +7,7 @@ Shows the log of a worker and follows it until its command ends. --lines=100: on
 HELP
 }
 
-verb_logs() {
+subcommand_logs() {
   BAM_WORKER=0 BAM_SLICE=0 BAM_LINES=+1
   read_arguments 'worker slice lines' '' 1 "$@"
   ((${#task[@]} == 0)) || refuse 'logs takes no command: launch/tpu ssh does.'

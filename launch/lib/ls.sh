@@ -10,7 +10,7 @@ launch/tpu down deletes them too. Exit status 1 when a zone could not be asked.
 HELP
 }
 
-verb_ls() {
+subcommand_ls() {
   local failed=0
   read_arguments '' '' 0 "$@"
   require_cloud

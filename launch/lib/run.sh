@@ -27,9 +27,9 @@ same command goes on. Ctrl-C stops the command, which may save its state, and en
 HELP
 }
 
-verb_run() {
+subcommand_run() {
   read_arguments "$run_flags" 'detach replace delete-on-exit' 1 "$@"
-  ((${#task[@]})) || refuse 'Run what? launch/tpu run NAME -- COMMAND …'
+  ((${#task[@]})) || refuse 'A command is required: launch/tpu run NAME -- COMMAND …'
   [[ ${BAM_DETACH:-0} == 0 || $BAM_DELETE_ON_EXIT == 0 ]] ||
     refuse '--detach leaves the TPU running, --delete-on-exit does not: choose one.'
   require_cloud
@@ -48,7 +48,7 @@ pack() {
   local root commit words
   root=$(cd "$launch/.." && pwd)
   commit=$(git -C "$root" rev-parse --short=12 --verify --quiet "$BAM_COMMIT^{commit}") ||
-    refuse "--commit=$BAM_COMMIT names no commit of $root."
+    refuse "--commit=$BAM_COMMIT is not a commit of $root."
   git -C "$root" cat-file -e "$commit:$BAM_REQUIREMENTS" 2>/dev/null ||
     refuse "--requirements=$BAM_REQUIREMENTS is not in commit $commit."
   [[ $BAM_COMMIT != HEAD || -z $(git -C "$root" status --porcelain --untracked-files=no) ]] ||

@@ -8,7 +8,7 @@ command on every worker of the slice.
 HELP
 }
 
-verb_ssh() {
+subcommand_ssh() {
   local words
   BAM_WORKER=0 BAM_SLICE=0
   read_arguments 'worker slice' '' 1 "$@"

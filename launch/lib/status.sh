@@ -8,7 +8,7 @@ log. Exit status 1 when it is not all there.
 HELP
 }
 
-verb_status() {
+subcommand_status() {
   local code=0
   read_arguments '' '' 1 "$@"
   require_cloud

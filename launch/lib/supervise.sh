@@ -21,11 +21,11 @@ Exit status: the command's; 143 when the retries are used up, 1 when no zone has
 HELP
 }
 
-verb_supervise() {
+subcommand_supervise() {
   local used=0 code begun
   # shellcheck disable=SC2154
   read_arguments "$create_flags $run_flags $supervise_flags" 'delete-on-exit replace' 1 "$@"
-  ((${#task[@]})) || refuse 'Run what? launch/tpu supervise NAME -- COMMAND …'
+  ((${#task[@]})) || refuse 'A command is required: launch/tpu supervise NAME -- COMMAND …'
   require_cloud
   pack
   at_exit=(stop_run abandon_request delete_on_exit say_cost)

@@ -24,7 +24,7 @@ Exit status 1: no zone had it. TPU7x and later are not served by this API: see d
 HELP
 }
 
-verb_up() {
+subcommand_up() {
   read_arguments "$create_flags" '' 1 "$@"
   ((${#task[@]} == 0)) || refuse 'up takes no command: launch/tpu run does.'
   require_cloud
@@ -138,12 +138,12 @@ choose_accelerator() {
     v5e | v5litepod) accelerator=v5litepod-$size runtime=v2-alpha-tpuv5-lite ;;
     v5p) runtime=v2-alpha-tpuv5 ;;
     v6e) runtime=v2-alpha-tpuv6e ;;
-    '') refuse 'Which TPU? Set BAM_TYPE, or give --type=v5e-16.' ;;
+    '') refuse 'The type of the TPU is required: set BAM_TYPE, or give --type=v5e-16.' ;;
     *7* | *8*)
       refuse "--type=$BAM_TYPE: TPU7x and later are not served by the Cloud TPU API; use GKE, as" \
         'launch/examples/gke.sh does.'
       ;;
-    *) refuse "--type=$BAM_TYPE is no TPU of this API: give v4-N, v5e-N, v5p-N or v6e-N." ;;
+    *) refuse "--type=$BAM_TYPE is not a TPU of this API: give v4-N, v5e-N, v5p-N or v6e-N." ;;
   esac
   case $kind in
     v4 | v5p)

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Commands on the workers of all nodes at once. Needs `zone` and what `list_nodes` sets.
 
-# Runs lib/worker.sh's VERB on every worker; %NODE% in its arguments is the number of the slice.
+# Runs lib/worker.sh's SUBCOMMAND on every worker; %NODE% in its arguments is the number of the slice.
 # What the workers of node N print is in $scratch/out.N. Status: that of the first one that failed.
 on_workers() {
   local number code=0 words
@@ -44,7 +44,7 @@ send() {
   return "$code"
 }
 
-# What the workers and gcloud said, for a person who has to mend it.
+# What the workers and gcloud said, for the person who has to fix it.
 show_errors() {
   local file
   for file in "$scratch"/out.* "$scratch"/errors.*; do

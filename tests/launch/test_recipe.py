@@ -1,5 +1,6 @@
 """`launch/recipe`: the order of the graph, what runs at once, stopping and starting again."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import DEADLINE, ROOT, git, interrupt, wait_for
+from tests.launch.conftest import DEADLINE, ROOT, git, wait_for
 
 GRAPH = """
 seed\tseed\t
@@ -124,23 +125,15 @@ def test_stopped_it_deletes_all_and_started_again_it_skips_what_is_finished(tpu,
   end(tpu, 'seed')
   process = recipe()
   wait_for(lambda: begun(tpu) == ['code', 'law', 'seed'])
-  if how == signal.SIGINT:
-    code, out, err = interrupt(process)
-  else:
-    process.send_signal(how)
-    out, err = process.communicate(timeout=DEADLINE)
-    code = process.returncode
-  assert code == 128 + how, err
+  (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
+  _, err = process.communicate(timeout=DEADLINE)
+  assert process.returncode == 128 + how, err
   assert tpu.resources() == [] and err.count('stopping ') == 2
   end(tpu, 'code', 'law', 'bam_kv', 'btx')
-  for run in ('code', 'law'):
-    (work(tpu) / run / 'begun').unlink()
-  process = recipe('--at-once=1')
-  _, err = process.communicate(timeout=DEADLINE)
-  assert process.returncode == 0, err
-  assert 'seed is finished' in err and len(begun(tpu)) == 5
+  _, err = recipe('--at-once=1').communicate(timeout=DEADLINE)
+  assert 'seed is finished' in err and 'all runs are finished' in err
+  assert len(begun(tpu)) == 5 and tpu.resources() == []
   assert tpu.cloud.read()['created'].count('zone-a/exp-seed') == 1
-  assert tpu.resources() == []
 
 
 @pytest.mark.slow
@@ -169,7 +162,7 @@ def test_a_dry_run_makes_nothing(tpu, recipe):
   'arguments, changes, sentence',
   [
     ((), {'workdir': '/data/exp'}, 'give a gs:// folder, which is all that the TPUs share'),
-    ((), {'config': ''}, '--config is required: give --config=FILE.py'),
+    ((), {'config': ''}, '--config=FILE.py is required'),
     ((), {'config': 'no.py'}, 'there is no such recipe'),
     (('--runs=seed,tree',), {}, "--runs names 'tree'"),
     (('--runs=btx',), {}, "--runs has 'btx', which starts from 'seed', and that is not finished"),

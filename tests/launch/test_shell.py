@@ -115,7 +115,7 @@ def test_gke_example(tmp_path):
   assert said.stdout.splitlines() == flags
 
 
-@pytest.mark.parametrize('code', [0, 1, 143])
+@pytest.mark.parametrize('code', [1, 143])
 def test_slurm_example(tmp_path, code):
   recorder(tmp_path, 'srun', code)
   recorder(tmp_path, 'scontrol')

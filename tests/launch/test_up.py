@@ -14,10 +14,10 @@ def flags_of_creation(tpu):
 @pytest.mark.parametrize(
   'kind, accelerator, runtime',
   [
-    ('v4-32', 'v4-32', 'tpu-ubuntu2204-base'),
     ('v5e-16', 'v5litepod-16', 'v2-alpha-tpuv5-lite'),
-    ('v5p-128', 'v5p-128', 'v2-alpha-tpuv5'),
-    ('v6e-256', 'v6e-256', 'v2-alpha-tpuv6e'),
+    pytest.param('v4-32', 'v4-32', 'tpu-ubuntu2204-base', marks=pytest.mark.slow),
+    pytest.param('v5p-128', 'v5p-128', 'v2-alpha-tpuv5', marks=pytest.mark.slow),
+    pytest.param('v6e-256', 'v6e-256', 'v2-alpha-tpuv6e', marks=pytest.mark.slow),
   ],
 )
 def test_up_asks_for_what_the_api_names_so(tpu, kind, accelerator, runtime):
@@ -25,21 +25,16 @@ def test_up_asks_for_what_the_api_names_so(tpu, kind, accelerator, runtime):
   assert done.returncode == 0, done.stderr
   (flags,) = flags_of_creation(tpu)
   assert flags == {
-    'zone': 'zone-a',
-    'accelerator-type': accelerator,
-    'runtime-version': runtime,
-    'labels': 'bam_jax=exp-1,bam_owner=some-one',
-    'node-id': 'exp-1',
-    'spot': '',
-    'valid-until-duration': '4h',
-    'project': 'proj-1',
-    'quiet': '',
-  }
+    'zone': 'zone-a', 'accelerator-type': accelerator, 'runtime-version': runtime,
+    'labels': 'bam_jax=exp-1,bam_owner=some-one', 'node-id': 'exp-1', 'spot': '',
+    'valid-until-duration': '4h', 'project': 'proj-1', 'quiet': '',
+  }  # fmt: skip
   assert tpu.resources() == ['zone-a/exp-1']
   assert 'costs money until: launch/tpu down exp-1' in done.stderr
 
 
-def test_up_of_several_slices_on_a_reservation(tpu):
+@pytest.mark.slow
+def test_up_of_several_slices_on_a_reservation_and_down_twice(tpu):
   done = tpu('up', 'many', '--slices=3', '--capacity=reserved', '--labels=team=lm')
   assert done.returncode == 0, done.stderr
   (flags,) = flags_of_creation(tpu)
@@ -47,23 +42,27 @@ def test_up_of_several_slices_on_a_reservation(tpu):
   assert flags['labels'] == 'bam_jax=many,bam_owner=some-one,team=lm'
   assert tpu.resources() == ['zone-a/many', *(f'zone-a/many-{i}' for i in range(3))]
   assert 'up in zone-a: 3 x v5litepod-8, 6 workers' in done.stderr
+  first, second = tpu('down', 'many'), tpu('down', 'many')
+  assert (first.returncode, second.returncode) == (0, 0)
+  assert tpu.resources() == [] and 'there is no many in zone-a, zone-b' in second.stderr
 
 
-def test_up_twice_makes_one(tpu):
-  first, second = tpu('up', 'exp-1'), tpu('up', 'exp-1')
-  assert (first.returncode, second.returncode) == (0, 0), second.stderr
-  assert tpu.cloud.read()['created'] == ['zone-a/exp-1']
-
-
-def test_up_of_another_type_is_refused(tpu):
-  tpu('up', 'exp-1')
+@pytest.mark.slow
+def test_up_twice_makes_one_and_another_type_is_refused(tpu):
+  tpu.cloud.plan('zone-a', 'stock-out')
+  process = tpu.start('up', 'exp-1', BAM_POLL='0.5')
+  wait_for(lambda: tpu.cloud.read()['created'])
+  second = tpu('up', 'exp-1')  # while the request is under way
+  process.communicate(timeout=DEADLINE)
+  assert (process.returncode, second.returncode) == (0, 0), second.stderr
   for words in (['up', 'exp-1'], ['supervise', 'exp-1', '--delete-on-exit', '--', 'true']):
     done = tpu(*words, BAM_TYPE='v5e-16')
     assert done.returncode == 2
-    assert 'exp-1 is a v5litepod-8 in zone-a, not a v5litepod-16' in done.stderr
-    assert tpu.resources() == ['zone-a/exp-1']
+    assert 'exp-1 is a v5litepod-8 in zone-b, not a v5litepod-16' in done.stderr
+  assert tpu.cloud.read()['created'] == tpu.resources() == ['zone-b/exp-1']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fate', ['stock-out', 'fails', 'waiting', 'quota', 'bad'])
 def test_up_goes_to_the_next_zone(tpu, fate):
   tpu.cloud.plan('zone-a', fate)
@@ -72,85 +71,58 @@ def test_up_goes_to_the_next_zone(tpu, fate):
   assert tpu.resources() == ['zone-b/exp-1']
 
 
-def test_up_comes_back_to_a_zone_that_was_out_of_stock(tpu):
-  tpu.cloud.plan('zone-a', 'stock-out', 'fails', 'active')
+@pytest.mark.slow
+def test_up_comes_back_to_a_zone_and_gives_up_without_a_rest(tpu):
+  tpu.cloud.plan('zone-a', 'stock-out', 'unavailable', 'fails', 'active')
   tpu.cloud.plan('zone-b', *['quota'] * 9)
   done = tpu('up', 'exp-1', '--rounds=4')
   assert done.returncode == 0, done.stderr
-  assert tpu.resources() == ['zone-a/exp-1']
   zones = [flags['zone'] for flags in flags_of_creation(tpu)]
-  assert zones == ['zone-a', 'zone-b', 'zone-a', 'zone-a']  # waiting gives no quota
-
-
-def test_up_gives_up_and_leaves_nothing(tpu):
-  for zone in ('zone-a', 'zone-b'):
-    tpu.cloud.plan(zone, *['stock-out'] * 9)
+  # Waiting gives no quota; what was away is asked again at once.
+  assert zones == ['zone-a', 'zone-b', 'zone-a', 'zone-a', 'zone-a']
+  assert tpu('down', 'exp-1').returncode == 0
+  tpu.cloud.plan('zone-a', *['stock-out'] * 9)
   done = tpu('up', 'exp-1', '--rounds=3')
-  assert done.returncode == 1
-  assert done.stderr.splitlines()[-1] == (
-    'tpu: no zone gave exp-1 a v5litepod-8; nothing is left behind'
-  )
-  assert len(flags_of_creation(tpu)) == 6 and tpu.resources() == []
+  assert done.returncode == 1 and tpu.resources() == []
+  assert 'no zone gave exp-1 a v5litepod-8; nothing is left behind' in done.stderr
 
 
-def test_up_after_a_preemption_makes_it_anew(tpu):
-  tpu('up', 'exp-1')
-  tpu.cloud.preempt('zone-a', 'exp-1')
-  tpu.cloud.plan('zone-a', 'stock-out')
-  done = tpu('up', 'exp-1')
-  assert done.returncode == 0, done.stderr
-  assert tpu.resources() == ['zone-b/exp-1']
-
-
-def test_up_does_not_wait_for_a_node_that_will_not_come_back(tpu):
+@pytest.mark.slow
+def test_up_makes_anew_what_is_lost(tpu):
   tpu('up', 'many', '--slices=2')
   with tpu.cloud.change() as state:
     state['nodes']['zone-a/many-1']['state'] = 'PREEMPTED'
   done = tpu('up', 'many', '--slices=2')
-  assert done.returncode == 0, done.stderr
   assert 'many in zone-a is lost (many-1 is PREEMPTED)' in done.stderr
   assert tpu.cloud.read()['created'] == ['zone-a/many'] * 2
+  tpu.cloud.preempt('zone-a', 'many')
+  tpu.cloud.plan('zone-a', 'stock-out')
+  done = tpu('up', 'many', '--slices=2')
+  assert done.returncode == 0, done.stderr
+  assert tpu.resources() == ['zone-b/many', 'zone-b/many-0', 'zone-b/many-1']
 
 
-def test_up_waits_for_a_request_that_is_under_way(tpu):
-  tpu.cloud.plan('zone-b', 'active')
-  with tpu.cloud.change() as state:
-    state['plans']['zone-a'] = ['stock-out']
-  process = tpu.start('up', 'exp-1', BAM_POLL='0.5')
-  wait_for(lambda: tpu.cloud.read()['created'])
-  second = tpu('up', 'exp-1')
-  process.communicate(timeout=DEADLINE)
-  assert (process.returncode, second.returncode) == (0, 0), second.stderr
-  assert tpu.cloud.read()['created'] == ['zone-b/exp-1']
-
-
-def test_up_outlasts_a_service_that_is_away(tpu):
-  tpu.cloud.plan('zone-a', 'unavailable', 'active')
-  assert tpu('up', 'exp-1').returncode == 0
-  assert tpu.resources() == ['zone-a/exp-1']
-
-
-def test_ctrl_c_in_up_deletes_the_request(tpu):
+def test_ctrl_c_in_up_deletes_the_request_and_its_temporary_files(tpu, tmp_path):
   tpu.cloud.plan('zone-a', 'waiting')
   process = tpu.start('up', 'exp-1')
   wait_for(lambda: tpu.cloud.read()['created'])
   code, _, err = interrupt(process)
   assert code == 130 and 'deleted the request for exp-1 in zone-a' in err
-  assert tpu.resources() == []
+  assert tpu.resources() == [] and not any((tmp_path / 'a temporary folder').iterdir())
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_up_leaves_a_request_that_it_did_not_make(tpu):
   tpu.cloud.plan('zone-a', 'waiting')
   first = tpu.start('up', 'exp-1')
   wait_for(lambda: tpu.cloud.read()['created'])
   second = tpu.start('up', 'exp-1')
   wait_for(lambda: second.stderr.readline().endswith('WAITING_FOR_RESOURCES in zone-a\n'))
-  assert interrupt(second)[0] == 130
-  assert tpu.resources() == ['zone-a/exp-1']
-  assert interrupt(first)[0] == 130
-  assert tpu.resources() == []
+  assert interrupt(second)[0] == 130 and tpu.resources() == ['zone-a/exp-1']
+  assert interrupt(first)[0] == 130 and tpu.resources() == []
 
 
+@pytest.mark.slow
 def test_what_cannot_be_deleted_is_reported(tpu):
   tpu.cloud.plan('zone-a', 'waiting')
   process = tpu.start('up', 'exp-1')
@@ -159,52 +131,30 @@ def test_what_cannot_be_deleted_is_reported(tpu):
   code, _, err = interrupt(process)
   assert code == 130 and tpu.resources() == ['zone-a/exp-1']
   assert 'exp-1 in zone-a COULD NOT BE DELETED and may cost money' in err
-  tpu.cloud.set(undeletable=1)
-  assert tpu('down', 'exp-1').returncode == 0
-  assert tpu.resources() == []
-
-
-def test_down_twice(tpu):
-  tpu('up', 'many', '--slices=2')
-  first, second = tpu('down', 'many'), tpu('down', 'many')
-  assert (first.returncode, second.returncode) == (0, 0)
-  assert tpu.resources() == [] and 'there is no many in zone-a, zone-b' in second.stderr
-
-
-def test_down_deletes_nodes_that_a_vanished_request_has_left(tpu):
-  tpu('up', 'many', '--slices=2', '--zones=zone-b')
-  with tpu.cloud.change() as state:
-    del state['requests']['zone-b/many']
-  listed = tpu('ls')
-  assert [line.split()[:2] for line in listed.stdout.splitlines()[1:]] == [
-    ['many-0', 'zone-b'],
-    ['many-1', 'zone-b'],
-  ]
-  assert listed.stdout.count('LEAK READY') == 2
-  assert tpu('down', 'many').returncode == 0
-  assert tpu.resources() == []
-
-
-def test_ctrl_c_in_down_says_what_may_be_left(tpu):
-  tpu('up', 'exp-1')
   tpu.cloud.set(undeletable=10**6)
   process = tpu.start('down', 'exp-1', BAM_POLL='5')
   wait_for(lambda: tpu.cloud.read()['undeletable'] < 10**6)
   code, _, err = interrupt(process)
   assert code == 130 and 'exp-1 may still exist in zone-a and cost money' in err
+  tpu.cloud.set(undeletable=1)
+  assert tpu('down', 'exp-1').returncode == 0 and tpu.resources() == []
 
 
-def test_ls_shows_what_has_our_label_only(tpu):
+@pytest.mark.slow
+def test_ls_shows_what_has_our_label_and_down_deletes_nodes_without_their_request(tpu):
   tpu('up', 'one')
-  tpu('up', 'two', '--zones=zone-b', '--type=v6e-8')
+  tpu('up', 'many', '--slices=2', '--zones=zone-b', '--type=v6e-8')
   with tpu.cloud.change() as state:
     state['requests']['zone-a/other'] = {
       'name': 'projects/proj-1/locations/zone-a/queuedResources/other',
       'state': {'state': 'ACTIVE'},
       'tpu': {'nodeSpec': [{'node': {'acceleratorType': 'v6e-8'}}]},
     }
-  done = tpu('ls')
-  assert [line.split()[:5] for line in done.stdout.splitlines()[1:]] == [
-    ['one', 'zone-a', 'v5litepod-8', 'ACTIVE', 'some-one'],
-    ['two', 'zone-b', 'v6e-8', 'ACTIVE', 'some-one'],
-  ]
+  rows = lambda: [line.split()[:5] for line in tpu('ls').stdout.splitlines()[1:]]
+  one = ['one', 'zone-a', 'v5litepod-8', 'ACTIVE', 'some-one']
+  assert rows() == [one, ['many', 'zone-b', 'v6e-8', 'ACTIVE', 'some-one']]
+  with tpu.cloud.change() as state:
+    del state['requests']['zone-b/many']
+  assert rows() == [one, *([f'many-{n}', 'zone-b', 'v6e-8', 'LEAK', 'READY'] for n in (0, 1))]
+  assert tpu('down', 'many').returncode == 0
+  assert tpu.resources() == ['zone-a/one', 'zone-a/other']

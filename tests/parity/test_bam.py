@@ -1,7 +1,5 @@
 """Exported models, loaded by transformers, compute what ours do, generate, and can be trained."""
 
-import inspect
-
 import numpy as np
 import pytest
 
@@ -31,10 +29,9 @@ def exported(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp(request.param)
   model = folders.make_model(request.param, **FELT)
   folders.write_checkpoint(folder / 'ours', model, folders.draw(model))
-  exporting.convert(
-    folder / 'ours', str(folder / 'hf'), dtype=None, max_shard_size="50KB",
-    progress=lambda done, total: None,
-  )  # fmt: skip
+  still = lambda done, total: None
+  to = str(folder / 'hf')
+  exporting.convert(folder / 'ours', to, dtype=None, max_shard_size='50KB', progress=still)
   return load(folder / 'hf').eval(), folder / 'hf', folder / 'ours'
 
 
@@ -46,12 +43,12 @@ def tokens(batch=None) -> 'torch.Tensor':
 def test_logits_and_gradients_are_ours(exported, padding):
   model, _, folder = exported
   batch = make_batch(padding)
-  got, want = ours(folder, batch), theirs(model, batch)
+  got, expected = ours(folder, batch), theirs(model, batch)
   real = batch['segments'] > 0
-  got, want = ((logits[real], value, slopes) for logits, value, slopes in (got, want))
+  got, expected = ((logits[real], value, gradients) for logits, value, gradients in (got, expected))
   buffers = {name: np.zeros(buffer.shape) for name, buffer in model.named_buffers()}
-  want[2].update({name: x for name, x in buffers.items() if 'correction_bias' in name})
-  check_same(got, want, checkpoint.read_meta(folder).model, exclude=[BIAS])
+  expected[2].update({name: x for name, x in buffers.items() if 'correction_bias' in name})
+  check_same(got, expected, checkpoint.read_meta(folder).model, exclude=[BIAS])
 
 
 def generate(model, inputs, **options):
@@ -84,19 +81,19 @@ def test_padding_on_the_left_changes_nothing(exported):
   assert torch.equal(generate(model, padded, attention_mask=mask)[:, 4:], generate(model, inputs))
 
 
-@pytest.mark.parametrize('name', ['past_key_values', 'cache'])
-def test_in_pieces_with_a_cache(exported, name):
-  model, _, _ = exported
-  # The dense models are CohereForCausalLM of transformers itself: before 5.24 it has one name only.
-  if name == 'cache' and name not in inspect.signature(model.forward).parameters:
-    pytest.skip('this release of transformers calls the cache past_key_values')
+def test_in_pieces_with_a_cache_and_by_another_kernel(exported):
+  model, folder, _ = exported
   inputs = tokens()
   with torch.no_grad():
     whole = model(inputs).logits
     first = model(inputs[:, :5], use_cache=True)
-    second = model(inputs[:, 5:], logits_to_keep=3, **{name: first.past_key_values})
+    # Its name before transformers 5.24, and since.
+    name = 'cache' if 'cache' in first else 'past_key_values'
+    second = model(inputs[:, 5:], logits_to_keep=3, **{name: first[name]})
+    eager = load(folder, attn_implementation='eager')(inputs).logits
   assert distance(first.logits, whole[:, :5]) < 1e-5
   assert distance(second.logits, whole[:, -3:]) < 1e-5
+  assert distance(eager, whole) < 1e-5
 
 
 def test_labels_give_the_loss(exported):
@@ -112,16 +109,16 @@ def test_labels_give_the_loss(exported):
 
 def test_recomputing_activations_changes_no_gradient(exported):
   _, folder, _ = exported
-  slopes = []
+  gradients = []
   for recompute in (False, True):
     model = load(folder).train()
     if recompute:
       model.gradient_checkpointing_enable()
     model(tokens(), labels=tokens(), use_cache=recompute).loss.backward()
-    slopes.append({name: p.grad for name, p in model.named_parameters()})
-  for name, slope in slopes[0].items():
-    assert torch.isfinite(slope).all()
-    assert torch.equal(slope, slopes[1][name]), name
+    gradients.append({name: p.grad for name, p in model.named_parameters()})
+  for name, gradient in gradients[0].items():
+    assert torch.isfinite(gradient).all()
+    assert torch.equal(gradient, gradients[1][name]), name
 
 
 def test_what_was_tuned_there_comes_back(exported, tmp_path):
@@ -132,10 +129,8 @@ def test_what_was_tuned_there_comes_back(exported, tmp_path):
   optimizer.step()
   model.save_pretrained(tmp_path / 'hf')
   transformers.AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / 'hf')
-  meta = importing.convert(
-    str(tmp_path / 'hf'), tmp_path / 'ours', dtype='float32', command='',
-    progress=lambda done, total: None,
-  )  # fmt: skip
+  to = dict(dtype='float32', command='', progress=lambda done, total: None)
+  meta = importing.convert(str(tmp_path / 'hf'), tmp_path / 'ours', **to)
   assert meta.model == checkpoint.read_meta(before).model
   back, stored = (folders.read_checkpoint(folder) for folder in (tmp_path / 'ours', before))
   tuned = {name: tensor.numpy() for name, tensor in model.state_dict().items()}

@@ -13,32 +13,22 @@ from bam_jax.model import ffn
 from bam_jax.model.kernels import grouped, sorted_rows
 from bam_jax.model.tokens import Tokens
 from bam_jax.parallel.collectives import Layout
+from tests.parity.test_cohere import TOLERANCE, distance
 
 # torch's build is several GB on some platforms; `make test-parity` installs it.
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 from transformers.models.mixtral import modeling_mixtral  # noqa: E402
 
-TOLERANCE = 1e-5  # of the largest magnitude in each array that is compared; both are float32
 D, F, E, B, T = 16, 24, 5, 3, 14
-
-
-def distance(got, want) -> float:
-  """The largest difference, relative to the largest magnitude of what is wanted."""
-  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-  assert got.shape == want.shape
-  return np.abs(got - want).max() / np.abs(want).max()
 
 
 def theirs(x_BTD, cotangent_BTD):
   """Their block's parameters, its output, and the gradients, all under our names and layouts."""
   options = transformers.MixtralConfig(
-    hidden_size=D,
-    intermediate_size=F,
-    num_local_experts=E,
-    num_experts_per_tok=2,
+    hidden_size=D, intermediate_size=F, num_local_experts=E, num_experts_per_tok=2,
     experts_implementation='eager',
-  )
+  )  # fmt: skip
   block = modeling_mixtral.MixtralSparseMoeBlock(options).eval()
   generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
@@ -51,17 +41,12 @@ def theirs(x_BTD, cotangent_BTD):
 
   def named(gate_up_E2FD, down_EDF, router_ED):
     gate_EFD, up_EFD = gate_up_E2FD[:, :F], gate_up_E2FD[:, F:]
-    arrays = {
-      'gate': gate_EFD.mT,
-      'up': up_EFD.mT,
-      'down': down_EDF.mT,
-      'router': router_ED.T,
-    }
+    arrays = dict(gate=gate_EFD.mT, up=up_EFD.mT, down=down_EDF.mT, router=router_ED.T)
     return {name: array.detach().numpy().copy() for name, array in arrays.items()}
 
   parameters = block.experts.gate_up_proj, block.experts.down_proj, block.gate.weight
-  slopes = named(*(parameter.grad for parameter in parameters))
-  return named(*parameters), output.detach().numpy(), slopes | {'x': x.grad.numpy()}
+  gradients = named(*(parameter.grad for parameter in parameters))
+  return named(*parameters), output.detach().numpy(), gradients | {'x': x.grad.numpy()}
 
 
 # Every way in which experts compute, with room for all the tokens.
@@ -71,7 +56,7 @@ def theirs(x_BTD, cotangent_BTD):
 def test_the_layer_of_experts_is_theirs(capacity_factor, kernel, monkeypatch):
   rng = np.random.default_rng(0)
   x_BTD, cotangent_BTD = rng.normal(size=(2, B, T, D)).astype(np.float32)
-  params, their_output_BTD, their_slopes = theirs(x_BTD, cotangent_BTD)
+  params, their_output_BTD, their_gradients = theirs(x_BTD, cotangent_BTD)
   experts = config.FFNExperts(E, top_k=2, renormalize=True, capacity_factor=capacity_factor)
   model = config.Model(
     vocab_size=2, d_model=D, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, ffn_dim=F,
@@ -93,15 +78,15 @@ def test_the_layer_of_experts_is_theirs(capacity_factor, kernel, monkeypatch):
       output_BTD, stats = nnx.merge(graph, params)(x_BTD, tokens)
       return jnp.sum(output_BTD * cotangent_BTD), (output_BTD, stats)
 
-    (_, (output_BTD, stats)), slopes = jax.value_and_grad(value, (0, 1), has_aux=True)(
+    (_, (output_BTD, stats)), gradients = jax.value_and_grad(value, (0, 1), has_aux=True)(
       params, x_BTD
     )
-    return output_BTD, stats, {**slopes[0], 'x': slopes[1]}
+    return output_BTD, stats, {**gradients[0], 'x': gradients[1]}
 
-  output_BTD, stats, slopes = jax.device_get(run(params, x_BTD))
+  output_BTD, stats, gradients = jax.device_get(run(params, x_BTD))
   assert stats.dropped == 0 and (stats.load > 0).all(), 'every expert is visited'
   far = {'output': distance(output_BTD, their_output_BTD)}
-  assert slopes.keys() == their_slopes.keys()
-  far |= {name: distance(slopes[name], slope) for name, slope in their_slopes.items()}
+  assert gradients.keys() == their_gradients.keys()
+  far |= {name: distance(gradients[name], gradient) for name, gradient in their_gradients.items()}
   print(capacity_factor, kernel, max(far.items(), key=lambda item: item[1]))
   assert {name: value for name, value in far.items() if not value < TOLERANCE} == {}
