@@ -76,17 +76,9 @@ def prefill(program: Program, params: Any, state: State, tokens_BT: jax.Array) -
 def decode(
   program: Program, params: Any, state: State, finished_B: jax.Array, steps: jax.Array
 ) -> tuple[State, jax.Array]:
-  """Appends tokens.
+  """Appends `steps` tokens (int32, at most MAX_STEPS) to each row but `finished_B` (bool).
 
-  Args:
-    program: static.
-    params: what `Decoder.place` returned.
-    state: of the tokens so far.
-    finished_B: bool, rows that need no more.
-    steps: int32, at most MAX_STEPS.
-
-  Returns:
-    The state, and the tokens BN that follow the one before, of which the first `steps` count.
+  Returns the state, and the tokens BN that follow the one before, of which the first `steps` count.
   """
   decoder = Decoder(program.model, program.dtype, program.mesh)
 
@@ -103,7 +95,7 @@ def decode(
       return new, jax.lax.dynamic_update_slice_in_dim(new_BN, column_B1, number, axis=1)
 
     state = state._replace(token_B=jnp.where(finished_B, NO_TOKEN, state.token_B))
-    new_BN = jnp.full((state.token_B.shape[0], MAX_STEPS), NO_TOKEN, jnp.int32)
+    new_BN = jnp.full((len(finished_B), MAX_STEPS), NO_TOKEN, jnp.int32)
     with jax.named_scope(DECODE_LOOP):
       return jax.lax.fori_loop(0, steps, step, (state, new_BN))
 
@@ -115,9 +107,9 @@ def decode(
 def _advance(decoder, program: Program, params, state: State, tokens_BT, first_B) -> State:
   """Reads tokens and chooses the next one."""
   logits_BV, cache = decoder.read(params, state.cache, tokens_BT, first_B, state.filled)
-  num_words = program.num_words
-  if num_words is not None and num_words < logits_BV.shape[1]:
-    logits_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < num_words, logits_BV, -jnp.inf)
+  if program.num_words is not None:
+    words_V = jnp.arange(logits_BV.shape[1])
+    logits_BV = jnp.where(words_V < program.num_words, logits_BV, -jnp.inf)
   filled = state.filled + tokens_BT.shape[1]
   # Of a row's own length and no more: its draws do not depend on what it shares a batch with.
   keys_B = jax.vmap(_key)(state.noise_B2, filled - state.first_B)
@@ -131,11 +123,8 @@ def _key(noise_2, number):
 
 def _specs(decoder: Decoder) -> tuple[Any, State]:
   """PartitionSpecs of parameters and state."""
-  layout = decoder.layout
-  return (
-    resident.specs(decoder.abstract, layout),
-    State(cache_lib.specs(decoder.model, layout), *REST),
-  )
+  cache = cache_lib.specs(decoder.model, decoder.layout)
+  return resident.specs(decoder.abstract, decoder.layout), State(cache, *REST)
 
 
 def abstract_arguments(decoder: Decoder, batch: int, slots: int) -> tuple:
@@ -175,10 +164,6 @@ class Row(NamedTuple):
   sample: int = 0  # its number among those of the same prompt: draws of its own
 
 
-# Called with a row's index and its new tokens; true finishes the row.
-Watch = Callable[[int, list[int]], bool]
-
-
 class Generator:
   """A model on its devices, ready to continue prompts."""
 
@@ -216,7 +201,7 @@ class Generator:
     seed: int = 0,
     batch_size: int = 8,
     every: int = MAX_STEPS,
-    watch: Watch = lambda number, tokens: False,
+    watch: Callable[[int, list[int]], bool] = lambda number, tokens: False,
   ) -> list[list[int]]:
     """The continuations of all rows, in their order, without what finished them.
 
@@ -224,10 +209,10 @@ class Generator:
       rows: any number, of any lengths.
       max_new_tokens: of each.
       params: how tokens are chosen.
-      seed: of all draws; a row's depend on it, on its prompt and on its sample, on nothing else.
-      batch_size: the most rows at once.
+      seed: of all draws; a row's depend on it, on its prompt and on its sample alone.
+      batch_size: rows at once, at most.
       every: tokens of a row between two calls of `watch`, after the first, at most MAX_STEPS.
-      watch: sees a row's new tokens as they come, and may finish it.
+      watch: called with a row's index and its new tokens; true finishes the row.
 
     Raises:
       UserError: keys and values of a batch do not fit into memory.
