@@ -1,8 +1,9 @@
 """What is counted of the routers, and the page and pictures that show it."""
 
 import dataclasses
-import html.parser
+import html
 import json
+import re
 import shutil
 import subprocess
 
@@ -84,61 +85,38 @@ def shown(saved, tmp_path_factory):
   return page.write(folder, facts, entries, domains), facts, nasty
 
 
-class Reader(html.parser.HTMLParser):
-  """Collects tags, and the text of the documents."""
-
-  def __init__(self):
-    super().__init__()
-    self.open, self.seen, self.documents, self.loads = [], [], [], []
-
-  def handle_starttag(self, tag, attrs):
-    attrs = dict(attrs)
-    self.seen.append(tag)
-    self.loads += [attrs[key] for key in ('src', 'href') if key in attrs]
-    if tag not in ('meta', 'img'):
-      self.open.append(tag)
-    if attrs.get('class') == 'text':
-      self.documents.append([])
-    if tag == 'b':
-      self.documents[-1].append((attrs, ''))
-
-  def handle_endtag(self, tag):
-    assert self.open.pop() == tag
-
-  def handle_data(self, data):
-    if self.open and self.open[-1] == 'b':
-      attrs, text = self.documents[-1][-1]
-      self.documents[-1][-1] = attrs, text + data
+def documents_of(page: str) -> list[list[tuple[str, str]]]:
+  """Of each document of the page, in order, the attributes and the text of its tokens."""
+  found = re.findall('<div class="text">(.*?)</div>', page, re.DOTALL)
+  spans = [re.findall('<b ([^>]*)>(.*?)</b>', document, re.DOTALL) for document in found]
+  return [[(attrs, html.unescape(text)) for attrs, text in document] for document in spans]
 
 
 def test_the_page_stands_alone(shown):
-  path, facts, nasty = shown
-  reader = Reader()
-  reader.feed(path.read_text(encoding='utf-8'))
-  assert reader.open == [] and reader.seen.count('script') == 1
-  assert reader.seen.count('img') == 4  # by layer, and a heat map for each router
-  assert all(place.startswith('data:image/png;base64,') for place in reader.loads)
+  path, _, nasty = shown
+  page = path.read_text(encoding='utf-8')
+  assert page.count('<script') == page.count('</script>') == 1 and '<!--' not in page
+  assert page.count('<img') == 4  # by layer, and a heat map for each router
+  loads = re.findall(r'(?:src|href)="([^"]*)"', page)
+  assert len(loads) == 4 and all(load.startswith('data:image/png;base64,') for load in loads)
   # Two methods for each of two documents of law and one of code.
-  texts = [''.join(text for _, text in document) for document in reader.documents]
+  texts = [''.join(text for _, text in document) for document in documents_of(page)]
   assert texts[:4] == ['<|bos|>' + nasty] * 2 + ['<|bos|>the court shall'] * 2 and len(texts) == 6
   assert len(list(path.parent.glob('*.png'))) == 4
 
 
 def test_tokens_have_their_experts(shown, saved):
-  reader = Reader()
-  reader.feed(shown[0].read_text(encoding='utf-8'))
   scorer = Scorer(saved('bam_kv_experts'))
   tokens = corpus.Text('law', [shown[2]]).documents(scorer.tokenizer)[0]
   ((_, scored), *_) = scorer.score(list(windows.cut(tokens, 24, 24))[:1], routing=True)
-  spans = [attrs for attrs, _ in reader.documents[1]]
+  spans = documents_of(shown[0].read_text(encoding='utf-8'))[1]
   assert len(spans) == len(tokens) - 1 > 24
-  spans = spans[:24]
-  for router, choices in scored.routing.items():
-    for token, attrs in enumerate(spans):
-      digits = attrs[f'data-{router}']
-      assert len(digits) == 4  # two layers
+  for token, (attrs, _) in enumerate(spans[:24]):
+    digits = dict(re.findall(r'data-(\w+)="(\d{4})"', attrs))  # two for each of two layers
+    assert digits.keys() == scored.routing.keys()
+    for router, choices in scored.routing.items():
       for layer in range(2):
-        expert, strength = int(digits[2 * layer]), int(digits[2 * layer + 1])
+        expert, strength = map(int, digits[router][2 * layer : 2 * layer + 2])
         assert choices.load_LTE[layer, token, expert] > 0
         gate = choices.gate_LTE[layer, token]
         assert gate[expert] == gate.max()

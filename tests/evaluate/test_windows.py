@@ -37,12 +37,6 @@ def test_what_fits_and_what_gives_way():
   assert window.tokens.tolist() == list(range(11, 20)) and window.first == 5
 
 
-@pytest.mark.parametrize('tokens, padded', [(1, 32), (32, 32), (33, 64), (64, 64), (65, 100)])
-def test_rows_have_few_lengths(tokens, padded):
-  assert windows.bucket(tokens, 100) == padded
-  assert windows.bucket(min(tokens, 20), 20) == 20  # of a model that reads no more
-
-
 @pytest.mark.parametrize('platform', ['cpu', 'tpu'])
 def test_batches_hold_every_window_once(platform):
   rng = np.random.default_rng(0)
