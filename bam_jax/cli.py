@@ -25,18 +25,13 @@ from bam_jax.config import recipe_file
 from bam_jax.errors import UserError
 from bam_jax.parallel import compilation, sharding
 
-_JSON = flags.DEFINE_string(
-  'json', None, 'Also write the facts as one JSON object to this file; "-" is standard output.'
-)
+_JSON = flags.DEFINE_string('json', None, 'File for the facts as one JSON object, or "-": stdout.')
 
 
 def run(main: Callable[..., dict[str, Any] | None], max_arguments: int = 0) -> None:
-  """Parses the flags, calls `main`, and writes the facts that it returns to the file of `--json`.
+  """Parses the flags, calls `main(*arguments)`, and writes what it returns where `--json` says."""
 
-  `main` gets at most `max_arguments` positional arguments, and raises UserError for a mistake.
-  """
-
-  def guarded(argv: Sequence[str]) -> int:
+  def guarded(argv: Sequence[str]) -> int | None:
     if not flags.FLAGS['verbosity'].present:  # Orbax logs a traceback of what is told below
       logging.set_verbosity(logging.FATAL)
     try:
@@ -51,7 +46,6 @@ def run(main: Callable[..., dict[str, Any] | None], max_arguments: int = 0) -> N
       if message := errors.sentence(error):
         return _refuse(message)
       raise
-    return 0
 
   try:
     app.run(guarded, flags_parser=_parse)
