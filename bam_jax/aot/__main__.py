@@ -51,10 +51,7 @@ _PHASE = flags.DEFINE_enum('phase', 'train', ['train', 'decode'], 'Which step to
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'Such as v5e:4x4 or v5p:4x4x4.')
 _SLICES = flags.DEFINE_integer('slices', 1, 'Equal slices of that topology.', lower_bound=1)
 _SEQUENCES = flags.DEFINE_integer(
-  'sequences_per_chip',
-  None,
-  'Sequences a chip in one step without accumulation; default: what the run says.',
-  lower_bound=1,
+  'sequences_per_chip', None, 'Of a step without accumulation; default: as the run says.', 1
 )
 _BATCH = flags.DEFINE_integer('batch_size', 1, 'Decode: rows at once.', lower_bound=1)
 _CONTEXT = flags.DEFINE_integer(
@@ -69,10 +66,7 @@ _SEARCH = flags.DEFINE_bool('search', False, 'Search for mesh, remat and sequenc
 _SEARCH_SECONDS = flags.DEFINE_integer(
   'search_seconds', 900, 'How long to search; a compilation begun is finished.', lower_bound=1
 )
-_FLAGS_OF = {
-  'train': (_SEQUENCES, _SEARCH, _SEARCH_SECONDS),
-  'decode': (_BATCH, _CONTEXT, _DTYPE),
-}
+_TRAIN, _DECODE = (_SEQUENCES, _SEARCH, _SEARCH_SECONDS), (_BATCH, _CONTEXT, _DTYPE)
 
 
 def main() -> dict[str, Any]:
@@ -86,8 +80,8 @@ def main() -> dict[str, Any]:
       raise UserError(f'--{flag.name} is required.')
   job = program.make_job(recipe, _RUN.value)
   target = topology.parse(_TOPOLOGY.value, _SLICES.value)
-  (other,) = _FLAGS_OF.keys() - {_PHASE.value}
-  for flag in _FLAGS_OF[other]:
+  other, unread = ('decode', _DECODE) if _PHASE.value == 'train' else ('train', _TRAIN)
+  for flag in unread:
     if flag.present:
       raise UserError(f'--{flag.name} needs --phase={other}: leave it out, or give that phase.')
   console, devices = cli.console(), target.devices()

@@ -133,22 +133,23 @@ def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
   rows = {key: value for key, value in (facts | compute).items() if key not in apart}
   loops = collections.Counter(loop['trips'] or '?' for loop in facts.get('loops', ()))
   rows['loops'] = ', '.join(f'{n} of {trips} trips' for trips, n in loops.items())
-  rows = [(key, _text(key, value)) for key, value in rows.items() if value not in (None, '', [])]
+  rows = [(key, text(key, value)) for key, value in rows.items() if value not in (None, '', [])]
   slices = f'{facts["slices"]} x ' if facts['slices'] > 1 else ''
   fits = 'fits' if facts['fits'] else 'does not fit'
   summary = cli.table(f'{facts["run"]} {fits} {slices}{facts["topology"]}', ('', ''), (), rows)
   summary.show_header = False
   columns = ('count', 'asynchronous', 'wire_bytes', 'seconds')
   cells = [
-    (row['kind'], row['axes'], *(_text(name, row[name]) for name in columns))
+    (row['kind'], row['axes'], *(text(name, row[name]) for name in columns))
     for row in facts.get('collectives', ())
   ]
   return [summary, *([cli.table(None, ('collective', 'axes'), columns, cells)] if cells else [])]
 
 
-def _text(key: str, value: Any) -> str:
+def text(key: str, value: Any) -> str:
+  """A fact for a terminal, in the unit that its key tells."""
   if isinstance(value, dict):
-    nested = lambda x: f'({_text(key, x)})' if isinstance(x, dict) else _text(key, x)
+    nested = lambda x: f'({text(key, x)})' if isinstance(x, dict) else text(key, x)
     return ', '.join(f'{name} {nested(x)}' for name, x in value.items())
   if not isinstance(value, int | float):
     return str(value)

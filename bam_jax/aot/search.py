@@ -69,11 +69,16 @@ def search(
     mesh = program.make_mesh(layout, devices, topology)
     compiled = program.compile_train(layout, mesh)
     longest = max(longest, compiled.compile_seconds)
-    done.append((layout, compiled, report.train_facts(layout, topology, mesh, compiled)))
-  done.sort(key=lambda x: _seconds_per_token(x[2]))
+    facts = report.train_facts(layout, topology, mesh, compiled)
+    tokens = layout.run.batch_size * layout.sequence_length
+    bounds = (
+      [facts['seconds'][name] / tokens for name in BOUNDS[:2]] if facts['fits'] else [math.inf]
+    )
+    done.append((bounds, layout, compiled, facts))
+  done.sort(key=lambda x: x[0])
   rows = [_row(facts) for *_, facts in done]
   console.print(_table(rows), '')
-  best, compiled, facts = done[0]
+  _, best, compiled, facts = done[0]
   if not facts['fits']:
     raise UserError(
       f'None of the {len(done)} layouts compiled of {len(hopeful)} fits {topology.name}: give more '
@@ -172,13 +177,6 @@ def guess(job: Job, chip: Chip) -> tuple[float, float]:
   return (max(seconds, *wire) + 0.1 * (seconds + sum(wire))) / step_tokens, peak
 
 
-def _seconds_per_token(facts: dict[str, Any]) -> tuple[float, float]:
-  if not facts['fits']:
-    return math.inf, math.inf
-  tokens = facts['batch_size'] * facts['sequence_length']
-  return facts['seconds']['roofline'] / tokens, facts['seconds']['in_order'] / tokens
-
-
 def _overrides(run: config.Run) -> dict[str, Any]:
   """The keys of a run that a layout sets."""
   keys = {f'mesh.{axis}': size for axis, size in config.to_dict(run.mesh).items()}
@@ -197,10 +195,9 @@ def _row(facts: dict[str, Any]) -> dict[str, Any]:
 def _table(rows: Sequence[dict[str, Any]]):
   body = []
   for row in rows:
-    peak = f'{row["peak_bytes"] / 1e9:.1f} GB' if row['peak_bytes'] else '-'
-    cells = [report.mesh_text(row['mesh']), row['remat'], row['sequences_per_chip'], peak]
-    for name in ('roofline', 'in_order') if row['fits'] else ():
-      cells += [f'{1e3 * row["seconds"][name]:.0f} ms', f'{row["mfu"][name]:.1%}']
-    body.append(cells if row['fits'] else [*cells, 'does not fit'])
-  numbers = ('sequences a chip', 'peak', 'roofline', 'MFU', 'in order', 'MFU')
-  return cli.table('Layouts compiled', ('mesh', 'remat'), numbers, body)
+    bounds = (report.text(key, row[key]['roofline']) for key in ('seconds', 'mfu') if row['fits'])
+    peak = report.text('peak_bytes', row['peak_bytes'])
+    mesh = report.mesh_text(row['mesh'])
+    body.append([mesh, row['remat'], row['sequences_per_chip'], peak, *bounds])
+  columns = ('sequences a chip', 'peak', 'roofline', 'MFU')
+  return cli.table('Layouts compiled; without MFU: too large', ('mesh', 'remat'), columns, body)
