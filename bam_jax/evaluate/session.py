@@ -1,7 +1,6 @@
 """A comparison as its reader at a terminal sees it: progress, tables, notes, and a page."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich import progress
 from bam_jax import cli, config
 from bam_jax.errors import UserError
 from bam_jax.evaluate import comparison, corpus, page, routing
+from bam_jax.files import folders
 from bam_jax.reports import scores
 
 
@@ -31,7 +31,7 @@ def run(
   if folder is not None:
     if not any(routing.expert_names(entry.meta) for entry in entries):
       raise UserError('--routing shows routers, and no checkpoint has one: leave it out.')
-    with _routing_errors(folder):
+    with folders.writing(folder):
       Path(folder).mkdir(parents=True, exist_ok=True)
   console = cli.console()
   with progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -54,24 +54,14 @@ def run(
   for note in facts['notes']:
     console.print(note, soft_wrap=True)
   if folder is not None:
-    with _routing_errors(folder):
+    with folders.writing(folder):
       facts['routing_page'] = str(page.write(Path(folder), facts, entries, domains))
     console.print(f'Open {facts["routing_page"]} in a browser.', soft_wrap=True)
   return facts
 
 
-def perplexity(score: Mapping[str, Any]) -> str:
-  """A cell of the first table."""
-  return _cell(score['perplexity'], scores.number)
-
-
-def bits_per_byte(score: Mapping[str, Any]) -> str:
-  """A cell of the second."""
-  return _cell(score['bits_per_byte'], '{:.4f}'.format)
-
-
 def difference(score: Mapping[str, Any]) -> str:
-  """A cell of the third: bits per byte less those of the first checkpoint."""
+  """A cell of the third table: bits per byte less those of the first checkpoint."""
   measure = score['difference']['bits_per_byte']
   low, high = measure['low'], measure['high']
   certain = low is not None and (low > 0 or high < 0)
@@ -81,6 +71,8 @@ def difference(score: Mapping[str, Any]) -> str:
 def tables(facts: Mapping[str, Any]) -> list[rich.table.Table]:
   """The facts of `--json`, by domain: perplexity, bits per byte, and differences from the first."""
   share, rows, domains = f'{100 * facts["confidence"]:g}%', facts['rows'], facts['domains']
+  perplexity = lambda score: _cell(score['perplexity'], scores.number)
+  bits_per_byte = lambda score: _cell(score['bits_per_byte'], '{:.4f}'.format)
   made = [
     _table(f'Perplexity, and its {share} interval', domains, rows, perplexity),
     _table(f'Bits per byte, and its {share} interval', domains, rows, bits_per_byte),
@@ -117,11 +109,3 @@ def _cell(measure: Mapping[str, Any], text: Callable[[float], str], mark: str = 
   if measure['low'] is None:
     return value
   return f'{value}\n{text(measure["low"])} … {text(measure["high"])}'
-
-
-@contextlib.contextmanager
-def _routing_errors(folder: str) -> Iterator[None]:
-  try:
-    yield
-  except OSError as error:
-    raise UserError(f'--routing={folder} cannot be written: {error.strerror}.') from error
