@@ -6,7 +6,7 @@ Legend: N documents of a domain, R resamples, C columns of sums.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -151,15 +151,14 @@ def compare(
         'domains': {name: facts(len(x), whole[name], drawn.get(name)) for name, x in sums.items()},
         'overall': facts(sum(map(len, sums.values())), sum(whole.values()), everything),
         'experts': experts,
-        'routing': {
-          router: {name: by_router[router] for name, by_router in records.items()}
-          for router in experts
-          if records
-        }
-        or None,
+        'routing': _by_router(records, experts) or None,
       }
     )
   return rows
+
+
+def _by_router(records: dict[str, dict], experts: Iterable[str]) -> dict[str, dict]:
+  return {r: {name: facts[r] for name, facts in records.items()} for r in experts if records}
 
 
 def _facts(
@@ -171,31 +170,26 @@ def _facts(
   confidence: float,
 ) -> dict[str, Any]:
   """A checkpoint's scores in one column of the table, and their differences to the first's."""
+  certain = drawn_RC is None
 
   def measure(value, value_R):
-    low, high = (None, None) if drawn_RC is None else bootstrap.interval(value_R, confidence)
+    low, high = (None, None) if certain else bootstrap.interval(value_R, confidence)
     return {'value': float(value), 'low': low, 'high': high}
 
   values, base = _measures(total_C, place), _measures(total_C, 0)
-  values_R, base_R = (
-    _measures(total_C if drawn_RC is None else drawn_RC, number) for number in (place, 0)
-  )
-  facts = {
+  drawn_RC = total_C if drawn_RC is None else drawn_RC
+  values_R, base_R = _measures(drawn_RC, place), _measures(drawn_RC, 0)
+  differences: dict[str, Any] = dict.fromkeys(values)
+  for name in values if same else ['bits_per_byte']:
+    differences[name] = measure(values[name] - base[name], values_R[name] - base_R[name])
+  return {
     'documents': documents,
     'tokens': int(total_C[2 + 2 * place]),
     'bytes': int(total_C[0]),
     'nll': float(total_C[1 + 2 * place]),
     **{name: measure(values[name], values_R[name]) for name in values},
-    'difference': None,
+    'difference': differences if place else None,
   }
-  if place:
-    facts['difference'] = {
-      name: measure(values[name] - base[name], values_R[name] - base_R[name])
-      if same or name == 'bits_per_byte'
-      else None
-      for name in values
-    }
-  return facts
 
 
 def _measures(totals: np.ndarray, place: int) -> dict[str, np.ndarray]:

@@ -106,15 +106,8 @@ def _continue(
     prompt, rest = prompts[number // num_samples], one.finish()
     _print(f'{rest}\n' if stream else f'{_title(prompt, row.sample)}\n{one.text}\n\n')
     reason = 'length' if len(one.tokens) == _MAX_NEW_TOKENS.value else 'end'
-    facts.append(
-      {
-        'prompt': prompt,
-        'sample': row.sample,
-        'text': one.text,
-        'tokens': one.tokens,
-        'reason': 'stop' if one.stopped else reason,
-      }
-    )
+    fact = {'prompt': prompt, 'sample': row.sample, 'text': one.text, 'tokens': one.tokens}
+    facts.append(fact | {'reason': 'stop' if one.stopped else reason})
   return facts
 
 
