@@ -17,7 +17,6 @@ lost, the others end with status 1 or JAX's own; the same command goes on, on an
 `--json` writes the report: `rows` (scores of each run by domain), `not_finished`, `pictures`.
 """
 
-import shlex
 import sys
 from typing import Any
 
@@ -34,9 +33,7 @@ from bam_jax.reports import report
 from bam_jax.train import stop
 
 _CONFIG = cli.define_recipe()
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of all the runs and of the report; one on a disk, or gs://BUCKET/FOLDER.'
-)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of runs and report; may be in gs://BUCKET.')
 _RUNS = flags.DEFINE_list('runs', [], 'Names of the runs to train; default: all.')
 distributed.define_flags()
 
@@ -44,26 +41,26 @@ distributed.define_flags()
 @distributed.joined()
 def main() -> dict[str, Any] | None:
   """Trains what the flags ask for, and reports."""
-  parsed = cli.read_recipe(_CONFIG)
-  if not _WORKDIR.value:
-    raise UserError('Where to? Give --workdir=FOLDER.')
-  if '://' in _WORKDIR.value and not folders.in_bucket(_WORKDIR.value):
-    raise UserError(f'--workdir={_WORKDIR.value} is neither a folder nor gs://BUCKET/FOLDER.')
-  workdir = folders.at(_WORKDIR.value)
+  recipe, path = cli.read_recipe(_CONFIG), _WORKDIR.value
+  if not path:
+    raise UserError('--workdir is required: the folder of the runs and of the report.')
+  if '://' in path and not folders.in_bucket(path):
+    raise UserError(f'--workdir={path} is neither a folder nor gs://BUCKET/FOLDER.')
+  workdir = folders.at(path)
   folders.check_bucket(workdir)
   processes.check_shared(workdir)
-  parsed = datasets.with_workdir(parsed, workdir)
-  nodes = graph.resolve(parsed)
-  dataset = datasets.open_dataset(parsed.data)
+  recipe = datasets.with_workdir(recipe, workdir)
+  nodes = graph.resolve(recipe)
+  dataset = datasets.open_dataset(recipe.data)
   try:
-    runner.execute(parsed, workdir, dataset, _RUNS.value, jax.process_index() == 0)
+    runner.execute(recipe, workdir, dataset, _RUNS.value)
   except stop.Stopped as stopped:
     if jax.process_index() == 0:
       print(f'Stopped by {stopped}; the same command goes on from here.', file=sys.stderr)
     sys.exit(128 + stopped.signum)
   if jax.process_index():
     return None
-  runner.write_command(workdir, parsed, shlex.join(['python', '-m', 'bam_jax.main', *sys.argv[1:]]))
+  runner.write_command(workdir, recipe, cli.command())
   facts = report.write(workdir, list(nodes))
   rich.console.Console(stderr=True).print(report.table(facts))
   print(f'{workdir}/report/report.md has this, the costs and the pictures.', file=sys.stderr)
@@ -71,5 +68,4 @@ def main() -> dict[str, Any] | None:
 
 
 if __name__ == '__main__':
-  # Orbax logs a traceback of every error that is reported in a sentence.
   cli.run(main)

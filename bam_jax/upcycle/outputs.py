@@ -84,7 +84,6 @@ def _assemble(
 def to_checkpoint(
   output: epath.PathLike,
   upcycle: config.Upcycle,
-  *,
   seed: int,
   name: str,
   dtype: str,

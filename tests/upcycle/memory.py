@@ -1,14 +1,16 @@
-"""Dense parameters in memory, mixed by the real merge, and by one that is spelled out in NumPy."""
+"""Dense parameters, in memory or saved, mixed by the real merge and by one spelled out in NumPy."""
 
+import hashlib
 import types
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 from flax import traverse_util
 
-from bam_jax import config
-from bam_jax.checkpoint import arrays
+from bam_jax import checkpoint, config
+from bam_jax.checkpoint import arrays, manifest
 from bam_jax.model import transformer
 from bam_jax.parallel import sharding
 from bam_jax.upcycle import merge, options, outputs, rules
@@ -17,6 +19,7 @@ from bam_jax.upcycle.sources import Source
 KEY = jax.random.key(11)
 NAMES = ('seed', 'code', 'law')
 ONE_DEVICE = config.Mesh()
+TOKENIZER = b'{"a tokenizer": 1}'
 
 
 class Reader:
@@ -98,3 +101,26 @@ def spelled_out(
     else:
       made[rule.target] = merge.drawn(merge.Merge((), upcycle, key), rule, shape)
   return made
+
+
+def save(folder: Path, params: dict, model: config.Model, step: int = 7, **changes) -> None:
+  """A run's folder with one checkpoint, its tokenizer and a bit of an optimizer's state."""
+  facts = dict(
+    format=checkpoint.FORMAT,
+    model=model,
+    sequence_length=16,
+    tokenizer_hash=hashlib.sha256(TOKENIZER).hexdigest(),
+    tokenizer_path='/nowhere',
+    run=folder.name,
+    step=step,
+    method=None,
+    sources=(),
+    versions=manifest.versions(),
+    bos_token='<s>',
+    eos_token='</s>',
+  )
+  checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=2)
+  meta = checkpoint.Meta(**(facts | changes))
+  checkpoints.save(step, params, {'count': np.zeros(())}, {}, meta)
+  checkpoints.close()
+  (folder / 'tokenizer.json').write_bytes(TOKENIZER)

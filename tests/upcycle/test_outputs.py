@@ -13,40 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bam_jax import checkpoint, config
-from bam_jax.checkpoint import arrays, manifest
+from bam_jax.checkpoint import arrays
 from bam_jax.config import strict
 from bam_jax.errors import UserError
 from bam_jax.parallel import sharding
 from bam_jax.recipes import graph, start
 from bam_jax.upcycle import merge, outputs, rules
-from tests.upcycle.memory import NAMES, abstract, draw, flat, spelled_out
+from tests.upcycle.memory import NAMES, TOKENIZER, abstract, draw, flat, save, spelled_out
 
 METHODS = typing.get_args(config.Method)
-TOKENIZER = b'{"a tokenizer": 1}'
 KEY = merge.run_key(3, 'bam')
-
-
-def save(folder, params: dict, model: config.Model, step: int = 7, **changes) -> None:
-  """A run's folder with one checkpoint, its tokenizer and a bit of an optimizer's state."""
-  facts = dict(
-    format=checkpoint.FORMAT,
-    model=model,
-    sequence_length=16,
-    tokenizer_hash=hashlib.sha256(TOKENIZER).hexdigest(),
-    tokenizer_path='/nowhere',
-    run=folder.name,
-    step=step,
-    method=None,
-    sources=(),
-    versions=manifest.versions(),
-    bos_token='<s>',
-    eos_token='</s>',
-  )
-  checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=2)
-  meta = checkpoint.Meta(**(facts | changes))
-  checkpoints.save(step, params, {'count': np.zeros(())}, {}, meta)
-  checkpoints.close()
-  (folder / 'tokenizer.json').write_bytes(TOKENIZER)
 
 
 @pytest.fixture(scope='module')
