@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import re
+import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
@@ -231,17 +232,13 @@ def bounds(spec: Spec, index: Index) -> tuple[tuple[int, int], ...]:
 def read_ahead(requests: Iterable[tuple[Reader, str, Index]]) -> Iterator[np.ndarray]:
   """Regions in order; while one is worked on, the next ones are read, about READ_BYTES."""
   pending: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
-  ahead = 0
   with concurrent.futures.ThreadPoolExecutor(READ_THREADS) as pool:
     for reader, path, index in requests:
       spec = reader.specs[path]
       nbytes = spec.dtype.itemsize * math.prod(b - a for a, b in bounds(spec, index))
       pending.append((nbytes, pool.submit(reader.read, path, index)))
-      ahead += nbytes
-      while ahead > READ_BYTES and len(pending) > 1:
-        nbytes, region = pending.popleft()
-        ahead -= nbytes
-        yield region.result()
+      while len(pending) > 1 and sum(nbytes for nbytes, _ in pending) > READ_BYTES:
+        yield pending.popleft()[1].result()
     while pending:
       yield pending.popleft()[1].result()
 
@@ -277,9 +274,7 @@ def _store(folder: epath.PathLike, path: str) -> dict[str, Any]:
   return {'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': _base(folder), 'path': name}}
 
 
-def _base(folder: epath.PathLike) -> dict[str, Any]:
-  """The tensorstore spec of a folder."""
-  if folders.in_bucket(folder):
-    bucket, _, name = os.fspath(folder).removeprefix('gs://').partition('/')
-    return {'driver': 'gcs', 'bucket': bucket, 'path': f'{name}/'}
-  return {'driver': 'file', 'path': f'{os.path.abspath(folder)}/'}
+def _base(folder: epath.PathLike) -> str:
+  """The URL of a folder."""
+  path = f'{folder}/' if folders.in_bucket(folder) else f'file://{os.path.abspath(folder)}/'
+  return urllib.parse.quote(path, safe=':/')

@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+import urllib.parse
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -99,9 +100,9 @@ class Lease:
   """The object NAME of a folder in a bucket."""
 
   def __init__(self, folder: epath.Path):
-    bucket, _, name = os.fspath(folder / NAME).removeprefix('gs://').partition('/')
     self._folder, self._id, self._generation = folder, uuid.uuid4().hex, b''
-    self._store = ts.KvStore.open({'driver': 'gcs', 'bucket': bucket, 'path': name}).result()
+    url = urllib.parse.quote(os.fspath(folder / NAME), safe=':/')
+    self._store = ts.KvStore.open(url).result()
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._beat, name='lease', daemon=True)
 
