@@ -53,22 +53,17 @@ class Node:
 def resolve(recipe: config.Recipe, data_hash: str = '') -> dict[str, Node]:
   """The runs in an order in which every run comes after those that it starts from.
 
-  Raises:
-    UserError: a cycle, a mixture of mixtures, or sources that differ in their model.
+  UserError for a cycle, a mixture of mixtures, or sources that differ in their model.
   """
   parents = {name: config.parents(run) for name, run in recipe.runs.items()}
   try:
-    order = list(graphlib.TopologicalSorter(parents).static_order())
+    graphlib.TopologicalSorter(parents).prepare()
   except graphlib.CycleError as error:
     raise UserError(f'config.runs has a cycle: {" <- ".join(error.args[1])}.') from None
-  # Among the orders that the graph allows, the one closest to how the recipe is written.
-  depth: dict[str, int] = {}
-  for name in order:
-    depth[name] = 1 + max((depth[parent] for parent in parents[name]), default=0)
-  order = sorted(recipe.runs, key=depth.__getitem__)
-
+  depth = lambda name: 1 + max(map(depth, parents[name]), default=0)
   nodes: dict[str, Node] = {}
-  for name in order:
+  # Among the orders that the graph allows, the one closest to how the recipe is written.
+  for name in sorted(recipe.runs, key=depth):
     run = recipe.runs[name]
     model, method, experts = _origin(recipe, name, nodes)
     optimizer.check(run, model, f'config.runs.{name}')
@@ -82,8 +77,10 @@ def resolve(recipe: config.Recipe, data_hash: str = '') -> dict[str, Node]:
       'sources': {parent: digest(nodes[parent].identity) for parent in parents[name]},
       **{key: value for key, value in config.to_dict(run).items() if key not in INCIDENTAL},
     }
-    if isinstance(run.init, config.FromCheckpoint):
-      identity['init'] = {'checkpoint': _content(run.init.checkpoint)}
+    if isinstance(run.init, config.FromCheckpoint):  # which is what it is, wherever it lies
+      folder, meta = checkpoint.find(run.init.checkpoint), checkpoint.read_meta(run.init.checkpoint)
+      content = digest([config.to_dict(meta), integrity.read(folder, ['params'])])
+      identity['init'] = {'checkpoint': dict(run=meta.run, step=meta.step, hash=content)}
     nodes[name] = Node(name, run, model, identity, method, experts)
   return nodes
 
@@ -91,13 +88,6 @@ def resolve(recipe: config.Recipe, data_hash: str = '') -> dict[str, Node]:
 def digest(facts: Any) -> str:
   """A short hash of JSON-ready facts."""
   return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _content(path: str) -> dict[str, Any]:
-  """What a checkpoint is, wherever it lies: checksums of its files, where there are some."""
-  folder, meta = checkpoint.find(path), checkpoint.read_meta(path)
-  sums = integrity.read(folder, ['params'])
-  return {'run': meta.run, 'step': meta.step, 'hash': digest([config.to_dict(meta), sums])}
 
 
 def _origin(

@@ -26,10 +26,7 @@ class Scale:
   """Sizes and budgets of the paper's graph."""
 
   model: Mapping[str, Any]  # of config.Model
-  # The paper does not print its training length; the FLOPs of its tables 7 and 10 are counted at
-  # 256, the prompt of its latency measurement. 2,048 is usual for models of these sizes, and
-  # statutes and proofs are long.
-  sequence_length: int
+  sequence_length: int  # the paper does not print it; 2,048 is usual for models of these sizes
   batch_size: int  # sequences a step
   seed_tokens: int
   seed_schedule: Mapping[str, Any]  # of config.Schedule
@@ -64,8 +61,7 @@ def seed(scale: Scale) -> dict:
 def specialist(scale: Scale, domain: str) -> dict:
   """Branch: the seed, trained on with 90% of one domain and 10% of general text.
 
-  Half of the seed's peak learning rate; the paper gives no other schedule, so the rest is as the
-  seed's.
+  Half of the seed's peak learning rate; the paper gives no other schedule.
   """
   half = dict(peak_learning_rate=scale.seed_schedule['peak_learning_rate'] / 2)
   data, schedule = {domain: 0.9, 'general': 0.1}, {**scale.seed_schedule, **half}

@@ -56,7 +56,8 @@ def execute(
         log.note(f'{name}: skipped, it is finished')
         continue
       node, folder = nodes[name], workdir / name
-      _write_json(folder / 'config.json', _record(recipe, node))
+      record = {'recipe': recipe.name, 'run': config.to_dict(node.run), 'identity': node.identity}
+      _write_json(folder / 'config.json', record | {'hash': graph.digest(node.identity)})
       _copy_tokenizer(dataset, folder)
       job = loop.Job(
         name=name,
@@ -98,9 +99,7 @@ def _asked(nodes: Mapping[str, graph.Node], only: Sequence[str], workdir: Path) 
   return asked
 
 
-def _claim(
-  held: claims.Claims, nodes: Sequence[graph.Node], workdir: Path, domains: Sequence[str]
-) -> list[str] | int:
+def _claim(held: claims.Claims, nodes, workdir: Path, domains) -> list[str] | int:
   """Takes the folders of the runs that are not finished: their names, or a signal that came."""
   unfinished = lambda: [one.name for one in nodes if not _is_finished(workdir, one, domains)]
   try:
@@ -136,11 +135,6 @@ def _check_identity(folder: Path, node: graph.Node) -> None:
     f'{folder} was begun with another configuration of {node.name!r} ({shown}): undo the change, '
     'choose another --workdir, or delete that folder.'
   )
-
-
-def _record(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:
-  run, identity = config.to_dict(node.run), node.identity
-  return {'recipe': recipe.name, 'run': run, 'identity': identity, 'hash': graph.digest(identity)}
 
 
 def _meta(
