@@ -2,8 +2,8 @@
 
     python -m bam_jax.main --config=configs/ablations.py:bam_top2 --workdir=runs/small_590m
 
-The seed, the specialists and BTX are those of configs/small_590m.py: in its workdir they are
-finished, and not trained again; the report there is then the ablation's. Data and hardware are as
+The seed, the specialists and BTX are those of configs/small_590m.py: in its workdir, finished runs
+are not trained again, and the report becomes the ablation's. Data and hardware are as
 for that recipe; `:NAME,smoke` is the same graph, tiny, for two CPU cores and about a minute.
 
   btx_5, btx_6, btx_7, btx_8   BTX with so many FFN experts, the extra ones copies of the seed's
@@ -14,8 +14,8 @@ for that recipe; `:NAME,smoke` is the same graph, tiny, for two CPU cores and ab
   cm                           BAM at BTX's compute: fewer tokens
   dm                           BAM on BTX's tokens: more compute
 
-What they should reach, average perplexity in the paper's table 6: BTX 10.72, soft 10.47, top-2
-10.72, top-1 10.81. In its table 1:
+What the paper reached, average perplexity, table 6: BTX 10.72, soft 10.47, top-2 10.72, top-1
+10.81. Its table 1:
 
                           general   code    law   math
     BTX                     26.72   3.78   6.63   5.77
@@ -44,7 +44,7 @@ def more_btx(num_experts: int) -> dict:
 
 
 def btx_top3() -> dict:
-  """BTX that is as large as BAM with KV experts, and meets as much."""
+  """BTX with the total and active parameters of BAM with KV experts, beside it."""
   label = 'BTX, 6 experts, top 3'
   return dict(
     btx_6_top3=paper.mixture(SCALE, label, 'btx', num_experts=6, top_k=3),
@@ -53,7 +53,7 @@ def btx_top3() -> dict:
 
 
 def routed(attention_top_k: int) -> dict:
-  """BAM whose tokens visit some of the attention experts, and BAM whose tokens visit all."""
+  """BAM with routed attention, and with soft attention, at BTX's compute."""
   label, method = paper.BAM_KV
   sparse = paper.compute_matched(
     SCALE, f'{label}, attention top {attention_top_k}', method, attention_top_k=attention_top_k
@@ -63,7 +63,7 @@ def routed(attention_top_k: int) -> dict:
 
 
 def sparse() -> dict:
-  """The seed four times, which nothing has specialised."""
+  """Four copies of the seed, none of them specialised."""
   return dict(
     sparse=paper.mixture(
       SCALE, 'sparse upcycling', 'sparse', sources=['seed'], num_experts=len(paper.SOURCES)
@@ -113,8 +113,8 @@ def get_config(argument: str = '') -> ConfigDict:
   name, *options = argument.split(',')
   if name not in ABLATIONS or options not in ([], ['smoke']):
     raise UserError(
-      f'configs/ablations.py:{argument} is no ablation: name one of {", ".join(ABLATIONS)}, as in '
-      'configs/ablations.py:cm or configs/ablations.py:cm,smoke.'
+      f'configs/ablations.py:{argument} is not an ablation: name one of {", ".join(ABLATIONS)}, '
+      'as in configs/ablations.py:cm or configs/ablations.py:cm,smoke.'
     )
   runs = paper.branches(SCALE) | dict(btx=paper.btx(SCALE)) | ABLATIONS[name]
   recipe = paper.recipe(f'ablations_{name}', SCALE, runs)

@@ -2,11 +2,11 @@
 
     python -m bam_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-A seed is trained on mixed text that is mostly general. Three copies of it are trained on, each on
-its own domain with a tenth of general text, at half the seed's learning rate. Seed and specialists
-are then mixed three ways, and the mixtures are trained on the same batches, a quarter from each
+A seed is trained on mixed text that is mostly general. Three copies of it continue on one domain
+each, with a tenth of general text, at half the seed's learning rate. The seed and the specialists
+are then mixed in three ways, and the mixtures are trained on the same batches, a quarter from each
 domain: BTX (FFN experts, averaged attention), BAM with shared keys and values, and BAM with
-attention experts that own theirs. `:smoke` runs the same graph for a few steps.
+attention experts that have their own. `:smoke` runs the same graph for a few steps.
 
 Six minutes on two cores of a 2026 server (`make quickstart`). Average held-out perplexity over the
 four domains with jax 0.12: seed 47.8, BTX 37.9, BAM with shared KV 36.5, BAM with KV experts 35.8.
@@ -70,7 +70,7 @@ def seed() -> dict:
 
 
 def specialist(domain: str) -> dict:
-  """Branch: the seed, trained on with one domain and a tenth of general text."""
+  """Branch: the seed continues on one domain and a tenth of general text."""
   return dict(
     label=f'{domain} specialist',
     init=dict(run='seed'),
@@ -96,7 +96,7 @@ def mixture(label: str, method: str) -> dict:
 
 
 def common() -> dict:
-  """4,096 tokens a step, and how often a run looks up from its work."""
+  """4,096 tokens a step; logs every 5 steps, evaluates and saves every 50."""
   return dict(
     batch_size=32, compute=dict(unroll=4), intervals=dict(log=5, evaluate=50, checkpoint=50)
   )

@@ -67,7 +67,7 @@ COMPARED = ('btx', 'bam_kv', 'bam_kv_cm')  # with that vocabulary
 
 
 def branches(scale: paper.Scale = SCALE) -> dict[str, dict]:
-  """The seed, which has seen some of every domain, and the specialists."""
+  """The seed, which sees some of every domain, and the specialists."""
   runs = paper.branches(scale)
   runs['seed']['data'] = dict(general=0.7, code=0.1, law=0.1, math=0.1)
   return runs
@@ -87,7 +87,7 @@ def main_runs(scale: paper.Scale = SCALE) -> dict[str, dict]:
 
 
 def ablations() -> dict[str, dict]:
-  """More experts, routed attention at BTX's compute, and other makings on the same data."""
+  """More experts, routed attention at BTX's compute, and other methods on the same data."""
   return (
     {
       f'btx_{n}': paper.mixture(SCALE, f'BTX, {n} experts', 'btx', num_experts=n)
@@ -128,17 +128,17 @@ def learning_rates() -> dict[str, dict]:
 
 
 def at_peak(name: str, peak: float) -> str:
-  """What a mixture is called that is trained with a peak of PEAKS."""
+  """The name of a mixture trained with a peak of PEAKS."""
   chosen = SCALE.mixture_schedule['peak_learning_rate']
   return name if peak == chosen else f'{name}_{peak:g}'.replace('.', '_')
 
 
 def starts() -> dict[str, dict]:
-  """Mixtures whose gates begin sharp, or right, or are learnt faster, or that warm up sooner.
+  """Mixtures with sharper or better gates at the start, faster routers, or a shorter warm-up.
 
-  At first a token's FFN expert is anyone's, and counts with its gate, about a half, where the dense
-  model's FFN counted whole: a short budget may end before that is learnt. And a fixed warm-up is a
-  larger part of the compute-matched run.
+  At first a token's FFN expert is arbitrary and scaled by its gate, about a half, where the dense
+  model's FFN was not scaled: a short budget may end before the routers have learnt. And a fixed
+  warm-up is a larger part of the compute-matched run.
   """
   runs = {name: main_runs()[name] for name in STARTED}
   for name, run in list(runs.items()):
@@ -157,7 +157,7 @@ def starts() -> dict[str, dict]:
 
 
 def budgets() -> dict[str, dict]:
-  """BTX on as few tokens as BAM has for its compute; and both, for LONG times that compute."""
+  """BTX on the tokens of compute-matched BAM; and both with LONG times the compute."""
   label, method = paper.BAM_KV
   long = dataclasses.replace(SCALE, mixture_tokens=LONG * SCALE.mixture_tokens)
   short = dict(label="BTX, on BAM's CM tokens", tokens=main_runs()['bam_kv_cm']['tokens'])
@@ -169,7 +169,7 @@ def budgets() -> dict[str, dict]:
 
 
 def vocabulary() -> dict[str, dict]:
-  """BTX and BAM where BAM costs little more."""
+  """BTX and BAM with a vocabulary so large that BAM costs little more."""
   return {name: run for name, run in main_runs(VOCABULARY).items() if name in COMPARED}
 
 

@@ -5,8 +5,8 @@
 
 `text/` has the folders general, code, law and math, `tokenizer.json` at most 256,000 tokens. The
 meshes are those of 16 TPU v5e chips (4x4); `--config.runs.seed.mesh.fsdp=...` fits others. All the
-runs are 2.1e21 training FLOPs, 20 days at 40% of those chips' peak. What each run holds and costs,
-before anything is trained, says
+runs are 2.1e21 training FLOPs, 20 days at 40% of those chips' peak. Parameters, FLOPs and memory of
+each run, before anything is trained:
 
     python -m bam_jax.account --config=configs/small_590m.py --against=btx
 
@@ -14,7 +14,7 @@ and `configs/small_590m.py:smoke` is the same graph, tiny, for two CPU cores and
 mixtures read equal tokens (the paper's data-matched regime); configs/ablations.py:cm has those at
 BTX's compute.
 
-What it should reach, held-out perplexity in the paper's table 1, on data of its own:
+What the paper reached on its own data, held-out perplexity, table 1:
 
                           general   code    law   math
     seed                    23.98   8.62   8.92  14.12
