@@ -7,14 +7,10 @@ import itertools
 import json
 import lzma
 import os
-import sqlite3
 import struct
-import subprocess
-import sys
 import tarfile
 import zipfile
 import zlib
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -25,7 +21,7 @@ from bam_jax.errors import UserError
 from tools.corpus import archives, build, formal, law, prose, splits, text
 from tools.corpus.sources import SOURCES
 
-ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.slow
 FILES = {'b/two.py': b'2\n', 'a/one.py': b'1\n'}
 
 
@@ -99,18 +95,6 @@ def test_a_cached_archive_needs_no_client_and_is_verified_each_time(tmp_path, mo
     archives.fetch(about, tmp_path)
 
 
-@pytest.mark.parametrize('registry, client', [('npm', 'npm'), ('apt', 'apt-get')])
-def test_a_missing_client_is_a_sentence_that_says_what_to_do(
-  registry, client, tmp_path, monkeypatch
-):
-  about = package(tarball(tmp_path / 'a.tgz'), registry)
-  monkeypatch.setenv('PATH', str(tmp_path))
-  with pytest.raises(UserError) as error:
-    archives.fetch(about, tmp_path / 'cache')
-  assert f'comes by {client}, which is not installed' in str(error.value)
-  assert 'put a.tgz' in str(error.value) and str(tmp_path / 'cache') in str(error.value)
-
-
 @pytest.mark.parametrize(
   'script, sentence',
   [
@@ -137,36 +121,11 @@ def test_what_a_client_brings(script, sentence, tmp_path, monkeypatch):
   assert not [path for path in cache.iterdir() if path.name.startswith('.')]
 
 
-def test_every_source_is_pinned():
-  packages = [source.package for some in SOURCES.values() for source in some]
-  assert len({p.file for p in packages}) == len({p.sha256 for p in packages}) == len(packages) == 13
-  assert all(len(p.sha256) == 64 and p.registry in ('pypi', 'npm', 'apt') for p in packages)
-
-
-def test_clean():
-  assert text.clean('e\u0301\t\x07x \r\n\n\n\ny\u00a0z\n\n') == 'é    x\n\ny z\n'
-
-
 @given(st.text(alphabet='ab. \n', max_size=400), st.integers(8, 60))
 def test_pieces_lose_no_word_and_are_about_the_size(content, size):
   cut = text.pieces(content, size)
   assert ''.join('\n\n'.join(cut).split()) == ''.join(content.split())
   assert all(len(piece) + 2 >= size for piece in cut[:-1])
-
-
-def test_pieces_at_blank_lines_and_sentences():
-  assert text.pieces('aaaa\n\nbbbb\n\ncc', 10) == ['aaaa\n\nbbbb', 'cc']
-  assert text.pieces('One is. Two is. Three is.', 16) == ['One is. \n\nTwo is. ', 'Three is.']
-
-
-def test_prose():
-  files = [
-    ('package/data/1790.txt', b'Fellow citizens\n'),
-    ('package/data/chapter_01.txt', b'Call me\nIshmael.\n\nSome\nyears'),
-    ('package/readme.txt', b'no text'),
-  ]
-  assert list(prose.state_of_the_union(files))[0] == ('1790#0', 'Fellow citizens\n')
-  assert list(prose.moby_dick(files)) == [('chapter_01', 'Call me Ishmael.\n\nSome years')]
 
 
 def test_brown():
@@ -222,38 +181,6 @@ def test_licences():
   assert list(documents) == ['plain.LICENSE', 'english.LICENSE', 'text.RULE']
   assert documents['plain.LICENSE'] == f'1. First item\n(a) second {long.strip()}'
   assert documents['english.LICENSE'] == long.strip()
-
-
-def test_acts(tmp_path):
-  database = sqlite3.connect(tmp_path / 'r.db')
-  database.execute('create table regulations (celex, name)')
-  database.execute('create table articles (celex, article_number, content)')
-  database.execute("insert into regulations values ('32016', 'GDPR')")
-  rows = [('32016', '2', 'We say: (a) One; (b) Two'), ('32016', '1', 'Aim')]
-  database.executemany('insert into articles values (?, ?, ?)', rows)
-  database.commit()
-  database.close()
-  assert list(law.european_acts([('x/regulations.db', (tmp_path / 'r.db').read_bytes())])) == [
-    ('32016-art1', 'GDPR, Article 1\nAim'),
-    ('32016-art2', 'GDPR, Article 2\nWe say:\n(a) One;\n(b) Two'),
-  ]
-  articles = [{'article': n, 'title': 'T', 'description': 'a &amp; \n\n b'} for n in range(5)]
-  documents = list(law.indian_constitution([('x/data/constitution.json', json.dumps(articles))]))
-  assert [name for name, _ in documents] == ['articles0', 'articles4']
-  assert documents[1][1] == 'Article 4. T\na & \nb'.replace('& \n', '&\n')
-
-
-def test_programs():
-  files = [
-    ('d/a.py', b'x = 1\n'),
-    ('d/bad.py', b'\xff'),
-    ('d/locale/de/formats.py', b'y'),
-    ('d/migrations/0001.py', b'y'),
-    ('d/a.txt', b'y'),
-  ]
-  assert list(formal.python(files)) == [('d/a.py#0', 'x = 1\n')]
-  proofs = [(f'usr/share/hol-light/{name}', b'let A = 1;;') for name in ('100/a.ml', 'bool.ml')]
-  assert list(formal.hol_light(proofs)) == [('100/a.ml#0', 'let A = 1;;')]
 
 
 def test_metamath():
@@ -359,21 +286,6 @@ def test_works_stay_together_whatever_comes_first(order):
       assert homes.setdefault(r.work, name) == name
   assert sum(map(len, parts.values())) == 60
   assert parts == splits.split(sorted(records))
-
-
-def command(*arguments):
-  line = [sys.executable, '-m', 'tools.build_corpus', *arguments]
-  return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_the_command_refuses_what_it_does_not_know(tmp_path):
-  for arguments, sentence in (
-    ([], 'Give --output=FOLDER.'),
-    ([f'--output={tmp_path}', '--domains=law,poetry'], "--domains names 'poetry'"),
-  ):
-    done = command(*arguments)
-    assert (done.returncode, done.stdout) == (2, '') and sentence in done.stderr
-    assert 'Traceback' not in done.stderr
 
 
 def test_the_corpus_is_the_same_each_time_and_read_by_prepare(tmp_path):
