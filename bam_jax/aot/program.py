@@ -20,8 +20,8 @@ from bam_jax import config
 from bam_jax.aot.topology import Topology
 from bam_jax.errors import UserError
 from bam_jax.generate import generator
-from bam_jax.model import resident, transformer
-from bam_jax.model.decoder import Decoder
+from bam_jax.model import transformer
+from bam_jax.model.decode import Decoder
 from bam_jax.parallel import sharding
 from bam_jax.recipes import graph
 from bam_jax.train import optimizer
@@ -153,7 +153,7 @@ def _abstract_batch(job: Job, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDty
 def make_decoder(job: Job, decode: Decode, mesh: jax.sharding.Mesh) -> Decoder:
   """The model on the mesh; UserError when the mesh does not divide the model or the batch."""
   decoder = Decoder(job.model, decode.dtype, mesh)
-  resident.check(decoder.abstract, decoder.layout, f'{job.key}.mesh')
+  decoder.check(f'{job.key}.mesh')
   if decode.batch_size % decoder.layout.row_shards:
     raise UserError(
       f'--batch_size={decode.batch_size} is not a multiple of the {decoder.layout.row_shards} '

@@ -31,7 +31,6 @@ class Choices(NamedTuple):
 
   gate_BTE: jax.Array  # of all the experts, before the top-k
   load_BTE: jax.Array  # share of the token that went to expert i: gates if soft, else choices / k
-  dropped: jax.Array  # (): 0, nothing is dropped
 
 
 class Scores(NamedTuple):
@@ -40,26 +39,6 @@ class Scores(NamedTuple):
   nll_BT: jax.Array  # negative log-likelihood, float32 nats
   greedy_BT: jax.Array  # whether it is the most probable one
   routing: block.Routing  # of the tokens that were read: `Choices`, or None without such a router
-
-
-class Watched(transformer.Network):
-  """The model, whose routers return `Choices` in place of sums over the batch."""
-
-  def _build(self, key=None) -> transformer.Transformer:
-    made = super()._build(key)
-    for part in (made.blocks.attention, made.blocks.ffn):
-      if hasattr(part, 'statistics'):
-        part.statistics = _choices
-    return made
-
-
-def _choices(gates_BTE, logits_BTE, chosen_BTE, counted_BT) -> Choices:
-  del logits_BTE, counted_BT
-  if chosen_BTE is None:
-    load_BTE = gates_BTE
-  else:
-    load_BTE = chosen_BTE / chosen_BTE.sum(-1, keepdims=True)
-  return Choices(gates_BTE, load_BTE, jnp.zeros((), gates_BTE.dtype))
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'dtype', 'mesh'))
@@ -77,7 +56,7 @@ def score(
   Of each row `length_B` (int32) tokens are read, and what follows is padding. The mesh is one of
   `rows_mesh`; `dtype` is that of activations and matrices.
   """
-  network = Watched(model, config.Compute(dtype=dtype), mesh)
+  network = transformer.Network(model, config.Compute(dtype=dtype), mesh)
   layout = network.layout
 
   def run(params, tokens_BS, length_B):
@@ -85,7 +64,10 @@ def score(
     position_T = jnp.arange(inputs_BT.shape[1])
     segments_BT = (position_T < length_B[:, None]).astype(jnp.int32)
     positions_BT = jnp.broadcast_to(position_T, inputs_BT.shape)
-    hidden_BTD, routing = network.hidden(params, inputs_BT, segments_BT, positions_BT)
+    hidden_BTD, routing = network.hidden(
+      params, inputs_BT, segments_BT, positions_BT, per_token=True
+    )
+    routing = block.Routing(*(c and Choices(c.gates_BTE, c.load_BTE) for c in routing))
     tied = model.tied_embeddings
     name, leaf, axis = ('embed', 'table', 0) if tied else ('unembed', 'kernel', 1)
     kernel = layout.gather(params[name][leaf].astype(dtype), 'fsdp', dimension=axis)
@@ -102,7 +84,7 @@ def score(
     return Scores(nll_N.reshape(shape), greedy_N.reshape(shape), routing)
 
   rows, of_layers = sharding.BATCH, P(None, *sharding.BATCH)
-  choices = Choices(of_layers, of_layers, P())
+  choices = Choices(of_layers, of_layers)
   experts = model.attention_experts, model.ffn_experts
   routing = block.Routing(*(choices if section else None for section in experts))
   in_specs = layout.specs(network.abstract()), rows, rows

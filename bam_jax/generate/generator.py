@@ -22,9 +22,8 @@ from bam_jax import checkpoint, config
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.generate.sampling import SamplingParams, sample
-from bam_jax.model import arithmetic, resident
-from bam_jax.model import cache as cache_lib
-from bam_jax.model.decoder import Decoder
+from bam_jax.model import arithmetic
+from bam_jax.model.decode import ROWS, Cache, Decoder
 from bam_jax.parallel import memory
 
 MAX_STEPS = 16  # of one call of `decode`
@@ -47,7 +46,7 @@ class Program(NamedTuple):
 class State(NamedTuple):
   """A batch on the devices; its buffers are donated."""
 
-  cache: cache_lib.Cache
+  cache: Cache
   first_B: jax.Array  # int32, slots of padding in front of each row
   filled: jax.Array  # int32, slots in use
   token_B: jax.Array  # int32, chosen and not read yet; NO_TOKEN if finished
@@ -57,7 +56,7 @@ class State(NamedTuple):
   stops: jax.Array  # int32, tokens that finish a row
 
 
-REST = resident.ROWS, P(), resident.ROWS, resident.ROWS, P(), P(), P()  # specs but for the cache
+REST = ROWS, P(), ROWS, ROWS, P(), P(), P()  # specs but for the cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -69,7 +68,7 @@ def prefill(program: Program, params: Any, state: State, tokens_BT: jax.Array) -
     return _advance(decoder, program, params, state, tokens_BT, state.first_B)
 
   specs = _specs(decoder)
-  return decoder.layout.spread(run, (*specs, resident.ROWS), specs[1])(params, state, tokens_BT)
+  return decoder.layout.spread(run, (*specs, ROWS), specs[1])(params, state, tokens_BT)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -99,7 +98,7 @@ def decode(
     with jax.named_scope(DECODE_LOOP):
       return jax.lax.fori_loop(0, steps, step, (state, new_BN))
 
-  specs, rows = _specs(decoder), resident.ROWS
+  specs, rows = _specs(decoder), ROWS
   spread = decoder.layout.spread(run, (*specs, rows, P()), (specs[1], rows))
   return spread(params, state, finished_B, steps)
 
@@ -123,8 +122,7 @@ def _key(noise_2, number):
 
 def _specs(decoder: Decoder) -> tuple[Any, State]:
   """PartitionSpecs of parameters and state."""
-  cache = cache_lib.specs(decoder.model, decoder.layout)
-  return resident.specs(decoder.abstract, decoder.layout), State(cache, *REST)
+  return decoder.param_specs(), State(decoder.cache_specs(), *REST)
 
 
 def abstract_arguments(decoder: Decoder, batch: int, slots: int) -> tuple:
@@ -137,9 +135,9 @@ def abstract_arguments(decoder: Decoder, batch: int, slots: int) -> tuple:
 
   rest = map(abstract, _rest([0] * batch, np.zeros((batch, 2)), SamplingParams(), ()), REST)
   return (
-    resident.abstract(decoder.abstract, layout, decoder.dtype),
-    State(cache_lib.abstract(decoder.model, layout, batch, slots, decoder.dtype), *rest),
-    abstract(np.zeros(batch, bool), resident.ROWS),
+    decoder.abstract_params(),
+    State(decoder.abstract_cache(batch, slots), *rest),
+    abstract(np.zeros(batch, bool), ROWS),
     abstract(np.int32(0), P()),
   )
 
@@ -181,7 +179,7 @@ class Generator:
 
     Args:
       model: any variant.
-      read: (path, index) -> the region of a parameter; `resident.reader` makes one of a tree.
+      read: (path, index) -> the region of a parameter; `decode.reader` makes one of a tree.
       dtype: 'float32' or 'bfloat16', of weights, activations and cache.
       mesh: default: one device.
       stops: tokens that finish a row.
@@ -265,7 +263,7 @@ class Generator:
       first_B[number] = length - len(row.prompt)
       tokens_BT[number, first_B[number] :] = row.prompt
       noise_B2[number] = _noise(seed, row)
-    cache = cache_lib.zeros(self.decoder.model, layout, batch, slots, self.decoder.dtype)
+    cache = self.decoder.empty_cache(batch, slots)
     rest = _rest(first_B, noise_B2, params, self._stops)
     put = lambda x, spec: jax.device_put(
       x, NamedSharding(layout.mesh, spec) if layout.mesh else None

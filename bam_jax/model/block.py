@@ -1,75 +1,92 @@
-"""The parallel block of every variant: `y = LN(x); x + Attention(y) + FFN(y)`; paper section 2."""
+"""The parallel block of every variant: `y = norm(x); x + attention(y) + ffn(y)`."""
 
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from bam_jax import config
-from bam_jax.model import attention, ffn, norm, router
-from bam_jax.model.tokens import Tokens
+from bam_jax.model.attention import Attention, MixtureOfAttention
+from bam_jax.model.ffn import FFN, MixtureOfFFN
+from bam_jax.model.norm import LayerNorm
+from bam_jax.model.rope import Tokens
+from bam_jax.model.router import Choices, Statistics
 from bam_jax.parallel.collectives import Layout
 
 
 class Routing(NamedTuple):
-  """Statistics of the two routers; None where the model has no such router."""
+  """Of the two routers; None where the model has no such router."""
 
-  attention: router.Statistics | None
-  ffn: router.Statistics | None
-
-
-class LayerNorm(nnx.Module):
-  """Layer normalisation with a scale and no bias, in float32."""
-
-  def __init__(self, shape: tuple[int, ...], epsilon: float):
-    self.scale = nnx.Param(jnp.ones(shape, jnp.float32))
-    self.epsilon = epsilon
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Normalises the last axis; the result is float32."""
-    return norm.layer_norm(x, self.scale[...], self.epsilon)
+  attention: Choices | Statistics | None
+  ffn: Choices | Statistics | None
 
 
 class Block(nnx.Module):
-  """One norm, then attention and FFN side by side."""
+  """One norm, then attention and FFN side by side, each of them dense or a mixture of experts.
 
-  def __init__(self, model: config.Model, layout: Layout, *, rngs: nnx.Rngs):
-    """Parameters of all the layers, stacked on axis 0; `__call__` takes one layer's slice."""
+  An `expert` group is the devices that share one set of experts. Each device computes dense parts
+  for its own tokens, and its experts' parts for the tokens of the whole group: these are gathered
+  once, and the sum of what the experts made is reduced once, to the tokens' owners.
+  """
+
+  def __init__(
+    self, model: config.Model, layout: Layout, decoding: bool = False, *, rngs: nnx.Rngs
+  ):
+    """Parameters of all the layers, stacked on axis 0; `__call__` takes one layer's slice.
+
+    Args:
+      model: any variant.
+      layout: the collectives.
+      decoding: whether few tokens come at a time, so that reading weights takes the time.
+      rngs: of the initial parameters.
+    """
+    self.layout = layout
+    self.attention_experts, self.ffn_experts = model.attention_experts, model.ffn_experts
     self.norm = LayerNorm((model.num_layers, model.d_model), model.norm_epsilon)
     if model.attention_experts:
-      self.attention = attention.MixtureOfAttention(model, layout, rngs=rngs)
+      self.attention = MixtureOfAttention(model, layout, rngs=rngs)
     else:
-      self.attention = attention.Attention(model, rngs=rngs)
+      self.attention = Attention(model, layout, rngs=rngs)
     if model.ffn_experts:
-      self.ffn = ffn.MixtureOfFFN(model, layout, rngs=rngs)
+      self.ffn = MixtureOfFFN(model, layout, decoding, rngs=rngs)
     else:
-      self.ffn = ffn.FFN(model, rngs=rngs)
-    self.layout = layout
-    experts = model.attention_experts, model.ffn_experts
-    self.scopes = ['group' if section else 'own' for section in experts]
+      self.ffn = FFN(model, rngs=rngs)
 
-  def __call__(self, x_BTD: jax.Array, tokens: dict[str, Tokens]) -> tuple[jax.Array, Routing]:
-    """The residual stream after the block, and what its routers did.
-
-    A mixture computes its experts' part for all the tokens of the group, a dense part all there is
-    of this device's own.
+  def __call__(
+    self, x_BTD: jax.Array, tokens: Tokens, group: Tokens, caches: list | None = None
+  ) -> tuple[jax.Array, Routing, list | None]:
+    """One layer.
 
     Args:
       x_BTD: the residual stream of this device's tokens, in the compute dtype.
-      tokens: this device's 'own' and those of its 'group'.
+      tokens: their metadata.
+      group: that of all tokens of the `expert` group.
+      caches: keys and values of earlier tokens, or None; see `Attention`.
+
+    Returns:
+      The residual stream, what the routers chose for the group's tokens, and the caches.
     """
-    y_BTD = {'own': self.norm(x_BTD)}
-    if 'group' in self.scopes:
-      # The residual stream travels, not the norm: it is in the compute dtype already, and routers
-      # see the norm's float32 result whether or not there is a mesh.
-      y_BTD['group'] = self.norm(self.layout.group(x_BTD))
-    outputs, statistics = {'own': [], 'group': []}, []
-    for part, scope in zip((self.attention, self.ffn), self.scopes):
-      output_BTD, stats = part(y_BTD[scope], tokens[scope])
-      outputs[scope].append(output_BTD)
-      statistics.append(stats)
-    if outputs['group']:
-      outputs['own'].append(self.layout.to_owners(sum(outputs['group'])))
-    added_BTD = self.layout.sum(sum(outputs['own']), 'tensor')
-    return x_BTD + added_BTD, Routing(*statistics)
+    # x is gathered, not norm(x): it is in the compute dtype already, and so routers see the norm's
+    # float32 result whether or not there is a mesh.
+    gather, reduce = self.layout.gather_tokens, self.layout.reduce_tokens
+    if not self.attention_experts and not self.ffn_experts:
+      y_BTD = self.norm(x_BTD)
+      attended_BTD, attention_choices, caches = self.attention(y_BTD, tokens, caches)
+      fed_BTD, ffn_choices = self.ffn(y_BTD, tokens)
+      added_BTD = attended_BTD + fed_BTD
+    elif self.attention_experts and self.ffn_experts:
+      y_BTD = self.norm(gather(x_BTD))
+      attended_BTD, attention_choices, caches = self.attention(y_BTD, group, caches)
+      fed_BTD, ffn_choices = self.ffn(y_BTD, group)
+      added_BTD = reduce(attended_BTD + fed_BTD)
+    elif self.ffn_experts:
+      attended_BTD, attention_choices, caches = self.attention(self.norm(x_BTD), tokens, caches)
+      fed_BTD, ffn_choices = self.ffn(self.norm(gather(x_BTD)), group)
+      added_BTD = attended_BTD + reduce(fed_BTD)
+    else:
+      y_BTD = self.norm(gather(x_BTD))
+      attended_BTD, attention_choices, caches = self.attention(y_BTD, group, caches)
+      fed_BTD, ffn_choices = self.ffn(self.norm(x_BTD), tokens)
+      added_BTD = reduce(attended_BTD) + fed_BTD
+    x_BTD = x_BTD + self.layout.sum(added_BTD, 'tensor')
+    return x_BTD, Routing(attention_choices, ffn_choices), caches

@@ -30,6 +30,11 @@ def zeros(shape: tuple[int, ...]) -> nnx.Param:
   return nnx.Param(jnp.zeros(shape, jnp.float32))
 
 
+def dtype_of(name: str, dtype: jnp.dtype) -> jnp.dtype:
+  """The dtype in which a parameter is used, by the last part of its path."""
+  return jnp.dtype(jnp.float32 if name in FLOAT32_NAMES else dtype)
+
+
 def cast(params: dict, dtype: jnp.dtype) -> dict:
   """`params` in the compute dtype, except those of FLOAT32_NAMES."""
 

@@ -1,36 +1,34 @@
-"""What the backward pass finds saved of a block, and what it computes again."""
+"""Which of a block's intermediate results the backward pass finds saved; all else is recomputed."""
 
 from collections.abc import Callable
 
 import jax
 
-# Names that the block gives to its intermediate results.
-WEIGHTS = 'weights'  # a layer's, gathered from the devices that hold parts of them
-TOKENS = 'tokens'  # the residual stream of the whole group
+from bam_jax.parallel.collectives import TOKENS, WEIGHTS
+
+# Names that the block gives to its intermediate results with `checkpoint_name`. WEIGHTS are a
+# layer's, gathered from several devices; TOKENS the residual stream of an `expert` group.
 QUERY, KEY_VALUE, HEADS = 'query', 'key_value', 'heads'  # of attention
 HIDDEN = 'hidden'  # the two products that SwiGLU multiplies
-CHOICES = 'choices'  # what the FFN experts of each token made, before the gates
+EXPERT_OUTPUTS = 'expert_outputs'  # of the FFN experts, before the gates
 
 SAVED = {
-  'none': (WEIGHTS, TOKENS, QUERY, KEY_VALUE, HEADS, HIDDEN, CHOICES),
-  'matmuls': (TOKENS, QUERY, KEY_VALUE, HEADS, HIDDEN, CHOICES),
+  'none': (WEIGHTS, TOKENS, QUERY, KEY_VALUE, HEADS, HIDDEN, EXPERT_OUTPUTS),
+  'matmuls': (TOKENS, QUERY, KEY_VALUE, HEADS, HIDDEN, EXPERT_OUTPUTS),
   'attention': (TOKENS, QUERY, KEY_VALUE, HEADS),
   'full': (),
 }
 
 
-def wrap(name: str, gathers: bool) -> Callable[[Callable], Callable]:
-  """The decorator of a block's function, for a value of `Compute.remat`.
+def checkpoint(layer: Callable, remat: str) -> Callable:
+  """`layer` with a backward pass that finds `SAVED[remat]` and recomputes the rest.
 
   Args:
-    name: 'none' saves everything that is not elementwise; 'matmuls' all that takes a matmul to
-      compute, and gathers weights again; 'attention' that of attention, and computes the FFN's
-      hidden activations again; 'full' nothing.
-    gathers: whether the block gathers its weights over devices. Where it does not, 'none' saves
-      what is elementwise as well: that costs memory that such a model has.
+    layer: the body of a scan.
+    remat: 'none' saves everything that is not elementwise; 'matmuls' whatever takes a matmul to
+      compute, and gathers weights again; 'attention' what attention computes, and recomputes the
+      FFN's hidden activations; 'full' nothing.
   """
-  if name == 'none' and not gathers:
-    return lambda function: function
-  save = jax.checkpoint_policies.save_only_these_names(*SAVED[name])
-  # Inside a scan there is nothing that XLA could merge the two computations with.
-  return lambda function: jax.checkpoint(function, policy=save, prevent_cse=False)
+  policy = jax.checkpoint_policies.save_only_these_names(*SAVED[remat])
+  # In a scan there is nothing that XLA could merge the two computations with.
+  return jax.checkpoint(layer, policy=policy, prevent_cse=False)

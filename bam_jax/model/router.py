@@ -1,4 +1,4 @@
-"""The linear router, its gates, and what its losses and its pictures need to know.
+"""The linear router: gates, the choice of experts, and the statistics that losses are made of.
 
 Legend: B batch, T sequence, D model, E experts (the N of formulas), k experts a token visits.
 """
@@ -7,6 +7,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Choices(NamedTuple):
+  """What one router decided for each token; after the scan over layers with a leading axis L."""
+
+  gates_BTE: jax.Array  # of all the experts, before the top-k
+  logits_BTE: jax.Array
+  chosen_BTE: jax.Array | None  # int32, 1 for the experts that the token visits; None: soft routing
+  dropped: jax.Array  # (), int32: assignments that found their expert's buffer full
+
+  @property
+  def load_BTE(self) -> jax.Array:
+    """The share of each token that went to each expert; with soft routing its gates."""
+    if self.chosen_BTE is None:
+      return self.gates_BTE
+    return self.chosen_BTE / self.chosen_BTE.sum(-1, keepdims=True)
 
 
 class Statistics(NamedTuple):
@@ -37,69 +53,49 @@ def gates(y_BTD: jax.Array, router_DE: jax.Array) -> tuple[jax.Array, jax.Array]
   return jax.nn.softmax(logits_BTE), logits_BTE
 
 
-def choose(
-  gates_BTE: jax.Array, top_k: int, renormalize: bool
+def top_k(
+  gates_BTE: jax.Array, k: int, renormalize: bool, bias_E: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The k largest gates of each token; ties go to the lower expert.
+  """The experts that each token visits: the k largest gates; ties go to the lower number.
+
+  Args:
+    gates_BTE: what `gates` returned.
+    k: experts a token visits.
+    renormalize: divide the k gates by their sum.
+    bias_E: is added to the gates for the choice alone: the gates that are returned do not have it,
+      and it has no gradient; arXiv 2408.15664, eq. 3.
 
   Returns:
-    Gates (B, T, k), expert numbers (B, T, k) int32, and the choices as a 0/1 mask (B, T, E) int32.
+    Gates (B, T, k), expert numbers (B, T, k) int32, and a 0/1 mask of them (B, T, E) int32.
   """
-  return _chosen(gates_BTE, *jax.lax.top_k(gates_BTE, top_k), renormalize)
-
-
-def choose_biased(
-  gates_BTE: jax.Array, bias_E: jax.Array, top_k: int, renormalize: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """What `choose` returns, for the k largest sums of gate and bias; arXiv 2408.15664, eq. 3.
-
-  The bias decides who is chosen and no more: the gates are without it, and it has no gradient.
-  """
-  _, experts_BTk = jax.lax.top_k(jax.lax.stop_gradient(gates_BTE + bias_E), top_k)
-  gates_BTk = jnp.take_along_axis(gates_BTE, experts_BTk, axis=-1)
-  return _chosen(gates_BTE, gates_BTk, experts_BTk, renormalize)
-
-
-def _chosen(gates_BTE, gates_BTk, experts_BTk, renormalize):
+  if bias_E is None:
+    gates_BTk, experts_BTk = jax.lax.top_k(gates_BTE, k)
+  else:
+    _, experts_BTk = jax.lax.top_k(jax.lax.stop_gradient(gates_BTE + bias_E), k)
+    gates_BTk = jnp.take_along_axis(gates_BTE, experts_BTk, axis=-1)
   if renormalize:
     gates_BTk = gates_BTk / gates_BTk.sum(-1, keepdims=True)
   chosen_BTE = jax.nn.one_hot(experts_BTk, gates_BTE.shape[-1], dtype=jnp.int32).sum(-2)
   return gates_BTk, experts_BTk, chosen_BTE
 
 
-def statistics(
-  gates_BTE: jax.Array,
-  logits_BTE: jax.Array,
-  chosen_BTE: jax.Array | None,
-  real_BT: jax.Array,
-) -> Statistics:
-  """Statistics over the tokens that `real_BT` marks; padding counts for nothing.
-
-  Args:
-    gates_BTE: what `gates` returned.
-    logits_BTE: likewise.
-    chosen_BTE: the int32 mask that `choose` returned; None where routing is soft.
-    real_BT: bool.
-  """
-  real = real_BT.astype(gates_BTE.dtype)
-  gate_E = jnp.einsum('bte,bt->e', gates_BTE, real)
+def statistics(choices: Choices, counted_BT: jax.Array) -> Statistics:
+  """Sums over the tokens that the bool `counted_BT` marks; padding counts for nothing."""
+  gates_BTE, logits_BTE, chosen_BTE, dropped = choices
+  counted = counted_BT.astype(gates_BTE.dtype)
+  gate_E = jnp.einsum('bte,bt->e', gates_BTE, counted)
   if chosen_BTE is None:
     load_E = jax.lax.stop_gradient(gate_E)
   else:
-    load_E = jnp.sum(jnp.where(real_BT[..., None], chosen_BTE, 0), (0, 1), jnp.int32)
-
-  def total(x_BT):
-    return jnp.sum(x_BT * real)
-
+    load_E = jnp.sum(jnp.where(counted_BT[..., None], chosen_BTE, 0), (0, 1), jnp.int32)
+  entropy_BT = -jnp.sum(gates_BTE * jax.nn.log_softmax(logits_BTE), axis=-1)
   return Statistics(
-    tokens=jnp.sum(real_BT, dtype=jnp.int32),
+    tokens=jnp.sum(counted_BT, dtype=jnp.int32),
     load=load_E,
     gate=gate_E,
-    z=total(jax.nn.logsumexp(logits_BTE, axis=-1) ** 2),
-    entropy=jax.lax.stop_gradient(
-      total(-jnp.sum(gates_BTE * jax.nn.log_softmax(logits_BTE), axis=-1))
-    ),
-    dropped=jnp.zeros((), jnp.int32),
+    z=jnp.sum(jax.nn.logsumexp(logits_BTE, axis=-1) ** 2 * counted),
+    entropy=jax.lax.stop_gradient(jnp.sum(entropy_BT * counted)),
+    dropped=dropped,
   )
 
 
@@ -112,8 +108,8 @@ def load_balance(stats: Statistics, whole: Statistics) -> jax.Array:
   """`L_LB = N sum_i f_i P_i`, summed over layers; Switch Transformers, arXiv 2101.03961.
 
   Args:
-    stats: of some tokens; what they contribute.
-    whole: of all the tokens that the loss is over; equal to `stats` if those are all.
+    stats: of some tokens; the result is what these contribute.
+    whole: of all the tokens that the loss is over; `stats` itself if those are all.
   """
   tokens = jnp.maximum(whole.tokens, 1)[..., None]
   num_experts = stats.load.shape[-1]
@@ -123,6 +119,6 @@ def load_balance(stats: Statistics, whole: Statistics) -> jax.Array:
 def router_z(stats: Statistics, whole: Statistics) -> jax.Array:
   """`L_z`, the mean of logsumexp(logits)^2, summed over layers; ST-MoE, arXiv 2202.08906.
 
-  Arguments are as `load_balance` has them.
+  Arguments are as in `load_balance`.
   """
   return jnp.sum(stats.z / jnp.maximum(whole.tokens, 1))

@@ -1,10 +1,11 @@
 """The device mesh, and where every array lies on it.
 
-Parameters are matched by path, most of the table once for dense models and once for mixtures, whose
-expert axis takes the mesh's. An unmatched path raises: nothing is replicated by accident.
+Parameters are matched by path, in one table for dense models and one for the arrays of mixtures,
+whose axis of experts takes the mesh's. A path without a rule raises: nothing is replicated by
+accident.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,12 +19,12 @@ from bam_jax.errors import UserError
 
 AXES = ('data', 'fsdp', 'expert', 'tensor')
 BATCH = P(('data', 'fsdp', 'expert'))
-FSDP = ('fsdp', 'expert')  # without experts of its own, an array is sharded over that axis as well
+FSDP = ('fsdp', 'expert')  # an array without experts of its own is sharded over that axis too
 HOST = 'pinned_host'  # the memory kind of a device's host
-VOCABULARY = ('tensor', 'expert', 'fsdp')  # what fsdp cuts is contiguous, to be gathered alone
+VOCABULARY = ('tensor', 'expert', 'fsdp')  # fsdp innermost: its parts are contiguous
 
 # Output projections are sharded on their second-to-last dimension: a slice of D need not be a
-# multiple of the hardware's tile, and then a reduce-scatter becomes an all-reduce.
+# multiple of the hardware's tile, and XLA then replaces a reduce-scatter by an all-reduce.
 DENSE = {
   'embed/table': P(VOCABULARY, None),
   'unembed/kernel': P(None, VOCABULARY),
@@ -56,11 +57,14 @@ EXPERTS = {
 
 
 def make_mesh(mesh: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-  """The mesh over the first devices; UserError when there are too few.
+  """The mesh over the first devices.
 
   Args:
     mesh: sizes of its axes.
     devices: default: those of this job.
+
+  Raises:
+    UserError: there are too few devices, or several slices do not divide `data`.
   """
   devices = jax.devices() if devices is None else list(devices)
   if mesh.size > len(devices):
@@ -70,16 +74,16 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sh
     )
   shape = (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)
   if devices[0].platform == 'tpu' and mesh.size == len(devices):
-    grid = _neighbours(shape, devices)
+    grid = _along_links(shape, devices)
   else:
     grid = np.asarray(devices[: mesh.size]).reshape(shape)
   return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _neighbours(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
-  """TPUs such that each axis runs along links of their torus, and `data` across slices.
+def _along_links(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+  """TPUs ordered so that each axis runs along links of their torus, and `data` across slices.
 
-  Their own order is host by host, in which the groups of different axes would share links.
+  The devices' own order is host by host, in which the groups of different axes share links.
   """
   slices = _num_slices(devices)
   if slices == 1:
@@ -98,9 +102,9 @@ def _neighbours(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
 
 
 def lines(mesh: jax.sharding.Mesh, axis: str) -> tuple[int, ...]:
-  """Sizes of the lines of the TPUs' torus that an axis of the mesh runs along, outermost first.
+  """Sizes of the lines of the TPUs' torus that a mesh axis runs along, outermost first.
 
-  More than one only where the axis is all of a slice: elsewhere XLA sees to it by itself.
+  More than one only where the axis is all of a slice: elsewhere XLA finds them itself.
   """
   size, slices = mesh.shape[axis], _num_slices(mesh.devices.flat)
   if mesh.devices.flat[0].platform != 'tpu' or size * slices < mesh.size:
@@ -118,12 +122,12 @@ def _num_slices(devices: Iterable[Any]) -> int:
 
 
 def path_of(key_path: tuple) -> str:
-  """The dictionary keys of a JAX key path, joined by "/"; what an optimizer adds is left out."""
+  """A JAX key path's dictionary keys joined by "/", without what an optimizer's state adds."""
   return '/'.join(key.key for key in key_path if isinstance(key, jax.tree_util.DictKey))
 
 
 def spec_of(path: str, ndim: int) -> P:
-  """The PartitionSpec of a parameter; ValueError for one that no rule names."""
+  """The PartitionSpec of a parameter; ValueError for a path that no rule names."""
   for table in (DENSE, EXPERTS):
     spec = table.get(path)
     if spec is not None and (spec == P() or len(spec) == ndim):
@@ -145,7 +149,8 @@ def tree(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
   """Shardings of a tree that holds parameters, or optimizer state shaped like them.
 
   Args:
-    abstract: leaves have `shape`; a leaf with no dictionary key in its path is a counter.
+    abstract: its leaves have `shape`; a leaf with no dictionary key in its path is a counter.
+    mesh: of `make_mesh`.
   """
 
   def one(key_path, leaf):
@@ -157,23 +162,38 @@ def tree(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def on_host(shardings: Any) -> Any:
-  """The same, in the memory of the devices' hosts, except for counters: arrays in no part of it."""
+  """The same shardings in the memory of the devices' hosts; counters stay where they are."""
   return jax.tree_util.tree_map_with_path(
     lambda key_path, s: s.with_memory_kind(HOST) if path_of(key_path) else s, shardings
   )
 
 
 def check(abstract: Any, mesh: config.Mesh, where: str) -> None:
-  """UserError when an axis of the mesh does not divide a parameter's dimension."""
+  """UserError when an axis of `{where}.mesh` does not divide a parameter's dimension."""
   sizes = dict(zip(AXES, (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)))
+  check_divides(abstract, sizes, f'{where}.mesh', spec_of)
+
+
+def check_divides(
+  abstract: Any, sizes: Mapping[str, int], where: str, spec: Callable[[str, int], Sequence]
+) -> None:
+  """UserError when axes of these sizes do not divide a parameter's dimension.
+
+  Args:
+    abstract: parameters; leaves have `shape`.
+    sizes: of the mesh's axes.
+    where: the key or flag that sets the mesh.
+    spec: (path, ndim) -> for each dimension the axes that cut it, as in a PartitionSpec.
+  """
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
     path = path_of(key_path)
-    for dimension, axes in zip(leaf.shape, spec_of(path, len(leaf.shape))):
-      parts = int(np.prod([sizes[name] for name in names(axes)], initial=1))
+    for dimension, entry in zip(leaf.shape, spec(path, len(leaf.shape))):
+      axes = names(entry)
+      parts = int(np.prod([sizes[axis] for axis in axes], initial=1))
       if dimension % parts:
         raise UserError(
-          f'{where}.mesh cuts {path} of shape {tuple(leaf.shape)} into {parts} parts along '
-          f'{" and ".join(names(axes))}, which do not divide {dimension}: choose other mesh sizes.'
+          f'{where} cuts {path} of shape {tuple(leaf.shape)} into {parts} parts along '
+          f'{" and ".join(axes)}, which do not divide {dimension}: choose other mesh sizes.'
         )
 
 

@@ -13,7 +13,7 @@ from bam_jax.errors import UserError
 from bam_jax.generate import generator as generator_lib
 from bam_jax.generate.generator import Generator, Row
 from bam_jax.generate.sampling import SamplingParams
-from bam_jax.model import cache, decoder, resident, transformer
+from bam_jax.model import decode, transformer
 from bam_jax.parallel import sharding
 
 LENGTH = 24  # the most tokens of a row in these tests
@@ -40,7 +40,7 @@ def build(models, start):
   @functools.cache
   def make(name: str, shape=(1, 1, 1, 1), stops=()) -> Generator:
     mesh = sharding.make_mesh(config.Mesh(*shape))
-    return Generator(models[name], resident.reader(start(name)), mesh=mesh, stops=stops)
+    return Generator(models[name], decode.reader(start(name)), mesh=mesh, stops=stops)
 
   return make
 
@@ -135,14 +135,14 @@ def test_who_watches_sees_the_tokens_and_can_end_a_row(build, rows):
 
 
 def test_a_bucket_is_compiled_once(build, rows, monkeypatch):
-  model, traced, read = build('bam_kv_experts'), [], decoder.Decoder.read
+  model, traced, read = build('bam_kv_experts'), [], decode.Decoder.read
 
   def counting(self, params, cache, tokens_BT, *rest):
     traced.append(tokens_BT.shape)
     return read(self, params, cache, tokens_BT, *rest)
 
   model.generate(rows, 10)
-  monkeypatch.setattr(decoder.Decoder, 'read', counting)
+  monkeypatch.setattr(decode.Decoder, 'read', counting)
   # Other prompts, lengths, numbers of rows and of tokens in the same buckets.
   model.generate([Row(row.prompt[::-1] + [7]) for row in rows], 16)
   model.generate([*rows, *rows[:3]], 1)
@@ -169,7 +169,7 @@ def test_a_long_prompt_is_read_in_pieces(build, models, start):
 
 @pytest.mark.slow
 def test_words_past_the_tokenizers_are_never_chosen(models, start, rows):
-  reader = resident.reader(start('dense'))
+  reader = decode.reader(start('dense'))
   few = Generator(models['dense'], reader, dtype='bfloat16', num_words=11)
   made = few.generate(rows[:2], 12, SamplingParams(5.0))
   assert all(len(tokens) == 12 and max(tokens) < 11 for tokens in made)
@@ -198,7 +198,7 @@ def written(model: Generator, batch: int, slots: int):
 def test_a_step_copies_neither_cache_nor_weights(build):
   model, slots = build('bam_kv_experts'), 8192
   program = written(model, 1, slots)
-  abstract = cache.abstract(model.decoder.model, model.decoder.layout, 1, slots, 'float32')
+  abstract = model.decoder.abstract_cache(1, slots)
   one = jax.tree.leaves(abstract)[0].size * 4
   memory = program.memory_analysis()
   assert memory.alias_size_in_bytes >= 16 * one

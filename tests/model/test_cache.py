@@ -11,9 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from bam_jax import config
 from bam_jax.errors import UserError
-from bam_jax.model import arithmetic, resident, transformer
-from bam_jax.model import cache as cache_lib
-from bam_jax.model import decoder as decoder_lib
+from bam_jax.model import arithmetic, decode, transformer
 from bam_jax.parallel import sharding
 from tests.model import odd
 
@@ -61,13 +59,12 @@ def uncached(named, start, rows):
 def reader_of(model, dtype, shape):
   """The decoder on a mesh, its jitted `read`, and an empty cache."""
   mesh = sharding.make_mesh(config.Mesh(*shape))
-  decoder = decoder_lib.Decoder(model, dtype, mesh)
-  cache_spec = cache_lib.specs(decoder.model, decoder.layout)
-  specs = resident.specs(decoder.abstract, decoder.layout), cache_spec
+  decoder = decode.Decoder(model, dtype, mesh)
+  specs = decoder.param_specs(), decoder.cache_specs()
   read = decoder.layout.spread(
-    decoder.read, (*specs, resident.ROWS, resident.ROWS, P()), (resident.ROWS, cache_spec)
+    decoder.read, (*specs, decode.ROWS, decode.ROWS, P()), (decode.ROWS, specs[1])
   )
-  cache = cache_lib.zeros(decoder.model, decoder.layout, len(FIRST), SLOTS, dtype)
+  cache = decoder.empty_cache(len(FIRST), SLOTS)
   return decoder, jax.jit(read, donate_argnums=1), cache
 
 
@@ -77,7 +74,7 @@ CASES = odd.cases(ODD, MESHES, QUICK, lambda name, shape: shape[2] <= 2 or 'six'
 @pytest.mark.parametrize('name, shape', CASES)
 def test_a_piece_and_then_token_by_token(named, start, uncached, rows, name, shape):
   decoder, read, cache = reader_of(named(name), 'float32', shape)
-  params = decoder.place(resident.reader(start(name)))
+  params = decoder.place(decode.reader(start(name)))
   wanted = uncached(name)
   pieces = [(0, PIECE), *((at, at + 1) for at in range(PIECE, LENGTH))]
   for begin, end in pieces:
@@ -88,7 +85,7 @@ def test_a_piece_and_then_token_by_token(named, start, uncached, rows, name, sha
 
 def test_what_stands_before_the_first_token_is_not_seen(named, start, rows):
   decoder, read, cache = reader_of(named('bam_kv_experts'), 'float32', (1, 1, 1, 1))
-  params = decoder.place(resident.reader(start('bam_kv_experts')))
+  params = decoder.place(decode.reader(start('bam_kv_experts')))
   others = np.where(np.arange(LENGTH) < FIRST[:, None], 5, rows)
   assert (others != rows).any()
   scores, cache = read(params, cache, rows, FIRST, jnp.int32(0))
@@ -109,15 +106,16 @@ def test_a_capacity_of_training_is_felt_there(named, start, rows):
 @pytest.mark.parametrize('shape', [(1, 1, 1, 1), (1, 2, 2, 2)])
 def test_account_counts_the_arrays(model, shape):
   batch, slots = 4, 6
-  layout = resident.Resident(sharding.make_mesh(config.Mesh(*shape)))
+  mesh = sharding.make_mesh(config.Mesh(*shape))
   for dtype in ('float32', 'bfloat16'):
-    arrays = jax.tree.leaves(cache_lib.zeros(model, layout, batch, slots, dtype))
+    decoder = decode.Decoder(model, dtype, mesh)
+    arrays = jax.tree.leaves(decoder.empty_cache(batch, slots))
     counted = arithmetic.cache_bytes(model, dtype)
     assert sum(x.nbytes for x in arrays) == batch * slots * counted
-    abstract = jax.tree.leaves(cache_lib.abstract(model, layout, batch, slots, dtype))
+    abstract = jax.tree.leaves(decoder.abstract_cache(batch, slots))
     assert [(x.shape, x.dtype, x.sharding) for x in abstract] == [
       (x.shape, x.dtype, x.sharding) for x in arrays
-    ] or layout.mesh is None
+    ] or decoder.layout.mesh is None
 
 
 def bytes_by_device(arrays) -> list[int]:
@@ -133,7 +131,7 @@ def test_each_expert_and_its_cache_lie_on_a_device_of_their_own(named, start):
   assert set(bytes_by_device(jax.tree.leaves(cache))) == {
     len(FIRST) * SLOTS * arithmetic.cache_bytes(model, 'float32') // 4
   }
-  params = decoder.place(resident.reader(start('bam_kv_experts')))
+  params = decoder.place(decode.reader(start('bam_kv_experts')))
   layer, whole = params['blocks'][1]['attention'], start('bam_kv_experts')['blocks']['attention']
   for name in ('query', 'key', 'value', 'out'):
     (part,) = layer[name].parts
@@ -144,9 +142,9 @@ def test_each_expert_and_its_cache_lie_on_a_device_of_their_own(named, start):
 
 def test_parameters_are_placed_in_their_precisions(named, start):
   decoder, *_ = reader_of(named('norms_of_heads'), 'bfloat16', (1, 1, 1, 1))
-  params = decoder.place(resident.reader(start('norms_of_heads')))
+  params = decoder.place(decode.reader(start('norms_of_heads')))
   assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
-    lambda x: (x.shape, x.dtype), resident.abstract(decoder.abstract, decoder.layout, 'bfloat16')
+    lambda x: (x.shape, x.dtype), decoder.abstract_params()
   )
   layer = params['blocks'][0]
   assert layer['attention']['query'].dtype == layer['ffn']['up'].dtype == jnp.bfloat16
@@ -159,7 +157,6 @@ def test_parameters_are_placed_in_their_precisions(named, start):
   'shape, key', [((1, 1, 8, 1), 'blocks/attention/key'), ((1, 1, 1, 3), 'blocks/attention/key')]
 )
 def test_a_mesh_that_does_not_divide_the_model(named, shape, key):
-  layout = resident.Resident(sharding.make_mesh(config.Mesh(*shape)))
-  tree = transformer.Network(named('bam_kv_experts'), config.Compute()).abstract()
+  mesh = sharding.make_mesh(config.Mesh(*shape))
   with pytest.raises(UserError, match=f'--mesh cuts {key}'):
-    resident.check(tree, layout)
+    decode.Decoder(named('bam_kv_experts'), 'float32', mesh).check('--mesh')

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from bam_jax import config
-from bam_jax.model import block, router, transformer
 from bam_jax.model import ffn as ffn_lib
-from bam_jax.model.tokens import Tokens
+from bam_jax.model import router, transformer
+from bam_jax.model.rope import Tokens
 from bam_jax.parallel.collectives import Layout
 from bam_jax.train import loss
 from tests.model import oracle
@@ -51,9 +52,9 @@ def call(cls, params: dict, *inputs) -> np.ndarray:
 
   @jax.jit
   def run(params):
-    graph, state = block.nnx.split(cls(rngs=block.nnx.Rngs(0)))
-    block.nnx.replace_by_pure_dict(state, params)
-    return block.nnx.merge(graph, state)(*inputs)[0]
+    graph, state = nnx.split(cls(rngs=nnx.Rngs(0)))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)(*inputs)[0]
 
   return np.asarray(run(params))
 
@@ -118,8 +119,7 @@ def test_without_renormalising_gates_scale_the_ffn(k):
   model = mixture(dense, **ffn(EXPERTS, top_k=k))
   mixed = layer(copied(params, model), 'ffn', 0)
   y_BTD = np.random.default_rng(0).normal(size=(1, 3, 5)).astype(np.float32)
-  real_BT = np.ones((1, 3), bool)
-  tokens = Tokens(None, None, real_BT, real_BT)
+  tokens = Tokens(np.ones((1, 3), np.int32), None, None)
   gates_BTE, _ = router.gates(jnp.asarray(y_BTD), mixed['router'])
   scale_BT = np.sort(gates_BTE)[..., -k:].sum(-1, keepdims=True)
   want = scale_BT * call(

@@ -10,7 +10,7 @@ import pytest
 
 from bam_jax import config
 from bam_jax.model import transformer
-from bam_jax.model.kernels import grouped, sorted_rows
+from bam_jax.model.kernels import grouped
 from bam_jax.parallel import sharding
 from bam_jax.parallel.collectives import Layout
 from bam_jax.train import loss as loss_lib
@@ -115,7 +115,7 @@ def one_sided(layout, grads):
 
 @pytest.mark.parametrize(
   'method, broken',
-  [('sum', without_sum), ('to_owners', without_adding), ('gradient_sums', one_sided)],
+  [('sum', without_sum), ('reduce_tokens', without_adding), ('gradient_sums', one_sided)],
 )
 def test_a_reduction_that_is_left_out_is_noticed(compiled, one_device, monkeypatch, method, broken):
   monkeypatch.setattr(Layout, method, broken)
@@ -175,9 +175,9 @@ def test_devices_whose_rows_do_not_fit_take_the_full_buffer(
   compiled, named, start, make_batch, monkeypatch, remat
 ):
   """As on TPUs: in one layer all tokens want one expert, and its device alone has too many."""
-  kernel = grouped.Kernel(1, functools.partial(sorted_rows.swiglu, grouped.ragged))
+  swiglu = grouped.swiglu
   with monkeypatch.context() as patch:
-    patch.setattr(grouped, 'choose', lambda platform: kernel)
+    patch.setattr(grouped, 'swiglu', lambda *arguments: swiglu(*arguments[:-1], 'tpu'))
     program, (params, batch) = compiled('biased', (1, 2, 4, 1), config.Compute(remat=remat))
   text = program.as_text()
   assert ' conditional(' in text

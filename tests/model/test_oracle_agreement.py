@@ -16,7 +16,7 @@ import pytest
 
 from bam_jax import config
 from bam_jax.model import transformer
-from bam_jax.model.kernels import grouped, sorted_rows
+from bam_jax.model.kernels import grouped
 from bam_jax.train import loss
 from tests.model import oracle
 
@@ -367,15 +367,15 @@ def test_how_it_is_computed_changes_nothing(name, how):
 @pytest.mark.parametrize('name, rows', [('btx_top_2', 4), ('all_to_one_expert', 1)])
 def test_blocks_of_any_size_are_the_oracle(name, rows, monkeypatch):
   # The real size holds all of a tiny batch, so that no expert would need a second block.
-  monkeypatch.setattr(grouped, 'choose', lambda _: grouped.Kernel(rows, grouped.in_blocks))
+  monkeypatch.setattr(grouped, 'BLOCK_ROWS', {'cpu': rows})
   uncached = program.__wrapped__(CASES[name].model, FLOAT64)
   assert differences(uncached(*question(name)), expected(name), TOLERANCE['float64']) == {}
 
 
 @pytest.mark.parametrize('name', ['btx_top_3_of_6', 'all_to_one_expert'])
 def test_grouped_matmuls_of_accelerators_are_the_oracle(name, monkeypatch):
-  swiglu = functools.partial(sorted_rows.swiglu, grouped.ragged)
-  monkeypatch.setattr(grouped, 'choose', lambda _: grouped.Kernel(1, swiglu))
+  swiglu = grouped.swiglu
+  monkeypatch.setattr(grouped, 'swiglu', lambda *arguments: swiglu(*arguments[:-1], 'tpu'))
   uncached = program.__wrapped__(CASES[name].model, FLOAT64)
   assert differences(uncached(*question(name)), expected(name), TOLERANCE['float64']) == {}
 

@@ -6,7 +6,7 @@ import pytest
 
 from bam_jax import config
 from bam_jax.errors import UserError
-from bam_jax.model import resident, transformer
+from bam_jax.model import decode, transformer
 from bam_jax.parallel import sharding
 
 FFN = ('gate', 'up', 'down')
@@ -17,17 +17,13 @@ def tree(models):
   return transformer.Network(models['btx'], config.Compute()).abstract()
 
 
-def layout_of(shape, platform='') -> resident.Resident:
-  return resident.Resident(sharding.make_mesh(config.Mesh(*shape)), platform)
-
-
 @pytest.mark.parametrize('platform', ['cpu', 'tpu'])
-def test_a_device_has_its_hidden_columns_of_every_expert(tree, platform):
+def test_a_device_has_its_hidden_columns_of_every_expert(models, tree, platform):
   """Of four experts a token meets one: no device is to wait for the one that has it."""
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), tree)
-  layout = layout_of((1, 1, 2, 2), platform)
-  placed = resident.place(resident.reader(params), tree, layout, 'float32')
+  mesh = sharding.make_mesh(config.Mesh(1, 1, 2, 2))
+  placed = decode.Decoder(models['btx'], 'float32', mesh, platform).place(decode.reader(params))
   for layer in range(2):
     for name in FFN:
       whole = params['blocks']['ffn'][name][layer]  # EDF, or EFD
@@ -45,9 +41,9 @@ def test_a_device_has_its_hidden_columns_of_every_expert(tree, platform):
       assert (seen == 1).all()
 
 
-def test_a_mesh_that_does_not_divide_the_hidden_columns(tree):
+def test_a_mesh_that_does_not_divide_the_hidden_columns(models):
   # 48 columns: 32 parts do not divide them, whatever the number of experts.
-  layout = layout_of((1, 1, 4, 2))
-  layout.sizes = layout.sizes | {'expert': 32, 'tensor': 1}
+  decoder = decode.Decoder(models['btx'], 'float32', sharding.make_mesh(config.Mesh(1, 1, 4, 2)))
+  decoder.layout.sizes = decoder.layout.sizes | {'expert': 32, 'tensor': 1}
   with pytest.raises(UserError, match=r'^config.runs.x.mesh cuts blocks/ffn/down .* into 32 parts'):
-    resident.check(tree, layout, 'config.runs.x.mesh')
+    decoder.check('config.runs.x.mesh')

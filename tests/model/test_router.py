@@ -11,8 +11,9 @@ from bam_jax.train import optimizer
 
 @jax.jit
 def statistics(gates_BTE, real_BT) -> router.Statistics:
-  _, _, chosen_BTE = router.choose(gates_BTE, 3, renormalize=False)
-  return router.statistics(gates_BTE, jnp.log(gates_BTE), chosen_BTE, real_BT)
+  _, _, chosen_BTE = router.top_k(gates_BTE, 3, renormalize=False)
+  choices = router.Choices(gates_BTE, jnp.log(gates_BTE), chosen_BTE, jnp.zeros((), jnp.int32))
+  return router.statistics(choices, real_BT)
 
 
 def test_loads_add_up_to_every_assignment():

@@ -1,7 +1,5 @@
 """Top-2 with renormalised gates is Mixtral's convention: the two layers of experts agree."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +8,8 @@ from flax import nnx
 
 from bam_jax import config
 from bam_jax.model import ffn
-from bam_jax.model.kernels import grouped, sorted_rows
-from bam_jax.model.tokens import Tokens
+from bam_jax.model.kernels import grouped
+from bam_jax.model.rope import Tokens
 from bam_jax.parallel.collectives import Layout
 from tests.parity.test_cohere import TOLERANCE, distance
 
@@ -62,29 +60,26 @@ def test_the_layer_of_experts_is_theirs(capacity_factor, kernel, monkeypatch):
     vocab_size=2, d_model=D, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, ffn_dim=F,
     ffn_experts=experts,
   )  # fmt: skip
-  kernels = {
-    'blocked': grouped.Kernel(4, grouped.in_blocks),
-    'ragged': grouped.Kernel(1, functools.partial(sorted_rows.swiglu, grouped.ragged)),
-  }
-  monkeypatch.setattr(grouped, 'choose', lambda platform: kernels[kernel])
+  swiglu, platform = grouped.swiglu, 'tpu' if kernel == 'ragged' else 'cpu'
+  monkeypatch.setattr(grouped, 'BLOCK_ROWS', {'cpu': 4})
+  monkeypatch.setattr(grouped, 'swiglu', lambda *arguments: swiglu(*arguments[:-1], platform))
   build = lambda: ffn.MixtureOfFFN(model, Layout(), rngs=nnx.Rngs(params=jax.random.key(0)))
   graph, _ = nnx.split(nnx.eval_shape(build))
-  everything = jnp.ones((B, T), bool)
-  tokens = Tokens(None, None, everything, everything)
+  tokens = Tokens(jnp.ones((B, T), jnp.int32), None, None)
 
   @jax.jit
   def run(params, x_BTD):
     def value(params, x_BTD):
-      output_BTD, stats = nnx.merge(graph, params)(x_BTD, tokens)
-      return jnp.sum(output_BTD * cotangent_BTD), (output_BTD, stats)
+      output_BTD, choices = nnx.merge(graph, params)(x_BTD, tokens)
+      return jnp.sum(output_BTD * cotangent_BTD), (output_BTD, choices)
 
-    (_, (output_BTD, stats)), gradients = jax.value_and_grad(value, (0, 1), has_aux=True)(
+    (_, (output_BTD, choices)), gradients = jax.value_and_grad(value, (0, 1), has_aux=True)(
       params, x_BTD
     )
-    return output_BTD, stats, {**gradients[0], 'x': gradients[1]}
+    return output_BTD, choices, {**gradients[0], 'x': gradients[1]}
 
-  output_BTD, stats, gradients = jax.device_get(run(params, x_BTD))
-  assert stats.dropped == 0 and (stats.load > 0).all(), 'every expert is visited'
+  output_BTD, choices, gradients = jax.device_get(run(params, x_BTD))
+  assert choices.dropped == 0 and choices.chosen_BTE.any((0, 1)).all(), 'every expert is visited'
   far = {'output': distance(output_BTD, their_output_BTD)}
   assert gradients.keys() == their_gradients.keys()
   far |= {name: distance(gradients[name], gradient) for name, gradient in their_gradients.items()}

@@ -1,13 +1,11 @@
 """Causal attention for CPUs, a block of queries at a time; FlashAttention-2, arXiv 2307.08691.
 
 A block of queries meets only the keys up to its own end, so that little more than half of the
-scores are computed; the backward pass computes them again from the logsumexp, and nothing of size
-T x T is kept. The blocks are unrolled: their shapes differ, and all are static.
+scores are computed; the backward pass recomputes them from the logsumexp, and nothing of size T x T
+is kept. The loop over blocks is unrolled: their shapes differ, and all are static.
 
 Legend: B batch, T queries, S keys, H query heads, G key-value heads, R = H / G, K head, t a block.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +14,12 @@ from jax.ad_checkpoint import checkpoint_name
 from bam_jax.model import remat
 
 BLOCK = 128  # queries; their scores stay in a core's cache
-MOST_BLOCKS = 8  # so that long sequences do not take long to compile
-
-
-def attention(segments_BT: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-  """The function (query BTHK, key BSGK, value BSGK) -> BTHK; see `attend`."""
-  return lambda query, key, value: attend(query, key, value, segments_BT)
+MAX_BLOCKS = 8  # so that long sequences compile fast
 
 
 @jax.custom_vjp
-def attend(query_BTHK, key_BSGK, value_BSGK, segments_BT) -> jax.Array:
-  """Attention BTHK of every token to itself and what stands before it in its own segment.
-
-  Scores and softmax are in float32. Segments of a token are equal numbers.
-  """
+def attention(query_BTHK, key_BSGK, value_BSGK, segments_BT) -> jax.Array:
+  """What `kernels.attention.attention` computes."""
   return _forward(query_BTHK, key_BSGK, value_BSGK, segments_BT)[0]
 
 
@@ -50,44 +40,44 @@ def _forward(query_BTHK, key_BSGK, value_BSGK, segments_BT):
   return _tokens_first(output_BGRTK), saved
 
 
-def _backward(saved, slope_BTHK):
+def _backward(saved, cotangent_BTHK):
   query_BTHK, key_BSGK, value_BSGK, segments_BT, output_BGRTK, logsumexp_BGRT1 = saved
   query_BGRTK, key_BGSK, value_BGSK = _arrange(query_BTHK, key_BSGK, value_BSGK)
-  slope_BGRTK = _heads_first(slope_BTHK, key_BSGK.shape[2])
+  cotangent_BGRTK = _heads_first(cotangent_BTHK, key_BSGK.shape[2])
   dtype = logsumexp_BGRT1.dtype
-  # The softmax's own gradient needs the sum over keys of weight times slope: this, for all at once.
-  common_BGRT1 = jnp.sum(output_BGRTK.astype(dtype) * slope_BGRTK, -1, keepdims=True)
-  query_slopes = []
-  key_slope_BGSK = jnp.zeros(key_BGSK.shape, dtype)
-  value_slope_BGSK = jnp.zeros(value_BGSK.shape, dtype)
+  # The softmax's gradient needs the sum over keys of weight times cotangent: this, for all at once.
+  common_BGRT1 = jnp.sum(output_BGRTK.astype(dtype) * cotangent_BGRTK, -1, keepdims=True)
+  d_queries = []
+  d_key_BGSK = jnp.zeros(key_BGSK.shape, dtype)
+  d_value_BGSK = jnp.zeros(value_BGSK.shape, dtype)
   for start, end in _blocks(query_BTHK.shape[1]):
     part = (slice(None),) * 3 + (slice(start, end),)
     seen = (slice(None),) * 2 + (slice(end),)
     scores_BGRtS = _scores(query_BGRTK, key_BGSK, segments_BT, start, end)
     weights_BGRtS = jnp.exp(scores_BGRtS - logsumexp_BGRT1[part])
-    value_slope_BGSK = value_slope_BGSK.at[seen].add(
-      _dot('bgrts,bgrtk->bgsk', weights_BGRtS, slope_BGRTK[part])
+    d_value_BGSK = d_value_BGSK.at[seen].add(
+      _dot('bgrts,bgrtk->bgsk', weights_BGRtS, cotangent_BGRTK[part])
     )
-    slopes_BGRtS = _dot('bgrtk,bgsk->bgrts', slope_BGRTK[part], value_BGSK[seen])
-    slopes_BGRtS = weights_BGRtS * (slopes_BGRtS - common_BGRT1[part])
-    query_slopes.append(_dot('bgrts,bgsk->bgrtk', slopes_BGRtS, key_BGSK[seen]))
-    key_slope_BGSK = key_slope_BGSK.at[seen].add(
-      _dot('bgrts,bgrtk->bgsk', slopes_BGRtS, query_BGRTK[part])
+    d_scores_BGRtS = _dot('bgrtk,bgsk->bgrts', cotangent_BGRTK[part], value_BGSK[seen])
+    d_scores_BGRtS = weights_BGRtS * (d_scores_BGRtS - common_BGRT1[part])
+    d_queries.append(_dot('bgrts,bgsk->bgrtk', d_scores_BGRtS, key_BGSK[seen]))
+    d_key_BGSK = d_key_BGSK.at[seen].add(
+      _dot('bgrts,bgrtk->bgsk', d_scores_BGRtS, query_BGRTK[part])
     )
-  query_slope_BGRTK = jnp.concatenate(query_slopes, 3) * query_BTHK.shape[-1] ** -0.5
+  d_query_BGRTK = jnp.concatenate(d_queries, 3) * query_BTHK.shape[-1] ** -0.5
   return (
-    _tokens_first(query_slope_BGRTK).astype(query_BTHK.dtype),
-    key_slope_BGSK.swapaxes(1, 2).astype(key_BSGK.dtype),
-    value_slope_BGSK.swapaxes(1, 2).astype(value_BSGK.dtype),
+    _tokens_first(d_query_BGRTK).astype(query_BTHK.dtype),
+    d_key_BGSK.swapaxes(1, 2).astype(key_BSGK.dtype),
+    d_value_BGSK.swapaxes(1, 2).astype(value_BSGK.dtype),
     None,
   )
 
 
-attend.defvjp(_forward, _backward)
+attention.defvjp(_forward, _backward)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
-  size = max(BLOCK, -(-length // MOST_BLOCKS))
+  size = max(BLOCK, -(-length // MAX_BLOCKS))
   return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 

@@ -1,81 +1,111 @@
-"""Causal attention of new tokens to all that a cache holds of their row.
+"""The KV cache of a decoder, and attention of new tokens to what it holds of their row.
 
-Legend: B batch, T new tokens, S slots of the cache, G key-value heads, R queries of each, K head.
+Heads stand before slots: with one query a head, each head's scores are then a product with a
+matrix that is contiguous.
+
+Legend: X parts along the mesh's `expert` axis, one on each device; B batch, T new tokens, S slots,
+G key-value heads, H = G R query heads, K head.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
-from bam_jax.model.kernels.attention import Attend
+MAX_SCORES = 2**18  # of one head that exist at once
+BLOCK = 512  # slots, at most, where there would be more
+IN_ORDER = Layout(major_to_minor=tuple(range(5)))  # of XBGSK
 
-MOST_SCORES = 2**18  # of one head that exist at once
-BLOCK = 512  # slots, at most, where those would be more
+
+class KVCache(NamedTuple):
+  """One layer's keys and values so far, those of one attention expert or of all."""
+
+  key: jax.Array  # XBGSK
+  value: jax.Array  # XBGSK
+
+  def update(self, key_BTGK: jax.Array, value_BTGK: jax.Array, start: jax.Array) -> 'KVCache':
+    """The cache with new tokens from slot `start` on, the same slots in every row."""
+
+    def write(old_XBGSK, new_BTGK):
+      new_XBGTK = new_BTGK.swapaxes(1, 2)[None].astype(old_XBGSK.dtype)
+      new_XBGSK = jax.lax.dynamic_update_slice_in_dim(old_XBGSK, new_XBGTK, start, axis=3)
+      # Else XLA for TPU copies it all into another layout before a loop over tokens, and back.
+      new_XBGSK = with_layout_constraint(new_XBGSK, IN_ORDER)
+      # Else XLA writes once more for the matmul that reads it, and into a copy.
+      return jax.lax.optimization_barrier(new_XBGSK)
+
+    return KVCache(write(self.key, key_BTGK), write(self.value, value_BTGK))
 
 
-def attention(first_B: jax.Array, start: jax.Array, length: int) -> Attend:
-  """The function (query BTHK, key BGSK, value BGSK) -> BTHK; scores and softmax in float32.
+def attention(
+  query_BTHK: jax.Array, cache: KVCache, first_B: jax.Array, start: jax.Array
+) -> jax.Array:
+  """Causal attention to a cache that holds the new tokens already; scores and softmax in float32.
 
   Args:
+    query_BTHK: rotated, not scaled.
+    cache: this device's part, X = 1.
     first_B: int32, the slot of each row's first token; what lies before it is padding.
     start: int32, the slot of the first of the new tokens.
-    length: T.
+
+  Returns:
+    (B, T, H, K) in the query's dtype.
   """
-  own_T = start + jnp.arange(length)
+  B, T, H, K = query_BTHK.shape
+  key_BGSK, value_BGSK = cache.key[0], cache.value[0]
+  G, S = key_BGSK.shape[1:3]
+  query_BTGRK = query_BTHK.reshape(B, T, G, H // G, K) * K**-0.5
+  if T * S <= MAX_SCORES:
+    scores_BGRTS = _scores(query_BTGRK, key_BGSK, 0, first_B, start)
+    weights_BGRTS = jax.nn.softmax(scores_BGRTS).astype(value_BGSK.dtype)
+    heads_BGRTK = jnp.einsum('bgrts,bgsk->bgrtk', weights_BGRTS, value_BGSK)
+  else:
+    heads_BGRTK = _in_blocks(query_BTGRK, key_BGSK, value_BGSK, first_B, start)
+  return heads_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K).astype(query_BTHK.dtype)
 
-  def scores_of(query_BTGRK, key_BGSK, from_slot):
-    dtype = jnp.promote_types(query_BTGRK.dtype, jnp.float32)
-    scores_BGRTS = jnp.einsum(
-      'btgrk,bgsk->bgrts', query_BTGRK, key_BGSK, preferred_element_type=dtype
+
+def _scores(query_BTGRK, key_BGSK, first_slot, first_B, start) -> jax.Array:
+  """Scores BGRTS, float32, with keys whose slots begin at `first_slot`."""
+  dtype = jnp.promote_types(query_BTGRK.dtype, jnp.float32)
+  scores_BGRTS = jnp.einsum(
+    'btgrk,bgsk->bgrts', query_BTGRK, key_BGSK, preferred_element_type=dtype
+  )
+  query_slot_T = start + jnp.arange(query_BTGRK.shape[1])
+  slot_S = first_slot + jnp.arange(key_BGSK.shape[2])
+  visible_BTS = (slot_S <= query_slot_T[:, None]) & (slot_S >= first_B[:, None, None])
+  return jnp.where(visible_BTS[:, None, None], scores_BGRTS, jnp.finfo(dtype).min)
+
+
+def _in_blocks(query_BTGRK, key_BGSK, value_BGSK, first_B, start) -> jax.Array:
+  """Online softmax over blocks of slots up to the last of the new tokens; arXiv 2205.14135."""
+  B, T, G, R, K = query_BTGRK.shape
+  S = key_BGSK.shape[2]
+  block = min(BLOCK, S & -S)  # a power of 2 that divides S: a slot seen twice would count twice
+  dtype = jnp.promote_types(query_BTGRK.dtype, jnp.float32)
+
+  def step(number, carry):
+    largest_BGRT, total_BGRT, sum_BGRTK = carry
+    key_BGsK, value_BGsK = (
+      jax.lax.dynamic_slice_in_dim(x, number * block, block, axis=2) for x in (key_BGSK, value_BGSK)
     )
-    slot_S = from_slot + jnp.arange(key_BGSK.shape[2])
-    visible_BTS = (slot_S <= own_T[:, None]) & (slot_S >= first_B[:, None, None])
-    return jnp.where(visible_BTS[:, None, None], scores_BGRTS, jnp.finfo(dtype).min)
-
-  def at_once(query_BTGRK, key_BGSK, value_BGSK):
-    weights_BGRTS = jax.nn.softmax(scores_of(query_BTGRK, key_BGSK, 0)).astype(value_BGSK.dtype)
-    return jnp.einsum('bgrts,bgsk->bgrtk', weights_BGRTS, value_BGSK)
-
-  def in_blocks(query_BTGRK, key_BGSK, value_BGSK):
-    """Online softmax over blocks of slots, none of them past the new tokens; arXiv 2205.14135."""
-    S = key_BGSK.shape[2]
-    block = min(BLOCK, S & -S)  # a power of 2 that divides S: a slot seen twice would count twice
-    B, T, G, R, K = query_BTGRK.shape
-
-    def step(number, carry):
-      largest_BGRT, total_BGRT, sum_BGRTK = carry
-      key_BGsK, value_BGsK = (
-        jax.lax.dynamic_slice_in_dim(x, number * block, block, axis=2)
-        for x in (key_BGSK, value_BGSK)
-      )
-      scores_BGRTs = scores_of(query_BTGRK, key_BGsK, number * block)
-      new_BGRT = jnp.maximum(largest_BGRT, scores_BGRTs.max(-1))
-      weights_BGRTs = jnp.exp(scores_BGRTs - new_BGRT[..., None])
-      kept_BGRT = jnp.exp(largest_BGRT - new_BGRT)
-      part_BGRTK = jnp.einsum(
-        'bgrts,bgsk->bgrtk',
-        weights_BGRTs.astype(value_BGsK.dtype),
-        value_BGsK,
-        preferred_element_type=sum_BGRTK.dtype,
-      )
-      total_BGRT = total_BGRT * kept_BGRT + weights_BGRTs.sum(-1)
-      return new_BGRT, total_BGRT, sum_BGRTK * kept_BGRT[..., None] + part_BGRTK
-
-    dtype = jnp.promote_types(query_BTGRK.dtype, jnp.float32)
-    carry = (
-      jnp.full((B, G, R, T), jnp.finfo(dtype).min, dtype),
-      jnp.zeros((B, G, R, T), dtype),
-      jnp.zeros((B, G, R, T, K), dtype),
+    scores_BGRTs = _scores(query_BTGRK, key_BGsK, number * block, first_B, start)
+    new_BGRT = jnp.maximum(largest_BGRT, scores_BGRTs.max(-1))
+    weights_BGRTs = jnp.exp(scores_BGRTs - new_BGRT[..., None])
+    kept_BGRT = jnp.exp(largest_BGRT - new_BGRT)
+    part_BGRTK = jnp.einsum(
+      'bgrts,bgsk->bgrtk',
+      weights_BGRTs.astype(value_BGsK.dtype),
+      value_BGsK,
+      preferred_element_type=dtype,
     )
-    blocks = -(-(start + length) // block)
-    _, total_BGRT, sum_BGRTK = jax.lax.fori_loop(0, blocks, step, carry)
-    return sum_BGRTK / total_BGRT[..., None]
+    total_BGRT = total_BGRT * kept_BGRT + weights_BGRTs.sum(-1)
+    return new_BGRT, total_BGRT, sum_BGRTK * kept_BGRT[..., None] + part_BGRTK
 
-  def attend(query_BTHK, key_BGSK, value_BGSK):
-    B, T, H, K = query_BTHK.shape
-    G, S = key_BGSK.shape[1:3]
-    query_BTGRK = query_BTHK.reshape(B, T, G, H // G, K) * K**-0.5
-    run = at_once if T * S <= MOST_SCORES else in_blocks
-    heads_BGRTK = run(query_BTGRK, key_BGSK, value_BGSK)
-    return heads_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K).astype(query_BTHK.dtype)
-
-  return attend
+  carry = (
+    jnp.full((B, G, R, T), jnp.finfo(dtype).min, dtype),
+    jnp.zeros((B, G, R, T), dtype),
+    jnp.zeros((B, G, R, T, K), dtype),
+  )
+  _, total_BGRT, sum_BGRTK = jax.lax.fori_loop(0, -(-(start + T) // block), step, carry)
+  return sum_BGRTK / total_BGRT[..., None]

@@ -1,0 +1,282 @@
+"""The model as a reader of new tokens after those in its KV cache: of prompts, or one at a time.
+
+It is the training model's own block, with other layouts of the weights, attention to a cache, and a
+kernel for few rows. Rows of a batch end together: shorter ones have padding in front, so that the
+new token of every row has the same slot.
+
+A token that is generated reads every weight once and does little with it, so nothing may be
+gathered or copied for it. Each layer's array is a buffer of its own, and so is each expert's: on
+CPU a slice of a stack is a copy. On TPU alone the FFN experts of a layer are one, for its kernel.
+Over a mesh
+
+- `data` and `fsdp` cut the rows of the batch, and no weight;
+- `expert` cuts the attention experts, with their keys and values, the hidden columns of every FFN
+  expert, and the vocabulary; all devices along it see the same tokens, and one sum adds what they
+  computed. With whole FFN experts most devices would be idle while one reads the expert of a token;
+- `tensor` cuts heads, hidden columns and the vocabulary, as in training.
+
+Legend: L layers, E experts, B batch, T new tokens, S slots, D model, V vocabulary, W local words;
+of the cache, XBGSK as in `kernels.cached`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bam_jax import config
+from bam_jax.model import norm, parameters, rope, transformer, vocabulary
+from bam_jax.model.block import Block
+from bam_jax.model.kernels.cached import KVCache
+from bam_jax.parallel import sharding
+from bam_jax.parallel.collectives import Layout
+
+ROWS = P(('data', 'fsdp'))
+Cache = list[list[KVCache]]  # of each layer, of each set of keys and values on a device
+Read = Callable[[str, Any], Any]  # (path, index) -> that region of a parameter, NumPy or JAX
+
+
+class DecodeLayout(Layout):
+  """The collectives of generation, under the names that the model calls."""
+
+  def __init__(self, mesh: jax.sharding.Mesh | None = None, platform: str = ''):
+    super().__init__(mesh, platform)
+    self.row_shards = self.sizes['data'] * self.sizes['fsdp']
+    self.sizes = self.sizes | {'fsdp': 1}  # to the model it is more `data`
+
+  def gather(self, x: jax.Array, *axes: str, dimension: int = 0) -> jax.Array:
+    """`x`: tokens lie whole on every device that they concern, and so do weights."""
+    return x
+
+  def scatter(self, x: jax.Array, *axes: str, dimension: int = 0) -> jax.Array:
+    """The sum of `x` over the devices along the axes."""
+    return self.sum(x, *axes)
+
+  def mask_gathered(self, x: jax.Array) -> jax.Array:
+    """`x`: the tokens of a group are those of each of its devices."""
+    return x
+
+  def local_numbers(self, experts: jax.Array, count: int) -> jax.Array:
+    """`experts`: a device has a part of every FFN expert."""
+    return experts
+
+  def concatenate(self, x: jax.Array, *axes: str, dimension: int = 0) -> jax.Array:
+    """The parts of `x` along the axes, such as the scores of words."""
+    return super().gather(x, *axes, dimension=dimension)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Apart:
+  """An array with experts on axis 0 as one array for each expert of a device.
+
+  Inside `Layout.spread` the model uses it like the array: `shape`, `dtype`, and an expert's own
+  array by its number. Part i of the E / n on each of n devices has shape (n, ...) and holds the
+  experts i, i + E / n, ...: cut along its first axis it gives every device one.
+  """
+
+  parts: tuple[jax.Array, ...]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return len(self.parts), *self.parts[0].shape[1:]
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    return self.parts[0].dtype
+
+  def __getitem__(self, expert):
+    return self if expert is ... else self.parts[expert][0]
+
+
+class Decoder:
+  """A model as a function of its parameters as they lie for generation, and a cache.
+
+  On a mesh `read` is one device's part, to be called inside `layout.spread`.
+  """
+
+  def __init__(
+    self, model: config.Model, dtype: str, mesh: jax.sharding.Mesh | None = None, platform: str = ''
+  ):
+    """Decides everything about shapes.
+
+    Args:
+      model: any variant; its experts drop nothing, whatever it was trained with.
+      dtype: of weights, activations and cache.
+      mesh: default: one device.
+      platform: whose kernels run; default: the mesh's.
+    """
+    if model.ffn_experts:
+      experts = dataclasses.replace(model.ffn_experts, capacity_factor=0.0)
+      model = dataclasses.replace(model, ffn_experts=experts)
+    self.model, self.dtype = model, dtype
+    self.layout = DecodeLayout(mesh, platform)
+    self.abstract = transformer.Network(model, config.Compute()).abstract()
+    make = lambda: Block(model, self.layout, decoding=True, rngs=nnx.Rngs(params=0))
+    self._graph, _ = nnx.split(nnx.eval_shape(make))
+
+  def read(
+    self, params: dict, cache: Cache, tokens_BT: jax.Array, first_B: jax.Array, start
+  ) -> tuple[jax.Array, Cache]:
+    """Reads new tokens, which take the slots from `start` on.
+
+    Args:
+      params: what `place` returned.
+      cache: of all tokens before.
+      tokens_BT: int32.
+      first_B: int32, the slot of each row's first token; what stands before it is padding.
+      start: int32.
+
+    Returns:
+      Scores of the token that follows the last one (B, V), float32, the same on all devices of a
+      row, and the cache with the new tokens.
+    """
+    positions_BT = start + jnp.arange(tokens_BT.shape[1]) - first_B[:, None]
+    segments_BT = (positions_BT >= 0).astype(jnp.int32)
+    positions_BT = jnp.maximum(positions_BT, 0)
+    cached = dict(start=start, first_B=first_B)
+    here = rope.metadata(segments_BT, positions_BT, self.model, self.dtype, **cached)
+    x_BTD = vocabulary.embed(self.layout, params['embed']['table'], tokens_BT, self.dtype)
+    updated = []
+    # Not a scan: it would copy each layer's slice of the weights, and of the cache, before use.
+    for weights, caches in zip(params['blocks'], cache):
+      x_BTD, _, caches = nnx.merge(self._graph, weights)(x_BTD, here, here, caches)
+      updated.append(caches)
+    scale = params['final_norm']['scale']
+    hidden_BD = norm.layer_norm(x_BTD[:, -1], scale, self.model.norm_epsilon)
+    return self._scores(params, hidden_BD), updated
+
+  def _scores(self, params: dict, hidden_BD: jax.Array) -> jax.Array:
+    tied = self.model.tied_embeddings
+    logits_BW = self.model.logit_scale * jnp.einsum(
+      'bd,wd->bw' if tied else 'bd,dw->bw',
+      hidden_BD.astype(self.dtype),
+      params['embed']['table'] if tied else params['unembed']['kernel'],
+      preferred_element_type=jnp.promote_types(self.dtype, jnp.float32),
+    )
+    return self.layout.concatenate(logits_BW, 'tensor', 'expert', dimension=1)
+
+  def check(self, where: str) -> None:
+    """UserError when an axis of the mesh, which `where` names, does not divide what it cuts."""
+    sharding.check_divides(self.abstract, self.layout.sizes, where, _spec)
+
+  def place(self, read: Read) -> dict[str, Any]:
+    """Parameters on the devices, a layer and an expert at a time.
+
+    Norms and routers stay float32. `blocks` becomes a list with a tree for each layer, in which
+    arrays of experts are `Apart`.
+
+    Raises:
+      UserError: an axis of the mesh does not divide what it cuts.
+    """
+    self.check('--mesh')
+
+    def one(path, leaf, index, spec):
+      x = read(path, index)
+      dtype = parameters.dtype_of(path.rsplit('/', 1)[-1], self.dtype)
+      x = x.astype(dtype, copy=False) if isinstance(x, np.ndarray) else jnp.asarray(x, dtype)
+      return jax.device_put(x, self._sharding(spec))
+
+    return self._arrange(one)
+
+  def abstract_params(self) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of what `place` returns."""
+
+    def one(path, leaf, index, spec):
+      shape = jax.eval_shape(lambda x: x[index], leaf).shape
+      dtype = parameters.dtype_of(path.rsplit('/', 1)[-1], self.dtype)
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(spec))
+
+    return self._arrange(one)
+
+  def param_specs(self) -> dict[str, Any]:
+    """PartitionSpecs of what `place` returns."""
+    return self._arrange(lambda path, leaf, index, spec: spec)
+
+  def _arrange(self, make: Callable) -> dict[str, Any]:
+    """The tree that `place` describes, of `make(path, leaf, index, spec)`."""
+    layout = self.layout
+
+    def whole(key_path, leaf):
+      path = sharding.path_of(key_path)
+      return make(path, leaf, (), P(*_spec(path, len(leaf.shape))))
+
+    def of_layer(layer, key_path, leaf):
+      path, ndim = f'blocks/{sharding.path_of(key_path)}', len(leaf.shape)
+      spec = _spec(path, ndim)[1:]
+      stacked = layout.platform == 'tpu' and _of_ffn_experts(path, ndim)
+      if stacked or not sharding.has_experts(path, ndim):
+        return make(path, leaf, (layer,), P(*spec))
+      count = leaf.shape[1] // (layout.sizes['expert'] if 'expert' in spec[0] else 1)
+      indices = [(layer, slice(i, None, count)) for i in range(count)]
+      return Apart(tuple(make(path, leaf, index, P(*spec)) for index in indices))
+
+    map_leaves = jax.tree_util.tree_map_with_path
+    rest = map_leaves(whole, {k: v for k, v in self.abstract.items() if k != 'blocks'})
+    layers = [
+      map_leaves(lambda path, x, i=i: of_layer(i, path, x), self.abstract['blocks'])
+      for i in range(self.model.num_layers)
+    ]
+    return rest | {'blocks': layers}
+
+  def empty_cache(self, batch: int, slots: int) -> Cache:
+    """A cache on the devices with room for so many tokens in each row."""
+    shape, sharded = self._cache_shape(batch, slots), self._sharding(self._cache_spec())
+    return self._caches(lambda: jnp.zeros(shape, self.dtype, device=sharded))
+
+  def abstract_cache(self, batch: int, slots: int) -> Cache:
+    """Shapes, dtypes and shardings of what `empty_cache` returns."""
+    shape, sharded = self._cache_shape(batch, slots), self._sharding(self._cache_spec())
+    return self._caches(lambda: jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharded))
+
+  def cache_specs(self) -> Cache:
+    """PartitionSpecs of what `empty_cache` returns."""
+    return self._caches(self._cache_spec)
+
+  def _cache_shape(self, batch: int, slots: int) -> tuple[int, ...]:
+    parts = self.layout.sizes['expert'] if self._kv_experts() else 1
+    return parts, batch, self.model.num_kv_heads, slots, self.model.head_dim
+
+  def _cache_spec(self) -> P:
+    return P('expert' if self._kv_experts() else None, *ROWS, 'tensor')
+
+  def _caches(self, make: Callable[[], Any]) -> Cache:
+    sets = self._kv_experts() // self.layout.sizes['expert'] or 1
+    return [[KVCache(make(), make()) for _ in range(sets)] for _ in range(self.model.num_layers)]
+
+  def _kv_experts(self) -> int:
+    """The number of attention experts with keys and values of their own, or 0."""
+    experts = self.model.attention_experts
+    return 0 if experts is None or experts.shared_kv else experts.num_experts
+
+  def _sharding(self, spec: P) -> NamedSharding | None:
+    return NamedSharding(self.layout.mesh, spec) if self.layout.mesh else None
+
+
+def reader(params: Mapping) -> Read:
+  """What `Decoder.place` reads from, for a tree of arrays."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  arrays = {sharding.path_of(key_path): leaf for key_path, leaf in leaves}
+  return lambda path, index: arrays[path][index]
+
+
+def _spec(path: str, ndim: int) -> tuple[tuple[str, ...], ...]:
+  """The axes that cut each dimension of a parameter: those of training that move no weight."""
+  if _of_ffn_experts(path, ndim):
+    hidden = 2 if path.endswith('down') else 3
+    return tuple(('tensor', 'expert') if d == hidden else () for d in range(ndim))
+  spec = sharding.spec_of(path, ndim)
+  by_expert = sharding.has_experts(path, ndim) or path in ('embed/table', 'unembed/kernel')
+  kept = ('tensor', 'expert') if by_expert else ('tensor',)
+  spec = (*spec, *[None] * (ndim - len(spec)))
+  return tuple(tuple(axis for axis in sharding.names(axes) if axis in kept) for axes in spec)
+
+
+def _of_ffn_experts(path: str, ndim: int) -> bool:
+  return path.startswith('blocks/ffn/') and sharding.has_experts(path, ndim)
