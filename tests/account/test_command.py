@@ -1,10 +1,7 @@
 """The command's numbers: the paper's to the last one, states as they lie on devices, mistakes."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -20,29 +17,26 @@ from bam_jax.train import step
 ROOT = Path(__file__).parents[2]
 
 
-def run_command(*flags: str) -> subprocess.CompletedProcess:
-  # A platform that is not there: counting must not ask for it.
-  environment = os.environ | {'JAX_PLATFORMS': 'tpu', 'COLUMNS': '120'}
-  return subprocess.run(
-    [sys.executable, '-m', 'bam_jax.account', *flags], cwd=ROOT, env=environment,
-    capture_output=True, text=True,
-  )  # fmt: skip
+@pytest.fixture(scope='module')
+def rows_of(server):
+  """The function (flags) -> rows of `--json` by run, and what is printed."""
 
+  def run(*flags: str) -> tuple[dict[str, dict], str]:
+    done = server.run('account', *flags, '--json=-', folder=ROOT)
+    assert done.status == 0, done.stderr
+    facts = json.loads(done.stdout)  # and nothing else is there
+    return {row['run']: row for row in facts['rows']}, done.stderr
 
-def rows_of(*flags: str) -> tuple[dict[str, dict], str]:
-  done = run_command(*flags, '--json=-')
-  assert done.returncode == 0, done.stderr
-  facts = json.loads(done.stdout)  # and nothing else is there
-  return {row['run']: row for row in facts['rows']}, done.stderr
+  return run
 
 
 @pytest.fixture(scope='module')
-def small():
+def small(rows_of):
   return rows_of('--config=configs/small_590m.py', '--context=256', '--against=btx')
 
 
 @pytest.fixture(scope='module')
-def top3():
+def top3(rows_of):
   return rows_of('--config=configs/ablations.py:btx_6_top3', '--context=256', '--run=btx_6_top3')
 
 
@@ -51,70 +45,30 @@ TABLE_9 = {
   'btx': (700_480_512, 587_234_304),
   'bam_shared_kv': (738_253_824, 625_007_616),
   'bam_kv': (776_002_560, 662_756_352),
+  'btx_6_top3': (775_990_272, 662_744_064),
 }
 
 
-def test_table_9(small, top3):
-  rows, printed = small
+def test_table_9(small, top3, rows_of):
+  rows, printed = small[0] | top3[0], small[1] + top3[1]
   for run, (total, active) in TABLE_9.items():
     assert rows[run]['parameters']['total'] == total
     assert rows[run]['active_parameters']['total'] == active
     assert f'{total:,}' in printed and f'{active:,}' in printed
-  row = top3[0]['btx_6_top3']
-  assert row['parameters']['total'] == 775_990_272
-  assert row['active_parameters']['total'] == 662_744_064
-  assert '775,990,272' in top3[1] and '662,744,064' in top3[1]
-
-
-def test_the_large_seed():
-  rows, printed = rows_of('--config=configs/large_2b.py', '--run=seed')
-  assert rows.keys() == {'seed'}
-  assert rows['seed']['parameters']['total'] == 1_991_289_600
-  assert '1,991,289,600' in printed
+  large, printed = rows_of('--config=configs/large_2b.py', '--run=seed')
+  assert large.keys() == {'seed'} and '1,991,289,600' in printed
+  assert large['seed']['parameters']['total'] == 1_991_289_600
 
 
 def test_tables_7_and_10(small, top3):
-  rows, printed = small
-  layers = {run: rows[run]['layer_forward_flops'] for run in rows}
-  layers |= {run: row['layer_forward_flops'] for run, row in top3[0].items()}
+  layers = {run: row['layer_forward_flops'] for run, row in (small[0] | top3[0]).items()}
   assert layers['bam_kv']['attention'] == 35_651_584
   assert layers['btx']['attention'] == layers['btx_6_top3']['attention'] == 8_912_896
-  assert '35,651,584' in printed and '8,912,896' in printed
+  assert '35,651,584' in small[1] and '8,912,896' in small[1]
   for run in ('bam_kv', 'bam_shared_kv', 'btx'):
     assert layers[run]['ffn'] == 3 * 1024 * 4096
     assert round((layers[run]['ffn'] + layers[run]['routers']) / 1e6, 1) == 12.6
   assert round((layers['btx_6_top3']['ffn'] + layers['btx_6_top3']['routers']) / 1e6, 1) == 37.8
-
-
-def test_parts_add_up(small):
-  for row in small[0].values():
-    for key in ('parameters', 'active_parameters', 'forward_flops', 'training_flops'):
-      *parts, total = (row[key][p] for p in ('embeddings', 'norms', 'attention', 'ffn', 'routers',
-                                             'total'))  # fmt: skip
-      assert sum(parts) == total
-    for part, flops in row['layer_forward_flops'].items():
-      assert 6 * flops == row['forward_flops'][part]
-    assert row['training_flops']['total'] == 3 * row['forward_flops']['total']
-
-
-def test_cache(small):
-  rows, _ = small
-  one = 6 * 2 * 1024 * 2  # layers, keys and values, D, bfloat16
-  caches = dict(seed=1, btx=1, bam_shared_kv=1, bam_kv=4)
-  assert {run: rows[run]['cache_bytes'] for run in caches} == {
-    run: one * number for run, number in caches.items()
-  }
-
-
-def test_matching(small):
-  rows, _ = small
-  budget = rows['btx']['budget_flops']
-  assert rows['btx']['matched_tokens'] == rows['btx']['tokens'] == 95_367 * 2**20
-  for row in rows.values():
-    flops = row['training_flops']['total']
-    assert row['matched_tokens'] * flops <= budget < (row['matched_tokens'] + 1) * flops
-    assert row['matched_steps'] == row['matched_tokens'] // 2**20
-  assert rows['bam_kv']['matched_tokens'] < rows['bam_shared_kv']['matched_tokens']
 
 
 def test_the_papers_errata(small, top3):
@@ -128,7 +82,32 @@ def test_the_papers_errata(small, top3):
     assert f'{number:,}' in page
 
 
-@pytest.mark.parametrize('sizes', [(1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 4, 1), (2, 1, 2, 2)])
+def test_numbers_agree_with_each_other(small):
+  rows, _ = small
+  caches = dict(seed=1, btx=1, bam_shared_kv=1, bam_kv=4)  # of keys and values
+  budget = rows['btx']['budget_flops']
+  assert rows['btx']['matched_tokens'] == rows['btx']['tokens'] == 95_367 * 2**20
+  assert rows['bam_kv']['matched_tokens'] < rows['bam_shared_kv']['matched_tokens']
+  for run, row in rows.items():
+    for key in ('parameters', 'active_parameters', 'forward_flops', 'training_flops'):
+      assert sum(row[key][part] for part in accounting.PARTS) == row[key]['total']
+    for part, flops in row['layer_forward_flops'].items():
+      assert 6 * flops == row['forward_flops'][part]
+    flops = row['training_flops']['total']
+    assert flops == 3 * row['forward_flops']['total']
+    assert row['matched_tokens'] * flops <= budget < (row['matched_tokens'] + 1) * flops
+    assert row['matched_steps'] == row['matched_tokens'] // 2**20
+    layers, itemsize = 6, 2
+    assert row['cache_bytes'] == caches.get(run, 1) * layers * 2 * 1024 * itemsize
+    # Devices sum to the whole, but for norms, routers and a counter, which every device has.
+    count, devices, held = row['parameters'], row['devices'], row['bytes_per_device']
+    everywhere = count['norms'] + count['routers']
+    whole = 4 * (count['total'] - everywhere)
+    assert (held['parameters'] - 4 * everywhere) * devices == whole
+    assert (held['optimizer'] - 8 * everywhere - 4) * devices == 2 * whole
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 1, 1), (2, 1, 2, 2)])
 def test_bytes_per_device_are_those_of_a_state_on_the_devices(model, sizes):
   mesh, settings = config.Mesh(*sizes), (config.Compute(), config.Optimizer())
   expected = accounting.state_bytes(model, *settings, mesh)
@@ -148,17 +127,6 @@ def test_moments_on_the_host_take_no_room_on_a_device(models):
   assert accounting.state_bytes(models['btx'], *settings)['optimizer'] == 4  # a counter
 
 
-def test_devices_sum_to_the_whole(small):
-  """But for norms, routers and the optimizer's counter, which every device has."""
-  for row in small[0].values():
-    count, devices = row['parameters'], row['devices']
-    everywhere = count['norms'] + count['routers']
-    whole = 4 * (count['total'] - everywhere)
-    held = row['bytes_per_device']
-    assert (held['parameters'] - 4 * everywhere) * devices == whole
-    assert (held['optimizer'] - 8 * everywhere - 4) * devices == 2 * whole
-
-
 def test_a_mesh_that_does_not_divide_is_refused(recipe_dict):
   recipe_dict['runs']['seed'] |= dict(batch_size=9, mesh=dict(fsdp=3))
   with pytest.raises(UserError, match=r'config.runs.seed.mesh cuts .* into 3 parts'):
@@ -168,10 +136,7 @@ def test_a_mesh_that_does_not_divide_is_refused(recipe_dict):
 MISTAKES = {
   'no config': ((), '--config is required: give --config'),
   'no file': (('--config=nowhere.py',), '--config=nowhere.py cannot be read'),
-  'no such run': (
-    ('--config=configs/quickstart.py', '--run=bam'),
-    '--run=bam is not in',
-  ),
+  'no such run': (('--config=configs/quickstart.py', '--run=bam'), '--run=bam is not in'),
   'no such budget': (
     ('--config=configs/quickstart.py', '--against=moe'),
     '--against=moe is not in',

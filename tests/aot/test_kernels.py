@@ -99,15 +99,12 @@ def test_a_grouped_product_at_even_load(tile, share):
   assert kernel.bytes == moved(tile, int(ROWS * share) // tile[0])
 
 
-def test_a_grid_that_is_known_visits_every_row():
-  bounds = f'3, {ROWS // 128}, 1'
-  instruction = grouped((128, 512, 256), bounds, cost_estimate={'flops': str(FLOPS)})
+def test_a_known_grid_visits_every_row_and_bookkeeping_is_free():
+  instruction = grouped(
+    (128, 512, 256), f'3, {ROWS // 128}, 1', cost_estimate={'flops': str(FLOPS)}
+  )
   assert kernels.read(instruction, ROWS / 4).flops == FLOPS
-
-
-def test_the_groups_bookkeeping_is_free():
-  instruction = grouped((128, 512, 256), '1')
-  assert kernels.read(instruction, ROWS / 4) == kernels.Kernel('grouped', 0, 0)
+  assert kernels.read(grouped((128, 512, 256), '1'), ROWS / 4) == ('grouped', 0, 0)
 
 
 def test_a_grouped_kernel_whose_body_is_not_text():
@@ -116,7 +113,7 @@ def test_a_grouped_kernel_whose_body_is_not_text():
     'ragged-dot.1', operands, 'bf16[64,16]{1,0}', body='TUzvUgFN',
     cost_estimate={'flops': '1000', 'bytes_accessed': '80'},
   )  # fmt: skip
-  assert kernels.read(instruction, 32) == kernels.Kernel('grouped', 500.0, 40.0)
+  assert kernels.read(instruction, 32) == ('grouped', 500.0, 40.0)
 
 
 def splash(kind: str, blocks: dict, queries: int, keys: int):
@@ -157,6 +154,6 @@ def test_splash_visits_the_blocks_that_hold_a_visible_pair(
 
 def test_other_kernels_say_themselves_or_are_not_known():
   known = call('mine.1', ['f32[8]{0:T(128)S(1)}'], 'f32[8]{0}', cost_estimate={'flops': '77'})
-  assert kernels.read(known, 32) == kernels.Kernel('kernel', 77.0, 32)
+  assert kernels.read(known, 32) == ('kernel', 77.0, 32)
   silent = call('mine.1', ['f32[8]{0}'], 'f32[8]{0}')
-  assert kernels.read(silent, 32) == kernels.Kernel('kernel', None, 64)
+  assert kernels.read(silent, 32) == ('kernel', None, 64)

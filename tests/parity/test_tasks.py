@@ -99,15 +99,18 @@ def test_loglikelihoods(both, capsys):
 def test_greedy_is_what_it_writes(both):
   """What theirs writes is greedy to ours, and nothing that ends otherwise."""
   ours, theirs, _ = both
-  context = [(c, {'until': [], 'max_gen_toks': 5}) for c in ('the cat', 'def', 'a')]
-  written = theirs.generate_until(ask('generate_until', context), disable_tqdm=True)
-  ids = [ours.tok_encode(c + w, False)[: len(ours.tok_encode(c, False)) + 3]
-         for (c, _), w in zip(context, written)]  # fmt: skip
-  requests = [(None, [0, *x[:-3]], x[-3:]) for x in ids]
-  wrong = [(None, c, [*t[:-1], 2 if t[-1] != 2 else 3]) for _, c, t in requests]
-  assert [g for _, g in ours._loglikelihood_tokens(wrong)] == [False] * 3
-  same = theirs._loglikelihood_tokens([(('', ''), c, t) for _, c, t in requests], disable_tqdm=True)
-  assert [g for _, g in ours._loglikelihood_tokens(requests)] == [g for _, g in same]
+  contexts = ['the cat', 'def', 'a']
+  options = {'until': [], 'max_gen_toks': 5}
+  written = theirs.generate_until(ask('generate_until', [(c, options) for c in contexts]), True)
+  right, wrong = [], []
+  for context, more in zip(contexts, written):
+    start, tokens = ours.tok_encode(context), ours.tok_encode(context + more, False)
+    tokens = tokens[len(start) - 1 :][:3]
+    right.append((('', ''), start, tokens))
+    wrong.append((('', ''), start, [*tokens[:-1], 2 if tokens[-1] != 2 else 3]))
+  same = theirs._loglikelihood_tokens(right, disable_tqdm=True)
+  assert [greedy for _, greedy in ours._loglikelihood_tokens(right)] == [g for _, g in same]
+  assert [greedy for _, greedy in ours._loglikelihood_tokens(wrong)] == [False] * 3
 
 
 def test_rolling(both, monkeypatch):
@@ -159,20 +162,14 @@ def test_what_it_cannot_do_is_not_left_out(both, name, value):
 
 
 def test_arguments(both):
-  path = str(both[2])
-  for wrong in (
-    {'dtype': 'x'}, {'batch_size': 'x'}, {'data': 0}, {'nowhere': 1},
-    {'max_length': -1},
-  ):  # fmt: skip
-    with pytest.raises(UserError, match=next(iter(wrong))):
-      adapter.Model(path, **wrong)
+  ours, _, folder = both
+  wrong = {'dtype': 'x'}, {'batch_size': 'x'}, {'data': 0}, {'nowhere': 1}, {'max_length': -1}
+  for argument in wrong:
+    with pytest.raises(UserError, match=next(iter(argument))):
+      adapter.Model(str(folder), **argument)
   with pytest.raises(UserError, match='nowhere'):
-    adapter.Model(str(both[2] / 'nowhere'))
-
-
-def test_mesh(both):
-  ours, _, path = both
-  cut = adapter.Model(str(path), 'float32', 4, LENGTH, data=2, fsdp=2)
+    adapter.Model(str(folder / 'nowhere'))
+  cut = adapter.Model(str(folder), 'float32', 4, LENGTH, data=2, fsdp=2)
   requests = ask('loglikelihood', PAIRS)
   assert cut.loglikelihood(requests) == ours.loglikelihood(requests)
 
@@ -374,14 +371,10 @@ def test_mistakes(both, files):
 
 def test_tasks_that_run_code_without_our_limits(manager):
   task = questions.lm_eval_task(questions.Questions('mine', questions.CODE, CODE))
-  unlimited = {**task, 'process_results': lambda doc, results: {'pass_at_1': 1.0}}
-  for spec, names in ((task, ['mine']), (unlimited, None)):
-    loaded = session.Loaded(manager, [spec], manager.load([spec])['tasks'])
-    if names:
-      assert session.code_tasks(loaded) == names
-    else:
-      with pytest.raises(UserError, match='mine .*bam_humaneval'):
-        session.code_tasks(loaded)
+  load = lambda spec: session.Loaded(manager, [spec], manager.load([spec])['tasks'])
+  assert session.code_tasks(load(task)) == ['mine']
+  with pytest.raises(UserError, match='mine .*bam_humaneval'):
+    session.code_tasks(load({**task, 'process_results': lambda doc, results: {'pass_at_1': 1.0}}))
 
 
 def test_its_own_command_line(both, files, tmp_path):
