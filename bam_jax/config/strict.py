@@ -22,6 +22,12 @@ NonNegative = Annotated[float, (0, math.inf)]
 Fraction = Annotated[float, (0, 1)]
 
 
+def require(condition: object, message: str) -> None:
+  """Raises UserError with the message unless the condition holds."""
+  if not condition:
+    raise UserError(message)
+
+
 class Section:
   """A group of keys: a frozen dataclass whose numbers keep to the bounds of their annotations."""
 
@@ -34,14 +40,7 @@ class Section:
   def check(self) -> None:
     """Raises UserError where keys do not fit together."""
 
-  @staticmethod
-  def require(condition: object, message: str) -> None:
-    """Raises UserError with the message unless the condition holds."""
-    if not condition:
-      raise UserError(message)
-
-
-require = Section.require
+  require = staticmethod(require)
 
 
 def from_dict[T](cls: type[T], value: Any, key: str) -> T:

@@ -20,7 +20,7 @@ class Upcycle(Section):
   top_k: PositiveInt = 1  # of the FFN experts
   attention_top_k: Count = 0  # of the attention experts; 0 is soft
   renormalize: bool = False  # divide the k gates by their sum
-  capacity_factor: float = 0.0  # of the FFN experts' buffers; 0 is dropless
+  capacity_factor: NonNegative = 0.0  # of the FFN experts' buffers; 0 is dropless
   router_scale: NonNegative = 1.0  # standard deviation of new routers, times sqrt(D)
   # The rest goes beyond the paper and is off; docs/options.md says when to use which.
   # 'zero': equal gates; 'centroids': columns of length router_scale toward each source's data.
@@ -32,54 +32,41 @@ class Upcycle(Section):
   expert_bias: bool = False  # of the FFN experts
 
   def check(self):
-    sources, method, num_experts = list(self.sources), self.method, self.num_experts
+    sources, weights, num_experts = list(self.sources), list(self.weights), self.num_experts
     self.require(len(set(sources)) == len(sources), f'from={sources} names a source twice.')
-    has = f'from={sources} has {len(sources)}: method {method!r} needs'
-    if method == 'sparse':
-      self.require(len(sources) == 1, f'{has} exactly one source.')
-      self.require(
-        num_experts, "num_experts=0 is not a size for method 'sparse': say how many copies."
-      )
-    else:
-      self.require(len(sources) >= 2, f'{has} at least two sources.')
+    sparse, average = self.method == 'sparse', self.method == 'average'
+    fits = len(sources) == 1 if sparse else len(sources) >= 2
+    wanted = 'exactly one source' if sparse else 'at least two sources'
+    found = f'from={sources} has {len(sources)}: method {self.method!r}'
+    self.require(fits, f'{found} needs {wanted}.')
+    few = f'{num_experts=} is too few for {self.method!r}: say how many copies.'
+    self.require(num_experts or not sparse, few)
     self.require(
       not num_experts or num_experts >= len(sources),
       f'{num_experts=} is below the {len(sources)} sources of from={sources}: each is an expert.',
     )
-    if method == 'average':
-      where = "for method 'average', which has no experts"
-      self._refuse('num_experts', num_experts > len(sources), where)
-      where = "for method 'average', which has no router"
-      self._refuse('router_init', self.router_init != 'random', where)
-      self._refuse('expert_bias', self.expert_bias, where)
-    if method not in ('bam_kv_experts', 'bam_shared_kv'):
-      where = f'for method {method!r}, which has no attention experts'
-      self._refuse('attention_top_k', self.attention_top_k, where)
-    if method == 'sparse':
-      where = "for method 'sparse', whose one source has one centroid"
-      self._refuse('router_init', self.router_init == 'centroids', where)
-    if not self.copies:
-      where = f'for {method!r} of {len(sources)} sources, none of whose experts is a copy'
-      self._refuse('drop_ratio', self.drop_ratio, where)
-      self._refuse('noise', self.noise, where)
-    if self.router_init == 'zero':
-      self._refuse('router_scale', self.router_scale != 1, "with router_init='zero'")
-    self._check_weights()
-
-  def _check_weights(self):
-    weights, sources = list(self.weights), list(self.sources)
-    if self.average != 'weighted':
-      self._refuse('weights', weights, f"with average={self.average!r}, only with 'weighted'")
-      return
+    attention = self.method in ('bam_kv_experts', 'bam_shared_kv')
+    experts = f'{self.experts} experts'
+    zero, centroids = self.router_init == 'zero', self.router_init == 'centroids'
+    for key, given, where in (
+      ('num_experts', average and num_experts > len(sources), 'which has no experts'),
+      ('router_init', average and (zero or centroids), 'which has no router'),
+      ('expert_bias', average and self.expert_bias, 'which has no router'),
+      ('attention_top_k', self.attention_top_k and not attention, 'which has no attention experts'),
+      ('router_init', sparse and centroids, 'whose one source has one centroid'),
+      ('drop_ratio', self.drop_ratio and not self.copies, f'none of whose {experts} is a copy'),
+      ('noise', self.noise and not self.copies, f'none of whose {experts} is a copy'),
+      ('router_scale', zero and self.router_scale != 1, "with router_init='zero'"),
+      ('weights', weights and self.average != 'weighted', "without average='weighted'"),
+    ):
+      value = f'{key}={getattr(self, key)!r} has no meaning for method {self.method!r}'
+      self.require(not given, f'{value}, {where}: leave it out.')
     self.require(
-      len(weights) == len(sources),
+      self.average != 'weighted' or len(weights) == len(sources),
       f"{weights=} has {len(weights)} numbers: average='weighted' needs one for each of {sources}.",
     )
     for weight in weights:
       self.require(0 < weight < math.inf, f'{weights=} has {weight}, which is not positive.')
-
-  def _refuse(self, key: str, given: object, where: str) -> None:
-    self.require(not given, f'{key}={getattr(self, key)!r} has no meaning {where}: leave it out.')
 
   @property
   def experts(self) -> int:
