@@ -1,6 +1,6 @@
 """A Cloud TPU service that is a file: queued resources, nodes, zones, and what goes wrong there.
 
-`gcloud_stand_in.py` and `api.py` both speak for it, from processes of their own; what tests plan
+`gcloud_stand_in.py` speaks for it, and a server in `test_real_gcloud.py`; what tests plan
 and assert on is in one JSON file, changed under a lock. Resources have the fields of the API's v2.
 A worker of a node is a folder, its home; deleting or preempting a node kills what runs there.
 """
@@ -274,7 +274,6 @@ class Cloud:
       'id': str(1000 + number),
       'apiVersion': 'V2',
       'createTime': '2026-11-24T10:01:00.000000Z',
-      # The address names the home: `ssh_stand_in.py` finds it again.
       'networkEndpoints': [
         {'ipAddress': f'10.0.{number}.{worker}', 'port': 8470} for worker in range(workers)
       ],

@@ -1,18 +1,21 @@
-"""The real `gcloud`, where it is installed, against the API on the loopback interface.
+"""The stand-in accepts and refuses what the real `gcloud` does, where that is installed.
 
-What the stand-in accepts and refuses is what the real client does; the verbs work with it.
+The real client asks a server on the loopback interface, which speaks version v2 of the API
+for the same `cloud.Cloud`.
 """
 
+import json
+import os
+import re
 import shutil
 import subprocess
-import sys
-from pathlib import Path
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlparse
 
 import pytest
 
-from tests.launch.api import Server
-from tests.launch.conftest import DEADLINE, Launcher, wait_for
-from tests.launch.test_run import WAIT, home, started
+from tests.launch.cloud import ApiError
 
 REAL = shutil.which('gcloud')
 pytestmark = [
@@ -58,110 +61,86 @@ REFUSED = [
 ]
 
 
+KEPT = ('acceleratorType', 'runtimeVersion', 'labels')
+PATH = re.compile(r'/v2/projects/([^/]+)/locations/([^/]+)/(queuedResources|nodes)/?([^/:]*)')
+
+
+class Handler(BaseHTTPRequestHandler):
+  def answer(self) -> None:
+    body = json.loads(self.rfile.read(int(self.headers.get('Content-Length') or 0)) or '{}')
+    url = urlparse(self.path)
+    project, zone, kind, name = PATH.fullmatch(url.path).groups()
+    cloud, where, status, answer = self.server.cloud, (project, zone), 200, {}
+    try:
+      if self.command == 'POST':
+        cloud.create_request(*where, parse_qs(url.query)['queuedResourceId'][0], body)
+      elif self.command == 'DELETE':
+        cloud.delete_request(*where, name, force=True)
+      else:
+        answer = (cloud.get_node if kind == 'nodes' else cloud.get_request)(*where, name)
+    except ApiError as error:
+      status = error.status
+      answer = {'error': {'code': status, 'status': error.code, 'message': error.message}}
+    if self.command != 'GET' and status == 200:
+      operation = f'projects/{project}/locations/{zone}/operations/1'
+      answer = {'name': operation, 'done': True, 'response': {'name': url.path[4:]}}
+    self.send_response(status)
+    self.send_header('Content-Type', 'application/json')
+    self.end_headers()
+    self.wfile.write(json.dumps(answer).encode())
+
+  do_GET = do_POST = do_DELETE = answer  # noqa: N815
+
+  def log_message(self, *_) -> None:
+    """Says nothing."""
+
+
 @pytest.fixture
-def real(cloud, house, tmp_path):
-  """`launch/tpu` with the real client."""
-  tools = tmp_path / 'bin'
-  tools.mkdir()
-  for name in ('ssh', 'scp'):
-    program = tools / name
-    script = Path(__file__).with_name('ssh_stand_in.py')
-    program.write_text(f"#!/bin/sh\nexec '{sys.executable}' -S -E '{script}' {name} \"$@\"\n")
-    program.chmod(0o755)
+def environment(cloud, tmp_path):
+  """What leads the real client to the server, and the stand-in to the same cloud."""
   (tmp_path / 'token').write_text('a token')
-  (tmp_path / 'tmp').mkdir()
-  launcher = Launcher(cloud, house, tools, tmp_path / 'tmp')
-  with Server(cloud) as server:
-    launcher.env |= {
+  with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+    server.cloud = cloud
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield os.environ | {
       'HOME': str(tmp_path),
-      'BAM_PROJECT': 'proj-1',
       'NO_PROXY': '127.0.0.1',
+      'STAND_IN': str(cloud.folder),
       'CLOUDSDK_CONFIG': str(tmp_path / 'gcloud'),
       'CLOUDSDK_AUTH_ACCESS_TOKEN_FILE': str(tmp_path / 'token'),
-      'CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU': f'{server.url}/',
-      'CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE': f'{server.url}/compute/v1/',
+      'CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU': f'http://127.0.0.1:{server.server_port}/',
       'CLOUDSDK_COMPONENT_MANAGER_DISABLE_UPDATE_CHECK': '1',
       'CLOUDSDK_CORE_DISABLE_USAGE_REPORTING': '1',
     }
-    yield launcher
+    server.shutdown()
 
 
-def call(launcher, program, line):
-  """Runs gcloud; its exit status and the requests that there are now, which it then forgets."""
+def call(program, line, cloud, environment):
+  """Runs a gcloud; whether it refused, what it asked for, and what it said."""
   words = [*line.split(), '--project=proj-1']
-  done = subprocess.run([program, *words], env=launcher.env, capture_output=True, text=True)
-  with launcher.cloud.change() as state:
-    made = {
-      key: {k: v for k, v in request.items() if k in ('tpu', 'spot', 'reservationName')}
-      for key, request in state['requests'].items()
-    }
-    state['requests'] = {}
-  return done.returncode != 0, made, done.stderr
+  done = subprocess.run([program, *words], env=environment, capture_output=True, text=True)
+  with cloud.change() as state:
+    made, state['requests'] = state['requests'], {}
+  for request in made.values():
+    (spec,) = request['tpu']['nodeSpec']
+    spec.pop('parent', None)
+    spec['node'] = {key: spec['node'].get(key) or {} for key in KEPT}
+  kept = ('tpu', 'spot', 'reservationName')
+  return done.returncode != 0, {
+    name: {key: request[key] for key in kept if key in request} for name, request in made.items()
+  }, done.stderr  # fmt: skip
 
 
 @pytest.mark.parametrize('line', ACCEPTED)
-def test_the_stand_in_accepts_what_the_real_client_does(real, gcloud, line):
-  refused, made, said = call(real, REAL, line)
-  assert not refused, said
-  node = made['zone-a/exp-1']['tpu']['nodeSpec'][0]
-  for key in ('networkConfig', 'serviceAccount', 'metadata', 'tags'):
-    node['node'].pop(key, None)
-  node.pop('parent')
-  node['node'].setdefault('labels', {})
-  assert call(real, gcloud / 'gcloud', line)[:2] == (False, made)
+def test_the_stand_in_accepts_what_the_real_client_does(cloud, environment, gcloud, line):
+  refused, made, said = call(REAL, line, cloud, environment)
+  assert not refused and 'zone-a/exp-1' in made, said
+  assert call(gcloud / 'gcloud', line, cloud, environment)[:2] == (False, made)
 
 
 @pytest.mark.parametrize('line', REFUSED)
-def test_the_stand_in_refuses_what_the_real_client_does(real, gcloud, line):
+def test_the_stand_in_refuses_what_the_real_client_does(cloud, environment, gcloud, line):
   for program in (REAL, gcloud / 'gcloud'):
-    refused, made, said = call(real, program, line)
+    refused, made, said = call(program, line, cloud, environment)
     assert refused and not made, (program, said)
     assert said.startswith(('ERROR: (gcloud', 'ERROR: gcloud')), said
-
-
-def test_from_up_to_down(real):
-  real.cloud.plan('zone-a', 'stock-out')
-  done = real('up', 'many', '--slices=2', '--capacity=spot', '--valid-until=4h')
-  assert done.returncode == 0, done.stderr
-  assert real.resources() == ['zone-b/many', 'zone-b/many-0', 'zone-b/many-1']
-  words = ["it's", 'two  spaces', '$HOME "quoted"', '']
-  program = 'import os, sys; print(open("words.txt").read() + repr(sys.argv[1:]))'
-  done = real('run', 'many', '--', 'python', '-c', program, *words)
-  assert done.returncode == 0, done.stderr
-  assert done.stdout == f'sent with the commit\n{words!r}\n'
-  status = real('status', 'many')
-  assert [line.split()[0::2][:2] for line in status.stdout.splitlines()[1:]] == [
-    [f'{slice}/{worker}', 'exited'] for slice in range(2) for worker in range(2)
-  ]
-  listed = real('ls')
-  assert [line.split()[:5] for line in listed.stdout.splitlines()[1:]] == [
-    ['many', 'zone-b', 'v5litepod-8', 'ACTIVE', 'some-one']
-  ]
-  done = real('ssh', 'many', '--slice=1', '--worker=1', '--', 'bash', '-c', 'exit 9')
-  assert done.returncode == 9
-  for _ in range(2):
-    assert real('down', 'many').returncode == 0
-  assert real.resources() == []
-
-
-def test_supervise_recreates_after_a_preemption(real):
-  process = real.start('supervise', 'exp-1', '--delete-on-exit', '--', 'bash', '-c', WAIT)
-  wait_for(lambda: started(real), 120)
-  real.cloud.preempt('zone-a', 'exp-1')
-  wait_for(lambda: len(real.cloud.read()['created']) == 2 and started(real), 120)
-  for worker in range(2):
-    (home(real, worker) / 'go').write_text('0')
-  _, err = process.communicate(timeout=DEADLINE)
-  assert process.returncode == 0, err
-  assert 'restart 1 of 10' in err and real.resources() == []
-
-
-def test_no_credentials(real, tmp_path):
-  del real.env['CLOUDSDK_AUTH_ACCESS_TOKEN_FILE']
-  done = real('status', 'exp-1')
-  assert done.returncode == 2 and 'run gcloud auth login' in done.stderr, done.stderr
-
-
-def test_no_project(real):
-  done = real('status', 'exp-1', BAM_PROJECT='')
-  assert done.returncode == 2 and 'Which project?' in done.stderr, done.stderr
