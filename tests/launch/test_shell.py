@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -61,25 +60,6 @@ def test_a_second_signal_does_not_cut_the_tidying_short(tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 143 and err.count('tidy') == 1
-
-
-def test_every_setting_is_used_documented_and_gives_way_to_the_environment():
-  settings = re.findall(r'^: "\$\{(BAM_[A-Z_]+)=', (LAUNCH / 'settings.sh').read_text(), re.M)
-  files = [LAUNCH / 'tpu', LAUNCH / 'recipe', *LAUNCH.glob('lib/*.sh')]
-  code = ''.join(file.read_text() for file in files)
-  for name in settings:
-    flag = name.removeprefix('BAM_').lower().replace('_', '-')
-    assert name in code or re.search(rf'[" ]{flag}[ "]', code), name
-  lines = '\n'.join(f'echo "${{{name}}}"' for name in settings)
-  done = subprocess.run(
-    ['bash', '-c', f'. launch/settings.sh\n{lines}'],
-    cwd=ROOT, env={name: f'mine {name}' for name in settings}, capture_output=True, text=True,
-  )  # fmt: skip
-  assert done.stdout.splitlines() == [f'mine {name}' for name in settings]
-  used = set(re.findall(r'\$\{?(BAM_[A-Z_]+)', code))
-  given = {'BAM_SLICE', 'BAM_WORKER', 'BAM_WORKERS', 'BAM_LINES', 'BAM_DETACH', 'BAM_REPLACE'}
-  recipes = {'BAM_CONFIG', 'BAM_WORKDIR', 'BAM_RUNS', 'BAM_DRY_RUN', 'BAM_'}
-  assert used - set(settings) - given - recipes == set()
 
 
 def recorder(folder: Path, name: str, code: int = 0) -> Path:

@@ -6,11 +6,8 @@ import io
 import itertools
 import json
 import lzma
-import os
-import struct
 import tarfile
 import zipfile
-import zlib
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +15,7 @@ from hypothesis import strategies as st
 
 from bam_jax.data import sources as data_sources
 from bam_jax.errors import UserError
-from tools.corpus import archives, build, formal, law, prose, splits, text
+from tools.corpus import archives, build, formal, law, splits, text
 from tools.corpus.sources import SOURCES
 
 pytestmark = pytest.mark.slow
@@ -95,74 +92,11 @@ def test_a_cached_archive_needs_no_client_and_is_verified_each_time(tmp_path, mo
     archives.fetch(about, tmp_path)
 
 
-@pytest.mark.parametrize(
-  'script, sentence',
-  [
-    ('cp {archive} a.tgz', None),
-    ('echo other > a.tgz', 'a.tgz is not the archive'),
-    ('touch b.tgz', 'npm brought b.tgz for made-up 1.0'),
-    ('echo "E404 no such package" >&2; exit 1', r'npm cannot download made-up 1\.0 \(E404'),
-  ],
-)
-def test_what_a_client_brings(script, sentence, tmp_path, monkeypatch):
-  """A stand-in for npm, which cannot be reached in a test."""
-  archive = tarball(tmp_path / 'a.tgz')
-  (tmp_path / 'bin').mkdir()
-  npm = tmp_path / 'bin' / 'npm'
-  npm.write_text(f'#!/bin/sh\n{script.format(archive=archive)}\n')
-  npm.chmod(0o755)
-  monkeypatch.setenv('PATH', f'{tmp_path}/bin{os.pathsep}{os.environ["PATH"]}')
-  cache = tmp_path / 'cache'
-  if sentence is None:
-    assert archives.fetch(package(archive, 'npm'), cache).read_bytes() == archive.read_bytes()
-  else:
-    with pytest.raises(UserError, match=sentence):
-      archives.fetch(package(archive, 'npm'), cache)
-  assert not [path for path in cache.iterdir() if path.name.startswith('.')]
-
-
 @given(st.text(alphabet='ab. \n', max_size=400), st.integers(8, 60))
 def test_pieces_lose_no_word_and_are_about_the_size(content, size):
   cut = text.pieces(content, size)
   assert ''.join('\n\n'.join(cut).split()) == ''.join(content.split())
   assert all(len(piece) + 2 >= size for piece in cut[:-1])
-
-
-def test_brown():
-  lines = b"\n``/`` No/at ''/'' ,/, he/pps 's/x Dallas/np ../.\n./. ./.\n\n\n(/( a/at )/) ?/? ?/?\n"
-  (name, said), *others = prose.brown([('package/ca01', lines), ('package/cats.txt', lines)])
-  assert (name, others) == ('ca01', [])
-  assert said == '"No", he\'s Dallas.\n(a)?'
-
-
-def r_strings(lines):
-  """A vector of strings in R's serialisation; None is a missing one."""
-  encoded = [None if line is None else line.encode() for line in lines]
-  body = b''.join(
-    struct.pack('>Ii', 0x40009, -1 if s is None else len(s)) + (s or b'') for s in encoded
-  )
-  return struct.pack('>Ii', 16, len(lines)) + body
-
-
-def test_austen():
-  novel = ['TITLE', 'CHAPTER I', '', 'It is a', 'truth', '', 'Chapter 2', '', 'Then'] + ['x'] * 500
-  head = b'X\n' + struct.pack('>III', 3, 0x30000, 0x20300)
-  # The longest vector counts, at any depth, after what only looks like one.
-  objects = [
-    head + r_strings(['short']),
-    head
-    + struct.pack('>Ii', 16, 9)
-    + r_strings(['a', None])
-    + b'\0'
-    + r_strings(novel)
-    + b'\0' * 9,
-  ]
-  packed = [zlib.compress(content) for content in objects]
-  database = b''.join(struct.pack('>I', len(content)) + content for content in packed)
-  documents = list(prose.austen([('usr/lib/R/janeaustenr/data/Rdata.rdb', database)]))
-  assert [name for name, _ in documents] == ['book1-chapter1#0', 'book1-chapter2#0']
-  assert documents[0][1] == 'CHAPTER I\n\nIt is a truth\n\n'
-  assert documents[1][1].startswith('Chapter 2\n\nThen x x')
 
 
 def test_licences():

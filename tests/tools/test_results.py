@@ -141,24 +141,6 @@ def test_a_specialist_is_compared_on_its_own_domain(seeds):
   assert cells(section, 'BTX')[1:] == ['−16.7%', '−33.3%', '−37.5%', '−50.0%', '−35.7%']
 
 
-def test_the_papers_ablations(seeds):
-  routing, more, wide = (
-    section(seeds) for section in (pages.routing, pages.more_experts, pages.parameter_matched)
-  )
-  # 26.00 / 26.72, 3.72 / 3.78, 6.51 / 6.63, 5.64 / 5.77, and 41.87 / 42.90
-  soft = ['', '*−2.7%*', '*−1.6%*', '*−1.8%*', '*−2.3%*', '*−2.4%*']
-  assert lines_below(routing, 'BAM, shared KV, CM') == soft
-  # 43.23 / 42.90
-  assert lines_below(routing, 'BAM, shared KV, attention top 1, CM')[-1] == '*+0.8%*'
-  assert routing.count('*the paper*') == 3
-  # 29.08 / 26.72, 4.11 / 3.78, 7.19 / 6.63, 6.25 / 5.77, and 46.63 / 42.90
-  five = ['', '*+8.8%*', '*+8.7%*', '*+8.4%*', '*+8.3%*', '*+8.7%*']
-  assert lines_below(more, 'BTX, 5 experts') == five
-  # 24.06 / 24.13, 3.44 / 3.55, 6.04 / 6.23, 5.31 / 5.48, and 38.85 / 39.39
-  narrow = ['', '*−0.3%*', '*−3.1%*', '*−3.0%*', '*−3.1%*', '*−1.4%*']
-  assert lines_below(wide, 'BAM, KV experts against BTX, 6 experts, top 3') == narrow
-
-
 @pytest.mark.parametrize(
   'table, averages',
   [
