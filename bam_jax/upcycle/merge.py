@@ -8,7 +8,7 @@ drawn depends on an array's path and the key alone: no order of the regions chan
 
 import math
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -58,7 +58,7 @@ def run_key(seed: int, name: str) -> jax.Array:
 def regions(
   merge: Merge,
   wanted: Mapping[str, arrays.Spec],
-  parts: Mapping[str, Collection[Box]] | None = None,
+  parts: Mapping[str, Box] | None = None,
   on_read: Callable[[int, str, arrays.Index, np.ndarray], None] = lambda *_: None,
 ) -> Iterator[Region]:
   """The mixture's arrays in regions, those of one array together.
@@ -66,7 +66,7 @@ def regions(
   Args:
     merge: of opened sources.
     wanted: the mixture's arrays by path, with the dtypes to make them in.
-    parts: the parts of every target array that are needed; the rest is not read. Default: all.
+    parts: the part of every target array that is needed; the rest is not read. Default: all.
     on_read: called with each region that is read: number of the source, path, index and values.
 
   Raises:
@@ -78,7 +78,7 @@ def regions(
   table = rules.rules(rules.mixture_model(sources[0].meta.model, upcycle))
   if odd := {rule.target for rule in table} ^ set(wanted):
     raise ValueError(f'The rule table and the mixture differ in {sorted(odd)}.')
-  parts = parts or {path: [arrays.bounds(spec, ())] for path, spec in wanted.items()}
+  parts = parts or {path: arrays.bounds(spec, ()) for path, spec in wanted.items()}
   for rule in table:
     if not rule.source:
       array = drawn(merge, rule, wanted[rule.target].shape)
@@ -124,25 +124,22 @@ def _jobs(merge: Merge, table, wanted, parts) -> Iterator[_Job]:
   """What to read, in order: a layer of an array with layers at a time, else a chunk."""
   upcycle = merge.upcycle
   for rule in filter(lambda rule: rule.source, table):
-    stack = rule.how == 'stack'
+    part, stack = parts[rule.target], rule.how == 'stack'
+    needed = part[:1] + part[2:] if stack else part
     # Dropping and noise take statistics of an expert's whole matrix.
     whole = stack and (upcycle.drop_ratio or upcycle.noise)
     # The target's dtype, since regions must be whole chunks of the target.
     spec = merge.sources[0].reader.specs[rule.source]._replace(dtype=wanted[rule.target].dtype)
     for index in arrays.pieces(rule.source, spec):
-      piece = arrays.bounds(spec, index)
-      for source in range(len(merge.sources)):
-        experts, needed = set(), []
-        for expert in (source, *upcycle.copies) if stack and source == 0 else (source,):
-          target = (piece[0], (expert, expert + 1), *piece[1:]) if stack else piece
-          for box in filter(None, (overlap(target, part) for part in parts[rule.target])):
-            experts.add(expert)
-            needed.append(box[:1] + box[2:] if stack else box)
-        if needed:
-          axes = zip(*([piece] if whole else needed))
-          hull = [slice(min(a for a, _ in axis), max(b for _, b in axis)) for axis in axes]
-          hull[0] = index[0] if isinstance(index[0], int) else hull[0]
-          yield _Job(rule, source, tuple(hull), tuple(sorted(experts)) if stack else ())
+      box = overlap(arrays.bounds(spec, index), needed)
+      if box and not whole:
+        kept = [axis for axis in index if isinstance(axis, int)]
+        index = (*kept, *(slice(start, stop) for start, stop in box[len(kept) :]))
+      for source in range(len(merge.sources)) if box else ():
+        experts = (source, *upcycle.copies) if source == 0 else (source,)
+        experts = tuple(e for e in experts if part[1][0] <= e < part[1][1]) if stack else ()
+        if experts or not stack:
+          yield _Job(rule, source, index, experts)
 
 
 def _check_finite(source: Source, path: str, index: arrays.Index, array: np.ndarray) -> None:

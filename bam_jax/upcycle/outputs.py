@@ -39,9 +39,10 @@ def to_mesh(merge: merge_lib.Merge, abstract: Any, shardings: Any) -> Any:
   """
   wanted, shardings = specs(abstract), traverse_util.flatten_dict(shardings, sep='/')
   parts = {}
-  for path, spec in wanted.items():
+  for path, spec in wanted.items():  # the smallest box around the parts of this process's devices
     indices = shardings[path].addressable_devices_indices_map(spec.shape).values()
-    parts[path] = {arrays.bounds(spec, index) for index in indices}
+    axes = zip(*(arrays.bounds(spec, index) for index in indices))
+    parts[path] = tuple((min(a for a, _ in axis), max(b for _, b in axis)) for axis in axes)
   made, message = {}, ''
   try:
     regions = merge_lib.regions(merge, wanted, parts)
@@ -57,27 +58,24 @@ def to_mesh(merge: merge_lib.Merge, abstract: Any, shardings: Any) -> Any:
 def _assemble(
   spec: arrays.Spec,
   sharding: jax.sharding.Sharding,
-  parts: Iterable[merge_lib.Box],
+  part: merge_lib.Box,
   regions: Iterable[merge_lib.Region],
 ) -> jax.Array:
-  """One array from its regions; ValueError unless they fill the parts."""
-  buffers = {part: np.empty([stop - start for start, stop in part], spec.dtype) for part in parts}
-  missing = sum(buffer.size for buffer in buffers.values())
+  """One array from the regions of this process's part; ValueError unless they fill it."""
+  inside = lambda box, of: tuple(slice(a - at, b - at) for (a, b), (at, _) in zip(box, of))
+  buffer = np.empty([stop - start for start, stop in part], spec.dtype)
+  missing = buffer.size
   for _, index, array in regions:
     region = arrays.bounds(spec, index)
     array = array.reshape([stop - start for start, stop in region])
-    for part, buffer in buffers.items():
-      if both := merge_lib.overlap(region, part):
-        source, target = (
-          tuple(slice(start - at, stop - at) for (start, stop), (at, _) in zip(both, box))
-          for box in (region, part)
-        )
-        buffer[target] = array[source]
-        missing -= buffer[target].size
+    if both := merge_lib.overlap(region, part):
+      values = array[inside(both, region)]
+      buffer[inside(both, part)] = values
+      missing -= values.size
   if missing:
     raise ValueError(f'An array of shape {spec.shape} was not filled exactly once.')
   return jax.make_array_from_callback(
-    spec.shape, sharding, lambda index: buffers[arrays.bounds(spec, index)]
+    spec.shape, sharding, lambda index: buffer[inside(arrays.bounds(spec, index), part)]
   )
 
 
@@ -90,20 +88,19 @@ def to_checkpoint(
   command: str,
   progress: Callable[[int, int], None],
 ) -> checkpoint.Meta:
-  """Makes a mixture's checkpoint of dense ones; returns its `meta`.
+  """Makes a mixture's checkpoint, in a new folder, of the dense ones at `upcycle.sources`.
 
   Args:
-    output: the folder to make.
-    upcycle: its `sources` are paths of checkpoints.
+    output: the folder.
+    upcycle: its `sources` are paths.
     seed: of what is drawn.
     name: of the run; with a recipe's seed and run name, what is drawn is the recipe's.
     dtype: of the arrays, one of `sources.DTYPES`.
     command: for the record.
     progress: called with the bytes read and written so far, and their total.
 
-  Raises:
-    UserError: the sources cannot be mixed, or something cannot be read or written. There is no
-      `output` then.
+  Returns the checkpoint's `meta`. UserError, and no folder, when the sources cannot be mixed or
+  something cannot be read or written.
   """
   if upcycle.router_init == 'centroids':
     raise UserError(

@@ -71,8 +71,8 @@ def test_only_what_is_needed_is_read_and_made(models):
   how = upcycle('btx', num_experts=4)
   sources = [memory.source(models['dense'], draw(models['dense'], seed)) for seed in range(3)]
   wanted = memory.specs(rules.mixture_model(models['dense'], how))
-  parts = {path: [tuple((0, n // 2) for n in spec.shape)] for path, spec in wanted.items()}
-  parts['blocks/ffn/up'] = [((0, 2), (2, 4), (8, 16), (0, 48))]  # of LEDF
+  parts = {path: tuple((0, n // 2) for n in spec.shape) for path, spec in wanted.items()}
+  parts['blocks/ffn/up'] = (0, 2), (2, 4), (8, 16), (0, 48)  # of LEDF
   read = []
   made = list(
     merge.regions(merge.Merge(sources, how, memory.KEY), wanted, parts, lambda *x: read.append(x))

@@ -150,7 +150,7 @@ THREE = (1.0, 2.0, 3.0)
   ('btx', dict(drop_ratio=1.5), ['drop_ratio=1.5']),
   ('btx', dict(drop_ratio=np.nan), ['drop_ratio=nan']),
   ('btx', dict(noise=-0.1), ['noise=-0.1']),
-  ('btx', dict(drop_ratio=0.5, num_experts=0), ['drop_ratio=0.5', '3', 'none']),
+  ('btx', dict(drop_ratio=0.5, num_experts=0), ['drop_ratio=0.5', 'none']),
   ('bam_kv_experts', dict(noise=0.1, num_experts=3), ['noise=0.1', 'none']),
   ('average', dict(noise=0.1), ['noise=0.1', "'average'"]),
   ('average', dict(num_experts=4), ['num_experts=4', "'average', which has no experts"]),
