@@ -5,9 +5,9 @@
         --batch_sizes=1
 
 Every round reads the prompts and writes the new tokens with each run, reads a large array (the
-bandwidth) and multiplies two matrices (the peak), so that what else the machine does meets all of
+bandwidth) and multiplies two matrices (the peak), so that other load on the machine affects all of
 them alike. Parameters are random. CPU seconds are those of this process: on a shared machine they
-say more than wall time.
+vary less than wall time.
 
 The roofline is what takes longer, to read what must be read or to compute what must be computed:
 every weight that the tokens meet, of routed FFN experts those that a token of the batch chose
@@ -28,8 +28,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.table
 from absl import flags
 
 from bam_jax import cli, config
@@ -55,7 +53,7 @@ def main() -> dict[str, Any]:
   nodes = graph.resolve(cli.read_recipe(_CONFIG))
   for name in _RUNS.value:
     if name not in nodes:
-      raise UserError(f'--runs names {name!r}; the recipe has {", ".join(nodes)}.')
+      raise UserError(f'--runs={name} is not in the recipe, which has {", ".join(nodes)}.')
   models = {name: random_generator(nodes[name].model) for name in _RUNS.value}
   probes, samples = Probes(), {}
   for batch in map(int, _BATCHES.value):
@@ -192,21 +190,20 @@ def _first() -> str:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
+  console, columns = cli.console(), ('batch', 'all', 'x', 'prompt', 'x', 'token', 'x')
+  console.width = max(console.width, 110)
   for clock in CLOCKS:
     title = f'ms, {clock} time; in brackets over the roofline; x: over {_first()} (its roofline)'
-    table = rich.table.Table(title=title, title_justify='left')
-    table.add_column('run')
-    for column in ('batch', 'all', 'x', 'prompt', 'x', 'token', 'x'):
-      table.add_column(column, justify='right')
+    body = []
     for row in (row for row in rows if row['clock'] == clock):
-      cells = []
+      cells = [row['run'], row['batch_size']]
       for key in ('', 'read_', 'token_'):
         seconds, roof = row[f'{key}seconds'], row[f'roofline_{key}seconds']
         cells.append(f'{1e3 * seconds:.1f} ({seconds / roof:.2f})')
         ratio, least = row[f'{key}times_first'], row[f'roofline_{key}times_first']
         cells.append(f'{ratio:.2f} ({least:.2f})')
-      table.add_row(row['run'], str(row['batch_size']), *cells)
-    rich.console.Console(stderr=True, width=110).print(table)
+      body.append(cells)
+    console.print(cli.table(title, ['run'], columns, body))
 
 
 if __name__ == '__main__':

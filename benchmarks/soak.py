@@ -32,7 +32,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import rich.console
 from absl import flags
 
 from bam_jax import checkpoint, cli, config
@@ -73,7 +72,7 @@ def main() -> dict[str, Any]:
   # A shell that starts this in the background lets it ignore Ctrl-C, and what it starts too.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   workdir = Path(_WORKDIR.value).absolute()
-  console = rich.console.Console(stderr=True, markup=False, highlight=False)
+  console = cli.console()
   quiet, chance = workdir / 'quiet', random.Random(_SEED.value)
   console.print(f'{quiet}: undisturbed.')
   _end(_start(quiet), None)

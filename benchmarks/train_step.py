@@ -4,8 +4,8 @@
     python -m benchmarks.train_step --config=configs/small_590m.py --runs=seed,btx,bam_kv \
         --config.runs.seed.batch_size=16
 
-Every round takes a few steps of each run, so that what else the machine does meets all of them
-alike. CPU seconds are those of this process: on a shared machine they say more than wall time.
+Every round takes a few steps of each run, so that other load on the machine affects all of them
+alike. CPU seconds are those of this process: on a shared machine they vary less than wall time.
 
 `--json` writes `device`, and for each run `tokens_per_second`, `seconds` and `cpu_seconds` a step
 (median, and the quartiles as `..._low` and `..._high`), `first_step_seconds` with compilation,
@@ -18,8 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import rich.console
-import rich.table
 from absl import flags
 
 from bam_jax import cli
@@ -43,7 +41,7 @@ def main() -> dict[str, Any]:
   names = _RUNS.value or list(nodes)
   for name in names:
     if name not in nodes:
-      raise UserError(f'--runs names {name!r}; the recipe has {", ".join(nodes)}.')
+      raise UserError(f'--runs={name} is not in the recipe, which has {", ".join(nodes)}.')
   steppers = {name: Stepper(recipe, nodes[name]) for name in names}
   for stepper in steppers.values():
     stepper.run(1)
@@ -128,19 +126,19 @@ def _facts(stepper: Stepper, samples: list, first: list) -> dict[str, float]:
 
 
 def _print(facts: dict[str, dict[str, float]]) -> None:
-  table = rich.table.Table('run')
   columns = ('tokens/s', 'ms a step', '(quartiles)', 'times first', 'CPU ms', '(quartiles)',
              'times first', 'GFLOP/s', 'first step s')  # fmt: skip
-  for column in columns:
-    table.add_column(column, justify='right')
+  rows = []
   for name, run in facts.items():
-    cells = [f'{run["tokens_per_second"]:,.0f}']
+    cells = [name, f'{run["tokens_per_second"]:,.0f}']
     for key in ('seconds', 'cpu_seconds'):
       low, middle, high = (1e3 * run[f'{key}{suffix}'] for suffix in ('_low', '', '_high'))
       cells += [f'{middle:.1f}', f'{low:.1f}–{high:.1f}', f'{run[f"{key}_times_first"]:.3f}']
-    cells += [f'{run["flops_per_second"] / 1e9:.1f}', f'{run["first_step_seconds"]:.1f}']
-    table.add_row(name, *cells)
-  rich.console.Console(stderr=True).print(table)
+    flops, first = run['flops_per_second'] / 1e9, run['first_step_seconds']
+    rows.append([*cells, f'{flops:.1f}', f'{first:.1f}'])
+  console = cli.console()
+  console.width = max(console.width, 110)
+  console.print(cli.table(None, ['run'], columns, rows))
 
 
 if __name__ == '__main__':

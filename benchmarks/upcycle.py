@@ -28,8 +28,6 @@ from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
-import rich.console
-import rich.table
 from absl import flags
 from flax import traverse_util
 
@@ -218,27 +216,20 @@ def _evict(path: Path) -> None:
 
 def _print(facts: dict[str, Any]) -> None:
   gigabytes = lambda nbytes: f'{nbytes / 1e9:.2f}'
-  table = rich.table.Table(
-    title=f'{facts["sources"]} of {gigabytes(facts["dense_bytes"])} GB to '
+  title = (
+    f'{facts["sources"]} of {gigabytes(facts["dense_bytes"])} GB to '
     f'{gigabytes(facts["mixture_bytes"])} GB, largest array '
     f'{gigabytes(facts["largest_array_bytes"])} GB; a plain copy: '
     f'{", ".join(f"{seconds:.1f}" for seconds in facts["copy_seconds"])} s'
   )
-  table.add_column('how')
-  for name in 'peak GB,of largest array,seconds,CPU,read GB,written GB,of disk'.split(','):
-    table.add_column(name, justify='right')
-  for run in facts['runs']:
-    table.add_row(
-      run['how'],
-      gigabytes(run['peak_bytes']),
-      f'{run["of_largest_array"]:.2f}',
-      f'{run["seconds"]:.1f}',
-      f'{run["cpu_seconds"]:.1f}',
-      gigabytes(run['bytes_read']),
-      gigabytes(run['bytes_written']),
-      f'{run["of_disk"]:.2f}',
-    )
-  rich.console.Console(stderr=True).print(table)
+  rows = [
+    (run['how'], gigabytes(run['peak_bytes']), f'{run["of_largest_array"]:.2f}',
+     f'{run["seconds"]:.1f}', f'{run["cpu_seconds"]:.1f}', gigabytes(run['bytes_read']),
+     gigabytes(run['bytes_written']), f'{run["of_disk"]:.2f}')
+    for run in facts['runs']
+  ]  # fmt: skip
+  columns = 'peak GB,of largest array,seconds,CPU,read GB,written GB,of disk'.split(',')
+  cli.console().print(cli.table(title, ['how'], columns, rows))
 
 
 if __name__ == '__main__':
