@@ -28,6 +28,7 @@ FORMAT = 1
 MANIFEST = 'manifest.json'
 DOMAIN_NAME = re.compile(r'[A-Za-z0-9][\w.-]*', re.ASCII)  # also of splits and shards
 PARTS = ('tokens', 'ends', 'bytes')
+ANEW = 'prepare the dataset anew'
 
 
 class Encoded(NamedTuple):
@@ -89,11 +90,8 @@ class Documents:
       self._bytes.append(_open_column(path.format('bytes'), np.dtype(np.int64), count))
       column = _open_column(path.format('ends'), np.dtype(np.int64), count)
       ends.append(column.read(0, count))
-      if ends[-1][-1] != shard['tokens'] or np.any(np.diff(ends[-1], prepend=0) <= 0):
-        raise UserError(
-          f'{column.path} does not divide {shard["tokens"]} tokens into documents: prepare the '
-          'dataset anew.'
-        )
+      if ends[-1][-1] != (tokens := shard['tokens']) or np.any(np.diff(ends[-1], prepend=0) <= 0):
+        raise UserError(f'{column.path} does not divide {tokens} tokens into documents: {ANEW}.')
     empty = np.zeros(0, np.int64)
     self.lengths = np.concatenate([empty, *(np.diff(part, prepend=0) for part in ends)])
     self._ends = np.concatenate([empty, *ends])  # each in its own shard
@@ -149,11 +147,9 @@ class Dataset:
 
   def documents(self, domain: str, split: str) -> Documents:
     """The documents of one split; UserError when there is none, or its files are damaged."""
-    splits = self.splits(domain)
-    if split not in splits:
-      raise UserError(
-        f'{self.path} has no split {split!r} of the domain {domain}: it has {", ".join(splits)}.'
-      )
+    if split not in (splits := self.splits(domain)):
+      has = ', '.join(splits)
+      raise UserError(f'{self.path} has no split {split!r} of the domain {domain}: it has {has}.')
     shards = self.manifest['domains'][domain][split]['shards']
     dtype = token_dtype(self.manifest['tokenizer']['vocab_size'])
     return Documents(self.path / domain, shards, dtype)
@@ -171,7 +167,7 @@ class Dataset:
           for part, expected in shard['sha256'].items():
             path = self.path / domain / f'{shard["name"]}.{part}.npy'
             if file_hash(path) != expected:
-              raise UserError(f'{path} has changed since it was written: prepare the dataset anew.')
+              raise UserError(f'{path} has changed since it was written: {ANEW}.')
 
 
 def open_dataset(path: str | os.PathLike) -> Dataset:
@@ -185,7 +181,7 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
   facts = manifest['tokenizer']
   file = folder / facts['file']
   if not file.is_file() or hashlib.sha256(read_file(file)).hexdigest() != facts['hash']:
-    raise UserError(f'{file} is missing or not the tokenizer of {MANIFEST}: prepare anew.')
+    raise UserError(f'{file} is missing or not the tokenizer of {MANIFEST}: {ANEW}.')
   dataset = Dataset(folder, manifest)
   for domain in dataset.domains:
     for split in dataset.splits(domain):
@@ -207,16 +203,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
       f'{folder} is not a prepared dataset (it has no {MANIFEST}): run python -m bam_jax.prepare.'
     ) from error
   except (OSError, ValueError) as error:
-    raise UserError(f'{path} cannot be read ({error}): prepare the dataset anew.') from error
+    raise UserError(f'{path} cannot be read ({error}): {ANEW}.') from error
   version = manifest.get('format') if isinstance(manifest, dict) else None
   if not isinstance(version, int):
-    raise UserError(f'{path} is not the manifest of a prepared dataset: prepare the dataset anew.')
+    raise UserError(f'{path} is not the manifest of a prepared dataset: {ANEW}.')
   if version > FORMAT:
     raise UserError(f'{path} has format {version}, newer than {FORMAT}: upgrade bam_jax.')
   try:
     _check_manifest(manifest)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UserError(f'{path} is damaged ({error!r}): prepare the dataset anew.') from error
+    raise UserError(f'{path} is damaged ({error!r}): {ANEW}.') from error
   return manifest
 
 
@@ -278,14 +274,13 @@ def _open_column(path: str, dtype: np.dtype, size: int) -> Column:
   try:
     array = np.load(path, mmap_mode='r')  # reads the header, and compares sizes
   except FileNotFoundError as error:
-    raise UserError(f'{path} is missing: prepare the dataset anew.') from error
+    raise UserError(f'{path} is missing: {ANEW}.') from error
   except (OSError, ValueError, EOFError) as error:
-    raise UserError(f'{path} is cut short or not an array: prepare the dataset anew.') from error
+    raise UserError(f'{path} is cut short or not an array: {ANEW}.') from error
   found, shape = getattr(array, 'dtype', None), getattr(array, 'shape', ())
   if found != dtype or shape != (size,):
     raise UserError(
-      f'{path} holds {found}{list(shape)} where the manifest promises {dtype}[{size}]: prepare the '
-      'dataset anew.'
+      f'{path} holds {found}{list(shape)} where the manifest promises {dtype}[{size}]: {ANEW}.'
     )
   return Column(path, dtype, array.offset)
 

@@ -81,7 +81,9 @@ def test_read_is_a_slice(made, copy):
 
 
 @hypothesis.settings(
-  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], max_examples=30
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+  max_examples=30,
+  deadline=None,
 )
 @hypothesis.given(
   lengths=st.lists(st.integers(2, 40), min_size=1, max_size=30),

@@ -31,6 +31,7 @@ def sentence_piece():
   return model.getvalue()
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(st.text())
 @hypothesis.example('<|bos|>a<|eos|>')
 @hypothesis.example(' \t\r\n  ١٢٣ é é \x00 🧬\u2028')
