@@ -20,17 +20,10 @@ from bam_jax import checkpoint, config
 from bam_jax.errors import UserError
 from bam_jax.evaluate import windows as windows_lib
 from bam_jax.evaluate.windows import Batch, Window
-from bam_jax.model import block, parameters, transformer
+from bam_jax.model import parameters, transformer
 from bam_jax.parallel import sharding
 
 MAX_LOGITS = 2**25  # float32, of a device at once
-
-
-class Choices(NamedTuple):
-  """What one router did with each token; after the scan over layers with a leading axis L."""
-
-  gate_BTE: jax.Array  # of all the experts, before the top-k
-  load_BTE: jax.Array  # share of the token that went to expert i: gates if soft, else choices / k
 
 
 class Scores(NamedTuple):
@@ -38,7 +31,9 @@ class Scores(NamedTuple):
 
   nll_BT: jax.Array  # negative log-likelihood, float32 nats
   greedy_BT: jax.Array  # whether it is the most probable one
-  routing: block.Routing  # of the tokens that were read: `Choices`, or None without such a router
+  # By router, of the tokens that were read: the gates of all the experts, before the top-k, and the
+  # share of the token that went to each; both LBTE.
+  routing: dict[str, tuple[jax.Array, jax.Array]]
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'dtype', 'mesh'))
@@ -67,7 +62,9 @@ def score(
     hidden_BTD, routing = network.hidden(
       params, inputs_BT, segments_BT, positions_BT, per_token=True
     )
-    routing = block.Routing(*(c and Choices(c.gates_BTE, c.load_BTE) for c in routing))
+    routing = {
+      name: (made.gates_BTE, made.load_BTE) for name, made in routing._asdict().items() if made
+    }
     tied = model.tied_embeddings
     name, leaf, axis = ('embed', 'table', 0) if tied else ('unembed', 'kernel', 1)
     kernel = layout.gather(params[name][leaf].astype(dtype), 'fsdp', dimension=axis)
@@ -84,9 +81,8 @@ def score(
     return Scores(nll_N.reshape(shape), greedy_N.reshape(shape), routing)
 
   rows, of_layers = sharding.BATCH, P(None, *sharding.BATCH)
-  choices = Choices(of_layers, of_layers)
-  experts = model.attention_experts, model.ffn_experts
-  routing = block.Routing(*(choices if section else None for section in experts))
+  routers = {'attention': model.attention_experts, 'ffn': model.ffn_experts}
+  routing = {name: (of_layers, of_layers) for name, experts in routers.items() if experts}
   in_specs = layout.specs(network.abstract()), rows, rows
   return layout.spread(run, in_specs, Scores(rows, rows, routing))(params, tokens_BS, length_B)
 
@@ -197,7 +193,7 @@ class Scorer:
       arrays = (jax.device_put(array, place) for array in (batch.tokens_BS, batch.length_B))
       scores = self._score(self._params, *arrays)
       if not routing:
-        scores = scores._replace(routing=block.Routing(None, None))
+        scores = scores._replace(routing={})
       running.append((batch, scores))
     while running:
       yield from self._finish(windows, *running.popleft(), progress)
@@ -205,13 +201,12 @@ class Scorer:
   def _finish(self, windows, batch, scores, progress) -> Iterator[tuple[int, Scored]]:
     """Waits for the scores of a batch."""
     scores = jax.device_get(scores)
-    routers = {name: x for name, x in scores.routing._asdict().items() if x is not None}
     for row, number in enumerate(batch.numbers):
       window = windows[number]
       scored = slice(window.first - 1, len(window.tokens) - 1)
       routing = {
-        name: Routed(choices.gate_BTE[:, row, scored], choices.load_BTE[:, row, scored])
-        for name, choices in routers.items()
+        name: Routed(*(x_LBTE[:, row, scored] for x_LBTE in pair))
+        for name, pair in scores.routing.items()
       }
       yield number, Scored(scores.nll_BT[row, scored], scores.greedy_BT[row, scored], routing)
     progress(len(batch.numbers))
