@@ -35,7 +35,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from bam_jax import cli, config
+from bam_jax import cli
 from bam_jax.errors import UserError
 from bam_jax.evaluate import comparison, corpus, session
 from bam_jax.tasks import session as tasks_session
@@ -46,7 +46,7 @@ _CHECKPOINT = flags.DEFINE_multi_string(
 _DATA = flags.DEFINE_multi_string(
   'data', [], 'A prepared folder, or DOMAIN=PATH of text, jsonl or parquet; may be repeated.'
 )
-_SPLIT = flags.DEFINE_string('split', 'valid', 'Of prepared folders, and of marked files.')
+_SPLIT = flags.DEFINE_string('split', 'valid', 'Split of prepared folders, and of marked files.')
 _TEXT_FIELD = flags.DEFINE_string('text_field', 'text', 'JSON field or Parquet column of the text.')
 _MAX_DOCUMENTS = flags.DEFINE_integer(
   'max_documents', None, 'The first documents of each domain, or of each task.', lower_bound=1
@@ -62,9 +62,9 @@ _DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16'], 'Default: float32 on CPU, bfloat16 elsewhere.'
 )
 _MESH = flags.DEFINE_list('mesh', [], 'Devices along axes: data=2,fsdp=4.')
-_RESAMPLES = flags.DEFINE_integer('resamples', 1000, 'Of the bootstrap.', 1, 10**6)
-_CONFIDENCE = flags.DEFINE_float('confidence', 0.95, 'Of the intervals.', 0.0, 1.0)
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the bootstrap, or of draws.', lower_bound=0)
+_RESAMPLES = flags.DEFINE_integer('resamples', 1000, 'Resamples of the bootstrap.', 1, 10**6)
+_CONFIDENCE = flags.DEFINE_float('confidence', 0.95, 'Level of the intervals.', 0.0, 1.0)
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the bootstrap, or of sampling.', lower_bound=0)
 _ROUTING = flags.DEFINE_string('routing', None, 'Folder for pictures and a page of the routers.')
 
 _TASKS = flags.DEFINE_list('tasks', [], 'In place of --data: tasks of lm-eval, .jsonl files.')
@@ -78,21 +78,26 @@ _ALLOW = flags.DEFINE_bool(
 
 def main() -> dict[str, Any]:
   """Compares what the flags ask for, and prints it."""
-  dtype = _DTYPE.value or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
-  mesh = cli.parse_mesh(_MESH.value)
+  shared = {
+    'dtype': _DTYPE.value or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16'),
+    'mesh': cli.parse_mesh(_MESH.value),
+    'batch_size': _BATCH.value,
+    'window': _WINDOW.value,
+    'seed': _SEED.value,
+  }
   if _TASKS.value:
-    return _tasks(dtype, mesh)
+    _refuse('with --tasks', _DATA, _SPLIT, _TEXT_FIELD, _STRIDE, _RESAMPLES, _CONFIDENCE, _ROUTING)
+    options = tasks_session.Options(
+      **shared,
+      few_shot=_FEW_SHOT.value,
+      max_documents=_MAX_DOCUMENTS.value,
+      allow_generated_code=_ALLOW.value,
+    )
+    return tasks_session.run(_CHECKPOINT.value, _TASKS.value, options)
   _refuse('without --tasks', _FEW_SHOT, _ALLOW)
   domains = corpus.read(_DATA.value, _SPLIT.value, _TEXT_FIELD.value, _MAX_DOCUMENTS.value)
   options = comparison.Options(
-    dtype=dtype,
-    mesh=mesh,
-    batch_size=_BATCH.value,
-    window=_WINDOW.value,
-    stride=_STRIDE.value,
-    resamples=_RESAMPLES.value,
-    confidence=_CONFIDENCE.value,
-    seed=_SEED.value,
+    **shared, stride=_STRIDE.value, resamples=_RESAMPLES.value, confidence=_CONFIDENCE.value
   )
   facts = session.run(_CHECKPOINT.value, domains, options, _ROUTING.value)
   return {'data': _DATA.value, 'split': _SPLIT.value} | facts
@@ -102,21 +107,6 @@ def _refuse(where: str, *unread: flags.FlagHolder) -> None:
   given = next((flag.name for flag in unread if flag.present), None)
   if given:
     raise UserError(f'--{given} has no effect {where}: leave it out.')
-
-
-def _tasks(dtype: str, mesh: config.Mesh) -> dict[str, Any]:
-  _refuse('with --tasks', _DATA, _SPLIT, _TEXT_FIELD, _STRIDE, _RESAMPLES, _CONFIDENCE, _ROUTING)
-  options = tasks_session.Options(
-    dtype=dtype,
-    mesh=mesh,
-    batch_size=_BATCH.value,
-    window=_WINDOW.value,
-    seed=_SEED.value,
-    few_shot=_FEW_SHOT.value,
-    max_documents=_MAX_DOCUMENTS.value,
-    allow_generated_code=_ALLOW.value,
-  )
-  return tasks_session.run(_CHECKPOINT.value, _TASKS.value, options)
 
 
 if __name__ == '__main__':

@@ -40,7 +40,7 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 takes the most probable token.')
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'Choose among this many words; 0 is all.')
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Choose among the words with this share of the mass.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Of all draws.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of all draws.')
 _SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Continuations of each prompt.', lower_bound=1)
 _STOP = flags.DEFINE_multi_string('stop', [], 'Text that ends a continuation; may be repeated.')
 _BATCH = flags.DEFINE_integer('batch_size', 8, 'Continuations at once, at most.', lower_bound=1)
