@@ -77,6 +77,7 @@ def test_a_mixture_and_its_record(runs, made):
   np.testing.assert_array_equal(values(made)['blocks/ffn/up'][:, 2], seed['blocks/ffn/up'])
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_nothing_that_is_taken_for_a_checkpoint(runs, made, tmp_path):
   output = tmp_path / 'mix'
   line = command(runs, output, '--experts=3', '--seed=5', '--name=bam')

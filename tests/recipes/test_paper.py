@@ -24,6 +24,11 @@ ROOT = Path(__file__).parents[2]
 ABLATIONS = ('btx_5', 'btx_6', 'btx_7', 'btx_8', 'btx_6_top3', 'bam_top1', 'bam_top2', 'sparse',
              'average', 'cm', 'dm')  # fmt: skip
 EVERY = ('small_590m', 'large_2b', *(f'ablations:{name}' for name in ABLATIONS))
+CASES = [  # a few by default
+  name if name in ('small_590m', 'large_2b', 'ablations:bam_top2', 'ablations:cm')
+  else pytest.param(name, marks=pytest.mark.slow)
+  for name in EVERY
+]  # fmt: skip
 BRANCHES = ('seed', 'code', 'law', 'math')
 ALL_DOMAINS = dict.fromkeys(('general', 'code', 'law', 'math'), 0.25)
 
@@ -51,7 +56,7 @@ def rows_of(name: str) -> dict[str, dict]:
   return {row['run']: row for row in accounting.account(load(name), against=against)['rows']}
 
 
-@pytest.mark.parametrize('name', EVERY)
+@pytest.mark.parametrize('name', CASES)
 def test_the_graph(name):
   recipe, nodes = load(name), resolve(name)
   assert tuple(nodes)[:4] == BRANCHES and 'btx' in nodes and len(nodes) > 5
@@ -77,8 +82,8 @@ def test_the_graph(name):
 
 
 @pytest.mark.parametrize('argument', [
-  '', pytest.param('main', marks=pytest.mark.slow), 'learning_rates', 'starts', 'budgets',
-  pytest.param('vocabulary', marks=pytest.mark.slow),
+  '', 'budgets', *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    'main', 'learning_rates', 'starts', 'vocabulary')),
 ])  # fmt: skip
 def test_runs_of_the_reproduction_differ_in_what_their_names_say(argument):
   recipe, rows = load(f'reproduction:{argument}'), rows_of(f'reproduction:{argument}')
@@ -196,9 +201,9 @@ def test_methods(name, run, expected):
   assert (made.method, made.experts, made.top_k, made.attention_top_k) == expected
 
 
-@pytest.mark.parametrize('name', ABLATIONS)
+@pytest.mark.parametrize('name', CASES[2:])
 def test_ablations_are_matched_by_data_or_by_compute(name):
-  recipe, rows = load(f'ablations:{name}'), rows_of(f'ablations:{name}')
+  recipe, rows = load(name), rows_of(name)
   budget = rows['btx']['budget_flops']
   for run in set(rows) - {*BRANCHES, 'btx'}:
     step = rows[run]['step_tokens'] * rows[run]['training_flops']['total']
@@ -210,6 +215,7 @@ def test_ablations_are_matched_by_data_or_by_compute(name):
       assert rows[run]['tokens'] == rows['btx']['tokens']
 
 
+@pytest.mark.slow
 def test_runs_of_one_name_are_one_run():
   """So that every ablation can share a workdir with the small recipe, and with the others."""
   known = {}
@@ -218,7 +224,7 @@ def test_runs_of_one_name_are_one_run():
       assert known.setdefault(run, node.identity) == node.identity
 
 
-@pytest.mark.parametrize('name', EVERY)
+@pytest.mark.parametrize('name', CASES)
 def test_smoke_keeps_the_structure(name):
   whole, small = resolve(name), resolve(name, 'smoke')
   assert list(whole) == list(small)

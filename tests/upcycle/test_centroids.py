@@ -137,7 +137,7 @@ def untrained(model: config.Model, path: str) -> sources.Source:
   return memory.source(model, params, path)
 
 
-@pytest.mark.parametrize('name', ['btx', 'bam'])
+@pytest.mark.parametrize('name', [pytest.param('btx', marks=pytest.mark.slow), 'bam'])
 def test_domains_go_to_their_own_experts_before_any_training(initial, dataset, name):
   made = initial(name)
   network = transformer.Network(made.node.model, made.node.run.compute)

@@ -36,7 +36,9 @@ def averaged(dense, method: str) -> set[str]:
   return {rule.target for rule in table if rule.how == 'mean'}
 
 
-@pytest.mark.parametrize('method', ['btx', 'bam_shared_kv', 'average'])
+@pytest.mark.parametrize(
+  'method', ['bam_shared_kv', pytest.param('average', marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize('weights', [(1.0, 2.0, 5.0), (2.0, 2.0, 2.0), None], ids=str)
 def test_a_weighted_mean_or_the_first_source(models, method, weights):
   dense = models['untied']
@@ -59,7 +61,7 @@ def changed_dimensions(path: str, before: np.ndarray, after: np.ndarray) -> list
   return [set(np.flatnonzero(row).tolist()) for row in odd]
 
 
-@pytest.mark.parametrize('method', ['btx', 'bam_kv_experts', 'sparse'])
+@pytest.mark.parametrize('method', ['bam_kv_experts', 'sparse'])
 def test_dropped_dimensions_are_one_choice_for_each_expert(models, method):
   dense = models['dense']
   plain = mix(dense, upcycle(method))
@@ -97,7 +99,7 @@ def test_dropped_weights_keep_their_mean_and_deviation(models, ratio):
       assert kurtosis == pytest.approx(3, abs=0.3), 'it is normal'
 
 
-@pytest.mark.parametrize('method', ['btx', 'bam_kv_experts', 'bam_shared_kv', 'sparse'])
+@pytest.mark.parametrize('method', ['bam_shared_kv', 'sparse'])
 def test_noise_is_added_to_copies_only(models, method):
   dense = dataclasses.replace(models['dense'], d_model=64, ffn_dim=128)
   plain = mix(dense, upcycle(method))
