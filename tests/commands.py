@@ -94,7 +94,7 @@ class Server:
   def run(
     self, module: str, *argv: str, folder: Path | None = None, seconds: int = SECONDS
   ) -> Outcome:
-    """What `python -m bam_jax.MODULE ARGV` does; a subcommand of `convert` is 'convert SUBCOMMAND'."""
+    """What `python -m bam_jax.MODULE ARGV` does; MODULE may be 'convert SUBCOMMAND'."""
     module, *subcommand = module.split()
     return Outcome(**self._ask(module, [*subcommand, *argv], folder, seconds))
 
