@@ -129,7 +129,7 @@ TABLES = {
     [Step(run, 'v5e:4x4', 2, 4, 4) for run in RUNS],
   ),
   'fsdp': (
-    'A plain mixture of 4 experts (BTX), parameters cut over all chips',
+    'A plain mixture of 4 experts (BTX), parameters sharded over all chips',
     [
       Step('btx', 'v5e:4x4', 2, 16, 1, 'matmuls'),
       Step('btx', 'v5e:4x4', 2, 16, 1),
@@ -138,7 +138,7 @@ TABLES = {
     ],
   ),
   'expert': (
-    'The same mixture with an expert a chip',
+    'The same mixture with one expert per chip',
     [Step('btx', 'v5p:2x2x2', 4, 2, 4, remat) for remat in ('matmuls', 'attention', 'full')],
   ),
   'pod': (
@@ -211,7 +211,7 @@ def make(title: str, rows: Sequence[Step | Token]) -> str:
   lines = [f'### {title}', '', f'{versions}. The first row:', '', '```', example, '```', '']
   lines += markdown(rows[0].columns, rows[0].names, body)
   if beside:
-    lines += ['', "What BAM's attention experts cost beside BTX:", '']
+    lines += ['', "Cost of BAM's attention experts relative to BTX:", '']
     lines += markdown(OVERHEAD, 1, beside)
   return '\n'.join(lines)
 
