@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bam_jax.errors import UserError
-from tools.reproduction import compare, facts, pages, paper, pictures
+from tools.reproduction import compare, facts, pages
 
 ROOT = Path(__file__).parent.parent.parent
 DOMAINS = ('general', 'code', 'law', 'math')
@@ -141,22 +141,6 @@ def test_a_specialist_is_compared_on_its_own_domain(seeds):
   assert cells(section, 'BTX')[1:] == ['−16.7%', '−33.3%', '−37.5%', '−50.0%', '−35.7%']
 
 
-@pytest.mark.parametrize(
-  'table, averages',
-  [
-    (paper.TABLE_1, dict(seed=13.91, code=15.70, law=37.40, math=20.12, btx=10.72, bam_kv=9.70,
-                         bam_kv_cm=10.00, bam_shared_kv=10.32, bam_shared_kv_cm=10.46)),
-    (paper.TABLE_6, dict(btx=10.72, bam_shared_kv_cm=10.47, bam_shared_top2=10.72,
-                         bam_shared_top1=10.81)),
-  ],
-)  # fmt: skip
-def test_the_papers_averages_are_those_of_its_columns(table, averages):
-  assert table.keys() == averages.keys()
-  for run, average in averages.items():
-    # Printed to two digits, of columns that are too.
-    assert sum(table[run].values()) / 4 == pytest.approx(average, abs=0.0051)
-
-
 def test_rows_beside_each_other_are_of_the_same_seeds(seeds):
   kv, short = 'BAM, KV experts against BTX', "BTX against BTX, on BAM's CM tokens"
   assert cells(pages.budgets(seeds), kv)[0] == '2'
@@ -165,29 +149,6 @@ def test_rows_beside_each_other_are_of_the_same_seeds(seeds):
   assert cells(section, kv) == ['1', *['+0.0%'] * 5] == cells(section, short)
   assert [seed['seed'] for seed in compare.alike(seeds, ['btx', 'no such'])] == [0, 1]
   assert [seed['seed'] for seed in compare.alike(seeds, ['btx', 'seed'])] == [0]
-  seeds[1]['runs']['law'] = seeds[1]['runs']['btx']
-  assert [seed['seed'] for seed in compare.alike(seeds, ['btx', 'seed', 'law'])] == [0]
-  assert compare.alike([], ['btx']) == []
-
-
-def test_the_page_of_this_project_can_be_drawn_with_any_runs(seeds, tmp_path):
-  text = (ROOT / 'docs' / 'results.md').read_text()
-  page = tmp_path / 'results.md'
-  page.write_text(text)
-  for some in ([], seeds):
-    drawn = text
-    for name, section in (pages.SECTIONS | pages.APART['vocabulary']).items():
-      content = section(some)
-      drawn = pages.replace(drawn, name, content, page)
-      rows = [line for line in content.splitlines()[2:] if not line.startswith('| *the paper*')]
-      if some:
-        assert name.endswith('made_with') or 'missing' in content
-      else:
-        found = {cell.strip() for row in rows for cell in row.split('|')[2:-1]}
-        assert found <= {'missing', '0', ''}, name
-    outside = lambda t: [part.split('<!-- end -->')[-1] for part in t.split('<!-- drawn: ')]
-    assert outside(drawn) == outside(text)
-    assert 'nan' not in drawn
 
 
 def test_the_pages_of_this_project_are_what_its_files_draw():
@@ -205,17 +166,6 @@ def test_the_pages_of_this_project_are_what_its_files_draw():
   assert set(shown) == {file.name for file in folder.glob('*.png')}
 
 
-@pytest.mark.slow
-def test_pictures_are_the_same_bytes_each_time(seeds, tmp_path):
-  names = ['against_btx.png', 'learning_rates.png', 'loss_curves.png', 'loss_against_btx.png',
-           'routing_btx.png', 'routing_bam_kv.png']  # fmt: skip
-  for folder in ('a', 'b'):
-    assert list(pictures.draw(seeds, tmp_path / folder)) == names
-  for name in names:
-    assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
-  assert pictures.draw([], tmp_path / 'none') == {}
-
-
 def test_what_cannot_be_compared_or_read_is_one_sentence(seeds, tmp_path):
   with pytest.raises(UserError, match=r'--workdir=1=.*its run \w+ is of seed 0'):
     facts.collect(1, tmp_path / 'r_0')
@@ -230,36 +180,24 @@ def test_what_cannot_be_compared_or_read_is_one_sentence(seeds, tmp_path):
     facts.collect(0, tmp_path / 'r_0')
 
 
-def results(*arguments):
-  command = [sys.executable, '-m', 'tools.results', *arguments]
-  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
 @pytest.mark.slow
 def test_the_commands(tmp_path):
-  work, folder, page = (
-    workdir(tmp_path / 'r', 0, RESULTS[0]),
-    tmp_path / 'results',
-    tmp_path / 'p.md',
-  )
+  def results(*arguments):
+    command = [sys.executable, '-m', 'tools.results', *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+  work, folder = workdir(tmp_path / 'r', 0, RESULTS[0]), tmp_path / 'results'
+  page, readme = tmp_path / 'results.md', tmp_path / 'README.md'
   page.write_text((ROOT / 'docs' / 'results.md').read_text())
-  readme = tmp_path / 'README.md'
   readme.write_text((ROOT / 'README.md').read_text())
   done = results('collect', f'--workdir=0={work}', f'--output={folder}')
   assert done.returncode == 0, done.stderr
-  apart = facts.collect(1, workdir(tmp_path / 'v', 1, RESULTS[1]))
-  facts.write(folder / 'vocabulary' / 'seed_1.json', apart)
+  flags = [f'--results={folder}', f'--page={page}', f'--readme={readme}', '--json=-']
   for _ in range(2):  # the second drawing changes nothing
-    done = results(
-      'draw', f'--results={folder}', f'--page={page}', f'--readme={readme}', '--json=-'
-    )
+    done = results('draw', *flags)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)['seeds'] == [0]
-    text = page.read_text()
-    assert '![Perplexity of each run against BTX](results/against_btx.png)' in text
-    assert text.count('- Seed 0: 1 x, jax 1.2.') == 1
-    drawn = text.split('<!-- drawn: vocabulary -->')[1].split('<!-- end -->')[0]
-    assert cells(drawn, 'BAM, KV experts') == ['1', *['+0.0%'] * 5]
+    assert page.read_text().count('- Seed 0: 1 x, jax 1.2.') == 1
     assert '| BTX | 11.25 | +0.0% |' in readme.read_text()
   done = results('collect', f'--workdir={work}')
   assert done.returncode == 2 and 'names no seed: write --workdir=0=' in done.stderr
