@@ -27,7 +27,7 @@ def test_a_signal_to_one_stops_all_at_one_step(text, undisturbed, tmp_path):
     both.processes[1].send_signal(signal.SIGTERM)
     ends = both.ends()
   assert [status for status, _ in ends] == [143, 143], ends
-  assert 'Stopped by SIGTERM; the same command goes on' in ends[0][1]
+  assert 'Stopped by SIGTERM; the same command resumes' in ends[0][1]
   assert ends[1][1] == ''
   with job(tmp_path, text, 2, MESH, '--runs=seed', steps=STEPS) as again:
     assert 'seed: resumes at step' in again.succeeds()[0]

@@ -71,7 +71,7 @@ def test_stopped_and_continued_elsewhere(folder, text, undisturbed, tmp_path, mo
     time.sleep(0.2)
   _, stderr = stopped.communicate(timeout=60)
   assert stopped.returncode == 128 + signal.SIGTERM, stderr
-  assert 'the same command goes on' in stderr
+  assert 'the same command resumes' in stderr
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   flags = ('--runs=seed,code', '--config.runs.code.watch.profile_from=5')
   resumed = run(text, folder, *flags)
@@ -129,7 +129,7 @@ def test_stopped_while_it_waits_for_a_lease(folder, text):
   _, stderr = waiting.communicate(timeout=60)
   assert waiting.returncode == 128 + signal.SIGINT
   assert time.monotonic() - asked < claims.LEASE_SECONDS / 2
-  assert stderr == 'Stopped by SIGINT; the same command goes on from here.\n'
+  assert stderr == 'Stopped by SIGINT; the same command resumes from here.\n'
   assert (folder / 'seed' / claims.NAME).read_text() == '['
 
 
