@@ -35,10 +35,8 @@ class FFNExperts(Section):
 
   def check(self):
     _check_top_k(self)
-    factor = self.capacity_factor
-    self.require(
-      not 0 < factor < 1, f'capacity_factor={factor} is neither 0 (dropless) nor at least 1.'
-    )
+    wrong = f'capacity_factor={self.capacity_factor} is neither 0 (dropless) nor at least 1.'
+    self.require(not 0 < self.capacity_factor < 1, wrong)
 
 
 def _check_top_k(experts: AttentionExperts | FFNExperts) -> None:

@@ -156,11 +156,9 @@ class Run(strict.Section):
     for domain, share in self.data.items():
       self.require(0 < share < math.inf, f'data[{domain!r}]={share} is not a positive share.')
     grad_accum_steps, parts = self.grad_accum_steps, self.mesh.batch_shards
-    self.require(
-      self.batch_size % (grad_accum_steps * parts) == 0,
-      f'batch_size={self.batch_size} is not a multiple of {grad_accum_steps=} times the {parts} '
-      'parts that mesh cuts a batch into.',
-    )
+    fits = self.batch_size % (grad_accum_steps * parts) == 0
+    factors = f'{grad_accum_steps=} times the {parts} parts that mesh cuts a batch into'
+    self.require(fits, f'batch_size={self.batch_size} is not a multiple of {factors}.')
 
 
 @dataclass(frozen=True)
@@ -212,26 +210,19 @@ class Recipe(strict.Section):
     self.require(self.runs, 'runs={} names no run.')
     for name, run in self.runs.items():
       plain = name.replace('_', '').replace('-', '').isalnum() and name not in ('data', 'report')
-      self.require(
-        plain,
-        f'runs has the name {name!r}: use letters, digits, "-", "_"; "data", "report" are taken.',
-      )
+      fix = 'use letters, digits, "-", "_"; "data", "report" are taken.'
+      self.require(plain, f'runs has the name {name!r}: {fix}')
+      key, steps, tokens = f'runs.{name}', self.total_steps(name), run.tokens
       for source in parents(run):
-        wrong = f'runs.{name}.init names {source!r}, which is not one of {[*self.runs]}.'
+        wrong = f'{key}.init names {source!r}, which is not one of {[*self.runs]}.'
         self.require(source in self.runs, wrong)
-      steps, tokens = self.total_steps(name), run.tokens
-      self.require(steps or not tokens, f'runs.{name}.{tokens=} is below one batch.')
+      self.require(steps or not tokens, f'{key}.{tokens=} is below one batch.')
       if not self.steps:  # which cuts warm-ups short too
-        warmup, longest = run.schedule.warmup_steps, max(steps, 1)
-        wrong = (
-          f'runs.{name}.schedule.warmup_steps={warmup} is above the {steps} steps of {tokens=}.'
-        )
-        self.require(warmup <= longest, wrong)
-        warmup = run.router_warmup_steps
-        wrong = (
-          f'runs.{name}.router_warmup_steps={warmup} leaves none of the {steps} steps of {tokens=}.'
-        )
-        self.require(warmup < longest, wrong)
+        warmup, routers, of = run.schedule.warmup_steps, run.router_warmup_steps, f'{tokens=}'
+        wrong = f'{key}.schedule.warmup_steps={warmup} is above the {steps} steps of {of}.'
+        self.require(warmup <= max(steps, 1), wrong)
+        wrong = f'{key}.router_warmup_steps={routers} leaves none of the {steps} steps of {of}.'
+        self.require(routers < max(steps, 1), wrong)
 
   def step_tokens(self, name: str) -> int:
     """Tokens of one optimizer step of a run."""
@@ -244,26 +235,22 @@ class Recipe(strict.Section):
 
   def warmup_steps(self, name: str) -> int:
     """Warm-up of a run; at most half of a run that `steps` cut short."""
-    return self._cut(self.runs[name].schedule.warmup_steps, name)
+    return self._shrunk(self.runs[name].schedule.warmup_steps, name)
 
   def router_warmup_steps(self, name: str) -> int:
     """Steps of a run in which only routers learn; at most half of one that `steps` cut short."""
-    return self._cut(self.runs[name].router_warmup_steps, name)
+    return self._shrunk(self.runs[name].router_warmup_steps, name)
 
-  def _cut(self, warmup: int, name: str) -> int:
-    total = self.total_steps(name)
-    is_cut = total < self.runs[name].tokens // self.step_tokens(name)
-    return min(warmup, total // 2) if is_cut else warmup
+  def _shrunk(self, warmup: int, name: str) -> int:
+    total, tokens = self.total_steps(name), self.runs[name].tokens
+    return min(warmup, total // 2) if total < tokens // self.step_tokens(name) else warmup
 
 
 def parents(run: Run) -> tuple[str, ...]:
   """The runs whose final parameters a run starts from."""
-  match run.init:
-    case FromRun(parent):
-      return (parent,)
-    case FromUpcycle(upcycle):
-      return upcycle.sources
-  return ()
+  if isinstance(run.init, FromRun):
+    return (run.init.run,)
+  return run.init.upcycle.sources if isinstance(run.init, FromUpcycle) else ()
 
 
 def parse(config: Mapping) -> Recipe:
@@ -277,10 +264,10 @@ def complete(config: Mapping) -> ConfigDict:
   A key that is there can be set on the command line: `--config.runs.seed.compute.dtype=bfloat16`.
   Keys keep the order in which the recipe writes them.
   """
-  return _config_dict(strict.to_dict(parse(config)))
 
+  def convert(value):
+    if not isinstance(value, dict):
+      return tuple(value) if isinstance(value, list) else value
+    return ConfigDict({key: convert(item) for key, item in value.items()}, sort_keys=False)
 
-def _config_dict(value):
-  if not isinstance(value, dict):
-    return tuple(value) if isinstance(value, list) else value
-  return ConfigDict({key: _config_dict(item) for key, item in value.items()}, sort_keys=False)
+  return convert(strict.to_dict(parse(config)))

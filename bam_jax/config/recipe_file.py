@@ -30,10 +30,8 @@ def read(flag: flags.FlagHolder, name: str) -> recipe.Recipe:
       raise UserError(f'--config={name} cannot be read: name a recipe, FILE.py.') from None
     raise UserError(explain([f'--config={name}'], error)) from None
   except AttributeError:
-    found = type(flag.value).__name__
-    raise UserError(
-      f'get_config of --config={name} returns a {found} instead of config.complete(...).'
-    ) from None
+    found = f'returns a {type(flag.value).__name__} instead of config.complete(...).'
+    raise UserError(f'get_config of --config={name} {found}') from None
   return recipe.parse(plain)
 
 

@@ -12,7 +12,6 @@ from bam_jax.errors import UserError
 
 MAX_SIZE = 2**31 - 1  # of one dimension: what a 32-bit index reaches
 
-
 # A key's bounds: (lowest, highest) in its annotation.
 Size = Annotated[int, (1, MAX_SIZE)]
 Count = Annotated[int, (0, math.inf)]
@@ -20,6 +19,8 @@ PositiveInt = Annotated[int, (1, math.inf)]
 Positive = Annotated[float, (math.ulp(0.0), math.inf)]
 NonNegative = Annotated[float, (0, math.inf)]
 Fraction = Annotated[float, (0, 1)]
+
+_KINDS = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'a string'}
 
 
 def require(condition: object, message: str) -> None:
@@ -31,31 +32,30 @@ def require(condition: object, message: str) -> None:
 class Section:
   """A group of keys: a frozen dataclass whose numbers keep to the bounds of their annotations."""
 
+  require = staticmethod(require)
+
   def __post_init__(self):
     for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
       for low, high in getattr(hint, '__metadata__', ()):
-        _check_bounds(name, getattr(self, name), low, high)
+        value = getattr(self, name)
+        require(math.isfinite(value), f'{name}={value} is not a finite number.')
+        wrong = 'not positive' if 0 < low < 1 else f'below {low}'
+        wrong = wrong if high == math.inf else f'not between {low} and {high}'
+        require(low <= value <= high, f'{name}={value} is {wrong}.')
     self.check()
 
   def check(self) -> None:
     """Raises UserError where keys do not fit together."""
 
-  require = staticmethod(require)
-
 
 def from_dict[T](cls: type[T], value: Any, key: str) -> T:
-  """Builds the dataclass `cls` from nested mappings.
+  """Builds the dataclass `cls` from nested mappings; `key` is the dotted name of `value`.
 
-  Args:
-    cls: its annotations are scalars, literals, tuples, mappings, unions or other dataclasses; a
-      field's metadata 'key' is its name in the mapping.
-    value: the mapping.
-    key: the dotted name of `value`, for messages.
-
-  Raises:
-    UserError: names a key that is unknown or missing, or whose type or value is wrong.
+  Annotations are scalars, literals, tuples, mappings, unions or other dataclasses; a field's
+  metadata 'key' is its name in the mapping. UserError names a key that is unknown or missing, or
+  whose type or value is wrong.
   """
-  require(isinstance(value, Mapping), f'{key} must be a group of keys, not {value!r}.')
+  _check_group(value, key)
   hints = typing.get_type_hints(cls)
   fields = {_name(f): f for f in dataclasses.fields(cls)}
   for name in value:
@@ -67,9 +67,8 @@ def from_dict[T](cls: type[T], value: Any, key: str) -> T:
   for name, f in fields.items():
     if name in value:
       arguments[f.name] = _value(hints[f.name], value[name], f'{key}.{name}')
-    else:
-      required = f.default is f.default_factory is dataclasses.MISSING
-      require(not required, f'{key}.{name} is missing.')
+    elif f.default is f.default_factory is dataclasses.MISSING:
+      raise UserError(f'{key}.{name} is missing.')
   try:
     return cls(**arguments)
   except UserError as error:
@@ -82,9 +81,7 @@ def to_dict(value: Any) -> Any:
     return {_name(f): to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
   if isinstance(value, Mapping):
     return {name: to_dict(item) for name, item in value.items()}
-  if isinstance(value, tuple | list):
-    return [to_dict(item) for item in value]
-  return value
+  return [to_dict(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def differences(old: Any, new: Any, key: str = '') -> list[str]:
@@ -99,44 +96,46 @@ def differences(old: Any, new: Any, key: str = '') -> list[str]:
   return found
 
 
-def _check_bounds(name: str, value: float, low: float, high: float) -> None:
-  require(math.isfinite(value), f'{name}={value} is not a finite number.')
-  if high < math.inf:
-    require(low <= value <= high, f'{name}={value} is not between {low} and {high}.')
-  is_below = 'not positive' if 0 < low < 1 else f'below {low}'
-  require(low <= value, f'{name}={value} is {is_below}.')
-
-
 def _name(f: dataclasses.Field) -> str:
   return f.metadata.get('key', f.name)
 
 
+def _check_group(value: Any, key: str) -> None:
+  require(isinstance(value, Mapping), f'{key} must be a group of keys, not {value!r}.')
+
+
 def _value(hint: Any, value: Any, key: str) -> Any:
   origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+  if dataclasses.is_dataclass(hint):
+    return from_dict(hint, value, key)
   if origin in (typing.Union, types.UnionType):
     return _union(arguments, value, key)
   if origin is Literal:
-    words = ', '.join(map(repr, arguments))
-    require(
-      isinstance(value, str) and value in arguments, f'{key}={value!r} is not one of {words}.'
-    )
+    known = isinstance(value, str) and value in arguments
+    require(known, f'{key}={value!r} is not one of {", ".join(map(repr, arguments))}.')
     return value
   if origin is tuple:
     require(isinstance(value, list | tuple), f'{key} must be a list, not {value!r}.')
     return tuple(_value(arguments[0], item, f'{key}[{i}]') for i, item in enumerate(value))
   if origin is Mapping:
-    require(isinstance(value, Mapping), f'{key} must be a group of keys, not {value!r}.')
+    _check_group(value, key)
     return {str(n): _value(arguments[1], item, f'{key}.{n}') for n, item in value.items()}
-  if dataclasses.is_dataclass(hint):
-    return from_dict(hint, value, key)
-  return _scalar(hint, value, key)
+  if hint is int and isinstance(value, float) and value.is_integer():
+    value = int(value)
+  is_int = isinstance(value, int) and not isinstance(value, bool)
+  require(not is_int or abs(value) < 2**63, f'{key} is past 64 bits: choose a smaller number.')
+  if hint is float and is_int:
+    return float(value)
+  fits = is_int if hint is int else isinstance(value, hint)
+  require(fits, f'{key} must be {_KINDS[hint]}, not {value!r}.')
+  return value
 
 
 def _union(hints: tuple, value: Any, key: str) -> Any:
   """The one alternative that a value is meant for: None, a word, a scalar, or a group of keys."""
-  if value is None and type(None) in hints:
-    return None
   others = [hint for hint in hints if hint is not type(None)]
+  if value is None and len(others) < len(hints):
+    return None
   if len(others) == 1:
     return _value(others[0], value, key)
   choices = []
@@ -151,18 +150,3 @@ def _union(hints: tuple, value: Any, key: str) -> Any:
     else:
       choices += map(repr, typing.get_args(hint))
   raise UserError(f'{key}={value!r} is none of these: {"; ".join(choices)}.')
-
-
-_NAMES = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'a string'}
-
-
-def _scalar(hint: type, value: Any, key: str) -> Any:
-  if hint is int and isinstance(value, float) and value.is_integer():
-    value = int(value)
-  is_large = isinstance(value, int) and abs(value) >= 2**63
-  require(not is_large, f'{key} is past 64 bits: choose a smaller number.')
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-    raise UserError(f'{key} must be {_NAMES[hint]}, not {value!r}.')
-  return value

@@ -35,16 +35,15 @@ class Upcycle(Section):
     sources, weights, num_experts = list(self.sources), list(self.weights), self.num_experts
     self.require(len(set(sources)) == len(sources), f'from={sources} names a source twice.')
     sparse, average = self.method == 'sparse', self.method == 'average'
-    fits = len(sources) == 1 if sparse else len(sources) >= 2
     wanted = 'exactly one source' if sparse else 'at least two sources'
     found = f'from={sources} has {len(sources)}: method {self.method!r}'
+    fits = len(sources) == 1 if sparse else len(sources) >= 2
     self.require(fits, f'{found} needs {wanted}.')
     few = f'{num_experts=} is too few for {self.method!r}: say how many copies.'
     self.require(num_experts or not sparse, few)
-    self.require(
-      not num_experts or num_experts >= len(sources),
-      f'{num_experts=} is below the {len(sources)} sources of from={sources}: each is an expert.',
-    )
+    few = f'{num_experts=} is below the {len(sources)} sources of from={sources}'
+    enough = not num_experts or num_experts >= len(sources)
+    self.require(enough, f'{few}: each is an expert.')
     attention = self.method in ('bam_kv_experts', 'bam_shared_kv')
     experts = f'{self.experts} experts'
     zero, centroids = self.router_init == 'zero', self.router_init == 'centroids'
@@ -61,10 +60,9 @@ class Upcycle(Section):
     ):
       value = f'{key}={getattr(self, key)!r} has no meaning for method {self.method!r}'
       self.require(not given, f'{value}, {where}: leave it out.')
-    self.require(
-      self.average != 'weighted' or len(weights) == len(sources),
-      f"{weights=} has {len(weights)} numbers: average='weighted' needs one for each of {sources}.",
-    )
+    fits = self.average != 'weighted' or len(weights) == len(sources)
+    need = f"average='weighted' needs one for each of {sources}"
+    self.require(fits, f'{weights=} has {len(weights)} numbers: {need}.')
     for weight in weights:
       self.require(0 < weight < math.inf, f'{weights=} has {weight}, which is not positive.')
 
