@@ -25,18 +25,18 @@ from bam_jax.config import recipe_file
 from bam_jax.errors import UserError
 from bam_jax.parallel import compilation, sharding
 
-_JSON = flags.DEFINE_string('json', None, 'File for the facts as one JSON object, or "-": stdout.')
+_JSON = flags.DEFINE_string('json', None, 'File for the results as one JSON object; "-": stdout.')
 
 
 def run(main: Callable[..., dict[str, Any] | None], max_arguments: int = 0) -> None:
   """Parses the flags, calls `main(*arguments)`, and writes what it returns where `--json` says."""
 
   def guarded(argv: Sequence[str]) -> int | None:
-    if not flags.FLAGS['verbosity'].present:  # Orbax logs a traceback of what is told below
+    if not flags.FLAGS['verbosity'].present:  # Orbax logs a traceback of what is reported below
       logging.set_verbosity(logging.FATAL)
     try:
       for argument in argv[1 + max_arguments :]:
-        raise UserError(f'Unexpected argument {argument!r}: every option is a --flag=value.')
+        raise UserError(f'Unexpected argument {argument!r}: write options as --flag=value.')
       check_json(_JSON.value or '-')
       compilation.use_cache()
       facts = main(*argv[1:])
@@ -142,7 +142,7 @@ def parse_mesh(items: Sequence[str]) -> config.Mesh:
   for item in items:
     match = re.fullmatch(rf'({"|".join(sharding.AXES)})=([0-9]{{1,19}})', item)
     if not match or match[1] in sizes:
-      raise UserError(f'--mesh={item} is none of {", ".join(f"{a}=N" for a in sharding.AXES)}.')
+      raise UserError(f'--mesh={item} is not one of {", ".join(f"{a}=N" for a in sharding.AXES)}.')
     sizes[match[1]] = int(match[2])
   return config.Mesh(**sizes)
 
@@ -153,7 +153,7 @@ def command() -> str:
 
 
 def check_json(path: str) -> None:
-  """Creates the file of `--json` and its folder: a bad path is refused before hours of work."""
+  """Creates the file of `--json` and its folder: a bad path fails before hours of work."""
   with _json_errors(path):
     if path != '-':
       with contextlib.suppress(FileExistsError):
@@ -194,7 +194,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     for name, value in flags.FLAGS.flag_values_dict().items():
       bound = 2**63 if type(value) is int else math.inf
       if type(value) in (int, float) and not abs(value) < bound:
-        raise UserError(f'--{name} is not a finite number of 64 bits: choose another.')
+        raise UserError(f'--{name} is not a finite 64-bit number: choose another.')
     return arguments
   except Exception as error:
     message = str(error) if isinstance(error, UserError) else recipe_file.explain(argv, error)
@@ -209,7 +209,7 @@ def _reader_left(stream: TextIO) -> bool:
 
 
 def _discard(stream: TextIO) -> None:
-  """Sends buffered output nowhere; Python would try to write it at its exit, and complain."""
+  """Discards buffered output, which Python would try to write on exit, and fail."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -1,18 +1,19 @@
-"""Trains the runs of a recipe, in order, from where they stopped, and writes the report.
+"""Trains the runs of a recipe in order, resuming where they stopped, and writes the report.
 
     python -m bam_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
     python -m bam_jax.main --config=configs/quickstart.py --workdir=runs/quickstart --runs=seed,code
     python -m bam_jax.main --config=... --workdir=... --config.runs.seed.tokens=1000000
 
-Finished runs are skipped, unfinished ones resume at their newest checkpoint; Ctrl-C and SIGTERM
+Finished runs are skipped, unfinished ones resume from their newest checkpoint; Ctrl-C and SIGTERM
 save first and exit with 130 and 143. A recipe is Python code: run only those that you trust.
 
-On a pod of TPUs every host runs the same command; elsewhere several processes are one job with
+On a TPU pod every host runs the same command; elsewhere several processes form one job with
 
-    ... --coordinator=HOST:PORT --process_count=2 --process_id=0     # and another one with 1
+    ... --coordinator=HOST:PORT --process_count=2 --process_id=0     # and another with 1
 
-A signal to one of them stops all at one step, and they share the folder --workdir. When one is
-lost, the others end with status 1 or JAX's own; the same command goes on, on any number of them.
+All processes share the folder --workdir. A signal to one of them stops all after the same step.
+If one is lost, the others exit with status 1 or JAX's own; the same command resumes, on any number
+of processes.
 
 `--json` writes the report: `rows` (scores of each run by domain), `not_finished`, `pictures`.
 """
@@ -33,17 +34,19 @@ from bam_jax.reports import report
 from bam_jax.train import stop
 
 _CONFIG = cli.define_recipe()
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of runs and report; may be in gs://BUCKET.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder for runs and report; may be gs://BUCKET/...'
+)
 _RUNS = flags.DEFINE_list('runs', [], 'Names of the runs to train; default: all.')
 distributed.define_flags()
 
 
 @distributed.joined()
 def main() -> dict[str, Any] | None:
-  """Trains what the flags ask for, and reports."""
+  """Trains the selected runs and writes the report."""
   recipe, path = cli.read_recipe(_CONFIG), _WORKDIR.value
   if not path:
-    raise UserError('--workdir is required: the folder of the runs and of the report.')
+    raise UserError('--workdir is required: the folder for the runs and the report.')
   if '://' in path and not folders.in_bucket(path):
     raise UserError(f'--workdir={path} is neither a folder nor gs://BUCKET/FOLDER.')
   workdir = folders.at(path)
@@ -56,14 +59,14 @@ def main() -> dict[str, Any] | None:
     runner.execute(recipe, workdir, dataset, _RUNS.value)
   except stop.Stopped as stopped:
     if jax.process_index() == 0:
-      print(f'Stopped by {stopped}; the same command goes on from here.', file=sys.stderr)
+      print(f'Stopped by {stopped}; the same command resumes from here.', file=sys.stderr)
     sys.exit(128 + stopped.signum)
   if jax.process_index():
     return None
   runner.write_command(workdir, recipe, cli.command())
   facts = report.write(workdir, list(nodes))
   rich.console.Console(stderr=True).print(report.table(facts))
-  print(f'{workdir}/report/report.md has this, the costs and the pictures.', file=sys.stderr)
+  print(f'{workdir}/report/report.md has this table, the costs and the figures.', file=sys.stderr)
   return facts
 
 

@@ -4,8 +4,8 @@
     python -m bam_jax.prepare --input=law=acts/ --input=code=py.parquet --output=data/mine \\
       --tokenizer=tokenizer.json
 
-A run that was stopped goes on where it was; a finished one is left as it is. "decoded" is the share
-of the characters of a sample that come back from their tokens. `--json` writes the manifest:
+An interrupted run resumes; a finished dataset is left unchanged. "decoded" is the share of a
+sample's characters that survive encoding and decoding. `--json` writes the manifest:
 `domains.<domain>.<split>.{documents, tokens, bytes, skipped, shards}`, `decoded.<domain>`,
 `tokenizer`, `sources`, `left_out`, the options, and `output`, `seconds` and `already_prepared`.
 """
@@ -30,32 +30,32 @@ OPTIONS = (
 )  # fmt: skip
 
 _INPUT = flags.DEFINE_multi_string(
-  'input', [], 'DOMAIN=PATH, once for each domain, or one FOLDER whose entries are the domains.'
+  'input', [], 'DOMAIN=PATH, once for each domain, or one FOLDER with an entry for each domain.'
 )
-_OUTPUT = flags.DEFINE_string('output', None, 'Folder to make; unfinished work lies in it.partial.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Folder to create; until complete, OUTPUT.partial.')
 _TOKENIZER = flags.DEFINE_string(
   'tokenizer', None, 'A tokenizer.json, a SentencePiece .model, or a folder that holds one.'
 )
-_BOS = flags.DEFINE_string('bos_token', None, 'Begins documents; default: a well-known one.')
-_EOS = flags.DEFINE_string('eos_token', None, 'Ends documents; default: a well-known one.')
-flags.DEFINE_integer('train_tokenizer', None, 'Train byte-level BPE with so many tokens instead.')
-flags.DEFINE_integer('tokenizer_bytes', prepare.TOKENIZER_BYTES, 'Of each domain, to train it on.')
-flags.DEFINE_float('valid_fraction', prepare.VALID_FRACTION, 'Held out if no file is marked valid.')
+_BOS = flags.DEFINE_string('bos_token', None, 'Begins documents; default: a well-known token.')
+_EOS = flags.DEFINE_string('eos_token', None, 'Ends documents; default: a well-known token.')
+flags.DEFINE_integer('train_tokenizer', None, 'Train byte-level BPE with this vocabulary size.')
+flags.DEFINE_integer('tokenizer_bytes', prepare.TOKENIZER_BYTES, 'Bytes a domain to train it on.')
+flags.DEFINE_float('valid_fraction', prepare.VALID_FRACTION, 'Held out if no file is named valid*.')
 flags.DEFINE_string('text_field', 'text', 'JSON field or Parquet column of the text.')
-flags.DEFINE_integer('shard_tokens', prepare.SHARD_TOKENS, 'Tokens of a shard at most.')
-flags.DEFINE_float('min_decoded', prepare.MIN_DECODED, 'Characters that must come back, a share.')
-flags.DEFINE_integer('workers', 1, 'Processes; 1 uses the threads of this one.')
+flags.DEFINE_integer('shard_tokens', prepare.SHARD_TOKENS, 'Maximum tokens of a shard.')
+flags.DEFINE_float('min_decoded', prepare.MIN_DECODED, 'Minimum share of characters that survive.')
+flags.DEFINE_integer('workers', 1, 'Worker processes; 1 uses threads of this process.')
 
 
 def main() -> dict[str, Any]:
-  """Prepares the dataset that the flags ask for, and prints what it holds."""
+  """Prepares the dataset that the flags describe, and prints its contents."""
   if not _OUTPUT.value:
     raise UserError('--output is required: give --output=FOLDER.')
   start, domains, tokenizer = time.monotonic(), find_domains(_INPUT.value), None
   if _TOKENIZER.value:
     tokenizer = Tokenizer.load(_TOKENIZER.value, _BOS.value, _EOS.value)
   elif _BOS.value or _EOS.value:
-    raise UserError('--bos_token and --eos_token go with --tokenizer=PATH only.')
+    raise UserError('--bos_token and --eos_token require --tokenizer=PATH.')
   already = Path(_OUTPUT.value, 'manifest.json').exists()
   options = {name: flags.FLAGS[name].value for name in OPTIONS}
   with cli.bytes_bar('Reading') as progress:
@@ -77,11 +77,11 @@ def _print(facts: dict[str, Any], switched_off: Sequence[str]) -> None:
   columns = 'documents', 'tokens', 'bytes/token', 'skipped', 'decoded'
   console.print(cli.table(title, ('domain', 'split'), columns, rows))
   if lossy := [domain for domain, share in decoded.items() if share < LOSSLESS]:
-    console.print('WARNING: the tokenizer loses text (see decoded) of', ', '.join(lossy))
+    console.print('WARNING: the tokenizer loses text (see "decoded") in', ', '.join(lossy))
   if switched_off:
     console.print('Switched off in the tokenizer:', ', '.join(switched_off))
   if facts['left_out']:
-    console.print('Left out (test, or of an unknown kind):', ', '.join(facts['left_out']))
+    console.print('Left out (test split or unknown file type):', ', '.join(facts['left_out']))
   already = facts['already_prepared']
   console.print('Already prepared.' if already else f'Prepared in {facts["seconds"]:.1f} s.')
 

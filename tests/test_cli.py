@@ -57,7 +57,7 @@ def test_a_run_is_refused_before_it_begins(tmp_path):
 
 @pytest.mark.parametrize('size', ['²', '٣', '', '-1', '9' * 5000])
 def test_a_mesh_of_no_number(size):
-  with pytest.raises(UserError, match='^--mesh=data=.* is none of data=N'):
+  with pytest.raises(UserError, match='^--mesh=data=.* is not one of data=N'):
     cli.parse_mesh([f'data={size}'])
 
 

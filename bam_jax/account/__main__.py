@@ -1,4 +1,4 @@
-"""Counts what the runs of a recipe hold and cost; needs neither their data nor their devices.
+"""Counts parameters, FLOPs and memory of a recipe's runs; requires neither data nor devices.
 
     python -m bam_jax.account --config=configs/small_590m.py
     python -m bam_jax.account --config=configs/small_590m.py --run=bam_kv --context=256
@@ -8,18 +8,18 @@ Tables go to standard error, `--json` writes `recipe`, `context`, `against` and 
 a run, in the order of training:
   run, label, kind, method: as in the report of bam_jax.main.
   parameters, active_parameters: by part: `embeddings`, `norms`, `attention`, `ffn`, `routers`, and
-    `total`. Active is what one token meets: of routed experts the top-k.
+    `total`. Active parameters are those one token uses: of routed experts the top-k.
   forward_flops, training_flops: of one token, by the same parts; 2 for a multiply and add, matrix
     products only (`embeddings` is the logits), causal scores at half the context, nothing
     recomputed.
   layer_forward_flops: of one layer: `attention`, `ffn`, `routers`.
-  cache_bytes, cache_dtype: keys and values of one token, in the dtype that the run computes in.
+  cache_bytes, cache_dtype: keys and values of one token, in the run's compute dtype.
   mesh, devices, bytes_per_device: `parameters`, `gradients`, `optimizer` and `total`, float32;
-    activations come on top.
-  steps, step_tokens, tokens, budget_flops: what the run is trained for, in whole steps.
+    excluding activations.
+  steps, step_tokens, tokens, budget_flops: of the training, in whole steps.
   matched_tokens, matched_steps: with --against=RUN, what RUN's `budget_flops` buy for this run.
 
-docs/paper.md says where the paper's own counts are in error.
+docs/paper.md lists errors in the paper's own counts.
 """
 
 from typing import Any
@@ -39,8 +39,8 @@ _CONTEXT = flags.DEFINE_integer(
 
 
 def main() -> dict[str, Any]:
-  """Counts what the flags ask for, and prints it."""
-  # Counting holds no accelerator: another process may be training on it.
+  """Counts what the flags select, and prints it."""
+  # Counting must not occupy the accelerator: another process may be training on it.
   jax.config.update('jax_platforms', 'cpu')
   names = [_RUN.value] if _RUN.value else []
   recipe = cli.read_recipe(_CONFIG)

@@ -1,4 +1,4 @@
-"""Compiles a run's real step for TPUs that nobody has at hand, to train or to generate; reads it.
+"""Compiles a run's real train or decode step for TPUs that are not at hand, and analyses it.
 
     python -m bam_jax.aot --config=configs/large_2b.py --run=bam_kv --topology=v5p:4x4x4
     python -m bam_jax.aot --config=... --run=... --topology=v5e:4x4 --sequences_per_chip=2 --search
@@ -6,26 +6,26 @@
     python -m bam_jax.aot --config=... --run=... --topology=v5e:2x2 --phase=decode --context=272 \
         --config.runs.bam_kv.mesh.expert=4 --config.runs.bam_kv.mesh.fsdp=1
 
-Needs the TPU compiler on any Linux machine, `pip install 'jax[tpu]'`, and neither a TPU nor the
+Requires the TPU compiler on any Linux machine, `pip install 'jax[tpu]'`, but neither a TPU nor the
 recipe's data. Chips: v4, v5e, v5p, v6e. The mesh is the run's: `--config.runs.bam_kv.mesh.fsdp=16`.
-docs/aot.md says how to read the numbers and what they assume.
+docs/aot.md explains the numbers and their assumptions.
 
-Tables go to standard error. `--json` writes, of one step, FLOPs of all chips and the rest of one:
+Tables go to standard error. `--json` writes, for one step, FLOPs of all chips, all else per chip:
   phase, run, label, topology, slices, chips, mesh, compute, batch_size, grad_accum_steps,
     sequences_per_chip, sequence_length, versions: what was compiled.
   fits, reason, peak_bytes, hbm_limit_bytes, headroom_bytes, memory: `arguments`, `temporaries`,
     `outputs`, `aliased`; the peak is their sum, aliased outputs counted once. `reason` is the
-    compiler's, of a step that does not fit, and nothing below is known of it.
+    compiler's, for a step that does not fit; everything below is then unknown.
   model_flops, compiled_flops, flops_ratio, uncounted_kernels: `matmul`, `grouped` (rows at even
     load), `attention` and other kernels, `total`; over what the model needs without recomputation.
   hbm_bytes: read and written.
-  collectives: `kind`, `axes`, `count`, how many of them are `asynchronous`, `operand_bytes`,
+  collectives: `kind`, `axes`, `count`, `asynchronous` (how many of them), `operand_bytes`,
     `wire_bytes` sent by a chip, `seconds` on its links.
-  loops: `source`, `trips`, `times` that it is entered.
+  loops: `source`, `trips`, `times` (how often it is entered).
   seconds, mfu, tokens_per_second_per_chip: three bounds: `roofline` (all overlaps), `in_order`,
     `no_overlap`; seconds also of `compute`, `hbm`, `wire` by axes, `between_slices`.
-  lower_seconds, compile_seconds: of this machine.
-With --phase=decode a step is one token of each row, and there are no `compute`, `grad_accum_steps`,
+  lower_seconds, compile_seconds: on this machine.
+With --phase=decode a step is one token of each row. It does not have `compute`, `grad_accum_steps`,
 `sequences_per_chip`, `sequence_length`, `tokens_per_second_per_chip`. Instead:
   dtype, context, slots: what was compiled; tokens of a row, and the cache's room for them.
   needed_bytes, hbm_ratio: `weights` and `cache` that a chip must read; `hbm_bytes` over them.
@@ -33,7 +33,7 @@ With --phase=decode a step is one token of each row, and there are no `compute`,
 With --search:
   candidates, flags: what was compiled, best first: `mesh`, `remat`, `grad_accum_steps`,
     `sequences_per_chip`, `fits`, `peak_bytes`, `seconds`, `mfu`; and the overrides that give the
-    best, which all the rest describes.
+    best, which all other keys describe.
 """
 
 from typing import Any
@@ -48,31 +48,31 @@ from bam_jax.errors import UserError
 _CONFIG = cli.define_recipe()
 _RUN = flags.DEFINE_string('run', None, 'The run whose step to compile.')
 _PHASE = flags.DEFINE_enum('phase', 'train', ['train', 'decode'], 'Which step to compile.')
-_TOPOLOGY = flags.DEFINE_string('topology', None, 'Such as v5e:4x4 or v5p:4x4x4.')
-_SLICES = flags.DEFINE_integer('slices', 1, 'Equal slices of that topology.', lower_bound=1)
+_TOPOLOGY = flags.DEFINE_string('topology', None, 'For example v5e:4x4 or v5p:4x4x4.')
+_SLICES = flags.DEFINE_integer('slices', 1, 'Number of slices of that topology.', lower_bound=1)
 _SEQUENCES = flags.DEFINE_integer(
-  'sequences_per_chip', None, 'Of a step without accumulation; default: as the run says.', 1
+  'sequences_per_chip', None, 'For a step without accumulation; default: from the run.', 1
 )
-_BATCH = flags.DEFINE_integer('batch_size', 1, 'Decode: rows at once.', lower_bound=1)
+_BATCH = flags.DEFINE_integer('batch_size', 1, 'Decode: number of rows.', lower_bound=1)
 _CONTEXT = flags.DEFINE_integer(
   'context', None, "Decode: a row's prompt and new tokens; default: the recipe's.", lower_bound=1
 )
 _DTYPE = flags.DEFINE_enum(
-  'dtype', 'bfloat16', ['float32', 'bfloat16'], 'Decode: of weights, activations and cache.'
+  'dtype', 'bfloat16', ['float32', 'bfloat16'], 'Decode: dtype of weights, activations and cache.'
 )
 _SAVE = flags.DEFINE_string('save', None, 'File for the serialised executable.')
 _HLO = flags.DEFINE_string('hlo', None, "File for the optimized program's text.")
 _SEARCH = flags.DEFINE_bool('search', False, 'Search for mesh, remat and sequences a chip.')
 _SEARCH_SECONDS = flags.DEFINE_integer(
-  'search_seconds', 900, 'How long to search; a compilation begun is finished.', lower_bound=1
+  'search_seconds', 900, 'Time limit; a compilation in progress is finished.', lower_bound=1
 )
 _TRAIN, _DECODE = (_SEQUENCES, _SEARCH, _SEARCH_SECONDS), (_BATCH, _CONTEXT, _DTYPE)
 
 
 def main() -> dict[str, Any]:
-  """Compiles what the flags ask for, and prints what it found."""
-  jax.config.update('jax_platforms', 'cpu')  # compiling holds no accelerator
-  # What is compiled for devices that are not there is written to the cache and cannot be read back.
+  """Compiles the step that the flags select, and prints the analysis."""
+  jax.config.update('jax_platforms', 'cpu')  # compiling must not occupy the accelerator
+  # Programs for absent devices can be written to the cache but not read back.
   jax.config.update('jax_enable_compilation_cache', False)
   recipe = cli.read_recipe(_CONFIG)
   for flag in (_RUN, _TOPOLOGY):
@@ -83,7 +83,7 @@ def main() -> dict[str, Any]:
   other, unread = ('decode', _DECODE) if _PHASE.value == 'train' else ('train', _TRAIN)
   for flag in unread:
     if flag.present:
-      raise UserError(f'--{flag.name} needs --phase={other}: leave it out, or give that phase.')
+      raise UserError(f'--{flag.name} requires --phase={other}: remove it, or set that phase.')
   console, devices = cli.console(), target.devices()
   if _SEARCH.value:
     compiled, facts = search.search(

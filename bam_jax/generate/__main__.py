@@ -1,4 +1,4 @@
-"""Continues prompts with any checkpoint: dense, average or mixture.
+"""Generates continuations of prompts with any checkpoint: dense, average or mixture.
 
     python -m bam_jax.generate --checkpoint=runs/quickstart/bam_kv --prompt='The court '
     python -m bam_jax.generate --checkpoint=DIR --prompt='def f(x):' --temperature=0.8 --top_p=0.95
@@ -6,15 +6,15 @@
         --temperature=1 --json=samples.json
 
 A single continuation streams to standard output. `--mesh=expert=4` keeps each attention expert, its
-keys and values, and its share of the FFN experts on a device of its own; data and fsdp cut the rows
-of a batch, tensor heads and columns. A continuation ends with the tokenizer's EOS token, at a
-`--stop`, or after --max_new_tokens.
+keys and values, and its share of the FFN experts on a separate device; data and fsdp split the rows
+of a batch, tensor splits heads and columns. A continuation ends at the tokenizer's EOS token, at a
+`--stop` text, or after --max_new_tokens.
 
 `--json` writes `checkpoint`, `dtype`, `mesh`, and `rows`, in the order of the prompts:
-  prompt, sample: what was continued, and the number of the sample, from 0.
-  text, tokens: the continuation without what ended it; its tokens, those of a `--stop` included.
+  prompt, sample: the prompt, and the index of the sample, from 0.
+  text, tokens: the continuation without its end; its tokens, those of a `--stop` text included.
   reason: 'end', 'stop' or 'length'.
-With `--json=-` that alone is on standard output.
+With `--json=-` nothing else is written to standard output.
 """
 
 import signal
@@ -31,33 +31,35 @@ from bam_jax.generate import generator, text
 from bam_jax.generate.sampling import SamplingParams
 from bam_jax.parallel import compilation, sharding
 
-_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A run, one of its steps, or a conversion.')
+_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A run, a step, or an output of convert.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be repeated.')
-_PROMPTS = flags.DEFINE_string('prompts', None, 'A file: a prompt a line, or .jsonl with `prompt`.')
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-  'max_new_tokens', 128, 'Tokens of a continuation, at most.', lower_bound=1
+_PROMPTS = flags.DEFINE_string(
+  'prompts', None, 'A file: one prompt a line, or .jsonl with `prompt`.'
 )
-_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 takes the most probable token.')
-_TOP_K = flags.DEFINE_integer('top_k', 0, 'Choose among this many words; 0 is all.')
-_TOP_P = flags.DEFINE_float('top_p', 1.0, 'Choose among the words with this share of the mass.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Seed of all draws.')
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+  'max_new_tokens', 128, 'Maximum tokens of a continuation.', lower_bound=1
+)
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 selects the most probable token.')
+_TOP_K = flags.DEFINE_integer('top_k', 0, 'Sample from the k most probable tokens; 0: all.')
+_TOP_P = flags.DEFINE_float('top_p', 1.0, 'Sample from the top tokens with this probability mass.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the sampling.')
 _SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Continuations of each prompt.', lower_bound=1)
 _STOP = flags.DEFINE_multi_string('stop', [], 'Text that ends a continuation; may be repeated.')
-_BATCH = flags.DEFINE_integer('batch_size', 8, 'Continuations at once, at most.', lower_bound=1)
+_BATCH = flags.DEFINE_integer('batch_size', 8, 'Maximum continuations at once.', lower_bound=1)
 _DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16'], 'Default: float32 on CPU, bfloat16 elsewhere.'
 )
-_MESH = flags.DEFINE_list('mesh', [], 'Devices along axes: data=2,expert=4.')
+_MESH = flags.DEFINE_list('mesh', [], 'Devices along each axis: data=2,expert=4.')
 
 
 def main() -> dict[str, Any]:
-  """Continues what the flags ask for, and prints it."""
+  """Continues the prompts that the flags name, and prints the text."""
   if not _CHECKPOINT.value:
     raise UserError('--checkpoint=DIR is required.')
   params = SamplingParams(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
   if _SAMPLES.value > 1 and not params.temperature:
     raise UserError(
-      'The --num_samples are all the same at temperature 0: give --temperature=1, for example.'
+      '--num_samples are identical at temperature 0: set --temperature=1, for example.'
     )
   prompts = [*_PROMPT.value, *(text.read_prompts(_PROMPTS.value) if _PROMPTS.value else [])]
   if not prompts:
@@ -115,9 +117,9 @@ def _warn_of_length(loaded: generator.Loaded, longest: int) -> None:
   trained = loaded.meta.sequence_length
   if longest + _MAX_NEW_TOKENS.value > trained:
     print(
-      f'The longest prompt has {longest:,} tokens and may get {_MAX_NEW_TOKENS.value:,} more; the '
-      f'model was trained on sequences of {trained:,}, and what it writes past them may make '
-      'little sense.',
+      f'WARNING: the longest prompt has {longest:,} tokens plus up to {_MAX_NEW_TOKENS.value:,} '
+      f'new ones; the model was trained on sequences of {trained:,}, and text beyond that may be '
+      'poor.',
       file=sys.stderr,
     )
 

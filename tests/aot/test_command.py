@@ -33,11 +33,11 @@ MISTAKES = {
   'no such run': ((RECIPE, '--run=dense', '--topology=v5e:2x2'), '--run=dense is not in'),
   'a flag of decoding': (
     (RECIPE, '--run=seed', '--topology=v5e:2x2', '--context=99'),
-    '--context needs --phase=decode: leave it out, or give that phase',
+    '--context requires --phase=decode: remove it, or set that phase',
   ),
   'a flag of training': (
     (RECIPE, '--run=seed', '--topology=v5e:2x2', '--phase=decode', '--search'),
-    '--search needs --phase=train',
+    '--search requires --phase=train',
   ),
   'no such chip': ((RECIPE, '--run=seed', '--topology=v9:2x2'), '--topology=v9:2x2 is not CHIP'),
 }

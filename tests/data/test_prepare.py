@@ -333,7 +333,7 @@ def test_command_line(tmp_path):
   )
   assert result.returncode == 0 and 'the tokenizer loses text' in result.stderr
   result = run(*flags[:2], '--bos_token=x')
-  assert result.returncode == 2 and 'go with --tokenizer=PATH only' in result.stderr
+  assert result.returncode == 2 and 'require --tokenizer=PATH' in result.stderr
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ MISTAKES = {
   'other bytes': (('--checkpoint={}', b'--prompt=\xff\xfe'), 'is not UTF-8'),
   'same samples': (('--checkpoint={}', '--prompt=x', '--num_samples=2'), 'give --temperature=1'),
   'too many devices': (('--checkpoint={}', '--prompt=x', '--mesh=data=64'), 'shrink mesh'),
-  'another axis': (('--checkpoint={}', '--prompt=x', '--mesh=pods=2'), '--mesh=pods=2 is none of'),
+  'another axis': (('--checkpoint={}', '--prompt=x', '--mesh=pods=2'), '--mesh=pods=2 is not one of'),
   'an axis twice': (('--checkpoint={}', '--prompt=x', '--mesh=data=2,data=4'), '--mesh=data=4'),
 }
 
