@@ -164,6 +164,7 @@ def test_how_it_is_computed_changes_nothing(run, variant, how):
     assert (leaf.sharding.memory_kind == sharding.HOST) == on_host
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_and_keeps_float32(run):
   exact, exact_metrics, *_ = run('dense')
   state, metrics, *_ = run('dense', compute=config.Compute(dtype='bfloat16'))
