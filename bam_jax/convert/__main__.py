@@ -1,20 +1,20 @@
-"""Checkpoints in, checkpoints out; strict, and with little memory however large they are.
+"""Checkpoints in, checkpoints out: strict, streaming, in bounded memory.
 
     python -m bam_jax.convert upcycle --from=SEED --from=CODE --method=bam_kv_experts --output=DIR
     python -m bam_jax.convert inspect DIR [OTHER]
 
 Subcommands:
-  upcycle     dense checkpoints to a mixture's
-  import-hf   a folder for transformers to a checkpoint
-  export-hf   a checkpoint to a folder for transformers
-  inspect     what a checkpoint is, or how two differ
+  upcycle     mixes dense checkpoints into a mixture's checkpoint
+  import-hf   converts a Hugging Face model to a checkpoint
+  export-hf   converts a checkpoint to a Hugging Face model
+  inspect     describes a checkpoint, or compares two
 
-`python -m bam_jax.convert SUBCOMMAND --help` lists its flags. An --output is complete or not there.
+`python -m bam_jax.convert SUBCOMMAND --help` lists its flags. An --output is complete or absent.
 """
 
 from bam_jax import cli
 
-# Each is a module: its flags, its docstring for --help, and its `main`.
+# Each is a module with flags, a docstring for --help, and `main`.
 SUBCOMMANDS = {
   'upcycle': 'bam_jax.convert.upcycle',
   'import-hf': 'bam_jax.convert.import_hf',

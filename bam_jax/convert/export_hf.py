@@ -1,11 +1,12 @@
-"""A checkpoint to a folder that transformers loads, tokenizer included.
+"""Converts a checkpoint to a folder that transformers loads, tokenizer included.
 
     python -m bam_jax.convert export-hf --checkpoint=runs/mine/bam_kv --output=hf/bam_kv
 
-A dense model becomes CohereForCausalLM, which transformers knows. A mixture becomes BamForCausalLM,
-whose code is in the folder: AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
-README.md says what the model is, where it comes from and how to load it. Arrays stream through
-memory one layer of one expert at a time, without torch.
+A dense model becomes CohereForCausalLM, which transformers supports. A mixture becomes
+BamForCausalLM, with its code in the folder:
+AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True). The folder's README.md describes
+the model, its sources and how to load it. Arrays are streamed, one layer of one expert at a time,
+without torch.
 
 `--json` writes `output`, `seconds`, `architecture`, `dtype`, `tensors`, `bytes` and `files`.
 """
@@ -21,10 +22,10 @@ from bam_jax import cli
 from bam_jax.errors import UserError
 from bam_jax.hf import exporting
 
-_CHECKPOINT = flags.DEFINE_string('checkpoint', None, "A run's folder, or a checkpoint's.")
-_OUTPUT = flags.DEFINE_string('output', None, 'Folder to make.')
-_DTYPE = flags.DEFINE_enum('dtype', None, exporting.DTYPES, 'Of all but routers; default: as is.')
-_MAX_SHARD_SIZE = flags.DEFINE_string('max_shard_size', '5GB', 'Of a file: 500MB, 5GB.')
+_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A run, a step, or an output of convert.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Folder to create.')
+_DTYPE = flags.DEFINE_enum('dtype', None, exporting.DTYPES, 'Except routers; default: unchanged.')
+_MAX_SHARD_SIZE = flags.DEFINE_string('max_shard_size', '5GB', 'Of a file, such as 500MB or 5GB.')
 
 
 def main() -> dict[str, Any]:

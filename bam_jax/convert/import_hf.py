@@ -1,14 +1,14 @@
-"""A folder for transformers to a checkpoint that main, evaluate, generate and inspect read.
+"""Converts a Hugging Face model to a checkpoint for main, evaluate, generate and inspect.
 
     python -m bam_jax.convert import-hf --input=aya-expanse-8b/ --output=seeds/aya
 
 The folder holds config.json, tokenizer.json and safetensors, in one file or in several with their
 index, as `save_pretrained` or a download leaves them. It is read one tensor at a time, without
-torch, and nothing in it is run or unpickled. CohereForCausalLM fits without loss; so do
-Cohere2ForCausalLM, if every layer rotates positions and sees everything, and BamForCausalLM, which
-`export-hf` makes. Any other model is refused, with a sentence that says what does not fit.
+torch, and nothing in it is executed or unpickled. CohereForCausalLM is converted without loss, and
+so are Cohere2ForCausalLM, if every layer uses RoPE and full causal attention, and BamForCausalLM,
+the output of `export-hf`. Any other model is refused with an error that says what does not fit.
 
-A recipe starts from the result with init={'checkpoint': DIR}, its data prepared with the same
+A recipe starts from the result with init={'checkpoint': DIR}, with data prepared with the same
 tokenizer: python -m bam_jax.prepare --tokenizer=DIR/tokenizer.json.
 
 `--json` writes `output`, `seconds` and `meta`: the model, and under `manifest` a hash of every
@@ -28,10 +28,10 @@ from bam_jax.hf import importing
 from bam_jax.model import arithmetic
 
 _INPUT = flags.DEFINE_string('input', None, 'Folder of the model.')
-_OUTPUT = flags.DEFINE_string('output', None, 'Folder to make.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Folder to create.')
 _OPTIONS = (
-  flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'Of the arrays on disk.'),
-  flags.DEFINE_string('tokenizer', None, 'Its tokenizer, if not in that folder.'),
+  flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'Dtype on disk.'),
+  flags.DEFINE_string('tokenizer', None, 'Its tokenizer, if not in the folder.'),
   flags.DEFINE_string('bos_token', None, 'Begins documents; default: a well-known token.'),
   flags.DEFINE_string('eos_token', None, 'Ends documents; default: a well-known token.'),
 )

@@ -1,12 +1,11 @@
-"""What a checkpoint is, or how far two are apart.
+"""Describes a checkpoint, or compares two.
 
     python -m bam_jax.convert inspect DIR
     python -m bam_jax.convert inspect runs/mine/seed runs/mine/code
 
-Each is a run's folder (its newest checkpoint), a step's, or what `convert` made. Of two, A and B,
-every array is compared: ||A - B|| / ||A|| and the cosine of the angle between them; then every part
-of the model as a whole, which shows how far a specialist has moved from its seed, and where.
-Arrays are read a few pieces at a time.
+Each is a run's folder (its newest checkpoint), a step's, or an output of `convert`. Two, A and B,
+are compared array by array, by ||A - B|| / ||A|| and the cosine similarity; then by part of the
+model, which shows how far a specialist has moved from its seed, and where. Arrays are streamed.
 
 `--json` writes for one `checkpoint`, `meta`, `arrays` (`path`, `shape`, `dtype`, `bytes`, `mean`,
 `std`, `min`, `max` of the finite values, `not_finite` the number of the others) and `groups`; for
@@ -34,7 +33,7 @@ GROUPS = ('embeddings', 'norms', 'attention', 'ffn', 'routers')
 def main(*paths: str) -> dict[str, Any]:
   """Prints and returns the facts about one checkpoint, or the differences of two."""
   if not paths:
-    raise UserError('The path of a checkpoint is required, or of two to compare.')
+    raise UserError('The path of a checkpoint is required, or two paths to compare.')
   with cli.bytes_bar('Reading') as progress:
     facts = describe(*paths, progress) if len(paths) == 1 else compare(*paths, progress)
   console = cli.console()
@@ -82,7 +81,9 @@ def compare(a: str, b: str, progress: Callable[[int, int], None]) -> dict[str, A
       rows[name][f'{side}_dtype'] = str(spec.dtype) if spec else None
   alike = [name for name, row in rows.items() if row['a_shape'] == row['b_shape']]
   if not alike:
-    raise UserError(f'{a} and {b} have no array of one name and shape: nothing can be compared.')
+    raise UserError(
+      f'{a} and {b} have no array of the same name and shape: nothing can be compared.'
+    )
   for name, pieces in _pieces(readers, alike, progress):
     x, y = (piece.astype(np.float64).reshape(-1) for piece in pieces)
     products[name] += np.array([x @ x, y @ y, x @ y, (x - y) @ (x - y)])

@@ -1,12 +1,12 @@
-"""Dense checkpoints to a mixture's: a folder that main, evaluate, generate and inspect take.
+"""Mixes dense checkpoints into a mixture's checkpoint for main, evaluate, generate and inspect.
 
     python -m bam_jax.convert upcycle --from=runs/mine/seed --from=runs/mine/code \\
       --method=bam_kv_experts --output=mixtures/bam
 
-A source is a run's folder (its newest checkpoint) or a step's; its number is its expert's. Arrays
-stream through memory, a few matrices at a time. What does not fit is refused: another architecture
-or tokenizer, the same source twice, NaN, a full disk; --output is complete then or not there. A
-recipe trains the result with init={'checkpoint': DIR}; docs/options.md has the other options.
+A source is a run's folder (its newest checkpoint) or a step's; source i becomes expert i. Arrays
+are streamed, a few matrices at a time. Differing architectures or tokenizers, a repeated source,
+NaN and a full disk are errors; --output is complete or absent. A recipe trains the result with
+init={'checkpoint': DIR}; docs/options.md explains the options.
 
 `--json` writes `output`, `seconds` and `meta`: the model, and under `manifest` the sources with
 their hashes and what became of every array.
@@ -26,27 +26,27 @@ from bam_jax.upcycle import outputs, sources
 
 ROUTINGS = ('soft', 'top1', 'top2')  # attention_top_k is the index
 
-_FROM = flags.DEFINE_multi_string('from', [], 'A dense checkpoint; once for each, in order.')
+_FROM = flags.DEFINE_multi_string('from', [], 'A dense checkpoint; repeated, in order.')
 _METHOD = flags.DEFINE_enum('method', None, get_args(config.Method), 'How to mix them.')
-_OUTPUT = flags.DEFINE_string('output', None, 'Folder to make.')
-_EXPERTS = flags.DEFINE_integer('experts', 0, 'More than the sources: copies of the first.')
-_ATTENTION = flags.DEFINE_enum('attention_routing', 'soft', ROUTINGS, 'To attention experts.')
-_WEIGHTS = flags.DEFINE_list('weights', [], 'One for each source, for --average=weighted.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Folder to create.')
+_EXPERTS = flags.DEFINE_integer('experts', 0, 'If above the sources: adds copies.')
+_ATTENTION = flags.DEFINE_enum('attention_routing', 'soft', ROUTINGS, 'Over attention experts.')
+_WEIGHTS = flags.DEFINE_list('weights', [], 'One for each source, with --average=weighted.')
 # Keys of a recipe's `init.upcycle` under their own names.
 _KEYS = (
-  flags.DEFINE_integer('top_k', 1, 'FFN experts that a token visits.'),
+  flags.DEFINE_integer('top_k', 1, 'FFN experts for each token.'),
   flags.DEFINE_bool('renormalize', False, 'Divide the k gates by their sum.'),
   flags.DEFINE_float('capacity_factor', 0.0, 'Of the FFN experts; 0 is dropless.'),
-  flags.DEFINE_bool('expert_bias', False, "A bias that evens the FFN experts' loads."),
-  flags.DEFINE_enum('router_init', 'random', ('random', 'zero'), 'For centroids use a recipe.'),
-  flags.DEFINE_float('router_scale', 1.0, 'Deviation of random routers over 1 / sqrt(D).'),
+  flags.DEFINE_bool('expert_bias', False, "A bias that balances the FFN experts' loads."),
+  flags.DEFINE_enum('router_init', 'random', ('random', 'zero'), 'centroids: only in a recipe.'),
+  flags.DEFINE_float('router_scale', 1.0, 'Standard deviation of random routers times sqrt(D).'),
   flags.DEFINE_enum('average', 'mean', ('mean', 'weighted', 'first'), 'Of arrays without experts.'),
-  flags.DEFINE_float('drop_ratio', 0.0, 'Of the hidden dimensions of copies, drawn anew.'),
-  flags.DEFINE_float('noise', 0.0, 'Added to copies, in deviations of each array.'),
+  flags.DEFINE_float('drop_ratio', 0.0, 'Share of the hidden dimensions of copies to redraw.'),
+  flags.DEFINE_float('noise', 0.0, 'Added to copies, in standard deviations of each array.'),
 )
-_DTYPE = flags.DEFINE_enum('dtype', 'float32', sources.DTYPES, 'Of the arrays on disk.')
-_SEED = flags.DEFINE_integer('seed', 0, "Of what is drawn; or a recipe's.", 0, 2**32 - 1)
-_NAME = flags.DEFINE_string('name', '', "A recipe's run, to draw what it draws.")
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', sources.DTYPES, 'Dtype on disk.')
+_SEED = flags.DEFINE_integer('seed', 0, "Seed of the draws; or a recipe's seed.", 0, 2**32 - 1)
+_NAME = flags.DEFINE_string('name', '', "A recipe's run, to reproduce its draws.")
 
 
 def main() -> dict[str, Any]:

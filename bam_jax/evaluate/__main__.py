@@ -7,26 +7,26 @@
         --data=runs/mine/data --routing=routers/
     python -m bam_jax.evaluate --checkpoint=DIR --tasks=arc_easy,questions.jsonl --max_documents=100
 
-Each token of a document but its BOS is scored once, its EOS included; docs/evaluate.md says how.
-Scores do not depend on --batch_size, --mesh or --routing, to the last bit. Tables go to standard
-error; `--json` writes `data`, `split`, `dtype`, `mesh`, `confidence`, `resamples`, `seed`,
-`domains`, `notes`, `routing_page` (or null), and `rows`, one object a checkpoint, in order:
-  label, checkpoint, run, step, method, tokenizer_hash: which it is.
-  window, stride: tokens that are read at once, and from one window to the next.
+Every token of a document except BOS is scored once, EOS included; see docs/evaluate.md. Scores are
+bitwise independent of --batch_size, --mesh and --routing. Tables go to standard error; `--json`
+writes `data`, `split`, `dtype`, `mesh`, `confidence`, `resamples`, `seed`, `domains`, `notes`,
+`routing_page` (or null), and `rows`, one object a checkpoint, in order:
+  label, checkpoint, run, step, method, tokenizer_hash: identity.
+  window, stride: tokens read at once; tokens from one window's start to the next.
   domains (by name), overall: `documents`, `tokens`, `bytes`, `nll` (a sum, nats), and
     `nats_per_token`, `perplexity`, `bits_per_byte`, each with `value`, `low` and `high`, its
     interval by bootstrap over documents (null where a domain has a single one); `difference`: the
-    same three less the first row's (null in the first row; of checkpoints with another tokenizer
-    `bits_per_byte` alone).
-  experts: by router, where its experts come from.
+    same three minus the first row's (null in the first row; for checkpoints with another
+    tokenizer only `bits_per_byte`).
+  experts: by router, the source of each expert.
   routing: null without --routing or routers; by router and domain `gate`, `load` [layer][expert],
     `entropy` [layer] of the gates, nats, and `own_share` [layer], the load of the experts that the
     domain's specialist became (null without one).
 
-With `--tasks` in place of `--data` it writes `tasks`, `dtype`, `mesh`, `few_shot`, `max_documents`,
+With `--tasks` instead of `--data` it writes `tasks`, `dtype`, `mesh`, `few_shot`, `max_documents`,
 and `rows`, one object a checkpoint: checkpoint, run, step, method, tokenizer_hash, window, and
   tasks: by name `few_shot`, `questions`, and `metrics`, each with `value` and `stderr` (or null);
-    after the first checkpoint's also `difference` from it, with `difference_stderr`.
+    for later checkpoints also `difference` from the first, with `difference_stderr`.
   groups: by name the metrics over all of a group's questions.
 """
 
@@ -41,43 +41,43 @@ from bam_jax.evaluate import comparison, corpus, session
 from bam_jax.tasks import session as tasks_session
 
 _CHECKPOINT = flags.DEFINE_multi_string(
-  'checkpoint', [], 'A run, one of its steps, or a conversion; may be repeated.'
+  'checkpoint', [], 'A run, a step, or an output of convert; may be repeated.'
 )
 _DATA = flags.DEFINE_multi_string(
-  'data', [], 'A prepared folder, or DOMAIN=PATH of text, jsonl or parquet; may be repeated.'
+  'data', [], 'A prepared dataset, or DOMAIN=PATH of text, jsonl or parquet; may be repeated.'
 )
-_SPLIT = flags.DEFINE_string('split', 'valid', 'Split of prepared folders, and of marked files.')
+_SPLIT = flags.DEFINE_string('split', 'valid', 'Split of prepared datasets and of files so named.')
 _TEXT_FIELD = flags.DEFINE_string('text_field', 'text', 'JSON field or Parquet column of the text.')
 _MAX_DOCUMENTS = flags.DEFINE_integer(
-  'max_documents', None, 'The first documents of each domain, or of each task.', lower_bound=1
+  'max_documents', None, 'Maximum documents of each domain or task.', lower_bound=1
 )
 _WINDOW = flags.DEFINE_integer(
-  'window', None, 'Tokens read at once; default: the length trained at.', lower_bound=1
+  'window', None, 'Tokens read at once; default: the training length.', lower_bound=1
 )
 _STRIDE = flags.DEFINE_integer(
-  'stride', None, 'Tokens from one window to the next; default: the window.', lower_bound=1
+  'stride', None, "Tokens from one window's start to the next; default: the window.", lower_bound=1
 )
 _BATCH = flags.DEFINE_integer('batch_size', 16, 'Windows on the devices at once.', lower_bound=1)
 _DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16'], 'Default: float32 on CPU, bfloat16 elsewhere.'
 )
-_MESH = flags.DEFINE_list('mesh', [], 'Devices along axes: data=2,fsdp=4.')
+_MESH = flags.DEFINE_list('mesh', [], 'Devices along each axis: data=2,fsdp=4.')
 _RESAMPLES = flags.DEFINE_integer('resamples', 1000, 'Resamples of the bootstrap.', 1, 10**6)
 _CONFIDENCE = flags.DEFINE_float('confidence', 0.95, 'Level of the intervals.', 0.0, 1.0)
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the bootstrap, or of sampling.', lower_bound=0)
-_ROUTING = flags.DEFINE_string('routing', None, 'Folder for pictures and a page of the routers.')
+_ROUTING = flags.DEFINE_string('routing', None, 'Folder for figures and a page about the routers.')
 
-_TASKS = flags.DEFINE_list('tasks', [], 'In place of --data: tasks of lm-eval, .jsonl files.')
+_TASKS = flags.DEFINE_list('tasks', [], 'Instead of --data: tasks of lm-eval, .jsonl files.')
 _FEW_SHOT = flags.DEFINE_integer(
-  'few_shot', None, 'Solved questions before each one; default: as each task says.', 0, 1000
+  'few_shot', None, 'Solved examples before each question; default: from each task.', 0, 1000
 )
 _ALLOW = flags.DEFINE_bool(
-  'allow_generated_code', False, 'Tasks may run programs that the model writes, within limits.'
+  'allow_generated_code', False, 'Allow tasks to run programs written by the model, within limits.'
 )
 
 
 def main() -> dict[str, Any]:
-  """Compares what the flags ask for, and prints it."""
+  """Compares the checkpoints that the flags name, and prints the tables."""
   shared = {
     'dtype': _DTYPE.value or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16'),
     'mesh': cli.parse_mesh(_MESH.value),
@@ -106,7 +106,7 @@ def main() -> dict[str, Any]:
 def _refuse(where: str, *unread: flags.FlagHolder) -> None:
   given = next((flag.name for flag in unread if flag.present), None)
   if given:
-    raise UserError(f'--{given} has no effect {where}: leave it out.')
+    raise UserError(f'--{given} has no effect {where}: remove it.')
 
 
 if __name__ == '__main__':

@@ -55,15 +55,15 @@ class Place(NamedTuple):
 def define_flags() -> None:
   """Defines the flags that `joined` reads."""
   text = (
-    'For a job of several processes: HOST:PORT of process 0, or "auto" to ask SLURM, Open MPI or '
+    'For a job of several processes: HOST:PORT of process 0, or "auto" under SLURM, Open MPI or '
     'Kubernetes. TPU pods need none of these flags.'
   )
   flags.DEFINE_string('coordinator', None, text)
   for name, default, lower, text in (
-    ('process_count', None, 1, 'How many processes the job has.'),
-    ('process_id', None, 0, 'Which one this is, from 0.'),
-    ('join_timeout', 300, 1, 'Seconds to wait at the start for all processes.'),
-    ('lost_timeout', 100, 5, 'Seconds of silence after which a process is lost.'),
+    ('process_count', None, 1, 'Number of processes of the job.'),
+    ('process_id', None, 0, 'Index of this process, from 0.'),
+    ('join_timeout', 300, 1, 'Seconds to wait for all processes to start.'),
+    ('lost_timeout', 100, 5, 'Seconds without heartbeat until a process counts as lost.'),
   ):
     flags.DEFINE_integer(name, default, text, lower_bound=lower, upper_bound=MAX)
 

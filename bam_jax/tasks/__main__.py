@@ -4,8 +4,9 @@
     python -m bam_jax.tasks run --model bam_jax --model_args checkpoint=DIR,dtype=bfloat16,fsdp=4 \\
         --tasks bam_paper --batch_size 16 --confirm_run_unsafe_code
 
-Everything else is lm-eval's. With --confirm_run_unsafe_code tasks may run programs that the model
-writes: bam_humaneval and bam_mbpp within the limits of `bam_jax.tasks.sandbox`, others without.
+Everything else is lm-eval's. With --confirm_run_unsafe_code tasks may run programs written by
+the model: bam_humaneval and bam_mbpp within the limits of `bam_jax.tasks.sandbox`, others
+without limits.
 """
 
 import sys
