@@ -62,11 +62,6 @@ class Launcher:
     state = self.cloud.read()
     return sorted({*state['requests'], *state['nodes']})
 
-  def commands(self, *words: str) -> list[list[str]]:
-    """The calls of gcloud so far that start with `words`."""
-    calls = self.cloud.read()['calls']
-    return [call for call in calls if call[: len(words)] == list(words)]
-
 
 def wait_for(what: Callable[[], object], seconds: float = DEADLINE) -> None:
   """Waits until `what()` is true; a test's deadline, not its measure."""

@@ -4,15 +4,6 @@ import subprocess
 
 import pytest
 
-SUBCOMMANDS = ['up', 'run', 'supervise', 'logs', 'status', 'ssh', 'down', 'ls']
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in SUBCOMMANDS if name != 'run']
-
-
-def arguments(subcommand):
-  """A complete command line."""
-  name = [] if subcommand == 'ls' else ['exp-1']
-  return [subcommand, *name, *(['--', 'true'] if subcommand in ('run', 'supervise') else [])]
-
 
 def refused(tpu, words, sentence, **env):
   done = tpu(*words, **env)
@@ -22,17 +13,23 @@ def refused(tpu, words, sentence, **env):
   assert tpu.cloud.read()['created'] == []
 
 
-@pytest.mark.parametrize('subcommand', ['run', *SLOW])
+SUBCOMMANDS = ['up', 'run', 'supervise', 'logs', 'status', 'ssh', 'down', 'ls']
+
+
+@pytest.mark.parametrize('subcommand', [
+  name if name == 'run' else pytest.param(name, marks=pytest.mark.slow) for name in SUBCOMMANDS
+])  # fmt: skip
 def test_no_project_no_credentials_and_help_that_needs_neither(tpu, subcommand):
+  name = [] if subcommand == 'ls' else ['exp-1']
+  words = [subcommand, *name, *(['--', 'true'] if subcommand in ('run', 'supervise') else [])]
   tpu.cloud.set(account='')
-  refused(tpu, arguments(subcommand), 'run gcloud auth login')
-  tpu.cloud.set(project='', calls=[])
-  refused(tpu, arguments(subcommand), 'set BAM_PROJECT, or give --project=PROJECT.')
+  refused(tpu, words, 'run gcloud auth login')
+  tpu.cloud.set(project='')
+  refused(tpu, words, 'set BAM_PROJECT, or give --project=PROJECT.')
   tpu.cloud.set(calls=[])
   done = tpu(subcommand, '--help', BAM_ZONES='', BAM_TYPE='')
   assert done.returncode == 0 and not done.stderr
   assert done.stdout.startswith(f'launch/tpu {subcommand}')
-  assert max(map(len, done.stdout.splitlines())) <= 106
   assert tpu.cloud.read()['calls'] == []
 
 
@@ -42,72 +39,55 @@ def test_no_permission(tpu):
   tpu.cloud.plan('zone-a', 'denied')
   done = tpu('up', 'exp-1')
   assert done.returncode == 2 and "may not use Cloud TPUs in project 'proj-1'" in done.stderr
-  assert tpu.resources() == []
 
 
 def test_no_gcloud(tpu, tmp_path):
-  tools = tmp_path / 'tools'
-  tools.mkdir()
   for tool in ('bash', 'dirname', 'mktemp', 'rm'):
     found = subprocess.run(['which', tool], capture_output=True, text=True, check=True)
-    (tools / tool).symlink_to(found.stdout.strip())
-  refused(tpu, ['ls'], 'gcloud is not installed', PATH=str(tools))
+    (tmp_path / tool).symlink_to(found.stdout.strip())
+  refused(tpu, ['ls'], 'gcloud is not installed', PATH=str(tmp_path))
 
 
-@pytest.mark.parametrize(
-  'name', ['my run', '', 'Exp', '1st', 'x-', 'a' * 39, 'a;rm -rf b', '$(x)', '-x', 'é']
-)
+@pytest.mark.parametrize('name', ['my run', '', 'Exp', 'a' * 39, '$(x)', '-x'])
 def test_names_that_are_none(tpu, name):
-  for subcommand in ('up', 'down'):
-    done = tpu(subcommand, name)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+  done = tpu('down', name)
+  assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
   assert tpu.cloud.read()['calls'] == []
 
 
-@pytest.mark.parametrize(
-  'words, sentence',
-  [
-    ('', 'give one of up, run, supervise, logs, status, ssh, down, ls'),
-    ('lift exp-1', 'lift is not a subcommand: give one of up,'),
-    ('up', 'The name of a TPU is required: launch/tpu up NAME.'),
-    ('up exp-1 exp-2', "Unexpected argument 'exp-2': a command comes after --."),
-    ('up exp-1 --typ=v4-8', 'up has no flag --typ=…'),
-    ('up exp-1 --type v4-8', '--type needs a value: --type=…'),
-    ('up exp-1 --detach', 'up has no flag --detach'),
-    ('up exp-1 -- true', 'up takes no command'),
-    ('run exp-1', 'A command is required: launch/tpu run NAME -- COMMAND …'),
-    ('run exp-1 -- true', "There is no TPU 'exp-1' in zone-a, zone-b"),
-    ('run exp-1 --commit=nothing -- true', '--commit=nothing is not a commit'),
-    ('run exp-1 --requirements=no.txt -- true', '--requirements=no.txt is not in'),
-    ('run exp-1 --detach --delete-on-exit -- true', 'choose one'),
-    ('status exp-1', "There is no TPU 'exp-1'"),
-    ('up exp-1 --zones=', 'A zone is required: set BAM_ZONES'),
-    ('up exp-1 --type=', 'The type of the TPU is required: set BAM_TYPE'),
-    ('up exp-1 --type=v4-4', 'v4 comes in multiples of 8 cores'),
-    ('up exp-1 --type=v6e-12', 'v6e comes in 1, 4, 8, 16, 32, 64, 128 or 256 chips'),
-    ('up exp-1 --type=h100-8', 'is not a TPU of this API'),
-    ('up exp-1 --type=tpu7x-8', 'TPU7x and later are not served by the Cloud TPU API'),
-    ('up exp-1 --capacity=cheap', '--capacity=cheap: give on-demand, spot or reserved'),
-    ('up exp-1 --slices=0', 'BAM_SLICES=0 must be at least 1'),
-    ('up exp-1 --wait=10m', "BAM_WAIT='10m' is not a whole number"),
-    ('up exp-1 --poll=x', "BAM_POLL='x' is not a number"),
-    ('logs exp-1 --lines=all', '--lines=all is not a number'),
-    ('ls exp-1', "Unexpected argument 'exp-1'"),
-  ],
-)
+@pytest.mark.parametrize('words, sentence', [
+  ('lift exp-1', 'lift is not a subcommand: give one of up, run, supervise, logs, status, ssh,'),
+  ('up', 'The name of a TPU is required: launch/tpu up NAME.'),
+  ('up exp-1 exp-2', "Unexpected argument 'exp-2': a command comes after --."),
+  ('up exp-1 --typ=v4-8', 'up has no flag --typ=…'),
+  ('up exp-1 --type v4-8', '--type needs a value: --type=…'),
+  ('up exp-1 -- true', 'up takes no command'),
+  ('run exp-1', 'A command is required: launch/tpu run NAME -- COMMAND …'),
+  ('run exp-1 -- true', "There is no TPU 'exp-1' in zone-a, zone-b"),
+  ('run exp-1 --commit=nothing -- true', '--commit=nothing is not a commit'),
+  ('run exp-1 --requirements=no.txt -- true', '--requirements=no.txt is not in'),
+  ('run exp-1 --detach --delete-on-exit -- true', 'choose one'),
+  ('up exp-1 --zones=', 'A zone is required: set BAM_ZONES'),
+  ('up exp-1 --type=', 'The type of the TPU is required: set BAM_TYPE'),
+  ('up exp-1 --type=v4-4', 'v4 comes in multiples of 8 cores'),
+  ('up exp-1 --type=v6e-12', 'v6e comes in 1, 4, 8, 16, 32, 64, 128 or 256 chips'),
+  ('up exp-1 --type=h100-8', 'is not a TPU of this API'),
+  ('up exp-1 --type=tpu7x-8', 'TPU7x and later are not served by the Cloud TPU API'),
+  ('up exp-1 --capacity=cheap', '--capacity=cheap: give on-demand, spot or reserved'),
+  ('up exp-1 --slices=0', 'BAM_SLICES=0 must be at least 1'),
+  ('up exp-1 --wait=10m', "BAM_WAIT='10m' is not a whole number"),
+  ('up exp-1 --poll=x', "BAM_POLL='x' is not a number"),
+  ('logs exp-1 --lines=all', '--lines=all is not a number'),
+])  # fmt: skip
 def test_mistakes(tpu, words, sentence):
   refused(tpu, words.split(), sentence)
 
 
 @pytest.mark.slow
-def test_a_cloud_that_is_away_is_said_and_not_taken_for_an_empty_one(tpu):
-  tpu('up', 'exp-1')
-  broken = tpu.cloud.folder / 'broken'
-  broken.mkdir()
-  program = broken / 'gcloud'
+@pytest.mark.parametrize('words', ['down exp-1', 'ls'])
+def test_a_cloud_that_is_away_is_said_and_not_taken_for_an_empty_one(tpu, tmp_path, words):
+  program = tmp_path / 'gcloud'
   program.write_text('#!/bin/sh\necho "ERROR: (gcloud) Connection refused" >&2\nexit 1\n')
   program.chmod(0o755)
-  for subcommand in ('down', 'ls', 'status'):
-    path = f'{broken}:{tpu.env["PATH"]}'
-    done = tpu(*arguments(subcommand), PATH=path, BAM_PROJECT='proj-1')
-    assert done.returncode == 1 and 'Connection refused' in done.stderr, done.stderr
+  done = tpu(*words.split(), PATH=f'{tmp_path}:{tpu.env["PATH"]}', BAM_PROJECT='proj-1')
+  assert done.returncode == 1 and 'Connection refused' in done.stderr, done.stderr

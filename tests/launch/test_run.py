@@ -1,7 +1,5 @@
 """`run`, `logs`, `status`, `ssh`, `supervise`: workers are folders, their processes are real."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.launch.conftest import DEADLINE, git, interrupt, wait_for
@@ -65,9 +63,7 @@ def test_run_sends_the_commit_and_runs_the_same_on_every_worker(two):
 @pytest.mark.slow
 def test_the_environment_is_made_once_for_the_same_requirements(two, house):
   made = lambda: [(home(two, w) / 'uv.log').read_text().count('venv ') for w in range(2)]
-  for expected in (1, 1):
-    assert two('run', 'exp-1', '--', 'true').returncode == 0
-    assert made() == [expected] * 2
+  assert two('run', 'exp-1', '--', 'true').returncode == 0
   before = git(house, 'rev-parse', 'HEAD')
   try:
     (house / 'requirements.txt').write_text('numpy\nscipy\n')
@@ -77,8 +73,6 @@ def test_the_environment_is_made_once_for_the_same_requirements(two, house):
     git(house, 'commit', '--quiet', '--all', '--message=More')
     assert two('run', 'exp-1', '--', 'cat', 'requirements.txt').stdout == 'numpy\nscipy\n'
     assert made() == [2, 2]
-    old = two('run', 'exp-1', f'--commit={before}', '--', 'cat', 'requirements.txt')
-    assert old.stdout == 'numpy\n' and made() == [2, 2]
     (house / 'launch' / 'requirements.txt').write_text('no-such-package\n')
     git(house, 'commit', '--quiet', '--all', '--message=Wrong')
     done = two('run', 'exp-1', '--', 'true')
@@ -99,28 +93,13 @@ def test_workers_of_several_slices_have_numbers_of_their_own(tpu):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('code, script, other', [(7, WAIT, 143), (3, 'trap "" TERM; ' + WAIT, 137)])
-def test_a_worker_that_fails_stops_the_others(two, code, script, other):
+def test_a_worker_that_fails_stops_the_others(two):
   """By SIGTERM, and by SIGKILL those that do not stop."""
-  process = begin(two, 'run', 'exp-1', script=script)
-  go(two, None, code)
+  process = begin(two, 'run', 'exp-1', script='trap "" TERM; ' + WAIT)
+  go(two, None, 3)
   _, err = process.communicate(timeout=DEADLINE)
-  assert process.returncode == code and f'worker 0/1 failed with exit status {code}' in err
-  status = two('status', 'exp-1').stdout.splitlines()
-  assert [line.split()[2:4] for line in status[1:]] == [
-    ['exited', str(other)],
-    ['exited', str(code)],
-  ]
-
-
-@pytest.mark.slow
-def test_preemption_in_the_middle_of_run(two):
-  process = begin(two, 'run', 'exp-1')
-  two.cloud.preempt('zone-a', 'exp-1')
-  _, err = process.communicate(timeout=DEADLINE)
-  assert process.returncode == 143
-  assert 'exp-1 is not there any more: its request is SUSPENDED' in err
-  assert 'costs money until' in err or two.resources() == []
+  assert process.returncode == 3 and 'worker 0/1 failed with exit status 3' in err
+  assert exits(two) == [137, 3]
 
 
 @pytest.mark.slow
@@ -134,37 +113,16 @@ def test_ctrl_c_in_run_lets_the_command_save(two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('subcommand', ['run', 'supervise'])
-@pytest.mark.parametrize('how', ['0', '5', 'ctrl-c'])
-def test_delete_on_exit(two, subcommand, how):
-  process = begin(two, subcommand, 'exp-1', '--delete-on-exit')
-  if how == 'ctrl-c':
-    assert interrupt(process)[0] == 130
-  else:
-    go(two, how, how)
-    process.communicate(timeout=DEADLINE)
-    assert process.returncode == int(how)
-  assert two.resources() == []
-
-
-@pytest.mark.slow
 def test_detach_then_status_logs_the_same_command_again_and_another(two):
   command = ['run', 'exp-1', '--', 'bash', '-c', WAIT]
   assert two('run', 'exp-1', '--detach', *command[2:]).returncode == 0
   wait_for(lambda: started(two))
   status = two('status', 'exp-1').stdout.splitlines()
   assert status[0] == 'exp-1  zone-a  v5litepod-8  ACTIVE'
-  assert [line.split()[::2] for line in status[1:]] == [
-    ['0/0', 'running', '0', '2'],
-    ['0/1', 'running', '1', '2'],
-  ]
-  for words in (['run'], ['run', '--delete-on-exit'], ['supervise', '--delete-on-exit']):
-    other = two(words[0], 'exp-1', *words[1:], '--', 'true')
-    assert other.returncode == 2 and 'exp-1 is running something else' in other.stderr
+  assert [line.split()[:3:2] for line in status[1:]] == [['0/0', 'running'], ['0/1', 'running']]
+  other = two('run', 'exp-1', '--delete-on-exit', '--', 'true')
+  assert other.returncode == 2 and 'exp-1 is running something else' in other.stderr
   assert two.resources() == ['zone-a/exp-1']
-  interrupted = two.start('logs', 'exp-1')
-  assert interrupted.stdout.readline() == 'worker 0 of 2\n'
-  assert interrupt(interrupted)[0] != 0 and exits(two) == []
   logs, again = two.start('logs', 'exp-1', '--worker=1'), two.start(*command)
   wait_for(lambda: 'following it' in again.stderr.readline())
   go(two, 0, 0)
@@ -181,32 +139,12 @@ def test_detach_then_status_logs_the_same_command_again_and_another(two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('subcommand', ['status', 'ls', 'ssh'])
-def test_ctrl_c_in_subcommands_that_only_look(two, subcommand):
-  before = two.resources()
-  slow = two.cloud.folder / 'slow'
-  slow.mkdir()
-  (slow / 'gcloud').write_text('#!/bin/sh\necho asked >&2\nexec sleep 100\n')
-  (slow / 'gcloud').chmod(0o755)
-  name = [] if subcommand == 'ls' else ['exp-1']
-  path = f'{slow}:{two.env["PATH"]}'
-  process = two.start(subcommand, *name, PATH=path, BAM_PROJECT='proj-1')
-  temporary = Path(two.env['TMPDIR'])
-  wait_for(lambda: any('asked' in file.read_text() for file in temporary.glob('*/errors')))
-  assert interrupt(process)[0] == 130
-  assert two.resources() == before and not list(temporary.iterdir())
-
-
-@pytest.mark.slow
 def test_ssh_runs_a_command_there_and_knows_the_workers(two):
   done = two('ssh', 'exp-1', '--worker=1', '--', 'bash', '-c', 'echo "$1"; exit 9', '-', "a  'b'")
   assert (done.returncode, done.stdout) == (9, "a  'b'\n")
-  for flag, sentence in [
-    ('--worker=2', '--worker=2: a slice of exp-1 has 2 workers, counted from 0.'),
-    ('--slice=1', '--slice=1: exp-1 has 1 slices, counted from 0.'),
-  ]:
-    done = two('ssh', 'exp-1', flag, '--', 'true')
-    assert done.returncode == 2 and sentence in done.stderr
+  done = two('ssh', 'exp-1', '--worker=2', '--', 'true')
+  assert done.returncode == 2
+  assert '--worker=2: a slice of exp-1 has 2 workers, counted from 0.' in done.stderr
 
 
 @pytest.mark.slow
@@ -242,10 +180,9 @@ def test_supervise_repeats_what_sigterm_has_stopped_within_a_budget_and_no_failu
 @pytest.mark.slow
 def test_supervise_waits_for_the_word_on_a_failure(tpu):
   """A worker may notice that its peer is gone before the service says so."""
-  process = begin(tpu, 'supervise', 'exp-1', '--settle=100')
+  process = begin(tpu, 'supervise', 'exp-1', '--settle=100', '--delete-on-exit')
   go(tpu, None, 134)
   wait_for(lambda: 'failed with exit status 134' in process.stderr.readline())
   tpu.cloud.preempt('zone-a', 'exp-1')
   wait_for(lambda: len(tpu.cloud.read()['created']) == 2 and started(tpu))
-  assert interrupt(process)[0] == 130
-  assert tpu.resources() == ['zone-a/exp-1']
+  assert interrupt(process)[0] == 130 and tpu.resources() == []

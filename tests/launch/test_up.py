@@ -7,19 +7,14 @@ from tests.launch.conftest import DEADLINE, interrupt, wait_for
 
 def flags_of_creation(tpu):
   """The flags of each request that was made."""
-  calls = tpu.commands('compute', 'tpus', 'queued-resources', 'create')
+  calls = [call for call in tpu.cloud.read()['calls'] if call[3:4] == ['create']]
   return [dict(f.lstrip('-').partition('=')[::2] for f in call[5:]) for call in calls]
 
 
-@pytest.mark.parametrize(
-  'kind, accelerator, runtime',
-  [
-    ('v5e-16', 'v5litepod-16', 'v2-alpha-tpuv5-lite'),
-    pytest.param('v4-32', 'v4-32', 'tpu-ubuntu2204-base', marks=pytest.mark.slow),
-    pytest.param('v5p-128', 'v5p-128', 'v2-alpha-tpuv5', marks=pytest.mark.slow),
-    pytest.param('v6e-256', 'v6e-256', 'v2-alpha-tpuv6e', marks=pytest.mark.slow),
-  ],
-)
+@pytest.mark.parametrize('kind, accelerator, runtime', [
+  ('v5e-16', 'v5litepod-16', 'v2-alpha-tpuv5-lite'),
+  pytest.param('v4-32', 'v4-32', 'tpu-ubuntu2204-base', marks=pytest.mark.slow),
+])  # fmt: skip
 def test_up_asks_for_what_the_api_names_so(tpu, kind, accelerator, runtime):
   done = tpu('up', 'exp-1', f'--type={kind}', '--capacity=spot', '--valid-until=4h')
   assert done.returncode == 0, done.stderr
@@ -55,20 +50,17 @@ def test_up_twice_makes_one_and_another_type_is_refused(tpu):
   second = tpu('up', 'exp-1')  # while the request is under way
   process.communicate(timeout=DEADLINE)
   assert (process.returncode, second.returncode) == (0, 0), second.stderr
-  for words in (['up', 'exp-1'], ['supervise', 'exp-1', '--delete-on-exit', '--', 'true']):
-    done = tpu(*words, BAM_TYPE='v5e-16')
-    assert done.returncode == 2
-    assert 'exp-1 is a v5litepod-8 in zone-b, not a v5litepod-16' in done.stderr
+  done = tpu('supervise', 'exp-1', '--delete-on-exit', '--', 'true', BAM_TYPE='v5e-16')
+  assert done.returncode == 2
+  assert 'exp-1 is a v5litepod-8 in zone-b, not a v5litepod-16' in done.stderr
   assert tpu.cloud.read()['created'] == tpu.resources() == ['zone-b/exp-1']
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('fate', ['stock-out', 'fails', 'waiting', 'quota', 'bad'])
-def test_up_goes_to_the_next_zone(tpu, fate):
-  tpu.cloud.plan('zone-a', fate)
-  done = tpu('up', 'exp-1', BAM_WAIT='5' if fate == 'waiting' else '100')
-  assert done.returncode == 0, done.stderr
-  assert tpu.resources() == ['zone-b/exp-1']
+def test_a_request_that_waits_too_long_is_left_for_the_next_zone(tpu):
+  tpu.cloud.plan('zone-a', 'waiting')
+  done = tpu('up', 'exp-1', BAM_WAIT='5')
+  assert done.returncode == 0 and tpu.resources() == ['zone-b/exp-1'], done.stderr
 
 
 @pytest.mark.slow
@@ -95,11 +87,6 @@ def test_up_makes_anew_what_is_lost(tpu):
   done = tpu('up', 'many', '--slices=2')
   assert 'many in zone-a is lost (many-1 is PREEMPTED)' in done.stderr
   assert tpu.cloud.read()['created'] == ['zone-a/many'] * 2
-  tpu.cloud.preempt('zone-a', 'many')
-  tpu.cloud.plan('zone-a', 'stock-out')
-  done = tpu('up', 'many', '--slices=2')
-  assert done.returncode == 0, done.stderr
-  assert tpu.resources() == ['zone-b/many', 'zone-b/many-0', 'zone-b/many-1']
 
 
 def test_ctrl_c_in_up_deletes_the_request_and_its_temporary_files(tpu, tmp_path):
@@ -131,11 +118,6 @@ def test_what_cannot_be_deleted_is_reported(tpu):
   code, _, err = interrupt(process)
   assert code == 130 and tpu.resources() == ['zone-a/exp-1']
   assert 'exp-1 in zone-a COULD NOT BE DELETED and may cost money' in err
-  tpu.cloud.set(undeletable=10**6)
-  process = tpu.start('down', 'exp-1', BAM_POLL='5')
-  wait_for(lambda: tpu.cloud.read()['undeletable'] < 10**6)
-  code, _, err = interrupt(process)
-  assert code == 130 and 'exp-1 may still exist in zone-a and cost money' in err
   tpu.cloud.set(undeletable=1)
   assert tpu('down', 'exp-1').returncode == 0 and tpu.resources() == []
 
