@@ -24,7 +24,6 @@ MODEL = config.Model(
   vocab_size=1000, d_model=512, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=2048
 )
 NAMES = ('seed', 'code')
-SLOW = [pytest.param(limit, marks=pytest.mark.slow) for limit in (10_000, 1_000_000)]
 
 
 @pytest.fixture(scope='module')
@@ -52,29 +51,17 @@ def values(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope='module')
 def made(runs, tmp_path_factory) -> Path:
-  """What an undisturbed process makes, and what it says."""
+  """What an undisturbed process makes."""
   output = tmp_path_factory.mktemp('made') / 'mix'
-  done = run(command(runs, output, '--json=-', '--experts=3', '--seed=5', '--name=bam'))
+  line = command(runs, output, '--json=-', '--experts=3', '--seed=5', '--name=bam')
+  done = run(line)
   assert done.returncode == 0, done.stderr
-  facts = json.loads(done.stdout)
-  (output.parent / 'facts.json').write_text(done.stdout)
-  assert str(output) in done.stderr and 'Traceback' not in done.stderr
+  facts, meta = json.loads(done.stdout), checkpoint.read_meta(output)
   assert facts['output'] == str(output) and facts['seconds'] > 0
-  return output
-
-
-def test_a_mixture_and_its_record(runs, made):
-  meta = checkpoint.read_meta(made)
-  facts = json.loads((made.parent / 'facts.json').read_text())
   assert facts['meta']['model']['ffn_experts']['num_experts'] == 3
-  assert meta.manifest.command == (
-    f'python -m bam_jax.convert upcycle --method=bam_kv_experts --from={runs}/seed '
-    f'--from={runs}/code --output={made} --json=- --experts=3 --seed=5 --name=bam'
-  )
+  assert meta.manifest.command.split()[1:] == line[1:]
   assert (meta.manifest.seed, meta.manifest.name) == (5, 'bam')
-  assert meta.sources == ('seed', 'code', 'seed')
-  seed = values(runs / 'seed' / 'checkpoints' / '7')
-  np.testing.assert_array_equal(values(made)['blocks/ffn/up'][:, 2], seed['blocks/ffn/up'])
+  return output
 
 
 @pytest.mark.slow
@@ -119,9 +106,8 @@ def size(folder: Path) -> int:
   return total
 
 
-@pytest.mark.parametrize('limit', [4_000_000, *SLOW])
-def test_a_disk_that_takes_no_more(runs, tmp_path, limit):
-  line = ['prlimit', f'--fsize={limit}', *command(runs, tmp_path / 'mix')]
+def test_a_disk_that_takes_no_more(runs, tmp_path):
+  line = ['prlimit', '--fsize=4000000', *command(runs, tmp_path / 'mix')]
   # Of Linux alone (util-linux): macOS has nothing that bounds another program's files this way.
   if not shutil.which(line[0]):
     pytest.skip('without prlimit, a disk cannot be made to take no more')
@@ -145,13 +131,9 @@ MISUSED = {
   'unknown subcommand': (['upcylce'], ['upcylce', 'upcycle']),
   'unknown flag': (['upcycle', '--form=x'], ['form']),
   'nothing to mix': (['upcycle', '--method=btx'], ['--from', '--output']),
-  'a word too many': (['upcycle', 'x'], ["'x'", '--flag=value']),
   'no method': (['upcycle', '--method=bam'], ['--method', 'bam_kv_experts']),
-  'no numbers': ([*MIX, '--average=weighted', '--weights=1,b'], ['--weights=1,b']),
   'a key by its flag': ([*MIX, '--experts=1'], ['--experts=1', "--from=['x', 'z']"]),
-  'a value by its flag': ([*MIX, '--attention_routing=top2'], ['--attention_routing=top2', 'btx']),
   'no checkpoint': ([*MIX, '--noise=0'], ['x holds no checkpoint']),
-  'nothing to inspect': (['inspect'], ['is required', 'two']),
   'three to inspect': (['inspect', 'a', 'b', 'c'], ["'c'"]),
 }
 
@@ -160,12 +142,3 @@ MISUSED = {
 def test_misuse_is_answered_in_a_sentence(server, arguments, words):
   done = server.run('convert', *arguments)
   assert_sentence(done.status, done.stderr, words)
-
-
-@pytest.mark.parametrize('subcommand, words', [
-  ('', ['upcycle', 'inspect', 'SUBCOMMAND --help']), ('upcycle', ['--from', '--noise', '--json']),
-])  # fmt: skip
-def test_help(server, subcommand, words):
-  done = server.run('convert', *subcommand.split(), '--help')
-  assert done.status == 0 and done.stderr == ''
-  assert all(word in done.stdout for word in words)

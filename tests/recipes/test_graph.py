@@ -1,6 +1,5 @@
 """The graph of runs: its order, what a run's identity is made of, and what is refused unstarted."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from bam_jax.errors import UserError
 from bam_jax.model import arithmetic
 from bam_jax.parallel import memory
 from bam_jax.recipes import graph
+from tests.upcycle.memory import META
 
 
 def resolve(recipe: dict, data_hash: str = '') -> dict[str, graph.Node]:
@@ -31,21 +31,6 @@ def test_every_run_comes_after_those_it_starts_from(recipe_dict):
   recipe_dict['runs'] = {name: runs[name] for name in ('btx', 'law', 'bam', 'code', 'seed')}
   # Among the orders that are possible, the one closest to the recipe's.
   assert list(resolve(recipe_dict)) == ['seed', 'law', 'code', 'btx', 'bam']
-
-
-def test_models(recipe_dict):
-  recipe_dict['runs']['more'] = {**recipe_dict['runs']['code'], 'init': {'run': 'bam'}}
-  recipe_dict['runs']['bam']['init']['upcycle'] |= {'num_experts': 5, 'attention_top_k': 2}
-  nodes = resolve(recipe_dict)
-  dense = config.parse(recipe_dict).model
-  assert nodes['seed'].model == nodes['code'].model == dense
-  assert nodes['btx'].model == dataclasses.replace(dense, ffn_experts=config.FFNExperts(3))
-  assert nodes['bam'].model == dataclasses.replace(
-    dense,
-    ffn_experts=config.FFNExperts(5),
-    attention_experts=config.AttentionExperts(5, top_k=2),
-  )
-  assert nodes['more'].model == nodes['bam'].model  # a mixture may be trained on
 
 
 @pytest.mark.parametrize('name, init, words', [
@@ -71,39 +56,22 @@ def write(tmp_path, models):
   """The function (name, facts of its `meta`) -> path of a checkpoint without arrays."""
 
   def write(name: str, **changes) -> str:
-    facts = dict(
-      format=checkpoint.FORMAT, model=models['dense'], sequence_length=16, tokenizer_hash='ab',
-      tokenizer_path='', run=name, step=1, method=None, sources=(), versions={}, bos_token='',
-      eos_token='',
-    )  # fmt: skip
     folder = epath.Path(tmp_path / name)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
+    facts = META | {'model': models['dense'], 'run': name, 'tokenizer_hash': 'ab', 'versions': {}}
     checkpoint.write_meta(folder, checkpoint.Meta(**facts | changes))
     return str(folder)
 
   return write
 
 
-def test_the_model_of_a_checkpoint(recipe_dict, write, models):
-  deep = {'checkpoint': write('deep', model=dataclasses.replace(models['dense'], num_layers=10))}
-  recipe_dict['runs']['law']['init'] = deep
-  message = refused(recipe_dict)
-  assert "config.runs.btx.init.upcycle.from mixes 'seed' and 'law', whose models differ" in message
-  recipe_dict['runs'] |= {
-    name: {**recipe_dict['runs'][name], 'init': deep} for name in ('seed', 'code')
-  }
-  assert {node.model.num_layers for node in resolve(recipe_dict).values()} == {10}
-
-
 def test_what_starts_from_a_mixture_is_a_mixture(recipe_dict, write, models):
   runs, names = recipe_dict['runs'], ('a', 'b', 'c', 'a')
   bam = write('bam', model=models['bam_kv_experts'], method='bam_kv_experts', sources=names)
-  imported = write('imported', model=models['btx'])  # whose origin is not recorded
   dense = write('dense', method='average', sources=('a', 'b'))
   for name, init in {
-    'more': {'run': 'btx'}, 'yet_more': {'run': 'more'}, 'from_bam': {'checkpoint': bam},
-    'from_imported': {'checkpoint': imported}, 'from_dense': {'checkpoint': dense},
+    'more': {'run': 'btx'}, 'from_bam': {'checkpoint': bam}, 'from_dense': {'checkpoint': dense},
   }.items():  # fmt: skip
     runs[name] = {**runs['code'], 'init': init}
   soup = {'from': ['code', 'law'], 'method': 'average'}
@@ -116,9 +84,7 @@ def test_what_starts_from_a_mixture_is_a_mixture(recipe_dict, write, models):
     'btx': ('mixture', 'btx', ('seed', 'code', 'law')),
     'bam': ('mixture', 'bam_kv_experts', ('seed', 'code', 'law')),
     'more': ('mixture', 'btx', ('seed', 'code', 'law')),
-    'yet_more': ('mixture', 'btx', ('seed', 'code', 'law')),
     'from_bam': ('mixture', 'bam_kv_experts', names),
-    'from_imported': ('mixture', None, ()),
     'from_dense': ('seed', None, ()),
     'soup': ('mixture', 'average', ('code', 'law')),
   }
@@ -166,41 +132,20 @@ def set_group(group: str, **values):
   return lambda recipe: recipe[group].update(values)
 
 
+EXPERTS_SWAPPED = {'upcycle': {'from': ['seed', 'law', 'code'], 'method': 'btx'}}
 CHANGES = {
   'label': (set_run('seed', label='other'), set()),
-  'mesh': (set_run('seed', mesh={'fsdp': 8}), set()),
-  'intervals': (set_run('seed', intervals={'log': 1, 'checkpoint': 2}), set()),
-  'the name of the recipe': (lambda recipe: recipe.update(name='other'), set()),
   'another run': (
     lambda recipe: recipe['runs'].update(other={**recipe['runs']['code'], 'label': 'o'}),
     set(),
   ),
-  'the order of the runs': (
-    lambda recipe: recipe['runs'].update(seed=recipe['runs'].pop('seed')),
-    set(),
-  ),
   'where the data lies': (set_group('data', path='/elsewhere'), set()),
   'a bound on steps that cuts nothing': (lambda recipe: recipe.update(steps=100), set()),
-  'model': (set_group('model', norm_epsilon=1e-4), EVERY),
   'seed': (lambda recipe: recipe.update(seed=1), EVERY),
-  'steps': (lambda recipe: recipe.update(steps=5), EVERY),
-  'sequence length': (set_group('data', sequence_length=8), EVERY),
-  "the seed's learning rate": (
-    set_run('seed', schedule={'peak_learning_rate': 2e-2, 'warmup_steps': 2}),
-    EVERY,
-  ),
+  'model': (set_group('model', norm_epsilon=1e-4), EVERY),
   "a specialist's data": (set_run('code', data={'code': 1.0}), {'code'} | MIXTURES),
   "a mixture's batch": (set_run('btx', batch_size=16), {'btx'}),
-  "a mixture's loss": (set_run('bam', loss={'router_z': 0.0}), {'bam'}),
-  "a mixture's precision": (set_run('bam', compute={'dtype': 'bfloat16'}), {'bam'}),
-  "a mixture's experts": (
-    lambda recipe: recipe['runs']['btx']['init']['upcycle'].update(num_experts=4),
-    {'btx'},
-  ),
-  'the order of the experts': (
-    set_run('btx', init={'upcycle': {'from': ['seed', 'law', 'code'], 'method': 'btx'}}),
-    {'btx'},
-  ),
+  'the order of the experts': (set_run('btx', init=EXPERTS_SWAPPED), {'btx'}),
 }
 
 
@@ -211,15 +156,6 @@ def test_identity_changes_exactly_when_it_should(recipe_dict, change, whose):
 
 def test_the_data_is_part_of_the_identity(recipe_dict):
   assert changed(recipe_dict, lambda recipe: None, 'other data') == EVERY
-
-
-def test_warm_up_that_a_bound_shortens_is_part_of_the_identity(recipe_dict):
-  # Two recipes that train with different learning rates must not pass for each other.
-  recipe_dict['runs']['btx']['schedule'] = {'peak_learning_rate': 1e-2, 'warmup_steps': 5}
-  one = config.parse(recipe_dict)
-  other = config.parse(recipe_dict | {'steps': 1000})
-  same = digests(config.to_dict(one))['btx'] == digests(config.to_dict(other))['btx']
-  assert same == (one.warmup_steps('btx') == other.warmup_steps('btx'))
 
 
 def check(recipe: dict, dataset, asked=('seed',)) -> tuple[str, ...]:
@@ -234,10 +170,6 @@ def test_a_recipe_that_fits_passes(recipe_dict, dataset):
 
 
 MISFITS = {
-  'a domain to evaluate': (
-    set_group('evaluation', domains=['poetry']),
-    ["'poetry'", 'code, general, law, math'],
-  ),
   'a domain to train on': (
     set_run('seed', data={'poetry': 1.0}),
     ['config.runs.seed.data', "'poetry'", 'code, general, law, math'],
@@ -245,10 +177,6 @@ MISFITS = {
   'vocabulary': (
     set_group('model', vocab_size=312),
     ['config.model.vocab_size=312', '320 tokens', 'raise it to 320'],
-  ),
-  'devices': (
-    set_run('seed', mesh={'tensor': 2, 'fsdp': 8}),
-    ['config.runs.seed.mesh', '16 devices', 'there are 8'],
   ),
   "evaluation's batch": (
     set_group('evaluation', batch_size=6),
@@ -266,11 +194,6 @@ PARAMETERS = 1000 * 1000  # of a model of nobody's, so that bytes can be counted
 ROOM = [
   ({}, 'gradients and optimizer', 16 * PARAMETERS),
   ({'batch_size': 80_000}, 'runs.seed.batch_size=80000', 12 * PARAMETERS + 1_280_000 * (96 + 1280)),
-  (
-    {'batch_size': 80_000, 'grad_accum_steps': 2},
-    'runs.seed.batch_size=80000',
-    12 * PARAMETERS + 640_000 * (96 + 1280),
-  ),
   (
     {'batch_size': 80_000, 'loss_chunk': 1000},
     'runs.seed.batch_size=80000',
@@ -330,21 +253,10 @@ def test_what_does_not_fit_is_refused(recipe_dict, dataset, change, words):
     assert word in str(caught.value)
 
 
-@pytest.mark.parametrize('left, words', [
-  (['valid'], ['config.runs.seed.data', "'law'", 'train']), (['train'], ['held-out', "'law'"]),
-])  # fmt: skip
-def test_a_domain_without_a_split_is_refused(recipe_dict, dataset, monkeypatch, left, words):
+def test_a_domain_without_a_split_is_refused(recipe_dict, dataset, monkeypatch):
   splits = type(dataset).splits
   monkeypatch.setattr(
-    type(dataset), 'splits', lambda self, name: left if name == 'law' else splits(self, name)
+    type(dataset), 'splits', lambda self, name: ['train'] if name == 'law' else splits(self, name)
   )
-  with pytest.raises(UserError) as caught:
+  with pytest.raises(UserError, match="held-out.*'law'"):
     check(recipe_dict, dataset)
-  assert all(word in str(caught.value) for word in words)
-
-
-def test_runs_that_are_not_asked_for_need_not_fit(recipe_dict, dataset):
-  recipe_dict['runs']['law']['data'] = {'poetry': 1.0}
-  check(recipe_dict, dataset, ('seed', 'code'))
-  with pytest.raises(UserError):
-    check(recipe_dict, dataset, ('law',))

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import os
 import re
 import runpy
@@ -17,8 +16,7 @@ from bam_jax import config
 from bam_jax.account import accounting
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic
-from bam_jax.recipes import graph, paper
-from bam_jax.upcycle import rules
+from bam_jax.recipes import graph
 
 ROOT = Path(__file__).parents[2]
 ABLATIONS = ('btx_5', 'btx_6', 'btx_7', 'btx_8', 'btx_6_top3', 'bam_top1', 'bam_top2', 'sparse',
@@ -185,16 +183,10 @@ def test_the_large_mixture_budget_is_the_papers_core_days():
   ('small_590m', 'bam_kv', ('bam_kv_experts', 4, 1, 0)),
   *((f'ablations:btx_{n}', f'btx_{n}', ('btx', n, 1, 0)) for n in (5, 6, 7, 8)),
   ('ablations:btx_6_top3', 'btx_6_top3', ('btx', 6, 3, 0)),
-  ('ablations:btx_6_top3', 'bam_kv', ('bam_kv_experts', 4, 1, 0)),
-  ('ablations:bam_top1', 'bam_top1', ('bam_kv_experts', 4, 1, 1)),
   ('ablations:bam_top2', 'bam_top2', ('bam_kv_experts', 4, 1, 2)),
-  ('ablations:bam_top2', 'bam_kv_cm', ('bam_kv_experts', 4, 1, 0)),
   ('ablations:sparse', 'sparse', ('sparse', 4, 1, 0)),
   ('ablations:average', 'average', ('average', 4, 1, 0)),
-  ('ablations:cm', 'bam_kv_cm', ('bam_kv_experts', 4, 1, 0)),
   ('ablations:cm', 'bam_shared_kv_cm', ('bam_shared_kv', 4, 1, 0)),
-  ('ablations:dm', 'bam_kv', ('bam_kv_experts', 4, 1, 0)),
-  ('ablations:dm', 'bam_shared_kv', ('bam_shared_kv', 4, 1, 0)),
 ])  # fmt: skip
 def test_methods(name, run, expected):
   made = load(name).runs[run].init.upcycle
@@ -235,39 +227,15 @@ def test_smoke_keeps_the_structure(name):
     assert model.num_heads * original.num_kv_heads == original.num_heads * model.num_kv_heads
     assert model.ffn_dim * original.d_model == original.ffn_dim * model.d_model
     assert model.num_heads * model.head_dim == model.d_model
-    assert node.run.init == whole[run].run.init
     assert node.run.compute.dtype == 'bfloat16'
-    assert node.run.compute.remat == whole[run].run.compute.remat
     assert node.run.grad_accum_steps == 2 and node.run.mesh.size == 1
     micro_batch = node.run.batch_size // 2 * load(name, 'smoke').data.sequence_length
     assert 0 < node.run.compute.loss_chunk < micro_batch
     assert load(name, 'smoke').total_steps(run) == 4
 
 
-def test_smoke_of_a_recipe_that_leaves_defaults_out(recipe_dict):
-  before = json.dumps(recipe_dict)
-  small = config.parse(paper.smoke(recipe_dict))
-  assert json.dumps(recipe_dict) == before
-  assert small.runs['btx'].compute == config.Compute() and small.runs['btx'].grad_accum_steps == 1
-
-
-def test_compute_matching_by_hand():
-  """A dense average costs what BTX costs, but for its routers; BAM costs more."""
-  scale = get_config('small_590m').__globals__['SCALE']
-  step = scale.batch_size * scale.sequence_length
-  dense = config.Model(**scale.model)
-  mixed = rules.mixture_model(dense, config.Upcycle(BRANCHES, 'bam_kv_experts'))
-  btx = rules.mixture_model(dense, config.Upcycle(BRANCHES, 'btx'))
-  ratio = arithmetic.training_flops(btx, 2048) / arithmetic.training_flops(mixed, 2048)
-  steps = 100_000_000_000 // step
-  run = paper.compute_matched(scale, 'BAM', 'bam_kv_experts')
-  assert run['tokens'] == math.floor(steps * ratio) * step
-  assert paper.compute_matched(scale, 'BTX', 'btx')['tokens'] == steps * step
-
-
 @pytest.mark.parametrize('file, argument, names', [
-  *(('ablations', argument, ABLATIONS) for argument in ('', 'moe', 'cm,fast', 'cm,smoke,smoke')),
-  ('small_590m', 'tiny', ['use none, or smoke']), ('large_2b', 'tiny', ['use none, or smoke']),
+  ('ablations', 'moe', ABLATIONS), ('small_590m', 'tiny', ['use none, or smoke']),
 ])  # fmt: skip
 def test_unknown_arguments_are_refused(file, argument, names):
   with pytest.raises(UserError) as caught:
@@ -299,12 +267,8 @@ def test_smoke_runs_from_end_to_end(name, tmp_path):
   expected = {row['run']: row for row in accounting.account(recipe)['rows']}
   for row in facts['rows']:
     assert row['step'] == 4
-    assert row['perplexity'].keys() == set(recipe.evaluation.domains)
     # Four steps of a random model: somewhere about the vocabulary's size.
     assert all(1 < p < 10 * recipe.model.vocab_size for p in row['perplexity'].values())
     assert row['parameters'] == expected[row['run']]['parameters']['total']
     assert row['flops_per_token'] == expected[row['run']]['training_flops']['total']
-    text = (tmp_path / row['run'] / 'metrics.jsonl').read_text()
-    losses = [line['loss'] for line in map(json.loads, text.splitlines()) if 'loss' in line]
-    assert len(losses) == 4 and all(map(math.isfinite, losses))
   assert (tmp_path / 'report' / 'report.md').exists()

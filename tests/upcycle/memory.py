@@ -103,24 +103,17 @@ def spelled_out(
   return made
 
 
-def save(folder: Path, params: dict, model: config.Model, step: int = 7, **changes) -> None:
+META = dict(
+  format=checkpoint.FORMAT, sequence_length=16, step=7, method=None, sources=(),
+  tokenizer_hash=hashlib.sha256(TOKENIZER).hexdigest(), tokenizer_path='/nowhere',
+  versions=manifest.versions(), bos_token='<s>', eos_token='</s>',
+)  # fmt: skip
+
+
+def save(folder: Path, params: dict, model: config.Model, **changes) -> None:
   """A run's folder with one checkpoint, its tokenizer and a bit of an optimizer's state."""
-  facts = dict(
-    format=checkpoint.FORMAT,
-    model=model,
-    sequence_length=16,
-    tokenizer_hash=hashlib.sha256(TOKENIZER).hexdigest(),
-    tokenizer_path='/nowhere',
-    run=folder.name,
-    step=step,
-    method=None,
-    sources=(),
-    versions=manifest.versions(),
-    bos_token='<s>',
-    eos_token='</s>',
-  )
+  meta = checkpoint.Meta(**(META | {'model': model, 'run': folder.name} | changes))
   checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=2)
-  meta = checkpoint.Meta(**(facts | changes))
-  checkpoints.save(step, params, {'count': np.zeros(())}, {}, meta)
+  checkpoints.save(meta.step, params, {'count': np.zeros(())}, {}, meta)
   checkpoints.close()
   (folder / 'tokenizer.json').write_bytes(TOKENIZER)

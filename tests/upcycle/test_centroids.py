@@ -46,13 +46,6 @@ def test_columns_against_numpy():
     np.testing.assert_allclose(np.linalg.norm(router[layer], axis=0), 2, rtol=1e-6)
 
 
-def test_the_mean_token_of_a_source_goes_to_its_expert():
-  for seed in range(5):
-    router = centroids.columns(means(seed), PATHS[1], upcycle(num_experts=0), KEY)
-    logits = np.einsum('sld,lde->sle', means(seed), router)
-    np.testing.assert_array_equal(logits.argmax(-1), [[0, 0], [1, 1], [2, 2]])
-
-
 def test_columns_of_copies_lie_beside_the_first_and_share_its_tokens():
   router = centroids.columns(means(), PATHS[0], upcycle(), KEY)
   for copy in (3, 4):
@@ -168,9 +161,3 @@ def test_data_of_sources_is_checked_before_any_training(recipe_dict, dataset):
   parsed = config.parse(recipe_dict)
   with pytest.raises(UserError, match='config.runs.law.data names the domain .poetry.'):
     graph.check(parsed, graph.resolve(parsed), dataset, ['btx'])
-  recipe_dict['runs']['code']['data'] = {'law': 9, 'general': 1}
-  recipe_dict['runs']['law']['data'] = {'law': 0.9, 'general': 0.1}
-  with pytest.raises(UserError) as caught:
-    graph.resolve(config.parse(recipe_dict))
-  assert "config.runs.btx.init.upcycle.router_init='centroids'" in str(caught.value)
-  assert "'code' from 'law'" in str(caught.value)
