@@ -11,8 +11,6 @@ from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.files import folders
 from bam_jax.parallel import processes
 
-SAMPLE = Path(prepare.__file__).parent / 'sample'
-
 
 def open_dataset(data: config.Data) -> shards.Dataset:
   """The token shards of a recipe, prepared first when they are missing and the recipe says how."""
@@ -29,7 +27,7 @@ def _prepare_missing(data: config.Data) -> None:
   print(f'Preparing {path} from {options.input}.', file=sys.stderr)
   prepare_in = functools.partial(
     prepare.prepare,
-    sources.find_domains([str(SAMPLE) if options.input == 'sample' else options.input]),
+    sources.find_domains([str(sources.SAMPLE) if options.input == 'sample' else options.input]),
     tokenizer=Tokenizer.load(options.tokenizer) if options.tokenizer else None,
     train_tokenizer=options.train_tokenizer or None,
   )

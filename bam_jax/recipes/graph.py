@@ -99,38 +99,35 @@ def _origin(
       return recipe.model, None, ()
     case config.FromCheckpoint(path):
       meta = checkpoint.read_meta(path)
-      origin = meta.model, meta.method, meta.sources
+      model, method, experts = meta.model, meta.method, meta.sources
     case config.FromRun(parent):
-      origin = nodes[parent].model, nodes[parent].method, nodes[parent].experts
+      model, method, experts = nodes[parent].model, nodes[parent].method, nodes[parent].experts
     case config.FromUpcycle(upcycle):
-      return _mixture(recipe, name, upcycle, nodes)
-  return origin if origin[0] != origin[0].dense() else (origin[0], None, ())
+      where, dense = f'config.runs.{name}.init.upcycle', _check_sources(recipe, name, nodes)
+      try:
+        model = rules.mixture_model(dense, upcycle)
+      except UserError as error:
+        raise UserError(f'{where}: {error}') from None
+      return model, upcycle.method, rules.expert_names(upcycle, upcycle.sources)
+  return (model, method, experts) if model != model.dense() else (model, None, ())
 
 
-def _mixture(recipe, name, upcycle, nodes) -> tuple[config.Model, str, tuple[str, ...]]:
-  where, first, seen = f'config.runs.{name}.init.upcycle', upcycle.sources[0], {}
+def _check_sources(recipe: config.Recipe, name: str, nodes: Mapping[str, Node]) -> config.Model:
+  """The one dense model of a mixture's sources; UserError when they have not one or cannot mix."""
+  upcycle, where, seen = recipe.runs[name].init.upcycle, f'config.runs.{name}.init.upcycle', {}
+  first = upcycle.sources[0]
   for source in upcycle.sources:
     model, data = nodes[source].model, recipe.runs[source].data
-    require(
-      model == model.dense(),
-      f'{where}.from names {source!r}, which is a mixture: only dense models can be mixed.',
-    )
-    require(
-      model == nodes[first].model,
-      f'{where}.from mixes {first!r} and {source!r}, whose models differ.',
-    )
+    wrong = f'{where}.from names {source!r}, which is a mixture: only dense models can be mixed.'
+    require(model == model.dense(), wrong)
+    wrong = f'{where}.from mixes {first!r} and {source!r}, whose models differ.'
+    require(model == nodes[first].model, wrong)
     shares = sorted((domain, round(x / sum(data.values()), 6)) for domain, x in data.items())
     other = seen.setdefault(tuple(shares), source)
-    require(
-      upcycle.router_init != 'centroids' or other == source,
-      f"{where}.router_init='centroids' cannot tell {other!r} from {source!r}, which have the same "
-      "data: set router_init='random'.",
-    )
-  try:
-    model = rules.mixture_model(nodes[first].model, upcycle)
-  except UserError as error:
-    raise UserError(f'{where}: {error}') from None
-  return model, upcycle.method, rules.expert_names(upcycle, upcycle.sources)
+    wrong = f"{where}.router_init='centroids' cannot tell {other!r} from {source!r}"
+    fix = "which have the same data: set router_init='random'."
+    require(upcycle.router_init != 'centroids' or other == source, f'{wrong}, {fix}')
+  return nodes[first].model
 
 
 def check(
@@ -139,23 +136,16 @@ def check(
   """The domains to evaluate; UserError for what the data, the devices or the mesh cannot give."""
   domains, batch_size = recipe.evaluation.domains or dataset.domains, recipe.evaluation.batch_size
   for domain in domains:
-    require(
-      'valid' in dataset.splits(domain),
-      f'{dataset.path} has no held-out documents of the domain {domain!r}.',
-    )
+    wrong = f'{dataset.path} has no held-out documents of the domain {domain!r}.'
+    require('valid' in dataset.splits(domain), wrong)
   for name in asked:
     node, mesh, where = nodes[name], nodes[name].run.mesh, f'config.runs.{name}'
     _check_data(node, nodes, dataset)
-    require(
-      mesh.size <= jax.device_count(),
-      f'{where}.mesh needs {mesh.size} devices and there are {jax.device_count()}: make its axes '
-      'smaller.',
-    )
-    require(
-      batch_size % mesh.batch_shards == 0,
-      f'config.evaluation.{batch_size=} is not a multiple of the {mesh.batch_shards} parts that '
-      f'{where}.mesh cuts a batch into.',
-    )
+    wrong = f'{where}.mesh needs {mesh.size} devices and there are {jax.device_count()}'
+    require(mesh.size <= jax.device_count(), f'{wrong}: make its axes smaller.')
+    parts = f'the {mesh.batch_shards} parts that {where}.mesh cuts a batch into'
+    wrong = f'config.evaluation.{batch_size=} is not a multiple of {parts}.'
+    require(batch_size % mesh.batch_shards == 0, wrong)
     attention.check(node.model, recipe.data.sequence_length, jax.default_backend())
     sharding.check(transformer.Network(node.model, node.run.compute).abstract(), mesh, where)
     processes.check_mesh(mesh, where)
@@ -165,26 +155,21 @@ def check(
 
 def _check_data(node: Node, nodes: Mapping[str, Node], dataset: shards.Dataset) -> None:
   vocab_size, tokens = node.model.vocab_size, dataset.manifest['tokenizer']['vocab_size']
-  require(
-    vocab_size >= tokens,
-    f'config.model.{vocab_size=} is below the {tokens} tokens of the tokenizer in {dataset.path}: '
-    f'raise it to {tokens}.',
-  )
+  wrong = f'config.model.{vocab_size=} is below the {tokens} tokens of the tokenizer in'
+  require(vocab_size >= tokens, f'{wrong} {dataset.path}: raise it to {tokens}.')
   if isinstance(node.run.init, config.FromCheckpoint):
     path = node.run.init.checkpoint
-    require(
-      checkpoint.read_meta(path).tokenizer_hash == dataset.tokenizer_hash,
-      f'config.runs.{node.name}.init.checkpoint={path} was made with another tokenizer than '
-      f'{dataset.path}: prepare the data with the tokenizer that lies with the checkpoint.',
-    )
+    wrong = f'config.runs.{node.name}.init.checkpoint={path} was made with another tokenizer than'
+    fix = 'prepare the data with the tokenizer that lies with the checkpoint.'
+    same = checkpoint.read_meta(path).tokenizer_hash == dataset.tokenizer_hash
+    require(same, f'{wrong} {dataset.path}: {fix}')
   centroids = node.upcycle and node.upcycle.router_init == 'centroids'
   for reader in (node.name, *(node.upcycle.sources if centroids else ())):
     for domain in nodes[reader].run.data:
       names, has = f'config.runs.{reader}.data names the domain {domain!r}', dataset.domains
       require(domain in has, f'{names}; {dataset.path} has {", ".join(has)}.')
-      require(
-        'train' in dataset.splits(domain), f'{names}, of which {dataset.path} has no train split.'
-      )
+      wrong = f'{names}, of which {dataset.path} has no train split.'
+      require('train' in dataset.splits(domain), wrong)
 
 
 def _check_memory(node: Node, recipe: config.Recipe) -> None:
@@ -197,11 +182,9 @@ def _check_memory(node: Node, recipe: config.Recipe) -> None:
   parts = config.Mesh() if jax.default_backend() == 'cpu' else run.mesh
   copies = 2 if run.compute.offload_optimizer else 4  # gradients; two moments of AdamW
   state = copies * 4 * arithmetic.parameters(model).total // parts.size
-  require(
-    state <= free,
-    f'{name} needs {state / 1e9:,.1f} GB of a device for parameters, gradients and optimizer, and '
-    f'{free / 1e9:,.1f} GB are free: make model smaller or mesh larger.',
-  )
+  has = f'{free / 1e9:,.1f} GB are free: make'
+  needs = f'needs {state / 1e9:,.1f} GB of a device for parameters, gradients and optimizer'
+  require(state <= free, f'{name} {needs}, and {has} model smaller or mesh larger.')
   # Gradients come while activations go: only one of the two is whole at any time.
   kept, itemsize = state * (copies - 1) // copies, jnp.dtype(run.compute.dtype).itemsize
   for key, batch_size, grad_accum_steps, layers in (
@@ -212,9 +195,9 @@ def _check_memory(node: Node, recipe: config.Recipe) -> None:
     logits = min(tokens, run.compute.loss_chunk or tokens) * model.vocab_size // parts.tensor
     # Whatever is done again in the backward pass, each block's input is kept for it.
     needed = kept + layers * tokens * model.d_model * itemsize + 4 * logits
-    require(
-      needed <= free,
-      f'{key}={batch_size} needs at least {needed / 1e9:,.1f} GB of a device, for blocks, logits '
-      f'and the state of {name}, and {free / 1e9:,.1f} GB are free: make it smaller, or cut it '
-      f'with {name}.grad_accum_steps (training alone) or its compute.loss_chunk.',
+    needs = (
+      f'needs at least {needed / 1e9:,.1f} GB of a device, for blocks, logits and the state of'
     )
+    fix = f'with {name}.grad_accum_steps (training alone) or its compute.loss_chunk'
+    wrong = f'{key}={batch_size} {needs} {name}, and {has} it smaller, or cut it {fix}.'
+    require(needed <= free, wrong)

@@ -52,26 +52,20 @@ def recipe(name: str, scale: Scale, runs: Mapping[str, dict]) -> dict:
   )
 
 
-def seed(scale: Scale) -> dict:
-  """The dense model that everything starts from."""
-  tokens, schedule = scale.seed_tokens, scale.seed_schedule
-  return _run(scale, 'seed', 'scratch', dict(general=1.0), 0, tokens, schedule)
-
-
-def specialist(scale: Scale, domain: str) -> dict:
-  """Branch: the seed, trained on with 90% of one domain and 10% of general text.
-
-  Half of the seed's peak learning rate; the paper gives no other schedule.
-  """
-  half = dict(peak_learning_rate=scale.seed_schedule['peak_learning_rate'] / 2)
-  data, schedule = {domain: 0.9, 'general': 0.1}, {**scale.seed_schedule, **half}
-  label, init = f'{domain} specialist', dict(run='seed')
-  return _run(scale, label, init, data, 1, scale.specialist_tokens, schedule)
-
-
 def branches(scale: Scale) -> dict[str, dict]:
-  """The seed and its specialists."""
-  return dict(seed=seed(scale), **{domain: specialist(scale, domain) for domain in SPECIALTIES})
+  """The seed, and the specialists: it, trained on with 90% of one domain and 10% of general text.
+
+  Specialists have half of the seed's peak learning rate; the paper gives no other schedule.
+  """
+  schedule, init = scale.seed_schedule, dict(run='seed')
+  half = {**schedule, 'peak_learning_rate': schedule['peak_learning_rate'] / 2}
+  runs = dict(
+    seed=_run(scale, 'seed', 'scratch', dict(general=1.0), 0, scale.seed_tokens, schedule)
+  )
+  for domain in SPECIALTIES:
+    label, data = f'{domain} specialist', {domain: 0.9, 'general': 0.1}
+    runs[domain] = _run(scale, label, init, data, 1, scale.specialist_tokens, half)
+  return runs
 
 
 def mixture(
@@ -80,9 +74,8 @@ def mixture(
   """Mix: one model of the dense runs `sources`; `upcycle` has other keys of config.Upcycle."""
   upcycle = {'from': tuple(sources), 'method': method, **upcycle}
   experts = upcycle.get('num_experts') or len(upcycle['from'])
-  return on_all_domains(
-    scale, label, dict(upcycle=upcycle), experts=1 if method == 'average' else experts
-  )
+  experts = 1 if method == 'average' else experts
+  return on_all_domains(scale, label, dict(upcycle=upcycle), experts=experts)
 
 
 def on_all_domains(scale: Scale, label: str, init: Mapping[str, Any], *, experts: int = 1) -> dict:
@@ -116,13 +109,9 @@ def compute_matched(scale: Scale, label: str, method: str, **upcycle) -> dict:
   return run | dict(tokens=tokens // step_tokens * step_tokens)
 
 
-def mesh(devices: int, experts: int = 1) -> dict[str, int]:
-  """Parameters over all devices: experts along an axis of up to 4 that divides them, FSDP else."""
-  expert = math.gcd(4, experts, devices)
-  return dict(fsdp=devices // expert, expert=expert)
-
-
 def _run(scale, label, init, data, data_seed, tokens, schedule, experts=1) -> dict:
+  # Parameters over all devices: experts along an axis of up to 4 that divides them, FSDP else.
+  expert = math.gcd(4, experts, scale.devices)
   return dict(
     label=label,
     init=init,
@@ -133,7 +122,7 @@ def _run(scale, label, init, data, data_seed, tokens, schedule, experts=1) -> di
     batch_size=scale.batch_size,
     grad_accum_steps=scale.grad_accum_steps,
     compute=dict(scale.compute),
-    mesh=mesh(scale.devices, experts),
+    mesh=dict(fsdp=scale.devices // expert, expert=expert),
     intervals=dict(scale.intervals),
   )
 

@@ -26,24 +26,17 @@ from bam_jax.upcycle import rules
 def execute(
   recipe: config.Recipe, workdir: Path, dataset: shards.Dataset, only: Sequence[str] = ()
 ) -> list[str]:
-  """Trains the runs that are asked for and not finished; returns the names of all asked, in order.
+  """Trains the runs named in `only` (or all) that are not finished; returns all asked, in order.
 
-  Args:
-    recipe: the graph.
-    workdir: every run has a folder in it; it may be one of a bucket.
-    dataset: the token shards.
-    only: names of runs; empty is all.
-
-  Raises:
-    UserError: before anything is trained, for a recipe that cannot run here or does not match the
-      workdir; while training, for a loss that is not a number.
-    stop.Stopped: a signal came, and the run's state is saved.
+  Every run has a folder in `workdir`, which may be one of a bucket. UserError before anything is
+  trained, for a recipe that cannot run here or does not match the workdir; while training, for a
+  loss that is not a number. stop.Stopped: a signal came, and the run's state is saved.
   """
   began = timing.process_began()
   nodes = graph.resolve(recipe, graph.digest(dataset.manifest['domains']))
   identities = {name: node.identity for name, node in nodes.items()}
-  everything = [config.to_dict(recipe), identities, list(only)]
-  processes.same(graph.digest(everything), 'recipe, flags and data')
+  everything = graph.digest([config.to_dict(recipe), identities, list(only)])
+  processes.same(everything, 'recipe, flags and data')
   asked = processes.decide(lambda: _asked(nodes, only, workdir))
   domains = graph.check(recipe, nodes, dataset, asked)
   with stop.catch() as stopping, claims.Claims(log.note, stopping.check) as held:
@@ -92,10 +85,9 @@ def _asked(nodes: Mapping[str, graph.Node], only: Sequence[str], workdir: Path) 
   for name in asked:
     for parent in config.parents(nodes[name].run):
       if parent not in asked and not _is_finished(workdir, nodes[parent]):
-        raise UserError(
-          f'--runs asks for {name!r}, which starts from {parent!r}, and {workdir / parent} does '
-          f'not hold it finished by this configuration: add {parent!r} to --runs.'
-        )
+        missing = f'{workdir / parent} does not hold it finished by this configuration'
+        wrong = f'--runs asks for {name!r}, which starts from {parent!r}, and {missing}'
+        raise UserError(f'{wrong}: add {parent!r} to --runs.')
   return asked
 
 
@@ -167,7 +159,7 @@ def _manifest(recipe: config.Recipe, node: graph.Node, workdir: Path) -> manifes
   ]
   if isinstance(node.run.init, config.FromCheckpoint):
     origins = [manifest.Source(node.run.init.checkpoint)]
-  made = rules.record(node.model) if node.upcycle else ()
+  made = rules.rules(node.model) if node.upcycle else ()
   seed, name = recipe.seed, node.name
   return manifest.Manifest('', manifest.now(), tuple(origins), made, node.upcycle, seed, name)
 

@@ -33,7 +33,7 @@ def mean_inputs(
   batches: Sequence[Iterable[mixture.Batch]],
   mesh: jax.sharding.Mesh,
 ) -> np.ndarray:
-  """The mean normalised input of every block over each source's tokens: SLD.
+  """The mean normalised input of every block over each source's tokens: SLD, float64.
 
   The dense network's parameters are whole on every device of the mesh; `batches` are for each
   source a few batches of its training data, this process's rows of each.
@@ -44,8 +44,7 @@ def mean_inputs(
     total_LD, tokens = 0.0, 0.0
     for batch in source:
       placed = sharding.put_batch(mixture.model_inputs(batch), mesh)
-      inputs = [placed[name] for name in ('tokens', 'segments', 'positions')]
-      part_LD, part = sums(network, params, *inputs)
+      part_LD, part = sums(network, params, *map(placed.get, ('tokens', 'segments', 'positions')))
       total_LD, tokens = total_LD + np.asarray(part_LD, np.float64), tokens + float(part)
     means_SLD.append(total_LD / tokens)
   return np.stack(means_SLD)
@@ -54,15 +53,15 @@ def mean_inputs(
 def _input_sums(network, params, tokens_BT, segments_BT, positions_BT):
   """Sums of every block's normalised inputs LD over the real tokens, and the tokens' number."""
   layers, real_BT = jnp.arange(network.model.num_layers), segments_BT > 0
-  blocks, attention, ffn = (params['blocks'], *map(params['blocks'].get, ('attention', 'ffn')))
+  blocks = params['blocks']
 
   def sum_of(layer):
     # Where this block and those after it add nothing, the final norm reads this block's input.
-    before = lambda x: jnp.where((layers < layer).reshape(-1, *[1] * (x.ndim - 1)), x, 0)
-    silent = blocks | {
-      'attention': attention | {'out': before(attention['out'])},
-      'ffn': ffn | {'down': before(ffn['down'])},
-    }
+    silent = dict(blocks)
+    for part, name in (('attention', 'out'), ('ffn', 'down')):
+      x = blocks[part][name]
+      kept = (layers < layer).reshape(-1, *[1] * (x.ndim - 1))
+      silent[part] = blocks[part] | {name: jnp.where(kept, x, 0)}
     cut = {'blocks': silent, 'final_norm': {'scale': blocks['norm']['scale'][layer]}}
     inputs_BTD, _ = network.hidden(params | cut, tokens_BT, segments_BT, positions_BT)
     return jnp.einsum('btd,bt->d', inputs_BTD, real_BT.astype(jnp.float32))
@@ -91,10 +90,9 @@ def columns(
 
   away_SLD = means_SLD - means_SLD.mean(0)
   if (np.abs(away_SLD).max(-1) <= 1e-6 * np.abs(means_SLD).max(-1)).any():
-    raise UserError(
-      f"router_init='centroids' finds no difference between the data of from="
-      f"{list(upcycle.sources)}: give the sources different data, or set router_init='random'."
-    )
+    found = f'finds no difference between the data of from={list(upcycle.sources)}'
+    fix = "give the sources different data, or set router_init='random'."
+    raise UserError(f"router_init='centroids' {found}: {fix}")
   own_SLD = unit(away_SLD)
   words = np.asarray(jax.random.key_data(key)).tolist()
   rng = np.random.default_rng([*words, zlib.crc32(path.encode())])

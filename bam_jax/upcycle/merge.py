@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bam_jax import config
-from bam_jax.checkpoint import arrays
+from bam_jax.checkpoint import arrays, manifest
 from bam_jax.errors import UserError
 from bam_jax.upcycle import options, rules
 from bam_jax.upcycle.sources import Source
@@ -41,15 +41,6 @@ class Region(NamedTuple):
   array: np.ndarray
 
 
-class _Job(NamedTuple):
-  """A region of a source's array to read, and the experts to make of it if the rule stacks."""
-
-  rule: rules.Rule
-  source: int
-  index: arrays.Index
-  experts: tuple[int, ...]
-
-
 def run_key(seed: int, name: str) -> jax.Array:
   """The key of what is drawn for a run, whatever other runs its recipe has."""
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
@@ -61,16 +52,11 @@ def regions(
   parts: Mapping[str, Box] | None = None,
   on_read: Callable[[int, str, arrays.Index, np.ndarray], None] = lambda *_: None,
 ) -> Iterator[Region]:
-  """The mixture's arrays in regions, those of one array together.
+  """The arrays `wanted` of the mixture in regions, those of one array together.
 
-  Args:
-    merge: of opened sources.
-    wanted: the mixture's arrays by path, with the dtypes to make them in.
-    parts: the part of every target array that is needed; the rest is not read. Default: all.
-    on_read: called with each region that is read: number of the source, path, index and values.
-
-  Raises:
-    UserError: a value is NaN or infinite, or reading fails.
+  `parts` has the part of every target array that is needed, all by default; the rest is not read.
+  `on_read` is called with each region that is read: number of the source, path, index and values.
+  UserError when a value is NaN or infinite, or reading fails.
   """
   sources, upcycle, key, _ = merge
   if len(sources) != len(upcycle.sources):
@@ -85,7 +71,7 @@ def regions(
       yield Region(rule.target, (), array.astype(wanted[rule.target].dtype))
 
   jobs = list(_jobs(merge, table, wanted, parts))
-  reads = arrays.read_ahead((sources[j.source].reader, j.rule.source, j.index) for j in jobs)
+  reads = arrays.read_ahead((sources[n].reader, rule.source, index) for rule, n, index, _ in jobs)
   held: list[np.ndarray] = []  # of a mean, until all sources' are there
   for (rule, source, index, experts), array in zip(jobs, reads):
     _check_finite(sources[source], rule.source, index, array)
@@ -109,7 +95,7 @@ def overlap(one: Box, other: Box) -> Box:
   return both if all(start < stop for start, stop in both) else ()
 
 
-def drawn(merge: Merge, rule: rules.Rule, shape: tuple[int, ...]) -> np.ndarray:
+def drawn(merge: Merge, rule: manifest.Made, shape: tuple[int, ...]) -> np.ndarray:
   """A bias of zeros, or a router LDE: given, or normal with deviation `router_scale / sqrt(D)`."""
   if rule.how == 'zero':
     return np.zeros(shape, np.float32)
@@ -120,8 +106,11 @@ def drawn(merge: Merge, rule: rules.Rule, shape: tuple[int, ...]) -> np.ndarray:
   return scale / math.sqrt(shape[-2]) * np.asarray(jax.random.normal(key, shape, jnp.float32))
 
 
-def _jobs(merge: Merge, table, wanted, parts) -> Iterator[_Job]:
-  """What to read, in order: a layer of an array with layers at a time, else a chunk."""
+def _jobs(merge: Merge, table, wanted, parts):
+  """What to read, in order: a layer of an array with layers at a time, else a chunk.
+
+  Rule, number of the source, index, and the experts to make of it if the rule stacks.
+  """
   upcycle = merge.upcycle
   for rule in filter(lambda rule: rule.source, table):
     part, stack = parts[rule.target], rule.how == 'stack'
@@ -139,17 +128,16 @@ def _jobs(merge: Merge, table, wanted, parts) -> Iterator[_Job]:
         experts = (source, *upcycle.copies) if source == 0 else (source,)
         experts = tuple(e for e in experts if part[1][0] <= e < part[1][1]) if stack else ()
         if experts or not stack:
-          yield _Job(rule, source, index, experts)
+          yield rule, source, index, experts
 
 
 def _check_finite(source: Source, path: str, index: arrays.Index, array: np.ndarray) -> None:
-  finite = np.isfinite(array)
-  if not finite.all():
+  wrong = ~np.isfinite(array)
+  if wrong.any():
     box = arrays.bounds(source.reader.specs[path], index)
-    shape = [stop - start for start, stop in box]
-    inside = np.argwhere(~finite.reshape(shape))[0]
+    inside = np.argwhere(wrong.reshape([stop - start for start, stop in box]))[0]
     where = [start + int(at) for (start, _), at in zip(box, inside)]
     raise UserError(
-      f'{source.path} has {array.reshape(shape)[tuple(inside)]} at {path}{where}: leave this '
+      f'{source.path} has {array[wrong][0]} at {path}{where}: leave this '
       'checkpoint out, or take an earlier step of its run.'
     )

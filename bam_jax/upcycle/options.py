@@ -30,23 +30,16 @@ def average(arrays: Sequence[np.ndarray], upcycle: config.Upcycle) -> np.ndarray
 def expert(
   path: str, matrix: np.ndarray, layer: int, number: int, upcycle: config.Upcycle, key: jax.Array
 ) -> np.ndarray:
-  """One expert's array, made of its source's: itself, or changed where it is a copy.
+  """One expert's float32 array of one layer: its source's `matrix`, or changed where it is a copy.
 
   `drop_ratio`: of every FFN expert's hidden dimensions this share is drawn anew, in each matrix
   from a normal distribution with the mean and standard deviation that these weights had together.
-  Method 'sparse' does so to every expert; Drop-Upcycling, arXiv 2502.19261. Others leave the
-  sources' own experts as they are.
+  Method 'sparse' does so to every expert; Drop-Upcycling, arXiv 2502.19261.
 
   `noise`: Gaussian noise of this many of the array's standard deviations is added to every array of
   the experts past the sources; the baseline of the same article.
 
-  Args:
-    path: of the array; with the layer, the expert and the key it decides what is drawn.
-    matrix: float32, of one layer; it is not changed.
-    layer: its number.
-    number: the expert's.
-    upcycle: the options.
-    key: of the whole merge.
+  Path, layer, number of the expert and key decide what is drawn.
   """
   dropping = range(upcycle.experts) if upcycle.method == 'sparse' else upcycle.copies
   if upcycle.drop_ratio and path in HIDDEN_AXIS and number in dropping:

@@ -34,8 +34,7 @@ def to_mesh(merge: merge_lib.Merge, abstract: Any, shardings: Any) -> Any:
   """The mixture's parameters on the devices of a mesh; all processes must call.
 
   Each process reads what its own devices need, and holds their parts and about one array more.
-  `abstract` has the shapes and dtypes, `shardings` is of the same structure. UserError, in every
-  process, when the sources cannot be mixed.
+  UserError, in every process, when the sources cannot be mixed.
   """
   wanted, shardings = specs(abstract), traverse_util.flatten_dict(shardings, sep='/')
   parts = {}
@@ -56,10 +55,7 @@ def to_mesh(merge: merge_lib.Merge, abstract: Any, shardings: Any) -> Any:
 
 
 def _assemble(
-  spec: arrays.Spec,
-  sharding: jax.sharding.Sharding,
-  part: merge_lib.Box,
-  regions: Iterable[merge_lib.Region],
+  spec: arrays.Spec, sharding, part: merge_lib.Box, regions: Iterable[merge_lib.Region]
 ) -> jax.Array:
   """One array from the regions of this process's part; ValueError unless they fill it."""
   inside = lambda box, of: tuple(slice(a - at, b - at) for (a, b), (at, _) in zip(box, of))
@@ -69,9 +65,8 @@ def _assemble(
     region = arrays.bounds(spec, index)
     array = array.reshape([stop - start for start, stop in region])
     if both := merge_lib.overlap(region, part):
-      values = array[inside(both, region)]
-      buffer[inside(both, part)] = values
-      missing -= values.size
+      buffer[inside(both, part)] = array[inside(both, region)]
+      missing -= array[inside(both, region)].size
   if missing:
     raise ValueError(f'An array of shape {spec.shape} was not filled exactly once.')
   return jax.make_array_from_callback(
@@ -88,25 +83,16 @@ def to_checkpoint(
   command: str,
   progress: Callable[[int, int], None],
 ) -> checkpoint.Meta:
-  """Makes a mixture's checkpoint, in a new folder, of the dense ones at `upcycle.sources`.
+  """Makes a mixture's checkpoint, a new folder, of the dense ones at paths `upcycle.sources`.
 
-  Args:
-    output: the folder.
-    upcycle: its `sources` are paths.
-    seed: of what is drawn.
-    name: of the run; with a recipe's seed and run name, what is drawn is the recipe's.
-    dtype: of the arrays, one of `sources.DTYPES`.
-    command: for the record.
-    progress: called with the bytes read and written so far, and their total.
-
-  Returns the checkpoint's `meta`. UserError, and no folder, when the sources cannot be mixed or
+  With a recipe's seed and run name, what is drawn is the recipe's. `dtype` is one of
+  `sources.DTYPES`; `command` is for the record; `progress` is called with the bytes read and
+  written so far, and their total. UserError, and no folder, when the sources cannot be mixed or
   something cannot be read or written.
   """
   if upcycle.router_init == 'centroids':
-    raise UserError(
-      "router_init='centroids' needs the sources' training data: upcycle in a recipe, or choose "
-      "'random' or 'zero'."
-    )
+    fix = "upcycle in a recipe, or choose 'random' or 'zero'."
+    raise UserError(f"router_init='centroids' needs the sources' training data: {fix}")
   merge = merge_lib.Merge(open_sources(upcycle.sources), upcycle, merge_lib.run_key(seed, name))
   first = merge.sources[0]
   for source in merge.sources:
@@ -119,7 +105,6 @@ def to_checkpoint(
     with arrays.Writer(folder / 'params', wanted) as writer:
       origins = _write(merge, writer, progress)
     (folder / tokenizer.name).write_bytes(tokenizer.read_bytes())
-    made = rules.record(mixture)
     meta = dataclasses.replace(
       first.meta,
       model=mixture,
@@ -128,7 +113,9 @@ def to_checkpoint(
       method=upcycle.method,
       sources=rules.expert_names(upcycle, [source.meta.run for source in merge.sources]),
       versions=manifest.versions(),
-      manifest=manifest.Manifest(command, manifest.now(), origins, made, upcycle, seed, name),
+      manifest=manifest.Manifest(
+        command, manifest.now(), origins, rules.rules(mixture), upcycle, seed, name
+      ),
     )
     checkpoint.write_meta(folder, meta)
   return meta
@@ -136,9 +123,9 @@ def to_checkpoint(
 
 def _write(merge, writer: arrays.Writer, progress) -> tuple[manifest.Source, ...]:
   """Writes the mixture's arrays; what they were made of, with hashes."""
-  items = [*(source.reader for source in merge.sources), writer]
-  total = sum(spec.nbytes for item in items for spec in item.specs.values())
-  hashes = [{path: manifest.Hash(s.shape) for path, s in item.specs.items()} for item in items[:-1]]
+  readers = [source.reader for source in merge.sources]
+  total = sum(spec.nbytes for one in (*readers, writer) for spec in one.specs.values())
+  hashes = [{path: manifest.Hash(s.shape) for path, s in one.specs.items()} for one in readers]
   pending: list[concurrent.futures.Future] = []
   done = 0
 

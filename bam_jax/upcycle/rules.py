@@ -2,20 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
 
 from bam_jax import config
 from bam_jax.checkpoint import manifest
-
-How = Literal['mean', 'stack', 'router', 'zero']
-
-
-class Rule(NamedTuple):
-  """`target` is made from the sources' `source` by `how`."""
-
-  target: str  # path in the mixture
-  how: How  # 'mean' over the sources, 'stack' on axis 1, 'router': drawn, 'zero': zeros
-  source: str | None  # path in every dense model; None for what no source has
 
 
 def mixture_model(dense: config.Model, upcycle: config.Upcycle) -> config.Model:
@@ -39,45 +28,41 @@ def mixture_model(dense: config.Model, upcycle: config.Upcycle) -> config.Model:
   return dataclasses.replace(dense, attention_experts=attention, ffn_experts=ffn)
 
 
-def rules(mixture: config.Model) -> tuple[Rule, ...]:
-  """The table for a mixture.
+def rules(mixture: config.Model) -> tuple[manifest.Made, ...]:
+  """How each array of a mixture is made: `target` from the sources' `source`; paper section 3.
 
-  Experts are stacked; norms, embeddings and whatever has no experts are averaged; paper section 3.
+  `how` is 'mean' over the sources (norms, embeddings, whatever has no experts), 'stack' on axis 1
+  (experts), 'router' (drawn) or 'zero'; the last two have no source.
   """
   attention, ffn = mixture.attention_experts, mixture.ffn_experts
-  query_out = 'stack' if attention else 'mean'
+  query_out, experts = ('stack' if attention else 'mean'), ('stack' if ffn else 'mean')
   key_value = 'stack' if attention and not attention.shared_kv else 'mean'
-  hows: dict[str, How] = {
+  hows = {
     'embed/table': 'mean',
     'blocks/norm/scale': 'mean',
     'blocks/attention/query': query_out,
     'blocks/attention/key': key_value,
     'blocks/attention/value': key_value,
     'blocks/attention/out': query_out,
-    'blocks/ffn/gate': 'stack' if ffn else 'mean',
-    'blocks/ffn/up': 'stack' if ffn else 'mean',
-    'blocks/ffn/down': 'stack' if ffn else 'mean',
+    'blocks/ffn/gate': experts,
+    'blocks/ffn/up': experts,
+    'blocks/ffn/down': experts,
     'final_norm/scale': 'mean',
   }
   if mixture.qk_norm:  # the norm of a head goes where the head goes
     hows |= {'blocks/attention/query_scale': query_out, 'blocks/attention/key_scale': key_value}
   if not mixture.tied_embeddings:
     hows['unembed/kernel'] = 'mean'
-  table = [Rule(path, how, path) for path, how in hows.items()]
   if attention:
-    table.append(Rule('blocks/attention/router', 'router', None))
+    hows['blocks/attention/router'] = 'router'
   if ffn:
-    table.append(Rule('blocks/ffn/router', 'router', None))
+    hows['blocks/ffn/router'] = 'router'
   if ffn and ffn.expert_bias:
-    table.append(Rule('blocks/ffn/expert_bias', 'zero', None))
-  return tuple(table)
+    hows['blocks/ffn/expert_bias'] = 'zero'
+  drawn = ('router', 'zero')
+  return tuple(manifest.Made(p, how, None if how in drawn else p) for p, how in hows.items())
 
 
 def expert_names(upcycle: config.Upcycle, sources: Sequence[str]) -> tuple[str, ...]:
   """The name of each expert's source, from the sources' names."""
   return (*sources, *[sources[0]] * len(upcycle.copies))
-
-
-def record(mixture: config.Model) -> tuple[manifest.Made, ...]:
-  """The table as a manifest has it."""
-  return tuple(manifest.Made(*rule) for rule in rules(mixture))

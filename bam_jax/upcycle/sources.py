@@ -28,9 +28,8 @@ class Source(NamedTuple):
 def open_sources(paths: Sequence[str]) -> list[Source]:
   """Opens dense checkpoints, in the experts' order; their checksums are left to the caller.
 
-  Raises:
-    UserError: one is missing, damaged, a mixture, named twice, or of another architecture or
-      tokenizer than the first, or its arrays do not fit its model.
+  UserError when one is missing, damaged, a mixture, named twice, or of another architecture or
+  tokenizer than the first, or its arrays do not fit its model.
   """
   sources: list[Source] = []
   seen: dict[str, str] = {}
@@ -45,16 +44,12 @@ def open_sources(paths: Sequence[str]) -> list[Source]:
     if changes := strict.differences(config.to_dict(first.model), config.to_dict(meta.model)):
       raise UserError(f'{path} is another model than {paths[0]} ({"; ".join(changes[:3])}).')
     if meta.tokenizer_hash != first.tokenizer_hash:
-      raise UserError(
-        f'{path} was trained with another tokenizer than {paths[0]}: their tokens mean different '
-        'text.'
-      )
+      why = 'their tokens mean different text.'
+      raise UserError(f'{path} was trained with another tokenizer than {paths[0]}: {why}')
     reader = checkpoint.open_params(folder, meta.model, check=False)
-    for name, spec in reader.specs.items():
-      if spec.dtype.name not in DTYPES:
-        raise UserError(
-          f'{path} has {name} in {spec.dtype}: only {" and ".join(DTYPES)} can be mixed.'
-        )
+    for name, (_, dtype) in reader.specs.items():
+      if dtype.name not in DTYPES:
+        raise UserError(f'{path} has {name} in {dtype}: only {" and ".join(DTYPES)} can be mixed.')
     sources.append(Source(path, folder, meta, reader))
   return sources
 
