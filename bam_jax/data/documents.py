@@ -6,7 +6,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from bam_jax.errors import UserError
 
@@ -41,14 +41,11 @@ def read_documents(path: Path, text_field: str = 'text') -> Iterator[Document]:
     raise UserError(f'{path} is not a file: correct the path.')
   kind = extension(path)
   if kind is None:
-    raise UserError(f'{path} is of an unknown kind: only {", ".join(EXTENSIONS)} can be read.')
+    raise UserError(f'{path} has an unknown file type: only {", ".join(EXTENSIONS)} can be read.')
   empty = True
   try:
-    if kind in TEXT:
-      documents = _text(path)
-    else:
-      documents = (_parquet if kind in PARQUET else _json_lines)(path, text_field)
-    for document in documents:
+    parquet = kind in PARQUET
+    for document in _parquet(path, text_field) if parquet else _plain(path, kind, text_field):
       empty = False
       yield document
   except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -64,9 +61,13 @@ def extension(path: Path) -> str | None:
   return next((e for e in EXTENSIONS if path.name.lower().endswith(e)), None)
 
 
-def _json_lines(path: Path, text_field: str) -> Iterator[Document]:
+def _plain(path: Path, kind: str, text_field: str) -> Iterator[Document]:
   with open(path, 'rb') as raw:
-    plain, number = _unpacked(raw, path), 0
+    plain, number = gzip.open(raw) if kind.endswith('.gz') else raw, 0
+    if kind in TEXT:
+      if text := _decoded(plain.read(DOCUMENT_BYTES + 1), path):
+        yield Document(text, raw.tell())
+      return
     while line := plain.readline(DOCUMENT_BYTES + 1):
       number += 1
       where = f'{path}, line {number}'
@@ -78,7 +79,7 @@ def _json_lines(path: Path, text_field: str) -> Iterator[Document]:
       except json.JSONDecodeError as error:
         raise UserError(f'{where} is not JSON: {error.msg} at column {error.colno}.') from error
       except (ValueError, RecursionError) as error:  # a number without end, or nested too deep
-        raise UserError(f'{where} is not JSON that can be read: {error}.') from error
+        raise UserError(f'{where} is not JSON: {error}.') from error
       if not isinstance(record, dict):
         raise UserError(f'{where} is not a JSON object such as {{"{text_field}": "..."}}.')
       if text_field not in record:
@@ -105,17 +106,7 @@ def _parquet(path: Path, text_field: str) -> Iterator[Document]:
   except UnicodeDecodeError as error:
     raise UserError(f'{path}, after row {row}: {text_field!r} is not UTF-8.') from error
   except (pa.ArrowException, OSError) as error:
-    raise UserError(f'{path} is not a Parquet file that can be read: {error}.') from error
-
-
-def _text(path: Path) -> Iterator[Document]:
-  with open(path, 'rb') as raw:
-    if text := _decoded(_unpacked(raw, path).read(DOCUMENT_BYTES + 1), path):
-      yield Document(text, raw.tell())
-
-
-def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
-  return gzip.open(raw) if path.name.lower().endswith('.gz') else raw
+    raise UserError(f'{path} is not a Parquet file: {error}.') from error
 
 
 def _decoded(content: bytes, path: Path, line: int | None = None) -> str:
@@ -137,7 +128,7 @@ def _checked(text: object, text_field: str, where: str) -> str:
   try:
     _check_size(len(text.encode()), where)
   except UnicodeEncodeError as error:
-    raise UserError(f'{where}: {text_field!r} holds half a surrogate pair.') from error
+    raise UserError(f'{where}: {text_field!r} contains an unpaired surrogate.') from error
   return text
 
 

@@ -7,7 +7,6 @@ sequences is its share of the tokens.
 Legend: B batch, T sequence.
 """
 
-import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Protocol
@@ -45,10 +44,7 @@ class PackedSequences(grain.sources.RandomAccessDataSource):
     positions: int32, counted from 0 at the start of each document's piece in the window.
     weights: float32, 1 where input and target lie in the same document, else 0.
 
-  Args:
-    documents: the domain's documents, each `[BOS] + tokens + [EOS]`.
-    sequence_length: T.
-    seed: shuffles the documents; None keeps them in order.
+  `seed` shuffles the documents, each `[BOS] + tokens + [EOS]`; None keeps them in order.
   """
 
   def __init__(self, documents: Documents, sequence_length: int, seed: int | None):
@@ -105,9 +101,8 @@ def batches(
   Args:
     documents: the documents of each domain.
     weights: the share of the tokens of each domain, in any unit; 0 leaves a domain out.
-    sequence_length: T.
-    batch_size: B, the sequences of one step over all `process_count` processes.
-    seed: of both shuffles; a domain's order depends on it and on the domain's name alone.
+    batch_size: B, over all processes.
+    seed: a domain's order depends on it and on the domain's name alone.
 
   Returns:
     A random-access dataset. Its item `n` is this process's part of the batch of step `n`: the
@@ -123,12 +118,13 @@ def batches(
   names = sorted(name for name in weights if weights[name] > 0)
   sequences = []
   for name in names:
-    entropy = np.random.SeedSequence([seed, *name.encode()])
-    document_seed, sequence_seed = entropy.generate_state(2).tolist()
+    seeds = np.random.SeedSequence([seed, *name.encode()]).generate_state(2)
+    document_seed, sequence_seed = seeds.tolist()
     packed = PackedSequences(documents[name], sequence_length, document_seed)
     if not len(packed):
       raise UserError(f'The domain {name!r} has no text to train on: prepare it again or drop it.')
-    label = functools.partial(_label, domain=sorted(weights).index(name))
+    index = np.int32(sorted(weights).index(name))
+    label = lambda sequence, index=index: sequence | {'domains': index}
     sequences.append(grain.MapDataset.source(packed).map(label).shuffle(sequence_seed).repeat())
 
   smallest = min(weights[name] for name in names)
@@ -169,10 +165,9 @@ def heldout(
 ) -> Iterator[Batch]:
   """One pass over one domain's held-out documents, in order.
 
-  Yields:
-    This process's rows of each batch: the arrays of `PackedSequences`, [B / process_count, T]. The
-    last batch is filled up with padding, so that all have one shape and every process has as many.
-    The weights add up to the number of targets: that of all tokens less one a document.
+  Yields this process's rows of each batch: the arrays of `PackedSequences`, [B / process_count, T].
+  The last batch is filled up with padding, so that all have one shape and every process has as
+  many. The weights add up to the number of targets: that of all tokens less one a document.
   """
   local_size = _local_size(batch_size, process_count)
   packed = PackedSequences(documents, sequence_length, None)
@@ -182,10 +177,6 @@ def heldout(
     rows = rows or [{key: np.zeros_like(value) for key, value in packed[0].items()}]
     fill = ((0, local_size - len(rows)), (0, 0))
     yield {key: np.pad(np.stack([row[key] for row in rows]), fill) for key in rows[0]}
-
-
-def _label(sequence: Batch, domain: int) -> Batch:
-  return sequence | {'domains': np.int32(domain)}
 
 
 def _local_size(batch_size: int, process_count: int) -> int:

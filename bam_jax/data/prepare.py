@@ -1,26 +1,32 @@
 """Documents to token shards: parallel, restartable, and the same bytes whatever the workers.
 
 One process reads the sources and cuts them into chunks of about `CHUNK_BYTES` of text; workers
-turn chunks into files under `DIR.partial`. A rerun skips the chunks that are there. When all are,
+encode each into a file of `DIR.partial`. A rerun skips the chunks that are there. When all are,
 they are packed into shards, and one rename makes `DIR` appear, whole.
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import fcntl
+import io
 import json
+import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import signal
+import threading
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 import bam_jax.data.shards as shards_lib
-from bam_jax.data.encode import encode_all, read_chunk
 from bam_jax.data.sources import TRAIN, VALID, Domain
-from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.data.tokenizer import HUGGING_FACE_FILE, Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.files import folders
 
@@ -57,12 +63,10 @@ def prepare(
   Args:
     inputs: the file or folder of each domain, by name.
     output: the folder to make; `output`.partial holds unfinished work.
-    tokenizer: the tokenizer to use, or None to train one.
-    train_tokenizer: the vocabulary size of the tokenizer to train, or None when one is given.
+    tokenizer: the one to use; or None, and `train_tokenizer` is the vocabulary size of a new one.
     valid_fraction: share of documents held out where no file is; 0 holds none out.
     text_field: the JSON field or Parquet column that holds the text.
-    shard_tokens: tokens of a shard at most.
-    tokenizer_bytes: a tokenizer is trained on the first so many bytes of each domain's train split.
+    tokenizer_bytes: of each domain's train split, for a new tokenizer.
     min_decoded: share of a domain's characters that must come back from their tokens.
     workers: processes that tokenize; 1 stays in this process.
     progress: called with the bytes of the sources read so far, and all of them.
@@ -73,7 +77,7 @@ def prepare(
   """
   output, inputs = Path(output), {name: Path(path) for name, path in inputs.items()}
   if (tokenizer is None) == (train_tokenizer is None):
-    raise UserError('Give either --tokenizer=PATH or --train_tokenizer=SIZE, and not both.')
+    raise UserError('Exactly one of --tokenizer=PATH and --train_tokenizer=SIZE is required.')
   if not 0 <= valid_fraction < 1:
     raise UserError(f'--valid_fraction={valid_fraction:g} must be at least 0 and less than 1.')
   sizes = dict(shard_tokens=shard_tokens, tokenizer_bytes=tokenizer_bytes, workers=workers)
@@ -86,7 +90,9 @@ def prepare(
     if output.resolve().is_relative_to(path.resolve()):
       raise UserError(f'--output={output} lies inside the input {path}: choose a folder beside it.')
 
-  domains = [Domain.find(name, path, text_field) for name, path in sorted(inputs.items())]
+  domains = [
+    Domain.find(name, path, text_field, valid_fraction) for name, path in sorted(inputs.items())
+  ]
   plan = {
     'format': shards_lib.FORMAT,
     'sources': [source for domain in domains for source in domain.sources()],
@@ -113,46 +119,37 @@ def prepare(
   # The readers report what is wrong with an input; what is left is a disk that takes no more.
   with folders.writing(partial), _workplace(partial, plan):
     if tokenizer is None:
-      texts = (t for d in domains for t in _head(d, tokenizer_bytes, valid_fraction, TRAIN))
-      tokenizer = _trained(partial / 'tokenizer', texts, train_tokenizer)
+      trained = partial / 'tokenizer'
+      if not (trained / HUGGING_FACE_FILE).exists():
+        texts = (text for domain in domains for text in _head(domain, tokenizer_bytes, TRAIN))
+        trained.mkdir(exist_ok=True)
+        Tokenizer.train(texts, train_tokenizer).save(trained)
+      tokenizer = Tokenizer.load(trained)
     plan['decoded'] = {}
     for domain in domains:
-      texts = list(_head(domain, DECODED_BYTES, valid_fraction, TRAIN, VALID))
+      texts = list(_head(domain, DECODED_BYTES, TRAIN, VALID))
       plan['decoded'][domain.name] = share = _decoded_share(tokenizer, texts)
       if share < min_decoded:
         raise UserError(
-          f'The tokenizer gives back {share:.1%} of the text of {domain.name}: choose another one, '
+          f'The tokenizer reproduces {share:.1%} of the text of {domain.name}: choose another one, '
           f'or lower --min_decoded={min_decoded:g}.'
         )
-    skipped = collections.Counter()
-    tasks = _missing_chunks(partial / 'chunks', domains, valid_fraction, skipped, progress)
-    encode_all(tokenizer, tasks, workers)
-    manifest = _assemble(partial, plan, skipped, tokenizer, shard_tokens)
+    _encode_all(tokenizer, _missing_chunks(partial / 'chunks', domains, progress), workers)
+    manifest = _assemble(partial, plan, domains, tokenizer)
     folders.sync(partial / 'dataset')  # a dataset that exists is whole, even after a power cut
     (partial / 'dataset').rename(output)
     shutil.rmtree(partial)
   return manifest
 
 
-def _head(domain: Domain, size: int, valid_fraction: float, *splits: str) -> Iterator[str]:
+def _head(domain: Domain, size: int, *splits: str) -> Iterator[str]:
   """The first `size` bytes of a domain's text in some splits."""
-  for split, text in domain.read(valid_fraction):
+  for split, text in domain.read():
     if split in splits:
       yield text[:size]
       size -= len(text.encode())
       if size <= 0:
         return
-
-
-def _trained(folder: Path, texts: Iterator[str], vocab_size: int) -> Tokenizer:
-  """The tokenizer of an earlier attempt, or a new one."""
-  if not folder.exists():
-    tokenizer = Tokenizer.train(texts, vocab_size)
-    unfinished = folder.with_suffix('.unfinished')
-    unfinished.mkdir(exist_ok=True)
-    tokenizer.save(unfinished)
-    unfinished.rename(folder)
-  return Tokenizer.load(folder)
 
 
 def _decoded_share(tokenizer: Tokenizer, texts: list[str]) -> float:
@@ -164,89 +161,139 @@ def _decoded_share(tokenizer: Tokenizer, texts: list[str]) -> float:
 
 
 def _missing_chunks(
-  chunks: Path,
-  domains: list[Domain],
-  valid_fraction: float,
-  skipped: collections.Counter,
-  progress: Callable[[int, int], None],
+  folder: Path, domains: list[Domain], progress: Callable[[int, int], None]
 ) -> Iterator[tuple[Path, list[str]]]:
-  """The files of chunks that are not there yet, with their texts; counts what is passed over."""
+  """Reads all domains; yields the files of chunks that are not there yet, with their texts."""
   before, total = 0, sum(domain.size for domain in domains)
   for domain in domains:
-    (chunks / domain.name).mkdir(parents=True, exist_ok=True)
+    (folder / domain.name).mkdir(parents=True, exist_ok=True)
     report = lambda done, before=before: progress(before + done, total)
-    for split, index, texts in _chunks(domain.read(valid_fraction, skipped, report)):
-      path = chunks / domain.name / f'{split}-{index:06}.npz'
-      if not path.exists():
+    for name, texts in _chunks(domain.read(report)):
+      if not (path := folder / domain.name / name).exists():
         yield path, texts
     before += domain.size
   progress(total, total)
 
 
-def _chunks(texts: Iterator[tuple[str, str]]) -> Iterator[tuple[str, int, list[str]]]:
-  """Cuts each split's texts into chunks: (split, index, texts)."""
+def _chunks(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
+  """Cuts each split's texts into chunks, and names their files."""
   held = collections.defaultdict(list)
   sizes, counts = collections.Counter(), collections.Counter()
-  for split, text in texts:
+  for split, text in documents:
     held[split].append(text)
     sizes[split] += len(text)
     if sizes[split] >= CHUNK_BYTES:
-      yield split, counts[split], held.pop(split)
+      yield f'{split}-{counts[split]:06}.npz', held.pop(split)
       counts[split] += 1
       sizes[split] = 0
-  for split, rest in held.items():
-    yield split, counts[split], rest
+  for split, texts in held.items():
+    yield f'{split}-{counts[split]:06}.npz', texts
+
+
+def _encode_all(
+  tokenizer: Tokenizer, chunks: Iterable[tuple[Path, list[str]]], workers: int
+) -> None:
+  """Encodes texts into files, in this process or in several; UserError when one of them dies."""
+  if workers == 1:
+    for path, texts in chunks:
+      _encode_chunk(tokenizer, path, texts)
+    return
+  # Spawned, not forked: JAX and the tokenizers library hold threads that a fork would break.
+  context = multiprocessing.get_context('spawn')
+  pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (tokenizer,))
+  pending = collections.deque()
+  try:
+    for path, texts in chunks:
+      pending.append(pool.submit(_encode_in_worker, path, texts))
+      if len(pending) > 2 * workers:  # bounds the texts in memory
+        pending.popleft().result()
+    for future in pending:
+      future.result()
+  except concurrent.futures.BrokenExecutor as error:
+    raise UserError(
+      f'A worker process died, perhaps for lack of memory: lower --workers={workers}.'
+    ) from error
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(tokenizer: Tokenizer) -> None:
+  global _worker_tokenizer
+  _worker_tokenizer = tokenizer
+  os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the processes are the parallelism
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers it
+  threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+  # A worker holds both ends of its queue, so a killed parent would leave it waiting for ever.
+  multiprocessing.parent_process().join()
+  os._exit(1)
+
+
+def _encode_in_worker(path: Path, texts: list[str]) -> None:
+  _encode_chunk(_worker_tokenizer, path, texts)
+
+
+def _encode_chunk(tokenizer: Tokenizer, path: Path, texts: list[str]) -> None:
+  documents = [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+  dtype = shards_lib.token_dtype(tokenizer.vocab_size)
+  np.savez(
+    content := io.BytesIO(),
+    tokens=np.concatenate([np.asarray(ids, dtype) for ids in documents]),
+    lengths=np.array([len(ids) for ids in documents], np.int64),
+    byte_counts=np.array([len(text.encode()) for text in texts], np.int64),
+  )
+  folders.write_file(path, content.getvalue())  # a chunk that exists is whole
+
+
+def _read_chunk(path: Path) -> shards_lib.Encoded:
+  try:
+    with np.load(path, allow_pickle=False) as arrays:
+      return shards_lib.Encoded(**arrays)
+  except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+    raise UserError(
+      f'{path} is damaged ({error}): delete it, and the same command writes it again.'
+    ) from error
 
 
 def _assemble(
-  partial: Path,
-  plan: dict[str, Any],
-  skipped: collections.Counter,
-  tokenizer: Tokenizer,
-  shard_tokens: int,
+  partial: Path, plan: dict[str, Any], domains: list[Domain], tokenizer: Tokenizer
 ) -> dict[str, Any]:
   """Packs the chunks into shards in `partial`/dataset, and writes the manifest."""
   dataset = partial / 'dataset'
   shutil.rmtree(dataset, ignore_errors=True)
-  dtype = shards_lib.token_dtype(tokenizer.vocab_size)
-  domains = {}
-  for chunks in sorted((partial / 'chunks').iterdir()):
-    (dataset / chunks.name).mkdir(parents=True)
-    domains[chunks.name] = {}
+  dtype, entries = shards_lib.token_dtype(tokenizer.vocab_size), {}
+  for domain in domains:
+    (folder := dataset / domain.name).mkdir(parents=True)
+    splits = entries[domain.name] = {}
     for split in (TRAIN, VALID):
-      paths = sorted(chunks.glob(f'{split}-*.npz'))
-      if not paths:
-        continue
-      pieces = (read_chunk(path) for path in paths)
-      shards = shards_lib.write_split(dataset / chunks.name, split, pieces, dtype, shard_tokens)
-      reasons = ('empty', 'in_valid')
-      domains[chunks.name][split] = {
-        **{key: sum(s[key] for s in shards) for key in ('documents', 'tokens', 'bytes')},
-        'skipped': {reason: skipped[chunks.name, split, reason] for reason in reasons},
-        'shards': shards,
-      }
-    _check_domain(chunks.name, domains[chunks.name], plan)
+      if chunks := sorted((partial / 'chunks' / domain.name).glob(f'{split}-*.npz')):
+        pieces = map(_read_chunk, chunks)
+        shards = shards_lib.write_split(folder, split, pieces, dtype, plan['shard_tokens'])
+        splits[split] = {
+          **{key: sum(s[key] for s in shards) for key in ('documents', 'tokens', 'bytes')},
+          'skipped': {why: domain.skipped[split, why] for why in ('empty', 'in_valid')},
+          'shards': shards,
+        }
+    marked = {mark for _, mark in domain.files}
+    if TRAIN not in splits and marked != {VALID}:
+      raise UserError(f'The domain {domain.name} has no document left for train: add more text.')
+    if VALID not in splits and (VALID in marked or domain.valid_fraction > 0):
+      raise UserError(
+        f'The domain {domain.name} has no document for valid: add a valid file, or raise '
+        f'--valid_fraction={domain.valid_fraction:g} (0 holds nothing out).'
+      )
   tokenizer.save(dataset)
   manifest = {
     **plan,
     'created_by': f'bam_jax.prepare, tokenizers {tokenizers.__version__}',
     'tokenizer': _tokenizer_facts(tokenizer),
-    'domains': domains,
+    'domains': entries,
   }
   text = json.dumps(manifest, indent=1) + '\n'
   (dataset / shards_lib.MANIFEST).write_text(text, encoding='utf-8')
   return manifest
-
-
-def _check_domain(name: str, splits: dict[str, Any], plan: dict[str, Any]) -> None:
-  marked = {s['split'] for s in plan['sources'] if s['path'].startswith(f'{name}/')}
-  if TRAIN not in splits and marked != {VALID}:
-    raise UserError(f'The domain {name} has no document left for train: give it more text.')
-  if VALID not in splits and (VALID in marked or plan['valid_fraction'] > 0):
-    raise UserError(
-      f'The domain {name} has no document for valid: add a valid file, or raise '
-      f'--valid_fraction={plan["valid_fraction"]:g} (0 holds nothing out).'
-    )
 
 
 @contextlib.contextmanager
@@ -257,15 +304,12 @@ def _workplace(partial: Path, plan: dict[str, Any]) -> Iterator[None]:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      raise UserError(f'Another prepare is at work in {partial}: wait for it to end.') from error
+      raise UserError(f'Another prepare is running in {partial}: wait for it to end.') from error
     wanted = json.dumps({**plan, 'chunk_bytes': CHUNK_BYTES}, indent=1)
     file = partial / 'plan.json'
     if not file.exists() or file.read_bytes() != wanted.encode():
-      for entry in partial.iterdir():
-        if entry.is_dir():
-          shutil.rmtree(entry)
-        elif entry.name != 'lock':
-          entry.unlink()
+      for folder in partial.glob('*/'):
+        shutil.rmtree(folder)
       file.write_text(wanted, encoding='utf-8')
     yield
 

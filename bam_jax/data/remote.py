@@ -23,14 +23,12 @@ from bam_jax.files import buckets, folders
 def publish(source: epath.Path, prepare: Callable[[Path], Any]) -> None:
   """Prepares a dataset here and copies it into a bucket, the manifest last; others may do the same.
 
-  Args:
-    source: the folder to make, in a bucket that `folders.check_bucket` has found.
-    prepare: makes the dataset in a folder here, and goes on where it was stopped.
+  `prepare` makes it in a folder of this machine, and goes on where it was stopped.
   """
   folder = _cache(str(source).encode(), 'making-')
   with _locked(folder):
     prepare(folder)
-    buckets.send(folder, source, _files(shards.read_manifest(folder)))
+    buckets.send(folder, source, shards.checksums(shards.read_manifest(folder)))
     buckets.send(folder, source, [shards.MANIFEST])
     # It need not come back from where it went.
     copy = _cache((folder / shards.MANIFEST).read_bytes())
@@ -41,17 +39,13 @@ def publish(source: epath.Path, prepare: Callable[[Path], Any]) -> None:
 
 
 def fetch(source: epath.Path) -> Path:
-  """This machine's copy of a dataset; all processes of a job may ask at a time.
-
-  Raises:
-    UserError: there is none, it is damaged, or the disk has no room for it.
-  """
+  """This machine's copy of a dataset, for any number of processes; UserError when it has none."""
   try:
     manifest = (source / shards.MANIFEST).read_bytes()
   except FileNotFoundError:
     raise UserError(
-      f'{source} is not a prepared dataset (it has no {shards.MANIFEST}): copy one there that '
-      'python -m bam_jax.prepare has made.'
+      f'{source} is not a prepared dataset (it has no {shards.MANIFEST}): copy one there, '
+      'made by python -m bam_jax.prepare.'
     ) from None
   copy = _cache(manifest)
   with _locked(copy):
@@ -61,20 +55,10 @@ def fetch(source: epath.Path) -> Path:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         (beside / shards.MANIFEST).write_bytes(manifest)
-      buckets.fetch(source, beside, _files(shards.read_manifest(beside)))
+      buckets.fetch(source, beside, shards.checksums(shards.read_manifest(beside)))
       with folders.writing(copy):
         beside.rename(copy)
   return copy
-
-
-def _files(manifest: dict[str, Any]) -> list[str]:
-  return [manifest['tokenizer']['file']] + [
-    f'{domain}/{shard["name"]}.{part}.npy'
-    for domain, splits in manifest['domains'].items()
-    for entry in splits.values()
-    for shard in entry['shards']
-    for part in shards.PARTS
-  ]
 
 
 def _cache(content: bytes, prefix: str = '') -> Path:

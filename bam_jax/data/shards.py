@@ -57,9 +57,7 @@ class Column(NamedTuple):
     except OSError as error:
       raise UserError(f'{self.path} cannot be read: {error.strerror}.') from error
     if len(values) < count:
-      raise UserError(
-        f'{self.path} has been cut short since it was opened: prepare the dataset anew.'
-      )
+      raise UserError(f'{self.path} has been cut short since it was opened: {ANEW}.')
     return values
 
 
@@ -85,12 +83,12 @@ class Documents:
     self.num_tokens = sum(shard['tokens'] for shard in shards)
     self._tokens, self._bytes, ends = [], [], []
     for shard in shards:
-      path, count = str(folder / f'{shard["name"]}.{{}}.npy'), shard['documents']
-      self._tokens.append(_open_column(path.format('tokens'), np.dtype(dtype), shard['tokens']))
-      self._bytes.append(_open_column(path.format('bytes'), np.dtype(np.int64), count))
-      column = _open_column(path.format('ends'), np.dtype(np.int64), count)
+      path, count, tokens = str(folder / shard['name']), shard['documents'], shard['tokens']
+      self._tokens.append(_open_column(f'{path}.tokens.npy', np.dtype(dtype), tokens))
+      self._bytes.append(_open_column(f'{path}.bytes.npy', np.dtype(np.int64), count))
+      column = _open_column(f'{path}.ends.npy', np.dtype(np.int64), count)
       ends.append(column.read(0, count))
-      if ends[-1][-1] != (tokens := shard['tokens']) or np.any(np.diff(ends[-1], prepend=0) <= 0):
+      if ends[-1][-1] != tokens or np.any(np.diff(ends[-1], prepend=0) <= 0):
         raise UserError(f'{column.path} does not divide {tokens} tokens into documents: {ANEW}.')
     empty = np.zeros(0, np.int64)
     self.lengths = np.concatenate([empty, *(np.diff(part, prepend=0) for part in ends)])
@@ -105,12 +103,7 @@ class Documents:
     return self.read(index, 0, int(self.lengths[index]))
 
   def read(self, index: int, start: int, stop: int) -> np.ndarray:
-    """Tokens `start` to `stop` (exclusive) of one document.
-
-    Raises:
-      IndexError: there is no such document, or it does not reach from `start` to `stop`.
-      UserError: the file is gone, or has become shorter.
-    """
+    """Tokens `start` to `stop` (exclusive) of one document; IndexError when it lacks them."""
     if not (0 <= index < len(self) and 0 <= start <= stop <= self.lengths[index]):
       raise IndexError(f'tokens {start}:{stop} of document {index}')
     shard = int(np.searchsorted(self._first, index, side='right')) - 1
@@ -125,14 +118,7 @@ class Documents:
 
 
 class Dataset:
-  """A prepared dataset: its manifest, its tokenizer, and the documents of each domain's splits.
-
-  Attributes:
-    path: the folder.
-    manifest: the parsed manifest.json.
-    domains: the domains' names, sorted.
-    tokenizer_hash: SHA-256 of the tokenizer's file, in hex.
-  """
+  """A prepared dataset: its folder, manifest, domains (sorted), tokenizer, and documents."""
 
   def __init__(self, path: Path, manifest: dict[str, Any]):
     self.path, self.manifest = path, manifest
@@ -161,13 +147,9 @@ class Dataset:
 
   def verify(self) -> None:
     """Compares every file with its checksum; UserError when one is not what `prepare` wrote."""
-    for domain in self.domains:
-      for split in self.splits(domain):
-        for shard in self.manifest['domains'][domain][split]['shards']:
-          for part, expected in shard['sha256'].items():
-            path = self.path / domain / f'{shard["name"]}.{part}.npy'
-            if file_hash(path) != expected:
-              raise UserError(f'{path} has changed since it was written: {ANEW}.')
+    for name, expected in checksums(self.manifest).items():
+      if file_hash(self.path / name) != expected:
+        raise UserError(f'{self.path / name} has changed since it was written: {ANEW}.')
 
 
 def open_dataset(path: str | os.PathLike) -> Dataset:
@@ -190,11 +172,7 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-  """Parses and checks DIR/manifest.json.
-
-  Raises:
-    UserError: it is missing, no manifest, of a newer format, or names files outside DIR.
-  """
+  """Parses DIR/manifest.json; UserError when it is damaged or names files outside DIR."""
   path = folder / MANIFEST
   try:
     manifest = json_file.load(path)
@@ -216,17 +194,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
   return manifest
 
 
+def checksums(manifest: dict[str, Any]) -> dict[str, str]:
+  """SHA-256 of every file of a dataset, by its path in the folder; not of the manifest."""
+  return {manifest['tokenizer']['file']: manifest['tokenizer']['hash']} | {
+    f'{domain}/{shard["name"]}.{part}.npy': shard['sha256'][part]
+    for domain, splits in manifest['domains'].items()
+    for entry in splits.values()
+    for shard in entry['shards']
+    for part in PARTS
+  }
+
+
 def write_split(
   folder: Path, split: str, pieces: Iterable[Encoded], dtype: np.dtype, shard_tokens: int
 ) -> list[dict[str, Any]]:
   """Writes documents as shards of at most `shard_tokens` tokens, or of one longer document.
 
-  Args:
-    folder: the domain's folder, which exists.
-    split: 'train' or 'valid'.
-    pieces: the documents, in order; pieces may be of any size, the shards do not depend on it.
-    dtype: of the stored tokens.
-    shard_tokens: the bound.
+  The shards do not depend on how the documents come in pieces.
 
   Returns:
     The manifest's entries: name, documents, tokens, bytes and sha256 of each shard.
@@ -286,6 +270,7 @@ def _open_column(path: str, dtype: np.dtype, size: int) -> Column:
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
+  checksums(manifest)  # are all there
   facts = manifest['tokenizer']
   for key, kind in dict(vocab_size=int, bos_id=int, eos_id=int, hash=str).items():
     if not isinstance(facts[key], kind):

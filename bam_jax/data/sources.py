@@ -6,9 +6,9 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from bam_jax.data.documents import EXTENSIONS, extension, read_documents
 from bam_jax.data.shards import DOMAIN_NAME, file_hash
@@ -30,30 +30,34 @@ _NAMING = 'name it with letters, digits, "_", "-" and "."'
 
 @dataclass(frozen=True)
 class Domain:
-  """The files of one domain, in order, valid ones first, each with the split it is marked with."""
+  """The files of one domain, in order, valid ones first, each with the split it is marked with.
+
+  Where no file is valid, `valid_fraction` of the documents is held out, by a hash of the text.
+  `skipped` counts by (split, reason) what the latest `read` passed over: empty text, or train text
+  that is in valid.
+  """
 
   name: str
   root: Path
   files: tuple[tuple[Path, str | None], ...]
   left_out: tuple[str, ...]
   text_field: str
+  valid_fraction: float
+  skipped: collections.Counter = field(default_factory=collections.Counter)
 
   @classmethod
-  def find(cls, name: str, path: Path, text_field: str) -> 'Domain':
-    """Walks a domain's file or folder; raises UserError when nothing in it can be read."""
-    if not DOMAIN_NAME.fullmatch(name):
-      raise UserError(f'{name!r} cannot name a domain: {_NAMING}.')
-    readable, others = find_files(path)
+  def find(cls, name: str, path: Path, text_field: str, valid_fraction: float = 0.0) -> Self:
+    """Walks a domain's file or folder; UserError when nothing in it can be read."""
+    readable, left_out = find_files(path)
     root = path if path.is_dir() else path.parent
     marked = [(file, find_split(file.relative_to(root))) for file in readable]
-    tests = [file for file, split in marked if split == TEST]
+    left_out += [file for file, split in marked if split == TEST]
     # Valid first: what is held out must be known before train is read.
-    files = [file for file in marked if file[1] != TEST]
-    files.sort(key=lambda file: file[1] != VALID)
+    files = sorted((one for one in marked if one[1] != TEST), key=lambda one: one[1] != VALID)
     if not files:
       raise UserError(f'{path} holds only test files: name those for training train*.')
-    left_out = tuple(f'{name}/{file.relative_to(root).as_posix()}' for file in others + tests)
-    return cls(name, root, tuple(files), left_out, text_field)
+    names = tuple(f'{name}/{file.relative_to(root).as_posix()}' for file in left_out)
+    return cls(name, root, tuple(files), names, text_field, valid_fraction)
 
   @property
   def size(self) -> int:
@@ -74,19 +78,9 @@ class Domain:
         for (file, split), sha256 in zip(self.files, hashes)
       ]
 
-  def read(
-    self,
-    valid_fraction: float,
-    skipped: collections.Counter | None = None,
-    progress: Callable[[int], None] = lambda done: None,
-  ) -> Iterator[tuple[str, str]]:
-    """Yields (split, text) of every document; calls `progress` with the bytes read so far.
-
-    Args:
-      valid_fraction: share of the documents held out, by a hash of the text, if no file is valid.
-      skipped: counts by (domain, split, reason) what is passed over: empty, or train text in valid.
-    """
-    skipped = collections.Counter() if skipped is None else skipped
+  def read(self, progress: Callable[[int], None] = lambda done: None) -> Iterator[tuple[str, str]]:
+    """Yields (split, text) of every document; calls `progress` with the bytes read so far."""
+    self.skipped.clear()
     has_valid = any(split == VALID for _, split in self.files)
     held_out, before = set(), 0
     for file, mark in self.files:
@@ -94,11 +88,11 @@ class Domain:
         progress(before + position)
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         share = int.from_bytes(digest[:8], 'big') / 2**64
-        split = (mark or TRAIN) if has_valid else VALID if share < valid_fraction else TRAIN
+        split = (mark or TRAIN) if has_valid else VALID if share < self.valid_fraction else TRAIN
         if not text:
-          skipped[self.name, split, 'empty'] += 1
+          self.skipped[split, 'empty'] += 1
         elif split == TRAIN and digest in held_out:
-          skipped[self.name, TRAIN, 'in_valid'] += 1
+          self.skipped[TRAIN, 'in_valid'] += 1
         else:
           if split == VALID:
             held_out.add(digest)
@@ -109,15 +103,12 @@ class Domain:
 def find_files(path: Path) -> tuple[list[Path], list[Path]]:
   """The readable files of a domain's file or folder, and those left out, sorted by their path.
 
-  A folder is walked whole; names that begin with a dot are passed over.
-
-  Raises:
-    UserError: the path is missing, of an unknown kind, or a folder with no readable file or with a
-      link to a folder that is read anyway.
+  A folder is walked whole, but for names that begin with a dot; UserError when no file can be read
+  or one would be read twice because of a link.
   """
   if path.is_file():
     if extension(path) is None:
-      raise UserError(f'{path} is of an unknown kind: only {", ".join(EXTENSIONS)} can be read.')
+      raise UserError(f'{path} has an unknown file type: only {", ".join(EXTENSIONS)} can be read.')
     return [path], []
   if not path.is_dir():
     found = 'is neither a file nor a folder' if path.exists() else 'does not exist'
@@ -130,11 +121,10 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
     folders[:] = [name for name in folders if not name.startswith('.')]
     files += [Path(folder, name) for name in names if not name.startswith('.')]
   files.sort(key=lambda file: file.relative_to(path).parts)
-  readable = [file for file in files if extension(file) and file.is_file()]
+  readable = dict.fromkeys(file for file in files if extension(file) and file.is_file())
   if not readable:
     raise UserError(f'{path} holds no file that can be read: put {", ".join(EXTENSIONS)} there.')
-  known = set(readable)
-  return readable, [file for file in files if file not in known]
+  return list(readable), [file for file in files if file not in readable]
 
 
 def find_split(relative: Path) -> str | None:

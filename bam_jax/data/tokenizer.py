@@ -1,11 +1,12 @@
 """One small interface over Hugging Face `tokenizer.json` and SentencePiece `.model` files."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -22,13 +23,11 @@ SENTENCEPIECE_FILE = 'tokenizer.model'
 
 # In order of preference; a token in both lists may be BOS and EOS alike.
 BOS_TOKENS = (
-  '<|bos|>', '<BOS_TOKEN>', '<|begin_of_text|>', '<s>', '<bos>', '[BOS]', '<|startoftext|>',
-  '<|endoftext|>',
-)  # fmt: skip
+  '<|bos|> <BOS_TOKEN> <|begin_of_text|> <s> <bos> [BOS] <|startoftext|> <|endoftext|>'
+).split()
 EOS_TOKENS = (
-  '<|eos|>', '<|END_OF_TURN_TOKEN|>', '<EOS_TOKEN>', '<|end_of_text|>', '</s>', '<eos>', '[EOS]',
-  '<|endoftext|>',
-)  # fmt: skip
+  '<|eos|> <|END_OF_TURN_TOKEN|> <EOS_TOKEN> <|end_of_text|> </s> <eos> [EOS] <|endoftext|>'
+).split()
 MIN_VOCAB = 258  # to train: 256 bytes, BOS and EOS
 MAX_VOCAB = 2**20  # to train; the trainer allocates room for all of it
 MAX_PRE_TOKEN = 1024  # bytes, in training: its time grows with the square of the longest
@@ -67,18 +66,13 @@ class Tokenizer:
   def __init__(
     self, content: bytes, file_name: str, bos_token: str | None = None, eos_token: str | None = None
   ):
-    """Reads a tokenizer from the bytes of its file, which is of the kind that `file_name` says.
+    """Reads the bytes of a file of the kind that `file_name` says; UserError when they are not.
 
     Without `bos_token` and `eos_token` it looks for well-known ones.
-
-    Raises:
-      UserError: the bytes are no such file, or the tokens are not in its vocabulary.
     """
     backend = _HuggingFace if file_name == HUGGING_FACE_FILE else _SentencePiece
-    self._content = content
-    self._backend = backend(content)
-    self.file_name = file_name
-    self.hash = hashlib.sha256(content).hexdigest()
+    self._content, self._backend = content, backend(content)
+    self.file_name, self.hash = file_name, hashlib.sha256(content).hexdigest()
     self.vocab_size = self._backend.vocab_size
     self.switched_off = self._backend.switched_off
     self.bos_token, self.bos_id = self._find('bos_token', bos_token, BOS_TOKENS)
@@ -88,20 +82,14 @@ class Tokenizer:
   def load(
     cls, path: str | os.PathLike, bos_token: str | None = None, eos_token: str | None = None
   ) -> Self:
-    """Loads a `tokenizer.json`, a SentencePiece `.model`, or a folder that holds one of them.
-
-    Raises:
-      UserError: there is no such file, it cannot be read, or it lacks BOS or EOS.
-    """
+    """Loads a `tokenizer.json`, a SentencePiece `.model`, or a folder with one; else UserError."""
     file = folders.at(path)
-    if file.is_dir():
-      found = [file / name for name in (HUGGING_FACE_FILE, SENTENCEPIECE_FILE)]
-      file = next((candidate for candidate in found if candidate.is_file()), None)
-      if file is None:
-        raise UserError(
-          f'{path} holds no {HUGGING_FACE_FILE} and no {SENTENCEPIECE_FILE}: name the file itself.'
-        )
     names = {'.json': HUGGING_FACE_FILE, '.model': SENTENCEPIECE_FILE}
+    if file.is_dir():
+      found = [file / name for name in names.values() if (file / name).is_file()]
+      if not found:
+        raise UserError(f'{path} holds no {" and no ".join(names.values())}: name the file itself.')
+      file = found[0]
     if file.suffix not in names:
       raise UserError(f'{path} is not a tokenizer: give a tokenizer.json or a .model.')
     content = read_file(file)
@@ -117,16 +105,11 @@ class Tokenizer:
     The same texts in the same order give the same tokenizer, byte for byte. Few texts may hold
     fewer than `vocab_size` tokens: `Tokenizer.vocab_size` says how many there are. Runs without
     spaces are cut every MAX_PRE_TOKEN bytes, in training alone.
-
-    Raises:
-      UserError: `vocab_size` is not between MIN_VOCAB and MAX_VOCAB.
     """
     if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
       raise UserError(f'--train_tokenizer={vocab_size} is not from {MIN_VOCAB} to {MAX_VOCAB:,}.')
-    words = [
-      pre_tokenizers.Digits(individual_digits=True),
-      pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ]
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     cut = pre_tokenizers.Split(tokenizers.Regex(f'.{{{MAX_PRE_TOKEN}}}'), 'isolated')
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, cut])
@@ -156,7 +139,7 @@ class Tokenizer:
   def save(self, folder: str | os.PathLike) -> Path:
     """Writes the tokenizer's file, unchanged, into `folder` and returns its path."""
     path = Path(folder) / self.file_name
-    path.write_bytes(self._content)
+    folders.write_file(path, self._content)
     return path
 
   def __reduce__(self):
@@ -164,21 +147,17 @@ class Tokenizer:
 
   def _find(self, flag: str, token: str | None, known: Sequence[str]) -> tuple[str, int]:
     for name in known if token is None else [token]:
-      token_id = self._backend.token_id(name)
-      if token_id is not None:
+      if (token_id := self._backend.token_id(name)) is not None:
         return name, token_id
     if token is None:
-      raise UserError(f'has none of the well-known tokens {", ".join(known)}: name its --{flag}.')
+      raise UserError(f'has none of the well-known tokens {", ".join(known)}: set --{flag}.')
     raise UserError(f'has no token {token!r}: correct --{flag}.')
 
 
 class _HuggingFace:
   def __init__(self, content: bytes):
-    try:
+    with _explained('is not a tokenizer.json'):
       made = tokenizers.Tokenizer.from_str(content.decode())
-    except BaseException as error:  # the library raises bare Exceptions
-      _check_own(error)
-      raise UserError(f'is not a tokenizer.json that can be read ({_line(error)}).') from error
     dropout = getattr(made.model, 'dropout', None)  # of BPE
     asked = {'truncation': made.truncation, 'padding': made.padding, 'dropout': dropout}
     self.switched_off = tuple(name for name, value in asked.items() if value)
@@ -196,11 +175,8 @@ class _HuggingFace:
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     ids = []
     for batch in itertools.batched(texts, BATCH):
-      try:
+      with _explained('The tokenizer cannot encode a text'):  # some models have no unknown token
         encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-      except BaseException as error:  # its model may have no token for what it does not know
-        _check_own(error)
-        raise UserError(f'The tokenizer cannot encode a text ({_line(error)}).') from error
       ids += [encoding.ids for encoding in encodings]
     return ids
 
@@ -213,10 +189,8 @@ class _SentencePiece:
 
   def __init__(self, content: bytes):
     self._processor = sentencepiece.SentencePieceProcessor()
-    try:
+    with _explained('is not a SentencePiece model'):
       self._processor.LoadFromSerializedProto(content)
-    except (RuntimeError, TypeError) as error:
-      raise UserError(f'is not a SentencePiece model ({_line(error)}).') from error
     self.vocab_size = self._processor.GetPieceSize()
     if not self.vocab_size:
       raise UserError('is not a SentencePiece model (it holds no pieces).')
@@ -246,11 +220,12 @@ def _interruptible(work: Callable[[], None]) -> None:
   future.result()
 
 
-def _check_own(error: BaseException) -> None:
-  """Raises an error again unless it is an Exception, or a panic of Rust, which is none."""
-  if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
-    raise error
-
-
-def _line(error: BaseException) -> str:
-  return (str(error).strip().splitlines() or [type(error).__name__])[0]
+@contextlib.contextmanager
+def _explained(problem: str) -> Iterator[None]:
+  """Turns what a library raises, bare Exceptions and panics of Rust, into a UserError."""
+  try:
+    yield
+  except BaseException as error:
+    if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
+      raise
+    raise UserError(f'{problem} ({folders.first_line(error)}).') from error

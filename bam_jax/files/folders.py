@@ -46,9 +46,9 @@ def reach(path: epath.PathLike) -> epath.Path:
       fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
       path.exists()
     except ImportError:
-      raise UserError(f'{path} is in a bucket, which takes a package: pip install gcsfs.') from None
+      raise UserError(f'{path} is in a bucket, which requires gcsfs: pip install gcsfs.') from None
     except Exception as error:  # of no one kind: credentials, names, networks
-      raise UserError(f'{path} cannot be reached: {_first_line(error)}.') from error
+      raise UserError(f'{path} cannot be reached: {first_line(error)}.') from error
   return path
 
 
@@ -58,8 +58,8 @@ def check_bucket(path: epath.PathLike) -> None:
     bucket = epath.Path(*reach(path).parts[:3])
     if not bucket.exists():
       raise UserError(
-        f'{bucket} cannot be seen: name a bucket that is there, and give this account '
-        'roles/storage.objectUser and roles/storage.legacyBucketReader of it.'
+        f'{bucket} cannot be accessed: check its name, and grant this account '
+        'roles/storage.objectUser and roles/storage.legacyBucketReader on it.'
       )
 
 
@@ -82,10 +82,11 @@ def writing(path: epath.PathLike) -> Iterator[None]:
   except Exception as error:
     if not in_bucket(path) or type(error).__module__.split('.')[0] not in CLIENTS:
       raise
-    raise UserError(f'{path} cannot be written: {_first_line(error)}.') from error
+    raise UserError(f'{path} cannot be written: {first_line(error)}.') from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+  """What an error says, in one line without a full stop."""
   return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.')
 
 
@@ -187,7 +188,7 @@ def _begin(path: epath.Path, nbytes: int) -> tuple[epath.Path, int]:
     free = shutil.disk_usage(path.parent).free
     if free < nbytes:
       raise UserError(
-        f'{path} needs {nbytes / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB free: make room.'
+        f'{path} needs {nbytes / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB free: make room.'
       )
     os.mkdir(beside)
     return beside, _lock(beside)

@@ -92,7 +92,7 @@ def test_a_huge_document_is_refused_by_its_place(tmp_path, name, where, monkeypa
     ('a.jsonl.gz', b'{"text": "x"}\n{"text": "\xff"}\n', 'a.jsonl.gz, line 2 is not UTF-8'),
     ('a.txt', b'x\ny\n\xe9', 'a.txt, line 3 is not UTF-8'),
     ('a.parquet', 'nonsense', 'a.parquet is not a Parquet file'),
-    ('a.json', '{}', 'a.json is of an unknown kind: only .jsonl'),
+    ('a.json', '{}', 'a.json has an unknown file type: only .jsonl'),
   ],
 )
 def test_errors_name_file_and_line(tmp_path, name, content, sentence):
@@ -133,7 +133,7 @@ def test_find_files_is_sorted_and_names_what_it_leaves(tmp_path):
     find_files(write(tmp_path / 'c' / 'x.py', '').parent)
   with pytest.raises(UserError, match='does not exist'):
     find_files(tmp_path / 'gone')
-  with pytest.raises(UserError, match='unknown kind'):
+  with pytest.raises(UserError, match='unknown file type'):
     find_files(tmp_path / 'b' / 'x.py')
 
 

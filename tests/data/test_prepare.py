@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import tokenizers
 
-from bam_jax.data import encode
 from bam_jax.data import prepare as prepare_lib
 from bam_jax.data.prepare import prepare
 from bam_jax.data.shards import open_dataset
@@ -131,10 +130,11 @@ def finish(inputs, tmp_path, **options):
 def test_finished_chunks_and_tokenizer_are_taken_over(small, tmp_path, monkeypatch):
   *_, missing = interrupt(small, tmp_path, monkeypatch)
   missing.unlink()
-  encoded, encode_chunk = [], encode._encode_chunk
+  encoded, encode_chunk = [], prepare_lib._encode_chunk
   with monkeypatch.context() as patch:
     patch.setattr(Tokenizer, 'train', lambda *args: 1 / 0)
-    patch.setattr(encode, '_encode_chunk', lambda *a: (encoded.append(a[1].name), encode_chunk(*a)))
+    record = lambda *args: (encoded.append(args[1].name), encode_chunk(*args))
+    patch.setattr(prepare_lib, '_encode_chunk', record)
     prepare(small, tmp_path / 'data', train_tokenizer=300)
   assert encoded == [missing.name]
   finish(small, tmp_path)
@@ -178,7 +178,7 @@ def test_a_dataset_is_on_disk_before_it_has_its_name(tmp_path, undisturbed, monk
 
 def test_two_at_once_are_refused(small, tmp_path, monkeypatch):
   def second(*args):
-    with pytest.raises(UserError, match='Another prepare is at work in .*data.partial'):
+    with pytest.raises(UserError, match='Another prepare is running in .*data.partial'):
       prepare(small, tmp_path / 'data', train_tokenizer=300)
     raise ZeroDivisionError
 
@@ -274,7 +274,7 @@ def test_only_held_out_text_may_be_prepared(tmp_path, undisturbed):
 @pytest.mark.parametrize(
   'options, sentence',
   [
-    (dict(), 'either --tokenizer=PATH or --train_tokenizer=SIZE'),
+    (dict(), '--tokenizer=PATH and --train_tokenizer=SIZE'),
     (dict(train_tokenizer=100), '--train_tokenizer=100 is not from 258'),
     (dict(train_tokenizer=300, valid_fraction=1.0), '--valid_fraction=1 must be'),
     (dict(train_tokenizer=300, shard_tokens=0), '--shard_tokens=0 must be at least 1'),
