@@ -7,8 +7,14 @@ from typing import Literal
 from bam_jax.config.strict import Count, NonNegative, Positive, PositiveInt, Section, Size
 
 
+class _Experts(Section):
+  def check(self):
+    num_experts, top_k = self.num_experts, self.top_k
+    self.require(top_k <= num_experts, f'{top_k=} is above {num_experts=}.')
+
+
 @dataclass(frozen=True)
-class AttentionExperts(Section):
+class AttentionExperts(_Experts):
   """The mixture of attention (MoA) of every block; paper section 3."""
 
   num_experts: Size  # N
@@ -16,12 +22,9 @@ class AttentionExperts(Section):
   shared_kv: bool = False  # one key and one value projection serve all the experts
   renormalize: bool = False  # divide the k gates by their sum; no effect on soft routing
 
-  def check(self):
-    _check_top_k(self)
-
 
 @dataclass(frozen=True)
-class FFNExperts(Section):
+class FFNExperts(_Experts):
   """The mixture of SwiGLU experts of every block."""
 
   num_experts: Size  # N
@@ -34,14 +37,9 @@ class FFNExperts(Section):
   expert_bias: bool = False
 
   def check(self):
-    _check_top_k(self)
+    super().check()
     wrong = f'capacity_factor={self.capacity_factor} is neither 0 (dropless) nor at least 1.'
     self.require(not 0 < self.capacity_factor < 1, wrong)
-
-
-def _check_top_k(experts: AttentionExperts | FFNExperts) -> None:
-  num_experts, top_k = experts.num_experts, experts.top_k
-  experts.require(top_k <= num_experts, f'top_k={top_k} is above num_experts={num_experts}.')
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,12 @@
 """Routers that start toward the sources' data instead of at random.
 
-A domain's text lies closer to the mean of its own embeddings than to another domain's: that is how
-c-BTM (arXiv 2303.14177) chooses among experts, and how FlexOlmo (arXiv 2507.07024) starts its
-router's columns. Here the embeddings are the router's own inputs, the normalised block inputs of
-the averaged dense model, so that every layer gets a router of its own.
+c-BTM (arXiv 2303.14177) chooses among experts by the mean embedding of each domain, and FlexOlmo
+(arXiv 2507.07024) starts its router's columns with it. Here it is the mean of the router's inputs,
+the normalised block inputs of the averaged dense model, so that every layer gets its own router.
 
 Legend: S sources, L layers, B batch, T sequence, D model, E experts.
 """
 
-import zlib
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -22,6 +20,7 @@ from bam_jax.data import mixture
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
 from bam_jax.parallel import sharding
+from bam_jax.upcycle import options
 
 CENTROID_TOKENS = 32_768  # read of each source's data, rounded up to whole batches
 COPY_SPREAD = 0.1  # radians that copies' columns are turned from the first source's
@@ -69,16 +68,13 @@ def _input_sums(network, params, tokens_BT, segments_BT, positions_BT):
   return jax.lax.map(sum_of, layers), real_BT.sum()
 
 
-def columns(
-  means_SLD: np.ndarray, path: str, upcycle: config.Upcycle, key: jax.Array
-) -> np.ndarray:
-  """The router LDE at a path, from the mean inputs of every source's tokens.
+def columns(means_SLD, path: str, upcycle: config.Upcycle, key: jax.Array) -> np.ndarray:
+  """The router LDE, float32, at a path, from the mean inputs of every source's tokens.
 
-  Column i points from the mean over the sources toward source i. A router has no bias, so the part
-  along the mean would favour one expert for every token alike: it is taken out. All columns have
-  the length `router_scale`, about a random router's, so that the mean token of each source has its
-  largest logit at its own expert, however close the domains are. A copy's column is the first
-  source's, turned a little in a random direction: equal columns would tie.
+  Column i points from the mean over the sources toward source i, without the part along the mean,
+  which would favour one expert for every token alike. All have the length `router_scale`, about a
+  random router's, so that the mean token of each source has its largest logit at its own expert. A
+  copy's column is the first source's, turned a little at random: equal columns would tie.
   """
   means_SLD = means_SLD.astype(np.float64)
   common_LD = means_SLD.mean(0)
@@ -94,8 +90,7 @@ def columns(
     fix = "give the sources different data, or set router_init='random'."
     raise UserError(f"router_init='centroids' {found}: {fix}")
   own_SLD = unit(away_SLD)
-  words = np.asarray(jax.random.key_data(key)).tolist()
-  rng = np.random.default_rng([*words, zlib.crc32(path.encode())])
+  rng = options.generator(key, path)
   turns = [unit(rng.standard_normal(own_SLD[:1].shape)) for _ in upcycle.copies]
   copies = [unit(own_SLD[:1] + COPY_SPREAD * turn) for turn in turns]
   columns_ELD = np.concatenate([own_SLD, *copies])

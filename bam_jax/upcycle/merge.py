@@ -1,9 +1,8 @@
 """The only merge: dense checkpoints into a mixture's arrays, a region at a time, by rules.py.
 
-Strict: every source array is used as its row says, every target array is made once, and anything
-else raises. A few matrices, of one layer and one expert each, are in memory at a time. What is
-drawn depends on an array's path and the key alone: no order of the regions changes a number.
-`outputs` takes the regions to a checkpoint's files or onto a run's mesh.
+Every source array is used as its row says, every target array is made once, and anything else
+raises. A few matrices, of one layer and one expert each, are in memory at a time. What is drawn
+depends on an array's path and the key alone: no order of the regions changes a number.
 """
 
 import math
@@ -107,10 +106,8 @@ def drawn(merge: Merge, rule: manifest.Made, shape: tuple[int, ...]) -> np.ndarr
 
 
 def _jobs(merge: Merge, table, wanted, parts):
-  """What to read, in order: a layer of an array with layers at a time, else a chunk.
-
-  Rule, number of the source, index, and the experts to make of it if the rule stacks.
-  """
+  # A layer of an array with layers at a time, else a chunk: rule, number of the source, index, and
+  # the experts to make of it if the rule stacks.
   upcycle = merge.upcycle
   for rule in filter(lambda rule: rule.source, table):
     part, stack = parts[rule.target], rule.how == 'stack'

@@ -48,21 +48,21 @@ def expert(
     chosen = dropped(layer, number, len(rows), upcycle.drop_ratio, key)
     if chosen.size:
       old = rows[chosen].astype(np.float32)
-      fresh = _rng(key, f'{path}/drop', layer, number).standard_normal(old.shape, np.float32)
+      fresh = generator(key, f'{path}/drop', layer, number).standard_normal(old.shape, np.float32)
       rows[chosen] = old.mean() + old.std() * fresh
   if upcycle.noise and number in upcycle.copies:
-    draw = _rng(key, f'{path}/noise', layer, number).standard_normal(matrix.shape, np.float32)
+    draw = generator(key, f'{path}/noise', layer, number).standard_normal(matrix.shape, np.float32)
     matrix = matrix + upcycle.noise * matrix.std() * draw
   return matrix
 
 
 def dropped(layer: int, expert: int, size: int, ratio: float, key: jax.Array) -> np.ndarray:
   """The hidden dimensions to draw anew, in order; the same for an expert's three matrices."""
-  rng = _rng(key, 'blocks/ffn/dropped', layer, expert)
+  rng = generator(key, 'blocks/ffn/dropped', layer, expert)
   return np.sort(rng.choice(size, round(ratio * size), replace=False))
 
 
-def _rng(key: jax.Array, name: str, *numbers: int) -> np.random.Generator:
-  # NumPy draws where the arrays lie: on the host, however large an expert is.
+def generator(key: jax.Array, name: str, *numbers: int) -> np.random.Generator:
+  """NumPy's, seeded by all of these: it draws on the host, however large an expert is."""
   words = np.asarray(jax.random.key_data(key)).tolist()
   return np.random.default_rng([*words, zlib.crc32(name.encode()), *numbers])
