@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from bam_jax import checkpoint, config
-from bam_jax.checkpoint import arrays
 from bam_jax.errors import UserError
 from tests.upcycle import memory
 
@@ -42,11 +41,6 @@ def command(runs: Path, output: Path, *flags: str) -> list[str]:
 
 def run(line: list[str], **more) -> subprocess.CompletedProcess:
   return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, **more)
-
-
-def values(folder: Path) -> dict[str, np.ndarray]:
-  reader = arrays.Reader(folder / 'params')
-  return {path: reader.read(path) for path in reader.specs}
 
 
 @pytest.fixture(scope='module')
@@ -92,8 +86,8 @@ def test_a_killed_process_leaves_nothing_that_is_taken_for_a_checkpoint(runs, ma
     again = run(line)
     assert again.returncode == 0, again.stderr
   assert [path.name for path in tmp_path.iterdir()] == ['mix'], 'what was left behind is removed'
-  for path, want in values(made).items():
-    np.testing.assert_array_equal(values(output)[path], want)
+  for path, want in memory.values(made).items():
+    np.testing.assert_array_equal(memory.values(output)[path], want)
 
 
 def size(folder: Path) -> int:

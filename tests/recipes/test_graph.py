@@ -20,12 +20,6 @@ def resolve(recipe: dict, data_hash: str = '') -> dict[str, graph.Node]:
   return graph.resolve(config.parse(recipe), data_hash)
 
 
-def refused(recipe: dict) -> str:
-  with pytest.raises(UserError) as caught:
-    resolve(recipe)
-  return str(caught.value)
-
-
 def test_every_run_comes_after_those_it_starts_from(recipe_dict):
   runs = recipe_dict['runs']
   recipe_dict['runs'] = {name: runs[name] for name in ('btx', 'law', 'bam', 'code', 'seed')}
@@ -47,8 +41,9 @@ def test_every_run_comes_after_those_it_starts_from(recipe_dict):
 ])  # fmt: skip
 def test_graphs_that_are_refused(recipe_dict, name, init, words):
   recipe_dict['runs'][name]['init'] = init
-  message = refused(recipe_dict)
-  assert all(word in message for word in words), message
+  with pytest.raises(UserError) as caught:
+    resolve(recipe_dict)
+  assert all(word in str(caught.value) for word in words), caught.value
 
 
 @pytest.fixture
@@ -170,40 +165,22 @@ def test_a_recipe_that_fits_passes(recipe_dict, dataset):
 
 
 MISFITS = {
-  'a domain to train on': (
+  'domain': (
     set_run('seed', data={'poetry': 1.0}),
-    ['config.runs.seed.data', "'poetry'", 'code, general, law, math'],
+    ['runs.seed.data', 'general, law, math'],
   ),
-  'vocabulary': (
-    set_group('model', vocab_size=312),
-    ['config.model.vocab_size=312', '320 tokens', 'raise it to 320'],
-  ),
-  "evaluation's batch": (
-    set_group('evaluation', batch_size=6),
-    ['config.evaluation.batch_size=6', '4 parts', 'config.runs.seed.mesh'],
-  ),
-  'a dimension': (
-    set_group('model', ffn_dim=50),
-    ['config.runs.seed.mesh', 'blocks/ffn/down', '50', '4 parts'],
-  ),
+  'vocabulary': (set_group('model', vocab_size=312), ['vocab_size=312', 'raise it to 320']),
+  'batch': (set_group('evaluation', batch_size=6), ['evaluation.batch_size=6', '4 parts']),
+  'dimension': (set_group('model', ffn_dim=50), ['runs.seed.mesh', 'blocks/ffn/down', '4 parts']),
 }
-
-
 PARAMETERS = 1000 * 1000  # of a model of nobody's, so that bytes can be counted by hand
 # A token: 2 layers x 24 channels x 2 bytes, and 320 logits of 4 bytes; 3 of 4 copies of the state.
+STATE, BATCH = 12 * PARAMETERS, {'batch_size': 80_000}
 ROOM = [
   ({}, 'gradients and optimizer', 16 * PARAMETERS),
-  ({'batch_size': 80_000}, 'runs.seed.batch_size=80000', 12 * PARAMETERS + 1_280_000 * (96 + 1280)),
-  (
-    {'batch_size': 80_000, 'loss_chunk': 1000},
-    'runs.seed.batch_size=80000',
-    12 * PARAMETERS + 1_280_000 * 96 + 1000 * 1280,
-  ),
-  (
-    {'evaluation': 80_000},
-    'config.evaluation.batch_size=80000',
-    12 * PARAMETERS + 1_280_000 * (48 + 1280),
-  ),
+  (BATCH, 'runs.seed.batch_size=80000', STATE + 1_280_000 * (96 + 1280)),
+  (BATCH | {'loss_chunk': 1000}, 'runs.seed.batch', STATE + 1_280_000 * 96 + 1000 * 1280),
+  ({'evaluation': 80_000}, 'config.evaluation.batch_size', STATE + 1_280_000 * (48 + 1280)),
 ]
 
 

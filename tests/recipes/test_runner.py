@@ -57,7 +57,7 @@ def test_a_checkpoint_without_the_state_of_the_data_is_damaged(tmp_path, execute
   step = tmp_path / 'run/seed/checkpoints/0'
   shutil.rmtree(step / 'checksums')
   (step / 'data' / 'metadata').write_text('{}')
-  with pytest.raises(UserError, match='data is damaged: delete .*/0 to go on from the one before'):
+  with pytest.raises(UserError, match='data is damaged: delete .*/0 to resume from the previous'):
     execute('run')
 
 

@@ -117,3 +117,9 @@ def save(folder: Path, params: dict, model: config.Model, **changes) -> None:
   checkpoints.save(meta.step, params, {'count': np.zeros(())}, {}, meta)
   checkpoints.close()
   (folder / 'tokenizer.json').write_bytes(TOKENIZER)
+
+
+def values(folder: Path) -> dict[str, np.ndarray]:
+  """The arrays of a checkpoint's folder."""
+  reader = arrays.Reader(folder / 'params')
+  return {path: reader.read(path) for path in reader.specs}

