@@ -18,6 +18,7 @@ of processes.
 `--json` writes the report: `rows` (scores of each run by domain), `not_finished`, `pictures`.
 """
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -52,7 +53,8 @@ def main() -> dict[str, Any] | None:
   workdir = folders.at(path)
   folders.check_bucket(workdir)
   processes.check_shared(workdir)
-  recipe = datasets.with_workdir(recipe, workdir)
+  data_path = recipe.data.path.replace('{workdir}', str(workdir))
+  recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=data_path))
   nodes = graph.resolve(recipe)
   dataset = datasets.open_dataset(recipe.data)
   try:

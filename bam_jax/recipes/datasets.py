@@ -1,9 +1,7 @@
 """The dataset of a recipe: prepared when it is missing, copied to this machine from a bucket."""
 
-import dataclasses
 import functools
 import sys
-from pathlib import Path
 
 from bam_jax import config
 from bam_jax.data import prepare, remote, shards, sources
@@ -32,9 +30,3 @@ def _prepare_missing(data: config.Data) -> None:
     train_tokenizer=options.train_tokenizer or None,
   )
   remote.publish(path, prepare_in) if folders.in_bucket(path) else prepare_in(path)
-
-
-def with_workdir(recipe: config.Recipe, workdir: Path) -> config.Recipe:
-  """The recipe with "{workdir}" in its data path replaced."""
-  path = recipe.data.path.replace('{workdir}', str(workdir))
-  return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=path))

@@ -103,19 +103,13 @@ def _origin(
     case config.FromRun(parent):
       model, method, experts = nodes[parent].model, nodes[parent].method, nodes[parent].experts
     case config.FromUpcycle(upcycle):
-      where, dense = f'config.runs.{name}.init.upcycle', _check_sources(recipe, name, nodes)
-      try:
-        model = rules.mixture_model(dense, upcycle)
-      except UserError as error:
-        raise UserError(f'{where}: {error}') from None
+      model = _mixture(recipe, name, upcycle, nodes)
       return model, upcycle.method, rules.expert_names(upcycle, upcycle.sources)
   return (model, method, experts) if model != model.dense() else (model, None, ())
 
 
-def _check_sources(recipe: config.Recipe, name: str, nodes: Mapping[str, Node]) -> config.Model:
-  """The one dense model of a mixture's sources; UserError when they have not one or cannot mix."""
-  upcycle, where, seen = recipe.runs[name].init.upcycle, f'config.runs.{name}.init.upcycle', {}
-  first = upcycle.sources[0]
+def _mixture(recipe, name, upcycle: config.Upcycle, nodes) -> config.Model:
+  where, first, seen = f'config.runs.{name}.init.upcycle', upcycle.sources[0], {}
   for source in upcycle.sources:
     model, data = nodes[source].model, recipe.runs[source].data
     wrong = f'{where}.from names {source!r}, which is a mixture: only dense models can be mixed.'
@@ -124,10 +118,13 @@ def _check_sources(recipe: config.Recipe, name: str, nodes: Mapping[str, Node]) 
     require(model == nodes[first].model, wrong)
     shares = sorted((domain, round(x / sum(data.values()), 6)) for domain, x in data.items())
     other = seen.setdefault(tuple(shares), source)
-    wrong = f"{where}.router_init='centroids' cannot tell {other!r} from {source!r}"
+    wrong = f"{where}.router_init='centroids' cannot distinguish {other!r} from {source!r}"
     fix = "which have the same data: set router_init='random'."
     require(upcycle.router_init != 'centroids' or other == source, f'{wrong}, {fix}')
-  return nodes[first].model
+  try:
+    return rules.mixture_model(nodes[first].model, upcycle)
+  except UserError as error:
+    raise UserError(f'{where}: {error}') from None
 
 
 def check(
@@ -141,9 +138,9 @@ def check(
   for name in asked:
     node, mesh, where = nodes[name], nodes[name].run.mesh, f'config.runs.{name}'
     _check_data(node, nodes, dataset)
-    wrong = f'{where}.mesh needs {mesh.size} devices and there are {jax.device_count()}'
+    wrong = f'{where}.mesh requires {mesh.size} devices, but there are {jax.device_count()}'
     require(mesh.size <= jax.device_count(), f'{wrong}: make its axes smaller.')
-    parts = f'the {mesh.batch_shards} parts that {where}.mesh cuts a batch into'
+    parts = f'the {mesh.batch_shards} parts that {where}.mesh splits a batch into'
     wrong = f'config.evaluation.{batch_size=} is not a multiple of {parts}.'
     require(batch_size % mesh.batch_shards == 0, wrong)
     attention.check(node.model, recipe.data.sequence_length, jax.default_backend())
@@ -160,7 +157,7 @@ def _check_data(node: Node, nodes: Mapping[str, Node], dataset: shards.Dataset) 
   if isinstance(node.run.init, config.FromCheckpoint):
     path = node.run.init.checkpoint
     wrong = f'config.runs.{node.name}.init.checkpoint={path} was made with another tokenizer than'
-    fix = 'prepare the data with the tokenizer that lies with the checkpoint.'
+    fix = 'prepare the data with the tokenizer stored with the checkpoint.'
     same = checkpoint.read_meta(path).tokenizer_hash == dataset.tokenizer_hash
     require(same, f'{wrong} {dataset.path}: {fix}')
   centroids = node.upcycle and node.upcycle.router_init == 'centroids'
@@ -168,7 +165,7 @@ def _check_data(node: Node, nodes: Mapping[str, Node], dataset: shards.Dataset) 
     for domain in nodes[reader].run.data:
       names, has = f'config.runs.{reader}.data names the domain {domain!r}', dataset.domains
       require(domain in has, f'{names}; {dataset.path} has {", ".join(has)}.')
-      wrong = f'{names}, of which {dataset.path} has no train split.'
+      wrong = f'{names}, which has no train split in {dataset.path}.'
       require('train' in dataset.splits(domain), wrong)
 
 
@@ -195,9 +192,7 @@ def _check_memory(node: Node, recipe: config.Recipe) -> None:
     logits = min(tokens, run.compute.loss_chunk or tokens) * model.vocab_size // parts.tensor
     # Whatever is done again in the backward pass, each block's input is kept for it.
     needed = kept + layers * tokens * model.d_model * itemsize + 4 * logits
-    needs = (
-      f'needs at least {needed / 1e9:,.1f} GB of a device, for blocks, logits and the state of'
-    )
+    needs = f'needs at least {needed / 1e9:,.1f} GB of a device, for blocks, logits and the state'
     fix = f'with {name}.grad_accum_steps (training alone) or its compute.loss_chunk'
-    wrong = f'{key}={batch_size} {needs} {name}, and {has} it smaller, or cut it {fix}.'
+    wrong = f'{key}={batch_size} {needs} of {name}, and {has} it smaller, or cut it {fix}.'
     require(needed <= free, wrong)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bam_jax import config
+from bam_jax.config import strict
 from bam_jax.model import arithmetic
 from bam_jax.upcycle import rules
 
@@ -59,9 +60,8 @@ def branches(scale: Scale) -> dict[str, dict]:
   """
   schedule, init = scale.seed_schedule, dict(run='seed')
   half = {**schedule, 'peak_learning_rate': schedule['peak_learning_rate'] / 2}
-  runs = dict(
-    seed=_run(scale, 'seed', 'scratch', dict(general=1.0), 0, scale.seed_tokens, schedule)
-  )
+  general, tokens = dict(general=1.0), scale.seed_tokens
+  runs = dict(seed=_run(scale, 'seed', 'scratch', general, 0, tokens, schedule))
   for domain in SPECIALTIES:
     label, data = f'{domain} specialist', {domain: 0.9, 'general': 0.1}
     runs[domain] = _run(scale, label, init, data, 1, scale.specialist_tokens, half)
@@ -95,12 +95,11 @@ def compute_matched(scale: Scale, label: str, method: str, **upcycle) -> dict:
   The paper matches accelerator time. FLOPs are what can be known beforehand and on any machine;
   those that a model needs are meant, whatever an implementation spends beside them.
   """
-  dense, length = config.Model(**scale.model), scale.sequence_length
-  step_tokens = scale.batch_size * length
+  length, step_tokens = scale.sequence_length, scale.batch_size * scale.sequence_length
 
   def model(run: dict) -> config.Model:
-    options = {'sources' if k == 'from' else k: v for k, v in run['init']['upcycle'].items()}
-    return rules.mixture_model(dense, config.Upcycle(**options))
+    upcycle = strict.from_dict(config.Upcycle, run['init']['upcycle'], label)
+    return rules.mixture_model(config.Model(**scale.model), upcycle)
 
   budget = scale.mixture_tokens // step_tokens * step_tokens
   flops = budget * arithmetic.training_flops(model(btx(scale)), length)
@@ -135,13 +134,11 @@ def smoke(recipe: Mapping[str, Any]) -> dict:
   """
   small = copy.deepcopy(dict(recipe))
   model = config.to_dict(config.Model(**small['model']))
-  kv_heads, head_dim = 2, 16
-  heads = kv_heads * model['num_heads'] // model['num_kv_heads']
-  width = heads * head_dim
-  small['model'] = model | dict(
-    vocab_size=512, num_layers=2, d_model=width, num_heads=heads, num_kv_heads=kv_heads,
-    head_dim=head_dim, ffn_dim=width * model['ffn_dim'] // model['d_model'],
-  )  # fmt: skip
+  heads = 2 * model['num_heads'] // model['num_kv_heads']
+  width = heads * 16
+  ffn_dim = width * model['ffn_dim'] // model['d_model']
+  shape = dict(num_heads=heads, num_kv_heads=2, head_dim=16, ffn_dim=ffn_dim)
+  small['model'] = model | shape | dict(vocab_size=512, num_layers=2, d_model=width)
   sequence_length, batch_size, steps = 64, 16, 4
   prepare = dict(input='sample', train_tokenizer=512)
   small['data'] = dict(path='{workdir}/data', sequence_length=sequence_length, prepare=prepare)

@@ -85,8 +85,8 @@ def _asked(nodes: Mapping[str, graph.Node], only: Sequence[str], workdir: Path) 
   for name in asked:
     for parent in config.parents(nodes[name].run):
       if parent not in asked and not _is_finished(workdir, nodes[parent]):
-        missing = f'{workdir / parent} does not hold it finished by this configuration'
-        wrong = f'--runs asks for {name!r}, which starts from {parent!r}, and {missing}'
+        missing = f'{workdir / parent} has no finished run of this configuration'
+        wrong = f'--runs has {name!r}, which starts from {parent!r}, but {missing}'
         raise UserError(f'{wrong}: add {parent!r} to --runs.')
   return asked
 
@@ -106,14 +106,13 @@ def _claim(held: claims.Claims, nodes, workdir: Path, domains) -> list[str] | in
 def _is_finished(workdir: Path, node: graph.Node, domains: Sequence[str] = ()) -> bool:
   """Whether a run has its last checkpoint, by this configuration, and a result on `domains`."""
   folder = workdir / node.name
-  recorded = _read_json(folder / 'config.json', identity=dict, hash=str)
+  recorded = _read_json(folder / 'config.json', identity=dict, hash=str) or {}
   result = _read_json(folder / 'result.json', domains=dict)
   return (
     checkpoint.finished_step(folder / 'checkpoints') == node.identity['total_steps']
     and result is not None
     and set(domains) <= set(result['domains'])
-    and recorded is not None
-    and recorded['hash'] == graph.digest(node.identity)
+    and recorded.get('hash') == graph.digest(node.identity)
   )
 
 
@@ -122,16 +121,13 @@ def _check_identity(folder: Path, node: graph.Node) -> None:
   if recorded is None or recorded['hash'] == graph.digest(node.identity):
     return
   changes = strict.differences(recorded['identity'], json.loads(json.dumps(node.identity)))
-  shown = '; '.join(changes[:3]) + (f'; and {len(changes) - 3} more' if len(changes) > 3 else '')
-  raise UserError(
-    f'{folder} was begun with another configuration of {node.name!r} ({shown}): undo the change, '
-    'choose another --workdir, or delete that folder.'
-  )
+  more = f'; and {len(changes) - 3} more' if len(changes) > 3 else ''
+  begun = f'{folder} was started with another configuration of {node.name!r}'
+  fix = 'undo the change, choose another --workdir, or delete that folder.'
+  raise UserError(f'{begun} ({"; ".join(changes[:3])}{more}): {fix}')
 
 
-def _meta(
-  recipe: config.Recipe, node: graph.Node, workdir: Path, dataset: shards.Dataset, step: int
-) -> checkpoint.Meta:
+def _meta(recipe: config.Recipe, node: graph.Node, workdir, dataset, step: int) -> checkpoint.Meta:
   return checkpoint.Meta(
     format=checkpoint.FORMAT,
     model=node.model,
@@ -153,15 +149,15 @@ def _manifest(recipe: config.Recipe, node: graph.Node, workdir: Path) -> manifes
   """What a run's first parameters were made from; hashes would take reading all of it again."""
   if node.run.init == 'scratch':
     return None
-  origins = [
-    manifest.Source(str(folders.absolute(workdir / name)), name, recipe.total_steps(name))
-    for name in config.parents(node.run)
-  ]
   if isinstance(node.run.init, config.FromCheckpoint):
-    origins = [manifest.Source(node.run.init.checkpoint)]
+    origins = (manifest.Source(node.run.init.checkpoint),)
+  else:
+    path = lambda name: str(folders.absolute(workdir / name))
+    names = config.parents(node.run)
+    origins = tuple(manifest.Source(path(n), n, recipe.total_steps(n)) for n in names)
   made = rules.rules(node.model) if node.upcycle else ()
-  seed, name = recipe.seed, node.name
-  return manifest.Manifest('', manifest.now(), tuple(origins), made, node.upcycle, seed, name)
+  now, seed, name = manifest.now(), recipe.seed, node.name
+  return manifest.Manifest('', now, origins, made, node.upcycle, seed, name)
 
 
 def _result(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:

@@ -58,13 +58,7 @@ def _find(path: Path | str) -> Path:
   return folders.at(processes.decide(lambda: str(checkpoint.find(path))))
 
 
-def _centroids(
-  recipe: config.Recipe,
-  nodes: Mapping[str, graph.Node],
-  node: graph.Node,
-  dataset: shards.Dataset,
-  merge: Merge,
-) -> dict[str, np.ndarray]:
+def _centroids(recipe, nodes, node: graph.Node, dataset, merge: Merge) -> dict[str, np.ndarray]:
   """A mixture's routers, from the first batches that each of its sources was trained on."""
   run, upcycle, mesh = node.run, merge.upcycle, sharding.make_mesh(node.run.mesh)
   rows = run.batch_size // run.grad_accum_steps  # of a micro-batch, which the mesh can hold
