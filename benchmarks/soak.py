@@ -68,7 +68,7 @@ DISTURBANCES: dict[str, Callable[[list[subprocess.Popen], random.Random], None]]
 def main() -> dict[str, Any]:
   """Trains, disturbs, compares, and prints what came out."""
   if not _WORKDIR.value:
-    raise UserError('Where to? Give --workdir=FOLDER.')
+    raise UserError('--workdir is required: the folder for the runs.')
   # A shell that starts this in the background lets it ignore Ctrl-C, and what it starts too.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   workdir = Path(_WORKDIR.value).absolute()
@@ -185,7 +185,7 @@ def _compare(mine: Path, other: Path, facts: dict[str, Any]) -> None:
   """Adds what a disturbed run shares with the undisturbed one."""
   losses, expected = _losses(mine), _losses(other)
   if losses.keys() != expected.keys():
-    raise UserError(f'{mine} has logged other steps than {other}.')
+    raise UserError(f'{mine} has logged different steps from {other}.')
   facts['steps'] += len(losses)
   differences = [abs(losses[step] - expected[step]) for step in losses]
   facts['largest_difference'] = max(facts['largest_difference'], *differences)

@@ -121,8 +121,8 @@ def make_mesh(job: Job, devices: Sequence[Any], topology: Topology) -> jax.shard
   """The mesh of a job; UserError when it does not use all devices of the topology."""
   if job.run.mesh.size != len(devices):
     raise UserError(
-      f'{job.key}.mesh has {job.run.mesh.size} devices and {topology.flag} {len(devices)}: set '
-      f'--{job.key}.mesh.fsdp and the other axes, or add --search.'
+      f'{job.key}.mesh has {job.run.mesh.size} devices, but {topology.flag} has {len(devices)}: '
+      f'set --{job.key}.mesh.fsdp and the other axes, or add --search.'
     )
   return sharding.make_mesh(job.run.mesh, devices)
 
@@ -157,7 +157,7 @@ def make_decoder(job: Job, decode: Decode, mesh: jax.sharding.Mesh) -> Decoder:
   if decode.batch_size % decoder.layout.row_shards:
     raise UserError(
       f'--batch_size={decode.batch_size} is not a multiple of the {decoder.layout.row_shards} '
-      f'parts into which {job.key}.mesh.data and .fsdp cut it: change one of them.'
+      f'parts that {job.key}.mesh.data and .fsdp split it into: change one of them.'
     )
   return decoder
 
@@ -226,7 +226,7 @@ def _shortage(message: str) -> tuple[int | None, str]:
 def save(compiled: Compiled, path: str, flag: str) -> None:
   """Writes the optimized HLO for the flag `hlo`; for `save` what `load` reads on the TPU."""
   if not compiled.executable:
-    raise UserError(f'--{flag}={path} has nothing to write: the step does not fit.')
+    raise UserError(f'--{flag}={path} is not written: the step does not fit.')
   if flag == 'hlo':
     content = compiled.executable.as_text().encode()
   else:

@@ -52,7 +52,7 @@ def search(
   if not possible:
     raise UserError(
       f'No mesh of {topology.size} chips divides the model and batch_size={job.run.batch_size} of '
-      f'{job.key}: change --topology, or give --sequences_per_chip.'
+      f'{job.key}: change --topology, or set --sequences_per_chip.'
     )
   hopeful = [x for x in possible if x[1] <= SLACK * chip.hbm_bytes] or possible
   hopeful.sort(key=lambda x: x[0])
@@ -81,7 +81,7 @@ def search(
   _, best, compiled, facts = done[0]
   if not facts['fits']:
     raise UserError(
-      f'None of the {len(done)} layouts compiled of {len(hopeful)} fits {topology.name}: give more '
+      f'None of the {len(done)} compiled layouts of {len(hopeful)} fits {topology.name}: use more '
       'chips, fewer --sequences_per_chip, or a longer --search_seconds.'
     )
   before, after = _overrides(job.run), _overrides(best.run)

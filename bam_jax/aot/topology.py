@@ -85,7 +85,7 @@ class Topology:
     """
     if importlib.util.find_spec('libtpu') is None:
       raise UserError(
-        f'--topology={self.name} needs the TPU compiler, libtpu, which is not installed: '
+        f'--topology={self.name} requires the TPU compiler, libtpu, which is not installed: '
         "pip install 'jax[tpu]'."
       )
     for name, value in _ENVIRONMENT.items():

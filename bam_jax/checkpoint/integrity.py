@@ -68,7 +68,7 @@ def read(folder: epath.PathLike, items: Collection[str] = ()) -> Sums:
     sums = {name: (int(size), int(crc)) for name, (size, crc) in listed.items()}
     for name in sums:
       if os.path.isabs(name) or '..' in name.split('/'):
-        raise ValueError(f'{name!r} leads out of the checkpoint')
+        raise ValueError(f'{name!r} points outside the checkpoint')
   except FileNotFoundError:
     return {}
   except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
@@ -126,8 +126,8 @@ def set_aside(folder: Path) -> list[str]:
     if faults:
       newest = next(iter(faults))
       raise UserError(
-        f'{folder / newest} is damaged ({faults[newest]}), and {folder} holds no other that is '
-        f'whole: put a copy in its place, or delete {folder} to train the run from its start.'
+        f'{folder / newest} is damaged ({faults[newest]}), and {folder} has no intact one: '
+        f'restore a copy, or delete {folder} to train the run from scratch.'
       )
   return processes.decide(lambda: [_rename(folder / step, what) for step, what in faults.items()])
 

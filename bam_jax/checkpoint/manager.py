@@ -134,7 +134,7 @@ class Checkpoints:
     args = ocp.args.Composite(**items, data=ocp.args.JsonRestore())
     restored = self._manager.restore(step, args=args)
     if 'iterator' not in (restored['data'] or {}):
-      raise UserError(f'{folder}/data is damaged: delete {folder} to go on from the one before.')
+      raise UserError(f'{folder}/data is damaged: delete {folder} to resume from the previous one.')
     return restored['params'], restored['opt_state'], restored['data']
 
   def wait(self) -> None:
@@ -209,7 +209,7 @@ def find(path: epath.PathLike) -> epath.Path:
     step = finished_step(folder)
     if step is not None:
       return folder / str(step)
-  raise UserError(f'{path} holds no checkpoint: name a run of a workdir, or one of its steps.')
+  raise UserError(f'{path} holds no checkpoint: name a run, a step, or an output of convert.')
 
 
 def find_tokenizer(path: epath.PathLike) -> epath.Path:
@@ -223,7 +223,7 @@ def find_tokenizer(path: epath.PathLike) -> epath.Path:
       if file.exists() and hashlib.sha256(read_file(file)).hexdigest() == meta.tokenizer_hash:
         return file
   raise UserError(
-    f'{folder} has lost its tokenizer, SHA-256 {meta.tokenizer_hash[:12]}..., which is not in '
+    f'{folder} lacks its tokenizer, SHA-256 {meta.tokenizer_hash[:12]}..., which is not in '
     f'{", ".join(map(str, places))}: copy the file there.'
   )
 
@@ -234,8 +234,8 @@ def open_tokenizer(path: epath.PathLike, meta: Meta) -> Tokenizer:
   tokenizer = Tokenizer.load(file, meta.bos_token, meta.eos_token)
   if tokenizer.vocab_size > meta.model.vocab_size:
     raise UserError(
-      f'{file} has {tokenizer.vocab_size:,} tokens and the model of {path} '
-      f'{meta.model.vocab_size:,}: it is damaged.'
+      f'{file} has {tokenizer.vocab_size:,} tokens, but the model of {path} '
+      f'has {meta.model.vocab_size:,}: it is damaged.'
     )
   return tokenizer
 
@@ -282,7 +282,7 @@ def _check_shapes(reader: arrays.Reader, params: Any) -> None:
     if stored.get(path) != wanted.get(path):
       raise UserError(
         f'{reader.folder} has {path} of shape {stored.get(path)} where {wanted.get(path)} is '
-        'wanted: it is damaged, or the checkpoint of another model.'
+        'expected: it is damaged, or a checkpoint of another model.'
       )
 
 

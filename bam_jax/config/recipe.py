@@ -157,7 +157,7 @@ class Run(strict.Section):
       self.require(0 < share < math.inf, f'data[{domain!r}]={share} is not a positive share.')
     grad_accum_steps, parts = self.grad_accum_steps, self.mesh.batch_shards
     fits = self.batch_size % (grad_accum_steps * parts) == 0
-    factors = f'{grad_accum_steps=} times the {parts} parts that mesh cuts a batch into'
+    factors = f'{grad_accum_steps=} times the {parts} parts that mesh splits a batch into'
     self.require(fits, f'batch_size={self.batch_size} is not a multiple of {factors}.')
 
 
@@ -171,7 +171,7 @@ class Prepare(strict.Section):
 
   def check(self):
     both = bool(self.train_tokenizer) == bool(self.tokenizer)
-    self.require(not both, 'one of train_tokenizer and tokenizer is required, and not both.')
+    self.require(not both, 'exactly one of train_tokenizer and tokenizer is required.')
 
 
 @dataclass(frozen=True)
@@ -206,11 +206,11 @@ class Recipe(strict.Section):
 
   def check(self):
     is_dense = self.model == self.model.dense()
-    self.require(is_dense, 'model has experts: a mixture comes from a run with an upcycle init.')
+    self.require(is_dense, 'model has experts: only a run with an upcycle init may have them.')
     self.require(self.runs, 'runs={} names no run.')
     for name, run in self.runs.items():
       plain = name.replace('_', '').replace('-', '').isalnum() and name not in ('data', 'report')
-      fix = 'use letters, digits, "-", "_"; "data", "report" are taken.'
+      fix = 'use letters, digits, "-", "_"; "data", "report" are reserved.'
       self.require(plain, f'runs has the name {name!r}: {fix}')
       key, steps, tokens = f'runs.{name}', self.total_steps(name), run.tokens
       for source in parents(run):

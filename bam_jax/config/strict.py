@@ -123,7 +123,7 @@ def _value(hint: Any, value: Any, key: str) -> Any:
   if hint is int and isinstance(value, float) and value.is_integer():
     value = int(value)
   is_int = isinstance(value, int) and not isinstance(value, bool)
-  require(not is_int or abs(value) < 2**63, f'{key} is past 64 bits: choose a smaller number.')
+  require(not is_int or abs(value) < 2**63, f'{key} exceeds 64 bits: choose a smaller number.')
   if hint is float and is_int:
     return float(value)
   fits = is_int if hint is int else isinstance(value, hint)

@@ -38,8 +38,8 @@ class Upcycle(Section):
     wanted = 'exactly one source' if sparse else 'at least two sources'
     found = f'from={sources} has {len(sources)}: method {self.method!r}'
     fits = len(sources) == 1 if sparse else len(sources) >= 2
-    self.require(fits, f'{found} needs {wanted}.')
-    few = f'{num_experts=} is too few for {self.method!r}: say how many copies.'
+    self.require(fits, f'{found} requires {wanted}.')
+    few = f'{num_experts=} is too few for {self.method!r}: set the number of copies.'
     self.require(num_experts or not sparse, few)
     few = f'{num_experts=} is below the {len(sources)} sources of from={sources}'
     enough = not num_experts or num_experts >= len(sources)
@@ -52,16 +52,16 @@ class Upcycle(Section):
       ('router_init', average and (zero or centroids), 'which has no router'),
       ('expert_bias', average and self.expert_bias, 'which has no router'),
       ('attention_top_k', self.attention_top_k and not attention, 'which has no attention experts'),
-      ('router_init', sparse and centroids, 'whose one source has one centroid'),
+      ('router_init', sparse and centroids, 'with a single source'),
       ('drop_ratio', self.drop_ratio and not self.copies, f'none of whose {experts} is a copy'),
       ('noise', self.noise and not self.copies, f'none of whose {experts} is a copy'),
       ('router_scale', zero and self.router_scale != 1, "with router_init='zero'"),
       ('weights', weights and self.average != 'weighted', "without average='weighted'"),
     ):
-      value = f'{key}={getattr(self, key)!r} has no meaning for method {self.method!r}'
-      self.require(not given, f'{value}, {where}: leave it out.')
+      value = f'{key}={getattr(self, key)!r} has no effect with method {self.method!r}'
+      self.require(not given, f'{value}, {where}: remove it.')
     fits = self.average != 'weighted' or len(weights) == len(sources)
-    need = f"average='weighted' needs one for each of {sources}"
+    need = f"average='weighted' requires one for each of {sources}"
     self.require(fits, f'{weights=} has {len(weights)} numbers: {need}.')
     for weight in weights:
       self.require(0 < weight < math.inf, f'{weights=} has {weight}, which is not positive.')

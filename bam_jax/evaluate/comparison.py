@@ -56,7 +56,7 @@ def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Optio
     UserError: one is not a checkpoint, is given twice, or does not go with the data or the options.
   """
   if not paths:
-    raise UserError('--checkpoint=DIR is required; it may be given several times.')
+    raise UserError('--checkpoint=DIR is required; it may be repeated.')
   sharding.make_mesh(rows_mesh(options.mesh))
   folders = [str(checkpoint.find(path)) for path in paths]
   twice = next((p for p, f in zip(paths, folders) if folders.count(f) > 1), None)
@@ -73,8 +73,7 @@ def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Optio
     stride = options.stride or window
     if stride > window:
       raise UserError(
-        f'--stride={stride} is above the window of {window} tokens, and would leave tokens out: '
-        'lower it.'
+        f'--stride={stride} is above the window of {window} tokens and would skip tokens: lower it.'
       )
     label = meta.run if runs.count(meta.run) == 1 else path
     entries.append(Entry(path, label, meta, tokenizer, window, stride))
@@ -109,7 +108,7 @@ def score(
     bad = np.flatnonzero(~np.isfinite(nll))
     if len(bad):
       raise UserError(
-        f'{entry.path} gives document {bad[0]} of {domain.name} no finite likelihood: its '
+        f'{entry.path} has no finite likelihood for document {bad[0]} of {domain.name}: its '
         'parameters are damaged, or its training diverged.'
       )
     entry.nll[domain.name] = nll

@@ -32,7 +32,7 @@ class Prepared:
     if tokenizer.hash != self._dataset.tokenizer_hash:
       raise UserError(
         f'{self._dataset.path} was prepared with another tokenizer than that of {checkpoint}: '
-        'give the text, --data=DOMAIN=FILE, which each checkpoint reads with its own.'
+        'pass text with --data=DOMAIN=FILE, which is tokenized for each checkpoint.'
       )
 
   def documents(self, tokenizer: Tokenizer) -> Sequence[np.ndarray]:
@@ -111,7 +111,7 @@ def _read(item: str, split: str, text_field: str, max_documents: int | None) -> 
       f'domain: write --data=DOMAIN={item} for text.'
     )
   if not shards.DOMAIN_NAME.fullmatch(name):
-    raise UserError(f'--data={item}: a domain is named with letters, digits, "_", "-" and ".".')
+    raise UserError(f'--data={item}: a domain name has letters, digits, "_", "-" and ".".')
   files = _files(Path(path), split)
   texts = (one.text for file in files for one in documents_lib.read_documents(file, text_field))
   return [Text(name, list(itertools.islice(filter(None, texts), max_documents)))]
@@ -126,5 +126,5 @@ def _files(path: Path, split: str) -> list[Path]:
   found = [file for file, mark in marks.items() if mark == split]
   if not found:
     there = ', '.join(sorted({mark for mark in marks.values() if mark}))
-    raise UserError(f'{path} has no file marked {split!r}: give --split, of {there}.')
+    raise UserError(f'{path} has no file of split {split!r}: set --split to one of {there}.')
   return found

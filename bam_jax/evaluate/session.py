@@ -30,7 +30,7 @@ def run(
   entries = comparison.enter(checkpoints, domains, options)
   if folder is not None:
     if not any(routing.expert_names(entry.meta) for entry in entries):
-      raise UserError('--routing shows routers, and no checkpoint has one: leave it out.')
+      raise UserError('--routing requires a checkpoint with routers: remove it.')
     with folders.writing(folder):
       Path(folder).mkdir(parents=True, exist_ok=True)
   console = cli.console()

@@ -159,8 +159,8 @@ class Lease:
           self._generation = now.stamp.generation
           continue
         print(
-          f'{self._folder} is held by {_facts(now)["holder"]} now, since this process was not '
-          f'heard of for {LEASE_SECONDS:.0f} s: it ends.',
+          f'{self._folder} was taken over by {_facts(now)["holder"]}, since this process did '
+          f'not renew its lease for {LEASE_SECONDS:.0f} s: exiting.',
           file=sys.stderr, flush=True,
         )  # fmt: skip
         os._exit(LOST)
@@ -179,7 +179,7 @@ class Lease:
 
 def _taken(folder: Path | epath.Path, holder: str) -> UserError:
   return UserError(
-    f'{folder} is being trained by {holder}: wait for it to end, name other --runs, or choose '
+    f'{folder} is being trained by {holder}: wait for it to end, choose other --runs or '
     'another --workdir.'
   )
 

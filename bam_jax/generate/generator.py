@@ -281,7 +281,7 @@ class Generator:
     needed, free = batch * slots * of_token * here // parts, memory.free_bytes()
     if free is not None and needed > free:
       raise UserError(
-        f'Keys and values of {batch} x {slots:,} tokens take {needed / 1e9:,.1f} GB, and '
+        f'Keys and values of {batch} x {slots:,} tokens require {needed / 1e9:,.1f} GB, but '
         f'{free / 1e9:,.1f} GB are free: lower --batch_size or --max_new_tokens, or shorten the '
         'prompt.'
       )

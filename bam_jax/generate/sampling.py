@@ -27,15 +27,15 @@ class SamplingParams:
 
   def __post_init__(self):
     if not 0 <= self.temperature < math.inf:
-      raise UserError(f'--temperature={self.temperature} is not a number from 0 up: change it.')
+      raise UserError(f'--temperature={self.temperature} must be at least 0.')
     if self.top_k < 0:
-      raise UserError(f'--top_k={self.top_k} is negative: give the number of words to choose from.')
+      raise UserError(f'--top_k={self.top_k} is negative: set a number of tokens, or 0 for all.')
     if not 0 < self.top_p <= 1:
-      raise UserError(f'--top_p={self.top_p} is not above 0 and at most 1: give a share.')
+      raise UserError(f'--top_p={self.top_p} must be above 0 and at most 1.')
     if not self.temperature and (self.top_k or self.top_p != 1):
       raise UserError(
-        '--top_k and --top_p have no effect at temperature 0, which takes the most probable word: '
-        'give --temperature=1, for example.'
+        '--top_k and --top_p have no effect at temperature 0, which selects the most probable '
+        'token: set --temperature=1, for example.'
       )
 
   def static(self) -> tuple[bool, int, bool]:

@@ -70,7 +70,7 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
   for key, only in _FIXED.items():
     value = facts.pop(key, only)
     if value != only:
-      raise UserError(f'{key}={value!r} is not {only!r}: our model has nothing like it.')
+      raise UserError(f'{key}={value!r} is not {only!r}: our model does not support it.')
 
   width, heads = (_take(dict(facts), key, int) for key in ('hidden_size', 'num_attention_heads'))
   if width % heads and facts.get('head_dim') is None:
@@ -89,9 +89,7 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
   for key, value in facts.items():
     # What is off or empty cannot make it another model: sliding windows, parallel variants.
     if key not in _IRRELEVANT and value not in (None, False):
-      raise UserError(
-        f'{key}={value!r} is a key that we cannot follow: the import might be another model.'
-      )
+      raise UserError(f'{key}={value!r} is an unsupported key: the imported model might differ.')
   return config.Model(**model)
 
 
@@ -163,11 +161,13 @@ def _check_cohere2(facts: dict[str, Any]) -> None:
     raise UserError(f'layer_types={layers!r} does not list num_hidden_layers={count} layers.')
   if full or window is None:
     raise UserError(
-      f'layer {min(full, default=0)} has no rotary positions, as all of ours have: see layer_types '
+      f'layer {min(full, default=0)} does not use RoPE, as all of ours do: see layer_types '
       f'and sliding_window={window}.'
     )
   if type(window) is not int or window < length:
-    raise UserError(f'sliding_window={window} is below {_LENGTH}={length}: our layers see all.')
+    raise UserError(
+      f'sliding_window={window} is below {_LENGTH}={length}: our layers attend to all.'
+    )
   if facts.get('use_qk_norm'):
     raise UserError('use_qk_norm=True is not False: Cohere2 has no norm of queries and keys.')
 
@@ -180,7 +180,9 @@ def _rope_theta(facts: dict[str, Any]) -> float:
   scaling = dict(scaling)
   kind = scaling.pop('rope_type', 'default')
   if kind != 'default':
-    raise UserError(f'rope_parameters.rope_type={kind!r} is not "default": we scale no positions.')
+    raise UserError(
+      f'rope_parameters.rope_type={kind!r} is not "default", which is all we support.'
+    )
   groups = [group for group in (facts, scaling) if group.get('rope_theta') is not None]
   found = [_take(group, 'rope_theta', float) for group in groups]
   if not found:  # the default of transformers changed from one release to the next
@@ -189,7 +191,7 @@ def _rope_theta(facts: dict[str, Any]) -> float:
     raise UserError(f'rope_theta={found[0]}, but rope_parameters.rope_theta={found[1]}.')
   for key, value in scaling.items():
     if value is not None:
-      raise UserError(f'rope_parameters.{key}={value!r} is a key that we cannot follow.')
+      raise UserError(f'rope_parameters.{key}={value!r} is an unsupported key.')
   return found[0]
 
 

@@ -42,12 +42,12 @@ class Reader:
     present = {path.name for path in folder.iterdir()}
     if missing := set(files) - present:
       raise UserError(
-        f'{folder} holds no {min(missing)}: a model is {SINGLE}, or files and {INDEX}; pickles, '
-        'which can run code when they are read, have to be saved as safetensors first.'
+        f'{folder} has no {min(missing)}: a model is {SINGLE}, or files with {INDEX}; convert '
+        'pickles, which can execute code when read, to safetensors first.'
       )
     if others := {name for name in present if name.endswith('.safetensors')} - set(files):
       raise UserError(
-        f'{folder} holds {min(others)} beside the model in {files[0]}: remove either.'
+        f'{folder} holds {min(others)} beside the model in {files[0]}: remove one of them.'
       )
     for file in files:
       with _opened(folder / file) as opened:
@@ -62,7 +62,7 @@ class Reader:
     if index is not None and index != self._file_of:
       name = min(name for name, _ in index.items() ^ self._file_of.items())
       raise UserError(
-        f'{folder / INDEX} puts {name} into {index.get(name)}; it is in {self._file_of.get(name)}.'
+        f'{folder / INDEX} maps {name} to {index.get(name)}; it is in {self._file_of.get(name)}.'
       )
 
   def read(self, name: str) -> np.ndarray:
@@ -154,11 +154,11 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     return None
   names = read_json(path).get('weight_map')
   if not isinstance(names, dict) or not names:
-    raise UserError(f'{path} has no weight_map, which says in which file a tensor is.')
+    raise UserError(f'{path} has no weight_map, which lists the file of each tensor.')
   for tensor, file in names.items():
     # A plain name only: an index must not reach outside its folder.
     if not isinstance(file, str) or not re.fullmatch(r'\w[\w.-]*\.safetensors', file, re.ASCII):
-      raise UserError(f'{path} puts {tensor} into {file!r}, which is not a file of this folder.')
+      raise UserError(f'{path} maps {tensor} to {file!r}, which is not a file of this folder.')
   return names
 
 

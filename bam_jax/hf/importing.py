@@ -53,7 +53,7 @@ def convert(
   words = Tokenizer.load(tokenizer or source, bos_token, eos_token)
   if words.vocab_size > model.vocab_size:
     raise UserError(
-      f'{tokenizer or source} has {words.vocab_size} tokens and the model in {source} has rows for '
+      f'{tokenizer or source} has {words.vocab_size} tokens, but the model in {source} has '
       f'{model.vocab_size}: it is the tokenizer of another model.'
     )
   specs = {path: arrays.Spec(tensor.shape, jnp.dtype(dtype)) for path, tensor in table.items()}
@@ -102,8 +102,8 @@ def _check(reader: files.Reader, table: names.Table, model: config.Model) -> Non
   pair = (reader.read(name) for name in (names.HEAD, names.TABLE))
   if tied_twice and not np.array_equal(*pair, equal_nan=True):
     raise UserError(
-      f'{reader.folder} has {names.HEAD} other than {names.TABLE}, although its config.json says '
-      'tie_word_embeddings.'
+      f'{reader.folder} has {names.HEAD} that differs from {names.TABLE}, although its '
+      'config.json says tie_word_embeddings.'
     )
 
 

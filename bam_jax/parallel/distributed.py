@@ -36,7 +36,7 @@ from bam_jax import errors
 from bam_jax.errors import UserError
 
 FAILED = 1  # exit status of an error, where it is for Python to choose
-AGAIN = 'start all processes again with the same command, which goes on at the newest checkpoint'
+AGAIN = 'start all processes again with the same command, which resumes from the newest checkpoint'
 AUTO = 'auto'
 # Seconds that process 0 waits: the others end with it, in C++, and an error that all have found let
 # each say in its own words.
@@ -118,13 +118,13 @@ def place_of(
     if numbers == (None, None):
       return Place() if pod or coordinator else None
     raise UserError(
-      '--process_count and --process_id need --coordinator=HOST:PORT; with --coordinator=auto '
-      'leave them out.'
+      '--process_count and --process_id require --coordinator=HOST:PORT; omit them with '
+      '--coordinator=auto.'
     )
   if None in numbers:
     raise UserError(
-      f'--coordinator={coordinator} needs --process_count, the same for all, and --process_id, for '
-      'every process its own.'
+      f'--coordinator={coordinator} requires --process_count, the same for all, and --process_id, '
+      'different for each process.'
     )
   host, _, port = coordinator.rpartition(':')
   if not host or not port.isdecimal() or not 0 < int(port) < 2**16:

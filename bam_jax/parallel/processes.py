@@ -96,8 +96,8 @@ def check_mesh(mesh: config.Mesh, where: str) -> None:
     return
   if mesh.size != jax.device_count():
     raise UserError(
-      f'{where}.mesh has {mesh.size} devices, and the {jax.process_count()} processes '
-      f'{jax.device_count()}: every device of a job needs its place in the mesh.'
+      f'{where}.mesh has {mesh.size} devices, but the {jax.process_count()} processes have '
+      f'{jax.device_count()}: the mesh must contain every device of the job.'
     )
   share_of_batch(sharding.make_mesh(mesh), where)
 

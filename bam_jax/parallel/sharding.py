@@ -69,8 +69,8 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sh
   devices = jax.devices() if devices is None else list(devices)
   if mesh.size > len(devices):
     raise UserError(
-      f'mesh {config.to_dict(mesh)} needs {mesh.size} devices and there are {len(devices)}: '
-      'shrink mesh.'
+      f'mesh {config.to_dict(mesh)} requires {mesh.size} devices, but there are {len(devices)}: '
+      'make mesh smaller.'
     )
   shape = (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)
   if devices[0].platform == 'tpu' and mesh.size == len(devices):
@@ -90,8 +90,7 @@ def _along_links(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   if shape[0] % slices:
     raise UserError(
-      f'mesh.data={shape[0]} is not a multiple of the {slices} slices: between slices only data '
-      'may be cut.'
+      f'mesh.data={shape[0]} is not a multiple of the {slices} slices: only data may span slices.'
     )
   return mesh_utils.create_hybrid_device_mesh(
     (shape[0] // slices, *shape[1:]),
@@ -192,7 +191,7 @@ def check_divides(
       parts = int(np.prod([sizes[axis] for axis in axes], initial=1))
       if dimension % parts:
         raise UserError(
-          f'{where} cuts {path} of shape {tuple(leaf.shape)} into {parts} parts along '
+          f'{where} splits {path} of shape {tuple(leaf.shape)} into {parts} parts along '
           f'{" and ".join(axes)}, which do not divide {dimension}: choose other mesh sizes.'
         )
 

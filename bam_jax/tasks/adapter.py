@@ -75,7 +75,7 @@ class Model(TemplateLM):
     self.batch_size = 16 if batch_size in (None, 'auto') else _positive('batch_size', batch_size)
     for name in axes.keys() - set(sharding.AXES):
       known = ('checkpoint', 'dtype', 'max_length', 'seed', *sharding.AXES)
-      raise UserError(f'--model_args has {name}={axes[name]}; it takes {", ".join(known)}.')
+      raise UserError(f'--model_args has {name}={axes[name]}; it accepts {", ".join(known)}.')
     self._mesh = config.Mesh(**{axis: _positive(axis, size) for axis, size in axes.items()})
     self.meta = checkpoint_lib.read_meta(checkpoint)
     self._tokenizer = checkpoint_lib.open_tokenizer(checkpoint, self.meta)
@@ -227,7 +227,7 @@ def _gen_kwargs(options: Mapping[str, Any]) -> tuple[list[str], int, SamplingPar
   top_k, top_p = left.pop('top_k', None) or 0, left.pop('top_p', None) or 1.0
   for name, value in left.items():
     if value is not None and value != NEUTRAL.get(name):
-      raise UserError(f'A task asks for generation with {name}={value}, which {NAME} cannot do.')
+      raise UserError(f'A task requires {name}={value}, which {NAME} does not support.')
   if not sample or temperature == 0:
     return until, max_new_tokens, SamplingParams()
   temperature = 1.0 if temperature is None else float(temperature)

@@ -38,8 +38,8 @@ def require() -> None:
   result = run('pass')
   if not result.passed:
     raise UserError(
-      '--allow_generated_code needs limits that this machine does not have '
-      f'({result.reason.strip()}): leave out the tasks that run code.'
+      '--allow_generated_code requires limits that this machine does not support '
+      f'({result.reason.strip()}): remove the tasks that run code.'
     )
 
 

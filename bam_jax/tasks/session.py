@@ -63,7 +63,7 @@ def run(checkpoints: Sequence[str], tasks: Sequence[str], options: Options) -> d
     UserError: a checkpoint or a task is not found, or lm-eval is not installed.
   """
   if not checkpoints:
-    raise UserError('--checkpoint=DIR is required; it may be given several times.')
+    raise UserError('--checkpoint=DIR is required; it may be repeated.')
   if len({str(checkpoint.find(path)) for path in checkpoints}) < len(checkpoints):
     raise UserError('A --checkpoint is given twice: name each checkpoint once.')
   sharding.make_mesh(rows_mesh(options.mesh))
@@ -72,7 +72,7 @@ def run(checkpoints: Sequence[str], tasks: Sequence[str], options: Options) -> d
   files = {task: questions_lib.read(task) for task in tasks if questions_lib.is_file(task)}
   check_code((task for task, found in files.items() if found.kind == questions_lib.CODE), options)
   if importlib.util.find_spec('lm_eval') is None:
-    raise UserError(f'--tasks needs lm-eval, which is not installed: {INSTALL}.')
+    raise UserError(f'--tasks requires lm-eval, which is not installed: {INSTALL}.')
   loaded = load([files.get(task, task) for task in tasks])
   check_code(code_tasks(loaded), options)
   scores = [_score(path, loaded, options) for path in checkpoints]
@@ -98,8 +98,8 @@ def check_code(tasks: Iterable[str], options: Options) -> None:
   names = sorted(tasks)
   if names and not options.allow_generated_code:
     raise UserError(
-      f'--tasks: {names[0]} runs programs that the model writes: give --allow_generated_code, or '
-      'leave it out.'
+      f'--tasks: {names[0]} runs programs written by the model: set --allow_generated_code, or '
+      'remove the task.'
     )
   if names:
     sandbox.require()
@@ -131,7 +131,7 @@ def load(tasks: Sequence[str | questions_lib.Questions]) -> Loaded:
       reason = ' '.join(str(error).split()) or type(error).__name__
       raise UserError(f'--tasks={name} cannot be loaded ({reason}).') from error
     if twice := sorted(found.keys() & more.keys()):
-      raise UserError(f'--tasks={name} contains {twice[0]} a second time: name it once.')
+      raise UserError(f'--tasks={name} contains {twice[0]} twice: name it once.')
     found |= more
   return Loaded(manager, specs, found)
 

@@ -110,5 +110,5 @@ class Skips:
     kept = f'the last good checkpoint is {folder}' if folder else 'no checkpoint was saved'
     raise UserError(
       f'runs.{self._name} {what}; {kept}: lower runs.{self._name}.schedule.peak_learning_rate, '
-      f'look at the data, or set runs.{self._name}.guard.'
+      f'check the data, or set runs.{self._name}.guard.'
     )

@@ -104,7 +104,7 @@ def check(run: config.Run, model: config.Model, where: str) -> None:
   """UserError when a pattern matches no parameter, or a model without routers is to warm them."""
   if run.router_warmup_steps and model == model.dense():
     raise UserError(
-      f'{where}.router_warmup_steps={run.router_warmup_steps} has no meaning for a dense model, '
+      f'{where}.router_warmup_steps={run.router_warmup_steps} has no effect on a dense model, '
       'which has no router: set it to 0.'
     )
   for pattern in run.learning_rate_factors:

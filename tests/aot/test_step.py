@@ -178,7 +178,7 @@ def test_a_step_that_does_not_fit(make_job, tmp_path):
   facts = report.train_facts(job, TARGET, None, refused)
   assert not facts['fits'] and facts['headroom_bytes'] == TARGET.chip.hbm_bytes - needed
   assert all(word in shown(facts) for word in ('does not fit', 'headroom_bytes', 'jit_step'))
-  with pytest.raises(UserError, match='--save=x has nothing to write: the step does not fit'):
+  with pytest.raises(UserError, match='--save=x is not written: the step does not fit'):
     program.save(refused, 'x', 'save')
   compiled = program.Compiled(jax.jit(lambda x: x + 1).lower(1.0).compile(), 0.0, 0.0)
   with pytest.raises(UserError, match='--hlo=.* cannot be written: No such file or directory'):

@@ -120,9 +120,9 @@ def test_another_model_is_not_restored(written, models):
   wider = dataclasses.replace(models['bam_kv_experts'], ffn_dim=64)
   for how in (checkpoint.restore_params, checkpoint.restore_host_params):
     for other in (wider, models['untied']):
-      with pytest.raises(UserError, match='the checkpoint of another model'):
+      with pytest.raises(UserError, match='a checkpoint of another model'):
         how(written[0], abstract(other).params)
-  with pytest.raises(UserError, match='the checkpoint of another model'):
+  with pytest.raises(UserError, match='a checkpoint of another model'):
     checkpoint.open_params(written[0], wider)
 
 
@@ -219,7 +219,7 @@ def test_a_damaged_checkpoint_gives_no_parameters(two_steps, models):
       read()
   spoil(two_steps / '3', 'opt_state flipped')
   checkpoint.restore_host_params(two_steps / '3', wanted)  # which does not read it
-  with pytest.raises(UserError, match=f'{two_steps}/12 is damaged .* no other that is whole'):
+  with pytest.raises(UserError, match=f'{two_steps}/12 is damaged .* no intact one'):
     integrity.set_aside(two_steps)
   assert {path.name for path in two_steps.iterdir()} == {'3', '12'}, 'none is touched'
 

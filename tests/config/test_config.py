@@ -92,7 +92,7 @@ REFUSALS = [
   (dict(model__ffn_dim=0), 'config.model', 'ffn_dim=0', 'between 1 and'),
   (dict(seed=-1), 'config', 'seed=-1', 'between 0 and'),
   (dict(seed=2**32), 'config', 'seed=4294967296'),  # JAX keeps 32 bits: it would be 0 again
-  (dict(seed=2**64), 'config.seed', 'past 64 bits'),
+  (dict(seed=2**64), 'config.seed', 'exceeds 64 bits'),
   (dict(model__d_model=10**400), 'config.model.d_model'),
   (dict(model__rope_theta=10**400), 'config.model.rope_theta'),
   (dict(model__num_heads=3), 'config.model', 'num_heads=3', 'multiple', 'num_kv_heads=2'),

@@ -167,9 +167,9 @@ def test_errors(tmp_path):
   with pytest.raises(UserError, match='is not a SentencePiece model'):
     Tokenizer.load(tmp_path / 'x.model')
   path.write_text(hugging_face('<begin>').to_str())
-  with pytest.raises(UserError, match='well-known tokens .*: name its --bos_token'):
+  with pytest.raises(UserError, match='well-known tokens .*: set --bos_token'):
     Tokenizer.load(path)
-  with pytest.raises(UserError, match='well-known tokens .*: name its --eos_token'):
+  with pytest.raises(UserError, match='well-known tokens .*: set --eos_token'):
     Tokenizer.load(path, bos_token='<begin>')
   with pytest.raises(UserError, match="no token '<end>': correct --eos_token"):
     Tokenizer.load(path, bos_token='<begin>', eos_token='<end>')

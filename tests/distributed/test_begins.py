@@ -8,8 +8,8 @@ REFUSED = {
   'mesh': (
     MESH,
     '--config.runs.code.mesh.expert=1',
-    'config.runs.code.mesh has 1 devices, and the 2 processes 2: every device of a job needs its '
-    'place in the mesh.',
+    'config.runs.code.mesh has 1 devices, but the 2 processes have 2: the mesh must contain every '
+    'device of the job.',
   ),
   'parts': (
     '3x1x1x2',
@@ -95,4 +95,4 @@ def test_auto_finds_what_a_launcher_says(text, tmp_path, launcher):
   variables = [launcher(process, number) for process in range(2)]
   for status, told in Job([line] * 2, 1, variables).ends():
     assert status == 2
-    assert 'config.runs.seed.mesh needs 4 devices and there are 2' in told
+    assert 'config.runs.seed.mesh requires 4 devices, but there are 2' in told

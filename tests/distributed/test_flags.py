@@ -8,16 +8,16 @@ from bam_jax.parallel import distributed
 from bam_jax.parallel.distributed import Place, place_of
 
 MISTAKES = {
-  'no coordinator': ((None, 2, 0), 'need --coordinator'),
-  'no coordinator, one number': ((None, None, 1), 'need --coordinator'),
-  'no count': (('host:1', None, 0), 'needs --process_count'),
-  'no id': (('host:1', 2, None), 'needs --process_count'),
+  'no coordinator': ((None, 2, 0), 'require --coordinator'),
+  'no coordinator, one number': ((None, None, 1), 'require --coordinator'),
+  'no count': (('host:1', None, 0), 'requires --process_count'),
+  'no id': (('host:1', 2, None), 'requires --process_count'),
   'id too high': (('host:1', 2, 2), 'not below --process_count=2'),
   'no port': (('host', 2, 0), 'is not HOST:PORT'),
   'no host': ((':8476', 2, 0), 'is not HOST:PORT'),
   'odd port': (('host:99999', 2, 0), 'is not HOST:PORT'),
   'word for a port': (('host:http', 2, 0), 'is not HOST:PORT'),
-  'auto and more': (('auto', 2, None), 'leave them out'),
+  'auto and more': (('auto', 2, None), 'omit them'),
 }
 
 

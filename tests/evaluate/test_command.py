@@ -165,8 +165,8 @@ MISTAKES = {
   'not a checkpoint': (['/nowhere'], {}, '/nowhere holds no checkpoint'),
   'twice': (['{dense}', '{dense}/checkpoints/1'], {}, 'is given twice'),
   'stride': (['{dense}'], dict(window=8, stride=9), '--stride=9 is above the window of 8 tokens'),
-  'too many devices': (['{dense}'], dict(mesh=config.Mesh(data=64)), 'shrink mesh'),
-  'no router': (['{dense}'], dict(folder='.'), '--routing shows routers, and no checkpoint has'),
+  'too many devices': (['{dense}'], dict(mesh=config.Mesh(data=64)), 'make mesh smaller'),
+  'no router': (['{dense}'], dict(folder='.'), '--routing requires a checkpoint with routers'),
   'a file': (['{bam}'], dict(folder=f'{__file__}/x'), 'cannot be written: Not a directory'),
 }
 
@@ -186,7 +186,7 @@ def test_checkpoints_that_cannot_score(runs, models, start, dataset, texts, tmp_
     ask(runs, ['dense', 'other'], domains)
   params = start('dense') | {'final_norm': {'scale': np.full(32, np.nan, np.float32)}}
   lost = write_checkpoint(tmp_path / 'lost', models['dense'], params, dataset.tokenizer())
-  with pytest.raises(UserError, match='gives document 0 of law no finite likelihood'):
+  with pytest.raises(UserError, match='has no finite likelihood for document 0 of law'):
     ask({'lost': str(lost)}, ['lost'], texts)
   shutil.copytree(runs['bam'], tmp_path / 'cut')
   largest = max((tmp_path / 'cut').rglob('d/*'), key=lambda file: file.stat().st_size)

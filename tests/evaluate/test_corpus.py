@@ -66,13 +66,13 @@ def test_options(files, dataset):
 MISTAKES = {
   'nothing': ([], '--data=PREPARED_FOLDER or --data=DOMAIN=FILE is required'),
   'no domain': (['{}/law.jsonl'], 'write --data=DOMAIN={}/law.jsonl'),
-  'no name': (['a/b={}/law.jsonl'], 'a domain is named with'),
+  'no name': (['a/b={}/law.jsonl'], 'a domain name has'),
   'not there': (['law={}/no.jsonl'], 'does not exist'),
-  'unknown kind': (['law={}/law.bin'], 'unknown kind'),
+  'unknown file type': (['law={}/law.bin'], 'unknown file type'),
   'twice': (['law={}/law.jsonl', 'law={}/code'], 'the domain law is given twice'),
   'no document': (['law={}/empty.jsonl'], 'holds no document of the domain law'),
   'damaged': (['law={}/bad.jsonl'], 'line 1 is not JSON'),
-  'no split': (['code={}/split'], "no file marked 'valid': give --split, of test"),
+  'no split': (['code={}/split'], "no file of split 'valid': set --split to one of test"),
 }
 
 

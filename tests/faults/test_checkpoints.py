@@ -55,7 +55,7 @@ def test_without_another_checkpoint_nobody_starts_anew_in_silence(text, copied):
   (copied / 'seed' / 'result.json').unlink()
   shutil.rmtree(checkpoints / '9')
   spoil(checkpoints / '12', 'params flipped')
-  assert_sentence(run(text, copied, *SEED), f'{checkpoints}/12 is damaged', 'from its start')
+  assert_sentence(run(text, copied, *SEED), f'{checkpoints}/12 is damaged', 'from scratch')
   assert (checkpoints / '12').exists()
 
 

@@ -67,5 +67,5 @@ def test_a_folder_is_new_and_gone_when_its_block_fails(folder):
 def test_what_a_bucket_refuses_is_a_sentence(service):
   with pytest.raises(UserError, match='gs://nowhere/a cannot be written'):
     folders.write_file('gs://nowhere/a', 'x')
-  with pytest.raises(UserError, match='gs://nowhere cannot be seen'):
+  with pytest.raises(UserError, match='gs://nowhere cannot be accessed'):
     folders.check_bucket('gs://nowhere/a/b')

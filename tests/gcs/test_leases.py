@@ -76,7 +76,7 @@ def test_who_was_cut_off_ends_when_it_finds_itself_replaced(folder, job, quick):
     other.send_signal(signal.SIGCONT)
     assert other.wait(timeout=60) == claims.LOST
     said = other.stderr.read()
-    assert f'is held by process {os.getpid()} on ' in said
+    assert f'was taken over by process {os.getpid()} on ' in said
     assert f'process {os.getpid()} on ' in (folder / 'seed' / claims.NAME).read_text()
 
 

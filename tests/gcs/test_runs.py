@@ -136,7 +136,7 @@ def test_stopped_while_it_waits_for_a_lease(folder, text):
 def test_what_is_not_there_is_one_sentence(service, text, folder):
   done = run(text, 'gs://nowhere/run', *SEED)
   assert done.returncode == 2 and 'Traceback' not in done.stderr
-  assert 'gs://nowhere cannot be seen: name a bucket' in done.stderr.splitlines()[-1]
+  assert 'gs://nowhere cannot be accessed: check its name' in done.stderr.splitlines()[-1]
   done = command('generate', f'--checkpoint={folder}/none', '--prompt=x')
   assert done.returncode == 2
   assert f'{folder}/none holds no checkpoint' in done.stderr.splitlines()[-1]
@@ -152,4 +152,4 @@ runpy.run_module('bam_jax.convert', run_name='__main__')
     capture_output=True, text=True,
   )  # fmt: skip
   assert done.returncode == 2
-  assert 'is in a bucket, which takes a package: pip install' in done.stderr.splitlines()[-1]
+  assert 'is in a bucket, which requires gcsfs: pip install' in done.stderr.splitlines()[-1]

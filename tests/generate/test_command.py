@@ -77,9 +77,9 @@ MISTAKES = {
   'not a checkpoint': (('--checkpoint=/nowhere', '--prompt=x'), '/nowhere holds no checkpoint'),
   'no prompt': (('--checkpoint={}',), "--prompt='...' or --prompts=FILE is required"),
   'other bytes': (('--checkpoint={}', b'--prompt=\xff\xfe'), 'is not UTF-8'),
-  'same samples': (('--checkpoint={}', '--prompt=x', '--num_samples=2'), 'give --temperature=1'),
-  'too many devices': (('--checkpoint={}', '--prompt=x', '--mesh=data=64'), 'shrink mesh'),
-  'another axis': (('--checkpoint={}', '--prompt=x', '--mesh=pods=2'), '--mesh=pods=2 is not one of'),
+  'same samples': (('--checkpoint={}', '--prompt=x', '--num_samples=2'), 'set --temperature=1'),
+  'too many devices': (('--checkpoint={}', '--prompt=x', '--mesh=data=64'), 'make mesh smaller'),
+  'another axis': (('--checkpoint={}', '--prompt=x', '--mesh=pods=2'), '--mesh=pods=2 is not one'),
   'an axis twice': (('--checkpoint={}', '--prompt=x', '--mesh=data=2,data=4'), '--mesh=data=4'),
 }
 
@@ -98,5 +98,5 @@ def test_a_checkpoint_of_another_shape(tmp_path):
   values = folders.draw(model)
   other = folders.make_model('btx', ffn_dim=25)
   path = folders.write_checkpoint(tmp_path / 'run', other, values)
-  with pytest.raises(UserError, match=r'has blocks/ffn/\w+ of shape .* is wanted: it is damaged'):
+  with pytest.raises(UserError, match=r'has blocks/ffn/\w+ of shape .* is expected: it is damaged'):
     generator.load(str(path), 'float32')

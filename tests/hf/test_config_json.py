@@ -114,10 +114,10 @@ def test_cohere2_whose_layers_are_ours():
   [
     (
       {'layer_types': ['sliding_attention'] * 2 + ['full_attention']},
-      'layer 2 has no rotary positions',
+      'layer 2 does not use RoPE',
     ),
-    ({'layer_types': None, 'sliding_window_pattern': 2}, 'layer 1 has no rotary positions'),
-    ({'sliding_window': None}, 'layer 0 has no rotary .*sliding_window=None'),
+    ({'layer_types': None, 'sliding_window_pattern': 2}, 'layer 1 does not use RoPE'),
+    ({'sliding_window': None}, 'layer 0 does not use RoPE.*sliding_window=None'),
     ({'sliding_window': 4095}, 'sliding_window=4095 is below max_position_embeddings=4096'),
     ({'use_qk_norm': True}, 'use_qk_norm=True'),
     ({'layer_types': ['sliding_attention'] * 2}, 'does not list num_hidden_layers=3'),

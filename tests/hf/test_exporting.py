@@ -260,6 +260,6 @@ def test_what_cannot_be_exported(tmp_path):
     tmp_path / 'nan', output, r'blocks/ffn/up with values that are NaN.*nan at \[2, 23, 19\]'
   )
   (good / 'tokenizer.json').unlink()
-  check_refused(good, output, 'has lost its tokenizer')
+  check_refused(good, output, 'lacks its tokenizer')
   shutil.rmtree(good / 'meta')
   check_refused(good, output, 'holds no checkpoint')

@@ -64,17 +64,17 @@ def test_an_index_reaches_no_other_folder(folder, file):
   index = read_json(folder / INDEX)
   index['weight_map']['z'] = file
   write_json(folder / INDEX, index)
-  with pytest.raises(UserError, match='puts z into .*not a file of this folder'):
+  with pytest.raises(UserError, match='maps z to .*not a file of this folder'):
     files.Reader(folder)
 
 
 @pytest.mark.parametrize(
   'changes, named',
   [
-    (dict(b=None), f'puts b into None; it is in {A}'),
-    (dict(z=B), f'puts z into {B}; it is in None'),
-    (dict(b=B), f'puts b into {B}; it is in {A}'),
-    (dict(z='other.safetensors'), 'holds no other.safetensors'),
+    (dict(b=None), f'maps b to None; it is in {A}'),
+    (dict(z=B), f'maps z to {B}; it is in None'),
+    (dict(b=B), f'maps b to {B}; it is in {A}'),
+    (dict(z='other.safetensors'), 'has no other.safetensors'),
   ],
 )
 def test_an_index_that_does_not_fit_its_files(folder, changes, named):
@@ -105,7 +105,7 @@ def test_files_that_nothing_names_and_files_without_their_index(folder):
   with pytest.raises(UserError, match='adapter_model.safetensors beside'):
     files.Reader(folder)
   (folder / INDEX).unlink()
-  with pytest.raises(UserError, match='holds no model.safetensors'):
+  with pytest.raises(UserError, match='has no model.safetensors'):
     files.Reader(folder)
 
 
@@ -115,7 +115,7 @@ def test_pickles_are_not_opened(tmp_path):
       return (tmp_path / 'sprung').touch, ()
 
   (tmp_path / 'pytorch_model.bin').write_bytes(pickle.dumps(Trap()))
-  with pytest.raises(UserError, match='holds no model.safetensors.*pickles'):
+  with pytest.raises(UserError, match='has no model.safetensors.*pickles'):
     files.Reader(tmp_path)
   assert not (tmp_path / 'sprung').exists()
 

@@ -93,7 +93,7 @@ def test_a_tied_head_may_be_listed_beside_the_table(tmp_path):
   convert(source, tmp_path / 'model')
   assert 'unembed/kernel' not in folders.read_checkpoint(tmp_path / 'model')
   other = folders.write_hf(tmp_path / 'other', CONFIG, tensors | {head: table + 1})
-  check_refused(other, 'lm_head.weight other than model.embed_tokens.weight')
+  check_refused(other, 'lm_head.weight that differs from model.embed_tokens')
   table[3, 5] = np.nan  # in both alike
   alike = folders.write_hf(tmp_path / 'alike', CONFIG, tensors | {head: table.copy()})
   check_refused(alike, r'model.embed_tokens.weight with values .*: nan at \[3, 5\]')
@@ -164,7 +164,7 @@ def test_tokenizers(tmp_path):
   assert (tmp_path / 'model' / 'tokenizer.json').read_bytes() == elsewhere.read_bytes()
   facts = CONFIG | {'vocab_size': 260}
   small = folders.write_hf(tmp_path / 'small', facts, cohere_tensors(facts))
-  check_refused(small, 'has 266 tokens and the model .* has rows for 260')
+  check_refused(small, 'has 266 tokens, but the model .* has 260')
 
 
 def test_an_output_that_is_there(tmp_path):

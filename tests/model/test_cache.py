@@ -158,5 +158,5 @@ def test_parameters_are_placed_in_their_precisions(named, start):
 )
 def test_a_mesh_that_does_not_divide_the_model(named, shape, key):
   mesh = sharding.make_mesh(config.Mesh(*shape))
-  with pytest.raises(UserError, match=f'--mesh cuts {key}'):
+  with pytest.raises(UserError, match=f'--mesh splits {key}'):
     decode.Decoder(named('bam_kv_experts'), 'float32', mesh).check('--mesh')

@@ -112,7 +112,7 @@ def test_make_mesh():
   mesh = sharding.make_mesh(config.Mesh(1, 2, 2, 1))
   assert dict(mesh.shape) == {'data': 1, 'fsdp': 2, 'expert': 2, 'tensor': 1}
   assert list(mesh.devices.flat) == jax.devices()[:4]
-  with pytest.raises(UserError, match='needs 16 devices and there are 8'):
+  with pytest.raises(UserError, match='requires 16 devices, but there are 8'):
     sharding.make_mesh(config.Mesh(16))
 
 

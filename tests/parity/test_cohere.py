@@ -218,4 +218,4 @@ def test_cohere2_with_layers_that_are_not_ours(tmp_path):
   folders.make_tokenizer().save(tmp_path / 'hf')
   done = run('import-hf', f'--input={tmp_path}/hf', f'--output={tmp_path}/ours')
   assert done.returncode == 2 and not (tmp_path / 'ours').exists()
-  assert 'layer 3 has no rotary positions' in done.stderr
+  assert 'layer 3 does not use RoPE' in done.stderr

@@ -98,7 +98,7 @@ def test_a_machine_without_limits_runs_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(sandbox, 'LAUNCHER', str(other))
   assert not sandbox.run(f'open("{tmp_path}/ran", "w")').passed
   assert not (tmp_path / 'ran').exists()
-  with pytest.raises(UserError, match='--allow_generated_code needs limits'):
+  with pytest.raises(UserError, match='--allow_generated_code requires limits'):
     sandbox.require()
 
 

@@ -20,8 +20,8 @@ def test_mistakes_are_refused_before_lm_eval_is_imported(tmp_path, monkeypatch):
   code = tmp_path / 'code.jsonl'
   code.write_text(json.dumps({'prompt': 'x', 'test': 'x', 'entry_point': 'x'}))
   for checkpoints, task, sentence in (
-    ([path], 'arc_easy', 'needs lm-eval, which is not installed: pip install'),
-    ([path], str(file), 'needs lm-eval'), ([path], 'no.jsonl', 'no.jsonl'),
+    ([path], 'arc_easy', 'requires lm-eval, which is not installed: pip install'),
+    ([path], str(file), 'requires lm-eval'), ([path], 'no.jsonl', 'no.jsonl'),
     ([], 'x', '--checkpoint=DIR is required'), ([path] * 2, 'x', 'twice'),
     ([path + '/no'], 'x', '/no'), ([path], str(code), '--allow_generated_code'),
   ):  # fmt: skip

@@ -69,13 +69,13 @@ def check(model: config.Model, sequence_length: int, platform: str) -> None:
     return
   if model.head_dim > MAX_HEAD_DIM:
     raise UserError(
-      f'model.head_dim={model.head_dim} is above {MAX_HEAD_DIM}, the most that attention on TPU '
-      'has room for: use more and smaller heads.'
+      f'model.head_dim={model.head_dim} is above {MAX_HEAD_DIM}, the maximum for attention on '
+      'TPU: use more and smaller heads.'
     )
   if sequence_length > MAX_LENGTH:
     raise UserError(
-      f'data.sequence_length={sequence_length} is above {MAX_LENGTH}, the most that attention on '
-      'TPU is laid out for: lower it.'
+      f'data.sequence_length={sequence_length} is above {MAX_LENGTH}, the maximum for attention '
+      'on TPU: lower it.'
     )
 
 
