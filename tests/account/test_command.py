@@ -129,7 +129,7 @@ def test_moments_on_the_host_take_no_room_on_a_device(models):
 
 def test_a_mesh_that_does_not_divide_is_refused(recipe_dict):
   recipe_dict['runs']['seed'] |= dict(batch_size=9, mesh=dict(fsdp=3))
-  with pytest.raises(UserError, match=r'config.runs.seed.mesh cuts .* into 3 parts'):
+  with pytest.raises(UserError, match=r'config.runs.seed.mesh splits .* into 3 parts'):
     accounting.account(config.parse(recipe_dict))
 
 

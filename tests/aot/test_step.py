@@ -247,11 +247,11 @@ def test_what_must_be_read(make_job):
 
 
 MISTAKES = {
-  'size': ({'expert': 2}, 2, r'config.runs.btx.mesh has 2 devices and --topology=v5e:2x2 4: set'),
+  'size': ({'expert': 2}, 2, r'config.runs.btx.mesh has 2 devices, but --topology=v5e:2x2 has 4'),
   'rows': (
     {'data': 4}, 2, r'--batch_size=2 is not a multiple of the 4 parts .* config.runs.btx.mesh'
   ),
-  'model': ({'tensor': 4}, 4, r'config.runs.btx.mesh cuts blocks/attention/key of shape'),
+  'model': ({'tensor': 4}, 4, r'config.runs.btx.mesh splits blocks/attention/key of shape'),
 }  # fmt: skip
 
 
