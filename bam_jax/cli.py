@@ -54,11 +54,11 @@ def run(main: Callable[..., dict[str, Any] | None], max_arguments: int = 0) -> N
     sys.exit(_refuse('interrupted.', 128 + signal.SIGINT))
   except BrokenPipeError:
     unread = [stream for stream in (sys.stdout, sys.stderr) if _reader_left(stream)]
+    if not unread:  # a pipe of the command's own
+      raise
     for stream in unread:
       _discard(stream)
-    if unread:
-      sys.exit(128 + signal.SIGPIPE)
-    raise  # a pipe of the command's own
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def run_subcommands(subcommands: Mapping[str, str]) -> None:
@@ -103,15 +103,10 @@ def console() -> rich.console.Console:
 def table(
   title: str | None, left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[Any]]
 ) -> rich.table.Table:
-  """A table for `console()`: `left` names its columns of text, `right` those of numbers after them.
-
-  Cells are folded where the terminal is narrow; an int gets separators of thousands.
-  """
+  """A table for `console()`: `left` names its columns of text, `right` those of numbers."""
   made = rich.table.Table(title=title, title_justify='left', box=None, pad_edge=False)
-  for name in left:
-    made.add_column(name, overflow='fold')
-  for name in right:
-    made.add_column(name, justify='right', overflow='fold')
+  for name in (*left, *right):
+    made.add_column(name, justify='right' if name in right else 'left', overflow='fold')
   for row in rows:
     made.add_row(*(f'{cell:,}' if isinstance(cell, int) else str(cell) for cell in row))
   return made
@@ -124,16 +119,14 @@ def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
   columns = text, progress.BarColumn(), progress.DownloadColumn(), progress.TimeRemainingColumn()
   bar = progress.Progress(*columns, console=console())
   task = bar.add_task(what, total=None)
+  with contextlib.ExitStack() as shown:
 
-  def show(done: int, total: int) -> None:
-    bar.start()  # not before: a command that refuses its input at once shows no bar
-    bar.update(task, completed=done, total=total)
+    def show(done: int, total: int) -> None:
+      if not bar.live.is_started:  # a command that refuses its input at once shows no bar
+        shown.enter_context(bar)
+      bar.update(task, completed=done, total=total)
 
-  try:
     yield show
-  finally:
-    if bar.live.is_started:
-      bar.stop()
 
 
 def parse_mesh(items: Sequence[str]) -> config.Mesh:

@@ -9,24 +9,15 @@ Legend: B batch, T sequence.
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Protocol
 
 import grain
 import numpy as np
 from grain.experimental import set_next_index
 
+from bam_jax.data.shards import Documents
 from bam_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-
-
-class Documents(Protocol):
-  """What this module asks of one domain's documents; `shards.Documents` is one."""
-
-  lengths: np.ndarray  # tokens of each document, BOS and EOS included
-
-  def read(self, index: int, start: int, stop: int) -> np.ndarray:
-    """Tokens `start` to `stop` of a document."""
 
 
 class PackedSequences(grain.sources.RandomAccessDataSource):

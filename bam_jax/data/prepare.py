@@ -65,10 +65,8 @@ def prepare(
     output: the folder to make; `output`.partial holds unfinished work.
     tokenizer: the one to use; or None, and `train_tokenizer` is the vocabulary size of a new one.
     valid_fraction: share of documents held out where no file is; 0 holds none out.
-    text_field: the JSON field or Parquet column that holds the text.
     tokenizer_bytes: of each domain's train split, for a new tokenizer.
     min_decoded: share of a domain's characters that must come back from their tokens.
-    workers: processes that tokenize; 1 stays in this process.
     progress: called with the bytes of the sources read so far, and all of them.
 
   Raises:
@@ -100,10 +98,10 @@ def prepare(
     'text_field': text_field,
     'valid_fraction': valid_fraction,
     'shard_tokens': shard_tokens,
-    'tokenizer_from': _tokenizer_facts(tokenizer)
-    if tokenizer
-    else {'vocab_size': train_tokenizer, 'bytes_per_domain': tokenizer_bytes},
+    'tokenizer_from': {'vocab_size': train_tokenizer, 'bytes_per_domain': tokenizer_bytes},
   }
+  if tokenizer:
+    plan['tokenizer_from'] = _tokenizer_facts(tokenizer)
   partial = Path(f'{os.path.abspath(output)}.partial')  # of "." too
   if output.exists() and not (output.is_dir() and not any(output.iterdir())):
     if not (output / shards_lib.MANIFEST).is_file():

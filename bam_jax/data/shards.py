@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer, read_file
+from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.files import json_file
 
@@ -40,10 +40,7 @@ class Encoded(NamedTuple):
 
 
 class Column(NamedTuple):
-  """A .npy file of one dimension.
-
-  It is read and not mapped into memory: a mapped file that is cut short ends the process silently.
-  """
+  """A .npy file of one dimension, read and not mapped: a mapped one that shrinks kills silently."""
 
   path: str
   dtype: np.dtype
@@ -75,11 +72,7 @@ class Documents:
   """
 
   def __init__(self, folder: Path, shards: Sequence[dict[str, Any]], dtype: np.dtype):
-    """Checks the files in a domain's `folder` against `shards`, entries of the manifest.
-
-    Raises:
-      UserError: a file is missing, cut short, of another dtype, or of another size.
-    """
+    """Checks the files in `folder` against the manifest's `shards`; UserError if they differ."""
     self.num_tokens = sum(shard['tokens'] for shard in shards)
     self._tokens, self._bytes, ends = [], [], []
     for shard in shards:
@@ -155,14 +148,12 @@ class Dataset:
 def open_dataset(path: str | os.PathLike) -> Dataset:
   """Opens a prepared dataset; UserError when there is none, it is damaged or of a newer format.
 
-  Checks names, sizes, dtypes and the tokenizer's hash, and reads no tokens; `Dataset.verify`
-  compares the checksums of everything.
+  Checks names, sizes, dtypes and the tokenizer's hash, but reads no tokens, as `verify` does.
   """
   folder = Path(path)
   manifest = read_manifest(folder)
-  facts = manifest['tokenizer']
-  file = folder / facts['file']
-  if not file.is_file() or hashlib.sha256(read_file(file)).hexdigest() != facts['hash']:
+  file = folder / manifest['tokenizer']['file']
+  if not file.is_file() or file_hash(file) != manifest['tokenizer']['hash']:
     raise UserError(f'{file} is missing or not the tokenizer of {MANIFEST}: {ANEW}.')
   dataset = Dataset(folder, manifest)
   for domain in dataset.domains:

@@ -68,15 +68,11 @@ class Domain:
     """The manifest's entry of every file: path inside the domain, split, bytes and sha256."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
       hashes = pool.map(file_hash, [file for file, _ in self.files])
-      return [
-        {
-          'path': f'{self.name}/{file.relative_to(self.root).as_posix()}',
-          'split': split,
-          'bytes': file.stat().st_size,
-          'sha256': sha256,
-        }
-        for (file, split), sha256 in zip(self.files, hashes)
-      ]
+    sources = []
+    for (file, split), sha256 in zip(self.files, hashes):
+      path = f'{self.name}/{file.relative_to(self.root).as_posix()}'
+      sources.append(dict(path=path, split=split, bytes=file.stat().st_size, sha256=sha256))
+    return sources
 
   def read(self, progress: Callable[[int], None] = lambda done: None) -> Iterator[tuple[str, str]]:
     """Yields (split, text) of every document; calls `progress` with the bytes read so far."""
@@ -103,8 +99,8 @@ class Domain:
 def find_files(path: Path) -> tuple[list[Path], list[Path]]:
   """The readable files of a domain's file or folder, and those left out, sorted by their path.
 
-  A folder is walked whole, but for names that begin with a dot; UserError when no file can be read
-  or one would be read twice because of a link.
+  Passes over names that begin with a dot; UserError when no file can be read, or one twice because
+  of a link.
   """
   if path.is_file():
     if extension(path) is None:
@@ -128,10 +124,7 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def find_split(relative: Path) -> str | None:
-  """The split that a file's path inside its domain is marked with; None when nothing is marked.
-
-  A file or folder is marked by its first word: `train-00001.parquet`, `validation/a.txt`.
-  """
+  """The split that a path inside a domain is marked with, if any: `validation/a.txt` is valid."""
   for part in relative.parts:
     if mark := _MARK.match(part):
       return _MARKS[mark[1].lower()]

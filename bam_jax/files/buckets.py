@@ -16,11 +16,7 @@ from bam_jax.files import folders
 
 
 class Mirror:
-  """A file that grows: the file itself on a disk, a copy of a local one in a bucket.
-
-  Attributes:
-    path: on this machine, to write to.
-  """
+  """A file that grows: itself on a disk, a copy of a local one in a bucket; write to `path`."""
 
   def __init__(self, target: epath.PathLike):
     """Opens nothing; the folder of `target` is there, if it is on a disk."""
@@ -76,11 +72,7 @@ def send(folder: Path, target: epath.Path, names: Iterable[str]) -> None:
 
 
 def fetch(source: epath.Path, folder: Path, names: Iterable[str]) -> None:
-  """Copies files of a bucket's folder into one here, and makes the folders between.
-
-  Raises:
-    UserError: one is not there, or the disk does not take it.
-  """
+  """Copies files of a bucket's folder into one here; UserError when one of them cannot be."""
   names = list(names)
   with folders.writing(folder):
     _client().get([str(source / name) for name in names], [str(folder / name) for name in names])

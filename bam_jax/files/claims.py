@@ -3,11 +3,10 @@
 On a disk it is `flock`, which the system takes back from a process that is killed, and which holds
 between the hosts of a network file system that passes locks on, as NFS does.
 
-A bucket has no locks, but conditional writes: of two that replace the same generation of an object,
-one is refused. There it is a lease, an object which its holder writes again and again. Whoever
-wants it watches: when it changes, its holder lives; when it does not for LEASE_SECONDS, its holder
-is lost, and is replaced. Nobody compares clocks. This is weaker than a lock: a holder that was only
-cut off for so long learns of its end at its next beat, and ends at once, without saving.
+A bucket has conditional writes instead: of two that replace the same generation of an object, one
+is refused. There it is a lease, an object that its holder writes again and again. When it does not
+change for LEASE_SECONDS, whoever wants it takes it; nobody compares clocks. A holder that was only
+cut off learns of its end at its next beat, and ends at once, without saving.
 """
 
 import concurrent.futures
@@ -43,8 +42,7 @@ LOST = 1  # exit status of a holder that was replaced
 class Claims:
   """The runs' folders that this job has for itself; a context manager, which gives them back.
 
-  `report` is told of a lock that cannot be had, or takes time; `poll` is called again and again
-  while it does, and what it raises ends the wait.
+  `report` is told of a lock that cannot be had, or takes time; what `poll` raises ends the wait.
   """
 
   def __init__(self, report: Callable[[str], None], poll: Callable[[], None] = lambda: None):
@@ -59,12 +57,13 @@ class Claims:
   def take(self, runs: Iterable[Path | epath.Path]) -> None:
     """Makes and claims folders; UserError when another job has one, or it cannot be written."""
     runs = list(runs)
-    leased = [folder for folder in runs if folders.in_bucket(folder)]
-    if leased:
-      with concurrent.futures.ThreadPoolExecutor(len(leased)) as pool:
-        list(pool.map(self._lease, leased))
-    unlocked = {folder.parent for folder in runs if folder not in leased and not self._lock(folder)}
-    for workdir in unlocked:
+    leases = [Lease(folder) for folder in runs if folders.in_bucket(folder)]
+    for lease in leases:
+      self._held.callback(lease.give_back)
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(leases))) as pool:
+      list(pool.map(lambda lease: lease.take(self._report, self._poll), leases))
+    local = [folder for folder in runs if not folders.in_bucket(folder)]
+    for workdir in {folder.parent for folder in local if not self._lock(folder)}:
       self._report(
         f'{workdir} is on a file system without locks: make sure that no other job trains the same '
         'runs.'
@@ -90,17 +89,14 @@ class Claims:
       file.flush()
     return True
 
-  def _lease(self, folder: epath.Path) -> None:
-    lease = Lease(folder)
-    self._held.callback(lease.give_back)
-    lease.take(self._report, self._poll)
-
 
 class Lease:
   """The object NAME of a folder in a bucket."""
 
   def __init__(self, folder: epath.Path):
-    self._folder, self._id, self._generation = folder, uuid.uuid4().hex, b''
+    self._folder, self._generation = folder, b''
+    names = {'holder': _holder(), 'id': uuid.uuid4().hex, 'pid': os.getpid(), 'kernel': _kernel()}
+    self._facts = json.dumps(names).encode()
     url = urllib.parse.quote(os.fspath(folder / NAME), safe=':/')
     self._store = ts.KvStore.open(url).result()
     self._ended = threading.Event()
@@ -110,17 +106,18 @@ class Lease:
     """Holds it until `give_back`; UserError when its holder lives, or it cannot be written."""
     try:
       seen = self._read()
-      if seen.state == 'value' and not _is_gone(_facts(seen)):
+      facts = _facts(seen)
+      if seen.state == 'value' and not _is_gone(facts):
         report(
-          f'{self._folder} was being trained by {_facts(seen)["holder"]}: waiting up to '
+          f'{self._folder} was being trained by {facts["holder"]}: waiting up to '
           f'{LEASE_SECONDS:.0f} s to see whether it still is'
         )
         seen = self._watch(seen, poll)
-      self._generation = self._write(self._mine(), seen.stamp.generation)
+      self._generation = self._write(self._facts, seen.stamp.generation)
       if not self._generation:
         raise _taken(self._folder, _facts(self._read())['holder'])
     except ValueError as error:
-      reason = str(error).splitlines()[0]
+      reason = folders.first_line(error)
       raise UserError(f'{self._folder}/{NAME} cannot be written: {reason}.') from error
     self._thread.start()
 
@@ -150,12 +147,11 @@ class Lease:
   def _beat(self) -> None:
     while not self._ended.wait(BEAT_SECONDS):
       with contextlib.suppress(ValueError):  # out of reach: the next beat may get there
-        if generation := self._write(self._mine(), self._generation):
+        if generation := self._write(self._facts, self._generation):
           self._generation = generation
           continue
         now = self._read()
-        # A write whose answer was lost is repeated, and then refused.
-        if _facts(now).get('id') == self._id:
+        if now.value == self._facts:  # a write whose answer was lost is repeated, then refused
           self._generation = now.stamp.generation
           continue
         print(
@@ -171,10 +167,6 @@ class Lease:
   def _write(self, value: bytes | None, generation: bytes) -> bytes:
     """The new generation, or b'' if the one to replace is not there."""
     return self._store.write('', value, if_equal=generation).result().generation
-
-  def _mine(self) -> bytes:
-    facts = {'holder': _holder(), 'id': self._id, 'pid': os.getpid(), 'kernel': _kernel()}
-    return json.dumps(facts).encode()
 
 
 def _taken(folder: Path | epath.Path, holder: str) -> UserError:

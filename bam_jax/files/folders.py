@@ -31,7 +31,7 @@ def at(path: epath.PathLike) -> Path | epath.Path:
 
 
 def absolute(path: epath.PathLike) -> Path | epath.Path:
-  """The same path, whatever the working directory; one in a bucket has no other name."""
+  """The same path, whatever the working directory."""
   return at(path) if in_bucket(path) else at(path).absolute()
 
 
@@ -64,11 +64,7 @@ def check_bucket(path: epath.PathLike) -> None:
 
 
 def is_complete(item: epath.Path) -> bool:
-  """Whether all of a checkpoint's item is there.
-
-  Orbax gives its folder its name when it is; in a bucket, where a rename is a copy of every file,
-  it writes one more file instead.
-  """
+  """Whether Orbax finished a checkpoint's item: it renames the folder, or marks it in a bucket."""
   return (item / COMMITTED).exists() if in_bucket(item) else item.is_dir()
 
 
@@ -97,17 +93,15 @@ def write_file(path: epath.PathLike, content: str | bytes) -> None:
     if in_bucket(path):
       at(path).write_bytes(content)  # an object appears when all of it has come
       return
-    beside = f'{path}{BESIDE}{secrets.token_hex(4)}'
+    beside = Path(f'{path}{BESIDE}{secrets.token_hex(4)}')
     try:
-      with open(beside, 'wb') as file:
+      with beside.open('wb') as file:
         file.write(content)
         file.flush()
         fsync(file.fileno())
-      os.replace(beside, path)
-    except BaseException:
-      with contextlib.suppress(OSError):
-        os.unlink(beside)
-      raise
+      beside.replace(path)
+    finally:
+      beside.unlink(missing_ok=True)
 
 
 def fsync(descriptor: int) -> None:
@@ -128,10 +122,8 @@ def sync(folder: epath.PathLike) -> None:
 
 def _sync_path(path: epath.PathLike) -> None:
   descriptor = os.open(path, os.O_RDONLY)
-  try:
-    fsync(descriptor)
-  finally:
-    os.close(descriptor)
+  fsync(descriptor)
+  os.close(descriptor)
 
 
 def remove(folder: epath.PathLike) -> None:
@@ -145,14 +137,8 @@ def new_folder(path: epath.PathLike, nbytes: int = 0) -> Iterator[epath.Path]:
 
   Until then it lies beside `path` under another name, and it is removed when the block raises.
   What a killed process left there is removed too. On gs:// nothing can be renamed: the block writes
-  into `path` itself, and `meta` last, without which a folder is not a checkpoint.
-
-  Args:
-    path: what to make; its parents are made too.
-    nbytes: how much will be written; a disk with less room is refused at once.
-
-  Raises:
-    UserError: `path` exists, or the system refuses something.
+  into `path` itself, and `meta` last, without which a folder is not a checkpoint. UserError when
+  `path` exists, cannot be written, or its disk has no room for `nbytes`.
   """
   path = reach(path)
   remote = in_bucket(path)

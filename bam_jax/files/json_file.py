@@ -13,9 +13,7 @@ MAX_BYTES = 2**26
 def load(path: Path | epath.Path, pairs_hook: Callable | None = None) -> Any:
   """What a file says; `pairs_hook` makes an object of its keys and values, as in `json.loads`.
 
-  Raises:
-    OSError: it cannot be read.
-    ValueError: it is larger than MAX_BYTES, or not UTF-8, or not JSON, or nested too deep.
+  Raises OSError, or ValueError when it is over MAX_BYTES, not UTF-8, not JSON, or nested too deep.
   """
   with path.open('rb') as file:
     content = file.read(MAX_BYTES + 1)

@@ -260,7 +260,7 @@ def test_a_tokenizer_that_loses_text_is_told(tmp_path):
     return prepare({'a': source}, tmp_path / name, **options)['decoded']['a']
 
   assert decoded('a whale', 'good') == 1
-  with pytest.raises(UserError, match='gives back 70.0% of the text of a: .* --min_decoded=0.9'):
+  with pytest.raises(UserError, match='reproduces 70.0% of the text of a: .* --min_decoded=0.9'):
     decoded('abcdefgXYZ', 'bad')
   assert decoded('abcdefgXYZ', 'bad', min_decoded=0.5) == 0.7
 
