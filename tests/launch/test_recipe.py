@@ -100,7 +100,7 @@ def test_a_recipe_from_its_seed_to_its_mixtures(tpu, recipe):
   end(tpu, 'law')
   wait_for(lambda: len(begun(tpu)) == 5)
   assert types(tpu) == {'exp-bam-kv': 'v5litepod-16', 'exp-btx': 'v5litepod-16'}
-  assert all('spot' in request for request in tpu.cloud.read()['requests'].values())
+  assert all('--spot' in call for call in tpu.cloud.read()['calls'] if 'create' in call)
   end(tpu, 'bam_kv', 'btx')
   out, err = process.communicate(timeout=DEADLINE)
   assert process.returncode == 0, err
