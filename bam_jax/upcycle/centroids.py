@@ -1,7 +1,7 @@
-"""Routers that start toward the sources' data instead of at random.
+"""Routers initialised towards the sources' data instead of at random.
 
-c-BTM (arXiv 2303.14177) chooses among experts by the mean embedding of each domain, and FlexOlmo
-(arXiv 2507.07024) starts its router's columns with it. Here it is the mean of the router's inputs,
+c-BTM (arXiv 2303.14177) routes by the mean embedding of each domain, and FlexOlmo (arXiv
+2507.07024) initialises its router's columns with it. Here it is the mean of the router's inputs,
 the normalised block inputs of the averaged dense model, so that every layer gets its own router.
 
 Legend: S sources, L layers, B batch, T sequence, D model, E experts.
@@ -23,7 +23,7 @@ from bam_jax.parallel import sharding
 from bam_jax.upcycle import options
 
 CENTROID_TOKENS = 32_768  # read of each source's data, rounded up to whole batches
-COPY_SPREAD = 0.1  # radians that copies' columns are turned from the first source's
+COPY_SPREAD = 0.1  # radians by which copies' columns are rotated from the first source's
 
 
 def mean_inputs(
@@ -34,8 +34,8 @@ def mean_inputs(
 ) -> np.ndarray:
   """The mean normalised input of every block over each source's tokens: SLD, float64.
 
-  The dense network's parameters are whole on every device of the mesh; `batches` are for each
-  source a few batches of its training data, this process's rows of each.
+  The dense network's parameters are replicated over the mesh; `batches` has for each source a few
+  batches of its training data, this process's rows of each.
   """
   sums = jax.jit(_input_sums, static_argnums=0, out_shardings=NamedSharding(mesh, P()))
   means_SLD = []
@@ -55,7 +55,7 @@ def _input_sums(network, params, tokens_BT, segments_BT, positions_BT):
   blocks = params['blocks']
 
   def sum_of(layer):
-    # Where this block and those after it add nothing, the final norm reads this block's input.
+    # If this block and those after it add nothing, the final norm reads this block's input.
     silent = dict(blocks)
     for part, name in (('attention', 'out'), ('ffn', 'down')):
       x = blocks[part][name]
@@ -71,10 +71,10 @@ def _input_sums(network, params, tokens_BT, segments_BT, positions_BT):
 def columns(means_SLD, path: str, upcycle: config.Upcycle, key: jax.Array) -> np.ndarray:
   """The router LDE, float32, at a path, from the mean inputs of every source's tokens.
 
-  Column i points from the mean over the sources toward source i, without the part along the mean,
-  which would favour one expert for every token alike. All have the length `router_scale`, about a
-  random router's, so that the mean token of each source has its largest logit at its own expert. A
-  copy's column is the first source's, turned a little at random: equal columns would tie.
+  Column i points from the mean over the sources towards source i, without the component along the
+  mean, which would favour one expert for all tokens. All have length `router_scale`, about that of
+  a random router, so that the mean token of each source has its largest logit at its own expert. A
+  copy's column is the first source's, slightly rotated at random: equal columns would tie.
   """
   means_SLD = means_SLD.astype(np.float64)
   common_LD = means_SLD.mean(0)

@@ -1,8 +1,8 @@
 """The only merge: dense checkpoints into a mixture's arrays, a region at a time, by rules.py.
 
-Every source array is used as its row says, every target array is made once, and anything else
-raises. A few matrices, of one layer and one expert each, are in memory at a time. What is drawn
-depends on an array's path and the key alone: no order of the regions changes a number.
+Every source array is used as its row says, every target array is written once, and anything else
+raises. Only a few matrices, of one layer and one expert each, are in memory at a time. Random draws
+depend only on an array's path and the key, not on the order of the regions.
 """
 
 import math
@@ -26,9 +26,9 @@ Box = tuple[tuple[int, int], ...]  # start and stop on every axis of an array
 class Merge(NamedTuple):
   """What to merge, and how."""
 
-  sources: Sequence[Source]  # in the experts' order; the first is also what extra experts copy
+  sources: Sequence[Source]  # in the experts' order; additional experts copy the first
   upcycle: config.Upcycle
-  key: jax.Array  # of what is drawn
+  key: jax.Array  # of the random draws
   routers: Mapping[str, np.ndarray] = {}  # LDE by path, for `router_init='centroids'`
 
 
@@ -41,7 +41,7 @@ class Region(NamedTuple):
 
 
 def run_key(seed: int, name: str) -> jax.Array:
-  """The key of what is drawn for a run, whatever other runs its recipe has."""
+  """The key of a run's random draws, independent of the recipe's other runs."""
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
@@ -53,8 +53,8 @@ def regions(
 ) -> Iterator[Region]:
   """The arrays `wanted` of the mixture in regions, those of one array together.
 
-  `parts` has the part of every target array that is needed, all by default; the rest is not read.
-  `on_read` is called with each region that is read: number of the source, path, index and values.
+  `parts` has the required part of every target array, by default all; the rest is not read.
+  `on_read` is called with each region read: index of the source, path, index and values.
   UserError when a value is NaN or infinite, or reading fails.
   """
   sources, upcycle, key, _ = merge
@@ -71,7 +71,7 @@ def regions(
 
   jobs = list(_jobs(merge, table, wanted, parts))
   reads = arrays.read_ahead((sources[n].reader, rule.source, index) for rule, n, index, _ in jobs)
-  held: list[np.ndarray] = []  # of a mean, until all sources' are there
+  held: list[np.ndarray] = []  # of a mean, until all sources' are read
   for (rule, source, index, experts), array in zip(jobs, reads):
     _check_finite(sources[source], rule.source, index, array)
     on_read(source, rule.source, index, array)
@@ -89,7 +89,7 @@ def regions(
 
 
 def overlap(one: Box, other: Box) -> Box:
-  """What two boxes share; empty if nothing."""
+  """The intersection of two boxes; empty if they are disjoint."""
   both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
   return both if all(start < stop for start, stop in both) else ()
 
@@ -135,6 +135,6 @@ def _check_finite(source: Source, path: str, index: arrays.Index, array: np.ndar
     inside = np.argwhere(wrong.reshape([stop - start for start, stop in box]))[0]
     where = [start + int(at) for (start, _), at in zip(box, inside)]
     raise UserError(
-      f'{source.path} has {array[wrong][0]} at {path}{where}: leave this '
-      'checkpoint out, or take an earlier step of its run.'
+      f'{source.path} has {array[wrong][0]} at {path}{where}: remove this '
+      'checkpoint, or use an earlier step of its run.'
     )

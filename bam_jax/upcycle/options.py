@@ -1,4 +1,4 @@
-"""What a merge may do beyond the paper, one matrix at a time; all of it is off by default."""
+"""Options of a merge beyond the paper, one matrix at a time; all are off by default."""
 
 import zlib
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ HIDDEN_AXIS = {'blocks/ffn/gate': 1, 'blocks/ffn/up': 1, 'blocks/ffn/down': 0}
 
 
 def average(arrays: Sequence[np.ndarray], upcycle: config.Upcycle) -> np.ndarray:
-  """What becomes of an array without experts.
+  """Averages an array without experts over the sources.
 
   'mean' is the paper's uniform mean. 'weighted' is the mean by `weights`, which need not add up to
   1; model soups, arXiv 2203.05482. 'first' is the first source's array; FlexOlmo, arXiv 2507.07024.
@@ -32,14 +32,14 @@ def expert(
 ) -> np.ndarray:
   """One expert's float32 array of one layer: its source's `matrix`, or changed where it is a copy.
 
-  `drop_ratio`: of every FFN expert's hidden dimensions this share is drawn anew, in each matrix
-  from a normal distribution with the mean and standard deviation that these weights had together.
-  Method 'sparse' does so to every expert; Drop-Upcycling, arXiv 2502.19261.
+  `drop_ratio`: this share of an FFN expert's hidden dimensions is redrawn, in each matrix from a
+  normal distribution with the mean and standard deviation of the weights it replaces. Method
+  'sparse' applies this to every expert; Drop-Upcycling, arXiv 2502.19261.
 
   `noise`: Gaussian noise of this many of the array's standard deviations is added to every array of
-  the experts past the sources; the baseline of the same article.
+  the copied experts; the baseline of the same article.
 
-  Path, layer, number of the expert and key decide what is drawn.
+  The draws depend on path, layer, expert number and key.
   """
   dropping = range(upcycle.experts) if upcycle.method == 'sparse' else upcycle.copies
   if upcycle.drop_ratio and path in HIDDEN_AXIS and number in dropping:
@@ -57,12 +57,12 @@ def expert(
 
 
 def dropped(layer: int, expert: int, size: int, ratio: float, key: jax.Array) -> np.ndarray:
-  """The hidden dimensions to draw anew, in order; the same for an expert's three matrices."""
+  """The hidden dimensions to redraw, sorted; the same for an expert's three matrices."""
   rng = generator(key, 'blocks/ffn/dropped', layer, expert)
   return np.sort(rng.choice(size, round(ratio * size), replace=False))
 
 
 def generator(key: jax.Array, name: str, *numbers: int) -> np.random.Generator:
-  """NumPy's, seeded by all of these: it draws on the host, however large an expert is."""
+  """A NumPy generator seeded by the arguments; it draws on the host, whatever an expert's size."""
   words = np.asarray(jax.random.key_data(key)).tolist()
   return np.random.default_rng([*words, zlib.crc32(name.encode()), *numbers])

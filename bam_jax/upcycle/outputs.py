@@ -1,4 +1,4 @@
-"""Where the regions of a merge go: onto a run's mesh, or into a checkpoint's files."""
+"""Destinations of a merge's regions: a run's mesh, or a checkpoint's files."""
 
 import concurrent.futures
 import dataclasses
@@ -33,7 +33,7 @@ def specs(abstract: Any, dtype: np.dtype | None = None) -> dict[str, arrays.Spec
 def to_mesh(merge: merge_lib.Merge, abstract: Any, shardings: Any) -> Any:
   """The mixture's parameters on the devices of a mesh; all processes must call.
 
-  Each process reads what its own devices need, and holds their parts and about one array more.
+  Each process reads only what its devices need, and holds their parts and about one more array.
   UserError, in every process, when the sources cannot be mixed.
   """
   wanted, shardings = specs(abstract), traverse_util.flatten_dict(shardings, sep='/')
@@ -47,7 +47,7 @@ def to_mesh(merge: merge_lib.Merge, abstract: Any, shardings: Any) -> Any:
     regions = merge_lib.regions(merge, wanted, parts)
     for path, of_path in itertools.groupby(regions, lambda region: region.path):
       made[path] = _assemble(wanted[path], shardings[path], parts[path], of_path)
-  except UserError as error:  # other processes may not have met it
+  except UserError as error:  # other processes may not have seen it
     message = str(error)
   if message := processes.first(message):
     raise UserError(message)
@@ -83,16 +83,16 @@ def to_checkpoint(
   command: str,
   progress: Callable[[int, int], None],
 ) -> checkpoint.Meta:
-  """Makes a mixture's checkpoint, a new folder, of the dense ones at paths `upcycle.sources`.
+  """Mixes the dense checkpoints at `upcycle.sources` into a new checkpoint, a new folder.
 
-  With a recipe's seed and run name, what is drawn is the recipe's. `dtype` is one of
-  `sources.DTYPES`; `command` is for the record; `progress` is called with the bytes read and
-  written so far, and their total. UserError, and no folder, when the sources cannot be mixed or
+  With a recipe's seed and run name, random draws equal the recipe's. `dtype` is one of
+  `sources.DTYPES`; `command` is recorded; `progress` is called with the bytes read and written
+  so far, and their total. UserError, and no folder, when the sources cannot be mixed or
   something cannot be read or written.
   """
   if upcycle.router_init == 'centroids':
     fix = "upcycle in a recipe, or choose 'random' or 'zero'."
-    raise UserError(f"router_init='centroids' needs the sources' training data: {fix}")
+    raise UserError(f"router_init='centroids' requires the sources' training data: {fix}")
   merge = merge_lib.Merge(open_sources(upcycle.sources), upcycle, merge_lib.run_key(seed, name))
   first = merge.sources[0]
   for source in merge.sources:
@@ -122,7 +122,7 @@ def to_checkpoint(
 
 
 def _write(merge, writer: arrays.Writer, progress) -> tuple[manifest.Source, ...]:
-  """Writes the mixture's arrays; what they were made of, with hashes."""
+  """Writes the mixture's arrays; returns their sources, with hashes."""
   readers = [source.reader for source in merge.sources]
   total = sum(spec.nbytes for one in (*readers, writer) for spec in one.specs.values())
   hashes = [{path: manifest.Hash(s.shape) for path, s in one.specs.items()} for one in readers]
@@ -136,8 +136,8 @@ def _write(merge, writer: arrays.Writer, progress) -> tuple[manifest.Source, ...
       pending.pop().result()
     pending.append(hashing.submit(hashes[source][path].update, array, index))
 
-  # Hashes need one thread, for their order. Checksums run ahead of the mixing, which finds in
-  # memory what they read.
+  # Hashes use one thread, to keep their order. Checksums run ahead of the mixing, which then reads
+  # from the page cache.
   hashing, checking = (concurrent.futures.ThreadPoolExecutor(1) for _ in range(2))
   checks = [checking.submit(integrity.check, one.folder, ['params']) for one in merge.sources]
   try:

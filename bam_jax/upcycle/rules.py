@@ -1,4 +1,4 @@
-"""What becomes of every array when dense models are mixed: one row for each target path."""
+"""How each array of a mixture is made from dense models: one row for each target path."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from bam_jax.checkpoint import manifest
 
 
 def mixture_model(dense: config.Model, upcycle: config.Upcycle) -> config.Model:
-  """The model that a method makes of dense ones."""
+  """The mixture that a method makes from dense models."""
   attention = ffn = None
   if upcycle.method in ('bam_kv_experts', 'bam_shared_kv'):
     attention = config.AttentionExperts(
@@ -31,7 +31,7 @@ def mixture_model(dense: config.Model, upcycle: config.Upcycle) -> config.Model:
 def rules(mixture: config.Model) -> tuple[manifest.Made, ...]:
   """How each array of a mixture is made: `target` from the sources' `source`; paper section 3.
 
-  `how` is 'mean' over the sources (norms, embeddings, whatever has no experts), 'stack' on axis 1
+  `how` is 'mean' over the sources (norms, embeddings, all without experts), 'stack' on axis 1
   (experts), 'router' (drawn) or 'zero'; the last two have no source.
   """
   attention, ffn = mixture.attention_experts, mixture.ffn_experts
@@ -49,7 +49,7 @@ def rules(mixture: config.Model) -> tuple[manifest.Made, ...]:
     'blocks/ffn/down': experts,
     'final_norm/scale': 'mean',
   }
-  if mixture.qk_norm:  # the norm of a head goes where the head goes
+  if mixture.qk_norm:  # a head's norm is treated like the head
     hows |= {'blocks/attention/query_scale': query_out, 'blocks/attention/key_scale': key_value}
   if not mixture.tied_embeddings:
     hows['unembed/kernel'] = 'mean'

@@ -26,7 +26,7 @@ class Source(NamedTuple):
 
 
 def open_sources(paths: Sequence[str]) -> list[Source]:
-  """Opens dense checkpoints, in the experts' order; their checksums are left to the caller.
+  """Opens dense checkpoints, in the experts' order; the caller verifies their checksums.
 
   UserError when one is missing, damaged, a mixture, named twice, or of another architecture or
   tokenizer than the first, or its arrays do not fit its model.
@@ -42,7 +42,7 @@ def open_sources(paths: Sequence[str]) -> list[Source]:
     if meta.model != meta.model.dense():
       raise UserError(f'{path} is a mixture: only dense models can be mixed.')
     if changes := strict.differences(config.to_dict(first.model), config.to_dict(meta.model)):
-      raise UserError(f'{path} is another model than {paths[0]} ({"; ".join(changes[:3])}).')
+      raise UserError(f'{path} differs from the model of {paths[0]} ({"; ".join(changes[:3])}).')
     if meta.tokenizer_hash != first.tokenizer_hash:
       why = 'their tokens mean different text.'
       raise UserError(f'{path} was trained with another tokenizer than {paths[0]}: {why}')
@@ -63,4 +63,4 @@ def check_different(sources: Sequence[Source]) -> None:
       for path in sorted(specs, key=lambda path: specs[path].nbytes)
       for index in arrays.pieces(path, specs[path])
     ):
-      raise UserError(f'{other.path} holds the same values as {one.path}: leave one of them out.')
+      raise UserError(f'{other.path} holds the same values as {one.path}: remove one of them.')

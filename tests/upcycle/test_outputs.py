@@ -171,7 +171,7 @@ REFUSED = {
   'the same values': ['same values', 'odd', 'code'],
   'no array': ['odd', 'blocks/ffn/up of shape None'],
   'another dtype': ['odd', 'final_norm/scale', 'float64'],
-  'another model': ['odd', 'another model', 'ffn_dim: 48 -> 64'],
+  'another model': ['odd', 'differs from the model', 'ffn_dim: 48 -> 64'],
   'another tokenizer': ['odd', 'another tokenizer'],
   'a mixture': ['odd', 'is a mixture'],
   'NaN': ['odd', 'nan', 'blocks/ffn/up[1, 30, 47]'],
