@@ -1,4 +1,4 @@
-"""The dataset of a recipe: prepared when it is missing, copied to this machine from a bucket."""
+"""The dataset of a recipe: prepared if it is missing, fetched if it is in a bucket."""
 
 import functools
 import sys
@@ -11,7 +11,7 @@ from bam_jax.parallel import processes
 
 
 def open_dataset(data: config.Data) -> shards.Dataset:
-  """The token shards of a recipe, prepared first when they are missing and the recipe says how."""
+  """The token shards of a recipe, prepared first if they are missing and the recipe says how."""
   processes.decide(functools.partial(_prepare_missing, data))
   path = folders.at(data.path)
   return shards.open_dataset(remote.fetch(path) if folders.in_bucket(path) else path)

@@ -1,4 +1,4 @@
-"""The graph of a recipe's runs, resolved and checked whole before anything is computed."""
+"""The graph of a recipe's runs, resolved and checked completely before anything is computed."""
 
 import graphlib
 import hashlib
@@ -21,25 +21,25 @@ from bam_jax.parallel import memory, processes, sharding
 from bam_jax.train import optimizer
 from bam_jax.upcycle import rules
 
-# What may change between two attempts at one run: none of it changes the parameters, but for what
-# `guard` skips, which must be free to change after the guard halted a run at a bad step.
+# What may change between two attempts at one run: none of it affects the parameters, except what
+# `guard` skips, which must be changeable after the guard halted a run at a bad step.
 INCIDENTAL = ('label', 'mesh', 'intervals', 'guard', 'watch')
 
 
 @dataclass(frozen=True)
 class Node:
-  """One run, resolved: its model is known, and what its identity is."""
+  """One run, resolved: with its model and its identity."""
 
   name: str
   run: config.Run
   model: config.Model
   identity: dict[str, Any]  # equal for two attempts that end in the same parameters
-  method: str | None  # that made the mixture which it is or starts from
-  experts: tuple[str, ...]  # the name of each expert's source; empty where it is not known
+  method: str | None  # of the mixture that it is or starts from
+  experts: tuple[str, ...]  # the name of each expert's source; empty if unknown
 
   @property
   def upcycle(self) -> config.Upcycle | None:
-    """How it is made of other runs, if it is."""
+    """How it is made from other runs, if it is."""
     return self.run.init.upcycle if isinstance(self.run.init, config.FromUpcycle) else None
 
   @property
@@ -51,9 +51,9 @@ class Node:
 
 
 def resolve(recipe: config.Recipe, data_hash: str = '') -> dict[str, Node]:
-  """The runs in an order in which every run comes after those that it starts from.
+  """The runs in an order in which every run follows those that it starts from.
 
-  UserError for a cycle, a mixture of mixtures, or sources that differ in their model.
+  UserError for a cycle, a mixture of mixtures, or sources with different models.
   """
   parents = {name: config.parents(run) for name, run in recipe.runs.items()}
   try:
@@ -62,7 +62,7 @@ def resolve(recipe: config.Recipe, data_hash: str = '') -> dict[str, Node]:
     raise UserError(f'config.runs has a cycle: {" <- ".join(error.args[1])}.') from None
   depth = lambda name: 1 + max(map(depth, parents[name]), default=0)
   nodes: dict[str, Node] = {}
-  # Among the orders that the graph allows, the one closest to how the recipe is written.
+  # Among the orders that the graph allows, the one closest to the recipe's.
   for name in sorted(recipe.runs, key=depth):
     run = recipe.runs[name]
     model, method, experts = _origin(recipe, name, nodes)
@@ -77,7 +77,7 @@ def resolve(recipe: config.Recipe, data_hash: str = '') -> dict[str, Node]:
       'sources': {parent: digest(nodes[parent].identity) for parent in parents[name]},
       **{key: value for key, value in config.to_dict(run).items() if key not in INCIDENTAL},
     }
-    if isinstance(run.init, config.FromCheckpoint):  # which is what it is, wherever it lies
+    if isinstance(run.init, config.FromCheckpoint):  # identified by content, not by path
       folder, meta = checkpoint.find(run.init.checkpoint), checkpoint.read_meta(run.init.checkpoint)
       content = digest([config.to_dict(meta), integrity.read(folder, ['params'])])
       identity['init'] = {'checkpoint': dict(run=meta.run, step=meta.step, hash=content)}
@@ -93,7 +93,7 @@ def digest(facts: Any) -> str:
 def _origin(
   recipe: config.Recipe, name: str, nodes: Mapping[str, Node]
 ) -> tuple[config.Model, str | None, tuple[str, ...]]:
-  """A run's model, and method and experts of the mixture that it is or starts from."""
+  """A run's model, and the method and experts of the mixture that it is or starts from."""
   match recipe.runs[name].init:
     case 'scratch':
       return recipe.model, None, ()
@@ -130,7 +130,7 @@ def _mixture(recipe, name, upcycle: config.Upcycle, nodes) -> config.Model:
 def check(
   recipe: config.Recipe, nodes: Mapping[str, Node], dataset: shards.Dataset, asked: Sequence[str]
 ) -> tuple[str, ...]:
-  """The domains to evaluate; UserError for what the data, the devices or the mesh cannot give."""
+  """The domains to evaluate; UserError if the data, the devices or the mesh do not suffice."""
   domains, batch_size = recipe.evaluation.domains or dataset.domains, recipe.evaluation.batch_size
   for domain in domains:
     wrong = f'{dataset.path} has no held-out documents of the domain {domain!r}.'
@@ -170,19 +170,19 @@ def _check_data(node: Node, nodes: Mapping[str, Node], dataset: shards.Dataset) 
 
 
 def _check_memory(node: Node, recipe: config.Recipe) -> None:
-  """UserError when the devices cannot hold a run: its state, and the least of its activations."""
+  """UserError if the devices cannot hold a run's state and the minimum of its activations."""
   free = memory.free_bytes()
   if free is None:
     return
   run, model, name = node.run, node.model, f'config.runs.{node.name}'
-  # Every fake device of a CPU has its part in the one memory.
+  # The fake devices of a CPU share its memory.
   parts = config.Mesh() if jax.default_backend() == 'cpu' else run.mesh
   copies = 2 if run.compute.offload_optimizer else 4  # gradients; two moments of AdamW
   state = copies * 4 * arithmetic.parameters(model).total // parts.size
   has = f'{free / 1e9:,.1f} GB are free: make'
-  needs = f'needs {state / 1e9:,.1f} GB of a device for parameters, gradients and optimizer'
+  needs = f'needs {state / 1e9:,.1f} GB a device for parameters, gradients and optimizer'
   require(state <= free, f'{name} {needs}, and {has} model smaller or mesh larger.')
-  # Gradients come while activations go: only one of the two is whole at any time.
+  # Gradients appear as activations are freed: only one of the two is complete at any time.
   kept, itemsize = state * (copies - 1) // copies, jnp.dtype(run.compute.dtype).itemsize
   for key, batch_size, grad_accum_steps, layers in (
     (f'{name}.batch_size', run.batch_size, run.grad_accum_steps, model.num_layers),
@@ -190,9 +190,9 @@ def _check_memory(node: Node, recipe: config.Recipe) -> None:
   ):
     tokens = batch_size // grad_accum_steps * recipe.data.sequence_length // parts.batch_shards
     logits = min(tokens, run.compute.loss_chunk or tokens) * model.vocab_size // parts.tensor
-    # Whatever is done again in the backward pass, each block's input is kept for it.
+    # Whatever is recomputed in the backward pass, each block's input is saved for it.
     needed = kept + layers * tokens * model.d_model * itemsize + 4 * logits
-    needs = f'needs at least {needed / 1e9:,.1f} GB of a device, for blocks, logits and the state'
+    needs = f'needs at least {needed / 1e9:,.1f} GB a device for blocks, logits and the state'
     fix = f'with {name}.grad_accum_steps (training alone) or its compute.loss_chunk'
-    wrong = f'{key}={batch_size} {needs} of {name}, and {has} it smaller, or cut it {fix}.'
+    wrong = f'{key}={batch_size} {needs} of {name}, and {has} it smaller, or split it {fix}.'
     require(needed <= free, wrong)

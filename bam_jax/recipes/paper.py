@@ -1,6 +1,6 @@
-"""The paper's graph of runs, as a function of its scale; what the recipes of the paper share.
+"""The paper's graph of runs as a function of scale, shared by the recipes of the paper.
 
-Everything here is in the plain dictionaries that `config.complete` reads, for a recipe to change.
+All functions return the plain dictionaries that `config.complete` reads, which recipes may change.
 """
 
 import copy
@@ -41,7 +41,7 @@ class Scale:
 
 
 def recipe(name: str, scale: Scale, runs: Mapping[str, dict]) -> dict:
-  """A recipe of runs, as the functions below make them, over the paper's four domains."""
+  """A recipe of runs made by the functions below, over the paper's four domains."""
   return dict(
     name=name,
     seed=0,
@@ -54,7 +54,7 @@ def recipe(name: str, scale: Scale, runs: Mapping[str, dict]) -> dict:
 
 
 def branches(scale: Scale) -> dict[str, dict]:
-  """The seed, and the specialists: it, trained on with 90% of one domain and 10% of general text.
+  """The seed, and specialists that continue it on 90% of one domain and 10% of general text.
 
   Specialists have half of the seed's peak learning rate; the paper gives no other schedule.
   """
@@ -130,7 +130,7 @@ def smoke(recipe: Mapping[str, Any]) -> dict:
   """The same graph in about a minute on two CPU cores: its structure, the sample text, 4 steps.
 
   Heads per KV head, tied embeddings, experts, routing, precision, recomputation and accumulation
-  are the recipe's; sizes, budgets, meshes and the data are not.
+  are the recipe's; sizes, budgets, meshes and data are not.
   """
   small = copy.deepcopy(dict(recipe))
   model = config.to_dict(config.Model(**small['model']))
@@ -146,7 +146,7 @@ def smoke(recipe: Mapping[str, Any]) -> dict:
   small['evaluation'] = small.get('evaluation', {}) | dict(batch_size=64, tokens=4_096)
   for run in small['runs'].values():
     compute = run.get('compute', {})
-    # In chunks and micro-batches where it was, and only there.
+    # In chunks and micro-batches only where the recipe has them.
     run |= dict(
       tokens=steps * batch_size * sequence_length if run['tokens'] else 0,
       batch_size=batch_size,

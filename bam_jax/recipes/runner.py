@@ -1,4 +1,4 @@
-"""Runs what is asked for of a recipe: in order, skipping what is finished, each from its start."""
+"""Trains the selected runs of a recipe in order, skipping those that are finished."""
 
 import functools
 import json
@@ -26,11 +26,11 @@ from bam_jax.upcycle import rules
 def execute(
   recipe: config.Recipe, workdir: Path, dataset: shards.Dataset, only: Sequence[str] = ()
 ) -> list[str]:
-  """Trains the runs named in `only` (or all) that are not finished; returns all asked, in order.
+  """Trains the unfinished runs among `only` (or all); returns all selected names, in order.
 
-  Every run has a folder in `workdir`, which may be one of a bucket. UserError before anything is
-  trained, for a recipe that cannot run here or does not match the workdir; while training, for a
-  loss that is not a number. stop.Stopped: a signal came, and the run's state is saved.
+  Every run has a folder in `workdir`, which may be in a bucket. UserError before anything is
+  trained, if a recipe cannot run here or does not match the workdir; during training, for a NaN
+  loss. stop.Stopped after a signal, with the run's state saved.
   """
   began = timing.process_began()
   nodes = graph.resolve(recipe, graph.digest(dataset.manifest['domains']))
@@ -70,7 +70,7 @@ def execute(
 
 
 def write_command(workdir: Path, recipe: config.Recipe, command: str) -> None:
-  """Records what made this workdir, for the report."""
+  """Records the command that made this workdir, for the report."""
   facts = {'name': recipe.name, 'command': command, 'seed': recipe.seed}
   facts['devices'] = f'{jax.device_count()} {jax.devices()[0].device_kind}'
   facts['versions'] = {'Python': platform.python_version(), **manifest.versions()}
@@ -92,7 +92,7 @@ def _asked(nodes: Mapping[str, graph.Node], only: Sequence[str], workdir: Path) 
 
 
 def _claim(held: claims.Claims, nodes, workdir: Path, domains) -> list[str] | int:
-  """Takes the folders of the runs that are not finished: their names, or a signal that came."""
+  """Claims the folders of unfinished runs; returns their names, or the signal received."""
   unfinished = lambda: [one.name for one in nodes if not _is_finished(workdir, one, domains)]
   try:
     held.take(workdir / name for name in unfinished())
@@ -104,7 +104,7 @@ def _claim(held: claims.Claims, nodes, workdir: Path, domains) -> list[str] | in
 
 
 def _is_finished(workdir: Path, node: graph.Node, domains: Sequence[str] = ()) -> bool:
-  """Whether a run has its last checkpoint, by this configuration, and a result on `domains`."""
+  """Whether a run has its final checkpoint, with this configuration, and results on `domains`."""
   folder = workdir / node.name
   recorded = _read_json(folder / 'config.json', identity=dict, hash=str) or {}
   result = _read_json(folder / 'result.json', domains=dict)
@@ -146,7 +146,7 @@ def _meta(recipe: config.Recipe, node: graph.Node, workdir, dataset, step: int) 
 
 
 def _manifest(recipe: config.Recipe, node: graph.Node, workdir: Path) -> manifest.Manifest | None:
-  """What a run's first parameters were made from; hashes would take reading all of it again."""
+  """What a run's first parameters were made from; hashes would require reading it again."""
   if node.run.init == 'scratch':
     return None
   if isinstance(node.run.init, config.FromCheckpoint):
@@ -175,7 +175,7 @@ def _result(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:
 
 
 def _read_json(path: Path, **kinds: type) -> dict[str, Any] | None:
-  """An object with values of these kinds; None without the file."""
+  """A JSON object with values of these types; None if the file does not exist."""
   try:
     facts = json_file.load(path)
   except FileNotFoundError:
@@ -195,7 +195,7 @@ def _write_json(path: Path, facts: dict[str, Any]) -> None:
 
 
 def _copy_tokenizer(dataset: shards.Dataset, folder: Path) -> None:
-  """Puts the tokenizer's file beside a run's checkpoints, which may outlive the data."""
+  """Copies the tokenizer next to a run's checkpoints, which may outlive the data."""
   name = dataset.manifest['tokenizer']['file']
   if jax.process_index() == 0 and not (folder / name).exists():
     folders.write_file(folder / name, (dataset.path / name).read_bytes())

@@ -1,4 +1,4 @@
-"""The parameters that a run starts from: random, another run's, a checkpoint's, or a mixture's."""
+"""The parameters that a run starts from: random, or of a run, a checkpoint or a mixture."""
 
 import dataclasses
 import functools
@@ -59,7 +59,7 @@ def _find(path: Path | str) -> Path:
 
 
 def _centroids(recipe, nodes, node: graph.Node, dataset, merge: Merge) -> dict[str, np.ndarray]:
-  """A mixture's routers, from the first batches that each of its sources was trained on."""
+  """A mixture's routers, from the first training batches of each source."""
   run, upcycle, mesh = node.run, merge.upcycle, sharding.make_mesh(node.run.mesh)
   rows = run.batch_size // run.grad_accum_steps  # of a micro-batch, which the mesh can hold
   count = math.ceil(centroids.CENTROID_TOKENS / (rows * recipe.data.sequence_length))
@@ -69,7 +69,7 @@ def _centroids(recipe, nodes, node: graph.Node, dataset, merge: Merge) -> dict[s
     read = loop.batches_of(dataclasses.replace(nodes[name].run, **changes), recipe, dataset)
     batches.append(map(read.__getitem__, range(count)))
 
-  # The dense average is whole on every device for a moment, in the dtype that it computes in.
+  # The dense average is temporarily replicated on every device, in its compute dtype.
   network = transformer.Network(merge.sources[0].meta.model, run.compute)
   cast = functools.partial(parameters.cast, dtype=np.dtype(run.compute.dtype))
   abstract = jax.eval_shape(cast, network.abstract())
