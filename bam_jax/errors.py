@@ -1,4 +1,4 @@
-"""The one exception a user should ever see, and what else is told in a sentence."""
+"""The one exception a user should ever see, and other errors that are reported in one line."""
 
 import os
 import sys
@@ -7,21 +7,21 @@ import jax
 
 USER_ERROR = 2  # exit status of a user's mistake
 
-subcommand = ''  # the one that is running, if the command has any; `cli.run_subcommands` sets it
+subcommand = ''  # the one that is running, if any; set by `cli.run_subcommands`
 
-# Of the runtime's errors: where a program is started they are ValueErrors of such a beginning.
+# Prefixes of the runtime's errors, which are ValueErrors where a program is dispatched.
 STATUSES = ('ABORTED', 'CANCELLED', 'DEADLINE_EXCEEDED', 'INTERNAL', 'UNAVAILABLE', 'UNKNOWN')
 
 
 class UserError(Exception):
-  """A mistake that the user can fix: one sentence, naming the key or file and the fix.
+  """A mistake that the user can fix: a one-line message with the key or file and the fix.
 
   The commands print it without a traceback and exit with status 2.
   """
 
 
 def sentence(error: BaseException) -> str | None:
-  """What a user reads of an error that can be fixed, be it Python's or JAX's; None of another."""
+  """The message for an error that the user can fix, Python's or JAX's; None for any other."""
   said = str(error).partition('\n')[0]
   if isinstance(error, UserError):
     return str(error)
@@ -33,7 +33,7 @@ def sentence(error: BaseException) -> str | None:
 
 
 def of_jax(error: BaseException | None) -> bool:
-  """Whether the runtime of JAX raised it, as it does where another process was lost."""
+  """Whether JAX's runtime raised it, as it does when another process is lost."""
   if isinstance(error, ValueError):
     return str(error).startswith(tuple(f'{status}: ' for status in STATUSES))
   return isinstance(error, jax.errors.JaxRuntimeError)

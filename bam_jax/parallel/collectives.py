@@ -1,13 +1,13 @@
-"""How a model's arrays move between the devices of a mesh: every collective the model calls.
+"""All collectives of the model: how its arrays move between the devices of a mesh.
 
-Each device runs the model's own code on its rows of the batch and its part of the weights, inside
-one `shard_map`:
+Each device runs the model's code on its rows of the batch and its shard of the weights, inside one
+`shard_map`:
 
-- weights that `fsdp` cuts are gathered a layer at a time, in the compute dtype;
+- weights sharded over `fsdp` are gathered a layer at a time, in the compute dtype;
 - in a mixture's block the tokens of an `expert` group are gathered once, each device computes its
   experts' part for all of them, and one reduce-scatter adds the parts and returns them to the
   tokens' owners: gather once, reduce once;
-- `tensor` cuts heads and hidden columns; the block's output is summed over it.
+- `tensor` shards heads and hidden columns; the block's output is summed over it.
 
 Gradients are taken inside as well, of the sum of all devices' losses: a gather's gradient is then a
 reduce-scatter, and the gradients of a weight that several devices hold are summed once, at the end
@@ -26,15 +26,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bam_jax.parallel import sharding
 
-# What a gather's result is called in a rematerialisation policy.
+# Name of a gather's result in a rematerialisation policy.
 WEIGHTS, TOKENS = 'weights', 'tokens'
 
 
 class Layout:
   """The collectives of one mesh, or of one device.
 
-  `platform` says whose kernels run: that of the mesh's devices, which need not be present (a
-  program can be compiled for others), or of this process.
+  `platform` selects the kernels: that of the mesh's devices, which need not be present (programs
+  can be compiled for others), or of this process.
   """
 
   def __init__(self, mesh: jax.sharding.Mesh | None = None, platform: str = ''):
@@ -46,7 +46,7 @@ class Layout:
     self.lines = {axis: _groups(sharding.lines(self.mesh, axis)) for axis in sizes}
 
   def spread(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """`function` on every device's part of global arrays, which the specs describe."""
+    """`function` applied to every device's shard of global arrays, as the specs describe."""
     if self.mesh is None:
       return function
     # Unchecked: sums over devices are explicit here, and kernels do not declare theirs.
@@ -55,7 +55,7 @@ class Layout:
     )
 
   def over(self, *axes: str) -> tuple[str, ...]:
-    """Those of the axes that have more than one device."""
+    """The axes among these with more than one device."""
     return tuple(axis for axis in axes if self.sizes[axis] > 1)
 
   def sum(self, tree: Any, *axes: str) -> Any:
@@ -78,7 +78,7 @@ class Layout:
     return self.sizes['tensor']
 
   def gather(self, x: jax.Array, *axes: str, dimension: int = 0) -> jax.Array:
-    """The parts of `x` of all devices along the axes, concatenated along a dimension.
+    """All-gather: the shards of `x` along the axes, concatenated along a dimension.
 
     One line of devices after the other: XLA for TPU turns a reduce-scatter along two axes, or over
     a whole slice, into an all-reduce, and the gradient of a gather is a reduce-scatter.
@@ -89,7 +89,7 @@ class Layout:
     return x
 
   def scatter(self, x: jax.Array, *axes: str, dimension: int = 0) -> jax.Array:
-    """This device's part, along a dimension, of the sum of `x` over the devices along the axes."""
+    """Reduce-scatter: this device's part, along a dimension, of the sum of `x` along the axes."""
     for axis in self.over(*axes):
       for line in self.lines[axis]:
         x = jax.lax.psum_scatter(
@@ -122,17 +122,17 @@ class Layout:
     return jax.lax.dynamic_slice_in_dim(x_BTE, first, count, axis=-1)
 
   def local_numbers(self, experts: jax.Array, count: int) -> jax.Array:
-    """Numbers of experts among the `count` on this device; `count` for those on others."""
+    """Indices of experts among the `count` on this device; `count` for those on others."""
     if not self.over('expert'):
       return experts
     local = experts - count * jax.lax.axis_index('expert')
     return jnp.where((local >= 0) & (local < count), local, count)
 
   def weights(self, layer: dict, path: str) -> dict:
-    """One layer's weights, whole but for what `tensor` and, of experts, `expert` cut.
+    """One layer's weights, gathered except over `tensor` and, for experts, `expert`.
 
     Args:
-      layer: this device's part of each array, without the axis of layers.
+      layer: this device's shard of each array, without the layer axis.
       path: of `layer` among the parameters.
     """
     if not self.gathers:
@@ -151,7 +151,7 @@ class Layout:
     return jax.tree_util.tree_map_with_path(one, layer)
 
   def gradient_sums(self, grads: dict) -> dict:
-    """Gradients summed over the devices that hold the same part of a parameter."""
+    """Gradients summed over the devices that hold the same shard of a parameter."""
 
     def one(key_path, grad):
       spec = sharding.spec_of(sharding.path_of(key_path), grad.ndim)
@@ -168,7 +168,7 @@ class Layout:
 
 
 def _groups(sizes: tuple[int, ...]) -> list[list[list[int]] | None]:
-  """An axis' device numbers in lines of each size, outermost first; None is all in one line."""
+  """An axis's device indices in groups of each size, outermost first; None: a single group."""
   if len(sizes) == 1:
     return [None]
   numbers = np.arange(np.prod(sizes)).reshape(sizes)

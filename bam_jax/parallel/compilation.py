@@ -1,7 +1,7 @@
-"""The persistent compilation cache: what was compiled once on a machine is loaded the next time.
+"""The persistent compilation cache: programs compiled once on a machine are loaded afterwards.
 
-On by default. `JAX_COMPILATION_CACHE_DIR` moves it, `JAX_ENABLE_COMPILATION_CACHE=false` turns it
-off: JAX's own variables.
+On by default. JAX's own variables `JAX_COMPILATION_CACHE_DIR` and
+`JAX_ENABLE_COMPILATION_CACHE=false` move it and turn it off.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import jax
 
-MAX_BYTES = 4 * 2**30  # the least recently used goes first
-MIN_SECONDS = 0.5  # of compilation that is worth a file
+MAX_BYTES = 4 * 2**30  # the least recently used are evicted first
+MIN_SECONDS = 0.5  # minimum compilation time for an entry
 
 
 def use_cache() -> None:
-  """Points JAX at the cache, before anything is compiled; keeps a cache that the user chose."""
+  """Sets JAX's cache before anything is compiled; keeps one that the user has set."""
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     folder = cache_folder()
     try:
@@ -27,15 +27,15 @@ def use_cache() -> None:
     jax.config.update('jax_compilation_cache_dir', str(folder))
     jax.config.update('jax_compilation_cache_max_size', MAX_BYTES)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', MIN_SECONDS)
-  # A full disk or a kill may leave half a file, of which JAX warns in every run: it compiles anew.
+  # A full disk or a kill may leave a truncated file; JAX then recompiles, with a warning each time.
   warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')
 
 
 def cache_folder() -> Path:
   """This machine's folder in the user's cache.
 
-  Code for a CPU depends on its features and on the C library, which JAX's key does not hold, and a
-  home folder may be shared: machines that differ in them do not share files.
+  CPU code depends on CPU features and the C library, which are not in JAX's key, and a home folder
+  may be shared: machines that differ in them do not share files.
   """
   home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
   facts = ' '.join([platform.machine(), *platform.libc_ver(), _cpu_features()])
@@ -44,7 +44,7 @@ def cache_folder() -> Path:
 
 
 def _cpu_features() -> str:
-  """What Linux says of its processors; the processor's name elsewhere."""
+  """The CPU flags that Linux reports; the processor's name elsewhere."""
   try:
     lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
   except OSError:

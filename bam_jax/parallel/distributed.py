@@ -1,18 +1,18 @@
-"""Several processes as one job: how they find one another, and how they end when one is lost.
+"""Several processes as one job: how they connect, and how they exit when one is lost.
 
-A process on a pod of TPUs needs no flag. Elsewhere every process is started with the same command,
-and with its own `--process_id`:
+On a TPU pod no flag is needed. Elsewhere every process is started with the same command, and its
+own `--process_id`:
 
     python -m bam_jax.main ... --coordinator=HOST:PORT --process_count=4 --process_id=0
 
-HOST is where process 0 runs, and PORT is free there. Under SLURM (`srun`), Open MPI (`mpirun`; from
+HOST runs process 0, and PORT is free there. Under SLURM (`srun`), Open MPI (`mpirun`; from
 version 5 on with mpi4py installed) or in a Kubernetes job (with the package `kubernetes`),
-`--coordinator=auto` says all three; JAX then gives each process the one GPU of its local rank.
+`--coordinator=auto` provides all three; JAX then gives each process the GPU of its local rank.
 
-Every wait has an end. A start ends after `--join_timeout`. A process that is lost takes the others
-down: at once where the network reports a closed connection, else after `--lost_timeout`, by JAX's
-heartbeats, wherever they wait. JAX ends the latter with an abort and a page of C++; the last words
-are ours.
+Every wait is bounded. Joining ends after `--join_timeout`. If a process is lost, the others exit:
+at once if the network reports a closed connection, else after `--lost_timeout`, through JAX's
+heartbeats, wherever they wait. In the latter case JAX aborts with a page of C++; our message comes
+last.
 """
 
 import atexit
@@ -35,17 +35,17 @@ from absl import flags
 from bam_jax import errors
 from bam_jax.errors import UserError
 
-FAILED = 1  # exit status of an error, where it is for Python to choose
+FAILED = 1  # exit status of an error, if Python can choose it
 AGAIN = 'start all processes again with the same command, which resumes from the newest checkpoint'
 AUTO = 'auto'
-# Seconds that process 0 waits: the others end with it, in C++, and an error that all have found let
-# each say in its own words.
+# Seconds that process 0 waits before it exits: its exit ends the others, in C++, and they should
+# first report an error that all have found.
 GRACE = 2.0
 MAX = 10**6  # processes, or seconds; JAX holds them in 32 bits
 
 
 class Place(NamedTuple):
-  """Which process of which job this is; None is for JAX to find out."""
+  """Which process of which job this is; None: JAX finds out."""
 
   coordinator: str | None = None
   process_count: int | None = None
@@ -70,10 +70,10 @@ def define_flags() -> None:
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-  """Makes this process part of its job for the time of a `with` block; alone, it does nothing.
+  """Makes this process part of its job for the duration of a `with` block; no-op for a single one.
 
-  Must come before anything asks JAX for its devices. In a job, an error leaves the process at once:
-  the others could only wait for it. UserError when the flags do not fit together, or to a job.
+  Must come before anything asks JAX for its devices. In a job, an error exits the process at once,
+  since the others could only wait for it. UserError if the flags are inconsistent, or differ.
   """
   told = flags.FLAGS
   pod = has_tpu(Path('/dev'))
@@ -95,13 +95,13 @@ def joined() -> Iterator[None]:
       sentence = f'{this} cannot go on ({said}), most likely since another one was lost: {AGAIN}.'
     else:
       traceback.print_exc()
-      # Threads of libraries have words of their own for what a lost process does to them.
+      # Library threads report a lost process in messages of their own.
       sentence = f'{this} has failed, and the others end with it. If one was lost before, {AGAIN}.'
     _leave(sentence, FAILED, witness)
 
 
 def _of_jax(error: BaseException | None) -> str:
-  """The first line of the error of JAX that an error is or comes from; '' if there is none."""
+  """The first line of the JAX error that an error is or was caused by; '' if there is none."""
   while error is not None:
     if errors.of_jax(error):
       return (str(error).splitlines() or [type(error).__name__])[0]
@@ -112,7 +112,7 @@ def _of_jax(error: BaseException | None) -> str:
 def place_of(
   coordinator: str | None, process_count: int | None, process_id: int | None, pod: bool
 ) -> Place | None:
-  """What the flags say, on a machine that may be one of a `pod`; None for a process alone."""
+  """The place that the flags give, on a machine that may be in a `pod`; None if there is no job."""
   numbers = process_count, process_id
   if coordinator in (None, AUTO):
     if numbers == (None, None):
@@ -137,14 +137,14 @@ def place_of(
 
 
 def has_tpu(devices: Path) -> bool:
-  """Whether JAX will use TPUs of this machine, found in `devices`, /dev: it may be one of a pod."""
+  """Whether JAX will use TPUs of this machine, found in `devices` (/dev), which may be in a pod."""
   chips = [*devices.glob('accel[0-9]*'), *devices.glob('vfio/[0-9]*')]
   wanted = (jax.config.jax_platforms or 'tpu').split(',')
   return bool(chips) and 'tpu' in wanted and importlib.util.find_spec('libtpu') is not None
 
 
 def _join(place: Place, join_timeout: int, lost_timeout: int) -> '_Witness | None':
-  """Meets the others; None where there are none."""
+  """Connects to the others; None if there are none."""
   witness = _Witness()
   # `stop` agrees on when to stop. JAX's own service would take SIGTERM away from Python, and knows
   # steps by their numbers, which begin again with every run of a recipe.
@@ -192,7 +192,7 @@ def _why_not(place: Place, error: Exception) -> str:
 
 
 def _leave(sentence: str, status: int, witness: '_Witness', after: float = 0.0) -> NoReturn:
-  """Ends the process without the farewell that JAX waits for, which the others may never answer."""
+  """Exits without JAX's shutdown barrier, which the others may never reach."""
   witness.note('')
   print(f'{errors.program_name()}: {sentence}', file=sys.stderr)
   sys.stdout.flush()
@@ -202,7 +202,7 @@ def _leave(sentence: str, status: int, witness: '_Witness', after: float = 0.0) 
 
 
 class _Witness:
-  """A shell that outlives this process and says why it ended, where it could not do so itself."""
+  """A shell that outlives this process and reports why it ended, if it could not do so itself."""
 
   def __init__(self):
     script = 'while read -r line; do said=$line; done; [ -z "$said" ] || printf "%s\\n" "$said" >&2'
@@ -214,7 +214,7 @@ class _Witness:
     atexit.register(self.note, '')
 
   def note(self, sentence: str) -> None:
-    """What to say if this process ends now; nothing if empty."""
+    """Sets the message for the case that this process ends now; empty: none."""
     line = f'{errors.program_name()}: {sentence}\n' if sentence else '\n'
     with contextlib.suppress(BrokenPipeError):  # someone killed the shell
       self._shell.stdin.write(line)

@@ -1,4 +1,4 @@
-"""How much memory there is, so that what cannot fit is refused before it is tried."""
+"""Available memory, so that what cannot fit is refused before it is allocated."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import jax
 
 
 def free_bytes() -> int | None:
-  """Memory that a device has left, or this machine if that is the device; None if unknown."""
+  """Free memory of a device, or of this machine for CPU devices; None if unknown."""
   device = jax.local_devices()[0]
   if device.platform != 'cpu':
     stats = device.memory_stats() or {}

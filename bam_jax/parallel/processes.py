@@ -1,7 +1,7 @@
-"""What the processes of a job share out, and what they decide together; alone, nothing is sent.
+"""Joint decisions of a job's processes, and their shares of the work; no-ops for a single process.
 
-Every host sees the workdir, and each at its own moments: an answer that comes from the disk and
-leads to one step or another must be one process's answer.
+All hosts see the workdir, but at different times: an answer read from the disk that affects control
+flow must come from one process.
 """
 
 import collections
@@ -26,13 +26,13 @@ from bam_jax.files import folders
 from bam_jax.parallel import sharding
 
 TEXT_BYTES = 1024
-SHARED_SECONDS = 30.0  # that a network file system may take to show a new file
+SHARED_SECONDS = 30.0  # that a network file system may need to show a new file
 
 
 def decide[T](question: Callable[[], T]) -> T:
-  """Process 0's answer, which JSON can hold, for all; all must ask.
+  """Broadcasts process 0's answer, a JSON value; all processes must call.
 
-  An error that a user can fix is raised in every process.
+  A UserError is raised in every process.
   """
   if jax.process_count() == 1:
     return question()
@@ -54,7 +54,7 @@ def decide[T](question: Callable[[], T]) -> T:
 
 
 def same(facts: Any, what: str) -> None:
-  """UserError, which names `what`, unless all processes hold the same facts (of JSON)."""
+  """UserError, naming `what`, unless all processes have the same facts (JSON values)."""
   mine = json.loads(json.dumps(facts))
   _all_agree(
     mine == decide(lambda: mine),
@@ -63,12 +63,12 @@ def same(facts: Any, what: str) -> None:
 
 
 def first(text: str) -> str:
-  """The first text, of at most TEXT_BYTES, that is not empty among all processes'; all must ask."""
+  """The first non-empty text, of at most TEXT_BYTES, among all processes; all must call."""
   return next(filter(None, _gather(text)), '')
 
 
 def check_shared(folder: Path) -> None:
-  """UserError unless all processes see what process 0 writes in a folder, which it makes."""
+  """UserError unless all processes see what process 0 writes to a folder, which it creates."""
   if jax.process_count() == 1:
     return
 
@@ -91,7 +91,7 @@ def check_shared(folder: Path) -> None:
 
 
 def check_mesh(mesh: config.Mesh, where: str) -> None:
-  """UserError when a mesh cannot be that of a job of several processes."""
+  """UserError if a mesh cannot be used by a job of several processes."""
   if jax.process_count() == 1:
     return
   if mesh.size != jax.device_count():
@@ -105,7 +105,7 @@ def check_mesh(mesh: config.Mesh, where: str) -> None:
 def share_of_batch(mesh: jax.sharding.Mesh, where: str = 'the run') -> tuple[int, int]:
   """Which part of every batch this process reads, and how many parts there are.
 
-  Processes whose devices hold the same rows, cut along `tensor`, read the same part.
+  Processes whose devices hold the same rows, sharded along `tensor`, read the same part.
   """
   rows = collections.defaultdict(set)  # of each process
   places = sharding.batch(mesh).devices_indices_map((mesh.size,))
@@ -122,7 +122,7 @@ def share_of_batch(mesh: jax.sharding.Mesh, where: str = 'the run') -> tuple[int
 
 
 def put(tree: Any, shardings: Any) -> Any:
-  """Arrays that every process has whole, laid out by shardings; each process keeps its parts."""
+  """Shards arrays that every process holds completely; each process keeps its shards."""
 
   def one(array, sharding):
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
@@ -131,7 +131,7 @@ def put(tree: Any, shardings: Any) -> Any:
 
 
 def highest(value: int) -> jax.Array:
-  """The highest of all processes' numbers, on the devices: returns before it is known."""
+  """The maximum of all processes' numbers, on the devices; returns without waiting for it."""
   return _max()(_on_devices(value))
 
 
@@ -143,7 +143,7 @@ def _max() -> Callable[[jax.Array], jax.Array]:
 
 @functools.cache
 def _on_devices(value: int) -> jax.Array:
-  """This process's number on each of its devices; made once, since it is asked every step."""
+  """This process's number on each of its devices; cached, since it is needed every step."""
   sharding = NamedSharding(jax.sharding.Mesh(jax.devices(), 'devices'), P('devices'))
   number = np.full(1, value, np.int32)
   return jax.make_array_from_callback((jax.device_count(),), sharding, lambda index: number)

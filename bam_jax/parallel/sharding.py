@@ -1,7 +1,7 @@
-"""The device mesh, and where every array lies on it.
+"""The device mesh, and the sharding of every array.
 
 Parameters are matched by path, in one table for dense models and one for the arrays of mixtures,
-whose axis of experts takes the mesh's. A path without a rule raises: nothing is replicated by
+whose expert axis is sharded over the mesh's. A path without a rule raises: nothing is replicated by
 accident.
 """
 
@@ -19,7 +19,7 @@ from bam_jax.errors import UserError
 
 AXES = ('data', 'fsdp', 'expert', 'tensor')
 BATCH = P(('data', 'fsdp', 'expert'))
-FSDP = ('fsdp', 'expert')  # an array without experts of its own is sharded over that axis too
+FSDP = ('fsdp', 'expert')  # arrays without experts are sharded over that axis too
 HOST = 'pinned_host'  # the memory kind of a device's host
 VOCABULARY = ('tensor', 'expert', 'fsdp')  # fsdp innermost: its parts are contiguous
 
@@ -83,7 +83,7 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sh
 def _along_links(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
   """TPUs ordered so that each axis runs along links of their torus, and `data` across slices.
 
-  The devices' own order is host by host, in which the groups of different axes share links.
+  In the default order, host by host, the groups of different axes would share links.
   """
   slices = _num_slices(devices)
   if slices == 1:
@@ -101,9 +101,9 @@ def _along_links(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
 
 
 def lines(mesh: jax.sharding.Mesh, axis: str) -> tuple[int, ...]:
-  """Sizes of the lines of the TPUs' torus that a mesh axis runs along, outermost first.
+  """Sizes of the torus dimensions that a mesh axis runs along, outermost first.
 
-  More than one only where the axis is all of a slice: elsewhere XLA finds them itself.
+  More than one only if the axis spans a whole slice: otherwise XLA finds them itself.
   """
   size, slices = mesh.shape[axis], _num_slices(mesh.devices.flat)
   if mesh.devices.flat[0].platform != 'tpu' or size * slices < mesh.size:
@@ -121,12 +121,12 @@ def _num_slices(devices: Iterable[Any]) -> int:
 
 
 def path_of(key_path: tuple) -> str:
-  """A JAX key path's dictionary keys joined by "/", without what an optimizer's state adds."""
+  """A JAX key path's dictionary keys joined by "/", without those added by optimizer states."""
   return '/'.join(key.key for key in key_path if isinstance(key, jax.tree_util.DictKey))
 
 
 def spec_of(path: str, ndim: int) -> P:
-  """The PartitionSpec of a parameter; ValueError for a path that no rule names."""
+  """The PartitionSpec of a parameter; ValueError for a path without a rule."""
   for table in (DENSE, EXPERTS):
     spec = table.get(path)
     if spec is not None and (spec == P() or len(spec) == ndim):
@@ -161,14 +161,14 @@ def tree(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def on_host(shardings: Any) -> Any:
-  """The same shardings in the memory of the devices' hosts; counters stay where they are."""
+  """The same shardings in host memory; counters stay on the devices."""
   return jax.tree_util.tree_map_with_path(
     lambda key_path, s: s.with_memory_kind(HOST) if path_of(key_path) else s, shardings
   )
 
 
 def check(abstract: Any, mesh: config.Mesh, where: str) -> None:
-  """UserError when an axis of `{where}.mesh` does not divide a parameter's dimension."""
+  """UserError if an axis of `{where}.mesh` does not divide a parameter's dimension."""
   sizes = dict(zip(AXES, (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)))
   check_divides(abstract, sizes, f'{where}.mesh', spec_of)
 
@@ -182,7 +182,7 @@ def check_divides(
     abstract: parameters; leaves have `shape`.
     sizes: of the mesh's axes.
     where: the key or flag that sets the mesh.
-    spec: (path, ndim) -> for each dimension the axes that cut it, as in a PartitionSpec.
+    spec: (path, ndim) -> for each dimension the axes that shard it, as in a PartitionSpec.
   """
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
     path = path_of(key_path)
@@ -197,7 +197,7 @@ def check_divides(
 
 
 def batch(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """The sharding of a batch's arrays, cut along their first axis."""
+  """The sharding of a batch's arrays, along their first axis."""
   return NamedSharding(mesh, BATCH)
 
 
