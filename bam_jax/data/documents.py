@@ -11,9 +11,9 @@ from typing import NamedTuple
 from bam_jax.errors import UserError
 
 JSON_LINES = ('.jsonl', '.jsonl.gz')
-PARQUET = ('.parquet',)
+PARQUET = '.parquet'
 TEXT = ('.txt', '.txt.gz', '.md')  # one document a file
-EXTENSIONS = JSON_LINES + PARQUET + TEXT
+EXTENSIONS = (*JSON_LINES, PARQUET, *TEXT)
 DOCUMENT_BYTES = 2**24  # at most: a tokenizer takes 100 times a text's bytes
 ROWS = 64  # of Parquet, read at a time
 
@@ -32,10 +32,8 @@ def read_documents(path: Path, text_field: str = 'text') -> Iterator[Document]:
   document. Texts come out exactly as they are stored, without a leading byte-order mark. A blank
   JSON line is passed over; an empty text is yielded, for the caller to count.
 
-  Raises:
-    UserError: the file is missing, empty, not UTF-8, damaged or of an unknown kind; a line is not
-      a JSON object, or has no string in `text_field`; a document is larger than DOCUMENT_BYTES.
-      The message names file and line.
+  A UserError names file and line: missing, empty, not UTF-8, damaged or of an unknown kind, not a
+  JSON object, without a string in `text_field`, or a document larger than DOCUMENT_BYTES.
   """
   if not path.is_file():
     raise UserError(f'{path} is not a file: correct the path.')
@@ -44,7 +42,7 @@ def read_documents(path: Path, text_field: str = 'text') -> Iterator[Document]:
     raise UserError(f'{path} has an unknown file type: only {", ".join(EXTENSIONS)} can be read.')
   empty = True
   try:
-    parquet = kind in PARQUET
+    parquet = kind == PARQUET
     for document in _parquet(path, text_field) if parquet else _plain(path, kind, text_field):
       empty = False
       yield document
@@ -94,15 +92,14 @@ def _parquet(path: Path, text_field: str) -> Iterator[Document]:
   row = 0
   try:
     with parquet.ParquetFile(path) as file:
-      names = ', '.join(file.schema_arrow.names)
-      if text_field not in file.schema_arrow.names:
+      if text_field not in (names := file.schema_arrow.names):
+        names = ', '.join(names)
         raise UserError(f'{path} has no column {text_field!r}: choose --text_field from {names}.')
       size, rows = path.stat().st_size, max(file.metadata.num_rows, 1)
       for batch in file.iter_batches(ROWS, columns=[text_field]):
         for text in batch.column(0).to_pylist():
           row += 1
-          text = _checked(text, text_field, f'{path}, row {row}')
-          yield Document(text, size * row // rows)
+          yield Document(_checked(text, text_field, f'{path}, row {row}'), size * row // rows)
   except UnicodeDecodeError as error:
     raise UserError(f'{path}, after row {row}: {text_field!r} is not UTF-8.') from error
   except (pa.ArrowException, OSError) as error:

@@ -69,9 +69,8 @@ def prepare(
     min_decoded: share of a domain's characters that must come back from their tokens.
     progress: called with the bytes of the sources read so far, and all of them.
 
-  Raises:
-    UserError: the inputs or options are unfit, or the disk takes no more; `output` is then not
-      there, and another attempt goes on from what `output`.partial holds.
+  UserError when the inputs or options are unfit, or the disk takes no more: `output` is then not
+  there, and another attempt goes on from what `output`.partial holds.
   """
   output, inputs = Path(output), {name: Path(path) for name, path in inputs.items()}
   if (tokenizer is None) == (train_tokenizer is None):
@@ -88,15 +87,13 @@ def prepare(
     if output.resolve().is_relative_to(path.resolve()):
       raise UserError(f'--output={output} lies inside the input {path}: choose a folder beside it.')
 
-  domains = [
-    Domain.find(name, path, text_field, valid_fraction) for name, path in sorted(inputs.items())
-  ]
+  read = dict(text_field=text_field, valid_fraction=valid_fraction)
+  domains = [Domain.find(name, path, **read) for name, path in sorted(inputs.items())]
   plan = {
     'format': shards_lib.FORMAT,
     'sources': [source for domain in domains for source in domain.sources()],
     'left_out': [path for domain in domains for path in domain.left_out],
-    'text_field': text_field,
-    'valid_fraction': valid_fraction,
+    **read,
     'shard_tokens': shard_tokens,
     'tokenizer_from': {'vocab_size': train_tokenizer, 'bytes_per_domain': tokenizer_bytes},
   }

@@ -28,7 +28,7 @@ def publish(source: epath.Path, prepare: Callable[[Path], Any]) -> None:
   folder = _cache(str(source).encode(), 'making-')
   with _locked(folder):
     prepare(folder)
-    buckets.send(folder, source, shards.checksums(shards.read_manifest(folder)))
+    buckets.send(folder, source, list(shards.checksums(shards.read_manifest(folder))))
     buckets.send(folder, source, [shards.MANIFEST])
     # It need not come back from where it went.
     copy = _cache((folder / shards.MANIFEST).read_bytes())
@@ -55,7 +55,7 @@ def fetch(source: epath.Path) -> Path:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         (beside / shards.MANIFEST).write_bytes(manifest)
-      buckets.fetch(source, beside, shards.checksums(shards.read_manifest(beside)))
+      buckets.fetch(source, beside, list(shards.checksums(shards.read_manifest(beside))))
       with folders.writing(copy):
         beside.rename(copy)
   return copy

@@ -23,7 +23,7 @@ import urllib.parse
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import tensorstore as ts
 from etils import epath
@@ -39,27 +39,22 @@ POLL_SECONDS = 1.0  # between two looks of whoever waits
 LOST = 1  # exit status of a holder that was replaced
 
 
-class Claims:
+class Claims(contextlib.ExitStack):
   """The runs' folders that this job has for itself; a context manager, which gives them back.
 
   `report` is told of a lock that cannot be had, or takes time; what `poll` raises ends the wait.
   """
 
   def __init__(self, report: Callable[[str], None], poll: Callable[[], None] = lambda: None):
-    self._held, self._report, self._poll = contextlib.ExitStack(), report, poll
-
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *error) -> None:
-    self._held.close()
+    super().__init__()
+    self._report, self._poll = report, poll
 
   def take(self, runs: Iterable[Path | epath.Path]) -> None:
     """Makes and claims folders; UserError when another job has one, or it cannot be written."""
     runs = list(runs)
     leases = [Lease(folder) for folder in runs if folders.in_bucket(folder)]
     for lease in leases:
-      self._held.callback(lease.give_back)
+      self.callback(lease.give_back)
     with concurrent.futures.ThreadPoolExecutor(max(1, len(leases))) as pool:
       list(pool.map(lambda lease: lease.take(self._report, self._poll), leases))
     local = [folder for folder in runs if not folders.in_bucket(folder)]
@@ -73,7 +68,7 @@ class Claims:
     """Whether there are locks; this one is then held."""
     with folders.writing(folder):
       folder.mkdir(parents=True, exist_ok=True)
-      file = self._held.enter_context(open(folder / NAME, 'a+', encoding='utf-8'))
+      file = self.enter_context(open(folder / NAME, 'a+', encoding='utf-8'))
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -182,11 +177,11 @@ def _holder() -> str:
 
 def _facts(seen: Any) -> dict[str, Any]:
   """What the holder of a lease wrote."""
-  try:
+  with contextlib.suppress(ValueError, KeyError, TypeError):
     facts = json.loads(seen.value)
-    return facts if isinstance(facts['holder'], str) else {'holder': 'another job'}
-  except (ValueError, KeyError, TypeError):
-    return {'holder': 'another job'}
+    if isinstance(facts['holder'], str):
+      return facts
+  return {'holder': 'another job'}
 
 
 def _is_gone(facts: dict[str, Any]) -> bool:
