@@ -1,8 +1,8 @@
-"""Every key of a recipe, typed and frozen; the one place that says what a configuration may be.
+"""Every key of a recipe, typed and frozen: the only definition of a valid configuration.
 
-`parse` turns nested mappings into the dataclasses of this package or raises one `UserError`
-sentence that names the key and the fix: a key that does not exist, a missing one, a wrong type, a
-value out of range, and whatever does not fit together.
+`parse` turns nested mappings into the dataclasses of this package or raises a `UserError` with the
+key and the fix, for an unknown key, a missing one, a wrong type, a value out of range, or keys that
+contradict each other.
 """
 
 # ruff: noqa: F401, I001

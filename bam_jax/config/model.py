@@ -1,4 +1,4 @@
-"""What is computed, the model, and how it is computed."""
+"""The model, and how it is computed."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class AttentionExperts(_Experts):
   """The mixture of attention (MoA) of every block; paper section 3."""
 
   num_experts: Size  # N
-  top_k: Count = 0  # attention experts a token visits; 0 is soft routing, every token visits all
-  shared_kv: bool = False  # one key and one value projection serve all the experts
+  top_k: Count = 0  # attention experts per token; 0 is soft routing, over all experts
+  shared_kv: bool = False  # one key and one value projection shared by all experts
   renormalize: bool = False  # divide the k gates by their sum; no effect on soft routing
 
 
@@ -28,12 +28,12 @@ class FFNExperts(_Experts):
   """The mixture of SwiGLU experts of every block."""
 
   num_experts: Size  # N
-  top_k: PositiveInt = 1  # experts a token visits
+  top_k: PositiveInt = 1  # experts per token
   renormalize: bool = False  # divide the k gates by their sum; the paper does not
   # Rows of an expert's buffer over its even share, tokens * top_k / num_experts; tokens past it
   # are dropped. 0 is dropless.
   capacity_factor: NonNegative = 0.0
-  # A bias that evens the experts' loads: it counts in choosing the top-k and not in the gates.
+  # A bias that balances the experts' loads: it affects the top-k choice but not the gates.
   expert_bias: bool = False
 
   def check(self):
@@ -57,7 +57,7 @@ class Model(Section):
   rope_theta: Positive = 10_000.0
   norm_epsilon: Positive = 1e-5
   qk_norm: bool = False  # LayerNorm of each head's query and key before RoPE, with a scale
-  logit_scale: Positive = 1.0  # what logits are multiplied by
+  logit_scale: Positive = 1.0  # factor of the logits
   attention_experts: AttentionExperts | None = None
   ffn_experts: FFNExperts | None = None
 
@@ -72,7 +72,7 @@ class Model(Section):
     return dataclasses.replace(self, attention_experts=None, ffn_experts=None)
 
   def dropless(self) -> 'Model':
-    """The same model without a capacity: what a token gets does not depend on its neighbours."""
+    """The same model without a capacity: a token's output does not depend on other tokens' load."""
     experts = self.ffn_experts and dataclasses.replace(self.ffn_experts, capacity_factor=0.0)
     return dataclasses.replace(self, ffn_experts=experts)
 
@@ -82,9 +82,9 @@ class Compute(Section):
   """How the model is computed; nothing here changes what is computed."""
 
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations and matmul operands
-  # What the backward pass does again of each block: 'none' at most what is elementwise, 'matmuls'
-  # also gathers weights that a mesh cuts, 'attention' computes the FFN too, 'full' everything.
+  # What the backward pass recomputes of each block: 'none' at most elementwise operations,
+  # 'matmuls' also gathers sharded weights, 'attention' recomputes the FFN too, 'full' everything.
   remat: Literal['none', 'matmuls', 'attention', 'full'] = 'none'
-  loss_chunk: Count = 0  # tokens whose float32 logits exist at once; 0 is all of a micro-batch
-  unroll: Size = 1  # layers a step of the scan over layers
+  loss_chunk: Count = 0  # tokens whose float32 logits exist at once; 0: all of a micro-batch
+  unroll: Size = 1  # layers per step of the scan over layers
   offload_optimizer: bool = False  # keep the optimizer's moments in host memory between steps

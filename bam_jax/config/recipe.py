@@ -1,4 +1,4 @@
-"""The recipe: a graph of runs, each with a start, its data, a budget and how it trains."""
+"""The recipe: a graph of runs, each with a start, data, a budget and training options."""
 
 import math
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class Schedule(strict.Section):
 
 @dataclass(frozen=True)
 class Optimizer(strict.Section):
-  """AdamW; weight decay on everything but the scales of norms and the biases of routers."""
+  """AdamW; weight decay on everything except the scales of norms and the biases of routers."""
 
   weight_decay: NonNegative = 0.1
   b1: Fraction = 0.9
@@ -33,19 +33,19 @@ class Optimizer(strict.Section):
   clip_norm: NonNegative = 1.0  # bound on the gradient's global norm; 0 does not clip
 
   def check(self):
-    # The bias correction would divide by zero.
+    # Adam's bias correction would divide by zero.
     self.require(1 not in (self.b1, self.b2), f'b1={self.b1} and b2={self.b2} must be below 1.')
 
 
 @dataclass(frozen=True)
 class Loss(strict.Section):
-  """Weights of the routers' losses beside the negative log-likelihood, summed over layers."""
+  """Weights of the router losses, summed over layers and added to the negative log-likelihood."""
 
   load_balance: NonNegative = 1e-2  # of N sum_i f_i P_i; top-k routers only (Switch Transformers)
   router_z: NonNegative = 1e-3  # of mean logsumexp^2; every router (ST-MoE)
-  # What the two are over with grad_accum_steps > 1: 'global_batch' costs one more forward pass.
+  # The batch of both with grad_accum_steps > 1: 'global_batch' costs one more forward pass.
   balance_over: Literal['micro_batch', 'global_batch'] = 'micro_batch'
-  expert_bias_update_rate: NonNegative = 1e-3  # what a step moves the biases of `expert_bias` by
+  expert_bias_update_rate: NonNegative = 1e-3  # change of the biases of `expert_bias` in a step
 
 
 @dataclass(frozen=True)
@@ -63,40 +63,40 @@ class Mesh(strict.Section):
 
   @property
   def batch_shards(self) -> int:
-    """Parts that a batch is cut into."""
+    """Parts that a batch is split into."""
     return self.data * self.fsdp * self.expert
 
 
 @dataclass(frozen=True)
 class Intervals(strict.Section):
-  """Steps between the things a run does beside training; 0 is only at the end."""
+  """Steps between a run's periodic actions; 0: only at the end."""
 
   log: PositiveInt = 10
   evaluate: Count = 0
   checkpoint: Count = 0
-  keep: PositiveInt = 2  # checkpoints that stay on disk
+  keep: PositiveInt = 2  # checkpoints to keep on disk
 
 
 @dataclass(frozen=True)
 class Guard(strict.Section):
-  """What happens at a step whose loss or gradient would do harm."""
+  """What happens at a step with a harmful loss or gradient."""
 
   on_nan: Literal['halt', 'skip'] = 'halt'  # NaN or infinity in the loss or the gradient
   on_spike: Literal['ignore', 'halt', 'skip'] = 'ignore'
-  # A spike: loss or gradient norm is so many standard deviations above its mean.
+  # A spike: loss or gradient norm is this many standard deviations above its mean.
   spike_deviations: Positive = 6.0
-  window: Annotated[int, (2, strict.MAX_SIZE)] = 128  # steps of that mean; the first are no spikes
-  max_skipped: PositiveInt = 10  # steps in a row; then the run halts
+  window: Annotated[int, (2, strict.MAX_SIZE)] = 128  # steps of that mean; no spikes before
+  max_skipped: PositiveInt = 10  # consecutive steps, after which the run halts
 
 
 @dataclass(frozen=True)
 class Watch(strict.Section):
-  """How a run is observed; nothing of it changes the run."""
+  """How a run is observed; without effect on the run."""
 
   profile_from: Count = 0  # the first step that jax.profiler records, into <run>/profile; 0: none
   profile_steps: PositiveInt = 3
-  # A run that finishes no step for so many seconds, and ten times as long as usual, reports what it
-  # waits for; 0 is never.
+  # A run that finishes no step for this many seconds, and ten times the median, reports what it is
+  # waiting for; 0: never.
   stall_seconds: NonNegative = 120.0
 
 
@@ -126,9 +126,9 @@ Init = Literal['scratch'] | FromRun | FromCheckpoint | FromUpcycle
 
 @dataclass(frozen=True)
 class Run(strict.Section):
-  """One node of the graph: where it starts, what it reads, how long and how it trains."""
+  """One node of the graph: its start, data, budget and training options."""
 
-  label: str  # what tables call it
+  label: str  # its name in tables
   init: Init
   data: Mapping[str, float]  # domain -> share of the tokens
   tokens: Count  # budget, rounded down to whole batches; 0 keeps the initial parameters
@@ -136,9 +136,9 @@ class Run(strict.Section):
   schedule: Schedule
   optimizer: Optimizer = Optimizer()
   grad_accum_steps: Size = 1  # micro-batches a step
-  router_warmup_steps: Count = 0  # first steps, in which only routers learn
-  # Of groups of parameters, by the start of their path or a pattern such as "blocks/*/key": what
-  # their learning rate is multiplied by. 0 freezes; the longest match wins.
+  router_warmup_steps: Count = 0  # number of first steps in which only routers learn
+  # Factors of the learning rate of groups of parameters, by path prefix or a pattern such as
+  # "blocks/*/key". 0 freezes; the longest match wins.
   learning_rate_factors: Mapping[str, float] = field(default_factory=dict)
   data_seed: Count = 0  # runs with equal data, seed and batch size see the same batches
   loss: Loss = Loss()
@@ -185,7 +185,7 @@ class Data(strict.Section):
 
 @dataclass(frozen=True)
 class Evaluation(strict.Section):
-  """Held-out perplexity: after every run over all of the held-out text, during it over a part."""
+  """Held-out perplexity: on all held-out text after a run, on a part of it during the run."""
 
   batch_size: Size = 16  # sequences
   tokens: PositiveInt = 16_384  # of each domain, read at every `intervals.evaluate` steps
@@ -201,7 +201,7 @@ class Recipe(strict.Section):
   data: Data
   runs: Mapping[str, Run]
   seed: Annotated[int, (0, 2**32 - 1)] = 0  # of parameters, routers, data; JAX keeps 32 bits
-  steps: Count = 0  # a bound on every run's steps, schedules shrunk to it; 0 is none
+  steps: Count = 0  # limit on every run's steps, with schedules shortened to match; 0: none
   evaluation: Evaluation = Evaluation()
 
   def check(self):
@@ -234,11 +234,11 @@ class Recipe(strict.Section):
     return min(steps, self.steps) if self.steps else steps
 
   def warmup_steps(self, name: str) -> int:
-    """Warm-up of a run; at most half of a run that `steps` cut short."""
+    """Warm-up steps of a run; at most half of a run shortened by `steps`."""
     return self._shrunk(self.runs[name].schedule.warmup_steps, name)
 
   def router_warmup_steps(self, name: str) -> int:
-    """Steps of a run in which only routers learn; at most half of one that `steps` cut short."""
+    """Steps of a run in which only routers learn; at most half of a run shortened by `steps`."""
     return self._shrunk(self.runs[name].router_warmup_steps, name)
 
   def _shrunk(self, warmup: int, name: str) -> int:
@@ -254,15 +254,15 @@ def parents(run: Run) -> tuple[str, ...]:
 
 
 def parse(config: Mapping) -> Recipe:
-  """A recipe from plain nested mappings; UserError says what is wrong."""
+  """A recipe from plain nested mappings; UserError names what is wrong."""
   return strict.from_dict(Recipe, config, 'config')
 
 
 def complete(config: Mapping) -> ConfigDict:
-  """What `get_config` returns: the recipe checked and with every default filled in.
+  """The value for `get_config` to return: the recipe, checked and with all defaults filled in.
 
-  A key that is there can be set on the command line: `--config.runs.seed.compute.dtype=bfloat16`.
-  Keys keep the order in which the recipe writes them.
+  All its keys can be set on the command line: `--config.runs.seed.compute.dtype=bfloat16`. Keys
+  keep the recipe's order.
   """
 
   def convert(value):

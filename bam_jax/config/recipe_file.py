@@ -1,6 +1,6 @@
-"""The file that `--config` names: Python code, which runs while the flags are parsed.
+"""The file given to `--config`: Python code, which runs while the flags are parsed.
 
-An error in it is reported with the file's own line, where a traceback would show the library.
+An error in it is reported with the file's own line, instead of a traceback through the library.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from bam_jax.errors import UserError
 
 
 def check(argv: Sequence[str]) -> None:
-  """UserError where `--config` names a device, which would be read for ever, or a folder."""
+  """UserError if `--config` names a folder or a device, which might be read forever."""
   for path in _paths(argv):
     if os.path.exists(path) and not os.path.isfile(path):
       raise UserError(f'--config={path} is not a file: name a recipe, FILE.py.')
@@ -24,7 +24,7 @@ def check(argv: Sequence[str]) -> None:
 def read(flag: flags.FlagHolder, name: str) -> recipe.Recipe:
   """The recipe of a `--config` flag, checked; `name` is the flag's FILE.py:ARGUMENT."""
   try:
-    plain = flag.value.to_dict()  # only here the library notices that the file is missing
+    plain = flag.value.to_dict()  # the library notices only here that the file is missing
   except OSError as error:
     if not os.path.isfile(name.partition(':')[0]):
       raise UserError(f'--config={name} cannot be read: name a recipe, FILE.py.') from None
@@ -36,7 +36,7 @@ def read(flag: flags.FlagHolder, name: str) -> recipe.Recipe:
 
 
 def explain(argv: Sequence[str], error: Exception) -> str:
-  """One sentence about what was raised while flags were parsed; raises again what is a bug."""
+  """A one-line message for an exception while flags were parsed; re-raises bugs."""
   paths, chain = _paths(argv), [error]
   while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
     chain.append(before)
@@ -46,7 +46,7 @@ def explain(argv: Sequence[str], error: Exception) -> str:
     for frame, line in reversed(list(traceback.walk_tb(one.__traceback__))):
       if frame.f_code.co_filename in paths:
         return f'{frame.f_code.co_filename}, line {line}, raises {type(one).__name__}: {one}.'
-  # The library quotes the whole traceback of what it does not expect.
+  # The library quotes the whole traceback of unexpected exceptions.
   if isinstance(error, flags.Error | OSError | ValueError) and 'Traceback' not in str(error):
     return ' '.join(str(error).split())
   if not paths:

@@ -1,4 +1,4 @@
-"""Plain dictionaries to frozen dataclasses and back, refusing whatever does not fit."""
+"""Converts plain dictionaries to frozen dataclasses and back; anything that does not fit raises."""
 
 import dataclasses
 import difflib
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from bam_jax.errors import UserError
 
-MAX_SIZE = 2**31 - 1  # of one dimension: what a 32-bit index reaches
+MAX_SIZE = 2**31 - 1  # of one dimension: the range of a 32-bit index
 
 # A key's bounds: (lowest, highest) in its annotation.
 Size = Annotated[int, (1, MAX_SIZE)]
@@ -30,7 +30,7 @@ def require(condition: object, message: str) -> None:
 
 
 class Section:
-  """A group of keys: a frozen dataclass whose numbers keep to the bounds of their annotations."""
+  """A group of keys: a frozen dataclass with numbers within the bounds of their annotations."""
 
   require = staticmethod(require)
 
@@ -45,7 +45,7 @@ class Section:
     self.check()
 
   def check(self) -> None:
-    """Raises UserError where keys do not fit together."""
+    """Raises UserError if keys contradict each other."""
 
 
 def from_dict[T](cls: type[T], value: Any, key: str) -> T:
@@ -76,7 +76,7 @@ def from_dict[T](cls: type[T], value: Any, key: str) -> T:
 
 
 def to_dict(value: Any) -> Any:
-  """The nested dict, list and scalar form that `from_dict` reads back; ready for JSON."""
+  """The nested dict, list and scalar form that `from_dict` reads; valid JSON."""
   if dataclasses.is_dataclass(value):
     return {_name(f): to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
   if isinstance(value, Mapping):
@@ -132,7 +132,7 @@ def _value(hint: Any, value: Any, key: str) -> Any:
 
 
 def _union(hints: tuple, value: Any, key: str) -> Any:
-  """The one alternative that a value is meant for: None, a word, a scalar, or a group of keys."""
+  """The alternative that a value matches: None, a word, a scalar, or a group of keys."""
   others = [hint for hint in hints if hint is not type(None)]
   if value is None and len(others) < len(hints):
     return None

@@ -15,19 +15,19 @@ class Upcycle(Section):
 
   sources: tuple[str, ...] = field(metadata={'key': 'from'})  # names of dense runs, experts' order
   method: Method
-  # Experts of the mixture; 0 is one for each source. More than the sources: copies of the first.
+  # Experts of the mixture; 0: one for each source. If above the sources: adds copies of the first.
   num_experts: Count = 0
   top_k: PositiveInt = 1  # of the FFN experts
   attention_top_k: Count = 0  # of the attention experts; 0 is soft
   renormalize: bool = False  # divide the k gates by their sum
   capacity_factor: NonNegative = 0.0  # of the FFN experts' buffers; 0 is dropless
   router_scale: NonNegative = 1.0  # standard deviation of new routers, times sqrt(D)
-  # The rest goes beyond the paper and is off; docs/options.md says when to use which.
-  # 'zero': equal gates; 'centroids': columns of length router_scale toward each source's data.
+  # The rest goes beyond the paper and is off by default: docs/options.md.
+  # 'zero': equal gates; 'centroids': columns of length router_scale towards each source's data.
   router_init: Literal['random', 'zero', 'centroids'] = 'random'
-  average: Literal['mean', 'weighted', 'first'] = 'mean'  # of the sources, where nothing is stacked
+  average: Literal['mean', 'weighted', 'first'] = 'mean'  # of the sources, if not stacked
   weights: tuple[float, ...] = ()  # of the sources, in any unit, for 'weighted'
-  drop_ratio: Fraction = 0.0  # of the hidden dimensions of copied FFN experts, drawn anew
+  drop_ratio: Fraction = 0.0  # of the hidden dimensions of copied FFN experts to redraw
   noise: NonNegative = 0.0  # added to copied experts, in standard deviations of each array
   expert_bias: bool = False  # of the FFN experts
 
@@ -73,5 +73,5 @@ class Upcycle(Section):
 
   @property
   def copies(self) -> range:
-    """Numbers of the experts that are copies of the first source's."""
+    """Indices of the experts that are copies of the first source's."""
     return range(len(self.sources), self.experts)

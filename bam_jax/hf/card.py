@@ -1,4 +1,4 @@
-"""The README.md of an exported folder, for readers who know nothing of bam_jax."""
+"""The README.md of an exported folder, for readers who do not know bam_jax."""
 
 import os
 

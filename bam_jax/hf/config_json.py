@@ -1,4 +1,4 @@
-"""A config.json of transformers and our model: one is read as the other, or refused by name."""
+"""Converts between a config.json of transformers and our model; unsupported keys are refused."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from bam_jax.errors import UserError
 
 COHERE, COHERE2, BAM = 'CohereForCausalLM', 'Cohere2ForCausalLM', 'BamForCausalLM'
 ARCHITECTURES = (COHERE, COHERE2, BAM)
-# Keys that change nothing about the parameters and what is computed from them.
+# Keys without effect on the parameters or the computation.
 _IRRELEVANT = frozenset(
   """
   _name_or_path architectures auto_map bos_token_id dtype eos_token_id expert_sources
@@ -18,7 +18,7 @@ _IRRELEVANT = frozenset(
   torch_dtype transformers_version unk_token_id upcycling_method use_cache
   """.split()
 )
-# Keys that may only have this value; it is also what they mean when absent.
+# Keys that may only have this value, which is also their default.
 _FIXED = {
   'attention_bias': False, 'attention_dropout': 0.0, 'hidden_act': 'silu',
   'position_embedding_type': 'rope_gptj', 'rope_scaling': None, 'rotary_pct': 1.0,
@@ -54,8 +54,8 @@ _KINDS = {int: 'a positive whole number', float: 'a positive number', bool: 'tru
 def to_model(config_json: Mapping[str, Any]) -> config.Model:
   """The model that a config.json describes.
 
-  UserError names a key that describes another model than ours, is not known here and not simply
-  off, or is missing and has no safe default.
+  UserError names a key that describes a model unlike ours, is unknown and not turned off, or is
+  missing and has no safe default.
   """
   facts = dict(config_json)
   architectures = facts.pop('architectures', None)
@@ -77,7 +77,7 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
     raise UserError(
       f'hidden_size={width} is not a multiple of num_attention_heads={heads}: head_dim is required.'
     )
-  # transformers leaves a key out of the file where it has its default.
+  # transformers omits keys with default values from the file.
   defaults = dict(num_kv_heads=heads, head_dim=width // heads, tied_embeddings=True, qk_norm=False)
   model = {
     field: _take(facts, key, kind, defaults.get(field)) for field, (key, kind) in _FIELDS.items()
@@ -87,14 +87,14 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
     model['attention_experts'] = _experts(facts, config.AttentionExperts, _ATTENTION_EXPERTS)
     model['ffn_experts'] = _experts(facts, config.FFNExperts, _FFN_EXPERTS)
   for key, value in facts.items():
-    # What is off or empty cannot make it another model: sliding windows, parallel variants.
+    # Keys that are off or empty are harmless: sliding windows, parallel variants.
     if key not in _IRRELEVANT and value not in (None, False):
       raise UserError(f'{key}={value!r} is an unsupported key: the imported model might differ.')
   return config.Model(**model)
 
 
 def to_origin(config_json: Mapping[str, Any]) -> tuple[int, str | None, tuple[str, ...]]:
-  """The tokens trained on at once, how a mixture was made, and the sources of its experts."""
+  """The training length, how a mixture was made, and the sources of its experts."""
   method, sources = config_json.get('upcycling_method'), config_json.get('expert_sources') or ()
   if method not in (None, *get_args(config.Method)):
     raise UserError(f'upcycling_method={method!r} is not one of {get_args(config.Method)}.')
@@ -112,7 +112,7 @@ def from_model(
     'attention_dropout': 0.0,
     'hidden_act': 'silu',
     'rope_theta': model.rope_theta,
-    # Where transformers 5 looks for it.
+    # Where transformers 5 expects it.
     'rope_parameters': {'rope_type': 'default', 'rope_theta': model.rope_theta},
   }
   if model == model.dense():
@@ -136,7 +136,7 @@ def from_model(
 
 
 def _experts(facts: dict[str, Any], section: type, keys: Mapping[str, str]) -> Any:
-  """A section of our model, or None where there are no experts."""
+  """A section of our model, or None without experts."""
   options = {ours: facts.pop(theirs) for ours, theirs in keys.items() if theirs in facts}
   if options.get('num_experts') == 0:
     return None
@@ -146,7 +146,7 @@ def _experts(facts: dict[str, Any], section: type, keys: Mapping[str, str]) -> A
 
 
 def _check_cohere2(facts: dict[str, Any]) -> None:
-  """UserError unless every layer rotates positions and sees everything, as ours do."""
+  """UserError unless every layer uses RoPE and full causal attention, as ours do."""
   count, length = (_take(dict(facts), k, int) for k in ('num_hidden_layers', _LENGTH))
   pattern, window = (
     _take(facts, 'sliding_window_pattern', int, 4),
@@ -196,7 +196,7 @@ def _rope_theta(facts: dict[str, Any]) -> float:
 
 
 def _take(facts: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
-  """Removes and returns a value of a kind; where it is absent or null, the default, if any."""
+  """Removes and returns a value of a type; if it is absent or null, the default, if any."""
   if facts.get(key) is None and default is not None:
     facts.pop(key, None)
     return default

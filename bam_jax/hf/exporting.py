@@ -1,4 +1,4 @@
-"""A checkpoint of ours into a folder for transformers, one tensor at a time, and without torch."""
+"""Converts our checkpoints to folders for transformers, one tensor at a time, without torch."""
 
 import shutil
 from collections.abc import Iterator
@@ -17,23 +17,23 @@ from bam_jax.hf import card, config_json, files, names, tokenizer_files
 from bam_jax.hf.files import Progress
 
 DTYPES = ('float32', 'bfloat16')
-# The code that transformers runs for a mixture; it imports nothing of ours.
+# The code that transformers runs for a mixture; it does not import bam_jax.
 CODE = ('configuration_bam.py', 'modeling_bam.py')
 
 
 def convert(
   source: epath.PathLike, output: str, *, dtype: str | None, max_shard_size: str, progress: Progress
 ) -> dict[str, Any]:
-  """Makes a folder that AutoModelForCausalLM and AutoTokenizer load.
+  """Writes a folder that AutoModelForCausalLM and AutoTokenizer load.
 
   Args:
     source: the checkpoint: a step's folder, or a run's.
-    output: the folder; does not exist.
-    dtype: of the tensors except routers, which keep theirs; None: as the checkpoint has them.
+    output: the folder; must not exist.
+    dtype: of the tensors except routers, which keep theirs; None: the checkpoint's.
     max_shard_size: of the values in a file, such as '5GB'.
 
   Returns:
-    Facts about the folder; UserError when the checkpoint is damaged or has values that are NaN or
+    Facts about the folder; UserError if the checkpoint is damaged or has values that are NaN or
     infinite, or the output exists or cannot be written.
   """
   if folders.in_bucket(output):

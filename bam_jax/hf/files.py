@@ -17,7 +17,7 @@ from bam_jax.checkpoint.arrays import Spec
 from bam_jax.errors import UserError
 from bam_jax.files import json_file
 
-Progress = Callable[[int, int], None]  # called with the bytes done so far and in all
+Progress = Callable[[int, int], None]  # called with the bytes done and the total
 CONFIG = 'config.json'
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
@@ -67,13 +67,13 @@ class Reader:
 
   def read(self, name: str) -> np.ndarray:
     """A copy of the values of one tensor; UserError when they cannot be read."""
-    # Opened anew for each tensor: what is mapped counts as memory until the file is closed.
+    # Reopened for each tensor: mapped pages count as memory until the file is closed.
     with _opened(self.folder / self._file_of[name]) as file:
       return file.get_tensor(name)
 
 
 def not_finite(place: Any, name: str, array: np.ndarray, part: tuple = ()) -> UserError:
-  """The error that names the first value that is NaN or infinite; `part` is `array`'s own index."""
+  """The error naming the first value that is NaN or infinite; `part` is `array`'s index."""
   index = np.unravel_index(np.argmin(np.isfinite(array)), array.shape)
   where = ', '.join(map(str, (*part, *index)))
   return UserError(
@@ -82,9 +82,9 @@ def not_finite(place: Any, name: str, array: np.ndarray, part: tuple = ()) -> Us
 
 
 def plan(specs: dict[str, Spec], max_shard_size: str) -> dict[str, list[str]]:
-  """The files to write, for each its tensors in their order there.
+  """The files to write, each with its tensors in order.
 
-  A tensor of more than `max_shard_size`, such as '5GB', has a file of its own.
+  A tensor larger than `max_shard_size`, such as '5GB', has its own file.
   """
   split = split_state_dict_into_shards_factory(
     specs,
@@ -104,7 +104,7 @@ def write(
 ) -> None:
   """Writes the files of `plan` and their index; `arrays` are the values, in the same order."""
   for file, names in shards.items():
-    # The library's own writer takes the values of a whole file at once. The format is the length
+    # The library's own writer needs all values of a file at once. The format is the length
     # of a header, the header, and the values one after the other.
     header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}  # transformers requires it
     for name, end in zip(names, itertools.accumulate(specs[name].nbytes for name in names)):
@@ -129,7 +129,7 @@ def write_json(path: Path, facts: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """The object in a JSON file; UserError when it is missing, no object, or has a key twice."""
+  """The object in a JSON file; UserError if it is missing, not an object, or repeats a key."""
 
   def unique(pairs):
     counts = collections.Counter(key for key, _ in pairs)
@@ -148,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
-  """The file of every tensor, or None where there is a single file and no index."""
+  """The file of every tensor, or None if there is a single file without an index."""
   path = folder / INDEX
   if not path.exists():
     return None
@@ -164,7 +164,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-  """A file of safetensors; UserError when it, or what is read from it, is damaged."""
+  """A safetensors file; UserError if it, or what is read from it, is damaged."""
   try:
     with safetensors.safe_open(path, 'numpy') as file:
       yield file

@@ -1,4 +1,4 @@
-"""A folder for transformers into a checkpoint of ours, one tensor at a time, and without torch."""
+"""Converts folders for transformers to our checkpoints, one tensor at a time, without torch."""
 
 import os
 from pathlib import Path
@@ -27,18 +27,18 @@ def convert(
   eos_token: str | None = None,
   progress: Progress,
 ) -> checkpoint.Meta:
-  """Makes a checkpoint of the model in a folder, with its tokenizer beside it.
+  """Writes a checkpoint of the model in a folder, with its tokenizer beside it.
 
   Args:
     source: the folder, with config.json and safetensors, in one file or in several and an index.
-    output: the checkpoint; does not exist.
-    dtype: of its arrays, 'float32' or 'bfloat16'; what it cannot hold is rounded to nearest.
+    output: the checkpoint; must not exist.
+    dtype: of its arrays, 'float32' or 'bfloat16'; values are rounded to nearest.
     tokenizer: its file, or a folder that holds it; None: the source.
     bos_token, eos_token: around documents; None: well-known tokens, as in bam_jax.prepare.
-    command: for the record.
+    command: recorded in the manifest.
 
   Returns:
-    What was written as `meta`; UserError when the model is not one of ours, its files are damaged
+    The `meta` that was written; UserError if the model is not supported, its files are damaged
     or do not fit its config.json, or the output exists or cannot be written.
   """
   folder = Path(source)
@@ -87,9 +87,9 @@ def convert(
 
 
 def _check(reader: files.Reader, table: names.Table, model: config.Model) -> None:
-  """UserError unless the folder has the tensors of the model, in their shapes, and no others."""
+  """UserError unless the folder has the tensors of the model, with their shapes, and no others."""
   expected = {name: tensor.theirs for tensor in table.values() for _, name in tensor.parts()}
-  # PyTorch lists a tied head although it is the table; a file written from that may hold both.
+  # PyTorch lists a tied head although it is the table; files may therefore contain both.
   tied_twice = model.tied_embeddings and names.HEAD in reader.specs
   if tied_twice:
     expected[names.HEAD] = expected[names.TABLE]
@@ -110,7 +110,7 @@ def _check(reader: files.Reader, table: names.Table, model: config.Model) -> Non
 def _copy(
   reader: files.Reader, table: names.Table, writer: arrays.Writer, progress: Progress
 ) -> dict[str, str]:
-  """Writes every tensor where it belongs; `manifest.Hash` of each."""
+  """Writes every tensor to its place; returns the `manifest.Hash` of each."""
   parts = [(path, *part) for path, tensor in table.items() for part in tensor.parts()]
   total = sum(reader.specs[name].nbytes for _, _, name in parts)
   hashes, done = {}, 0

@@ -1,9 +1,9 @@
 """BAM for transformers: mixtures of attention and FFN experts; arXiv 2408.08274.
 
-The blocks are Cohere's, `y = norm(x); x + attention(y) + ffn(y)`, either part dense or a mixture.
-Every token passes through all the attention experts, whose outputs are weighted with the gates of
-the query's token; of the FFN experts a token visits its top k. No balancing loss is added in
-training: add one to fine-tune the routers.
+The blocks are Cohere's, `y = norm(x); x + attention(y) + ffn(y)`, with either part dense or a
+mixture. Every token passes through all attention experts, whose outputs are weighted with the gates
+of the query's token, and through its top-k FFN experts. No balancing loss is added in training: add
+one to fine-tune the routers.
 
 Shapes: B batch, T queries, S keys, D model, H query heads, G key-value heads, K head, E experts.
 """
@@ -19,12 +19,12 @@ from .configuration_bam import BamConfig
 
 
 class BamRouter(nn.Linear):
-  """Gates (B, T, E) of the experts: a softmax over all of them, 0 for those that are not chosen."""
+  """Gates (B, T, E) of the experts: a softmax over all of them, 0 for those not chosen."""
 
   def __init__(self, hidden_size, num_experts, top_k, renormalize, expert_bias=False):
     super().__init__(hidden_size, num_experts, bias=False)
     self.top_k, self.renormalize = top_k, renormalize
-    # It counts in choosing experts and not in their gates.
+    # It affects the choice of experts, not their gates.
     bias = torch.zeros(num_experts) if expert_bias else None
     self.register_buffer('e_score_correction_bias', bias)
 
@@ -35,7 +35,7 @@ class BamRouter(nn.Linear):
     scores = gates.detach()
     if self.e_score_correction_bias is not None:
       scores = scores + self.e_score_correction_bias.float()
-    # Stable, so that ties go to the lower expert.
+    # Stable, so that ties go to the expert with the lower index.
     chosen = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]
     gates = torch.zeros_like(gates).scatter(-1, chosen, gates.gather(-1, chosen))
     return gates / gates.sum(-1, keepdim=True) if self.renormalize else gates
@@ -59,8 +59,8 @@ class BamProjections(nn.Module):
 class BamAttention(BamProjections):
   """The sum of several attention experts, weighted with the gates of the query's token.
 
-  Experts own their queries and outputs and, without `shared_kv`, their keys and values. The heads
-  of all the experts lie side by side, in one call of the kernel and in one entry of the cache.
+  Experts have their own queries and outputs and, without `shared_kv`, keys and values. The heads of
+  all experts are side by side, in one kernel call and one cache entry.
   """
 
   def __init__(self, config: BamConfig, layer_idx: int):
@@ -121,7 +121,7 @@ class BamSparseMLP(nn.Module):
 
 
 class BamModel(CohereModel):
-  """Embedding, blocks and the final norm; Cohere's, but for the experts."""
+  """Embedding, blocks and the final norm; Cohere's, except for the experts."""
 
   config_class = BamConfig
 
@@ -137,7 +137,7 @@ class BamModel(CohereModel):
 
 
 class BamForCausalLM(CohereForCausalLM):
-  """The model with its logits of the next token."""
+  """The model with next-token logits."""
 
   config_class = BamConfig
 

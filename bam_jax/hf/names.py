@@ -1,7 +1,7 @@
-"""The tensors of a folder for transformers and our arrays: the same values under other names.
+"""Maps the tensors of a folder for transformers to our arrays: the same values, other names.
 
-A dense model has Cohere's names. A mixture has them too, with its experts in numbered modules, as
-transformers' own mixtures do. Nothing here reads files: one tensor goes in, one comes out.
+A dense model has Cohere's names. So does a mixture, with its experts in numbered modules, like
+transformers' own mixtures. No files are read here: one tensor goes in, one comes out.
 
 Legend: L layers, E experts, D model, H query heads, G key-value heads, K head, F FFN, V vocabulary.
 """
@@ -16,16 +16,16 @@ from bam_jax import config
 
 HEAD = 'lm_head.weight'
 TABLE = 'model.embed_tokens.weight'
-STRIP = 32  # rows that are transposed at once: two cache lines of what is written
+STRIP = 32  # rows transposed at once: two cache lines of the output
 
 
 class Tensor(NamedTuple):
-  """One of our arrays, and the tensors that it is over there: one for each layer and expert."""
+  """One of our arrays, and its tensors in transformers: one for each layer and expert."""
 
   name: str  # '{0}' in it stands for the number of the layer, '{1}' for that of the expert
   stacked: tuple[int, ...]  # our axes of layers and experts
   ours: tuple[int, ...]  # the other axes
-  theirs: tuple[int, ...]  # matrices are (out, in) over there
+  theirs: tuple[int, ...]  # matrices are (out, in) in transformers
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -34,20 +34,20 @@ class Tensor(NamedTuple):
 
   @property
   def is_matrix(self) -> bool:
-    """Whether the array is transposed over there."""
+    """Whether the array is transposed in transformers."""
     return self.name.endswith(('_proj.weight', 'router.weight', HEAD))
 
   def parts(self) -> Iterator[tuple[tuple[int, ...], str]]:
-    """The index of each part in our array, and its name over there."""
+    """The index of each part in our array, and its name in transformers."""
     for index in itertools.product(*map(range, self.stacked)):
       yield index, self.name.format(*index)
 
 
-Table = dict[str, Tensor]  # all of a model's, by our paths
+Table = dict[str, Tensor]  # of a whole model, by our paths
 
 
 def tensors(model: config.Model) -> Table:
-  """All the tensors of a model by our paths, in the order of the layers' computation."""
+  """All tensors of a model by our paths, in the order of computation."""
   D, F, V, L = model.d_model, model.ffn_dim, model.vocab_size, model.num_layers
   H, G, K = model.num_heads, model.num_kv_heads, model.head_dim
   attention, ffn = model.attention_experts, model.ffn_experts
@@ -88,12 +88,12 @@ def tensors(model: config.Model) -> Table:
 
 
 def to_ours(tensor: Tensor, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """One tensor of theirs as a part of our array, contiguous."""
+  """A tensor of transformers as a part of our array, contiguous."""
   return _cast(array, dtype, tensor.is_matrix).reshape(tensor.ours)
 
 
 def to_theirs(tensor: Tensor, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """One part of our array as a tensor of theirs, contiguous; undoes `to_ours`."""
+  """A part of our array as a tensor of transformers, contiguous; the inverse of `to_ours`."""
   shape = tensor.theirs[::-1] if tensor.is_matrix else tensor.theirs
   return _cast(array.reshape(shape), dtype, tensor.is_matrix)
 

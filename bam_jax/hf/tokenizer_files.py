@@ -1,4 +1,4 @@
-"""What transformers' AutoTokenizer reads, from the one file that our tokenizers are."""
+"""Writes the files that transformers' AutoTokenizer reads, from our single tokenizer file."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,14 @@ from tokenizers import processors
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, Tokenizer
 from bam_jax.hf import files
 
-# What pads a batch, in order of preference; else what ends documents.
+# Padding tokens in order of preference; the fallback is EOS.
 PAD_TOKENS = ('<|pad|>', '<PAD>', '<pad>', '[PAD]', '<|padding|>')
 
 
 def write(folder: Path, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
   """Writes a tokenizer's file and, for a tokenizer.json, tokenizer_config.json.
 
-  `length` is the number of tokens that the model was trained on at once. Returns the ids for
+  `length` is the model's training sequence length. Returns the ids for
   config.json: `bos_token_id`, `eos_token_id` and `pad_token_id`, which may be None.
   """
   ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id, 'pad_token_id': None}
@@ -43,7 +43,7 @@ def write(folder: Path, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
 
 
 def _begin_with_bos(backend: tokenizers.Tokenizer, tokenizer: Tokenizer) -> str:
-  """A tokenizer.json whose texts begin with BOS and do not end with EOS, as prompts do here."""
+  """A tokenizer.json that begins texts with BOS and does not end them with EOS, like prompts."""
   before = json.loads(backend.to_str())['post_processor'] or {'type': None}
   backend.post_processor = processors.TemplateProcessing(
     single=[tokenizer.bos_token, '$A'],
@@ -51,7 +51,7 @@ def _begin_with_bos(backend: tokenizers.Tokenizer, tokenizer: Tokenizer) -> str:
     special_tokens=[(tokenizer.bos_token, tokenizer.bos_id)],
   )
   facts = json.loads(backend.to_str())
-  # Of the other rules, only ByteLevel adds no token: it corrects offsets.
+  # Among the other rules, only ByteLevel adds no token: it corrects offsets.
   rules = [rule for rule in before.get('processors', [before]) if rule['type'] == 'ByteLevel']
   rules.append(facts['post_processor'])
   facts['post_processor'] = {'type': 'Sequence', 'processors': rules}

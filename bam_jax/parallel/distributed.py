@@ -73,7 +73,7 @@ def joined() -> Iterator[None]:
   """Makes this process part of its job for the duration of a `with` block; no-op for a single one.
 
   Must come before anything asks JAX for its devices. In a job, an error exits the process at once,
-  since the others could only wait for it. UserError if the flags are inconsistent, or differ.
+  since the others could only wait for it. UserError if the flags contradict each other or the job.
   """
   told = flags.FLAGS
   pod = has_tpu(Path('/dev'))
