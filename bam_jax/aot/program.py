@@ -20,8 +20,8 @@ from bam_jax import config
 from bam_jax.aot.topology import Topology
 from bam_jax.errors import UserError
 from bam_jax.generate import generator
+from bam_jax.generate.decode import Decoder
 from bam_jax.model import transformer
-from bam_jax.model.decode import Decoder
 from bam_jax.parallel import sharding
 from bam_jax.recipes import graph
 from bam_jax.train import optimizer

@@ -13,8 +13,8 @@ from bam_jax.aot import cost, program, roofline
 from bam_jax.aot.roofline import BOUNDS
 from bam_jax.aot.topology import Topology
 from bam_jax.generate import generator
+from bam_jax.generate.decode import Decoder
 from bam_jax.model import arithmetic
-from bam_jax.model.decode import Decoder
 
 LIBRARIES = ('jax', 'jaxlib', 'libtpu')
 

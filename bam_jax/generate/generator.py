@@ -21,9 +21,9 @@ from jax.sharding import PartitionSpec as P
 from bam_jax import checkpoint, config
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
+from bam_jax.generate.decode import ROWS, Cache, Decoder
 from bam_jax.generate.sampling import SamplingParams, sample
 from bam_jax.model import arithmetic
-from bam_jax.model.decode import ROWS, Cache, Decoder
 from bam_jax.parallel import memory
 
 MAX_STEPS = 16  # of one call of `decode`
@@ -122,7 +122,8 @@ def _key(noise_2, number):
 
 def _specs(decoder: Decoder) -> tuple[Any, State]:
   """PartitionSpecs of parameters and state."""
-  return decoder.param_specs(), State(decoder.cache_specs(), *REST)
+  params, cache = decoder.specs()
+  return params, State(cache, *REST)
 
 
 def abstract_arguments(decoder: Decoder, batch: int, slots: int) -> tuple:

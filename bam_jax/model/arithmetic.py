@@ -45,22 +45,17 @@ def parameters(model: config.Model) -> Parameters:
 def total_parts(model: config.Model) -> Parts:
   """A model's parameters by part."""
   attention, ffn = model.attention_experts, model.ffn_experts
-  return _parts(
-    model,
-    queries=attention.num_experts if attention else 1,
-    ffns=ffn.num_experts if ffn else 1,
-  )
+  queries, ffns = (experts.num_experts if experts else 1 for experts in (attention, ffn))
+  return _parts(model, queries, ffns)
 
 
 def active_parts(model: config.Model) -> Parts:
   """The parameters that one token meets, by part; paper table 9.
 
-  Soft attention meets all of its experts. Routed attention meets the queries and outputs of its
-  top-k, and every expert's keys and values: a later token may attend to them. The whole embedding
-  counts, as in the paper, though one row is read.
+  Routed attention meets the queries and outputs of its top-k, and every expert's keys and values: a
+  later token may attend to them. The whole embedding counts, though one row is read.
   """
-  ffn = model.ffn_experts
-  return _parts(model, queries=_queries_met(model), ffns=ffn.top_k if ffn else 1)
+  return _parts(model, _queries_met(model), model.ffn_experts.top_k if model.ffn_experts else 1)
 
 
 def _parts(model: config.Model, queries: int, ffns: int) -> Parts:
@@ -79,22 +74,16 @@ def _parts(model: config.Model, queries: int, ffns: int) -> Parts:
 
 
 def forward_flops(model: config.Model, context: int) -> int:
-  """FLOPs of one token's forward pass, 2 for a multiply and add.
-
-  Args:
-    model: any variant.
-    context: T; a token sees half of it on average, as in the paper's table 7.
-  """
+  """FLOPs of one token's forward pass, 2 for a multiply and add; see `forward_parts`."""
   return forward_parts(model, context).total
 
 
 def forward_parts(model: config.Model, context: int) -> Parts:
-  """FLOPs of one token's forward pass by part; paper tables 7 and 10.
+  """FLOPs of one token's forward pass by part, 2 for a multiply and add; paper tables 7 and 10.
 
-  Matrix products only: norms, activations, the softmax and the embedding's look-up are free, so
-  that `embeddings` is the output embedding alone. Grouped queries make keys and values smaller,
-  and routers are counted in full. What is computed for padding, masked scores or attention experts
-  that routing leaves out is not part of the model.
+  A token sees half of `context` on average. Matrix products only: norms, activations, the softmax
+  and the embedding's look-up are free, so that `embeddings` is the output embedding alone. What is
+  computed for padding, masked scores or experts that routing leaves out is not part of the model.
   """
   met = active_parts(model)
   scores_and_sum = 2 * context * model.num_heads * model.head_dim  # 4 of them, and the causal half

@@ -42,21 +42,16 @@ class Attention(nnx.Module):
     if options:
       self.router = parameters.normal(rngs, (L, D, *E), D)
     if model.qk_norm:
-      self.query_scale = parameters.ones((L, *E, H, K))
-      self.key_scale = parameters.ones((L, *E_kv, G, K))
+      self.query_scale = parameters.full((L, *E, H, K), 1)
+      self.key_scale = parameters.full((L, *E_kv, G, K), 1)
 
   def __call__(
     self, y_BTD: jax.Array, tokens: Tokens, caches: Sequence[KVCache] | None = None
   ) -> tuple[jax.Array, router.Choices | None, list[KVCache] | None]:
     """One layer's attention of normalised tokens (B, T, D).
 
-    Args:
-      y_BTD: after the block's norm.
-      tokens: their metadata.
-      caches: of earlier tokens, for each set of keys and values on this device; None in training.
-
-    Returns:
-      (B, T, D); the router's choices, if there is one; the caches with these tokens in them.
+    Given `caches` of earlier tokens, one for each set of keys and values on this device, it is to
+    these too. Returns (B, T, D), the router's choices, and the caches with these tokens in them.
     """
     y_BTD = y_BTD.astype(self.query.dtype)
     key, value = self.keys_and_values(y_BTD, ..., tokens)

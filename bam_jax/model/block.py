@@ -34,11 +34,7 @@ class Block(nnx.Module):
   ):
     """Parameters of all the layers, stacked on axis 0; `__call__` takes one layer's slice.
 
-    Args:
-      model: any variant.
-      layout: the collectives.
-      decoding: whether few tokens come at a time, so that reading weights takes the time.
-      rngs: of the initial parameters.
+    `decoding` says that few tokens come at a time, so that reading weights takes the time.
     """
     self.layout = layout
     self.attention_experts, self.ffn_experts = model.attention_experts, model.ffn_experts
@@ -61,7 +57,7 @@ class Block(nnx.Module):
       x_BTD: the residual stream of this device's tokens, in the compute dtype.
       tokens: their metadata.
       group: that of all tokens of the `expert` group.
-      caches: keys and values of earlier tokens, or None; see `Attention`.
+      caches: of earlier tokens; see `Attention`.
 
     Returns:
       The residual stream, what the routers chose for the group's tokens, and the caches.
@@ -69,24 +65,24 @@ class Block(nnx.Module):
     # x is gathered, not norm(x): it is in the compute dtype already, and so routers see the norm's
     # float32 result whether or not there is a mesh.
     gather, reduce = self.layout.gather_tokens, self.layout.reduce_tokens
-    if not self.attention_experts and not self.ffn_experts:
+    if not self.attention_experts and not self.ffn_experts:  # dense
       y_BTD = self.norm(x_BTD)
       attended_BTD, attention_choices, caches = self.attention(y_BTD, tokens, caches)
       fed_BTD, ffn_choices = self.ffn(y_BTD, tokens)
       added_BTD = attended_BTD + fed_BTD
-    elif self.attention_experts and self.ffn_experts:
+    elif self.attention_experts and self.ffn_experts:  # BAM: gather once, reduce once
       y_BTD = self.norm(gather(x_BTD))
       attended_BTD, attention_choices, caches = self.attention(y_BTD, group, caches)
       fed_BTD, ffn_choices = self.ffn(y_BTD, group)
       added_BTD = reduce(attended_BTD + fed_BTD)
-    elif self.ffn_experts:
+    elif self.ffn_experts:  # BTX
       attended_BTD, attention_choices, caches = self.attention(self.norm(x_BTD), tokens, caches)
       fed_BTD, ffn_choices = self.ffn(self.norm(gather(x_BTD)), group)
       added_BTD = attended_BTD + reduce(fed_BTD)
-    else:
+    else:  # a mixture of attention alone
       y_BTD = self.norm(gather(x_BTD))
       attended_BTD, attention_choices, caches = self.attention(y_BTD, group, caches)
       fed_BTD, ffn_choices = self.ffn(self.norm(x_BTD), tokens)
-      added_BTD = reduce(attended_BTD) + fed_BTD
+      added_BTD = fed_BTD + reduce(attended_BTD)
     x_BTD = x_BTD + self.layout.sum(added_BTD, 'tensor')
     return x_BTD, Routing(attention_choices, ffn_choices), caches

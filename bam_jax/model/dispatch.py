@@ -26,12 +26,7 @@ def blocks(experts_A: jax.Array, num_experts: int, rows: int) -> Slots:
   """Slots without drops: every expert gets as many parts of `rows` rows as it needs.
 
   There are floor((A + E (rows - 1)) / rows) parts, which suffice for any assignments: each expert
-  leaves at most rows - 1 rows of its last part empty.
-
-  Args:
-    experts_A: int32, the expert of each assignment; `num_experts` for none (padding).
-    num_experts: E.
-    rows: of a part.
+  leaves at most rows - 1 rows of its last part empty. Padding is assigned to expert `num_experts`.
   """
   order_A, rank_A, sizes_E = _sort(experts_A, num_experts)
   parts_E = -(-sizes_E // rows)

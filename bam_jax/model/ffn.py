@@ -56,7 +56,7 @@ class MixtureOfFFN(nnx.Module):
     self.down = parameters.normal(rngs, (L, E, F, D), F, (2 * L) ** -0.5)
     self.router = parameters.normal(rngs, (L, D, E), D)
     if self.options.expert_bias:
-      self.expert_bias = parameters.zeros((L, E))
+      self.expert_bias = parameters.full((L, E), 0)
 
   def __call__(self, y_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, router.Choices]:
     """One layer's mixture of normalised tokens (B, T, D), as far as this device's experts go."""

@@ -19,7 +19,7 @@ class LayerNorm(nnx.Module):
   """`layer_norm` with a parameter `scale` of the given shape."""
 
   def __init__(self, shape: tuple[int, ...], epsilon: float):
-    self.scale = parameters.ones(shape)
+    self.scale = parameters.full(shape, 1)
     self.epsilon = epsilon
 
   def __call__(self, x: jax.Array) -> jax.Array:

@@ -20,14 +20,9 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, scale: float = 1
   return nnx.Param(deviation * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
-def ones(shape: tuple[int, ...]) -> nnx.Param:
-  """A float32 parameter of ones: a norm that does not scale yet."""
-  return nnx.Param(jnp.ones(shape, jnp.float32))
-
-
-def zeros(shape: tuple[int, ...]) -> nnx.Param:
-  """A float32 parameter of zeros."""
-  return nnx.Param(jnp.zeros(shape, jnp.float32))
+def full(shape: tuple[int, ...], value: float) -> nnx.Param:
+  """A float32 parameter, the same value everywhere."""
+  return nnx.Param(jnp.full(shape, value, jnp.float32))
 
 
 def dtype_of(name: str, dtype: jnp.dtype) -> jnp.dtype:
@@ -36,9 +31,7 @@ def dtype_of(name: str, dtype: jnp.dtype) -> jnp.dtype:
 
 
 def cast(params: dict, dtype: jnp.dtype) -> dict:
-  """`params` in the compute dtype, except those of FLOAT32_NAMES."""
-
-  def cast_one(path, leaf):
-    return leaf if path[-1].key in FLOAT32_NAMES else leaf.astype(dtype)
-
-  return jax.tree_util.tree_map_with_path(cast_one, params)
+  """`params` in the compute dtype, except those of FLOAT32_NAMES, which stay as they are."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: x if path[-1].key in FLOAT32_NAMES else x.astype(dtype), params
+  )

@@ -40,7 +40,6 @@ def metadata(
 def apply_rope(x_BTHK: jax.Array, tokens: Tokens) -> jax.Array:
   """Queries or keys rotated to their tokens' positions; in float32, cast back to their dtype."""
   pairs = x_BTHK.reshape(*x_BTHK.shape[:-1], -1, 2).astype(tokens.sin.dtype)
-  even, odd = pairs[..., 0], pairs[..., 1]
-  sin, cos = tokens.sin, tokens.cos
+  even, odd, sin, cos = pairs[..., 0], pairs[..., 1], tokens.sin, tokens.cos
   rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
   return rotated.reshape(x_BTHK.shape).astype(x_BTHK.dtype)

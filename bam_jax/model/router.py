@@ -41,11 +41,7 @@ class Statistics(NamedTuple):
 
 
 def gates(y_BTD: jax.Array, router_DE: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Softmax gates over all the experts, in float32 whatever `y_BTD` is.
-
-  Returns:
-    Gates and logits, both (B, T, E).
-  """
+  """Softmax gates over all the experts and their logits, BTE, float32 whatever `y_BTD` is."""
   dtype = jnp.promote_types(y_BTD.dtype, jnp.float32)
   logits_BTE = jnp.einsum(
     'btd,de->bte', y_BTD.astype(dtype), router_DE, precision=jax.lax.Precision.HIGHEST
@@ -58,12 +54,8 @@ def top_k(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The experts that each token visits: the k largest gates; ties go to the lower number.
 
-  Args:
-    gates_BTE: what `gates` returned.
-    k: experts a token visits.
-    renormalize: divide the k gates by their sum.
-    bias_E: is added to the gates for the choice alone: the gates that are returned do not have it,
-      and it has no gradient; arXiv 2408.15664, eq. 3.
+  A bias decides who is chosen and no more: the gates that are returned do not have it, and it has
+  no gradient; arXiv 2408.15664, eq. 3. `renormalize` divides the k gates by their sum.
 
   Returns:
     Gates (B, T, k), expert numbers (B, T, k) int32, and a 0/1 mask of them (B, T, E) int32.
@@ -99,26 +91,16 @@ def statistics(choices: Choices, counted_BT: jax.Array) -> Statistics:
   )
 
 
-def load_shares(stats: Statistics) -> jax.Array:
-  """The share of the assignments that each expert got; zeros where there was none."""
-  return stats.load / jnp.maximum(stats.load.sum(-1, keepdims=True), 1)
-
-
 def load_balance(stats: Statistics, whole: Statistics) -> jax.Array:
   """`L_LB = N sum_i f_i P_i`, summed over layers; Switch Transformers, arXiv 2101.03961.
 
-  Args:
-    stats: of some tokens; the result is what these contribute.
-    whole: of all the tokens that the loss is over; `stats` itself if those are all.
+  What the tokens of `stats` contribute to the loss over those of `whole`, themselves among them.
   """
   tokens = jnp.maximum(whole.tokens, 1)[..., None]
-  num_experts = stats.load.shape[-1]
-  return num_experts * jnp.sum(load_shares(whole) * (stats.gate / tokens))
+  shares = whole.load / jnp.maximum(whole.load.sum(-1, keepdims=True), 1)
+  return stats.load.shape[-1] * jnp.sum(shares * (stats.gate / tokens))
 
 
 def router_z(stats: Statistics, whole: Statistics) -> jax.Array:
-  """`L_z`, the mean of logsumexp(logits)^2, summed over layers; ST-MoE, arXiv 2202.08906.
-
-  Arguments are as in `load_balance`.
-  """
+  """`L_z`, the mean of logsumexp(logits)^2, summed over layers as there; arXiv 2202.08906."""
   return jnp.sum(stats.z / jnp.maximum(whole.tokens, 1))

@@ -15,32 +15,21 @@ from bam_jax.parallel.collectives import Layout
 Params = dict[str, Any]  # nested; layers on axis 0, experts on axis 1
 
 
-class Table(nnx.Module):
-  """Input embedding: `table` VD."""
-
-  def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
-    self.table = parameters.normal(rngs, (model.vocab_size, model.d_model), model.d_model)
-
-
-class Kernel(nnx.Module):
-  """Output embedding of a model that does not tie it: `kernel` DV."""
-
-  def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
-    self.kernel = parameters.normal(rngs, (model.d_model, model.vocab_size), model.d_model)
-
-
 class Transformer(nnx.Module):
   """Embedding, a scan over the blocks, a final norm, and the output embedding."""
 
   def __init__(
     self, model: config.Model, compute: config.Compute, layout: Layout, *, rngs: nnx.Rngs
   ):
+    """Parameters: `embed/table` VD, `blocks`, `final_norm` and, untied, `unembed/kernel` DV."""
     self.model, self.compute, self.layout = model, compute, layout
-    self.embed = Table(model, rngs=rngs)
+    V, D = model.vocab_size, model.d_model
+    self.embed, self.unembed = nnx.Module(), nnx.Module()
+    self.embed.table = parameters.normal(rngs, (V, D), D)
     self.blocks = Block(model, layout, rngs=rngs)
-    self.final_norm = LayerNorm((model.d_model,), model.norm_epsilon)
+    self.final_norm = LayerNorm((D,), model.norm_epsilon)
     if not model.tied_embeddings:
-      self.unembed = Kernel(model, rngs=rngs)
+      self.unembed.kernel = parameters.normal(rngs, (D, V), D)
 
   def __call__(
     self, tokens_BT, segments_BT, positions_BT, per_token: bool = False
@@ -81,14 +70,15 @@ class Network:
     self.model, self.compute = model, compute
     self.layout = Layout(mesh)
     self._dtype = jnp.dtype(compute.dtype)
-    self._graph, self._abstract = nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
-
-  def _build(self, key: jax.Array) -> Transformer:
-    return Transformer(self.model, self.compute, self.layout, rngs=nnx.Rngs(params=key))
+    make = lambda: Transformer(model, compute, self.layout, rngs=nnx.Rngs(params=0))
+    self._graph, self._abstract = nnx.split(nnx.eval_shape(make))
 
   def init(self, key: jax.Array) -> Params:
     """Random float32 parameters."""
-    return nnx.to_pure_dict(nnx.state(self._build(key)))
+    rngs = nnx.Rngs(params=key)
+    return nnx.to_pure_dict(
+      nnx.state(Transformer(self.model, self.compute, self.layout, rngs=rngs))
+    )
 
   def abstract(self) -> Params:
     """Shapes and dtypes of the parameters."""
@@ -125,14 +115,7 @@ class Network:
     )
 
   def nll_sum(self, params: Params, hidden_BTD, targets_BT, weights_BT) -> jax.Array:
-    """Sum of weight times negative log-likelihood of the targets; float32 nats.
-
-    Args:
-      params: float32.
-      hidden_BTD: what `hidden` returned.
-      targets_BT: int32.
-      weights_BT: float32.
-    """
+    """Sum of weight times negative log-likelihood of the int32 targets; float32 nats."""
     kernel, transposed = self._unembedding(params)
     return vocabulary.nll_sum(
       self.layout,

@@ -8,6 +8,7 @@ Legend: B batch, T sequence, D model, V vocabulary, N tokens, W words of this de
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -30,12 +31,7 @@ def local_words(
 ) -> Words:
   """This device's words, or those of its `fsdp` group if that moves less than moving its tokens.
 
-  Args:
-    layout: the collectives.
-    kernel: this device's part, (W, D) or (D, W); any floating dtype.
-    num_tokens: this device's.
-    dtype: in which words travel.
-    transposed: whether the kernel is (D, W).
+  `kernel` is this device's part, (W, D) or transposed; words travel in `dtype`.
   """
   axis = 1 if transposed else 0
   fsdp, expert = layout.sizes['fsdp'], layout.sizes['expert']
@@ -83,11 +79,11 @@ def nll_sum(
 
   Args:
     layout: the collectives.
-    kernel: this device's part of the output embedding, (W, D) or (D, W).
-    hidden_BTD: this device's, after the final norm.
+    kernel: this device's part of the output embedding, (W, D), or (D, W) if `transposed`.
+    hidden_BTD: after the final norm.
     targets_BT: int32.
-    weights_BT: of the targets.
-    transposed: whether the kernel is (D, W).
+    weights_BT: float32.
+    transposed: see `kernel`.
     scale: of the logits.
     chunk: tokens whose logits exist at once on a device; 0 is all.
     dtype: of the products' operands.
@@ -112,22 +108,10 @@ def nll_sum(
       return x_N
     return jax.lax.dynamic_slice_in_dim(x_N, jax.lax.axis_index(words.tokens_over) * rows, rows)
 
-  def value(kernel, hidden, targets, weights):
-    here = words._replace(kernel=kernel.astype(dtype))
-
-    def one(total, part):
-      hidden_ND, targets_N, weights_N = part
-      nll_N, *_ = _scores(
-        layout, here, transposed, scale, gather(hidden_ND.astype(dtype)), gather(targets_N)
-      )
-      return total + jnp.sum(own(nll_N) * weights_N), None
-
-    return _over_chunks(one, jnp.zeros((), weights.dtype), (hidden, targets, weights))[0]
-
-  def value_and_gradients(kernel, hidden, targets, weights):
+  def sweep(gradients: bool, kernel, hidden, targets, weights):
+    """The sum and, if wanted, its gradients to kernel and hidden."""
     here = words._replace(kernel=kernel.astype(dtype))
     grad_dtype = jnp.promote_types(dtype, jnp.float32)
-    to_hidden, to_kernel = ('nw,dw->nd', 'nd,nw->dw') if transposed else ('nw,wd->nd', 'nw,nd->wd')
 
     def one(carry, part):
       total, d_kernel = carry
@@ -135,19 +119,26 @@ def nll_sum(
       nll_N, logits_NW, logsumexp_N, local_N = _scores(
         layout, here, transposed, scale, hidden_ND, targets_N
       )
+      total += jnp.sum(own(nll_N) * part[2])
+      if not gradients:
+        return (total, None), None
       d_logits_NW = jnp.exp(logits_NW - logsumexp_N[:, None])
       d_logits_NW -= jax.nn.one_hot(local_N, logits_NW.shape[1], dtype=d_logits_NW.dtype)
       d_logits_NW = (scale * weights_N[:, None] * d_logits_NW).astype(dtype)
-      d_hidden_ND = jnp.einsum(
-        to_hidden, d_logits_NW, here.kernel, preferred_element_type=grad_dtype
-      )
-      pair = (hidden_ND, d_logits_NW) if transposed else (d_logits_NW, hidden_ND)
-      d_kernel += jnp.einsum(to_kernel, *pair, preferred_element_type=grad_dtype)
+      einsum = partial(jnp.einsum, preferred_element_type=grad_dtype)
+      if transposed:
+        d_hidden_ND = einsum('nw,dw->nd', d_logits_NW, here.kernel)
+        d_kernel += einsum('nd,nw->dw', hidden_ND, d_logits_NW)
+      else:
+        d_hidden_ND = einsum('nw,wd->nd', d_logits_NW, here.kernel)
+        d_kernel += einsum('nw,nd->wd', d_logits_NW, hidden_ND)
       d_hidden_ND = layout.scatter(d_hidden_ND.astype(dtype), *words.tokens_over)
-      return (total + jnp.sum(own(nll_N) * part[2]), d_kernel), d_hidden_ND
+      return (total, d_kernel), d_hidden_ND
 
-    carry = jnp.zeros((), weights.dtype), jnp.zeros(kernel.shape, grad_dtype)
+    carry = jnp.zeros((), weights.dtype), jnp.zeros(kernel.shape, grad_dtype) if gradients else None
     (total, d_kernel), d_hidden = _over_chunks(one, carry, (hidden, targets, weights))
+    if not gradients:
+      return total
     return total, (d_kernel.astype(kernel.dtype), d_hidden.astype(hidden.dtype))
 
   def backward(gradients, cotangent):
@@ -155,8 +146,8 @@ def nll_sum(
     cotangent *= layout.copies
     return *((cotangent * x).astype(x.dtype) for x in gradients), None, None
 
-  total = jax.custom_vjp(value)
-  total.defvjp(value_and_gradients, backward)
+  total = jax.custom_vjp(partial(sweep, False))
+  total.defvjp(partial(sweep, True), backward)
   return total(words.kernel, cut(hidden_BTD), cut(targets_BT), cut(weights_BT))
 
 
@@ -183,7 +174,7 @@ def _scores(layout, words: Words, transposed: bool, scale: float, hidden_ND, tar
 
 def _over_chunks(one, carry, parts):
   """A scan over chunks; a single chunk needs no loop."""
-  if parts[0].shape[0] > 1:
+  if len(parts[0]) > 1:
     return jax.lax.scan(one, carry, parts)
   carry, out = one(carry, jax.tree.map(lambda x: x[0], parts))
   return carry, None if out is None else out[None]

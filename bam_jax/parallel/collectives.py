@@ -131,9 +131,7 @@ class Layout:
   def weights(self, layer: dict, path: str) -> dict:
     """One layer's weights, gathered except over `tensor` and, for experts, `expert`.
 
-    Args:
-      layer: this device's shard of each array, without the layer axis.
-      path: of `layer` among the parameters.
+    `layer` has this device's shard of each array, without the layer axis; `path` is its own.
     """
     if not self.gathers:
       return layer

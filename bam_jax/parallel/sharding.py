@@ -57,15 +57,7 @@ EXPERTS = {
 
 
 def make_mesh(mesh: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-  """The mesh over the first devices.
-
-  Args:
-    mesh: sizes of its axes.
-    devices: default: those of this job.
-
-  Raises:
-    UserError: there are too few devices, or several slices do not divide `data`.
-  """
+  """The mesh over the first of this job's or other devices; UserError if there are too few."""
   devices = jax.devices() if devices is None else list(devices)
   if mesh.size > len(devices):
     raise UserError(
@@ -145,17 +137,11 @@ def names(axes: None | str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def tree(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Shardings of a tree that holds parameters, or optimizer state shaped like them.
-
-  Args:
-    abstract: its leaves have `shape`; a leaf with no dictionary key in its path is a counter.
-    mesh: of `make_mesh`.
-  """
+  """Shardings of parameters, or of optimizer state: like them, but for counters without a key."""
 
   def one(key_path, leaf):
     path = path_of(key_path)
-    spec = spec_of(path, len(leaf.shape)) if path else P()
-    return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, spec_of(path, len(leaf.shape)) if path else P())
 
   return jax.tree_util.tree_map_with_path(one, abstract)
 
@@ -176,13 +162,9 @@ def check(abstract: Any, mesh: config.Mesh, where: str) -> None:
 def check_divides(
   abstract: Any, sizes: Mapping[str, int], where: str, spec: Callable[[str, int], Sequence]
 ) -> None:
-  """UserError when axes of these sizes do not divide a parameter's dimension.
+  """UserError when axes of these sizes, which `where` sets, do not divide a parameter's dimension.
 
-  Args:
-    abstract: parameters; leaves have `shape`.
-    sizes: of the mesh's axes.
-    where: the key or flag that sets the mesh.
-    spec: (path, ndim) -> for each dimension the axes that shard it, as in a PartitionSpec.
+  `spec` is (path, ndim) -> for each dimension the axes that shard it, as in a PartitionSpec.
   """
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
     path = path_of(key_path)

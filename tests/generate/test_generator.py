@@ -10,10 +10,11 @@ import pytest
 
 from bam_jax import config
 from bam_jax.errors import UserError
+from bam_jax.generate import decode
 from bam_jax.generate import generator as generator_lib
 from bam_jax.generate.generator import Generator, Row
 from bam_jax.generate.sampling import SamplingParams
-from bam_jax.model import decode, transformer
+from bam_jax.model import transformer
 from bam_jax.parallel import sharding
 
 LENGTH = 24  # the most tokens of a row in these tests

@@ -16,13 +16,7 @@ from tests.model import odd
 def named(models):
   """The function from a name to its model."""
 
-  def make(name: str) -> config.Model:
-    if name in models:
-      return models[name]
-    base, change = odd.MODELS[name]
-    return change(models[base])
-
-  return make
+  return functools.partial(odd.named, models)
 
 
 @pytest.fixture(scope='session')

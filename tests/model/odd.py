@@ -7,44 +7,36 @@ import pytest
 
 from bam_jax import config
 
-Change = Callable[[config.Model], config.Model]
-
-
-def _with(**changes) -> Change:
-  return lambda model: dataclasses.replace(model, **changes)
-
-
 # Name -> the model of conftest that it is like, and in what it differs. Six experts are three on
 # each of two devices.
-MODELS: dict[str, tuple[str, Change]] = {
+MODELS: dict[str, tuple[str, dict]] = {
   'six_experts': (
     'bam_kv_experts',
-    _with(
+    dict(
       attention_experts=config.AttentionExperts(6),
       ffn_experts=config.FFNExperts(6, top_k=2, renormalize=True),
     ),
   ),
   'six_routed': (
     'routed_attention',
-    _with(
+    dict(
       attention_experts=config.AttentionExperts(6, top_k=2, renormalize=True),
       ffn_experts=config.FFNExperts(6, top_k=3),
     ),
   ),
-  'norms_of_heads': ('bam_kv_experts', _with(qk_norm=True)),
-  'norms_of_shared_heads': ('bam_shared_kv', _with(qk_norm=True)),
-  'biased': ('btx', _with(ffn_experts=config.FFNExperts(4, expert_bias=True))),
-  'attention_experts_alone': ('bam_kv_experts', _with(ffn_experts=None, logit_scale=0.5)),
-  'room_for_all': ('bam_kv_experts', _with(ffn_experts=config.FFNExperts(4, capacity_factor=4.0))),
+  'norms_of_heads': ('bam_kv_experts', dict(qk_norm=True)),
+  'norms_of_shared_heads': ('bam_shared_kv', dict(qk_norm=True)),
+  'biased': ('btx', dict(ffn_experts=config.FFNExperts(4, expert_bias=True))),
+  'attention_experts_alone': ('bam_kv_experts', dict(ffn_experts=None, logit_scale=0.5)),
+  'room_for_all': ('bam_kv_experts', dict(ffn_experts=config.FFNExperts(4, capacity_factor=4.0))),
   'with_a_capacity': (
     'bam_kv_experts',
-    _with(ffn_experts=config.FFNExperts(4, capacity_factor=1.0)),
+    dict(ffn_experts=config.FFNExperts(4, capacity_factor=1.0)),
   ),
 }
 LIKE_CONFTEST = 'dense', 'untied', 'btx', 'bam_kv_experts', 'bam_shared_kv', 'routed_attention'
-
-Shape = tuple[int, int, int, int]  # of a mesh
 ALL_BUT_DATA = (1, 2, 2, 2)
+Shape = tuple[int, int, int, int]  # of a mesh
 
 
 def cases(
@@ -69,3 +61,11 @@ def cases(
     if fits(name, shape)
     and (shape == ALL_BUT_DATA or name in LIKE_CONFTEST or (name, shape) in quick)
   ]
+
+
+def named(models: dict[str, config.Model], name: str) -> config.Model:
+  """A model of conftest, or of MODELS."""
+  if name in models:
+    return models[name]
+  base, changes = MODELS[name]
+  return dataclasses.replace(models[base], **changes)

@@ -8,24 +8,13 @@ from bam_jax import config
 from bam_jax.model import arithmetic
 
 SMALL = config.Model(
-  vocab_size=256_000,
-  d_model=1024,
-  num_layers=6,
-  num_heads=8,
-  num_kv_heads=8,
-  head_dim=128,
-  ffn_dim=2048,
-  tied_embeddings=False,
-)
+  vocab_size=256_000, d_model=1024, num_layers=6, num_heads=8, num_kv_heads=8, head_dim=128,
+  ffn_dim=2048, tied_embeddings=False,
+)  # fmt: skip
 LARGE = config.Model(
-  vocab_size=256_000,
-  d_model=2304,
-  num_layers=18,
-  num_heads=18,
-  num_kv_heads=6,
-  head_dim=128,
+  vocab_size=256_000, d_model=2304, num_layers=18, num_heads=18, num_kv_heads=6, head_dim=128,
   ffn_dim=9216,
-)
+)  # fmt: skip
 
 
 def mixture(attention: dict | None, **ffn) -> config.Model:

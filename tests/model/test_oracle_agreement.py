@@ -31,16 +31,9 @@ LOSS = config.Loss(load_balance=0.3, router_z=0.2)
 def model(**changes) -> config.Model:
   """Sizes that differ wherever they can; an epsilon and a theta that a tiny model feels."""
   sizes = dict(
-    vocab_size=7,
-    d_model=5,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=2,
-    ffn_dim=3,
-    rope_theta=20.0,
-    norm_epsilon=1e-2,
-  )
+    vocab_size=7, d_model=5, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=2, ffn_dim=3,
+    rope_theta=20.0, norm_epsilon=1e-2,
+  )  # fmt: skip
   return config.Model(**{**sizes, **changes})
 
 
@@ -171,24 +164,26 @@ CASES = {
     model(**ffn(3, capacity_factor=3.0)), 'full', shows=lambda routes: not drops(routes)
   ),
 }
-# The other cases run in float64 alone, unless slow tests are asked for: one of each kind of layer.
 AS_USERS_RUNS = {
   'xla_backend_optimization_level': 3, 'xla_llvm_disable_expensive_passes': False
 }  # fmt: skip
-SLOW_IN_FLOAT64 = (
-  'bam_shared_kv',
-  'bam_kv_experts_qk_norm',
-  'btx_top_2',
-  'renormalised_top_1',
-  'renormalised_top_2',
-  'more_experts_than_tokens',
-  'one_expert',
-  'routed_attention_top_1',
-  'routed_attention_renormalised',
-  'dropping',
-  'roomy_buffer',
-)
-QUICK_IN_FLOAT32 = 'dense_qk_norm', 'bam_kv_experts', 'btx_top_3_of_6', 'dropping_top_2_of_3'
+# One of each kind of layer; the others are slow tests.
+QUICK = {
+  'float64': (
+    'dense_qk_norm',
+    'untied',
+    'bam_kv_experts',
+    'btx_top_3_of_6',
+    'routed_attention_top_2',
+    'dropping_beside_padding',
+  ),
+  'float32': ('bam_kv_experts',),
+}
+
+
+def cases(dtype: str) -> list:
+  slow = pytest.mark.slow
+  return [pytest.param(n, marks=() if n in QUICK[dtype] else slow) for n in CASES]
 
 
 @dataclass(frozen=True)
@@ -319,17 +314,12 @@ def differences(got: Answer, want: Answer, tolerance: float) -> dict[str, float]
   return {key: value for key, value in found.items() if not value < tolerance}  # NaN is not
 
 
-@pytest.mark.parametrize(
-  'name', [pytest.param(n, marks=pytest.mark.slow if n in SLOW_IN_FLOAT64 else ()) for n in CASES]
-)
+@pytest.mark.parametrize('name', cases('float64'))
 def test_model_is_the_oracle(name):
   assert differences(answer(name, FLOAT64), expected(name), TOLERANCE['float64']) == {}
 
 
-@pytest.mark.parametrize(
-  'name',
-  [pytest.param(n, marks=() if n in QUICK_IN_FLOAT32 else pytest.mark.slow) for n in CASES],
-)
+@pytest.mark.parametrize('name', cases('float32'))
 def test_model_is_the_oracle_in_float32(name):
   assert differences(answer(name, FLOAT32), expected(name), TOLERANCE['float32']) == {}
 
@@ -350,11 +340,14 @@ def test_the_tolerance_tells_epsilons_apart():
   assert distance(value, expected(name).loss) > 10 * TOLERANCE['float64']
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
   'name, how',
   [
-    ('untied', dict(loss_chunk=4)),
-    ('bam_shared_kv', dict(remat='full')),
+    pytest.param('untied', dict(loss_chunk=4), marks=SLOW),
+    pytest.param('bam_shared_kv', dict(remat='full'), marks=SLOW),
     ('dropping_top_2_of_3', dict(remat='full', loss_chunk=5, unroll=2)),
   ],
   ids=str,
@@ -364,25 +357,25 @@ def test_how_it_is_computed_changes_nothing(name, how):
   assert differences(got, expected(name), TOLERANCE['float64']) == {}
 
 
-@pytest.mark.parametrize('name, rows', [('btx_top_2', 4), ('all_to_one_expert', 1)])
-def test_blocks_of_any_size_are_the_oracle(name, rows, monkeypatch):
-  # The real size holds all of a tiny batch, so that no expert would need a second block.
-  monkeypatch.setattr(grouped, 'BLOCK_ROWS', {'cpu': rows})
-  uncached = program.__wrapped__(CASES[name].model, FLOAT64)
-  assert differences(uncached(*question(name)), expected(name), TOLERANCE['float64']) == {}
-
-
-@pytest.mark.parametrize('name', ['btx_top_3_of_6', 'all_to_one_expert'])
-def test_grouped_matmuls_of_accelerators_are_the_oracle(name, monkeypatch):
-  swiglu = grouped.swiglu
-  monkeypatch.setattr(grouped, 'swiglu', lambda *arguments: swiglu(*arguments[:-1], 'tpu'))
-  uncached = program.__wrapped__(CASES[name].model, FLOAT64)
-  assert differences(uncached(*question(name)), expected(name), TOLERANCE['float64']) == {}
-
-
 @pytest.mark.parametrize(
-  'name', ['bam_kv_experts', 'routed_attention_top_2', 'dropping_beside_padding']
+  'platform, rows, name',
+  [
+    # The real size holds all of a tiny batch, so that no expert would need a second block.
+    ('cpu', 4, 'btx_top_2'),
+    pytest.param('cpu', 1, 'all_to_one_expert', marks=SLOW),
+    ('tpu', 1, 'btx_top_3_of_6'),
+    pytest.param('tpu', 1, 'all_to_one_expert', marks=SLOW),
+  ],
 )
+def test_experts_of_any_platform_are_the_oracle(platform, rows, name, monkeypatch):
+  swiglu = grouped.swiglu
+  monkeypatch.setattr(grouped, 'BLOCK_ROWS', {'cpu': rows})
+  monkeypatch.setattr(grouped, 'swiglu', lambda *arguments: swiglu(*arguments[:-1], platform))
+  uncached = program.__wrapped__(CASES[name].model, FLOAT64)
+  assert differences(uncached(*question(name)), expected(name), TOLERANCE['float64']) == {}
+
+
+@pytest.mark.parametrize('name', ['bam_kv_experts', 'dropping_beside_padding'])
 def test_what_padding_holds_changes_nothing(name):
   params, batch = question(name)
   padding = batch['segments'] == 0
@@ -393,7 +386,7 @@ def test_what_padding_holds_changes_nothing(name):
   assert differences(got, answer(name, FLOAT64), TOLERANCE['float64']) == {}
 
 
-@pytest.mark.parametrize('name', ['dense_gqa', 'dense_qk_norm', 'bam_kv_experts', 'btx_top_3_of_6'])
+@pytest.mark.parametrize('name', ['bam_kv_experts', pytest.param('dense_qk_norm', marks=SLOW)])
 def test_bfloat16_is_near_float32(name):
   params, batch = question(name)
   network = transformer.Network(CASES[name].model, config.Compute(dtype='bfloat16'))
@@ -412,11 +405,11 @@ def test_bfloat16_is_near_float32(name):
   assert 1e-6 < distance(value, exact.loss) < 0.02
 
 
-@pytest.mark.parametrize('name', CASES)
-def test_initial_parameters_have_the_layout_of_the_oracle(name):
-  network = transformer.Network(CASES[name].model, config.Compute())
-  got = oracle.leaves(jax.eval_shape(network.init, jax.random.key(0)))
-  want = oracle.leaves(question(name)[0])
-  assert {k: (x.shape, x.dtype) for k, x in got.items()} == {
-    k: (x.shape, np.float32) for k, x in want.items()
-  }
+def test_initial_parameters_have_the_layout_of_the_oracle():
+  for name, case in CASES.items():
+    network = transformer.Network(case.model, config.Compute())
+    got = oracle.leaves(jax.eval_shape(network.init, jax.random.key(0)))
+    want = oracle.leaves(question(name)[0])
+    assert {k: (x.shape, x.dtype) for k, x in got.items()} == {
+      k: (x.shape, np.float32) for k, x in want.items()
+    }

@@ -41,26 +41,21 @@ def attention(
   """Attention of each token to itself and what stands before it in its own segment.
 
   Args:
-    query_BTHK: rotated, not scaled.
-    key_BSGK: rotated.
-    value_BSGK: all three in the compute dtype.
+    query_BTHK: rotated and not scaled, like the keys.
+    key_BSGK: of the same dtype, as are the values.
+    value_BSGK: and so is the result, BTHK; scores and softmax are float32.
     segments_BT: int32, equal numbers for tokens of one document.
     platform: 'cpu', 'gpu' or 'tpu', whose kernel runs; it need not be the one at hand.
-
-  Returns:
-    (B, T, H, K) in the compute dtype; scores and softmax are float32.
   """
   arrays = query_BTHK, key_BSGK, value_BSGK, segments_BT
   if platform == 'tpu':
     return splash(*arrays)
   if platform == 'cpu':
     return blockwise.attention(*arrays)
-  length, head_dim = query_BTHK.shape[1], query_BTHK.shape[3]
-  # What cuDNN takes on every GPU that has bfloat16. With a mask it wants an even length.
-  if platform == 'gpu' and query_BTHK.dtype == jnp.bfloat16:
-    if head_dim % 8 == 0 and head_dim <= 128 and length % 2 == 0:
-      return fused(*arrays)
-  return plain(*arrays)
+  T, _, K = query_BTHK.shape[1:]
+  # What cuDNN takes on every GPU that has bfloat16; with a mask it wants an even length.
+  cudnn = query_BTHK.dtype == jnp.bfloat16 and K % 8 == 0 and K <= 128 and T % 2 == 0
+  return dot_product(*arrays, 'cudnn' if platform == 'gpu' and cudnn else 'xla')
 
 
 def check(model: config.Model, sequence_length: int, platform: str) -> None:
@@ -79,33 +74,18 @@ def check(model: config.Model, sequence_length: int, platform: str) -> None:
     )
 
 
-def plain(query_BTHK, key_BSGK, value_BSGK, segments_BT) -> jax.Array:
-  """Attention by two einsums."""
-  B, T, H, K = query_BTHK.shape
-  G = key_BSGK.shape[2]
-  dtype = jnp.promote_types(query_BTHK.dtype, jnp.float32)
-  visible_BTS = jnp.tril(jnp.ones((T, T), bool)) & _same_segment(segments_BT)
-  query_BTGRK = query_BTHK.reshape(B, T, G, H // G, K) * K**-0.5
-  scores_BGRTS = jnp.einsum(
-    'btgrk,bsgk->bgrts', query_BTGRK, key_BSGK, preferred_element_type=dtype
-  )
-  scores_BGRTS = jnp.where(visible_BTS[:, None, None], scores_BGRTS, jnp.finfo(dtype).min)
-  weights_BGRTS = jax.nn.softmax(scores_BGRTS).astype(value_BSGK.dtype)
-  heads_BTHK = jnp.einsum('bgrts,bsgk->btgrk', weights_BGRTS, value_BSGK).reshape(B, T, H, K)
-  return checkpoint_name(heads_BTHK, remat.HEADS)
+def dot_product(query_BTHK, key_BSGK, value_BSGK, segments_BT, implementation: str) -> jax.Array:
+  """`jax.nn.dot_product_attention`, by 'cudnn' flash attention for NVIDIA GPUs and else by 'xla'.
 
-
-def fused(query_BTHK, key_BSGK, value_BSGK, segments_BT, implementation='cudnn') -> jax.Array:
-  """`jax.nn.dot_product_attention`, by default cuDNN's flash attention for NVIDIA GPUs.
-
-  It skips what lies after a query. Segments reach it as a mask, which it reads as a bias
-  (B, 1, T, S): its packed layout would need none, but is not in JAX's public interface.
+  Segments reach it as a mask, which cuDNN reads as a bias (B, 1, T, S): its packed layout would
+  need none, but is not in JAX's public interface.
   """
+  same_segment_B1TS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
   heads_BTHK = jax.nn.dot_product_attention(
     query_BTHK,
     key_BSGK,
     value_BSGK,
-    mask=_same_segment(segments_BT)[:, None],
+    mask=same_segment_B1TS,
     is_causal=True,
     implementation=implementation,
   )
@@ -153,7 +133,3 @@ def _splash_kernel(num_heads: int, length: int, interpret: bool) -> Callable:
       residual_checkpoint_name=remat.HEADS,
       interpret=interpret,
     )
-
-
-def _same_segment(segments_BT: jax.Array) -> jax.Array:
-  return segments_BT[:, :, None] == segments_BT[:, None, :]

@@ -3,8 +3,8 @@
 Legend: S rows of the buffer, R rows of a piece of it, E experts, D model, F hidden.
 """
 
-import functools
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 from bam_jax.model import remat
 from bam_jax.model.dispatch import Slots
 
+_of, _rows = jax.lax.dynamic_index_in_dim, jax.lax.dynamic_slice_in_dim
+_set_rows = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
 MAX_PARTS = 8  # of one expert that are multiplied at once
 
 
@@ -31,7 +33,7 @@ def _forward(x_SD, weights, slots):
 
   def piece(rows, start, expert, results):
     x_RD = _rows(x_SD, start, rows)
-    gate_DF, up_DF, down_FD = (_of(w, expert) for w in weights)
+    gate_DF, up_DF, down_FD = (_of(w, expert, keepdims=False) for w in weights)
     gate_RF, up_RF = x_RD @ gate_DF, x_RD @ up_DF
     output_RD = _gated(gate_RF, up_RF) @ down_FD
     new = output_RD, gate_RF, up_RF
@@ -52,7 +54,7 @@ def _backward(residuals, d_output_SD):
     x_RD, gate_RF, up_RF, d_output_RD = (
       _rows(x, start, rows) for x in (x_SD, gate_SF, up_SF, d_output_SD)
     )
-    gate_DF, up_DF, down_FD = (_of(w, expert) for w in weights)
+    gate_DF, up_DF, down_FD = (_of(w, expert, keepdims=False) for w in weights)
     hidden_RF, pull = jax.vjp(_gated, gate_RF, up_RF)
     d_gate_RF, d_up_RF = pull(d_output_RD @ down_FD.T)
     d_x_RD = d_gate_RF @ gate_DF.T + d_up_RF @ up_DF.T
@@ -77,7 +79,7 @@ def _each_piece(num_rows: int, slots: Slots, piece: Callable, carry):
   # No expert has more parts than this, when every other has one that is not full.
   max_parts = min(MAX_PARTS, max(num_parts - slots.sizes.size + 1, 1))
   ends_E = jnp.cumsum(-(-slots.sizes // rows))  # of the experts' parts
-  branches = [functools.partial(piece, count * rows) for count in range(1, max_parts + 1)]
+  branches = [partial(piece, count * rows) for count in range(1, max_parts + 1)]
 
   def step(state):
     part, carry = state
@@ -89,17 +91,5 @@ def _each_piece(num_rows: int, slots: Slots, piece: Callable, carry):
   return jax.lax.while_loop(more, step, (jnp.zeros_like(ends_E[0]), carry))[1]
 
 
-def _gated(gate_RF, up_RF):
+def _gated(gate_RF, up_RF) -> jax.Array:
   return jax.nn.silu(gate_RF) * up_RF
-
-
-def _of(w, expert):
-  return jax.lax.dynamic_index_in_dim(w, expert, keepdims=False)
-
-
-def _rows(x, start, rows):
-  return jax.lax.dynamic_slice_in_dim(x, start, rows)
-
-
-def _set_rows(x, rows, start):
-  return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)

@@ -85,11 +85,9 @@ def _scores(query_BGRTK, key_BGSK, segments_BT, start: int, end: int) -> jax.Arr
   """Scores of the queries from `start` to `end` with the keys to `end`, float32."""
   scores_BGRtS = _dot('bgrtk,bgsk->bgrts', query_BGRTK[:, :, :, start:end], key_BGSK[:, :, :end])
   number = jnp.arange(end)
-  causal_tS = number <= number[start:, None]
   same_BtS = segments_BT[:, start:end, None] == segments_BT[:, None, :end]
-  visible_BtS = causal_tS & same_BtS
-  lowest = jnp.finfo(scores_BGRtS.dtype).min
-  return jnp.where(visible_BtS[:, None, None], scores_BGRtS, lowest)
+  visible_BtS = (number <= number[start:, None]) & same_BtS
+  return jnp.where(visible_BtS[:, None, None], scores_BGRtS, jnp.finfo(scores_BGRtS.dtype).min)
 
 
 def _dot(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:

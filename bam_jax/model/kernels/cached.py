@@ -43,14 +43,7 @@ def attention(
 ) -> jax.Array:
   """Causal attention to a cache that holds the new tokens already; scores and softmax in float32.
 
-  Args:
-    query_BTHK: rotated, not scaled.
-    cache: this device's part, X = 1.
-    first_B: int32, the slot of each row's first token; what lies before it is padding.
-    start: int32, the slot of the first of the new tokens.
-
-  Returns:
-    (B, T, H, K) in the query's dtype.
+  `first_B` are the slots of rows' first tokens, behind padding; `start` is the first new token's.
   """
   B, T, H, K = query_BTHK.shape
   key_BGSK, value_BGSK = cache.key[0], cache.value[0]

@@ -20,7 +20,7 @@ STEP_BYTES = 2**20  # of a matrix, about, that a step of the TPU's kernel reads
 
 
 def swiglu(x_AD: jax.Array, experts_A: jax.Array, weights, platform: str) -> jax.Array:
-  """`(silu(x W_gate) * (x W_up)) W_down` of each assignment's expert, dropping none.
+  """`(silu(x W_gate) * (x W_up)) W_down` of each assignment's expert, (A, D), as in `grouped`.
 
   Args:
     x_AD: on TPU at most BLOCK_ROWS rows.
@@ -28,9 +28,6 @@ def swiglu(x_AD: jax.Array, experts_A: jax.Array, weights, platform: str) -> jax
     weights: gate, up and down, each of which gives an expert's matrix for its number; on TPU arrays
       EDF, EDF and EFD.
     platform: 'cpu', 'gpu' or 'tpu', which need not be the one at hand.
-
-  Returns:
-    (A, D), zeros for assignments to none.
   """
   if platform == 'tpu':
     return visit(x_AD, experts_A, weights)
@@ -88,6 +85,8 @@ def visit(x_AD: jax.Array, experts_A: jax.Array, weights, interpret: bool = Fals
   into = pl.BlockSpec((1, D, f), lambda visit, part, order: (order[visit], 0, part))
   back = pl.BlockSpec((1, f, D), lambda visit, part, order: (order[visit], part, 0))
   max_visits = min(E, A)
+  if not interpret:  # else XLA copies them to the chip whole, before the kernel reads them there
+    weights = [pltpu.with_memory_space_constraint(w, pltpu.HBM) for w in weights]
   output_RD = pl.pallas_call(
     _visit,
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -104,7 +103,7 @@ def visit(x_AD: jax.Array, experts_A: jax.Array, weights, interpret: bool = Fals
     ),
     interpret=interpret,
     name='visited_experts',
-  )(order_E, experts_R1, x_RD, *(w if interpret else _in_hbm(w) for w in weights))
+  )(order_E, experts_R1, x_RD, *weights)
   return output_RD[:A].astype(x_AD.dtype)
 
 
@@ -127,8 +126,3 @@ def _columns(F: int, column_bytes: int) -> int:
   """Hidden columns of a step: whole tiles that divide F, or else all."""
   limit = max(STEP_BYTES // column_bytes, LANES) // LANES * LANES
   return next((f for f in range(limit, 0, -LANES) if F % f == 0), F)
-
-
-def _in_hbm(x: jax.Array) -> jax.Array:
-  """`x`, kept by XLA from being copied to the chip whole before the kernel reads it."""
-  return pltpu.with_memory_space_constraint(x, pltpu.HBM)

@@ -33,14 +33,11 @@ def swiglu(
   """`(silu(x W_gate) * (x W_up)) W_down` of each assignment's expert, dropping none.
 
   Args:
-    x_AD: of the weights' dtype.
+    x_AD: of the weights' dtype; so is the result, (A, D), with zeros for assignments to none.
     experts_A: int32, numbers of this device's experts; E for none of them.
     weights: of this device's E experts.
     all_experts: on all devices of the `expert` group.
     platform: 'cpu', 'gpu' or 'tpu', which need not be the one at hand.
-
-  Returns:
-    (A, D), zeros for assignments to none.
   """
   num_experts = weights[0].shape[0]
   if platform == 'tpu':
@@ -63,11 +60,7 @@ def two_buffers(usual: int, x_AD: jax.Array, weights: Weights, slots: Slots) -> 
   enough and for the full one, and each device takes the first whenever its rows fit. Both are
   exact. Devices decide separately, so neither program may hold a collective.
 
-  Args:
-    usual: rows of the shorter buffer; as many as there are, or more, for the full one alone.
-    x_AD: of the weights' dtype.
-    weights: of the experts.
-    slots: of parts of one row.
+  `usual` is the shorter buffer's length, `slots` are of parts of one row.
   """
   return _forward(usual, x_AD, weights, slots)[0]
 
@@ -188,12 +181,9 @@ def _tiles(rows: int, contracted: int, columns: int, gradient: bool = False):
   always for a weight's gradient: several times the bytes that the matmul has time for. Where it
   does not split, as for matrices wider than high, its own are better.
   """
-  tile = [_divisor(size, limit) for size, limit in zip((rows, contracted, columns), TILE)]
+  sizes = zip((rows, contracted, columns), TILE)
+  # The largest multiples of LANES that divide the sizes.
+  tile = [next((n for n in range(m, 0, -LANES) if size % n == 0), None) for size, m in sizes]
   if None in tile or not (gradient or contracted > columns):
     return contextlib.nullcontext()
   return xla_metadata.set_xla_metadata(ragged_dot_tiling=','.join(map(str, tile)))
-
-
-def _divisor(size: int, limit: int) -> int | None:
-  """The largest multiple of LANES up to `limit` that divides `size`; None if there is none."""
-  return next((n for n in range(limit, 0, -LANES) if size % n == 0), None)

@@ -4,10 +4,9 @@ It is the training model's own block, with other layouts of the weights, attenti
 kernel for few rows. Rows of a batch end together: shorter ones have padding in front, so that the
 new token of every row has the same slot.
 
-A token that is generated reads every weight once and does little with it, so nothing may be
-gathered or copied for it. Each layer's array is a buffer of its own, and so is each expert's: on
-CPU a slice of a stack is a copy. On TPU alone the FFN experts of a layer are one, for its kernel.
-Over a mesh
+A generated token reads every weight once and does little with it, so nothing may be gathered or
+copied for it. Each layer's array is a buffer of its own, and so is each expert's: on CPU a slice of
+a stack is a copy. On TPU alone a layer's FFN experts are one, for their kernel. Over a mesh
 
 - `data` and `fsdp` cut the rows of the batch, and no weight;
 - `expert` cuts the attention experts, with their keys and values, the hidden columns of every FFN
@@ -15,12 +14,12 @@ Over a mesh
   computed. With whole FFN experts most devices would be idle while one reads the expert of a token;
 - `tensor` cuts heads, hidden columns and the vocabulary, as in training.
 
-Legend: L layers, E experts, B batch, T new tokens, S slots, D model, V vocabulary, W local words;
-of the cache, XBGSK as in `kernels.cached`.
+Legend: L layers, E experts, B batch, T new tokens, S slots, V vocabulary, W local words.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -104,20 +103,17 @@ class Decoder:
   def __init__(
     self, model: config.Model, dtype: str, mesh: jax.sharding.Mesh | None = None, platform: str = ''
   ):
-    """Decides everything about shapes.
+    """`model` is any variant, and drops no tokens; `dtype` is of weights, activations and cache.
 
-    Args:
-      model: any variant; its experts drop nothing, whatever it was trained with.
-      dtype: of weights, activations and cache.
-      mesh: default: one device.
-      platform: whose kernels run; default: the mesh's.
+    `platform` says whose kernels run, by default the mesh's.
     """
     if model.ffn_experts:
       experts = dataclasses.replace(model.ffn_experts, capacity_factor=0.0)
       model = dataclasses.replace(model, ffn_experts=experts)
     self.model, self.dtype = model, dtype
     self.layout = DecodeLayout(mesh, platform)
-    self.abstract = transformer.Network(model, config.Compute()).abstract()
+    self.network = transformer.Network(model, config.Compute(dtype=dtype))
+    self.abstract = self.network.abstract()
     make = lambda: Block(model, self.layout, decoding=True, rngs=nnx.Rngs(params=0))
     self._graph, _ = nnx.split(nnx.eval_shape(make))
 
@@ -150,17 +146,8 @@ class Decoder:
       updated.append(caches)
     scale = params['final_norm']['scale']
     hidden_BD = norm.layer_norm(x_BTD[:, -1], scale, self.model.norm_epsilon)
-    return self._scores(params, hidden_BD), updated
-
-  def _scores(self, params: dict, hidden_BD: jax.Array) -> jax.Array:
-    tied = self.model.tied_embeddings
-    logits_BW = self.model.logit_scale * jnp.einsum(
-      'bd,wd->bw' if tied else 'bd,dw->bw',
-      hidden_BD.astype(self.dtype),
-      params['embed']['table'] if tied else params['unembed']['kernel'],
-      preferred_element_type=jnp.promote_types(self.dtype, jnp.float32),
-    )
-    return self.layout.concatenate(logits_BW, 'tensor', 'expert', dimension=1)
+    logits_BW = self.network.logits(params, hidden_BD)
+    return self.layout.concatenate(logits_BW, 'tensor', 'expert', dimension=1), updated
 
   def check(self, where: str) -> None:
     """UserError when an axis of the mesh, which `where` names, does not divide what it cuts."""
@@ -177,83 +164,67 @@ class Decoder:
     """
     self.check('--mesh')
 
-    def one(path, leaf, index, spec):
+    def one(path, index, abstract):
       x = read(path, index)
-      dtype = parameters.dtype_of(path.rsplit('/', 1)[-1], self.dtype)
-      x = x.astype(dtype, copy=False) if isinstance(x, np.ndarray) else jnp.asarray(x, dtype)
-      return jax.device_put(x, self._sharding(spec))
+      host = isinstance(x, np.ndarray)
+      x = x.astype(abstract.dtype, copy=False) if host else jnp.asarray(x, abstract.dtype)
+      return jax.device_put(x, abstract.sharding)
 
     return self._arrange(one)
 
   def abstract_params(self) -> dict[str, Any]:
     """Shapes, dtypes and shardings of what `place` returns."""
+    return self._arrange(lambda path, index, abstract: abstract)
+
+  def empty_cache(self, batch: int, slots: int) -> Cache:
+    """A cache on the devices with room for so many tokens in each row."""
+    zeros = lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding)
+    return jax.tree.map(zeros, self.abstract_cache(batch, slots))
+
+  def abstract_cache(self, batch: int, slots: int) -> Cache:
+    """Shapes, dtypes and shardings of what `empty_cache` returns."""
+    experts, parts, sets = self.model.attention_experts, 1, 1
+    if experts and not experts.shared_kv:
+      parts = self.layout.sizes['expert']
+      sets = experts.num_experts // parts
+    shape = parts, batch, self.model.num_kv_heads, slots, self.model.head_dim
+    spec = P('expert' if parts > 1 else None, *ROWS, 'tensor')
+    x = jax.ShapeDtypeStruct(shape, self.dtype, sharding=self._sharding(spec))
+    return [[KVCache(x, x)] * sets] * self.model.num_layers
+
+  def specs(self) -> tuple[dict[str, Any], Cache]:
+    """PartitionSpecs of parameters and cache; on one device, which needs none, each is None."""
+    trees = self.abstract_params(), self.abstract_cache(self.layout.row_shards, 1)
+    return jax.tree.map(lambda x: x.sharding and x.sharding.spec, trees)
+
+  def _arrange(self, make: Callable) -> dict[str, Any]:
+    """The tree that `place` describes, of `make(path, index, shape, dtype and sharding)`."""
+    layout, map_leaves = self.layout, jax.tree_util.tree_map_with_path
 
     def one(path, leaf, index, spec):
       shape = jax.eval_shape(lambda x: x[index], leaf).shape
       dtype = parameters.dtype_of(path.rsplit('/', 1)[-1], self.dtype)
-      return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(spec))
-
-    return self._arrange(one)
-
-  def param_specs(self) -> dict[str, Any]:
-    """PartitionSpecs of what `place` returns."""
-    return self._arrange(lambda path, leaf, index, spec: spec)
-
-  def _arrange(self, make: Callable) -> dict[str, Any]:
-    """The tree that `place` describes, of `make(path, leaf, index, spec)`."""
-    layout = self.layout
+      sharded = self._sharding(P(*spec))
+      return make(path, index, jax.ShapeDtypeStruct(shape, dtype, sharding=sharded))
 
     def whole(key_path, leaf):
       path = sharding.path_of(key_path)
-      return make(path, leaf, (), P(*_spec(path, len(leaf.shape))))
+      return one(path, leaf, (), _spec(path, leaf.ndim))
 
     def of_layer(layer, key_path, leaf):
-      path, ndim = f'blocks/{sharding.path_of(key_path)}', len(leaf.shape)
-      spec = _spec(path, ndim)[1:]
-      stacked = layout.platform == 'tpu' and _of_ffn_experts(path, ndim)
-      if stacked or not sharding.has_experts(path, ndim):
-        return make(path, leaf, (layer,), P(*spec))
+      path = f'blocks/{sharding.path_of(key_path)}'
+      spec = _spec(path, leaf.ndim)[1:]
+      stacked = layout.platform == 'tpu' and _of_ffn_experts(path, leaf.ndim)
+      if stacked or not sharding.has_experts(path, leaf.ndim):
+        return one(path, leaf, (layer,), spec)
       count = leaf.shape[1] // (layout.sizes['expert'] if 'expert' in spec[0] else 1)
       indices = [(layer, slice(i, None, count)) for i in range(count)]
-      return Apart(tuple(make(path, leaf, index, P(*spec)) for index in indices))
+      return Apart(tuple(one(path, leaf, index, spec) for index in indices))
 
-    map_leaves = jax.tree_util.tree_map_with_path
     rest = map_leaves(whole, {k: v for k, v in self.abstract.items() if k != 'blocks'})
-    layers = [
-      map_leaves(lambda path, x, i=i: of_layer(i, path, x), self.abstract['blocks'])
-      for i in range(self.model.num_layers)
-    ]
-    return rest | {'blocks': layers}
-
-  def empty_cache(self, batch: int, slots: int) -> Cache:
-    """A cache on the devices with room for so many tokens in each row."""
-    shape, sharded = self._cache_shape(batch, slots), self._sharding(self._cache_spec())
-    return self._caches(lambda: jnp.zeros(shape, self.dtype, device=sharded))
-
-  def abstract_cache(self, batch: int, slots: int) -> Cache:
-    """Shapes, dtypes and shardings of what `empty_cache` returns."""
-    shape, sharded = self._cache_shape(batch, slots), self._sharding(self._cache_spec())
-    return self._caches(lambda: jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharded))
-
-  def cache_specs(self) -> Cache:
-    """PartitionSpecs of what `empty_cache` returns."""
-    return self._caches(self._cache_spec)
-
-  def _cache_shape(self, batch: int, slots: int) -> tuple[int, ...]:
-    parts = self.layout.sizes['expert'] if self._kv_experts() else 1
-    return parts, batch, self.model.num_kv_heads, slots, self.model.head_dim
-
-  def _cache_spec(self) -> P:
-    return P('expert' if self._kv_experts() else None, *ROWS, 'tensor')
-
-  def _caches(self, make: Callable[[], Any]) -> Cache:
-    sets = self._kv_experts() // self.layout.sizes['expert'] or 1
-    return [[KVCache(make(), make()) for _ in range(sets)] for _ in range(self.model.num_layers)]
-
-  def _kv_experts(self) -> int:
-    """The number of attention experts with keys and values of their own, or 0."""
-    experts = self.model.attention_experts
-    return 0 if experts is None or experts.shared_kv else experts.num_experts
+    layers = range(self.model.num_layers)
+    blocks = [map_leaves(partial(of_layer, layer), self.abstract['blocks']) for layer in layers]
+    return rest | {'blocks': blocks}
 
   def _sharding(self, spec: P) -> NamedSharding | None:
     return NamedSharding(self.layout.mesh, spec) if self.layout.mesh else None
