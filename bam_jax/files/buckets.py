@@ -1,6 +1,6 @@
-"""Files of a bucket that are written on this machine, or read from it, and copied whole.
+"""Local copies of a bucket's files, for writing and reading; transferred whole.
 
-An object cannot grow, nor be mapped into memory, and many libraries know files only.
+Objects can neither grow nor be memory-mapped, and many libraries only support files.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ from bam_jax.files import folders
 
 
 class Mirror:
-  """A file that grows: itself on a disk, a copy of a local one in a bucket; write to `path`."""
+  """A growing file: written directly on a disk, mirrored to a bucket; write to `path`."""
 
   def __init__(self, target: epath.PathLike):
-    """Opens nothing; the folder of `target` is there, if it is on a disk."""
+    """Does not open the file; on a disk, the folder of `target` must exist."""
     self._target, self._folder, self._sent = target, None, 0
     self.path = Path(target)
     if folders.in_bucket(target):
@@ -27,14 +27,14 @@ class Mirror:
       self.path = Path(self._folder, self.path.name)
 
   def send(self) -> None:
-    """Has the bucket hold all that the file does; UserError when it cannot."""
+    """Uploads the file's current contents; UserError if that fails."""
     if self._folder and (size := self.path.stat().st_size) != self._sent:
       with folders.writing(self._target):
         _client().put_file(str(self.path), str(self._target))
       self._sent = size
 
   def close(self) -> None:
-    """Sends the file, and removes it here if it is a copy."""
+    """Uploads the file, and removes the local copy."""
     if self._folder:
       try:
         self.send()
@@ -45,9 +45,9 @@ class Mirror:
 
 @contextlib.contextmanager
 def drafts(target: epath.PathLike) -> Iterator[Path]:
-  """A folder to write into; when the block ends, its files appear in `target`, each whole.
+  """A folder to write into; when the block ends, its files appear in `target`, each complete.
 
-  On a disk it lies in `target`: if the disk has room for all of them, they all appear.
+  On a disk it is inside `target`: if the disk has room for all files, they all appear.
   """
   remote = folders.in_bucket(target)
   if not remote:
@@ -65,14 +65,14 @@ def drafts(target: epath.PathLike) -> Iterator[Path]:
 
 
 def send(folder: Path, target: epath.Path, names: Iterable[str]) -> None:
-  """Copies files of a folder into a bucket's; UserError when the bucket does not take them."""
+  """Uploads files of a folder to one in a bucket; UserError if the bucket rejects them."""
   names = list(names)
   with folders.writing(target):
     _client().put([str(folder / name) for name in names], [str(target / name) for name in names])
 
 
 def fetch(source: epath.Path, folder: Path, names: Iterable[str]) -> None:
-  """Copies files of a bucket's folder into one here; UserError when one of them cannot be."""
+  """Downloads files of a folder in a bucket; UserError if that fails."""
   names = list(names)
   with folders.writing(folder):
     _client().get([str(source / name) for name in names], [str(folder / name) for name in names])

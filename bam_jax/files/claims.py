@@ -1,12 +1,12 @@
 """One job trains a run: a lock in its folder, held by the job's first process until it ends.
 
-On a disk it is `flock`, which the system takes back from a process that is killed, and which holds
-between the hosts of a network file system that passes locks on, as NFS does.
+On a disk it is `flock`, which the system releases when a process is killed, and which works across
+the hosts of a network file system that forwards locks, such as NFS.
 
 A bucket has conditional writes instead: of two that replace the same generation of an object, one
-is refused. There it is a lease, an object that its holder writes again and again. When it does not
-change for LEASE_SECONDS, whoever wants it takes it; nobody compares clocks. A holder that was only
-cut off learns of its end at its next beat, and ends at once, without saving.
+fails. There it is a lease, an object that its holder rewrites regularly. If it does not change for
+LEASE_SECONDS, another job takes it over; clocks are never compared. A holder that was only cut off
+notices the takeover at its next renewal, and exits at once, without saving.
 """
 
 import concurrent.futures
@@ -32,17 +32,17 @@ from bam_jax.errors import UserError
 from bam_jax.files import folders
 
 NAME = 'lock'
-UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a system without locks says
-BEAT_SECONDS = 10.0  # between two writes of a lease's holder
-LEASE_SECONDS = 60.0  # without one, after which the holder is lost
-POLL_SECONDS = 1.0  # between two looks of whoever waits
+UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of file systems without locks
+BEAT_SECONDS = 10.0  # between two renewals
+LEASE_SECONDS = 60.0  # without a renewal, after which the holder is lost
+POLL_SECONDS = 1.0  # between two reads of a waiting job
 LOST = 1  # exit status of a holder that was replaced
 
 
 class Claims(contextlib.ExitStack):
-  """The runs' folders that this job has for itself; a context manager, which gives them back.
+  """The folders of runs claimed by this job; a context manager, which releases them.
 
-  `report` is told of a lock that cannot be had, or takes time; what `poll` raises ends the wait.
+  `report` is called when locks are unavailable or take time; an exception of `poll` ends the wait.
   """
 
   def __init__(self, report: Callable[[str], None], poll: Callable[[], None] = lambda: None):
@@ -50,7 +50,7 @@ class Claims(contextlib.ExitStack):
     self._report, self._poll = report, poll
 
   def take(self, runs: Iterable[Path | epath.Path]) -> None:
-    """Makes and claims folders; UserError when another job has one, or it cannot be written."""
+    """Creates and claims folders; UserError if another job holds one, or it cannot be written."""
     runs = list(runs)
     leases = [Lease(folder) for folder in runs if folders.in_bucket(folder)]
     for lease in leases:
@@ -65,7 +65,7 @@ class Claims(contextlib.ExitStack):
       )
 
   def _lock(self, folder: Path) -> bool:
-    """Whether there are locks; this one is then held."""
+    """Acquires the lock; returns whether the file system supports locks."""
     with folders.writing(folder):
       folder.mkdir(parents=True, exist_ok=True)
       file = self.enter_context(open(folder / NAME, 'a+', encoding='utf-8'))
@@ -98,7 +98,7 @@ class Lease:
     self._thread = threading.Thread(target=self._beat, name='lease', daemon=True)
 
   def take(self, report: Callable[[str], None], poll: Callable[[], None]) -> None:
-    """Holds it until `give_back`; UserError when its holder lives, or it cannot be written."""
+    """Acquires it until `give_back`; UserError if its holder is alive, or it cannot be written."""
     try:
       seen = self._read()
       facts = _facts(seen)
@@ -122,12 +122,12 @@ class Lease:
     if self._thread.is_alive():
       self._thread.join()
     if self._generation:
-      with contextlib.suppress(ValueError):  # it will be found to be lost
+      with contextlib.suppress(ValueError):  # it will expire
         self._write(None, self._generation)
       self._generation = b''
 
   def _watch(self, seen: Any, poll: Callable[[], None]) -> Any:
-    """What is there when its holder has given it back, or has been lost; UserError if neither."""
+    """The object after its holder has released it or is lost; UserError if it is still held."""
     until = time.monotonic() + LEASE_SECONDS
     while time.monotonic() < until:
       time.sleep(POLL_SECONDS)
@@ -141,12 +141,12 @@ class Lease:
 
   def _beat(self) -> None:
     while not self._ended.wait(BEAT_SECONDS):
-      with contextlib.suppress(ValueError):  # out of reach: the next beat may get there
+      with contextlib.suppress(ValueError):  # unreachable: the next renewal may succeed
         if generation := self._write(self._facts, self._generation):
           self._generation = generation
           continue
         now = self._read()
-        if now.value == self._facts:  # a write whose answer was lost is repeated, then refused
+        if now.value == self._facts:  # a write whose reply was lost is repeated, then refused
           self._generation = now.stamp.generation
           continue
         print(
@@ -160,7 +160,7 @@ class Lease:
     return self._store.read('').result()
 
   def _write(self, value: bytes | None, generation: bytes) -> bytes:
-    """The new generation, or b'' if the one to replace is not there."""
+    """The new generation, or b'' if the one to replace has changed."""
     return self._store.write('', value, if_equal=generation).result().generation
 
 
@@ -176,7 +176,7 @@ def _holder() -> str:
 
 
 def _facts(seen: Any) -> dict[str, Any]:
-  """What the holder of a lease wrote."""
+  """The contents of a lease."""
   with contextlib.suppress(ValueError, KeyError, TypeError):
     facts = json.loads(seen.value)
     if isinstance(facts['holder'], str):
@@ -185,13 +185,13 @@ def _facts(seen: Any) -> dict[str, Any]:
 
 
 def _is_gone(facts: dict[str, Any]) -> bool:
-  """Whether the holder was a process of this machine, and is no more."""
+  """Whether the holder was a process of this machine that no longer exists."""
   here = facts.get('kernel') and facts['kernel'] == _kernel()
   return bool(here) and not Path('/proc', str(facts['pid'])).exists()
 
 
 def _kernel() -> str:
-  """Names the table that process numbers are of: a boot, and a container's part of it."""
+  """Identifies the PID namespace: boot id and container."""
   try:
     boot = Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()
     return f'{boot} {os.readlink("/proc/self/ns/pid")}'

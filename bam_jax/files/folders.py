@@ -1,4 +1,4 @@
-"""New folders and files, complete or not there; paths that may lie in a bucket."""
+"""New folders and files, complete or absent; paths that may be in a bucket."""
 
 import contextlib
 import errno
@@ -15,9 +15,9 @@ from etils import epath
 from bam_jax.errors import UserError
 
 BESIDE = '.partial-'  # in the name of a folder that is being written
-CLIENTS = ('aiohttp', 'gcsfs', 'google')  # of buckets: what they raise has nothing else in common
+CLIENTS = ('aiohttp', 'gcsfs', 'google')  # of buckets, whose errors have no common base class
 UNSYNCED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of file systems without fsync
-COMMITTED = 'commit_success.txt'  # Orbax writes it last into what it puts into a bucket
+COMMITTED = 'commit_success.txt'  # Orbax writes it last to items in a bucket
 
 
 def in_bucket(path: epath.PathLike) -> bool:
@@ -26,34 +26,34 @@ def in_bucket(path: epath.PathLike) -> bool:
 
 
 def at(path: epath.PathLike) -> Path | epath.Path:
-  """The path object for a path: what it has in common with Path works in a bucket too."""
+  """The path object for a path, which supports the methods of Path in a bucket too."""
   return epath.Path(path) if in_bucket(path) else Path(path)
 
 
 def absolute(path: epath.PathLike) -> Path | epath.Path:
-  """The same path, whatever the working directory."""
+  """The same path, independent of the working directory."""
   return at(path) if in_bucket(path) else at(path).absolute()
 
 
 def reach(path: epath.PathLike) -> epath.Path:
-  """A path that may be in a bucket; UserError when this machine cannot get there."""
+  """A path that may be in a bucket; UserError if this machine cannot access it."""
   path = epath.Path(path)
   if in_bucket(path):
     try:
       import fsspec  # only buckets need it
 
-      # A listing may be out of date at once: others write, and arrays are written another way.
+      # Cached listings may be stale: other jobs write, and arrays are written by TensorStore.
       fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
       path.exists()
     except ImportError:
       raise UserError(f'{path} is in a bucket, which requires gcsfs: pip install gcsfs.') from None
-    except Exception as error:  # of no one kind: credentials, names, networks
+    except Exception as error:  # of many types: credentials, names, networks
       raise UserError(f'{path} cannot be reached: {first_line(error)}.') from error
   return path
 
 
 def check_bucket(path: epath.PathLike) -> None:
-  """UserError when the bucket of a path, if it is in one, is not there."""
+  """UserError if the path is in a bucket that cannot be accessed."""
   if in_bucket(path):
     bucket = epath.Path(*reach(path).parts[:3])
     if not bucket.exists():
@@ -70,7 +70,7 @@ def is_complete(item: epath.Path) -> bool:
 
 @contextlib.contextmanager
 def writing(path: epath.PathLike) -> Iterator[None]:
-  """Turns what the system or the bucket says against a write into a UserError naming `path`."""
+  """Turns an error of the system or the bucket during a write into a UserError naming `path`."""
   try:
     yield
   except OSError as error:
@@ -82,16 +82,16 @@ def writing(path: epath.PathLike) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-  """What an error says, in one line without a full stop."""
+  """An error's message in one line, without a full stop."""
   return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.')
 
 
 def write_file(path: epath.PathLike, content: str | bytes) -> None:
-  """Writes a file that is whole at every moment, whoever else writes it too; else UserError."""
+  """Writes a file atomically, also with concurrent writers; UserError if that fails."""
   content = content.encode() if isinstance(content, str) else content
   with writing(path):
     if in_bucket(path):
-      at(path).write_bytes(content)  # an object appears when all of it has come
+      at(path).write_bytes(content)  # an object appears only when it is complete
       return
     beside = Path(f'{path}{BESIDE}{secrets.token_hex(4)}')
     try:
@@ -105,7 +105,7 @@ def write_file(path: epath.PathLike, content: str | bytes) -> None:
 
 
 def fsync(descriptor: int) -> None:
-  """Returns when a file is on disk, as far as its file system can say so."""
+  """Returns when a file is on disk, as far as its file system can guarantee it."""
   try:
     os.fsync(descriptor)
   except OSError as error:
@@ -114,7 +114,7 @@ def fsync(descriptor: int) -> None:
 
 
 def sync(folder: epath.PathLike) -> None:
-  """Returns when all that is in a folder, on a disk, would outlive a power cut."""
+  """Returns when all contents of a folder on a disk would survive a power failure."""
   for parent, _, names in os.walk(folder):
     for name in (*names, ''):
       _sync_path(os.path.join(parent, name))
@@ -122,12 +122,14 @@ def sync(folder: epath.PathLike) -> None:
 
 def _sync_path(path: epath.PathLike) -> None:
   descriptor = os.open(path, os.O_RDONLY)
-  fsync(descriptor)
-  os.close(descriptor)
+  try:
+    fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def remove(folder: epath.PathLike) -> None:
-  """Removes a folder with all that is in it, if it is there."""
+  """Removes a folder and its contents, if it exists."""
   epath.Path(folder).rmtree(missing_ok=True)
 
 
@@ -135,10 +137,10 @@ def remove(folder: epath.PathLike) -> None:
 def new_folder(path: epath.PathLike, nbytes: int = 0) -> Iterator[epath.Path]:
   """A folder to write into that becomes `path` when the block ends, complete and on disk.
 
-  Until then it lies beside `path` under another name, and it is removed when the block raises.
-  What a killed process left there is removed too. On gs:// nothing can be renamed: the block writes
-  into `path` itself, and `meta` last, without which a folder is not a checkpoint. UserError when
-  `path` exists, cannot be written, or its disk has no room for `nbytes`.
+  Until then it is beside `path` under another name, and it is removed if the block raises. Leftovers
+  of killed processes are removed too. gs:// has no rename: the block writes into `path` itself, and
+  `meta` last, without which a folder is not a checkpoint. UserError if `path` exists, cannot be
+  written, or its disk has no room for `nbytes`.
   """
   path = reach(path)
   remote = in_bucket(path)
@@ -161,7 +163,7 @@ def new_folder(path: epath.PathLike, nbytes: int = 0) -> Iterator[epath.Path]:
 
 
 def _begin(path: epath.Path, nbytes: int) -> tuple[epath.Path, int]:
-  """A new folder beside `path`, and the lock that says that its writer lives."""
+  """A new folder beside `path`, and the lock that shows that its writer is alive."""
   beside = path.with_name(f'{path.name}{BESIDE}{os.getpid()}-{secrets.token_hex(4)}')
   if path.parent.is_file():
     raise UserError(f'{path} cannot be written: {path.parent} is a file.')

@@ -1,4 +1,4 @@
-"""JSON from files in which anything may stand: bounded in memory, and wrong in one way only."""
+"""JSON from untrusted files: bounded in memory, with one kind of error."""
 
 import json
 from collections.abc import Callable
@@ -11,9 +11,9 @@ MAX_BYTES = 2**26
 
 
 def load(path: Path | epath.Path, pairs_hook: Callable | None = None) -> Any:
-  """What a file says; `pairs_hook` makes an object of its keys and values, as in `json.loads`.
+  """The value in a file; `pairs_hook` makes objects from pairs, as in `json.loads`.
 
-  Raises OSError, or ValueError when it is over MAX_BYTES, not UTF-8, not JSON, or nested too deep.
+  Raises OSError, or ValueError if it exceeds MAX_BYTES, is not UTF-8 or JSON, or is nested too deep.
   """
   with path.open('rb') as file:
     content = file.read(MAX_BYTES + 1)
@@ -23,7 +23,7 @@ def load(path: Path | epath.Path, pairs_hook: Callable | None = None) -> Any:
 
 
 def loads(text: str, pairs_hook: Callable | None = None) -> Any:
-  """What a text says; ValueError when it is not JSON, or nested too deep."""
+  """The value of a text; ValueError if it is not JSON, or is nested too deep."""
   try:
     return json.loads(text, object_pairs_hook=pairs_hook)
   except RecursionError:
