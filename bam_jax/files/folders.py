@@ -70,7 +70,7 @@ def is_complete(item: epath.Path) -> bool:
 
 @contextlib.contextmanager
 def writing(path: epath.PathLike) -> Iterator[None]:
-  """Turns an error of the system or the bucket during a write into a UserError naming `path`."""
+  """Turns errors of the system or the bucket during a write into UserErrors naming `path`."""
   try:
     yield
   except OSError as error:

@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from rich import progress
 
 from bam_jax import config, errors
-from bam_jax.config import recipe_file
+from bam_jax.cli import recipe_file
 from bam_jax.errors import UserError
 from bam_jax.parallel import compilation, sharding
 

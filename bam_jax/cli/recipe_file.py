@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from bam_jax.config import recipe
+from bam_jax import config
 from bam_jax.errors import UserError
 
 
@@ -21,7 +21,7 @@ def check(argv: Sequence[str]) -> None:
       raise UserError(f'--config={path} is not a file: name a recipe, FILE.py.')
 
 
-def read(flag: flags.FlagHolder, name: str) -> recipe.Recipe:
+def read(flag: flags.FlagHolder, name: str) -> config.Recipe:
   """The recipe of a `--config` flag, checked; `name` is the flag's FILE.py:ARGUMENT."""
   try:
     plain = flag.value.to_dict()  # the library notices only here that the file is missing
@@ -32,7 +32,7 @@ def read(flag: flags.FlagHolder, name: str) -> recipe.Recipe:
   except AttributeError:
     found = f'returns a {type(flag.value).__name__} instead of config.complete(...).'
     raise UserError(f'get_config of --config={name} {found}') from None
-  return recipe.parse(plain)
+  return config.parse(plain)
 
 
 def explain(argv: Sequence[str], error: Exception) -> str:
