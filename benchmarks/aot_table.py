@@ -1,10 +1,10 @@
-"""Remakes the tables of docs/aot.md: compiles the paper's models for TPUs, and reads them.
+"""Regenerates the tables of docs/aot.md: compiles the paper's models for TPUs, and analyses them.
 
     python benchmarks/aot_table.py --write=docs/aot.md
     python benchmarks/aot_table.py --write=docs/aot.md --tables=decode
 
-Takes a minute or two a row on two cores, a row of decoding half of one, and needs
-`pip install 'jax[tpu]'`. Every row is one call of `python -m bam_jax.aot`, printed with it.
+Takes one to two minutes a row on two cores, half a minute for decoding, and requires
+`pip install 'jax[tpu]'`. Every row is one call of `python -m bam_jax.aot`, which is printed.
 """
 
 import dataclasses
@@ -162,12 +162,12 @@ TABLES = {
 }  # fmt: skip
 OVERHEAD = 'over BTX', 'model FLOPs', 'compiled', 'wire', 'peak', 'roofline', 'in order'
 
-_WRITE = flags.DEFINE_string('write', None, 'A Markdown file: what lies between its markers.')
-_TABLES = flags.DEFINE_multi_enum('tables', list(TABLES), list(TABLES), 'Which to make.')
+_WRITE = flags.DEFINE_string('write', None, 'Markdown file to update between its markers.')
+_TABLES = flags.DEFINE_multi_enum('tables', list(TABLES), list(TABLES), 'Which tables to make.')
 
 
 def compile_row(row: Step | Token) -> dict[str, Any]:
-  """The facts of one row."""
+  """The `--json` results of one row."""
   command = [sys.executable, '-m', 'bam_jax.aot', *row.command(), '--json=-']
   print(shlex.join(['python', *command[1:]]), file=sys.stderr, flush=True)
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -177,7 +177,7 @@ def compile_row(row: Step | Token) -> dict[str, Any]:
 
 
 def overhead(row: Step, facts: dict[str, Any], btx: dict[str, Any]) -> list[str]:
-  """What the attention experts cost beside BTX under the same layout."""
+  """The cost of the attention experts relative to BTX under the same layout."""
   wire = [sum(c['wire_bytes'] for c in one['collectives']) for one in (facts, btx)]
   ratios = (
     facts['model_flops'] / btx['model_flops'],

@@ -1,24 +1,24 @@
-"""Times generation of runs of a recipe, in turn, on random tokens; the paper's section 7.3.
+"""Times generation with runs of a recipe, in alternation, on random tokens; paper section 7.3.
 
     python -m benchmarks.generate --config=benchmarks/shapes.py --json=-
     python -m benchmarks.generate --config=configs/small_590m.py --runs=btx,bam_shared_kv,bam_kv \
         --batch_sizes=1
 
-Every round reads the prompts and writes the new tokens with each run, reads a large array (the
+Every round reads the prompts and generates the new tokens with each run, reads a large array (the
 bandwidth) and multiplies two matrices (the peak), so that other load on the machine affects all of
-them alike. Parameters are random. CPU seconds are those of this process: on a shared machine they
+them equally. Parameters are random. CPU seconds are those of this process: on a shared machine they
 vary less than wall time.
 
-The roofline is what takes longer, to read what must be read or to compute what must be computed:
-every weight that the tokens meet, of routed FFN experts those that a token of the batch chose
-(as if routers chose evenly), and the keys and values so far. The paper has, over BTX and for all,
+The roofline is the larger of the times for the necessary reads and for the necessary FLOPs: every
+weight that the tokens use, of routed FFN experts those chosen by a token of the batch (with evenly
+loaded routers), and the keys and values so far. The paper reports, relative to BTX and in total,
 1.28 for KV experts and 1.24 for shared KV.
 
-`--json` writes `device`, `prompt_tokens`, `new_tokens`, and `rows`, each of a `run`, a `batch_size`
-and a `clock` ('wall' or 'cpu'), medians over rounds: `seconds` for all, `read_seconds` for the
-prompt with the first token, `token_seconds` for each further one, each with a `roofline_...` of its
-own; paired ratios to the first run, `times_first`, and the same of the rooflines. `bandwidth` and
-`peak`, bytes and FLOPs a second, have a number for each clock.
+`--json` writes `device`, `prompt_tokens`, `new_tokens`, and `rows`, each for a `run`, a
+`batch_size` and a `clock` ('wall' or 'cpu'), medians over rounds: `seconds` in total,
+`read_seconds` for the prompt with the first token, `token_seconds` for each further one, each with
+its `roofline_...`; paired ratios to the first run, `times_first`, and those of the rooflines.
+`bandwidth` and `peak`, in bytes and FLOPs per second, have a number for each clock.
 """
 
 import time
@@ -38,12 +38,12 @@ from bam_jax.parallel import sharding
 from bam_jax.recipes import graph
 
 _CONFIG = cli.define_recipe()
-_RUNS = flags.DEFINE_list('runs', ['btx'], 'Names of the runs; ratios are to the first.')
-_BATCHES = flags.DEFINE_list('batch_sizes', ['1', '8'], 'Rows that are continued at once.')
-_PROMPT = flags.DEFINE_integer('prompt_tokens', 256, 'Of each row.', lower_bound=1)
-_NEW = flags.DEFINE_integer('new_tokens', 16, 'Of each row.', lower_bound=2)
-_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Rounds that count.', lower_bound=1)
-_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of all arrays.')
+_RUNS = flags.DEFINE_list('runs', ['btx'], 'Names of the runs; ratios are relative to the first.')
+_BATCHES = flags.DEFINE_list('batch_sizes', ['1', '8'], 'Numbers of rows at once.')
+_PROMPT = flags.DEFINE_integer('prompt_tokens', 256, 'Prompt tokens of each row.', lower_bound=1)
+_NEW = flags.DEFINE_integer('new_tokens', 16, 'New tokens of each row.', lower_bound=2)
+_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Measured rounds.', lower_bound=1)
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Dtype of all arrays.')
 
 CLOCKS = 'wall', 'cpu'
 
@@ -83,7 +83,7 @@ def main() -> dict[str, Any]:
 
 
 class Probes:
-  """Bytes that the device reads a second, and FLOPs that it computes, by both clocks."""
+  """The device's bandwidth and peak FLOP/s, by both clocks."""
 
   def __init__(self):
     array = jnp.ones(2**26, jnp.float32)  # more than any cache holds
@@ -112,7 +112,7 @@ def now() -> np.ndarray:
 
 
 def random_generator(model: config.Model) -> generator.Generator:
-  """The model with random parameters, made an array at a time, of one block of noise."""
+  """The model with random parameters, made an array at a time from one block of noise."""
   noise = np.random.default_rng(0).standard_normal(2**20 + 7, np.float32)
   leaves = jax.tree_util.tree_leaves_with_path(
     transformer.Network(model, config.Compute()).abstract()
@@ -178,7 +178,7 @@ def _rows(name, batch, nodes, taken, first, speeds) -> list[dict[str, Any]]:
 
 
 def _roofline(model, batch, speeds) -> np.ndarray:
-  """Least seconds to read the prompts and for a token, by both clocks."""
+  """Minimum seconds to read the prompts and for a token, by both clocks."""
   middle = _PROMPT.value + _NEW.value // 2
   work = needs(model, batch, _PROMPT.value, _PROMPT.value), needs(model, batch, 1, middle)
   rates = np.array([speeds['bandwidth'], speeds['peak']])

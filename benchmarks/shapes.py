@@ -1,4 +1,4 @@
-"""A recipe to time and not to train: small models of one shape, dense and as mixtures of 4 experts.
+"""A recipe for timing, not for training: small models of one shape, dense and with 4 experts.
 
 4 layers, d 256, 4 heads on 2 KV heads of 64, hidden 1024, vocabulary 8192, 4 sequences of 512.
 `shapes.py:bfloat16` computes in that; the default is float32.

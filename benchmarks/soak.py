@@ -1,18 +1,18 @@
-"""Trains for half an hour under random kills and preemptions, and compares with a quiet run.
+"""Trains for half an hour under random kills and preemptions; compares with an undisturbed run.
 
     python -m benchmarks.soak --workdir=/tmp/soak
     python -m benchmarks.soak --workdir=/tmp/soak --minutes=60 --every=20 --seed=1 --json=-
 
-Two processes of one device each train the quick start's seed, specialists and BAM with KV
-experts, the dense models' parameters cut over both, the mixture's experts between them. First
-nothing disturbs them. Then, in a fresh workdir, at random moments: `kill -9` of one process or of
-both, SIGTERM to one, Ctrl-C to both, one that hangs. Whatever it was, both must end in a bounded
-time, and the same command goes on. When the recipe is done and time is left, a new round begins.
+Two processes of one device each train the quick start's seed, specialists and BAM with KV experts,
+the dense models' parameters sharded over both, the mixture's experts divided between them. The
+first run is undisturbed. Then, in a fresh workdir, at random moments: `kill -9` of one process or
+of both, SIGTERM to one, Ctrl-C to both, one that hangs. In each case both must exit in a bounded
+time, and the same command resumes. When the recipe is done and time is left, a new round starts.
 
-`--json` writes, of all rounds: `rounds`, `minutes`, `events` (how many of each kind), `statuses`
-(how often a process ended with which), `attempts`, `lost_steps` (logged, and done again),
+`--json` writes, for all rounds: `rounds`, `minutes`, `events` (how many of each kind), `statuses`
+(how often processes ended with each), `attempts`, `lost_steps` (logged, and repeated),
 `steps` whose losses were compared, their `largest_difference` from the undisturbed ones,
-`equal_parameters` (all final arrays, to the bit) and `equal_results` (held-out sums).
+`equal_parameters` (all final arrays, bitwise) and `equal_results` (held-out sums).
 """
 
 import collections
@@ -39,16 +39,16 @@ from bam_jax.errors import UserError
 from bam_jax.model import transformer
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the runs.')
-_MINUTES = flags.DEFINE_float('minutes', 30, 'Least time under disturbances.', lower_bound=0.1)
-_EVERY = flags.DEFINE_float('every', 30, 'Mean seconds from one to the next.', lower_bound=1)
-_STEPS = flags.DEFINE_integer('steps', 0, 'Of each run; default: what the recipe says.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Of what happens when.')
+_MINUTES = flags.DEFINE_float('minutes', 30, 'Minimum time under disturbances.', lower_bound=0.1)
+_EVERY = flags.DEFINE_float('every', 30, 'Mean seconds between disturbances.', lower_bound=1)
+_STEPS = flags.DEFINE_integer('steps', 0, "Steps of each run; default: the recipe's.")
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the disturbances.')
 
 RUNS = ('seed', 'code', 'law', 'math', 'bam_kv')
 CHECKPOINT = 20  # steps from one to the next
-LOST_SECONDS = 10  # after which a process that hangs is given up
-JOIN_SECONDS = 90  # after which one that waits for the other to start gives up
-END_SECONDS = 180  # in which all must have ended, whatever happened
+LOST_SECONDS = 10  # after which a hanging process counts as lost
+JOIN_SECONDS = 90  # after which a process stops waiting for the other to start
+END_SECONDS = 180  # within which all must have exited in any case
 RECIPE = (
   '--config=configs/quickstart.py',
   f'--runs={",".join(RUNS)}',
@@ -66,7 +66,7 @@ DISTURBANCES: dict[str, Callable[[list[subprocess.Popen], random.Random], None]]
 
 
 def main() -> dict[str, Any]:
-  """Trains, disturbs, compares, and prints what came out."""
+  """Trains, disturbs, compares, and prints the results."""
   if not _WORKDIR.value:
     raise UserError('--workdir is required: the folder for the runs.')
   # A shell that starts this in the background lets it ignore Ctrl-C, and what it starts too.

@@ -1,11 +1,11 @@
-"""Times the train step of runs of a recipe, in turn, on random tokens.
+"""Times the train steps of runs of a recipe, in alternation, on random tokens.
 
     python -m benchmarks.train_step --config=benchmarks/shapes.py --runs=dense,btx --json=-
     python -m benchmarks.train_step --config=configs/small_590m.py --runs=seed,btx,bam_kv \
         --config.runs.seed.batch_size=16
 
 Every round takes a few steps of each run, so that other load on the machine affects all of them
-alike. CPU seconds are those of this process: on a shared machine they vary less than wall time.
+equally. CPU seconds are those of this process: on a shared machine they vary less than wall time.
 
 `--json` writes `device`, and for each run `tokens_per_second`, `seconds` and `cpu_seconds` a step
 (median, and the quartiles as `..._low` and `..._high`), `first_step_seconds` with compilation,
@@ -30,7 +30,7 @@ from bam_jax.train import step as step_lib
 
 _CONFIG = cli.define_recipe()
 _RUNS = flags.DEFINE_list('runs', [], 'Names of the runs; default: all.')
-_ROUNDS = flags.DEFINE_integer('rounds', 10, 'Rounds that count.', lower_bound=1)
+_ROUNDS = flags.DEFINE_integer('rounds', 10, 'Measured rounds.', lower_bound=1)
 _STEPS = flags.DEFINE_integer('steps', 2, 'Steps of each run in a round.', lower_bound=1)
 
 

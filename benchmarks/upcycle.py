@@ -3,11 +3,11 @@
     python -m benchmarks.upcycle --workdir=/tmp/upcycle
     python -m benchmarks.upcycle --workdir=/tmp/upcycle --layers=16 --sources=4 --json=-
 
-Makes dense checkpoints as training writes them (kept in --workdir for the next time), and lets two
-processes mix them with caches cold: `convert upcycle`, and one that restores every source whole,
-merges, and saves with Orbax. Between them the disk itself is measured by a plain copy of as many
-bytes: the sources' files are read, the mixture's size of what was read is written, and an fsync
-ends it, as with dd conv=fsync.
+Makes dense checkpoints as training writes them (kept in --workdir for the next time), and has two
+processes mix them with cold caches: `convert upcycle`, and one that restores every source whole,
+merges, and saves with Orbax. In between, the disk is measured by a plain copy of the same number of
+bytes: the sources' files are read, as many bytes as the mixture has are written, and an fsync
+follows, as with dd conv=fsync.
 
 `--json` writes `dense_bytes`, `mixture_bytes`, `largest_array_bytes`, `sources`, `copy_seconds` (of
 each measurement) and `runs`: for each `how`, `seconds`, `cpu_seconds`, `peak_bytes` (VmHWM),
@@ -38,11 +38,13 @@ from bam_jax.model import transformer
 from bam_jax.upcycle import options, outputs, rules
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the checkpoints.')
-_LAYERS = flags.DEFINE_integer('layers', 8, 'Of the dense models; 190 MB each.', lower_bound=1)
-_SOURCES = flags.DEFINE_integer('sources', 3, 'Dense models.', lower_bound=2)
+_LAYERS = flags.DEFINE_integer(
+  'layers', 8, 'Layers of the dense models; 190 MB each.', lower_bound=1
+)
+_SOURCES = flags.DEFINE_integer('sources', 3, 'Number of dense models.', lower_bound=2)
 _METHOD = flags.DEFINE_enum('method', 'bam_kv_experts', ('bam_kv_experts', 'btx'), 'Of upcycling.')
-_HOWS = flags.DEFINE_list('hows', ['streaming', 'in_memory'], 'What to run, in turn.')
-_ROUNDS = flags.DEFINE_integer('rounds', 2, 'Times that each runs.', lower_bound=1)
+_HOWS = flags.DEFINE_list('hows', ['streaming', 'in_memory'], 'What to run, in alternation.')
+_ROUNDS = flags.DEFINE_integer('rounds', 2, 'Runs of each.', lower_bound=1)
 _IN_MEMORY = flags.DEFINE_string('in_memory', None, 'Only mix in memory, to this folder.')
 
 
@@ -117,7 +119,7 @@ def _make(model: config.Model, folder: Path, seed: int) -> None:
 
 
 def _mix_in_memory(model: config.Model, upcycle: config.Upcycle, output: Path) -> None:
-  """What `convert upcycle` would be without streaming."""
+  """`convert upcycle` without streaming."""
   restored = [checkpoint.restore_host_params(path, _abstract(model)) for path in upcycle.sources]
   flat = [traverse_util.flatten_dict(params, sep='/') for params in restored]
   mixture = rules.mixture_model(model, upcycle)
@@ -139,7 +141,7 @@ def _abstract(model: config.Model) -> Any:
 
 
 def _run(how: str, upcycle: config.Upcycle, workdir: Path) -> dict[str, Any]:
-  """One process that mixes; its peak of memory, and what it moved."""
+  """Mixes in one process; returns its peak memory, and the bytes it moved."""
   output = workdir / f'mixture_{how}'
   shutil.rmtree(output, ignore_errors=True)
   for path in upcycle.sources:
@@ -206,7 +208,7 @@ def _copy(workdir: Path, names: Sequence[str], nbytes: int) -> float:
 
 
 def _evict(path: Path) -> None:
-  """Takes files out of the system's cache."""
+  """Evicts files from the page cache."""
   os.sync()
   for file in [path] if path.is_file() else path.rglob('*'):
     if file.is_file():

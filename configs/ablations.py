@@ -3,19 +3,19 @@
     python -m bam_jax.main --config=configs/ablations.py:bam_top2 --workdir=runs/small_590m
 
 The seed, the specialists and BTX are those of configs/small_590m.py: in its workdir, finished runs
-are not trained again, and the report becomes the ablation's. Data and hardware are as
-for that recipe; `:NAME,smoke` is the same graph, tiny, for two CPU cores and about a minute.
+are not trained again, and the report becomes the ablation's. Data and hardware are the same as for
+that recipe; `:NAME,smoke` is the same graph, tiny, for two CPU cores and about a minute.
 
-  btx_5, btx_6, btx_7, btx_8   BTX with so many FFN experts, the extra ones copies of the seed's
-  btx_6_top3                   BTX with BAM's total and active parameters, beside BAM
-  bam_top1, bam_top2           BAM with routed attention, beside soft, all at BTX's compute
+  btx_5, btx_6, btx_7, btx_8   BTX with 5 to 8 FFN experts, the additional ones copies of the seed's
+  btx_6_top3                   BTX with BAM's total and active parameters, and BAM
+  bam_top1, bam_top2           BAM with routed attention, and with soft, all at BTX's compute
   sparse                       sparse upcycling: four copies of the seed
-  average                      a dense soup of all four, trained as the mixtures are
+  average                      a dense soup of all four, trained like the mixtures
   cm                           BAM at BTX's compute: fewer tokens
   dm                           BAM on BTX's tokens: more compute
 
-What the paper reached, average perplexity, table 6: BTX 10.72, soft 10.47, top-2 10.72, top-1
-10.81. Its table 1:
+The paper's results: average perplexity, Table 6: BTX 10.72, soft 10.47, top-2 10.72, top-1
+10.81. Table 1:
 
                           general   code    law   math
     BTX                     26.72   3.78   6.63   5.77
@@ -38,7 +38,7 @@ SCALE = runpy.run_path(str(Path(__file__).with_name('small_590m.py')))['SCALE']
 
 
 def more_btx(num_experts: int) -> dict:
-  """BTX with copies of the seed's FFN as its extra experts."""
+  """BTX with copies of the seed's FFN as additional experts."""
   label = f'BTX, {num_experts} experts'
   return {f'btx_{num_experts}': paper.mixture(SCALE, label, 'btx', num_experts=num_experts)}
 

@@ -4,16 +4,16 @@
     python -m bam_jax.main --config=configs/large_2b.py --workdir=runs/large_2b
 
 `text/` has the folders general, code, law and math, `tokenizer.json` at most 256,000 tokens. The
-meshes are those of 64 TPU v5p chips (4x4x4); `--config.runs.seed.mesh.fsdp=...` fits others. All
-the runs are 2.3e22 training FLOPs, 22 days at 40% of those chips' peak. Parameters, FLOPs and
+meshes are for 64 TPU v5p chips (4x4x4); set `--config.runs.seed.mesh.fsdp=...` for others. All runs
+together need 2.3e22 training FLOPs, 22 days at 40% of those chips' peak. Parameters, FLOPs and
 memory of each run, before anything is trained:
 
     python -m bam_jax.account --config=configs/large_2b.py --against=btx
 
 and `configs/large_2b.py:smoke` is the same graph, tiny, for two CPU cores and about a minute.
 
-The paper's table 1 is of the small scale (see configs/small_590m.py). Here too, BAM with KV experts
-should beat BTX in every domain at equal tokens.
+The paper's Table 1 is for the small scale (see configs/small_590m.py). Here too, BAM with KV
+experts should beat BTX in every domain at equal tokens.
 """
 
 from ml_collections import ConfigDict

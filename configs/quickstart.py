@@ -3,7 +3,7 @@
     python -m bam_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 A seed is trained on mixed text that is mostly general. Three copies of it continue on one domain
-each, with a tenth of general text, at half the seed's learning rate. The seed and the specialists
+each, plus a tenth of general text, at half the seed's learning rate. The seed and the specialists
 are then mixed in three ways, and the mixtures are trained on the same batches, a quarter from each
 domain: BTX (FFN experts, averaged attention), BAM with shared keys and values, and BAM with
 attention experts that have their own. `:smoke` runs the same graph for a few steps.

@@ -1,19 +1,19 @@
-"""The paper's comparison in small, on real text: does BAM beat BTX at equal data and equal compute?
+"""The paper's comparison at small scale: does BAM beat BTX at equal data and at equal compute?
 
     python -m tools.build_corpus --output=data/corpus
     python -m bam_jax.main --config=configs/reproduction.py --workdir=runs/r_0
     python -m bam_jax.main --config=configs/reproduction.py --config.seed=1 --workdir=runs/r_1
     python -m bam_jax.main --config=configs/reproduction.py --config.seed=2 --workdir=runs/r_2
 
-A seed is trained on text that is mostly general, three specialists from it on nine tenths of their
-own domain, and every mixture on a quarter of each domain, all with the same batches in the same
-order. Shapes keep the paper's proportions at its small scale: as many KV heads as heads, an FFN's
-hidden width of twice the model's, embeddings apart. `:main` is the comparison of the paper's first
-table; without an argument come the ablations too. `:learning_rates` trains BTX and BAM at other
-peaks, the same for both; `:starts` gives them sharper gates at the start, and a shorter warm-up;
-`:budgets` gives both regimes less and more to read; `:vocabulary`, in a workdir of its own, is of
-models whose FLOPs are mostly the output embedding's, as in the paper; `:smoke` runs everything for
-a few steps. docs/results.md has what came out.
+A seed is trained on text that is mostly general, three specialists continue it on nine tenths of
+their own domain, and every mixture is trained on a quarter of each domain, all on the same batches
+in the same order. Shapes keep the paper's proportions at its small scale: as many KV heads as
+heads, an FFN width of twice the model's, untied embeddings. `:main` is the comparison of the
+paper's first table; without an argument, the ablations are included. `:learning_rates` trains BTX
+and BAM at other peaks, the same for both; `:starts` gives them sharper gates at the start, and a
+shorter warm-up; `:budgets` varies the number of tokens in both regimes; `:vocabulary`, in a
+separate workdir, uses models whose FLOPs are mostly the output embedding's, as in the paper;
+`:smoke` runs everything for a few steps. docs/results.md has the results.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ SCALE = paper.Scale(
   compute=dict(unroll=4),
   intervals=dict(log=10, evaluate=200, checkpoint=200, keep=1),
 )
-# KV experts take 1.35 times BTX's FLOPs a token here, 1.34 in the paper's 590M, and 1.79 above.
+# KV experts need 1.35 times BTX's FLOPs a token here, 1.34 in the paper's 590M, and 1.79 above.
 VOCABULARY = dataclasses.replace(SCALE, model=SCALE.model | dict(num_layers=2, vocab_size=8192))
 PEAKS = (5e-4, 1e-3, 2e-3, 4e-3)  # of mixtures: the chosen one, and others
 SWEPT = ('btx', 'bam_kv', 'bam_kv_cm')
@@ -106,7 +106,7 @@ def ablations() -> dict[str, dict]:
 
 
 def routed(name: str, label: str, method: str) -> dict[str, dict]:
-  """One and two attention experts a token, for BTX's compute."""
+  """One and two attention experts a token, at BTX's compute."""
   return {
     f'{name}_top{k}': paper.compute_matched(
       SCALE, f'{label}, attention top {k}, CM', method, attention_top_k=k

@@ -4,17 +4,17 @@
     python -m bam_jax.main --config=configs/small_590m.py --workdir=runs/small_590m
 
 `text/` has the folders general, code, law and math, `tokenizer.json` at most 256,000 tokens. The
-meshes are those of 16 TPU v5e chips (4x4); `--config.runs.seed.mesh.fsdp=...` fits others. All the
-runs are 2.1e21 training FLOPs, 20 days at 40% of those chips' peak. Parameters, FLOPs and memory of
-each run, before anything is trained:
+meshes are for 16 TPU v5e chips (4x4); set `--config.runs.seed.mesh.fsdp=...` for others. All runs
+together need 2.1e21 training FLOPs, 20 days at 40% of those chips' peak. Parameters, FLOPs and
+memory of each run, before anything is trained:
 
     python -m bam_jax.account --config=configs/small_590m.py --against=btx
 
 and `configs/small_590m.py:smoke` is the same graph, tiny, for two CPU cores and about a minute. The
-mixtures read equal tokens (the paper's data-matched regime); configs/ablations.py:cm has those at
+mixtures read equal tokens (the paper's data-matched regime); configs/ablations.py:cm has them at
 BTX's compute.
 
-What the paper reached on its own data, held-out perplexity, table 1:
+The paper's results on its own data, held-out perplexity, Table 1:
 
                           general   code    law   math
     seed                    23.98   8.62   8.92  14.12

@@ -85,7 +85,7 @@ def prepare(
     raise UserError(f'--workers={workers} must be at most {MAX_WORKERS}.')
   for path in inputs.values():
     if output.resolve().is_relative_to(path.resolve()):
-      raise UserError(f'--output={output} lies inside the input {path}: choose a folder beside it.')
+      raise UserError(f'--output={output} is inside the input {path}: choose another folder.')
 
   read = dict(text_field=text_field, valid_fraction=valid_fraction)
   domains = [Domain.find(name, path, **read) for name, path in sorted(inputs.items())]

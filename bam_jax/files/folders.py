@@ -137,8 +137,8 @@ def remove(folder: epath.PathLike) -> None:
 def new_folder(path: epath.PathLike, nbytes: int = 0) -> Iterator[epath.Path]:
   """A folder to write into that becomes `path` when the block ends, complete and on disk.
 
-  Until then it is beside `path` under another name, and it is removed if the block raises. Leftovers
-  of killed processes are removed too. gs:// has no rename: the block writes into `path` itself, and
+  Until then it is beside `path` under another name, and it is removed if the block raises. What
+  killed processes left is removed too. gs:// has no rename: the block writes into `path` itself,
   `meta` last, without which a folder is not a checkpoint. UserError if `path` exists, cannot be
   written, or its disk has no room for `nbytes`.
   """

@@ -13,7 +13,7 @@ MAX_BYTES = 2**26
 def load(path: Path | epath.Path, pairs_hook: Callable | None = None) -> Any:
   """The value in a file; `pairs_hook` makes objects from pairs, as in `json.loads`.
 
-  Raises OSError, or ValueError if it exceeds MAX_BYTES, is not UTF-8 or JSON, or is nested too deep.
+  OSError; ValueError if it exceeds MAX_BYTES, is not UTF-8 or JSON, or is nested too deep.
   """
   with path.open('rb') as file:
     content = file.read(MAX_BYTES + 1)

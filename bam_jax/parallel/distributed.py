@@ -92,7 +92,9 @@ def joined() -> Iterator[None]:
     if said := errors.sentence(error):
       _leave(said, errors.USER_ERROR, witness, GRACE if jax.process_index() == 0 else 0.0)
     if said := _of_jax(error):
-      sentence = f'{this} cannot go on ({said}), most likely since another one was lost: {AGAIN}.'
+      sentence = (
+        f'{this} cannot continue ({said}), most likely because another one was lost: {AGAIN}.'
+      )
     else:
       traceback.print_exc()
       # Library threads report a lost process in messages of their own.

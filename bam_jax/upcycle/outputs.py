@@ -97,7 +97,7 @@ def to_checkpoint(
   first = merge.sources[0]
   for source in merge.sources:
     if epath.Path(os.path.realpath(source.folder)) in epath.Path(os.path.realpath(output)).parents:
-      raise UserError(f'{output} lies inside the source {source.path}: choose another folder.')
+      raise UserError(f'{output} is inside the source {source.path}: choose another folder.')
   tokenizer = checkpoint.find_tokenizer(first.folder)
   mixture = rules.mixture_model(first.meta.model, upcycle)
   wanted = specs(transformer.Network(mixture, config.Compute()).abstract(), jnp.dtype(dtype))

@@ -293,7 +293,7 @@ def test_option_errors_leave_no_output(tmp_path, options, sentence):
 
 def test_path_errors(tmp_path):
   sources = write_lines(tmp_path / 'a' / 'x.jsonl', ['one', 'two']).parent
-  with pytest.raises(UserError, match='lies inside the input'):
+  with pytest.raises(UserError, match='is inside the input'):
     prepare({'a': sources}, sources / 'data', train_tokenizer=300)
   (tmp_path / 'mine').mkdir()
   (tmp_path / 'mine/precious.txt').write_text('x')

@@ -45,7 +45,7 @@ def collect(seed: int, workdir: Path) -> dict[str, Any]:
       )
     runs[result.parent.name] = _run(_read(result), config, _metrics(result.parent))
   if not runs:
-    raise UserError(f'--workdir={seed}={workdir} has no finished run: train one, or mend the path.')
+    raise UserError(f'--workdir={seed}={workdir} has no finished run: train one, or fix the path.')
   about = workdir / 'recipe.json'  # comes with the report, when all is trained
   recipe = _read(about) if about.exists() else {}
   return {
