@@ -7,7 +7,7 @@ import pytest
 
 from bam_jax import errors
 
-MEMORY = 'the memory does not suffice (RESOURCE_EXHAUSTED: 9 bytes): ask for less at once.'
+MEMORY = 'out of memory (RESOURCE_EXHAUSTED: 9 bytes): reduce the batch size or the model.'
 
 
 @pytest.mark.parametrize(

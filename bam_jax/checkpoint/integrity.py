@@ -35,7 +35,7 @@ class Damaged(UserError):
   """A checkpoint is not what was written; `what` says why."""
 
   def __init__(self, folder: epath.PathLike, what: str):
-    fix = 'restore it from a copy; or delete it, and what wrote it can write it again.'
+    fix = 'restore a copy, or delete it and create it again.'
     super().__init__(f'{folder} is damaged ({what}): {fix}')
     self.what = what
 
@@ -86,7 +86,7 @@ def fault(folder: epath.PathLike, sums: Sums) -> str:
     if not stat.S_ISREG(facts.st_mode):  # a device could be read for ever
       return f'{name} is not a file'
     if facts.st_size != size:
-      return f'{name} has {facts.st_size} bytes and not {size}'
+      return f'{name} has {facts.st_size} bytes instead of {size}'
   try:
     found = _measure(folder, sums)
   except OSError as error:
@@ -143,7 +143,7 @@ def _rename(folder: Path, what: str) -> str:
   with folders.writing(aside):
     folders.remove(aside)
     folder.rename(aside)
-  return f'{folder} is damaged ({what}): it is {aside.name} now, and the one before is taken.'
+  return f'{folder} is damaged ({what}): renamed to {aside.name}, resuming from the one before.'
 
 
 def _fault_together(folder: epath.PathLike, items: Collection[str] = ()) -> str:

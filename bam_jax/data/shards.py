@@ -28,7 +28,7 @@ FORMAT = 1
 MANIFEST = 'manifest.json'
 DOMAIN_NAME = re.compile(r'[A-Za-z0-9][\w.-]*', re.ASCII)  # also of splits and shards
 PARTS = ('tokens', 'ends', 'bytes')
-ANEW = 'prepare the dataset anew'
+ANEW = 'prepare the dataset again'
 
 
 class Encoded(NamedTuple):

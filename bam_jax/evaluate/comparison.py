@@ -209,10 +209,10 @@ def notes(entries: Sequence[Entry]) -> list[str]:
     if entry.window > trained:
       found.append(
         f'{entry.label} was trained on sequences of {trained:,} tokens and reads {entry.window:,} '
-        'at once: its likelihoods past its own length may mean little.'
+        'at once: likelihoods beyond the trained length may be unreliable.'
       )
   if len({entry.tokenizer.hash for entry in entries}) > 1:
     found.append('The tokenizers differ: compare bits per byte, not perplexity.')
   if len({(entry.window, entry.stride) for entry in entries}) > 1:
-    found.append('The windows differ: give --window and --stride for one and the same context.')
+    found.append('The windows differ: set --window and --stride to compare equal contexts.')
   return found

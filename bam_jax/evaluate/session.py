@@ -61,7 +61,7 @@ def run(
 
 
 def difference(score: Mapping[str, Any]) -> str:
-  """A cell of the third table: bits per byte less those of the first checkpoint."""
+  """A cell of the third table: bits per byte minus those of the first checkpoint."""
   measure = score['difference']['bits_per_byte']
   low, high = measure['low'], measure['high']
   certain = low is not None and (low > 0 or high < 0)
@@ -78,7 +78,7 @@ def tables(facts: Mapping[str, Any]) -> list[rich.table.Table]:
     _table(f'Bits per byte, and its {share} interval', domains, rows, bits_per_byte),
   ]
   if len(rows) > 1:
-    title = f'Bits per byte less those of {rows[0]["label"]}; *: the {share} interval is without 0'
+    title = f'Bits per byte minus those of {rows[0]["label"]}; *: the {share} interval excludes 0'
     made.append(_table(title, domains, rows[1:], difference))
   shares = [
     (row['label'], router, *(routing.own_share(by_domain[name]) for name in domains))

@@ -46,7 +46,7 @@ def execute(
       raise stop.Stopped(unfinished)
     for name in asked:
       if name not in unfinished:
-        log.note(f'{name}: skipped, it is finished')
+        log.note(f'{name}: skipped, already finished')
         continue
       node, folder = nodes[name], workdir / name
       record = {'recipe': recipe.name, 'run': config.to_dict(node.run), 'identity': node.identity}

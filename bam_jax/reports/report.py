@@ -128,7 +128,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     'The same losses for each byte of text, which do not depend on the tokenizer.',
     '## Cost',
     _cost_table(report),
-    'Each row is that run alone: a mixture also rests on the runs that it was made from.',
+    'Each row is that run alone: a mixture also depends on the runs it was made from.',
     '## Loss',
     '![Loss by step](loss_curves.png)',
     "Lines: training loss without the routers' auxiliary losses, smoothed. Dots: held-out loss, of"

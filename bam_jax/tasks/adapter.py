@@ -118,7 +118,7 @@ class Model(TemplateLM):
     longest = max((len(context) + len(tokens) for _, context, tokens in requests), default=0)
     if longest - 1 > self.max_length:
       self._warn_once(
-        'A request is longer than what the model reads: contexts are cut from the left.'
+        'A request exceeds the window of the model: contexts are truncated on the left.'
       )
     # An empty continuation has probability 1.
     answers = {(tuple(c), tuple(t)): (0.0, True) for _, c, t in requests}
@@ -172,7 +172,7 @@ class Model(TemplateLM):
       stops.append(until)
       max_new_tokens = min(wanted, max(1, self.max_length // 2))
       if wanted > max_new_tokens:
-        self._warn_once(f'A task gets {max_new_tokens:,} new tokens, half of what the model reads.')
+        self._warn_once(f'A task gets {max_new_tokens:,} new tokens, half of the window.')
       batches.setdefault((max_new_tokens, params), []).append(number)
     texts = [''] * len(requests)
     with _progress(len(requests), disable_tqdm) as progress:
@@ -192,7 +192,9 @@ class Model(TemplateLM):
     for context, until in requests:
       tokens = self.tok_encode(context)
       if len(tokens) > room:
-        self._warn_once(f'A prompt has more than {room:,} tokens: prompts are cut from the left.')
+        self._warn_once(
+          f'A prompt has more than {room:,} tokens: prompts are truncated on the left.'
+        )
       prompt = tuple(tokens[-room:])
       rows.append(generator.Row(prompt, seen[prompt]))
       made.append(text.Continuation(self._tokenizer, prompt, until))

@@ -130,5 +130,5 @@ class StallWatch:
         self._reported = True
         self._note(
           f'{self._name}: stalled, no step has finished for {waited:.0f} s after step '
-          f'{self._step:,}; it waits for {KINDS[self._goodput.kind]}'
+          f'{self._step:,}; it is waiting for {KINDS[self._goodput.kind]}'
         )

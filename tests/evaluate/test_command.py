@@ -51,7 +51,7 @@ def test_two_checkpoints_on_any_mesh(runs, dataset, server, tmp_path, door_doc):
   for row in facts['rows']:
     row['routing'] = None
   assert again['rows'] == facts['rows']  # to the last bit
-  for said in ('Perplexity', 'Bits per byte less those of dense', "Tokens with their domain's"):
+  for said in ('Perplexity', 'Bits per byte minus those of dense', "Tokens with their domain's"):
     assert said in one.stderr
   assert facts.keys() <= set(re.findall(r'\w+', door_doc('evaluate')))
 

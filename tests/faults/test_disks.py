@@ -103,7 +103,7 @@ def test_data_that_disappears_while_a_run_reads_it(text, undisturbed, tmp_path):
     path.unlink()
   _, stderr = running.communicate(timeout=60)
   done = subprocess.CompletedProcess([], running.returncode, '', stderr)
-  assert_sentence(done, 'tokens.npy is missing: prepare the dataset anew')
+  assert_sentence(done, 'tokens.npy is missing: prepare the dataset again')
   assert_sentence(run(text, tmp_path, *SEED), 'npy is missing')
   for path in gone:
     shutil.copy(undisturbed / path.relative_to(tmp_path), path)

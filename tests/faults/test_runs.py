@@ -95,5 +95,7 @@ def test_a_stalled_step_is_reported(text, tmp_path):
     both.wait_for_step(tmp_path / 'seed', 20)
     both.processes[1].send_signal(signal.SIGSTOP)
     _, told = both.processes[0].communicate(timeout=90)
-  stalled = r'seed: stalled, no step has finished for \d s after step \d+; it waits for the devices'
+  stalled = (
+    r'seed: stalled, no step has finished for \d s after step \d+; it is waiting for the devices'
+  )
   assert re.search(stalled, told), told

@@ -73,7 +73,7 @@ def test_a_stall_is_reported_once(watch, told):
     stalls(8)
     stalls(9)
   (line,) = told
-  assert 'seed: stalled' in line and 'after step 7; it waits for a batch of data' in line
+  assert 'seed: stalled' in line and 'after step 7; it is waiting for a batch of data' in line
 
 
 def test_what_happens_between_two_steps_is_no_stall(watch, told):
