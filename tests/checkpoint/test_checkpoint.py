@@ -1,8 +1,6 @@
 """Checkpoints come back on any mesh, in part, and as what they are; anything else is refused."""
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -126,35 +124,6 @@ def test_another_model_is_not_restored(written, models):
     checkpoint.open_params(written[0], wider)
 
 
-def test_find(written):
-  folder, _ = written
-  newest = folder / 'checkpoints' / '12'  # and not 3, which is last by name
-  assert checkpoint.find(folder) == newest
-  assert checkpoint.find(folder / 'checkpoints') == newest
-  assert checkpoint.find(newest) == newest
-  assert checkpoint.find(str(folder / 'checkpoints' / '3')).name == '3'
-  assert checkpoint.finished_step(folder / 'checkpoints') == 12
-
-
-def test_what_a_kill_leaves_behind_is_no_checkpoint(tmp_path, models):
-  """And a run goes on beside it."""
-  model, folder = models['dense'], tmp_path / 'checkpoints'
-  (folder / '7.orbax-checkpoint-tmp' / 'meta').mkdir(parents=True)
-  (folder / '9').mkdir()  # empty
-  (folder / 'notes').mkdir()
-  assert checkpoint.finished_step(folder) is None
-  for path in (tmp_path, tmp_path / 'nowhere'):
-    with pytest.raises(UserError, match=f'{path} holds no checkpoint'):
-      checkpoint.find(path)
-  (folder / '9').rmdir()
-  checkpoints = checkpoint.Checkpoints(folder, keep=2)
-  assert checkpoints.latest() is None and checkpoints.newest_folder() is None
-  checkpoints.save(7, *draw(model, (1, 1, 1, 1), 7)[:2], {}, meta(model, 7))
-  assert checkpoints.newest_folder() == folder / '7'
-  checkpoints.close()
-  assert checkpoint.find(tmp_path) == folder / '7'
-
-
 def spoil(step: Path, what: str) -> str:
   """Does what disks do to one file of a checkpoint; its path."""
   item, how = what.split(' ')
@@ -191,7 +160,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(two_steps, written
   (sentence,) = integrity.set_aside(two_steps)
   assert f'{two_steps}/12 is damaged' in sentence
   assert file in sentence or what.startswith('checksums'), 'which may be of any file'
-  assert '12.damaged now' in sentence
+  assert 'renamed to 12.damaged' in sentence
   assert checkpoint.finished_step(two_steps) == 3
   # The step can be saved again, and what is set aside takes no good one's place.
   model = models['bam_kv_experts']
@@ -278,20 +247,6 @@ def test_a_checkpoint_is_on_disk_before_the_one_before_is_removed(tmp_path, mode
   assert {path.name for path in later} <= {folders.COMMITTED}
 
 
-@pytest.mark.parametrize('number, refused', [(errno.EINVAL, False), (errno.EIO, True)])
-def test_a_file_system_without_fsync_takes_checkpoints(listed, monkeypatch, number, refused):
-  def fsync(file):
-    raise OSError(number, os.strerror(number))
-
-  monkeypatch.setattr(os, 'fsync', fsync)
-  for write, error in (
-    (lambda: integrity.write(listed, listed / 'checksums'), OSError),
-    (lambda: folders.write_file(listed / 'config.json', '{}'), UserError),
-  ):
-    with pytest.raises(error) if refused else contextlib.nullcontext():
-      write()
-
-
 @pytest.fixture
 def fake(tmp_path, models):
   """The function that writes the text of a `meta` by hand and gives the checkpoint's folder."""
@@ -306,24 +261,14 @@ def fake(tmp_path, models):
   return write
 
 
-def test_meta_comes_back(fake, tmp_path, models):
-  assert checkpoint.read_meta(fake()) == meta(models['dense'], 5)
-  want = meta(models['bam_shared_kv'], 5, method=None, sources=(), run='seed')
-  checkpoint.write_meta(tmp_path / 'made', want)
-  assert checkpoint.read_meta(tmp_path / 'made') == want
-
-
 @pytest.mark.parametrize(
   'text, changes, words',
   [
     (None, {'format': 3}, ['format 3', 'reads 2: upgrade bam_jax']),
     (None, {'format': 1, 'router_bias': 0}, ['format 1', 'reads 2: read it with commit d21418b']),
     (None, {'format': None}, ['not a checkpoint of format 2']),
-    ('[1]', {}, ['not a checkpoint of format 2']),
-    ('{"format":', {}, ['meta', 'damaged']),
     ('', {}, ['meta', 'damaged']),
     (None, {'zzz': 1}, ['meta', 'zzz']),
-    (None, {'model': {}}, ['meta', 'model.vocab_size', 'missing']),
   ],
   ids=str,
 )
