@@ -16,14 +16,6 @@ def test_totals_are_those_of_a_loop():
     np.testing.assert_allclose(total_C, drawn.sum(0), rtol=1e-12)
 
 
-def test_every_document_is_drawn_as_often():
-  counts_RN = np.stack(list(bootstrap.draws(50, 4000, 0, 'x')))
-  # Multinomial: each count has mean 1 and variance 1 - 1/N, and two have covariance -1/N.
-  np.testing.assert_allclose(counts_RN.mean(0), 1, atol=0.08)
-  np.testing.assert_allclose(counts_RN.var(), 1 - 1 / 50, rtol=0.03)
-  np.testing.assert_allclose(np.cov(counts_RN[:, 0], counts_RN[:, 1])[0, 1], -1 / 50, atol=0.05)
-
-
 def test_draws_are_those_of_seed_and_domain():
   draw = lambda seed, name: np.stack(list(bootstrap.draws(20, 5, seed, name)))
   np.testing.assert_array_equal(draw(3, 'law'), draw(3, 'law'))

@@ -1,17 +1,11 @@
 """What is counted of the routers, and the page and pictures that show it."""
 
-import dataclasses
 import html
-import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
 
-from bam_jax import checkpoint
-from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.evaluate import comparison, corpus, page, routing, windows
 from bam_jax.evaluate.scorer import Routed, Scorer
 
@@ -59,15 +53,6 @@ def test_a_token_counts_once_and_where_it_went(saved, documents):
   gates, biased = np.array([[[[0.1, 0.6, 0.3]]], [[[0.5, 0.0, 0.5]]]], np.float32)
   expert, gate = routing.strongest(Routed(gates, biased))
   assert expert.tolist() == [[2]] and gate.item() == np.float32(0.3)
-
-
-def test_names_of_experts(models, saved):
-  meta = checkpoint.read_meta(saved('bam_kv_experts'))
-  names = ['general', 'code', 'law', 'math']
-  assert routing.expert_names(meta) == {'attention': names, 'ffn': names}
-  unknown = dataclasses.replace(meta, sources=())
-  assert routing.expert_names(unknown)['ffn'] == ['0', '1', '2', '3']
-  assert routing.expert_names(checkpoint.read_meta(saved('dense'))) == {}
 
 
 @pytest.fixture(scope='module')
@@ -121,26 +106,3 @@ def test_tokens_have_their_experts(shown, saved):
         gate = choices.gate_LTE[layer, token]
         assert gate[expert] == gate.max()
         assert strength == min(9, max(1, round(10 * float(gate.max()))))
-
-
-@pytest.mark.skipif(not shutil.which('node'), reason='needs node to run the script of the page')
-def test_the_script_colours_tokens(shown):
-  text = shown[0].read_text(encoding='utf-8')
-  script = text[text.rindex('<script>') + 8 : text.rindex('</script>')]
-  stand_in = """
-    const token = {dataset: {ffn: '0327'}, style: {}}, other = {dataset: {}, style: {}};
-    const choices = {router: {value: 'ffn'}, layer: {value: '1'}};
-    const document = {getElementById: id => choices[id], querySelectorAll: () => [token, other]};
-  """
-  say = 'console.log(JSON.stringify([token.style.background, other.style.background]))'
-  done = subprocess.run(
-    ['node', '-e', stand_in + script + say], capture_output=True, text=True, check=True
-  )
-  assert json.loads(done.stdout) == ['rgb(0 158 115 / 0.7)', '']
-
-
-def test_characters_of_several_tokens(saved):
-  tokenizer = Tokenizer.train(['a'], 258)
-  tokens = [tokenizer.bos_id, *tokenizer.encode('a\u2603b')]
-  assert page._pieces(tokenizer, tokens) == ['<|bos|>', 'a', '', '', '\u2603', 'b']
-  assert page._pieces(tokenizer, tokens[:4])[-1] == '\ufffd'  # cut in the middle

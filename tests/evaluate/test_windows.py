@@ -29,14 +29,6 @@ def test_each_token_is_scored_once_and_in_order(count, length, stride, data):
   assert cut[0].tokens[0] == max(0, min(first - 1, count - length - 1))
 
 
-def test_what_fits_and_what_gives_way():
-  (window,) = windows.cut(np.arange(9), 8, 3)
-  assert window.first == 1 and len(window.tokens) == 9
-  assert len(list(windows.cut(np.arange(10), 8, 3))) == 2
-  (window,) = windows.cut(np.arange(20), 8, 8, first=16)  # a context, for its continuation
-  assert window.tokens.tolist() == list(range(11, 20)) and window.first == 5
-
-
 @pytest.mark.parametrize('platform', ['cpu', 'tpu'])
 def test_batches_hold_every_window_once(platform):
   rng = np.random.default_rng(0)

@@ -43,7 +43,6 @@ def drawn(logits: np.ndarray, params: SamplingParams, draws: int = DRAWS) -> np.
 @pytest.mark.parametrize(
   'params, block',
   [
-    (SamplingParams(0.5), 512),
     (SamplingParams(1.0, top_k=5), 512),
     (SamplingParams(1.0, top_k=100), 512),  # more than there are words
     (SamplingParams(1.0, top_p=0.7), 512),
@@ -88,10 +87,8 @@ def test_of_equal_scores_the_first():
   'params, flag',
   [
     (dict(temperature=-1), '--temperature=-1'),
-    (dict(temperature=float('nan')), '--temperature=nan'),
     (dict(temperature=1, top_k=-2), '--top_k=-2'),
     (dict(temperature=1, top_p=0), '--top_p=0'),
-    (dict(temperature=1, top_p=1.5), '--top_p=1.5'),
     (dict(top_k=5), '--temperature=1'),
   ],
 )

@@ -99,22 +99,6 @@ def record(name, content):
   return splits.Record(name, 'made-up', content)
 
 
-def kept(records):
-  return {r.id for some in splits.split(records).values() for r in some}
-
-
-def test_short_and_repeated_documents_are_dropped():
-  base = words(0, 100)
-  records = [
-    record('base', base),
-    record('short', 'x' * 299),
-    record('same', base.upper().replace(' ', ', ')),  # of equal letters and digits
-    record('longer', base + words(500, 40)),  # base is 96 of its 136 runs, and it is longer
-    record('other', words(1000, 100)),
-  ]
-  assert kept(records) == {'longer', 'other'}
-
-
 def names_of(split, count):
   """Names that the hash puts into a split, found by the definition."""
   names = []

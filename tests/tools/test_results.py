@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -178,27 +176,3 @@ def test_what_cannot_be_compared_or_read_is_one_sentence(seeds, tmp_path):
   (tmp_path / 'r_0' / 'btx' / 'result.json').write_text('{')
   with pytest.raises(UserError, match='btx/result.json is not JSON'):
     facts.collect(0, tmp_path / 'r_0')
-
-
-@pytest.mark.slow
-def test_the_commands(tmp_path):
-  def results(*arguments):
-    command = [sys.executable, '-m', 'tools.results', *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-  work, folder = workdir(tmp_path / 'r', 0, RESULTS[0]), tmp_path / 'results'
-  page, readme = tmp_path / 'results.md', tmp_path / 'README.md'
-  page.write_text((ROOT / 'docs' / 'results.md').read_text())
-  readme.write_text((ROOT / 'README.md').read_text())
-  done = results('collect', f'--workdir=0={work}', f'--output={folder}')
-  assert done.returncode == 0, done.stderr
-  flags = [f'--results={folder}', f'--page={page}', f'--readme={readme}', '--json=-']
-  for _ in range(2):  # the second drawing changes nothing
-    done = results('draw', *flags)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)['seeds'] == [0]
-    assert page.read_text().count('- Seed 0: 1 x, jax 1.2.') == 1
-    assert '| BTX | 11.25 | +0.0% |' in readme.read_text()
-  done = results('collect', f'--workdir={work}')
-  assert done.returncode == 2 and 'names no seed: write --workdir=0=' in done.stderr
-  assert 'Traceback' not in done.stderr

@@ -1,7 +1,6 @@
 """What a run writes and prints, and that it stops at the first loss that is not a number."""
 
 import json
-import math
 import struct
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from bam_jax import config
-from bam_jax.model import block, router
+from bam_jax.model import block
 from bam_jax.train import guard, hooks, log, loss, step, timing
 from bam_jax.train.job import Job
 
@@ -71,21 +70,6 @@ def test_half_a_line_is_dropped(tmp_path):
     assert [line['step'] for line in lines(tmp_path)] == [1, 11]
 
 
-def test_a_process_that_is_not_the_first_writes_and_prints_nothing(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(log.jax, 'process_index', lambda: 1)
-  with log.Writer(tmp_path, 0) as writer:
-    writer.write(1, {'loss': 1.0})
-  log.note('seed: starts')
-  assert not list(tmp_path.iterdir()) and not capsys.readouterr().err
-
-
-def statistics(tokens=8) -> router.Statistics:
-  """Two layers, three experts, one assignment a token."""
-  load, zero = np.array([[2, 6, 0], [4, 4, 0]]), np.zeros(2)
-  entropy = np.array([4.0, 8.0])
-  return router.Statistics(np.array([tokens] * 2), load, zero, zero, entropy, np.array([0, 2]))
-
-
 def step_metrics(loss_value=3.0, gradient_norm=0.5, ffn=None, targets=4.0) -> step.StepMetrics:
   sums = loss.Metrics(np.float32(10), np.float32(targets), block.Routing(None, ffn))
   return step.StepMetrics(np.float32(loss_value), np.float32(gradient_norm), sums)
@@ -131,44 +115,3 @@ def test_every_log_and_the_last_step_are_written(record, tmp_path):
   assert sum(found[1]['time'].values()) == pytest.approx(1)
   steps.valid(10, {'law': {'nll': 8.0, 'tokens': 4}})
   assert lines(tmp_path)[-1] == {'step': 10, 'valid': {'law': 2.0}}
-
-
-def test_what_is_printed(record, monkeypatch, capsys):
-  made, steps = record()
-  monkeypatch.setattr(log, 'PRINT_SECONDS', 0.0)
-  with pytest.raises(KeyError), steps:
-    for at in (1, 2, 3):
-      made.dispatched(at, step_metrics(loss_value=10 - at))
-    raise KeyError
-  start, first, compiling, second, stopped = capsys.readouterr().err.splitlines()
-  assert start == 'seed: starts, 10 steps'
-  assert first.startswith('seed: first step done after 100.')
-  assert compiling == 'seed: step 1 of 10, loss 9.0000, 0 tokens/s, goodput 0%'
-  assert second.startswith('seed: step 2 of 10, loss 8.0000, ') and second.endswith('0s left')
-  assert stopped == 'seed: stopped at step 2 of 10, loss 8.0000, 1m 40s'
-  with steps:
-    pass
-  assert capsys.readouterr().err.endswith('seed: done, loss 8.0000, 1m 40s\n')
-
-
-def test_a_skipped_step_is_counted_and_its_loss_is_not_written(record, tmp_path):
-  made, _ = record(log_every=1, on_nan='skip', max_skipped=2)
-  for at, loss_value in enumerate((3.0, math.nan, math.inf, 2.0, math.nan), 1):
-    made.dispatched(at, step_metrics(loss_value=loss_value))
-  made.settle()
-  first, *found = lines(tmp_path)
-  assert [(line['step'], line['skipped'], line.get('loss')) for line in found] == [
-    (1, 0, 3.0), (2, 1, None), (3, 2, None), (4, 2, 2.0), (5, 3, None),
-  ]  # fmt: skip
-
-
-def test_duration():
-  seconds = (0, 59.4, 59.6, 185, 3720, 90000)
-  assert [log.duration(x) for x in seconds] == [
-    '0s',
-    '59s',
-    '1m 00s',
-    '3m 05s',
-    '1h 02m',
-    '25h 00m',
-  ]
