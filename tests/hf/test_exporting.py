@@ -4,7 +4,6 @@ That the folder's models compute what ours do is shown in tests/parity, with tra
 """
 
 import ast
-import dataclasses
 import io
 import shutil
 import sys
@@ -81,35 +80,6 @@ def test_dtypes(tmp_path, stored, asked):
   assert config_json['dtype'] == facts['dtype'] == (asked or stored)
 
 
-def test_layers_lie_together(tmp_path):
-  model = make_model('kv_experts')
-  folders.write_checkpoint(tmp_path / 'a', model, draw(model))
-  facts = convert(tmp_path / 'a', tmp_path / 'hf', max_shard_size='60KB')
-  index = folders.read_json(tmp_path / 'hf' / 'model.safetensors.index.json')
-  assert set(index['weight_map'].values()) == set(facts['files']) and len(facts['files']) > 2
-  assert index['metadata']['total_size'] == facts['bytes']
-  order = [facts['files'].index(index['weight_map'][f'model.layers.{n}.mlp.router.weight'])
-           for n in range(3)]  # fmt: skip
-  assert order == sorted(order)
-  assert index['weight_map']['model.embed_tokens.weight'] == facts['files'][0]
-  assert index['weight_map']['model.norm.weight'] == facts['files'][-1]
-
-
-def test_special_tokens(tmp_path):
-  model = make_model()
-  folders.write_checkpoint(
-    tmp_path / 'a', model, draw(model), bos_token='<|eos|>', eos_token='<|bos|>'
-  )
-  convert(tmp_path / 'a', tmp_path / 'hf')
-  facts = folders.read_json(tmp_path / 'hf' / 'config.json')
-  assert (facts['bos_token_id'], facts['eos_token_id'], facts['pad_token_id']) == (1, 0, None)
-  generation = folders.read_json(tmp_path / 'hf' / 'generation_config.json')
-  assert generation == {'bos_token_id': 1, 'eos_token_id': 0, 'pad_token_id': 0}
-  words = folders.read_json(tmp_path / 'hf' / 'tokenizer_config.json')
-  assert (words['bos_token'], words['eos_token']) == ('<|eos|>', '<|bos|>')
-  assert words['pad_token'] == '<|bos|>' and words['model_max_length'] == 64
-
-
 def with_tokenizer(folder, content: bytes, name='tokenizer.json') -> Tokenizer:
   """A dense checkpoint with another tokenizer."""
   model = make_model(vocab_size=600)
@@ -133,11 +103,8 @@ def template(text: str) -> processors.TemplateProcessing:
   [
     (None, False),
     (template('<|bos|> $A'), True),
-    (template('$A <|eos|>'), False),
     (template('<|bos|> $A <|eos|>'), False),
-    (processors.ByteLevel(trim_offsets=True), False),
     (processors.Sequence([processors.ByteLevel(), template('$A <|eos|>')]), False),
-    (processors.RobertaProcessing(('<|eos|>', 1), ('<|bos|>', 0)), False),
   ],
 )
 def test_a_text_begins_as_our_documents_do_and_does_not_end(tmp_path, rule, kept):
@@ -157,20 +124,6 @@ def test_a_text_begins_as_our_documents_do_and_does_not_end(tmp_path, rule, kept
   if rule is None or 'ByteLevel' in repr(rule):  # which only moves offsets
     before = backend.encode(text, add_special_tokens=False)
     assert encoded.offsets[1:] == before.offsets
-
-
-def test_a_padding_token_is_found(tmp_path):
-  backend = tokenizers.Tokenizer.from_file(str(folders.make_tokenizer().save(tmp_path)))
-  backend.add_special_tokens(['<pad>'])
-  with_tokenizer(tmp_path / 'a', backend.to_str().encode())
-  convert(tmp_path / 'a', tmp_path / 'hf')
-  for file, pad in (
-    ('config.json', backend.token_to_id('<pad>')),
-    ('generation_config.json', backend.token_to_id('<pad>')),
-    ('tokenizer_config.json', '<pad>'),
-  ):
-    facts = folders.read_json(tmp_path / 'hf' / file)
-    assert facts.get('pad_token_id', facts.get('pad_token')) == pad
 
 
 def test_a_sentencepiece_model_is_copied(tmp_path):
@@ -249,11 +202,6 @@ def test_what_cannot_be_exported(tmp_path):
   less = {path: x for path, x in values.items() if path != 'final_norm/scale'}
   folders.write_checkpoint(tmp_path / 'less', model, less)
   check_refused(tmp_path / 'less', output, 'final_norm/scale of shape None where')
-  more = values | {'unembed/kernel': np.zeros((24, 270), np.float32)}
-  folders.write_checkpoint(tmp_path / 'more', model, more)
-  check_refused(tmp_path / 'more', output, r'unembed/kernel of shape \(24, 270\) where None')
-  folders.write_checkpoint(tmp_path / 'other', dataclasses.replace(model, ffn_dim=8), values)
-  check_refused(tmp_path / 'other', output, 'blocks/ffn/down of shape')
   values['blocks/ffn/up'][2, 23, 19] = np.nan
   folders.write_checkpoint(tmp_path / 'nan', model, values)
   check_refused(

@@ -3,8 +3,6 @@
 import hashlib
 import json
 
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -73,19 +71,6 @@ def test_every_value_is_where_it_belongs_and_meta_says_where_it_is_from(tmp_path
   assert made['final_norm/scale'] == ('copy', 'model.norm.weight')
 
 
-@pytest.mark.parametrize('stored', [ml_dtypes.bfloat16, np.float16, np.float32])
-def test_dtypes(tmp_path, stored):
-  tensors = {name: array.astype(stored) for name, array in cohere_tensors().items()}
-  source = folders.write_hf(tmp_path / 'hf', CONFIG, tensors)
-  for dtype in ('float32', 'bfloat16'):
-    convert(source, tmp_path / dtype, dtype)
-    ours = folders.read_checkpoint(tmp_path / dtype)
-    up = tensors['model.layers.0.mlp.up_proj.weight'].astype(np.float32)
-    wanted = up.T.astype(jnp.dtype(dtype))  # float32 holds all of them
-    assert ours['blocks/ffn/up'].dtype == wanted.dtype
-    assert ours['blocks/ffn/up'][0].tobytes() == wanted.tobytes()
-
-
 def test_a_tied_head_may_be_listed_beside_the_table(tmp_path):
   tensors, head = cohere_tensors(), 'lm_head.weight'
   table = tensors['model.embed_tokens.weight']
@@ -99,23 +84,13 @@ def test_a_tied_head_may_be_listed_beside_the_table(tmp_path):
   check_refused(alike, r'model.embed_tokens.weight with values .*: nan at \[3, 5\]')
 
 
-def test_a_head_of_its_own(tmp_path):
-  facts = CONFIG | {'tie_word_embeddings': False}
-  tensors = cohere_tensors(facts)
-  convert(folders.write_hf(tmp_path / 'hf', facts, tensors), tmp_path / 'model')
-  ours = folders.read_checkpoint(tmp_path / 'model')
-  np.testing.assert_array_equal(ours['unembed/kernel'], tensors['lm_head.weight'].T)
-
-
 @pytest.mark.parametrize(
   'changes, named',
   [
     ({Q_PROJ: None}, f'lacks {Q_PROJ}, which'),
     ({Q_PROJ.replace('weight', 'bias'): np.zeros(24, 'f')}, 'has .*q_proj.bias'),
-    ({'model.layers.3.mlp.up_proj.weight': np.zeros(1, 'f')}, 'has .*layers.3'),
     ({'lm_head.weight': np.zeros((3, 24), 'f')}, 'lm_head.weight of shape'),
     ({Q_PROJ: np.zeros((23, 24), 'f')}, rf'{Q_PROJ} of shape \(23, 24\)'),
-    ({Q_PROJ: np.zeros((24, 6, 4), 'f')}, r'of shape \(24, 6, 4\)'),
     ({'model.norm.weight': np.full(24, -np.inf, 'f')}, r'model.norm.weight with .* -inf at \[0\]'),
   ],
 )
@@ -136,10 +111,7 @@ def test_values_past_the_dtype(tmp_path):
   'text, named',
   [
     (None, 'config.json cannot be read: No such file'),
-    ('{', 'config.json cannot be read'),
-    ('[]', 'not a JSON object'),
     ('{"hidden_size": 24, "hidden_size": 25}', "'hidden_size' twice"),
-    (json.dumps(CONFIG | {'architectures': ['MistralForCausalLM']}), 'MistralForCausalLM'),
     (json.dumps(CONFIG | {'num_hidden_layers': 4}), 'lacks model.layers.3'),
     (json.dumps(CONFIG | {'max_position_embeddings': 0}), 'max_position_embeddings=0'),
   ],
@@ -165,11 +137,3 @@ def test_tokenizers(tmp_path):
   facts = CONFIG | {'vocab_size': 260}
   small = folders.write_hf(tmp_path / 'small', facts, cohere_tensors(facts))
   check_refused(small, 'has 266 tokens, but the model .* has 260')
-
-
-def test_an_output_that_is_there(tmp_path):
-  source = folders.write_hf(tmp_path / 'hf', CONFIG, cohere_tensors())
-  (tmp_path / 'out').mkdir()
-  with pytest.raises(UserError, match='out exists'):
-    convert(source, tmp_path / 'out')
-  assert not any((tmp_path / 'out').iterdir())

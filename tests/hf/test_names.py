@@ -6,7 +6,7 @@ import pytest
 
 from bam_jax import config
 from bam_jax.hf import names
-from tests.hf.folders import MODELS, cohere_tensors, draw, make_model
+from tests.hf.folders import MODELS, draw, make_model
 
 
 def exported(model: config.Model, values: dict) -> dict[str, np.ndarray]:
@@ -33,31 +33,6 @@ def test_every_array_has_names_of_its_own_and_comes_back_to_the_bit(name):
         assert theirs.flags.c_contiguous and theirs.shape == tensor.theirs
         back = names.to_ours(tensor, theirs, array.dtype)
         assert back.flags.c_contiguous and back.tobytes() == array[index].tobytes(), path
-
-
-@pytest.mark.parametrize('tied', [True, False])
-def test_a_dense_model_has_the_names_of_cohere(tied):
-  model = make_model('dense', tied_embeddings=tied)
-  facts = dict(
-    hidden_size=24, intermediate_size=20, vocab_size=270, num_attention_heads=6,
-    num_key_value_heads=2, num_hidden_layers=3, use_qk_norm=True, tie_word_embeddings=tied,
-  )  # fmt: skip
-  shapes = lambda tensors: {name: array.shape for name, array in tensors.items()}
-  assert shapes(exported(model, draw(model))) == shapes(cohere_tensors(facts))
-
-
-def test_where_single_elements_of_a_dense_model_go():
-  model = make_model()
-  ours = draw(model)
-  theirs, layer = exported(model, ours), 'model.layers.2.'
-  # (out, in), where heads follow one another: head 5, channel 3 is row 5 * 4 + 3.
-  attention = 'blocks/attention/'
-  assert theirs[layer + 'self_attn.q_proj.weight'][23, 7] == ours[attention + 'query'][2, 7, 5, 3]
-  assert theirs[layer + 'self_attn.k_proj.weight'][6, 7] == ours[attention + 'key'][2, 7, 1, 2]
-  assert theirs[layer + 'self_attn.o_proj.weight'][7, 23] == ours[attention + 'out'][2, 5, 3, 7]
-  assert theirs[layer + 'self_attn.k_norm.weight'][1, 3] == ours[attention + 'key_scale'][2, 1, 3]
-  assert theirs[layer + 'mlp.down_proj.weight'][7, 11] == ours['blocks/ffn/down'][2, 11, 7]
-  assert theirs['model.embed_tokens.weight'][9, 7] == ours['embed/table'][9, 7]
 
 
 def test_where_single_elements_of_a_mixture_go():

@@ -209,13 +209,3 @@ def test_the_exported_model_is_theirs_to_the_bit(imported, tmp_path):
     )
     tokens = torch.tensor(make_batch()['tokens'], dtype=torch.long)
     assert torch.equal(again(tokens).logits, model(tokens).logits)
-
-
-def test_cohere2_with_layers_that_are_not_ours(tmp_path):
-  options = {**SIZES, 'num_hidden_layers': 5, 'num_key_value_heads': 2}
-  model = transformers.Cohere2ForCausalLM(transformers.Cohere2Config(**options, sliding_window=64))
-  model.save_pretrained(tmp_path / 'hf')
-  folders.make_tokenizer().save(tmp_path / 'hf')
-  done = run('import-hf', f'--input={tmp_path}/hf', f'--output={tmp_path}/ours')
-  assert done.returncode == 2 and not (tmp_path / 'ours').exists()
-  assert 'layer 3 does not use RoPE' in done.stderr
