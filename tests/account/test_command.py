@@ -10,7 +10,6 @@ import pytest
 
 from bam_jax import config
 from bam_jax.account import accounting
-from bam_jax.errors import UserError
 from bam_jax.parallel import sharding
 from bam_jax.train import step
 
@@ -127,16 +126,8 @@ def test_moments_on_the_host_take_no_room_on_a_device(models):
   assert accounting.state_bytes(models['btx'], *settings)['optimizer'] == 4  # a counter
 
 
-def test_a_mesh_that_does_not_divide_is_refused(recipe_dict):
-  recipe_dict['runs']['seed'] |= dict(batch_size=9, mesh=dict(fsdp=3))
-  with pytest.raises(UserError, match=r'config.runs.seed.mesh splits .* into 3 parts'):
-    accounting.account(config.parse(recipe_dict))
-
-
 MISTAKES = {
-  'no config': ((), '--config is required: give --config'),
   'no file': (('--config=nowhere.py',), '--config=nowhere.py cannot be read'),
-  'no such run': (('--config=configs/quickstart.py', '--run=bam'), '--run=bam is not in'),
   'no such budget': (
     ('--config=configs/quickstart.py', '--against=moe'),
     '--against=moe is not in',

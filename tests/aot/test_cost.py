@@ -32,13 +32,6 @@ PRODUCTS = {
     (2, 16, 16, 8),
     (3, 3, 8, 4),
   ),
-  'groups': (
-    lambda x, k: jax.lax.conv_general_dilated(
-      x, k, feature_group_count=2, **CONVOLUTION, **LAYOUT
-    ),
-    (2, 16, 16, 8),
-    (3, 3, 4, 4),
-  ),
 }  # fmt: skip
 
 
@@ -97,42 +90,6 @@ def test_a_conditional_costs_its_dearest_branch():
   assert program.flops() == {'matmul': 2 * 2 * 16**3}
 
 
-EITHER_BUFFER = """
-%short (few: bf16[64,32]) -> bf16[64,16] {
-  %few = bf16[64,32]{1,0} parameter(0)
-  ROOT %ragged-dot.1 = bf16[64,16]{1,0} custom-call(%few), KERNEL
-}
-
-%full (all: bf16[128,32]) -> bf16[64,16] {
-  %all = bf16[128,32]{1,0} parameter(0)
-  %ragged-dot.2 = bf16[128,16]{1,0} custom-call(%all), KERNEL
-  ROOT %slice = bf16[64,16]{1,0} slice(%ragged-dot.2), slice={[0:64], [0:16]}
-}
-
-ENTRY %main (which: s32[], few.1: bf16[64,32], all.1: bf16[128,32]) -> bf16[64,16] {
-  %which = s32[] parameter(0)
-  %few.1 = bf16[64,32]{1,0} parameter(1)
-  %all.1 = bf16[128,32]{1,0} parameter(2)
-  ROOT %either = bf16[64,16]{1,0} conditional(%which, ARGUMENTS), branch_computations={BRANCHES}
-}
-"""
-KERNEL = (
-  'custom_call_target="tpu_custom_call", '
-  'backend_config={"custom_call_config":{"cost_estimate":{"flops":"6400"}}}'
-)
-
-
-@pytest.mark.parametrize(
-  'arguments, branches', [('%few.1, %all.1', '%short, %full'), ('%all.1, %few.1', '%full, %short')]
-)
-def test_an_even_load_takes_the_shorter_buffer(arguments, branches):
-  text = EITHER_BUFFER.replace('ARGUMENTS', arguments).replace('BRANCHES', branches)
-  program = cost.read(text.replace('KERNEL', KERNEL), 1, even_rows=32)
-  # Half of the shorter one's rows; of the longer one's a quarter.
-  assert program.flops() == {'grouped': 6400 / 2}
-  assert program.hbm_bytes() == 2 * 64 * (32 + 16) / 2
-
-
 COLLECTIVES = {
   # For x of 8 x 24 a device: how it is sent, the kind, and what one device sends, in floats.
   'sum': (lambda x: jax.lax.psum(x, 'b'), 'all-reduce', 2 * 8 * 24 * 3 / 4),
@@ -179,16 +136,3 @@ def test_scanned_layers_are_what_two_unrolled_depths_say():
 
   two, four = flops(2, 2), flops(4, 4)
   assert flops(9, 1) == two + 7 * (four - two) / 2 > 9 * 6 * 2 * 16 * 32 * 32
-
-
-def test_trips_of_a_loop_that_an_argument_says():
-  def run(x, steps):
-    with jax.named_scope('mine'):
-      x = jax.lax.fori_loop(0, steps, lambda _, x: x @ x, x)
-    return jax.lax.fori_loop(0, steps, lambda _, x: x @ x, x)
-
-  steps = jax.ShapeDtypeStruct((), 'int32')
-  call = cost.read(compiled(run, *shapes((16, 16)), steps).as_text(), 1, trips={'mine': 8})
-  assert sorted(loop.trips or 0 for loop in call.loops) == [0, 8]  # the other is counted once
-  assert call.flops() == {'matmul': (8 + 1) * 2 * 16**3}
-  assert call.part(8).flops() == {'matmul': (1 + 1 / 8) * 2 * 16**3}

@@ -66,14 +66,3 @@ def test_trips_follow_start_step_and_limit_or_are_not_known(old, new):
   assert hlo.trip_count(hlo.parse(MODULE)['loop']) == len(range(1, 11, 3))
   assert old in MODULE
   assert hlo.trip_count(hlo.parse(MODULE.replace(old, new))['loop']) is None
-
-
-def test_bytes_of_dtypes():
-  sizes = {x.dtype: x.bytes for x in hlo.arrays('(pred[3], s4[3], f8e4m3fn[3], bf16[3], c64[3])')}
-  assert sizes == {'pred': 3, 's4': 2, 'f8e4m3fn': 3, 'bf16': 6, 'c64': 24}
-  assert hlo.arrays('f32[]')[0].bytes == 4 and hlo.arrays('f32[<=7,2]')[0].dims == (7, 2)
-
-
-def test_what_is_not_a_module():
-  with pytest.raises(ValueError, match='No ENTRY computation'):
-    hlo.parse('module @jit_step {\n}\n')

@@ -99,23 +99,6 @@ def test_a_grouped_product_at_even_load(tile, share):
   assert kernel.bytes == moved(tile, int(ROWS * share) // tile[0])
 
 
-def test_a_known_grid_visits_every_row_and_bookkeeping_is_free():
-  instruction = grouped(
-    (128, 512, 256), f'3, {ROWS // 128}, 1', cost_estimate={'flops': str(FLOPS)}
-  )
-  assert kernels.read(instruction, ROWS / 4).flops == FLOPS
-  assert kernels.read(grouped((128, 512, 256), '1'), ROWS / 4) == ('grouped', 0, 0)
-
-
-def test_a_grouped_kernel_whose_body_is_not_text():
-  operands = ['bf16[64,32]{1,0}', 'bf16[2,32,16]{2,1,0}']
-  instruction = call(
-    'ragged-dot.1', operands, 'bf16[64,16]{1,0}', body='TUzvUgFN',
-    cost_estimate={'flops': '1000', 'bytes_accessed': '80'},
-  )  # fmt: skip
-  assert kernels.read(instruction, 32) == ('grouped', 500.0, 40.0)
-
-
 def splash(kind: str, blocks: dict, queries: int, keys: int):
   operands = [
     's8[1,4,4]{2,1,0}', 's8[1,4,4]{2,1,0}', f'bf16[2,6,{queries},128]{{3,2,1,0}}',

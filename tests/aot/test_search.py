@@ -54,31 +54,3 @@ def test_layouts_keep_the_batch_or_take_the_sequences_that_they_are_told(models)
 
   told = search.layouts(job(models['dense'], 32), topology.parse('v5e:2x2'), 3)
   assert {(x.sequences_per_chip, x.run.grad_accum_steps) for x in told} == {(3, 1)}
-
-
-def guess(model, mesh, batch_size=32, grad_accum_steps=1, **compute) -> tuple[float, float]:
-  """Seconds a token and bytes."""
-  compute = config.Compute(**compute)
-  asked = job(model, batch_size, mesh=mesh, grad_accum_steps=grad_accum_steps, compute=compute)
-  return search.guess(asked, topology.CHIPS['v5e'])
-
-
-WIDE = config.Model(
-  vocab_size=32_000, d_model=1024, num_layers=8, num_heads=8, num_kv_heads=8, head_dim=128,
-  ffn_dim=4096, ffn_experts=config.FFNExperts(num_experts=4),
-)  # fmt: skip
-
-
-def test_guesses_know_what_costs_memory_and_what_costs_time():
-  fsdp = config.Mesh(fsdp=8)
-  memory = [guess(WIDE, fsdp, remat=name)[1] for name in search.REMAT]
-  assert memory == sorted(memory, reverse=True)  # 'none' most, 'full' least
-  replicas = guess(WIDE, config.Mesh(data=8), remat='full')
-  assert replicas[1] > 4 * guess(WIDE, fsdp, remat='full')[1]
-  gathers_again = guess(WIDE, fsdp, remat='matmuls')[0]
-  assert gathers_again > guess(WIDE, fsdp, remat='none')[0]
-  again = guess(WIDE, fsdp, remat='full')[0]
-  assert again > guess(WIDE, fsdp, remat='matmuls')[0]
-  # Weights gathered for each of four micro-batches, or once.
-  often = guess(WIDE, fsdp, grad_accum_steps=4)[0]
-  assert often > guess(WIDE, fsdp)[0]

@@ -117,23 +117,6 @@ def test_facts_agree_with_each_other(trained, token):
   assert token['tokens_per_second']['roofline'] == speed
 
 
-def test_a_mixture_gathers_and_reduces_over_its_experts_axis(trained):
-  kinds = {(row['kind'], row['axes']) for row in trained[-1]['collectives']}
-  assert {('all-gather', 'expert'), ('reduce-scatter', 'expert'), ('all-gather', 'fsdp')} <= kinds
-
-
-def test_memory_of_a_donated_state(trained):
-  job, mesh, compiled, _ = trained
-  state = step.abstract_state(job.model, job.run.compute, job.run.optimizer, mesh)
-  sizes = [
-    np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)
-  ]
-  memory = compiled.memory
-  assert memory['aliased'] >= sum(sizes) and memory['arguments'] >= sum(sizes)
-  held = memory['arguments'] + memory['temporaries'] + memory['outputs']
-  assert compiled.peak_bytes == held - memory['aliased']
-
-
 def test_what_is_loaded_computes_the_same(trained, make_batch, tmp_path):
   job, mesh, compiled, _ = trained
   program.save(compiled, str(tmp_path / 'step'), 'save')
@@ -156,16 +139,6 @@ def shown(facts: dict) -> str:
   return text.getvalue()
 
 
-def test_tables_name_what_json_names(trained, token):
-  for facts in (trained[-1], token):
-    text = shown(facts)
-    for key in ('peak_bytes', 'flops_ratio', 'hbm_bytes', 'mfu', 'in_order', 'all-gather', 'loops'):
-      assert key in text
-  assert 'fsdp 2, expert 2' in shown(trained[-1]) and 'cache 0.' in shown(token)
-  odd = {'uncounted_kernels': ['mine.1'], 'loops': [{'trips': None}]}
-  assert 'mine.1' in shown(trained[-1] | odd) and '1 of ? trips' in shown(trained[-1] | odd)
-
-
 def test_a_step_that_does_not_fit(make_job, tmp_path):
   message = (
     'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory '
@@ -183,13 +156,6 @@ def test_a_step_that_does_not_fit(make_job, tmp_path):
   compiled = program.Compiled(jax.jit(lambda x: x + 1).lower(1.0).compile(), 0.0, 0.0)
   with pytest.raises(UserError, match='--hlo=.* cannot be written: No such file or directory'):
     program.save(compiled, str(tmp_path / 'nowhere' / 'file'), 'hlo')
-
-
-def test_sequences_a_chip(make_job):
-  job = make_job('btx', fsdp=2, expert=2, data=2).replace(batch_size=32, grad_accum_steps=2)
-  assert job.sequences_per_chip == 2
-  job = job.with_sequences(3)
-  assert job.run.batch_size == 24 and job.run.grad_accum_steps == 1 and job.sequences_per_chip == 3
 
 
 def flops_of(job: program.Job) -> float:

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,6 @@ from bam_jax.tasks import questions
 CHOICE = {'id': 'x/0', 'context': 'The sky is', 'choices': ['blue', 'green'], 'answer': 0}
 LINE = {'context': 'Q: 1 + 1?\nA:', 'answer': '2'}
 CODE = {'prompt': 'def f():\n', 'test': 'def check(f): assert f()', 'entry_point': 'f'}
-SHARED = Path(__file__).parents[3] / 'shared' / 'eval'
 
 
 def write(path, rows):
@@ -36,9 +34,7 @@ def test_kinds(tmp_path):
 @pytest.mark.parametrize('row, word', [
   ('{', 'not JSON'), ('[' * 100_000, 'not JSON'), ('1', 'context'), ('{}', 'context'),
   ({**CHOICE, 'context': 1}, 'context'), ({**CHOICE, 'choices': ['x']}, 'choices'),
-  ({**CHOICE, 'choices': ['x', '']}, 'choices'), ({**CHOICE, 'choices': 'xy'}, 'choices'),
   ({**CHOICE, 'answer': 2}, 'answer'), ({**CHOICE, 'answer': -1}, 'answer'),
-  ({**CHOICE, 'answer': True}, 'answer'), ({**CHOICE, 'answer': None}, 'answer'),
   (LINE, 'choices'),
 ])  # fmt: skip
 def test_bad_rows(tmp_path, row, word):
@@ -74,13 +70,3 @@ def test_large_files(tmp_path, monkeypatch):
   monkeypatch.setattr(questions, 'MAX_BYTES', 100)
   with pytest.raises(UserError, match='larger'):
     questions.read(write(tmp_path / 'a.jsonl', [CHOICE] * 10))
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason='the shared sets are not on this machine')
-@pytest.mark.parametrize('name, kind, number', [
-  ('quartz', 'choice', 3860), ('jee_math', 'choice', 431), ('us_tort_law', 'choice', 340),
-  ('humaneval_problems', 'code', 164),
-])  # fmt: skip
-def test_shared_sets(name, kind, number):
-  found = questions.read(str(SHARED / f'{name}.jsonl.gz'))
-  assert (found.name, found.kind, len(found.rows)) == (name, kind, number)

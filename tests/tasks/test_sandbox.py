@@ -1,7 +1,5 @@
 """Real programs that exceed each limit, and the scores of programs and answers."""
 
-import gzip
-import json
 import os
 import sys
 import time
@@ -10,7 +8,6 @@ import pytest
 
 from bam_jax.errors import UserError
 from bam_jax.tasks import launcher, sandbox, scoring
-from tests.tasks.test_questions import SHARED
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='the limits are of Linux')
 
@@ -27,13 +24,9 @@ def test_harmless_programs_pass(program):
 @pytest.mark.parametrize('program, reason', [
   ('assert 1 + 1 == 3', 'AssertionError'),
   ('def f(', 'SyntaxError'),
-  ('\0', ''),
   ('x = "\ud800\udcff"', ''),
   ('import sys; sys.exit(0)', ''),  # it must reach its end
   ('import os; os._exit(0)', ''),
-  ('raise KeyboardInterrupt', 'KeyboardInterrupt'),
-  ('import os; os.abort()', ''),
-  ('def f(): return f()\nf()', 'RecursionError'),
   ('x = bytearray(2**31)', 'MemoryError'),
   ('file = open("x", "wb", 0)\nfile.write(bytes(2**21))\nfile.write(b"x")', 'OSError'),
   ('import sys\nsys.stderr.write("x" * 2**22)\nsys.stderr.flush()', ''),
@@ -49,12 +42,6 @@ def test_time():
   assert sandbox.run('import time; time.sleep(100)', seconds=0.5) == (False, 'time')
   assert time.monotonic() - begin < 30
   assert sandbox.run('while True: pass', cpu_seconds=1, seconds=60) == (False, 'time')
-
-
-@pytest.mark.slow
-def test_the_processor_limit_cannot_be_ignored():
-  ignoring = 'import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass'
-  assert not sandbox.run(ignoring, cpu_seconds=1, seconds=60).passed
 
 
 @pytest.mark.parametrize('program', [
@@ -126,16 +113,6 @@ def test_mbpp(text, passed):
   assert scoring.mbpp(MBPP, [text]) == {'pass_at_1': passed}
   empty = {'test_setup_code': None, 'test_list': []}
   assert scoring.mbpp(empty, [text])['pass_at_1'] == 1.0
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not SHARED.is_dir(), reason='the shared sets are not on this machine')
-def test_solutions_of_the_authors():
-  with gzip.open(SHARED / 'humaneval_problems.jsonl.gz', 'rt') as file:
-    docs = [json.loads(line) for line in file]
-  for doc in docs[::8]:
-    assert scoring.human_eval(doc, [doc['canonical_solution']])['pass_at_1'] == 1, doc['task_id']
-    assert scoring.human_eval(doc, ['  pass'])['pass_at_1'] == 0, doc['task_id']
 
 
 @pytest.mark.parametrize('answer, references, value', [

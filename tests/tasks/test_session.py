@@ -57,10 +57,3 @@ def test_metrics_of_filters_are_kept_apart():
   found = differences(pair(1, 1), pair(0, 1), 'em,strict', 'em,loose')
   assert [found[name]['difference'] for name in found] == [1.0, 0.0]
   assert all(measure['difference_stderr'] is None for measure in found.values())  # one question
-
-
-def test_what_is_not_a_mean_has_no_difference():
-  """Such as a perplexity, whose samples are pairs, and what only one of the two was asked."""
-  first = [sample(0, ppl=(1.0, 2), acc=1.0), sample(1, ppl=(1.0, 2), acc=1.0)]
-  for measure in differences(first[:1], first, 'ppl', 'acc', 'gone').values():
-    assert measure['difference'] is None and measure['difference_stderr'] is None
