@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from bam_jax import checkpoint, config
-from bam_jax.checkpoint import arrays, manifest
+from bam_jax.checkpoint import arrays
 from bam_jax.convert import inspect
 from bam_jax.errors import UserError
 from tests.hf.folders import draw, make_model, write_checkpoint
@@ -124,33 +123,3 @@ def test_checkpoints_of_different_models_are_compared_as_far_as_they_go(tmp_path
   other = write_checkpoint(tmp_path / 'narrow', narrow, draw(narrow))
   with pytest.raises(UserError, match='nothing can be compared'):
     inspect.compare(dense, other, still)
-
-
-def test_arrays_of_zeros_have_no_angle(tmp_path):
-  values = draw(make_model())
-  zeros = {path: np.zeros_like(array) for path, array in values.items()}
-  paths = [
-    write_checkpoint(tmp_path / name, make_model(), given)
-    for name, given in (('zeros', zeros), ('values', values))
-  ]
-  for row in inspect.compare(*paths, still)['arrays']:
-    assert row['distance'] is None and row['cosine'] is None and not row['equal']
-  facts = inspect.compare(paths[0], paths[0], still)
-  assert all(row['equal'] for row in facts['arrays']) and shown(facts)
-
-
-def test_a_manifest_is_shown(tmp_path):
-  sources = (manifest.Source('/runs/seed', 'seed', 3, 'ab' * 32), manifest.Source('/hf/model'))
-  made = manifest.Manifest(
-    command='python -m bam_jax.convert upcycle ...',
-    time='2026-01-01T00:00:00+00:00',
-    sources=sources,
-    made=(manifest.Made('embed/table', 'mean', 'embed/table'),),
-    upcycle=config.Upcycle(('/runs/seed', '/hf/model'), 'btx'),
-  )
-  model = make_model('btx')
-  path = write_checkpoint(tmp_path / 'one', model, draw(model), manifest=made)
-  assert checkpoint.read_meta(path).manifest == made
-  text = shown(inspect.describe(path, still))
-  for word in ('upcycle ...', '/runs/seed', '/hf/model', 'abababab', 'method=btx', 'mean'):
-    assert word in text

@@ -123,12 +123,9 @@ MIX = 'upcycle', '--from=x', '--from=z', '--method=btx', '--output=y'
 MISUSED = {
   'no subcommand': ([], ['upcycle', 'inspect', '--help']),
   'unknown subcommand': (['upcylce'], ['upcylce', 'upcycle']),
-  'unknown flag': (['upcycle', '--form=x'], ['form']),
-  'nothing to mix': (['upcycle', '--method=btx'], ['--from', '--output']),
   'no method': (['upcycle', '--method=bam'], ['--method', 'bam_kv_experts']),
   'a key by its flag': ([*MIX, '--experts=1'], ['--experts=1', "--from=['x', 'z']"]),
   'no checkpoint': ([*MIX, '--noise=0'], ['x holds no checkpoint']),
-  'three to inspect': (['inspect', 'a', 'b', 'c'], ["'c'"]),
 }
 
 

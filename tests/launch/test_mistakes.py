@@ -33,14 +33,6 @@ def test_no_project_no_credentials_and_help_that_needs_neither(tpu, subcommand):
   assert tpu.cloud.read()['calls'] == []
 
 
-@pytest.mark.slow
-def test_no_permission(tpu):
-  refused(tpu, ['up', 'exp-1', '--project=other'], "may not use Cloud TPUs in project 'other'")
-  tpu.cloud.plan('zone-a', 'denied')
-  done = tpu('up', 'exp-1')
-  assert done.returncode == 2 and "may not use Cloud TPUs in project 'proj-1'" in done.stderr
-
-
 def test_no_gcloud(tpu, tmp_path):
   for tool in ('bash', 'dirname', 'mktemp', 'rm'):
     found = subprocess.run(['which', tool], capture_output=True, text=True, check=True)
@@ -58,26 +50,16 @@ def test_names_that_are_none(tpu, name):
 @pytest.mark.parametrize('words, sentence', [
   ('lift exp-1', 'lift is not a subcommand: give one of up, run, supervise, logs, status, ssh,'),
   ('up', 'The name of a TPU is required: launch/tpu up NAME.'),
-  ('up exp-1 exp-2', "Unexpected argument 'exp-2': a command comes after --."),
-  ('up exp-1 --typ=v4-8', 'up has no flag --typ=…'),
   ('up exp-1 --type v4-8', '--type needs a value: --type=…'),
-  ('up exp-1 -- true', 'up takes no command'),
   ('run exp-1', 'A command is required: launch/tpu run NAME -- COMMAND …'),
   ('run exp-1 -- true', "There is no TPU 'exp-1' in zone-a, zone-b"),
   ('run exp-1 --commit=nothing -- true', '--commit=nothing is not a commit'),
-  ('run exp-1 --requirements=no.txt -- true', '--requirements=no.txt is not in'),
   ('run exp-1 --detach --delete-on-exit -- true', 'choose one'),
-  ('up exp-1 --zones=', 'A zone is required: set BAM_ZONES'),
   ('up exp-1 --type=', 'The type of the TPU is required: set BAM_TYPE'),
   ('up exp-1 --type=v4-4', 'v4 comes in multiples of 8 cores'),
-  ('up exp-1 --type=v6e-12', 'v6e comes in 1, 4, 8, 16, 32, 64, 128 or 256 chips'),
-  ('up exp-1 --type=h100-8', 'is not a TPU of this API'),
   ('up exp-1 --type=tpu7x-8', 'TPU7x and later are not served by the Cloud TPU API'),
   ('up exp-1 --capacity=cheap', '--capacity=cheap: give on-demand, spot or reserved'),
-  ('up exp-1 --slices=0', 'BAM_SLICES=0 must be at least 1'),
   ('up exp-1 --wait=10m', "BAM_WAIT='10m' is not a whole number"),
-  ('up exp-1 --poll=x', "BAM_POLL='x' is not a number"),
-  ('logs exp-1 --lines=all', '--lines=all is not a number'),
 ])  # fmt: skip
 def test_mistakes(tpu, words, sentence):
   refused(tpu, words.split(), sentence)

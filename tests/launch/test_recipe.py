@@ -150,7 +150,6 @@ def test_a_dry_run_makes_nothing(tpu, recipe):
 
 @pytest.mark.parametrize('arguments, changes, sentence', [
   ([], {'workdir': '/data/exp'}, 'give a gs:// folder, which is all that the TPUs share'),
-  ([], {'config': ''}, '--config=FILE.py is required'),
   ([], {'config': 'no.py'}, 'there is no such recipe'),
   (['--runs=btx'], {}, "--runs has 'btx', which starts from 'seed', and that is not finished"),
   (['--at-once=0'], {}, '--at-once=0 is not a number above 0'),

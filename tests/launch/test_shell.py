@@ -1,16 +1,13 @@
 """The scripts as text: shellcheck, what they document, and the examples' command lines."""
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import DEADLINE, ROOT
+from tests.launch.conftest import ROOT
 
 LAUNCH = ROOT / 'launch'
 PROGRAMS = ['tpu', 'recipe', 'settings.sh', 'lib/worker.sh', 'examples/slurm.sh', 'examples/gke.sh']
@@ -31,27 +28,6 @@ def test_shellcheck():
     cwd=ROOT, capture_output=True, text=True,
   )  # fmt: skip
   assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.slow
-def test_a_second_signal_does_not_cut_the_tidying_short(tmp_path):
-  """Two in quick succession, as when a terminal closes: at every distance, `at_exit` runs once."""
-  program = tmp_path / 'program'
-  program.write_text(
-    f"set -euo pipefail\n. '{LAUNCH}/lib/common.sh'\ntidy() {{ echo tidy >&2; }}\n"
-    'at_exit=(tidy)\nbegin\necho ready\nwhile :; do pause 1; done\n'
-  )
-  for number in range(40):
-    process = subprocess.Popen(
-      ['bash', program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-      start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout.readline() == 'ready\n'
-    process.send_signal(signal.SIGTERM)
-    time.sleep(number * 2e-5)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 143 and err.count('tidy') == 1
 
 
 def recorder(folder: Path, name: str, code: int = 0) -> Path:

@@ -79,16 +79,6 @@ def test_up_comes_back_to_a_zone_and_gives_up_without_a_rest(tpu):
   assert 'no zone gave exp-1 a v5litepod-8; nothing is left behind' in done.stderr
 
 
-@pytest.mark.slow
-def test_up_makes_anew_what_is_lost(tpu):
-  tpu('up', 'many', '--slices=2')
-  with tpu.cloud.change() as state:
-    state['nodes']['zone-a/many-1']['state'] = 'PREEMPTED'
-  done = tpu('up', 'many', '--slices=2')
-  assert 'many in zone-a is lost (many-1 is PREEMPTED)' in done.stderr
-  assert tpu.cloud.read()['created'] == ['zone-a/many'] * 2
-
-
 def test_ctrl_c_in_up_deletes_the_request_and_its_temporary_files(tpu, tmp_path):
   tpu.cloud.plan('zone-a', 'waiting')
   process = tpu.start('up', 'exp-1')
