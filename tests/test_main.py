@@ -173,7 +173,6 @@ def test_two_jobs_train_different_runs_of_one_workdir(text, undisturbed, tmp_pat
   ('--runs=code', "add 'seed' to --runs"),
   ('--workdir=', '--workdir is required'),
   ('--workdir=s3://bucket/runs', 'is neither a folder nor gs://BUCKET'),
-  ('--config.model.heads=2', 'heads'),
   ('--config.model.head_dim=7', 'head_dim=7 is odd'),
 ])  # fmt: skip
 def test_a_mistake_is_one_sentence_and_status_2(server, text, tmp_path, flag, sentence):

@@ -16,12 +16,6 @@ def test_totals_are_those_of_a_loop():
     np.testing.assert_allclose(total_C, drawn.sum(0), rtol=1e-12)
 
 
-def test_draws_are_those_of_seed_and_domain():
-  draw = lambda seed, name: np.stack(list(bootstrap.draws(20, 5, seed, name)))
-  np.testing.assert_array_equal(draw(3, 'law'), draw(3, 'law'))
-  assert (draw(3, 'law') != draw(4, 'law')).any() and (draw(3, 'law') != draw(3, 'code')).any()
-
-
 def test_the_interval_of_a_mean_is_what_theory_says():
   values_N = np.random.default_rng(1).normal(3, 2, size=400)
   draws_R = bootstrap.totals(values_N[:, None], 4000, 0, 'x')[:, 0] / 400

@@ -130,36 +130,6 @@ def check(fact, value, drawn, certain):
     np.testing.assert_allclose([fact['low'], fact['high']], interval, rtol=1e-9, atol=1e-12)
 
 
-def test_a_document_scores_the_same_in_any_company(runs, texts, tmp_path):
-  """Neither other documents nor other domains have a part in a domain's numbers."""
-  (row,) = ask(runs, ['bam'], texts, resamples=20)['rows']
-  (alone,) = ask(runs, ['bam'], texts[1:2], resamples=20)['rows']
-  assert alone['domains']['code'] == row['domains']['code']
-  assert row['label'] == 'bam_kv_experts'
-  paths = [runs['dense'], shutil.copytree(runs['dense'], tmp_path / 'copy')]
-  entries = comparison.enter(list(map(str, paths)), texts, comparison.Options())
-  assert [entry.label for entry in entries] == list(map(str, paths))  # of equal runs
-
-
-def test_notes(runs, texts, capsys):
-  facts = ask(runs, ('dense', 'other'), texts, window=40, resamples=2)
-  assert facts['rows'][0]['window'] == facts['rows'][0]['stride'] == 40
-  assert [note.split()[0] for note in facts['notes']] == ['dense', 'other', 'The']
-  assert 'was trained on sequences of 24 tokens and reads 40' in facts['notes'][0]
-  printed = capsys.readouterr().err
-  assert all(note in printed for note in facts['notes'])
-
-
-def test_a_table_marks_what_is_certain_and_holds_any_perplexity():
-  diverged = comparison._measures(np.array([40.0, 8000.0, 10.0]), 0)
-  assert 1e299 < diverged['perplexity'] < math.inf
-  measure = lambda low, high: {'bits_per_byte': {'value': 0.5, 'low': low, 'high': high}}
-  say = lambda low, high: session.difference({'difference': measure(low, high)})
-  assert say(0.1, 0.9) == '+0.5000*\n+0.1000 … +0.9000'
-  assert say(-0.1, 0.9) == '+0.5000\n-0.1000 … +0.9000'
-  assert say(None, None) == '+0.5000'
-
-
 MISTAKES = {
   'no checkpoint': ([], {}, '--checkpoint=DIR is required'),
   'not a checkpoint': (['/nowhere'], {}, '/nowhere holds no checkpoint'),
@@ -193,9 +163,3 @@ def test_checkpoints_that_cannot_score(runs, models, start, dataset, texts, tmp_
   largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
   with pytest.raises(UserError, match='is damaged'):
     ask({'cut': str(tmp_path / 'cut')}, ['cut'], texts)
-
-
-def test_a_mistake_is_one_sentence_and_status_2(runs, server):
-  done = server.run('evaluate', f'--checkpoint={runs["dense"]}', '--data=/nowhere')
-  assert done.status == 2 and done.stdout == ''
-  assert 'write --data=DOMAIN=/nowhere' in done.stderr and done.stderr.count('\n') == 1

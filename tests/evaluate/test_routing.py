@@ -43,18 +43,6 @@ def test_sums_over_windows(monkeypatch):
   assert record.facts('math', {'attention': EXPERTS, 'ffn': EXPERTS})['ffn']['own_share'] is None
 
 
-def test_a_token_counts_once_and_where_it_went(saved, documents):
-  """Where windows overlap, too; and the largest gate may be one that a bias kept out."""
-  scorer, record = Scorer(saved('bam_kv_experts')), routing.Record()
-  pieces = [w for tokens in documents for w in windows.cut(tokens, scorer.length, 7)]
-  for number, scored in scorer.score(pieces, routing=True):
-    record.add(number, number, scored.routing)
-  assert record.tokens == sum(len(tokens) - 1 for tokens in documents)
-  gates, biased = np.array([[[[0.1, 0.6, 0.3]]], [[[0.5, 0.0, 0.5]]]], np.float32)
-  expert, gate = routing.strongest(Routed(gates, biased))
-  assert expert.tolist() == [[2]] and gate.item() == np.float32(0.3)
-
-
 @pytest.fixture(scope='module')
 def shown(saved, tmp_path_factory):
   """The page of two mixtures and a dense model on texts that would break a careless one."""

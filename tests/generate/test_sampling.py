@@ -76,13 +76,6 @@ def test_the_words_that_top_p_keeps(top_p):
     assert mask[row.argmax()]
 
 
-def test_of_equal_scores_the_first():
-  rows = jnp.asarray([[1.0, 3, 3, 0], [2, 2, 2, 2]])
-  assert sampling.argmax(rows).tolist() == [1, 0]
-  got = drawn(np.array([1.0, 3, 3, 3], np.float32), SamplingParams(1.0, top_k=2), 500)
-  assert got[0] == got[3] == 0 and (got[1:3] > 0.4).all()
-
-
 @pytest.mark.parametrize(
   'params, flag',
   [

@@ -35,14 +35,6 @@ def test_no_half_character_is_shown(tokenizer, prompt):
   assert whole.add(tokenizer.encode(WORDS)) + whole.finish() == WORDS
 
 
-def test_bytes_that_are_not_text_do_not_hold_up_what_follows(tokenizer):
-  broken = tokenizer.encode('é')[1]  # the second half of a character, again and again
-  one = text.Continuation(tokenizer, [tokenizer.bos_id])
-  shown = one.add([broken] * 20)
-  assert len(shown) >= 16
-  assert shown + one.add(tokenizer.encode('ok')) + one.finish() == '\ufffd' * 20 + 'ok'
-
-
 @pytest.mark.parametrize(
   'stops, wanted',
   [

@@ -43,16 +43,6 @@ def test_every_parameter_has_a_rule(model):
       assert len(spec) == leaf.ndim and {'fsdp', 'expert', 'tensor'} == set(axes(spec)), path
 
 
-def test_experts_are_cut_by_the_axis_of_experts(model):
-  for path, (leaf,) in by_path(abstract(model)).items():
-    _, part, *name = path.split('/')
-    experts = {'attention': model.attention_experts, 'ffn': model.ffn_experts}.get(part)
-    shared = part == 'attention' and experts and experts.shared_kv and name[0] in ('key', 'value')
-    if experts and name != ['router']:
-      spec = sharding.spec_of(path, leaf.ndim)
-      assert spec[1] == (('fsdp', 'expert') if shared else 'expert'), path
-
-
 def test_a_tree_with_an_unknown_array_raises(models):
   params = abstract(models['dense'])
   params['blocks']['attention']['bias'] = jax.ShapeDtypeStruct((2, 32), np.float32)

@@ -158,11 +158,3 @@ def test_a_result_of_something_else_is_damaged(tmp_path, change):
   (tmp_path / 'seed' / 'result.json').write_text('{"run": ')
   with pytest.raises(UserError, match='seed/result.json is not JSON'):
     report.write(tmp_path, ['seed'])
-
-
-def test_names_are_not_markup(tmp_path):
-  (tmp_path / 'recipe.json').write_text('{"name": "a[/b]", "command": "x", "seed": 3}')
-  label = {'label': '[/c] $\\frac$\n| d'}
-  found, page = write(tmp_path, [RESULTS[0] | label, RESULTS[2] | label])
-  assert 'a[/b]: held-out' in printed(found) and r'[/c] $\frac$' in printed(found)
-  assert r'| [/c] $\frac$ \| d | ' in page

@@ -10,12 +10,10 @@ import tarfile
 import zipfile
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bam_jax.data import sources as data_sources
 from bam_jax.errors import UserError
-from tools.corpus import archives, build, splits, text
+from tools.corpus import archives, build, splits
 from tools.corpus.sources import SOURCES
 
 pytestmark = pytest.mark.slow
@@ -73,24 +71,6 @@ def test_a_member_that_escapes_is_refused(inside, tmp_path):
     list(archives.members(tarball(tmp_path / 'a.tgz', {inside: b'x'})))
 
 
-def test_a_cached_archive_needs_no_client_and_is_verified_each_time(tmp_path, monkeypatch):
-  sha256 = hashlib.sha256(wheel(tmp_path / 'a.whl').read_bytes()).hexdigest()
-  about = archives.Package('pypi', 'made-up', '1.0', 'a.whl', sha256, 'MIT')
-  monkeypatch.setenv('PATH', '')
-  assert archives.fetch(about, tmp_path) == tmp_path / 'a.whl'
-  with open(tmp_path / 'a.whl', 'ab') as file:
-    file.write(b'\0')
-  with pytest.raises(UserError, match=r'a\.whl is not the archive .* SHA-256 .* delete it'):
-    archives.fetch(about, tmp_path)
-
-
-@given(st.text(alphabet='ab. \n', max_size=400), st.integers(8, 60))
-def test_pieces_lose_no_word_and_are_about_the_size(content, size):
-  cut = text.pieces(content, size)
-  assert ''.join('\n\n'.join(cut).split()) == ''.join(content.split())
-  assert all(len(piece) + 2 >= size for piece in cut[:-1])
-
-
 def words(start, count):
   return ' '.join(f'w{i}' for i in range(start, start + count)) + '\n'
 
@@ -122,19 +102,6 @@ def test_held_out_text_that_train_repeats_is_dropped():
   ]
   found = {name: [r.id for r in some] for name, some in splits.split(records).items()}
   assert found == {'train': [train], 'valid': [valid[0]], 'test': []}
-
-
-@settings(max_examples=20)
-@given(st.permutations(range(60)))
-def test_works_stay_together_whatever_comes_first(order):
-  records = [record(f'made-up:{i // 3}#{i % 3}', words(1000 + 100 * i, 60)) for i in order]
-  parts = splits.split(records)
-  homes = {}
-  for name, some in parts.items():
-    for r in some:
-      assert homes.setdefault(r.work, name) == name
-  assert sum(map(len, parts.values())) == 60
-  assert parts == splits.split(sorted(records))
 
 
 def test_the_corpus_is_the_same_each_time_and_read_by_prepare(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bam_jax.errors import UserError
-from tools.reproduction import compare, facts, pages
+from tools.reproduction import facts, pages
 
 ROOT = Path(__file__).parent.parent.parent
 DOMAINS = ('general', 'code', 'law', 'math')
@@ -96,22 +96,6 @@ def lines_below(section, head):
   return [cell.strip() for cell in lines[at + 1].split('|')[2:-1]]
 
 
-def test_what_is_collected(seeds):
-  assert [(s['seed'], s['devices'], s['versions']) for s in seeds] == [
-    (0, '1 x', {'jax': '1.2'}),
-    (1, '1 x', {'jax': '1.2'}),
-  ]
-  assert list(seeds[1]['runs']) == ['bam_kv', 'btx']  # and not the unfinished one
-  run = seeds[0]['runs']['btx']
-  assert run['routing'] == {'ffn': dict.fromkeys(DOMAINS, LOAD)}
-  assert run['configuration'] == {'tokens': 2_000_000}
-  assert run['wall_seconds'] == 61.2 and run['experts'] == ['seed', 'code', 'law', 'math']
-  assert run['valid'] == [[500, dict.fromkeys(DOMAINS, 3.5)]]
-  nll = run['nll']
-  assert nll[0] == [1, 5.0] and nll[1] == [4, 4.0] and nll[-1] == [500, 3.0]
-  assert len(nll) <= facts.CURVE_POINTS + 1
-
-
 def test_means_and_changes(seeds):
   kv = 'BAM, KV experts'
   assert cells(pages.perplexity(seeds), kv) == [
@@ -128,25 +112,6 @@ def test_means_and_changes(seeds):
   # 24.02 / 26.72, 3.45 / 3.78, 6.04 / 6.63, 5.31 / 5.77, and 9.705 / 10.725
   assert lines_below(against, kv) == ['', '*−10.1%*', '*−8.7%*', '*−8.9%*', '*−8.0%*', '*−9.5%*']
   assert cells(against, 'BAM, shared KV') == ['0', *['missing'] * 5]
-
-
-def test_a_specialist_is_compared_on_its_own_domain(seeds):
-  section = pages.against_seed(seeds)
-  assert cells(section, 'code specialist') == ['1', '', '−50.0%', '', '', '']
-  assert lines_below(section, 'code specialist') == ['', '', '*−57.0%*', '', '', '']  # 3.71 / 8.62
-  assert cells(section, 'law specialist') == ['0', '', '', 'missing', '', '']
-  # Only seed 0 has both: 10/12, 20/30, 5/8, 10/20, 45/70.
-  assert cells(section, 'BTX')[1:] == ['−16.7%', '−33.3%', '−37.5%', '−50.0%', '−35.7%']
-
-
-def test_rows_beside_each_other_are_of_the_same_seeds(seeds):
-  kv, short = 'BAM, KV experts against BTX', "BTX against BTX, on BAM's CM tokens"
-  assert cells(pages.budgets(seeds), kv)[0] == '2'
-  seeds[1]['runs']['btx_short'] = seeds[1]['runs']['btx']
-  section = pages.budgets(seeds)
-  assert cells(section, kv) == ['1', *['+0.0%'] * 5] == cells(section, short)
-  assert [seed['seed'] for seed in compare.alike(seeds, ['btx', 'no such'])] == [0, 1]
-  assert [seed['seed'] for seed in compare.alike(seeds, ['btx', 'seed'])] == [0]
 
 
 def test_the_pages_of_this_project_are_what_its_files_draw():

@@ -132,8 +132,6 @@ def test_routers_learn_first(biased, make_batch):
     ('seed', {'router_warmup_steps': 1}, 'runs.seed.router_warmup_steps=1 .* dense'),
     ('bam', {'router_warmup_steps': 6}, 'runs.bam.router_warmup_steps=6 .* 6 steps'),
     ('btx', {'learning_rate_factors': {'blocks/x': 0.0}}, "btx.* 'blocks/x'.* blocks/ffn/router"),
-    ('seed', {'learning_rate_factors': {'embed': -1}}, r"learning_rate_factors\['embed'\]=-1"),
-    ('seed', {'loss': {'expert_bias_update_rate': -0.1}}, 'expert_bias_update_rate=-0.1'),
     ('seed', {'loss': {'balance_over': 'batch'}}, "balance_over.*'global_batch'"),
   ],
   ids=str,

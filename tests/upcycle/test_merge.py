@@ -134,25 +134,6 @@ def close(got: np.ndarray, want: np.ndarray) -> None:
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize(
-  'method, changes',
-  [
-    ('bam_kv_experts', {}),
-    ('bam_shared_kv', dict(attention_top_k=1)),
-    ('btx', dict(top_k=3)),
-    slow('sparse', {}),
-    slow('average', {}),
-  ],
-  ids=str,
-)
-def test_a_mixture_of_one_model_is_that_model(models, make_batch, method, changes):
-  how = upcycle(method, renormalize=True, **changes)
-  source, batch = draw(models['dense'], 5), make_batch(2, 8)
-  merged = mix([source] * len(how.sources), models['dense'], how)
-  mixture = rules.mixture_model(models['dense'], how)
-  close(logits(merged, mixture, batch), logits(source, models['dense'], batch))
-
-
 @pytest.mark.parametrize('method', ['bam_kv_experts', slow('btx'), slow('bam_shared_kv')])
 def test_a_router_that_knows_one_expert_gives_its_source(models, make_batch, method):
   """Each source's experts, between averaged norms and embeddings."""
