@@ -9,6 +9,7 @@ import pytest
 
 from bam_jax import config
 from bam_jax.data import mixture
+from bam_jax.errors import UserError
 from bam_jax.evaluate import windows
 from bam_jax.evaluate.scorer import Scorer
 from bam_jax.parallel import sharding
@@ -102,6 +103,23 @@ def test_no_model_changes_a_bit(saved, pieces, alone, name, dtype, shape):
     np.testing.assert_array_equal(a, b)
 
 
+def test_bfloat16_is_near(saved, pieces, alone):
+  low = exact(Scorer(saved('bam_kv_experts'), 'bfloat16'), pieces)
+  total = [sum(x[: len(x) // 2].sum() for x in scores) for scores in (low, alone('bam_kv_experts'))]
+  assert total[0] != total[1]
+  np.testing.assert_allclose(*total, rtol=1e-2)
+
+
+def test_weights_are_cut(saved):
+  scorer = Scorer(saved('btx'), 'bfloat16', config.Mesh(data=2, fsdp=2, expert=2))
+  assert dict(scorer._mesh.shape) == {'data': 2, 'fsdp': 4, 'expert': 1, 'tensor': 1}
+  up = scorer._params['blocks']['ffn']['up']
+  assert up.addressable_shards[0].data.size * 4 == up.size and up.dtype == 'bfloat16'
+  assert scorer._params['blocks']['ffn']['router'].dtype == 'float32'
+  with pytest.raises(UserError, match=r'--mesh cuts .* into 3 parts'):
+    Scorer(saved('dense'), mesh=config.Mesh(fsdp=3))
+
+
 def test_groups_of_an_accelerator(saved, pieces, alone, monkeypatch):
   """Rows beside each other: near what they are alone, and exact whatever the mesh and the batch."""
   monkeypatch.setattr(windows, 'GROUP_TOKENS', 4 * LENGTH)
@@ -135,6 +153,12 @@ def test_documents_are_what_training_holds_out(tight, start, dataset):
   scored = [result for _, result in Scorer(tight[1], length=256).score(pieces)]
   assert sum(len(result.nll) for result in scored) == int(sums.targets.sum())
   np.testing.assert_allclose(sum(r.nll.sum() for r in scored), sums.nll.sum(), rtol=1e-5)
+
+
+def test_a_capacity_drops_nothing_here(tight, saved, pieces):
+  found, wanted = (exact(Scorer(path), pieces[:5]) for path in (tight[1], saved('btx')))
+  for a, b in zip(found, wanted):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_loglikelihoods(models, saved, start):

@@ -82,6 +82,22 @@ def test_expert_bias_update():
     np.testing.assert_allclose(got, bias_LE + np.array(want), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
+def test_biases_balance(biased, make_batch):
+  loss = config.Loss(load_balance=0, router_z=0, expert_bias_update_rate=0.02)
+  call, state = compiled(biased, make_batch(8, 12, seed=2), loss=loss)
+  # Gates of nothing but chance, and a push to the first expert that is larger than they differ.
+  skewed = np.tile(np.array([0.6, 0, 0, -0.2], np.float32), (2, 1))
+  params = flat(state.params) | {'blocks/ffn/expert_bias': skewed}
+  state = state._replace(params=traverse_util.unflatten_dict(params, sep='/'))
+  worst = []
+  for _ in range(60):
+    state, metrics = call(state, 0 * RATES)
+    load = metrics.sums.routing.ffn.load
+    worst.append((load / load.sum(-1, keepdims=True)).max())
+  assert worst[0] > 0.7 and max(worst[-5:]) < 0.4, worst
+
+
 FACTORS = {'embed': 0.0, 'blocks/attention': 0.5, 'blocks/attention/key': 0.0, 'blocks/*/router': 2}
 
 
@@ -132,6 +148,8 @@ def test_routers_learn_first(biased, make_batch):
     ('seed', {'router_warmup_steps': 1}, 'runs.seed.router_warmup_steps=1 .* dense'),
     ('bam', {'router_warmup_steps': 6}, 'runs.bam.router_warmup_steps=6 .* 6 steps'),
     ('btx', {'learning_rate_factors': {'blocks/x': 0.0}}, "btx.* 'blocks/x'.* blocks/ffn/router"),
+    ('seed', {'learning_rate_factors': {'embed': -1}}, r"learning_rate_factors\['embed'\]=-1"),
+    ('seed', {'loss': {'expert_bias_update_rate': -0.1}}, 'expert_bias_update_rate=-0.1'),
     ('seed', {'loss': {'balance_over': 'batch'}}, "balance_over.*'global_batch'"),
   ],
   ids=str,

@@ -77,6 +77,16 @@ def check_equal(got, want, tolerance=1e-5) -> None:
     assert np.abs(got[name] - expected).max() / scale < tolerance, name
 
 
+def test_the_step_learns(run, start):
+  after, metrics, *_ = run('bam_kv_experts')
+  assert metrics.gradient_norm > OPTIMIZER.clip_norm, 'or nothing here tests the clipping'
+  assert metrics.sums.targets < 8 * 12 and metrics.sums.routing.ffn.tokens[0] < 8 * 12
+  moments, before = leaves(after.opt_state), leaves(start('bam_kv_experts'))
+  for name, value in leaves(after.params).items():
+    assert np.abs(value - before[name]).max() > 1e-3, name
+    assert np.abs(moments[next(k for k in moments if '.mu' in k and k.endswith(name))]).max() > 0
+
+
 def test_what_is_reported_is_before_clipping(models, start, run, make_batch):
   network = transformer.Network(models['dense'], config.Compute())
   objective = functools.partial(loss_lib.objective, network, LOSS)
@@ -152,3 +162,25 @@ def test_how_it_is_computed_changes_nothing(run, variant, how):
     moment = path[0].name == 'opt_state' and sharding.path_of(path) != ''
     on_host = moment and how.get('offload_optimizer', False)
     assert (leaf.sharding.memory_kind == sharding.HOST) == on_host
+
+
+@pytest.mark.slow
+def test_bfloat16_computes_and_keeps_float32(run):
+  exact, exact_metrics, *_ = run('dense')
+  state, metrics, *_ = run('dense', compute=config.Compute(dtype='bfloat16'))
+  for leaf in jax.tree.leaves((state, metrics)):
+    assert leaf.dtype in (np.float32, np.int32) and np.isfinite(leaf).all()
+  assert 1e-7 < abs(metrics.loss - exact_metrics.loss) < 0.02 * exact_metrics.loss
+  table, want = state.params['embed']['table'], exact.params['embed']['table']
+  assert 0 < np.abs(np.asarray(table) - np.asarray(want)).max() < LEARNING_RATES[0]
+
+
+def test_evaluation_sums_what_training_does(models, start, make_batch, run):
+  _, metrics, *_ = run('bam_kv_experts')
+  mesh = sharding.make_mesh(config.Mesh(1, 1, 2, 1))
+  with jax.set_mesh(mesh):
+    batch = sharding.put_batch(make_batch(8, 12, seed=1), mesh)
+    evaluate = step.evaluation_step(models['bam_kv_experts'], config.Compute(), mesh)
+    sums = evaluate(start('bam_kv_experts'), batch)
+  assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(sums)), 'of each device by itself'
+  check_equal(jax.tree.map(lambda x: np.asarray(x).sum(0, x.dtype), sums), metrics.sums)

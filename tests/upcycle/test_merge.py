@@ -48,6 +48,25 @@ def test_merged_arrays(models, name, method):
       np.testing.assert_allclose(merged[path], mean, rtol=1e-5, atol=1e-7, err_msg=path)
 
 
+def test_mixture_models(models):
+  dense = models['dense']
+  options = dict(top_k=2, renormalize=True, capacity_factor=1.5)
+  ffn = config.FFNExperts(5, **options)
+  attention = config.AttentionExperts(5, top_k=3, renormalize=True)
+  bam = dict(attention_top_k=3, **options)
+  make = lambda method, **options: rules.mixture_model(dense, upcycle(method, **options))
+  assert make('bam_kv_experts', **bam) == dataclasses.replace(
+    dense, attention_experts=attention, ffn_experts=ffn
+  )
+  assert make('bam_shared_kv', **bam) == dataclasses.replace(
+    dense, attention_experts=dataclasses.replace(attention, shared_kv=True), ffn_experts=ffn
+  )
+  for method in ('btx', 'sparse'):
+    assert make(method, **options) == dataclasses.replace(dense, ffn_experts=ffn)
+  assert make('average') == dense
+  assert make('btx', num_experts=0).ffn_experts.num_experts == 3
+
+
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 MESHES = [config.Mesh(data=2, fsdp=2, tensor=2), config.Mesh(fsdp=2, expert=2, tensor=2)]
 
@@ -132,6 +151,39 @@ def logits(params: dict, model: config.Model, batch: dict) -> np.ndarray:
 
 def close(got: np.ndarray, want: np.ndarray) -> None:
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+  'method, changes',
+  [
+    ('bam_kv_experts', {}),
+    ('bam_shared_kv', dict(attention_top_k=1)),
+    ('btx', dict(top_k=3)),
+    slow('bam_shared_kv', {}),
+    slow('btx', {}),
+    slow('sparse', {}),
+    slow('average', {}),
+  ],
+  ids=str,
+)
+def test_a_mixture_of_one_model_is_that_model(models, make_batch, method, changes):
+  how = upcycle(method, renormalize=True, **changes)
+  source, batch = draw(models['dense'], 5), make_batch(2, 8)
+  merged = mix([source] * len(how.sources), models['dense'], how)
+  mixture = rules.mixture_model(models['dense'], how)
+  close(logits(merged, mixture, batch), logits(source, models['dense'], batch))
+
+
+def test_without_renormalising_the_gate_scales_the_ffn(models, make_batch):
+  # As in the paper: the top gate is below 1, so that even equal experts are not the dense model.
+  how = upcycle('btx', router_scale=0.0, num_experts=4)
+  source, batch = draw(models['dense'], 5), make_batch(2, 8)
+  merged = mix([source] * 3, models['dense'], how)
+  scaled = copy.deepcopy(source)
+  scaled['blocks']['ffn']['down'] /= 4  # four equal gates
+  got = logits(merged, rules.mixture_model(models['dense'], how), batch)
+  close(got, logits(scaled, models['dense'], batch))
+  assert np.abs(got - logits(source, models['dense'], batch)).max() > 1e-2
 
 
 @pytest.mark.parametrize('method', ['bam_kv_experts', slow('btx'), slow('bam_shared_kv')])

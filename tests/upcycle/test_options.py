@@ -113,6 +113,17 @@ def test_noise_is_added_to_copies_only(models, method):
   assert alike < 0.6, 'no two arrays, layers or experts get the same noise'
 
 
+def test_routers_of_zeros_and_given_ones(models):
+  dense, router = models['dense'], np.arange(2 * 32 * 5, dtype=np.float32).reshape(2, 32, 5)
+  merged = mix(dense, upcycle('bam_kv_experts', router_init='zero'))
+  for path in ('blocks/attention/router', 'blocks/ffn/router'):
+    assert merged[path].shape == (2, 32, 5) and not merged[path].any()
+  mixed = upcycle('btx', router_init='centroids')
+  merged = mix(dense, mixed, routers={'blocks/ffn/router': router})
+  np.testing.assert_array_equal(merged['blocks/ffn/router'], router)
+  assert differing(merged, mix(dense, upcycle('btx'))) == {'blocks/ffn/router'}
+
+
 THREE = (1.0, 2.0, 3.0)
 
 
