@@ -41,12 +41,6 @@ def test_parquet(tmp_path):
   assert texts_of(tmp_path / 'a.parquet', text_field='body') == TEXTS * 200
 
 
-@pytest.mark.parametrize('name', ['a.txt', 'a.txt.gz', 'a.md'])
-def test_a_text_file_is_one_document(tmp_path, name):
-  text = 'one\r\ntwo\n\nthree é'
-  assert texts_of(write(tmp_path / name, text)) == [text]
-
-
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.txt'])
 def test_position_ends_at_the_size_and_a_leading_mark_is_skipped(tmp_path, name):
   path = write(tmp_path / name, codecs.BOM_UTF8 + LINES.encode())
@@ -79,17 +73,14 @@ def test_a_huge_document_is_refused_by_its_place(tmp_path, name, where, monkeypa
   'name, content, sentence',
   [
     ('a.jsonl', '', 'a.jsonl is empty'),
-    ('a.jsonl', '\n \n', 'a.jsonl is empty'),
     ('a.txt', '', 'a.txt is empty'),
     ('a.jsonl', '{"text": "x"}\n{"text": \n', 'a.jsonl, line 2 is not JSON: .* column'),
     ('a.jsonl', '{"text": "x"}\n\n["x"]\n', 'a.jsonl, line 3 is not a JSON object'),
     ('a.jsonl', '{"txt": "x"}\n', "a.jsonl, line 1 has no field 'text'.*--text_field"),
     ('a.jsonl', '{"text": null}\n', "a.jsonl, line 1: 'text' holds NoneType, not a string"),
-    ('a.jsonl', '{"text": 3}\n', "a.jsonl, line 1: 'text' holds int, not a string"),
     ('a.jsonl', '{"text": "\\ud800"}\n', 'a.jsonl, line 1: .*surrogate'),
     ('a.jsonl', '[' * 200_000, 'a.jsonl, line 1 is not JSON'),
     ('a.jsonl', b'{"text": "x"}\n{"text": "\xff"}\n', 'a.jsonl, line 2 is not UTF-8'),
-    ('a.jsonl.gz', b'{"text": "x"}\n{"text": "\xff"}\n', 'a.jsonl.gz, line 2 is not UTF-8'),
     ('a.txt', b'x\ny\n\xe9', 'a.txt, line 3 is not UTF-8'),
     ('a.parquet', 'nonsense', 'a.parquet is not a Parquet file'),
     ('a.json', '{}', 'a.json has an unknown file type: only .jsonl'),
@@ -168,22 +159,17 @@ def test_find_domains(tmp_path):
   [
     ([], '--input is required'),
     (['{root}/law/a.txt'], 'names no domain: write --input=DOMAIN='),
-    (['{root}/law', '{root}/law'], 'names no domain'),
-    (['a b={root}/law'], 'cannot name a domain'),
     (['../a={root}/law'], 'cannot name a domain'),
     (['a={root}/law', 'a={root}/law'], 'the domain a is given twice'),
     (['a={root}/gone'], 'gone does not exist'),
     (['{root}/split'], 'is a split, not a domain'),
-    (['{root}/odd'], 'is neither a folder nor one of'),
     (['{root}/twice'], 'name the same domain'),
     (['{root}/void'], 'holds no domain'),
-    (['{root}/named'], 'cannot name a domain'),
   ],
 )
 def test_find_domains_errors(tmp_path, inputs, sentence):
   for name in ('law/a.txt', 'split/train.txt', 'odd/a.json', 'twice/a/x.txt', 'twice/a.txt'):
     write(tmp_path / name, 'x')
   write(tmp_path / 'void/NOTICE', 'x')
-  write(tmp_path / 'named/a b.txt', 'x')
   with pytest.raises(UserError, match=sentence):
     find_domains([given.format(root=tmp_path) for given in inputs])

@@ -1,6 +1,5 @@
 """Preparation end to end: deterministic, restartable, and nothing lost without a word."""
 
-import gzip
 import json
 import os
 import signal
@@ -9,18 +8,14 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tokenizers
 
 from bam_jax.data import prepare as prepare_lib
 from bam_jax.data.prepare import prepare
 from bam_jax.data.shards import open_dataset
-from bam_jax.data.sources import SAMPLE
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
-
-DOMAINS = ('code', 'general', 'law', 'math')
 
 
 def write_lines(path, texts):
@@ -152,11 +147,6 @@ def test_damaged_unfinished_work_is_a_sentence_or_made_anew(small, tmp_path, mon
   finish(small, tmp_path)
 
 
-def test_unfinished_work_of_another_plan_is_dropped(small, tmp_path, monkeypatch):
-  assert interrupt(small, tmp_path, monkeypatch)
-  finish(small, tmp_path, valid_fraction=0.5)
-
-
 def test_a_dataset_is_on_disk_before_it_has_its_name(tmp_path, undisturbed, monkeypatch):
   synced = set()
   monkeypatch.setattr(os, 'fsync', lambda file: synced.add(os.fstat(file).st_ino))
@@ -233,17 +223,6 @@ def test_marked_files_copies_empty_texts_and_what_is_left_out(tmp_path):
   assert [source['path'] for source in manifest['sources']] == ['a/valid.jsonl', 'a/train.jsonl']
 
 
-def test_given_tokenizer_and_its_tokens(tmp_path, undisturbed):
-  sources = write_lines(tmp_path / 'a.jsonl', [f'text {i}' for i in range(50)])
-  tokenizer = Tokenizer.load(undisturbed, bos_token='a', eos_token='b')
-  prepare({'a': sources}, tmp_path / 'data', tokenizer=tokenizer, valid_fraction=0)
-  dataset = open_dataset(tmp_path / 'data')
-  assert dataset.splits('a') == ('train',)
-  assert dataset.tokenizer().bos_id == tokenizer.bos_id
-  document = dataset.documents('a', 'train')[7]
-  assert document.tolist() == [tokenizer.bos_id, *tokenizer.encode('text 7'), tokenizer.eos_id]
-
-
 def lossy():
   """A tokenizer that knows small letters and the space; the rest is lost without a word."""
   letters = {letter: i for i, letter in enumerate('abcdefghijklmnopqrstuvwxyz ')}
@@ -265,20 +244,12 @@ def test_a_tokenizer_that_loses_text_is_told(tmp_path):
   assert decoded('abcdefgXYZ', 'bad', min_decoded=0.5) == 0.7
 
 
-def test_only_held_out_text_may_be_prepared(tmp_path, undisturbed):
-  write_lines(tmp_path / 'a/valid.jsonl', ['held'])
-  prepare({'a': tmp_path / 'a'}, tmp_path / 'data', tokenizer=Tokenizer.load(undisturbed))
-  assert open_dataset(tmp_path / 'data').splits('a') == ('valid',)
-
-
 @pytest.mark.parametrize(
   'options, sentence',
   [
     (dict(), '--tokenizer=PATH and --train_tokenizer=SIZE'),
-    (dict(train_tokenizer=100), '--train_tokenizer=100 is not from 258'),
     (dict(train_tokenizer=300, valid_fraction=1.0), '--valid_fraction=1 must be'),
     (dict(train_tokenizer=300, shard_tokens=0), '--shard_tokens=0 must be at least 1'),
-    (dict(train_tokenizer=300, workers=0), '--workers=0 must be at least 1'),
     (dict(train_tokenizer=300, text_field='body'), "line 1 has no field 'body'"),
     (dict(train_tokenizer=300, valid_fraction=1e-9), 'no document for valid: add a valid file'),
     (dict(train_tokenizer=300, valid_fraction=1 - 1e-9), 'no document left for train'),
@@ -306,17 +277,6 @@ def test_path_errors(tmp_path):
     prepare({'b': tmp_path / 'b'}, tmp_path / 'data', train_tokenizer=300)
 
 
-def test_a_broken_line_late_in_a_source_leaves_no_output(tmp_path):
-  path = write_lines(tmp_path / 'a.jsonl', [f'text {i}' for i in range(300)])
-  path.write_text(path.read_text() + '{"text": \n')
-  flags = (f'--input=a={path}', '--train_tokenizer=300', '--tokenizer_bytes=1000')
-  result = run(*flags, f'--output={tmp_path}/data', '--workers=2')
-  assert result.returncode == 2
-  assert 'a.jsonl, line 301 is not JSON' in result.stderr
-  assert 'Traceback' not in result.stderr
-  assert not (tmp_path / 'data').exists()
-
-
 def test_command_line(tmp_path):
   write_lines(tmp_path / 'in/a/x.jsonl', [f'text {i}' for i in range(300)])
   write_lines(tmp_path / 'in/a/test.jsonl', ['secret'])
@@ -334,19 +294,3 @@ def test_command_line(tmp_path):
   assert result.returncode == 0 and 'the tokenizer loses text' in result.stderr
   result = run(*flags[:2], '--bos_token=x')
   assert result.returncode == 2 and 'require --tokenizer=PATH' in result.stderr
-
-
-@pytest.mark.slow
-def test_sample_is_prepared_whole(tmp_path):
-  prepare({d: SAMPLE / d for d in DOMAINS}, tmp_path / 'data', train_tokenizer=512)
-  dataset = open_dataset(tmp_path / 'data')
-  dataset.verify()
-  assert dataset.domains == DOMAINS
-  assert dataset.manifest['left_out'] == []
-  for domain in DOMAINS:
-    for split in ('train', 'valid'):
-      documents = dataset.documents(domain, split)
-      lines = gzip.decompress((SAMPLE / domain / f'{split}.jsonl.gz').read_bytes()).splitlines()
-      wanted = [json.loads(line)['text'] for line in lines]
-      np.testing.assert_array_equal(documents.byte_counts, [len(t.encode()) for t in wanted])
-      assert dataset.tokenizer().decode(documents[3]) == wanted[3]

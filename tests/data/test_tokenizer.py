@@ -3,11 +3,6 @@
 import io
 import json
 import pickle
-import random
-import signal
-import subprocess
-import sys
-import time
 
 import hypothesis
 import hypothesis.strategies as st
@@ -15,7 +10,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from bam_jax.data.tokenizer import MAX_PRE_TOKEN, Tokenizer
+from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 
 TEXTS = [f'The {i}th whale swam; def f(x): return x + {i}\n' for i in range(200)]
@@ -41,59 +36,12 @@ def test_byte_level_round_trip(text):
   assert BYTE_LEVEL.bos_id not in ids and BYTE_LEVEL.eos_id not in ids
 
 
-def test_training_is_deterministic_across_processes():
-  code = (
-    'from bam_jax.data.tokenizer import Tokenizer;'
-    'texts = [f"The {i}th whale swam; def f(x): return x + {i}\\n" for i in range(200)];'
-    'print(Tokenizer.train(texts, 280).hash)'
-  )
-  other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-  assert other.stdout.strip() == BYTE_LEVEL.hash
-
-
 def test_trained_vocabulary():
   assert (BYTE_LEVEL.bos_id, BYTE_LEVEL.eos_id, BYTE_LEVEL.vocab_size) == (0, 1, 280)
   assert len(BYTE_LEVEL.encode(TEXTS[0])) < len(TEXTS[0]) / 2
   assert len(BYTE_LEVEL.encode('1234')) == 4
   with pytest.raises(UserError, match='--train_tokenizer=257 is not from 258 to'):
     Tokenizer.train(TEXTS, 257)
-
-
-def test_batch_is_one_by_one_and_special_tokens_are_skipped_when_decoding():
-  assert BYTE_LEVEL.encode_batch(TEXTS) == [BYTE_LEVEL.encode(text) for text in TEXTS]
-  assert BYTE_LEVEL.decode([0, *BYTE_LEVEL.encode('whale'), 1]) == 'whale'
-
-
-def test_training_on_runs_without_spaces_takes_linear_time_and_does_not_change_others():
-  chance = random.Random(0)
-  dna = ''.join(chance.choices('ACGT', k=400_000))
-  start = time.process_time()
-  tokenizer = Tokenizer.train([dna], 512)
-  assert time.process_time() - start < 10  # 28 s without the bound
-  assert tokenizer.decode(tokenizer.encode(dna)) == dna
-  assert (
-    json.loads(tokenizer._content)['pre_tokenizer']
-    == json.loads(BYTE_LEVEL._content)['pre_tokenizer']
-  ), 'the bound is of training alone'
-  whole = 'x' * MAX_PRE_TOKEN
-  assert Tokenizer.train([whole], 262).encode(whole) == Tokenizer.train([whole * 3], 262).encode(
-    whole
-  )
-
-
-def test_ctrl_c_ends_the_training():
-  code = (
-    'import os; from bam_jax.data.tokenizer import Tokenizer;'
-    'texts = [os.urandom(20_000_000).hex()];'
-    'print("ready", flush=True); Tokenizer.train(texts, 100_000)'
-  )
-  process = subprocess.Popen(
-    [sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-  )
-  assert process.stdout.readline() == 'ready\n'
-  time.sleep(0.5)
-  process.send_signal(signal.SIGINT)
-  assert 'KeyboardInterrupt' in process.communicate(timeout=10)[1]
 
 
 def test_save_and_load_are_exact(tmp_path, sentence_piece):
@@ -130,7 +78,6 @@ def hugging_face(*specials):
       ('<BOS_TOKEN>', '<|END_OF_TURN_TOKEN|>'),
     ),
     (['<|endoftext|>'], ('<|endoftext|>', '<|endoftext|>')),
-    (['<|begin_of_text|>', '<|end_of_text|>'], ('<|begin_of_text|>', '<|end_of_text|>')),
   ],
 )
 def test_well_known_tokens(specials, names):
@@ -189,22 +136,3 @@ def test_what_a_tokenizer_cannot_encode_is_a_sentence():
   assert tokenizer.encode('a') == [1]
   with pytest.raises(UserError, match='The tokenizer cannot encode a text'):
     tokenizer.encode('b')
-
-
-class PanicException(BaseException):
-  pass
-
-
-@pytest.mark.parametrize(
-  'raised, told', [(PanicException, UserError), (KeyboardInterrupt, KeyboardInterrupt)]
-)
-def test_a_panic_while_encoding_is_a_sentence(monkeypatch, raised, told):
-  tokenizer = Tokenizer(hugging_face('<s>', '</s>').to_str().encode(), 'tokenizer.json')
-
-  class Library:
-    def encode_batch_fast(self, texts, **options):
-      raise raised('index out of bounds')
-
-  monkeypatch.setattr(tokenizer._backend, '_tokenizer', Library())
-  with pytest.raises(told, match='cannot encode .*out of bounds' if told is UserError else None):
-    tokenizer.encode('a')
