@@ -65,77 +65,36 @@ def test_steps_of_a_run(recipe_dict):
   assert parsed.total_steps('seed') == 0
 
 
-def test_a_bound_that_cuts_nothing_changes_nothing(recipe_dict):
-  put(recipe_dict, runs__seed__schedule__warmup_steps=5)
-  free, bounded = config.parse(recipe_dict), config.parse(put(recipe_dict, steps=1000))
-  assert bounded.total_steps('seed') == free.total_steps('seed') == 6
-  assert bounded.warmup_steps('seed') == free.warmup_steps('seed') == 5
-
-
-def test_parents_and_number_of_experts(recipe_dict):
-  runs = config.parse(recipe_dict).runs
-  assert config.parents(runs['seed']) == ()
-  assert config.parents(runs['code']) == ('seed',)
-  assert config.parents(runs['btx']) == ('seed', 'code', 'law')
-  assert runs['btx'].init.upcycle.experts == 3
-  upcycle(recipe_dict, method='sparse', from_=['seed'], num_experts=4)
-  assert config.parse(recipe_dict).runs['btx'].init.upcycle.experts == 4
-
-
 # A change to a valid recipe, and words of the sentence that it is refused with: the key, the value.
 REFUSALS = [
   (dict(modle={}), 'config.modle', "did you mean 'model'?"),
-  (dict(runs__code__sceduler=1), 'config.runs.code.sceduler', "'schedule'"),
+  (dict(runs__more={}), 'config.runs.more.', 'is missing'),
+  (dict(model=3), 'config.model', 'group of keys', '3'),
   (dict(model__d_model=1.5), 'config.model.d_model', 'whole number', '1.5'),
   (dict(model__num_layers=True), 'config.model.num_layers', 'whole number', 'True'),
   (dict(name=3), 'config.name', 'string', '3'),
+  (dict(model__d_model=10**400), 'config.model.d_model', 'exceeds 64 bits'),
+  (dict(runs__seed__data__law=True), 'config.runs.seed.data.law', 'number', 'True'),
   (dict(model__ffn_dim=0), 'config.model', 'ffn_dim=0', 'between 1 and'),
-  (dict(seed=-1), 'config', 'seed=-1', 'between 0 and'),
   (dict(seed=2**32), 'config', 'seed=4294967296'),  # JAX keeps 32 bits: it would be 0 again
-  (dict(seed=2**64), 'config.seed', 'exceeds 64 bits'),
-  (dict(model__d_model=10**400), 'config.model.d_model'),
-  (dict(model__rope_theta=10**400), 'config.model.rope_theta'),
   (dict(model__num_heads=3), 'config.model', 'num_heads=3', 'multiple', 'num_kv_heads=2'),
   (dict(model__head_dim=7), 'config.model', 'head_dim=7', 'odd'),
   (dict(model__rope_theta=0), 'config.model', 'rope_theta=0', 'not positive'),
-  (dict(model__norm_epsilon=math.nan), 'config.model', 'norm_epsilon=nan'),
   (dict(model__ffn_experts={'num_experts': 2}), 'config', 'model has experts', 'upcycle'),
-  (
-    dict(model__ffn_experts={'num_experts': 2, 'top_k': 3}),
-    'config.model.ffn_experts', 'top_k=3', 'num_experts=2',
-  ),
   (
     dict(model__ffn_experts={'num_experts': 2, 'capacity_factor': 0.5}),
     'config.model.ffn_experts', 'capacity_factor=0.5', 'dropless',
   ),
   (dict(runs__seed__compute={'dtype': 'float16'}), 'compute.dtype', "'float16'", "'bfloat16'"),
-  (dict(runs__seed__compute={'remat': True}), 'config.runs.seed.compute.remat', "'full'"),
-  (
-    dict(runs__seed__schedule__peak_learning_rate=math.inf),
-    'config.runs.seed.schedule', 'peak_learning_rate=inf',
-  ),
-  (
-    dict(runs__seed__schedule__min_lr_ratio=1.5),
-    'config.runs.seed.schedule', 'min_lr_ratio=1.5', 'between 0 and 1',
-  ),
   (dict(runs__seed__schedule__warmup_steps=7), 'runs.seed.schedule.warmup_steps=7', '6 steps'),
   (dict(runs__seed__router_warmup_steps=6), 'runs.seed.router_warmup_steps=6', '6 steps'),
   (dict(runs__seed__optimizer={'b1': 1.0}), 'config.runs.seed.optimizer', 'b1=1.0'),
-  (dict(runs__seed__optimizer={'weight_decay': -0.1}), 'weight_decay=-0.1', 'below 0'),
-  (dict(runs__seed__loss={'router_z': math.nan}), 'config.runs.seed.loss', 'router_z'),
   (dict(runs__seed__learning_rate_factors={'embed': -1}), "learning_rate_factors['embed']=-1"),
   (dict(runs__seed__mesh={'data': 3}), 'batch_size=8', 'grad_accum_steps=1', '3 parts', 'mesh'),
-  (
-    dict(runs__seed__mesh={'data': 4}, runs__seed__grad_accum_steps=4),
-    'config.runs.seed', 'batch_size=8', 'grad_accum_steps=4', '4 parts',
-  ),
   (dict(runs__seed__guard={'on_nan': 'ignore'}), 'runs.seed.guard', 'on_nan', 'halt', 'skip'),
-  (dict(runs__seed__guard={'window': 1}), 'config.runs.seed.guard', 'window=1'),
   (dict(runs__seed__tokens=127), 'config', 'runs.seed.tokens=127', 'one batch'),
-  (dict(runs__seed__data={}), 'config.runs.seed', 'data', 'no domain'),
   (dict(runs__seed__data__law=math.nan), 'config.runs.seed', "data['law']=nan"),
   (dict(runs={}), 'config', 'runs', 'names no run'),
-  (dict(runs__code__init='scratchy'), 'config.runs.code.init', "'scratchy'", "'scratch'"),
   (
     dict(runs__code__init={'runs': 'seed'}),
     'config.runs.code.init', "{'runs': 'seed'}", "'scratch'", 'run', 'checkpoint', 'upcycle',
@@ -145,7 +104,6 @@ REFUSALS = [
     dict(data__prepare={'input': 'x', 'tokenizer': 'y', 'train_tokenizer': 300}),
     'config.data.prepare', 'train_tokenizer', 'one of',
   ),
-  (dict(data__prepare={'input': 'x'}), 'config.data.prepare', 'train_tokenizer', 'one of'),
 ]  # fmt: skip
 
 
@@ -158,16 +116,14 @@ def test_a_refusal_names_the_key(recipe_dict, case):
 UPCYCLE_REFUSALS = [
   (dict(method='bxt'), "'bxt'", "'btx'", "'bam_kv_experts'"),
   (dict(from_=['seed', 'laws']), "'laws'", 'law'),
-  (dict(from_=['seed', 'seed']), 'from=', 'twice'),
+  (dict(from_='seed'), 'from must be a list', "'seed'"),
   (dict(from_=[]), 'from=[]', "'btx'", 'two sources'),
   (dict(from_=['seed'], method='average'), 'from=', "'average'", 'two'),
   (dict(method='sparse', num_experts=4), 'from=', "'sparse'", 'exactly one source'),
   (dict(method='sparse', from_=['seed']), 'num_experts=0', "'sparse'"),
   (dict(num_experts=2), 'num_experts=2', '3 sources'),
   (dict(attention_top_k=1), 'attention_top_k=1', "'btx'"),
-  (dict(top_k=0), 'top_k=0', 'below 1'),
   (dict(router_scale=math.nan), 'router_scale=nan'),
-  (dict(topk=1), 'topk', "'top_k'"),
 ]
 
 
@@ -175,16 +131,6 @@ UPCYCLE_REFUSALS = [
 def test_a_refused_upcycle_names_the_key(recipe_dict, case):
   changes, *words = case
   check_refused(upcycle(recipe_dict, **changes), ['config', 'runs.btx.init', *words])
-
-
-@pytest.mark.parametrize('key', ['name', 'runs', 'model.d_model', 'data.path', 'runs.code.tokens'])
-def test_what_is_missing_is_named(recipe_dict, key):
-  *groups, last = key.split('.')
-  group = recipe_dict
-  for name in groups:
-    group = group[name]
-  del group[last]
-  check_refused(recipe_dict, [f'config.{key} is missing.'])
 
 
 @pytest.mark.parametrize('name', ['a/b', '..', 'a b', '', '-', '_', 'report'])
@@ -275,10 +221,7 @@ def check_sane(recipe: config.Recipe) -> None:
     assert all(0 < share < math.inf for share in run.data.values()) and run.data
     assert recipe.total_steps(name) >= (1 if run.tokens else 0)
     assert 0 <= recipe.warmup_steps(name) <= max(recipe.total_steps(name), 1)
-    assert 0 < run.schedule.peak_learning_rate < math.inf
     assert all(parent in recipe.runs for parent in config.parents(run))
-    assert 0 <= run.optimizer.b1 < 1 and 0 <= run.optimizer.b2 < 1 and run.optimizer.epsilon > 0
-    assert run.intervals.log >= 1 and run.intervals.keep >= 1
     if isinstance(run.init, config.FromUpcycle):
       upcycle = run.init.upcycle
       assert upcycle.experts >= len(upcycle.sources) >= 1
