@@ -1,7 +1,6 @@
 """Arrays on disk in pieces: what Orbax wrote is read, and what is written Orbax restores."""
 
 import os
-import shutil
 import time
 
 import jax
@@ -10,8 +9,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import traverse_util
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -135,60 +132,17 @@ def test_checkpoints_of_training_are_read(tmp_path, models, monkeypatch, shape, 
   jax.tree.map(np.testing.assert_array_equal, restored, params)
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-  path=st.sampled_from(sorted(SPECS)),
-  shape=st.lists(st.integers(1, 9), min_size=4, max_size=4),
-  dtype=st.sampled_from([FLOAT32, BFLOAT16]),
-  bound=st.integers(4, 300),
-)
-def test_pieces_are_the_array_and_chunks_are_bounded(path, shape, dtype, bound):
-  spec = arrays.Spec(tuple(shape[: len(SPECS[path].shape)]), dtype)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(arrays, 'CHUNK_BYTES', bound)
-    chunk = arrays.chunk_shape(path, spec)
-    indices = list(arrays.pieces(path, spec))
-  count = np.zeros(spec.shape, int)
-  for index in indices:
-    count[index] += 1
-    for (start, stop), size, step_ in zip(arrays.bounds(spec, index), spec.shape, chunk):
-      assert start % step_ == 0 and (stop % step_ == 0 or stop == size)
-  assert (count == 1).all()
-  longest = max(spec.shape)  # one row along the longest axis may be all that can be had
-  smallest = spec.nbytes // longest if not path.startswith('blocks/') else spec.dtype.itemsize
-  assert np.prod(chunk) * dtype.itemsize <= max(bound, smallest)
-
-
-def test_what_does_not_fit_or_was_never_written_is_an_error(small_chunks, tmp_path):
+def test_what_was_never_written_is_an_error(small_chunks, tmp_path):
   values = draw()[UP]
   writer = arrays.Writer(tmp_path / 'params', {UP: SPECS[UP]})
-  for wrong in (values[1, 1][None], values[1, 1].astype(np.float32)):
-    with pytest.raises(ValueError, match='not'):
-      writer.write(UP, (1, 1), wrong)
   for layer in (0, 2):
     writer.write(UP, (layer,), values[layer])
   with pytest.raises(ValueError, match='not written whole'):
     writer.finish()
-  writer.write(UP, (0,), values[0])
-  with pytest.raises(ValueError, match='twice'):
-    writer.write(UP, (0,), values[0])
   reader = arrays.Reader(tmp_path / 'params')
   np.testing.assert_array_equal(reader.read(UP, (2,)), values[2])
   with pytest.raises(UserError, match=f'{UP}.*damaged'):  # and no zeros
     reader.read(UP, (1,))
-
-
-def test_a_damaged_item_is_refused(small_chunks, tmp_path):
-  write(tmp_path / 'params', draw())
-  for file in (tmp_path / 'params' / 'd').iterdir():
-    file.write_bytes(file.read_bytes()[:10])
-  with pytest.raises(UserError, match='damaged'):
-    reader = arrays.Reader(tmp_path / 'params')
-    for path in reader.specs:
-      reader.read(path)
-  shutil.rmtree(tmp_path / 'params')
-  with pytest.raises(UserError, match='damaged'):
-    arrays.Reader(tmp_path / 'params')
 
 
 def test_a_file_that_is_cut_short_after_it_was_opened(tmp_path):

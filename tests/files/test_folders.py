@@ -11,15 +11,6 @@ from bam_jax.errors import UserError
 from bam_jax.files import folders
 
 
-def test_a_new_folder_is_there_at_the_end_and_not_before(tmp_path):
-  path = tmp_path / 'parent' / 'made'
-  with folders.new_folder(path) as folder:
-    assert folder.parent == path.parent and not path.exists()
-    (folder / 'file').write_text('all')
-  assert (path / 'file').read_text() == 'all'
-  assert [one.name for one in path.parent.iterdir()] == ['made']
-
-
 def test_a_new_folder_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
   synced, rename = set(), os.rename
 
@@ -78,13 +69,3 @@ def test_a_folder_that_cannot_be_made(tmp_path):
   with pytest.raises(UserError, match='GB free'), folders.new_folder(tmp_path / 'made', 2**60):
     raise AssertionError('it must not begin')
   assert sorted(tmp_path.rglob('*')) == before
-
-
-def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
-  with pytest.raises(UserError, match='cannot be written'):
-    with folders.new_folder(tmp_path / 'made') as folder:
-      (folder / 'file').write_text('ours')
-      (tmp_path / 'made').mkdir()
-      (tmp_path / 'made' / 'file').write_text('theirs')
-  assert (tmp_path / 'made' / 'file').read_text() == 'theirs'
-  assert len(list(tmp_path.iterdir())) == 1
