@@ -10,11 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.commands import ROOT
-from tests.fuzz import values
 
 
 class Trap:
@@ -45,7 +42,6 @@ def lines(world, folder: Path, output: Path) -> dict[str, list[tuple[str, list[s
   }  # fmt: skip
 
 
-FOLDERS = ('data', 'mixture', 'hf', 'hf_shards')
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('hf', 'hf_shards')]
 
 
@@ -114,23 +110,6 @@ def test_a_damaged_file_and_every_command(server, world, tmp_path, name):
   damage_all(server, world, tmp_path, name, few=False)
 
 
-JSON = {
-  'data': ['manifest.json', 'tokenizer.json'],
-  'mixture': ['meta/metadata', 'params/_METADATA', 'checksums/crc32.json'],
-  'hf': ['config.json', 'tokenizer.json'],
-  'hf_shards': ['model.safetensors.index.json'],
-}
-
-
-def places(facts, path: tuple = ()):
-  """Paths to everything in nested JSON, the first few entries of a list or group."""
-  yield path
-  items = list(facts.items()) if isinstance(facts, dict) else []
-  items = list(enumerate(facts)) if isinstance(facts, list) else items
-  for key, value in items[:40]:
-    yield from places(value, (*path, key))
-
-
 def changed(facts, path: tuple, value):
   """A copy with something else at a path."""
   if not path:
@@ -138,24 +117,6 @@ def changed(facts, path: tuple, value):
   copy = dict(facts) if isinstance(facts, dict) else list(facts)
   copy[path[0]] = changed(copy[path[0]], path[1:], value)
   return copy
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name, file', [(name, file) for name in JSON for file in JSON[name]])
-def test_json_that_says_something_else(server, world, tmp_path, name, file):
-  folder = shutil.copytree(getattr(world, name), tmp_path / 'damaged')
-  if 'checksums' not in file:
-    shutil.rmtree(folder / 'checksums', ignore_errors=True)
-  facts = json.loads((folder / file).read_text())
-  everywhere = st.sampled_from(sorted(places(facts), key=len))
-
-  @values.LONG
-  @given(everywhere, values.ODD)
-  def say(path, value):
-    (folder / file).write_text(json.dumps(changed(facts, path, value)))
-    each_command(server, world, tmp_path, name, few=True)
-
-  say()
 
 
 @pytest.mark.parametrize('outside', ['../../etc/passwd', '/etc/passwd', 'code/../../x'])
@@ -200,15 +161,6 @@ def test_a_newer_format(server, world, tmp_path):
   ]:
     outcome = server.run(command, *line, folder=tmp_path).check('upgrade bam_jax')
     assert outcome.status == 2 and 'format ' in outcome.sentence
-
-
-def test_pickles_of_transformers_are_not_read(server, world, tmp_path):
-  folder = shutil.copytree(world.hf, tmp_path / 'hf')
-  (folder / 'model.safetensors').unlink()
-  for name in ('pytorch_model.bin', 'training_args.bin', 'optimizer.pt'):
-    (folder / name).write_bytes(pickle.dumps(Trap(tmp_path / 'unpickled')))
-  outcome = server.run('convert import-hf', f'--input={folder}', f'--output={tmp_path}/output')
-  assert outcome.check('pickle').status == 2 and not (tmp_path / 'unpickled').exists()
 
 
 def test_no_module_reads_pickles():

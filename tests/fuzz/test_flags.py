@@ -20,12 +20,6 @@ def test_any_value_of_any_flag(server, world, tmp_path, command):
   try_all(server, world.refused, tmp_path / 'here', command, one_of=3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('command', COMMANDS)
-def test_any_value_of_any_flag_of_a_command_that_works(server, world, tmp_path, command):
-  try_all(server, world.checked, tmp_path / 'here', command, one_of=2)
-
-
 def try_all(server, line_of, folder, command: str, one_of: int) -> None:
   """Gives every flag one of so many values, of all kinds; the sentence, if any, is about it."""
   flags = server.flags(command)
@@ -60,8 +54,3 @@ def printable(word: str) -> str:
 def test_arguments_that_are_no_flags(server, command):
   for line in (['x', 'y', 'z'], ['--nowhere=1'], ['--=1'], ['-'], [''], ['--json'], []):
     server.run(command, *line).check()
-
-
-def test_no_subcommand(server):
-  for line in ([], ['x'], ['\x1b[31m'], ['--json=x']):
-    assert server.run('convert', *line).check().status == 2

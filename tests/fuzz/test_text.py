@@ -1,13 +1,9 @@
 """Text in any encoding, of any length, in any file that may hold text; and prompts."""
 
-import gzip
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tests.fuzz import values
 from tests.hf import folders
 
 ENCODINGS = ('utf-8-sig', 'utf-16', 'latin-1', 'shift_jis', 'cp037', 'utf-7')
@@ -20,19 +16,6 @@ def prepare(server, tmp_path, name: str, content: bytes, *flags: str):
   path.write_bytes(content)
   line = f'--input=x={path}', f'--output={tmp_path}/output', '--train_tokenizer=300', *flags
   return server.run('prepare', *line, '--valid_fraction=0', seconds=300)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl', 'a.txt.gz', 'a.jsonl.gz', 'a.parquet'])
-def test_any_bytes(server, tmp_path, name):
-  @values.LONG
-  @given(st.binary(max_size=100) | st.text(max_size=50).map(lambda text: text.encode('utf-16')))
-  def try_one(content):
-    for packed in (content, gzip.compress(content)) if name.endswith('.gz') else (content,):
-      outcome = prepare(server, tmp_path, name, packed, f'--output={tmp_path}/{hash(packed)}')
-      outcome.check(name, 'domain x')
-
-  try_one()
 
 
 @pytest.mark.parametrize('encoding', ENCODINGS)
@@ -73,15 +56,3 @@ def test_more_than_the_memory_holds(server, world):
   line = f'--config={world.recipe}', *sizes, *data, '--workdir=/dev/null/nowhere', '--runs=seed'
   outcome = server.run('main', *line)
   assert outcome.check('config.runs.seed').status == 2 and ' GB' in outcome.sentence
-
-
-@pytest.mark.parametrize('encoding', ENCODINGS)
-@pytest.mark.parametrize('name', ['p.txt', 'p.jsonl'])
-def test_prompts_in_any_encoding(server, tmp_path, encoding, name):
-  text = 'Grüße' if encoding != 'shift_jis' else 'おはよう'
-  line = json.dumps({'prompt': text}, ensure_ascii=False) if name == 'p.jsonl' else text
-  (tmp_path / name).write_bytes(line.encode(encoding))
-  # Prompts are read before the checkpoint is.
-  outcome = server.run('generate', '--checkpoint=nowhere', f'--prompts={tmp_path}/{name}')
-  assert outcome.check(name, 'nowhere').status == 2
-  assert (name in outcome.sentence) != (encoding in ('utf-8-sig', 'utf-7')), outcome.sentence
