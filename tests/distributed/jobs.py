@@ -29,13 +29,7 @@ class Job:
   """Processes that were started together."""
 
   def __init__(self, commands: list[list[str]], devices: int, variables: Sequence[dict] = ()):
-    """Starts them.
-
-    Args:
-      commands: the arguments of each one's Python.
-      devices: of each.
-      variables: more of each one's environment.
-    """
+    """Starts one Python for each list of arguments, with so many devices each."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(('XLA_', 'JAX_'))}
     environment = kept | {
       'JAX_PLATFORMS': 'cpu',
@@ -88,13 +82,9 @@ def job(
   """A job of `main` on the recipe tests/assets/job.py; nothing of it is left afterwards.
 
   Args:
-    workdir: of the job.
-    text: two domains.
     processes: how many share the mesh's devices; one is started without flags.
     mesh: sizes of its axes, such as 2x1x1x1.
     *flags: more of them; "{process}" becomes the process's number.
-    steps: of each run.
-    main: what to run, in the same way.
   """
   recipe = f'--config={ROOT}/tests/assets/job.py:{text},{steps},{mesh}'
   port = free_port()

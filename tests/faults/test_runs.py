@@ -1,16 +1,13 @@
 """Steps that would do harm, two jobs for one run, and what a run tells while it trains."""
 
 import json
-import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed import jobs
 from tests.faults.conftest import SEED, assert_sentence
 from tests.test_main import ROOT, assert_same_end, command, environment, run, start, wait_for_step
 
@@ -67,35 +64,3 @@ def test_one_run_is_trained_by_one_job(text, tmp_path):
     told = [third.stderr.readline() for _ in range(2)]
     third.kill()
   assert 'seed: resumes at step' in ''.join(told)
-
-
-def test_a_run_tells_where_its_time_goes(text, undisturbed):
-  told = [line for line in lines(undisturbed / 'seed') if 'loss' in line]
-  for line in told:
-    assert line['goodput'] == line['time']['step']
-    assert sum(line['time'].values()) == pytest.approx(1)
-  assert min(told[-1]['time'].values()) > 0, 'it has compiled, read, saved, evaluated'
-  (first,) = [line for line in lines(undisturbed / 'seed') if 'first_step_seconds' in line]
-  assert 0 < first['first_step_compile_seconds'] < first['first_step_seconds']
-  result = json.loads((undisturbed / 'seed' / 'result.json').read_text())
-  assert result['wall_seconds'] == pytest.approx(sum(result['time'].values()), rel=1e-3)
-
-
-def test_a_profile_on_request(text, tmp_path):
-  done = run(text, tmp_path, *SEED, '--config.runs.seed.watch.profile_from=5')
-  assert done.returncode == 0, done.stderr
-  assert list((tmp_path / 'seed' / 'profile').rglob('*.xplane.pb'))
-
-
-def test_a_stalled_step_is_reported(text, tmp_path):
-  """One of two processes stands still: the other tells what it waits for, long before the end."""
-  never = [f'--config.runs.seed.intervals.{what}=0' for what in ('evaluate', 'checkpoint')]
-  flags = [*SEED, *never, '--lost_timeout=20', '--config.runs.seed.watch.stall_seconds=2']
-  with jobs.job(tmp_path, text, 2, jobs.MESH, *flags, steps=400) as both:
-    both.wait_for_step(tmp_path / 'seed', 20)
-    both.processes[1].send_signal(signal.SIGSTOP)
-    _, told = both.processes[0].communicate(timeout=90)
-  stalled = (
-    r'seed: stalled, no step has finished for \d s after step \d+; it is waiting for the devices'
-  )
-  assert re.search(stalled, told), told

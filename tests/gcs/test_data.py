@@ -6,7 +6,7 @@ import pytest
 from bam_jax import config
 from bam_jax.data import remote, shards
 from bam_jax.errors import UserError
-from bam_jax.files import buckets, folders
+from bam_jax.files import buckets
 from bam_jax.recipes import datasets
 from tests.gcs.conftest import files
 
@@ -41,29 +41,6 @@ def test_a_machine_copies_it_once(cache, published, dataset):
   assert remote.fetch(published) == copy
   assert before == {path: path.stat().st_mtime_ns for path in copy.rglob('*')}
   assert sorted(path.name for path in cache.iterdir()) == [copy.name, f'{copy.name}.lock']
-
-
-def test_a_copy_that_was_cut_off_is_made_again(cache, published, monkeypatch):
-  def cut(source, folder, names):
-    fetch(source, folder, names[:3])
-    raise KeyboardInterrupt
-
-  fetch = buckets.fetch
-  monkeypatch.setattr(buckets, 'fetch', cut)
-  with pytest.raises(KeyboardInterrupt):
-    remote.fetch(published)
-  monkeypatch.undo()
-  monkeypatch.setenv('XDG_CACHE_HOME', str(cache.parents[1]))
-  shards.open_dataset(remote.fetch(published)).verify()
-  assert not list(cache.glob(f'*{folders.BESIDE}*'))
-
-
-def test_another_dataset_at_the_same_place_is_another_copy(cache, published, dataset):
-  old = remote.fetch(published)
-  text = (published / shards.MANIFEST).read_text()
-  (published / shards.MANIFEST).write_text(text + '\n')
-  new = remote.fetch(published)
-  assert new != old and old.exists()
 
 
 @pytest.mark.parametrize('what', ['nothing', 'a file less'])

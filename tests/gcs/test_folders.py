@@ -8,12 +8,6 @@ from bam_jax.files import buckets, folders
 from tests.gcs.conftest import files
 
 
-def test_paths_are_names_of_the_same_place():
-  path = folders.at('gs://bucket/a/')
-  assert str(path) == 'gs://bucket/a' and folders.absolute(path / 'b') == path / 'b'
-  assert folders.absolute('a').is_absolute() and not folders.in_bucket(folders.at('a'))
-
-
 def test_what_others_write_is_seen(folder):
   """As the arrays are, which go another way than the listings."""
   folders.write_file(folder / '3' / 'meta', '')
@@ -62,10 +56,3 @@ def test_a_folder_is_new_and_gone_when_its_block_fails(folder):
     (made / 'params').write_text('all')
   with pytest.raises(UserError, match='exists'), folders.new_folder(folder / 'made'):
     pass
-
-
-def test_what_a_bucket_refuses_is_a_sentence(service):
-  with pytest.raises(UserError, match='gs://nowhere/a cannot be written'):
-    folders.write_file('gs://nowhere/a', 'x')
-  with pytest.raises(UserError, match='gs://nowhere cannot be accessed'):
-    folders.check_bucket('gs://nowhere/a/b')

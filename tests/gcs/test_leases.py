@@ -78,21 +78,3 @@ def test_who_was_cut_off_ends_when_it_finds_itself_replaced(folder, job, quick):
     said = other.stderr.read()
     assert f'was taken over by process {os.getpid()} on ' in said
     assert f'process {os.getpid()} on ' in (folder / 'seed' / claims.NAME).read_text()
-
-
-def test_of_two_that_see_one_lost_one_replaces_it(folder, quick):
-  first, second = (claims.Lease(folder) for _ in range(2))
-  seen = second._read()
-  first.take(print, lambda: None)
-  assert second._write(b'{}', seen.stamp.generation) == b''
-  with pytest.raises(UserError, match='is being trained by'):
-    second.take(print, lambda: None)
-  first.give_back()
-
-
-def test_an_object_of_unknown_content_is_a_holder(folder, quick):
-  (folder / 'seed' / claims.NAME).write_text('[')
-  told = []
-  with claims.Claims(told.append) as held:
-    held.take([folder / 'seed'])
-  assert 'another job' in told[0]

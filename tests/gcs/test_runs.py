@@ -96,12 +96,6 @@ def test_every_command_opens_a_checkpoint_of_a_bucket(folder, text, undisturbed,
   local = [f'--from={undisturbed}/seed', f'--from={undisturbed}/code']
   done = command('convert', 'upcycle', *local, '--method=btx', f'--output={tmp_path}/made')
   assert done.returncode == 0, done.stderr
-  hashes = [
-    source.hash
-    for path in (made, tmp_path / 'made')
-    for source in checkpoint.read_meta(path).manifest.sources
-  ]
-  assert hashes[:2] == hashes[2:]
   for module, *flags in (
     ('generate', '--prompt=the whale', '--max_new_tokens=4'),
     ('evaluate', f'--data={undisturbed}/data', '--json=-'),
