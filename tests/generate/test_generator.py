@@ -1,6 +1,7 @@
 """Continuations are those of the uncached model, whatever the batch, the mesh and the buckets."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from bam_jax import config
 from bam_jax.errors import UserError
 from bam_jax.generate import decode
+from bam_jax.generate import generator as generator_lib
 from bam_jax.generate.generator import Generator, Row
 from bam_jax.generate.sampling import SamplingParams
 from bam_jax.model import transformer
@@ -175,5 +177,44 @@ def test_words_past_the_tokenizers_are_never_chosen(models, start, rows):
 
 
 def test_what_memory_cannot_hold_is_refused(build, rows):
-  with pytest.raises(UserError, match=r'require [\d,.]+ GB, but [\d,.]+ GB are free: lower'):
+  with pytest.raises(UserError, match=r'take [\d,.]+ GB, and [\d,.]+ GB are free: lower'):
     build('bam_kv_experts').generate(rows, 10**11)
+
+
+def test_buckets_are_few_and_near():
+  sizes = [generator_lib.bucket(number) for number in range(1, 5000)]
+  assert all(n <= size < max(n + 32, 1.25 * n + 1) for n, size in enumerate(sizes, 1))
+  assert sizes == sorted(sizes) and len(set(sizes)) < 32
+  for longest in (1, 16, 17, 300, 512, 513, 5000):
+    length, piece, slots = generator_lib.padded_shape(longest, 20)
+    assert length >= longest and length % piece == 0 and slots >= length + 20
+
+
+def written(model: Generator, batch: int, slots: int):
+  """The compiled program that writes."""
+  arguments = generator_lib.abstract_arguments(model.decoder, batch, slots)
+  return generator_lib.decode.lower(model._program, *arguments).compile()
+
+
+def test_a_step_copies_neither_cache_nor_weights(build):
+  model, slots = build('bam_kv_experts'), 8192
+  program = written(model, 1, slots)
+  abstract = model.decoder.abstract_cache(1, slots)
+  one = jax.tree.leaves(abstract)[0].size * 4
+  memory = program.memory_analysis()
+  assert memory.alias_size_in_bytes >= 16 * one
+  # What a step needs beside are scores, four heads of a quarter of an array: not one of 16 arrays.
+  assert memory.temp_size_in_bytes < 3 * one
+  shape = ','.join(map(str, jax.tree.leaves(abstract)[0].shape))
+  assert not re.findall(rf'f32\[{shape}\]\S* copy\(', program.as_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['bam_kv_experts', 'btx'])
+def test_a_layer_adds_once(build, name):
+  """On devices with an expert each: a sum a layer, one for the embedding, and the scores."""
+  model = build(name, (1, 1, 4, 1))
+  text = written(model, 2, 32).as_text()
+  assert len(re.findall(r' all-reduce(?:-start)?\(', text)) == model.decoder.model.num_layers + 1
+  assert len(re.findall(r' all-gather(?:-start)?\(', text)) == 1
+  assert not re.findall(r' (?:all-to-all|reduce-scatter|collective-permute)\(', text)
