@@ -36,8 +36,8 @@ jax.config.update('jax_num_cpu_devices', 8)
 # Most programs here run once. Smoke runs of recipes are compiled as for their users.
 jax.config.update('jax_disable_most_optimizations', True)
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# What tests compile is kept for the next run, apart from the user's own cache: the programs of this
-# process here, those of commands that tests start (compiled as for users) in `compilation`'s folder.
+# What tests compile is kept for the next run, apart from the user's own cache: this process'
+# programs here, those of commands that tests start (compiled as for users) in a folder beside.
 CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'tests'
 os.environ['XDG_CACHE_HOME'] = str(CACHE / 'commands')
 jax.config.update('jax_compilation_cache_dir', str(CACHE / 'tests'))

@@ -66,6 +66,21 @@ def test_the_cache_changes_nothing(exported, beams):
   assert torch.equal(cached, generate(model, inputs, num_beams=beams, use_cache=False))
 
 
+def test_generation_is_the_argmax_of_our_logits(exported):
+  model, _, folder = exported
+  got = generate(model, tokens()[:, :3], use_cache=True).numpy().astype(np.int32)
+  logits_BTV, _, _ = ours(folder, make_batch() | {'tokens': got})
+  np.testing.assert_array_equal(got[:, 3:], logits_BTV.argmax(-1)[:, 2:-1])
+
+
+def test_padding_on_the_left_changes_nothing(exported):
+  model, _, _ = exported
+  inputs = tokens()
+  padded = torch.cat([torch.full((2, 4), 9), inputs], dim=1)
+  mask = torch.cat([torch.zeros(2, 4), torch.ones(2, 12)], dim=1).long()
+  assert torch.equal(generate(model, padded, attention_mask=mask)[:, 4:], generate(model, inputs))
+
+
 def test_in_pieces_with_a_cache_and_by_another_kernel(exported):
   model, folder, _ = exported
   inputs = tokens()
@@ -79,6 +94,31 @@ def test_in_pieces_with_a_cache_and_by_another_kernel(exported):
   assert distance(first.logits, whole[:, :5]) < 1e-5
   assert distance(second.logits, whole[:, -3:]) < 1e-5
   assert distance(eager, whole) < 1e-5
+
+
+def test_labels_give_the_loss(exported):
+  model, _, _ = exported
+  inputs = tokens()
+  labels = inputs.clone()
+  labels[0, :4] = -100
+  output = model(inputs, labels=labels)
+  picked = output.logits[:, :-1].log_softmax(-1).gather(-1, inputs[:, 1:, None])[..., 0]
+  counted = labels[:, 1:] != -100
+  assert distance(output.loss.detach(), -picked[counted].mean().detach()) < 1e-5
+
+
+def test_recomputing_activations_changes_no_gradient(exported):
+  _, folder, _ = exported
+  gradients = []
+  for recompute in (False, True):
+    model = load(folder).train()
+    if recompute:
+      model.gradient_checkpointing_enable()
+    model(tokens(), labels=tokens(), use_cache=recompute).loss.backward()
+    gradients.append({name: p.grad for name, p in model.named_parameters()})
+  for name, gradient in gradients[0].items():
+    assert torch.isfinite(gradient).all()
+    assert torch.equal(gradient, gradients[1][name]), name
 
 
 def test_what_was_tuned_there_comes_back(exported, tmp_path):
@@ -110,3 +150,25 @@ def test_the_tokenizer_is_ours(exported):
   assert model.generation_config.eos_token_id == mine.eos_id
   batch = tokenizer(['the cat', 'the cat sat on'], padding=True, return_tensors='pt')
   assert batch.attention_mask[0, 0] == 0 and batch.attention_mask[:, -1].all(), 'padded left'
+
+
+def test_half_precision(exported):
+  model, folder, _ = exported
+  half = load(folder, dtype=torch.bfloat16).eval()
+  for name, parameter in half.named_parameters():
+    wanted = torch.float32 if 'router' in name else torch.bfloat16
+    assert parameter.dtype == wanted, name
+  with torch.no_grad():
+    logits = half(tokens()).logits
+  assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
+
+
+def test_a_new_model_of_the_same_shape(exported):
+  _, folder, _ = exported
+  shape = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+  model = transformers.AutoModelForCausalLM.from_config(shape, trust_remote_code=True)
+  output = model(tokens(), labels=tokens(), output_hidden_states=True)
+  assert torch.isfinite(output.loss)
+  assert len(output.hidden_states) == shape.num_hidden_layers + 1
+  tied = model.lm_head.weight is model.model.embed_tokens.weight
+  assert tied == shape.tie_word_embeddings
