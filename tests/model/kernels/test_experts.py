@@ -101,39 +101,6 @@ def test_every_assignment_has_a_slot_or_came_too_late(name):
     check_slots(name, experts.tolist(), 5, rng.choice([1, 5]).item())
 
 
-@functools.cache
-def permuted(name: str, num_experts: int, rows: int):
-  """A weighted sum of permuted rows and its gradient, and the same by plain indexing."""
-
-  def run(experts, x, weights):
-    slots = getattr(dispatch, name)(experts, num_experts, rows)
-
-    def ours(x):
-      rows_SD = dispatch.permute(x, slots)
-      back_AD = dispatch.unpermute(jnp.sin(rows_SD), slots)
-      return jnp.vdot(back_AD, weights), (rows_SD, back_AD)
-
-    def by_index(x):
-      read = lambda rows, index: jnp.concatenate([rows, jnp.zeros((1, 2))])[index]
-      rows_SD = read(x, slots.assignment_of_slot)
-      back_AD = read(jnp.sin(rows_SD), slots.slot_of_assignment)
-      return jnp.vdot(back_AD, weights), (rows_SD, back_AD)
-
-    return [jax.value_and_grad(function, has_aux=True)(x) for function in (ours, by_index)]
-
-  return jax.jit(run)
-
-
-@pytest.mark.parametrize('name', ['blocks', 'buffers'])
-@pytest.mark.parametrize('case', EDGES, ids=str)
-def test_permuting_and_its_gradient_are_those_of_indexing(name, case):
-  experts, num_experts, rows = case
-  x, weights = np.random.default_rng(1).normal(size=(2, len(experts), 2)).astype(np.float32)
-  ours, theirs = permuted(name, num_experts, rows)(np.array(experts, np.int32), x, weights)
-  for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
-    np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
-
-
 # A loop over blocks, on CPU and GPU.
 
 # The rows of a part, and the expert of each assignment; 3 is none.
