@@ -79,15 +79,11 @@ NONSENSE = {
 
 
 @pytest.fixture(scope='session')
-def door_doc():
-  """The function from a command's name to its docstring; two doors cannot be imported together."""
-
-  def read(name: str) -> str:
-    path = pathlib.Path(bam_jax.__file__).parent / f'{name}.py'
-    path = path if path.exists() else path.parent / name / '__main__.py'
-    return ast.get_docstring(ast.parse(path.read_text(encoding='utf-8')))
-
-  return read
+def command_doc():
+  """From a command's name to its docstring; two commands cannot be imported together."""
+  root = pathlib.Path(bam_jax.__file__).parent
+  files = {path.parent.name: path for path in root.glob('*/__main__.py')}
+  return lambda name: ast.get_docstring(ast.parse(files.get(name, root / f'{name}.py').read_text()))
 
 
 @pytest.fixture
@@ -119,8 +115,7 @@ def disk(tmp_path) -> Iterator[Callable[..., pathlib.Path]]:
     folder.mkdir(exist_ok=True)
     option = ','.join([f'size={kilobytes}k', *options])
     line = ['mount', '-t', 'tmpfs', '-o', option, 'tmpfs', str(folder)]
-    # Only root may mount, and some containers' root may not: there prlimit is what fills a disk,
-    # in test_convert.py and faults/test_disks.py.
+    # Only root may mount, and some containers' root may not.
     if shutil.which('mount') is None or subprocess.run(line, capture_output=True).returncode:
       pytest.skip('this user may not mount a file system')
     return folder

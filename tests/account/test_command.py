@@ -144,9 +144,9 @@ def test_a_mistake_is_one_sentence_and_status_2(server, name):
   assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout
 
 
-def test_help_names_every_key(recipe_dict, door_doc):
+def test_help_names_every_key(recipe_dict, command_doc):
   facts = accounting.account(config.parse(recipe_dict), against='btx')
-  words = set(re.findall(r'\w+', door_doc('account')))
+  words = set(re.findall(r'\w+', command_doc('account')))
   assert facts.keys() <= words
   for row in facts['rows']:
     assert row.keys() <= words

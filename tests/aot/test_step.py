@@ -84,8 +84,8 @@ def token(make_job):
   return decoded(make_job('bam_kv_experts', expert=4))
 
 
-def test_facts_are_json_and_help_names_every_key(trained, token, door_doc):
-  words = set(re.findall(r'\w+', door_doc('aot')))
+def test_facts_are_json_and_help_names_every_key(trained, token, command_doc):
+  words = set(re.findall(r'\w+', command_doc('aot')))
   for facts in (trained[-1], token):
     assert json.loads(json.dumps(facts)) == facts
     assert facts.keys() <= words

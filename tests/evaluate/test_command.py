@@ -32,7 +32,7 @@ def runs(models, saved, start, tmp_path_factory) -> dict[str, str]:
   return {'dense': saved('dense'), 'bam': saved('bam_kv_experts'), 'other': str(other)}
 
 
-def test_two_checkpoints_on_any_mesh(runs, dataset, server, tmp_path, door_doc):
+def test_two_checkpoints_on_any_mesh(runs, dataset, server, tmp_path, command_doc):
   flags = [f'--checkpoint={runs[name]}' for name in ('dense', 'bam')]
   flags += [f'--data={dataset.path}', '--stride=9', '--resamples=50', '--json=-']
   page = tmp_path / 'a/b'
@@ -53,7 +53,7 @@ def test_two_checkpoints_on_any_mesh(runs, dataset, server, tmp_path, door_doc):
   assert again['rows'] == facts['rows']  # to the last bit
   for said in ('Perplexity', 'Bits per byte minus those of dense', "Tokens with their domain's"):
     assert said in one.stderr
-  assert facts.keys() <= set(re.findall(r'\w+', door_doc('evaluate')))
+  assert facts.keys() <= set(re.findall(r'\w+', command_doc('evaluate')))
 
 
 def ask(runs, names, domains, **options):
@@ -81,10 +81,10 @@ def by_hand(path, domain, stride):
   return np.array(sums)
 
 
-def test_every_number(runs, texts, door_doc):
+def test_every_number(runs, texts, command_doc):
   facts = ask(runs, runs, texts, stride=11, resamples=40, confidence=0.8, seed=3)
   assert json.loads(json.dumps(facts)) == facts
-  words = set(re.findall(r'\w+', door_doc('evaluate')))
+  words = set(re.findall(r'\w+', command_doc('evaluate')))
   counts = {d.name: list(bootstrap.draws(len(d.byte_counts), 40, 3, d.name)) for d in texts}
   sums = {run: {d.name: by_hand(runs[run], d, 11) for d in texts} for run in runs}
   nbytes = {d.name: d.byte_counts for d in texts}
