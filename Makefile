@@ -9,6 +9,8 @@ VENV ?= .venv
 WORKDIR ?= runs/quickstart
 # Test processes that run side by side; each takes some 3 GB and, at times, several cores.
 JOBS ?= 2
+# Setuptools warns of folders that have the package's name, as this one does on purpose.
+PIP = PYTHONWARNINGS=ignore $(1)/bin/python -m pip install --quiet
 PYTEST = -m pytest --numprocesses=$(JOBS) --dist=worksteal
 
 # On Linux: huge pages for large buffers. XLA on CPU allocates fresh ones in every step, and mapping
@@ -45,15 +47,15 @@ lint: $(VENV)/installed-dev
 	$@ -m pip install --quiet --upgrade pip
 
 $(VENV)/installed: pyproject.toml requirements.txt | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --editable .
+	$(call PIP,$(VENV)) --editable .
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml requirements.txt | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	$(call PIP,$(VENV)) --editable '.[dev]'
 	@touch $(VENV)/installed $@
 
 $(VENV)-parity/installed-parity: pyproject.toml requirements.txt | $(VENV)-parity/bin/python
-	$(VENV)-parity/bin/python -m pip install --quiet --editable '.[parity]'
+	$(call PIP,$(VENV)-parity) --editable '.[parity]'
 	@touch $@
 
 clean:
