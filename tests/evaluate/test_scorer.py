@@ -116,7 +116,7 @@ def test_weights_are_cut(saved):
   up = scorer._params['blocks']['ffn']['up']
   assert up.addressable_shards[0].data.size * 4 == up.size and up.dtype == 'bfloat16'
   assert scorer._params['blocks']['ffn']['router'].dtype == 'float32'
-  with pytest.raises(UserError, match=r'--mesh cuts .* into 3 parts'):
+  with pytest.raises(UserError, match=r'--mesh splits .* into 3 parts'):
     Scorer(saved('dense'), mesh=config.Mesh(fsdp=3))
 
 

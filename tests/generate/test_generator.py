@@ -177,7 +177,7 @@ def test_words_past_the_tokenizers_are_never_chosen(models, start, rows):
 
 
 def test_what_memory_cannot_hold_is_refused(build, rows):
-  with pytest.raises(UserError, match=r'take [\d,.]+ GB, and [\d,.]+ GB are free: lower'):
+  with pytest.raises(UserError, match=r'require [\d,.]+ GB, but [\d,.]+ GB are free: lower'):
     build('bam_kv_experts').generate(rows, 10**11)
 
 

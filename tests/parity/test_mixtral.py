@@ -11,12 +11,13 @@ from bam_jax.model import ffn
 from bam_jax.model.kernels import grouped
 from bam_jax.model.rope import Tokens
 from bam_jax.parallel.collectives import Layout
-from tests.parity.test_cohere import TOLERANCE, distance
 
 # torch's build is several GB on some platforms; `make test-parity` installs it.
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 from transformers.models.mixtral import modeling_mixtral  # noqa: E402
+
+from tests.parity.test_cohere import TOLERANCE, distance  # noqa: E402
 
 D, F, E, B, T = 16, 24, 5, 3, 14
 
