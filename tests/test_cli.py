@@ -78,3 +78,12 @@ def test_standard_output_on_a_full_disk():
     done = command('return {}', '--json=-', stdout=full)
   said = 'bam_jax.x: --json=- cannot be written: No space left on device.\n'
   assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_a_recipe_may_import_what_is_beside_it(server, tmp_path):
+  """From whatever folder the command runs in."""
+  (tmp_path / 'beside_it.py').write_text('NAME = "a name with spaces"\n')
+  recipe = tmp_path / 'recipe.py'
+  recipe.write_text('import beside_it\ndef get_config():\n  raise ValueError(beside_it.NAME)\n')
+  outcome = server.run('main', f'--config={recipe}', '--workdir=nowhere').check('recipe.py')
+  assert 'line 3' in outcome.sentence and 'a name with spaces' in outcome.sentence

@@ -183,7 +183,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
       if any('\ud800' <= character <= '\udfff' for character in argument):
         raise UserError(f'{ascii(argument)[:80]} on the command line is not UTF-8: convert it.')
     recipe_file.check(argv)
-    arguments = flags.FLAGS(argv)
+    with recipe_file.importable(argv):
+      arguments = flags.FLAGS(argv)
     for name, value in flags.FLAGS.flag_values_dict().items():
       bound = 2**63 if type(value) is int else math.inf
       if type(value) in (int, float) and not abs(value) < bound:

@@ -3,10 +3,12 @@
 An error in it is reported with the file's own line, instead of a traceback through the library.
 """
 
+import contextlib
 import itertools
 import os
+import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 
@@ -19,6 +21,17 @@ def check(argv: Sequence[str]) -> None:
   for path in _paths(argv):
     if os.path.exists(path) and not os.path.isfile(path):
       raise UserError(f'--config={path} is not a file: name a recipe, FILE.py.')
+
+
+@contextlib.contextmanager
+def importable(argv: Sequence[str]) -> Iterator[None]:
+  """Lets recipes import modules beside them while they are read, wherever the command runs."""
+  before = list(sys.path)
+  sys.path[:0] = [os.path.dirname(os.path.abspath(path)) for path in _paths(argv)]
+  try:
+    yield
+  finally:
+    sys.path[:] = before
 
 
 def read(flag: flags.FlagHolder, name: str) -> config.Recipe:
