@@ -56,7 +56,7 @@ def test_one_run_is_trained_by_one_job(text, tmp_path):
     wait_for_step(tmp_path / 'seed', 4, first)
     second = run(text, tmp_path, *flags)
     words = f'{tmp_path}/seed is being trained by process {first.pid} on '
-    assert_sentence(second, words, 'choose another --workdir')
+    assert_sentence(second, words, 'or another --workdir')
     assert first.poll() is None
     first.kill()
   # The lock went with it.
