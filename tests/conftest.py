@@ -115,7 +115,8 @@ def disk(tmp_path) -> Iterator[Callable[..., pathlib.Path]]:
     folder.mkdir(exist_ok=True)
     option = ','.join([f'size={kilobytes}k', *options])
     line = ['mount', '-t', 'tmpfs', '-o', option, 'tmpfs', str(folder)]
-    # Only root may mount, and some containers' root may not.
+    # Only root may mount, and some containers' root may not. `convert/test_upcycle.py` fills a disk
+    # by prlimit, which every user may.
     if shutil.which('mount') is None or subprocess.run(line, capture_output=True).returncode:
       pytest.skip('this user may not mount a file system')
     return folder

@@ -22,7 +22,7 @@ _MARKS = {
   **dict.fromkeys(['valid', 'validation', 'val', 'heldout', 'held_out'], VALID),
   TEST: TEST,
 }
-# A whole word at the start: testimony.txt is no test set.
+# A whole word at the start: testimony.txt is not a test set.
 _MARK = re.compile(f'({"|".join(_MARKS)})(?![a-z])', re.IGNORECASE)
 _ABOUT = ('readme', 'notice', 'license', 'licence', 'copying')
 _NAMING = 'name it with letters, digits, "_", "-" and "."'

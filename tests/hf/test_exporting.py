@@ -12,6 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from tokenizers import processors
 
@@ -127,7 +128,6 @@ def test_a_text_begins_as_our_documents_do_and_does_not_end(tmp_path, rule, kept
 
 
 def test_a_sentencepiece_model_is_copied(tmp_path):
-  sentencepiece = pytest.importorskip('sentencepiece')
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(['the cat sat on the mat'] * 20), model_writer=model, vocab_size=15,

@@ -42,7 +42,7 @@ def same(a, b) -> bool:
 
 
 def poisoned(batch: dict, row: int) -> dict:
-  """A batch of which one weight is no number, as after a flipped bit on the way to the device."""
+  """A batch of which one weight is NaN, as after a flipped bit on the way to the device."""
   weights = batch['weights'].copy()
   weights[row, 0] = np.nan
   return batch | {'weights': weights}
@@ -94,10 +94,10 @@ def test_a_history_is_what_numpy_says():
   assert guard.is_spike(how, history, far[0], history.mean[1])
   assert guard.is_spike(how, history, history.mean[0], far[1])
   assert not guard.is_spike(how, history, *(history.mean + 2.9 * np.sqrt(history.variance)))
-  assert not guard.is_spike(how, history, *(history.mean - 9.0)), 'better is no spike'
+  assert not guard.is_spike(how, history, *(history.mean - 9.0)), 'a better loss is not a spike'
   assert not guard.is_spike(how, history._replace(count=np.int32(4)), *far), 'too early'
   still = history._replace(variance=np.zeros(2, np.float32))
-  assert not guard.is_spike(how, still, *history.mean), 'a constant is no spike'
+  assert not guard.is_spike(how, still, *history.mean), 'a constant loss is not a spike'
 
 
 NAN = {'loss': math.nan, 'gradient_norm': 1.0}

@@ -93,7 +93,7 @@ def _by_hand(package: Package, cache: Path) -> str:
 def members(archive: Path) -> Iterator[tuple[str, bytes]]:
   """Yields path and content of the files in a wheel, an npm tarball or a Debian package.
 
-  Sorted by path. Links, folders and whatever else is no plain file are passed over.
+  Sorted by path. Links, folders and anything else that is not a plain file are skipped.
 
   Raises:
     UserError: a path in it is absolute or has "..".

@@ -22,7 +22,7 @@ _BROWN_GLUE = (
 )
 
 _CHAPTER = re.compile(r'(?m)^(?=(?:CHAPTER|Chapter) [0-9IVXLC]+)')
-_NOVEL_LINES = 500  # the fewest; what is shorter in the package is no novel
+_NOVEL_LINES = 500  # fewer are a short story
 
 # Of R's serialisation: https://cran.r-project.org/doc/manuals/r-release/R-ints.html
 _R_HEADER = struct.Struct('>Ii')  # the type in the lowest byte of the first word; a length
