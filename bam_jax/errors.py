@@ -28,7 +28,7 @@ def sentence(error: BaseException) -> str | None:
   if isinstance(error, OSError) and error.filename is not None:
     return f'{os.fsdecode(error.filename)} cannot be used: {error.strerror}.'
   if isinstance(error, MemoryError) or (of_jax(error) and 'RESOURCE_EXHAUSTED' in said):
-    return f'out of memory ({said}): reduce the batch size or the model.'
+    return f'out of memory ({said or "host memory"}): reduce the batch size or the model.'
   return None
 
 

@@ -23,7 +23,6 @@ from bam_jax.data.sources import find_domains
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 
-LOSSLESS = 0.999  # share of the characters; below it a warning is printed
 OPTIONS = (
   'train_tokenizer', 'tokenizer_bytes', 'valid_fraction', 'text_field', 'shard_tokens',
   'min_decoded', 'workers',
@@ -76,10 +75,8 @@ def _print(facts: dict[str, Any], switched_off: Sequence[str]) -> None:
   title = f'{facts["output"]}, vocabulary {facts["tokenizer"]["vocab_size"]:,}'
   columns = 'documents', 'tokens', 'bytes/token', 'skipped', 'decoded'
   console.print(cli.table(title, ('domain', 'split'), columns, rows))
-  if lossy := [domain for domain, share in decoded.items() if share < LOSSLESS]:
-    console.print('WARNING: the tokenizer loses text (see "decoded") in', ', '.join(lossy))
-  if switched_off:
-    console.print('Switched off in the tokenizer:', ', '.join(switched_off))
+  for warning in prepare.warnings(facts, switched_off):
+    console.print(warning)
   if facts['left_out']:
     console.print('Left out (test split or unknown file type):', ', '.join(facts['left_out']))
   already = facts['already_prepared']

@@ -191,7 +191,6 @@ def _first() -> str:
 
 def _print(rows: list[dict[str, Any]]) -> None:
   console, columns = cli.console(), ('batch', 'all', 'x', 'prompt', 'x', 'token', 'x')
-  console.width = max(console.width, 110)
   for clock in CLOCKS:
     title = f'ms, {clock} time; in brackets over the roofline; x: over {_first()} (its roofline)'
     body = []

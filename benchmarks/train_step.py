@@ -137,7 +137,6 @@ def _print(facts: dict[str, dict[str, float]]) -> None:
     flops, first = run['flops_per_second'] / 1e9, run['first_step_seconds']
     rows.append([*cells, f'{flops:.1f}', f'{first:.1f}'])
   console = cli.console()
-  console.width = max(console.width, 110)
   console.print(cli.table(None, ['run'], columns, rows))
 
 

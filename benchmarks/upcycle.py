@@ -92,13 +92,9 @@ def _make(model: config.Model, folder: Path, seed: int) -> None:
   tokenizer = b'{}'
   (folder / 'tokenizer.json').write_bytes(tokenizer)
   rng = np.random.default_rng(seed)
-  params: dict[str, Any] = {}
-  for path, spec in outputs.specs(_abstract(model)).items():
-    *groups, name = path.split('/')
-    group = params
-    for key in groups:
-      group = group.setdefault(key, {})
-    group[name] = rng.standard_normal(spec.shape, np.float32)
+  specs = outputs.specs(_abstract(model))
+  arrays = {path: rng.standard_normal(spec.shape, np.float32) for path, spec in specs.items()}
+  params = traverse_util.unflatten_dict(arrays, sep='/')
   meta = checkpoint.Meta(
     format=checkpoint.FORMAT,
     model=model,

@@ -70,6 +70,11 @@ class Outcome(NamedTuple):
       assert not names or any(name in self.sentence for name in names), shown
     return self
 
+  def refused(self, words: str) -> None:
+    """Asserts that all it did was to refuse, in one line that has these words."""
+    assert self.status == 2 and words in self.stderr, self.stderr
+    assert len(self.stderr.strip().splitlines()) == 1 and not self.stdout
+
 
 class Server:
   """The process, from the side of those who ask; a context manager."""

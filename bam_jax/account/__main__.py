@@ -46,8 +46,6 @@ def main() -> dict[str, Any]:
   recipe = cli.read_recipe(_CONFIG)
   facts = accounting.account(recipe, names, _CONTEXT.value or 0, _AGAINST.value or '')
   console = cli.console()
-  if not console.is_terminal:
-    console.width = max(console.width, 120)
   for table in accounting.tables(facts):
     console.print(table, '')
   return facts

@@ -11,7 +11,6 @@
 
 import base64
 import binascii
-import functools
 import json
 import math
 import re
@@ -113,7 +112,6 @@ def _splash_flops(call: Instruction, operands: list[Array], kind: str) -> float 
   return 2.0 * products * visited * query.size / queries
 
 
-@functools.lru_cache(maxsize=64)
 def _body(call: Instruction) -> tuple[tuple[int, ...], tuple[Window, ...]]:
   """The grid and the windows of a kernel's operands and results; empty where it is not text."""
   try:

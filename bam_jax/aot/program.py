@@ -122,7 +122,7 @@ def make_mesh(job: Job, devices: Sequence[Any], topology: Topology) -> jax.shard
   if job.run.mesh.size != len(devices):
     raise UserError(
       f'{job.key}.mesh has {job.run.mesh.size} devices, but {topology.flag} has {len(devices)}: '
-      f'set --{job.key}.mesh.fsdp and the other axes, or add --search.'
+      f'set --{job.key}.mesh.fsdp and the other axes.'
     )
   return sharding.make_mesh(job.run.mesh, devices)
 

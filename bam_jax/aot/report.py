@@ -77,7 +77,6 @@ def _common_facts(
 ) -> dict[str, Any]:
   """What was compiled for what, and whether it fits."""
   peak, limit = compiled.peak_bytes, topology.chip.hbm_bytes
-  distributions = {x.name: x.version for x in metadata.distributions() if x.name in LIBRARIES}
   facts = {
     'run': job.name,
     'label': job.run.label,
@@ -85,7 +84,7 @@ def _common_facts(
     'slices': topology.slices,
     'chips': topology.size,
     'mesh': config.to_dict(job.run.mesh),
-    'versions': {name: distributions.get(name) for name in LIBRARIES},
+    'versions': {name: _version(name) for name in LIBRARIES},
     'compile_seconds': compiled.compile_seconds,
     'fits': compiled.executable is not None,
     'peak_bytes': peak,
@@ -95,6 +94,13 @@ def _common_facts(
   if not facts['fits']:
     return facts | {'reason': compiled.reason}
   return facts | {'memory': compiled.memory, 'lower_seconds': compiled.lower_seconds}
+
+
+def _version(library: str) -> str | None:
+  try:
+    return metadata.version(library)
+  except metadata.PackageNotFoundError:
+    return None
 
 
 def _costs(
@@ -131,7 +137,9 @@ def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
   apart = ('collectives', 'loops', 'label', 'slices', 'versions', 'compute', 'fits')
   compute = {f'compute.{key}': facts.get('compute', {}).get(key) for key in ('dtype', 'remat')}
   rows = {key: value for key, value in (facts | compute).items() if key not in apart}
-  loops = collections.Counter(loop['trips'] or '?' for loop in facts.get('loops', ()))
+  loops = collections.Counter(
+    '?' if loop['trips'] is None else loop['trips'] for loop in facts.get('loops', ())
+  )
   rows['loops'] = ', '.join(f'{n} of {trips} trips' for trips, n in loops.items())
   rows = [(key, text(key, value)) for key, value in rows.items() if value not in (None, '', [])]
   slices = f'{facts["slices"]} x ' if facts['slices'] > 1 else ''

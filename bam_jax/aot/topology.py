@@ -50,7 +50,7 @@ CHIPS = {
 }
 HOST = (2, 2, 1)  # chips of a host along each dimension, where there are as many
 
-# libtpu asks where it runs, in vain and loudly; and more than one process may compile at once.
+# libtpu queries the metadata server, fails and logs it; several processes may compile at once.
 _ENVIRONMENT = {
   'TPU_SKIP_MDS_QUERY': '1',
   'TPU_ACCELERATOR_TYPE': 'v5litepod-16',

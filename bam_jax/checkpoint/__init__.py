@@ -4,7 +4,6 @@ from bam_jax.checkpoint.manager import (
   FORMAT,
   Checkpoints,
   Meta,
-  abstract,
   find,
   find_tokenizer,
   finished_step,
@@ -17,7 +16,7 @@ from bam_jax.checkpoint.manager import (
 )
 
 __all__ = [
-  'FORMAT', 'Checkpoints', 'Meta', 'abstract', 'find', 'find_tokenizer', 'finished_step',
+  'FORMAT', 'Checkpoints', 'Meta', 'find', 'find_tokenizer', 'finished_step',
   'open_params', 'open_tokenizer', 'read_meta', 'restore_host_params', 'restore_params',
   'write_meta',
 ]  # fmt: skip

@@ -25,9 +25,9 @@ from bam_jax.errors import UserError
 from bam_jax.files import folders
 from bam_jax.parallel import sharding
 
-CHUNK_BYTES = 16 * 2**20  # at most, of what is read and written as one
-READ_BYTES = 2 * CHUNK_BYTES  # at most, unless of one region, read before it is asked for
-PENDING_BYTES = 4 * CHUNK_BYTES  # at most, of arrays that are on their way to the disk
+CHUNK_BYTES = 16 * 2**20  # maximum size of a chunk
+READ_BYTES = 2 * CHUNK_BYTES  # maximum read ahead, but at least one region
+PENDING_BYTES = 4 * CHUNK_BYTES  # maximum of pending writes
 READ_THREADS = 4
 
 Index = tuple[int | slice, ...]
@@ -113,6 +113,7 @@ class Writer:
     """
     self.folder, self.specs = epath.Path(folder), dict(specs)
     self._missing = {path: math.prod(spec.shape) for path, spec in specs.items()}  # values
+    self._written: set[tuple] = set()  # regions
     self._pending: collections.deque[tuple[ts.Future, int]] = collections.deque()
     # Orbax writes one value of each array, and with it all that it keeps about an item. Then each
     # array is replaced by an empty one: Orbax's own description of it, but for shape and chunks.
@@ -140,7 +141,7 @@ class Writer:
         self._pending.popleft()[0].exception()
 
   def write(self, path: str, index: Index, array: np.ndarray) -> None:
-    """Starts to write a region; waits while PENDING_BYTES are under way.
+    """Starts to write a region; blocks while more than PENDING_BYTES are pending.
 
     Args:
       path: of the array.
@@ -149,14 +150,16 @@ class Writer:
 
     Raises:
       UserError: the disk is full or cannot be written.
-      ValueError: the values do not fit the region, or there are more than the array has.
+      ValueError: the values do not fit the region, or it was written before.
     """
     target, dtype = self._stores[path][index], self.specs[path].dtype
     if array.shape != target.shape or array.dtype != dtype:
       raise ValueError(f'{path}[{index}] is {dtype}{target.shape}, not {array.dtype}{array.shape}.')
-    self._missing[path] -= array.size
-    if self._missing[path] < 0:
+    region = path, bounds(self.specs[path], index)
+    if region in self._written:
       raise ValueError(f'{path}[{index}] is written twice.')
+    self._written.add(region)
+    self._missing[path] -= array.size
     future = target.write(array, can_reference_source_data_indefinitely=True)
     self._pending.append((future, array.nbytes))
     self._wait(PENDING_BYTES)
@@ -179,18 +182,18 @@ class Writer:
 
   def _wait(self, max_bytes: int) -> None:
     while sum(nbytes for _, nbytes in self._pending) > max_bytes:
-      future, _ = self._pending.popleft()
       try:
-        future.result()
+        self._pending[0][0].result()  # pending until it is done, even if interrupted here
       except (OSError, ValueError) as error:
         raise self._failed(error) from error
+      self._pending.popleft()
 
   def _failed(self, error: Exception) -> UserError:
     return UserError(f'{self.folder} cannot be written: {reason(error)}.')
 
 
 def chunk_shape(path: str, spec: Spec) -> tuple[int, ...]:
-  """What is stored as one: at most CHUNK_BYTES, and of one layer and one expert.
+  """The shape of a chunk: at most CHUNK_BYTES, of one layer and one expert.
 
   A matrix of a layer is cut along its first axis, as FSDP cuts it; arrays without layers along
   their longest, the vocabulary.

@@ -1,10 +1,10 @@
-"""Checksums of a checkpoint's files, and going on from the newest checkpoint that is whole.
+"""Checksums of a checkpoint's files; resuming from the newest intact checkpoint.
 
-Arrays are stored as they are, and nothing in their files vouches for their values: a flipped bit is
-restored as if it had always been there. So `<checkpoint>/checksums/crc32.json` has the size and the
-CRC-32 of every file of the other items. To write or check it costs one reading of the files, and
-0.2 s of one core for a GB. A bucket vouches for what it holds: a checkpoint that was written to one
-has no checksums, and is believed, also where it was copied to a disk.
+Arrays have no checksums of their own: a flipped bit would be restored unnoticed. So
+`<checkpoint>/checksums/crc32.json` holds the size and CRC-32 of every file of the other items.
+Writing or checking it requires reading each file once, and 0.2 s of one core per GB. Buckets
+guarantee integrity: checkpoints written to one have no checksums and are not checked, even where
+they were copied to a disk.
 """
 
 import concurrent.futures
@@ -82,8 +82,8 @@ def fault(folder: epath.PathLike, sums: Sums) -> str:
     try:
       facts = os.stat(os.path.join(folder, name))
     except (OSError, ValueError) as error:  # ValueError: NUL, or half a surrogate pair
-      return f'{name}: {getattr(error, "strerror", error)}'
-    if not stat.S_ISREG(facts.st_mode):  # a device could be read for ever
+      return f'{name!r}: {getattr(error, "strerror", error)}'
+    if not stat.S_ISREG(facts.st_mode):  # reading a device may never end
       return f'{name} is not a file'
     if facts.st_size != size:
       return f'{name} has {facts.st_size} bytes instead of {size}'
@@ -93,7 +93,7 @@ def fault(folder: epath.PathLike, sums: Sums) -> str:
     return f'{error.filename or "a file"}: {error.strerror}'
   # Another process may have sent the sums, as lists.
   wrong = [name for name in sums if found[name] != tuple(sums[name])]
-  return f'{wrong[0]} has other bytes than were written' if wrong else ''
+  return f'{wrong[0]} does not match its checksum' if wrong else ''
 
 
 def check(folder: epath.PathLike, items: Collection[str]) -> None:
@@ -109,9 +109,9 @@ def check_together(folder: epath.PathLike, items: Collection[str]) -> None:
 
 
 def set_aside(folder: Path) -> list[str]:
-  """Renames a run's newest checkpoints as long as they are damaged; a sentence about each.
+  """Renames a run's newest checkpoints as long as they are damaged; returns a message for each.
 
-  All processes must ask; together they read the newest checkpoint once.
+  All processes must call; together they read the newest checkpoint once.
 
   Raises:
     UserError: none is whole; then none is renamed.
@@ -140,9 +140,12 @@ def _steps(folder: Path) -> list[str]:
 
 def _rename(folder: Path, what: str) -> str:
   aside = folder.with_name(folder.name + SET_ASIDE)
-  with folders.writing(aside):
+  try:
     folders.remove(aside)
     folder.rename(aside)
+  except OSError as error:
+    cannot = f'and cannot be renamed: {error.strerror or error}.'
+    raise UserError(f'{folder} is damaged ({what}), {cannot}') from error
   return f'{folder} is damaged ({what}): renamed to {aside.name}, resuming from the one before.'
 
 

@@ -1,9 +1,9 @@
-"""Orbax: checkpoints are written beside the training, found, and restored on any mesh.
+"""Orbax: checkpoints are written asynchronously, found, and restored on any mesh.
 
 A run's folder holds `<step>/{params,opt_state,data,meta,checksums}`, separate Orbax items; `params`
 and `meta`, which `convert` writes beside the tokenizer's file, are a checkpoint too. Orbax makes a
-step appear, by a rename, when all of it is written, and only then removes an old one: at every
-moment a whole one is there. In a bucket a step is one when its last file is there.
+step appear, by a rename, when all of it is written, and only then removes an old one, so a
+complete one always exists. In a bucket a step is complete once its last file exists.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from bam_jax.parallel import processes, sharding
 
 FORMAT = 2  # of `meta`, and of the names of the parameters
 READERS = {1: 'd21418b'}  # the last commit that reads an older format
-SAVE_SECONDS = 3600  # that a checkpoint may take, beside the training
+SAVE_SECONDS = 3600  # timeout of an asynchronous save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Checkpoints:
     self._hook, sys.unraisablehook = sys.unraisablehook, self._report
 
   def latest(self) -> int | None:
-    """The newest finished step."""
+    """The newest step, one that is still being written included."""
     return self._manager.latest_step()
 
   def newest_folder(self) -> Path | None:
@@ -248,7 +248,7 @@ def open_params(path: epath.PathLike, model: config.Model, check: bool = True) -
 
 
 def restore_params(path: epath.PathLike, params: Any) -> Any:
-  """The parameters alone of the checkpoint at or below `path`; all processes must ask.
+  """The parameters alone of the checkpoint at or below `path`; all processes must call.
 
   The leaves of `params` are jax.ShapeDtypeStruct whose shardings say where each array goes.
   UserError when the stored ones are damaged, or of another model.
@@ -289,10 +289,3 @@ def _check_shapes(reader: arrays.Reader, params: Any) -> None:
 def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
   restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
   return ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args)
-
-
-def abstract(tree: Any, shardings: Any) -> Any:
-  """Shapes and dtypes of `tree` at `shardings`: what to restore, and where to."""
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-  )

@@ -97,7 +97,9 @@ def read_recipe(flag: flags.FlagHolder) -> config.Recipe:
 
 def console() -> rich.console.Console:
   """Standard error, where tables and remarks go; text is printed as it is, without markup."""
-  return rich.console.Console(stderr=True, markup=False, highlight=False)
+  made = rich.console.Console(stderr=True, markup=False, highlight=False)
+  made.width = max(made.width, 0 if made.is_terminal else 120)  # a log has room
+  return made
 
 
 def table(
@@ -168,9 +170,9 @@ def write_json(path: str, facts: dict[str, Any]) -> None:
 def _json_errors(path: str) -> Iterator[None]:
   try:
     yield
-  except BrokenPipeError:
-    raise
   except OSError as error:
+    if path == '-' and isinstance(error, BrokenPipeError):
+      raise
     if path == '-':
       _discard(sys.stdout)
     raise UserError(f'--json={path} cannot be written: {error.strerror}.') from error

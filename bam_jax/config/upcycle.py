@@ -55,11 +55,13 @@ class Upcycle(Section):
       ('router_init', sparse and centroids, 'with a single source'),
       ('drop_ratio', self.drop_ratio and not self.copies, f'none of whose {experts} is a copy'),
       ('noise', self.noise and not self.copies, f'none of whose {experts} is a copy'),
-      ('router_scale', zero and self.router_scale != 1, "with router_init='zero'"),
-      ('weights', weights and self.average != 'weighted', "without average='weighted'"),
     ):
       value = f'{key}={getattr(self, key)!r} has no effect with method {self.method!r}'
       self.require(not given, f'{value}, {where}: remove it.')
+    scaled = f"router_scale={self.router_scale} has no effect with router_init='zero': remove it."
+    self.require(not zero or self.router_scale == 1, scaled)
+    unused = f"weights={weights!r} has no effect with average={self.average!r}: set average='weighted'."
+    self.require(not weights or self.average == 'weighted', unused)
     fits = self.average != 'weighted' or len(weights) == len(sources)
     need = f"average='weighted' requires one for each of {sources}"
     self.require(fits, f'{weights=} has {len(weights)} numbers: {need}.')

@@ -25,6 +25,7 @@ from bam_jax import checkpoint, cli
 from bam_jax.checkpoint import arrays
 from bam_jax.config import strict
 from bam_jax.errors import UserError
+from bam_jax.model import parameters
 
 MAX_ARGUMENTS = 2
 GROUPS = ('embeddings', 'norms', 'attention', 'ffn', 'routers')
@@ -44,7 +45,7 @@ def main(*paths: str) -> dict[str, Any]:
 
 def group_of(path: str) -> str:
   """The part of the model that an array belongs to; a head's norms are attention."""
-  if '/router' in path:
+  if path.rpartition('/')[2] in parameters.ROUTERS:
     return 'routers'
   parts = {'embed': 'embeddings', 'attention': 'attention', 'ffn': 'ffn', 'unembed': 'embeddings'}
   return next((parts[word] for word in path.split('/') if word in parts), 'norms')
@@ -53,6 +54,7 @@ def group_of(path: str) -> str:
 def describe(path: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
   """The facts about one checkpoint: its `meta`, and for every array shape, dtype and values."""
   folder = checkpoint.find(path)
+  meta = strict.to_dict(checkpoint.read_meta(folder))  # first: what is refused is not read whole
   reader = arrays.Reader(folder / 'params')
   moments = collections.defaultdict(list)
   for name, (piece,) in _pieces([reader], list(reader.specs), progress):
@@ -64,7 +66,6 @@ def describe(path: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
     groups[group_of(name)]['parameters'] += math.prod(spec.shape)
     groups[group_of(name)]['bytes'] += spec.nbytes
   groups = [group for group in groups.values() if group['bytes']]
-  meta = strict.to_dict(checkpoint.read_meta(folder))
   return dict(checkpoint=str(folder), meta=meta, arrays=rows, groups=groups)
 
 
@@ -150,9 +151,10 @@ def tables(facts: Mapping[str, Any]) -> list[rich.table.Table]:
   how = {row['target']: row['how'] for row in made.get('made', ())}
   parameters = [row | {'made_by': how.get(row['path'])} for row in facts['arrays']]
   right = ['bytes', 'mean', 'std', 'min', 'max', 'not_finite']
+  sources = made.get('sources', ())
   return [
     _table(facts['checkpoint'], ['key', 'value'], [], rows),
-    _table('Made from', ['path', 'run'], ['step', 'hash'], made.get('sources', ())),
+    *([_table('Made from', ['path', 'run'], ['step', 'hash'], sources)] if sources else []),
     _table('Parameters', ['path', 'shape', 'dtype', 'made_by'], right, parameters),
     _table('In all', ['group'], ['parameters', 'bytes'], facts['groups']),
   ]

@@ -17,7 +17,7 @@ import shutil
 import signal
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ CHUNK_BYTES = 2**21
 VALID_FRACTION = 0.02
 SHARD_TOKENS = 2**27
 TOKENIZER_BYTES = 2**23
+LOSSLESS = 0.999  # share of the text that must come back, or `warnings` says so
 DECODED_BYTES = 2**16  # of each domain, encoded and decoded to see what the tokenizer loses
 MIN_DECODED = 0.9
 MAX_WORKERS = 1024
@@ -149,10 +150,21 @@ def _head(domain: Domain, size: int, *splits: str) -> Iterator[str]:
 
 def _decoded_share(tokenizer: Tokenizer, texts: list[str]) -> float:
   """Share of the characters of some texts that are there again after encoding and decoding."""
-  kept = 0
+  kept, total = 0, sum(map(len, texts))
   for text, ids in zip(texts, tokenizer.encode_batch(texts)):
     kept += (collections.Counter(text) & collections.Counter(tokenizer.decode(ids))).total()
-  return kept / max(1, sum(map(len, texts)))
+  return kept / total if total else 1.0
+
+
+def warnings(manifest: Mapping[str, Any], switched_off: Sequence[str]) -> list[str]:
+  """What a person should know of a prepared dataset, a line each."""
+  found = []
+  decoded = manifest.get('decoded', {}).items()
+  if lossy := [f'{domain} ({share:.2%})' for domain, share in decoded if share < LOSSLESS]:
+    found.append(f'WARNING: the tokenizer reproduces only a part of the text in {", ".join(lossy)}')
+  if switched_off:
+    found.append(f'Switched off in the tokenizer: {", ".join(switched_off)}')
+  return found
 
 
 def _missing_chunks(

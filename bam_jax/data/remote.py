@@ -30,7 +30,7 @@ def publish(source: epath.Path, prepare: Callable[[Path], Any]) -> None:
     prepare(folder)
     buckets.send(folder, source, list(shards.checksums(shards.read_manifest(folder))))
     buckets.send(folder, source, [shards.MANIFEST])
-    # It need not come back from where it went.
+    # This saves downloading what was just uploaded.
     copy = _cache((folder / shards.MANIFEST).read_bytes())
     with _locked(copy), folders.writing(copy):
       if not copy.exists():
@@ -55,10 +55,24 @@ def fetch(source: epath.Path) -> Path:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         (beside / shards.MANIFEST).write_bytes(manifest)
-      buckets.fetch(source, beside, list(shards.checksums(shards.read_manifest(beside))))
+      facts = shards.read_manifest(beside)
+      _check_room(source, beside, facts)
+      buckets.fetch(source, beside, list(shards.checksums(facts)))
       with folders.writing(copy):
         beside.rename(copy)
   return copy
+
+
+def _check_room(source: epath.Path, folder: Path, manifest: dict[str, Any]) -> None:
+  width = shards.token_dtype(manifest['tokenizer']['vocab_size']).itemsize
+  splits = [entry for splits in manifest['domains'].values() for entry in splits.values()]
+  needed = sum(entry['tokens'] * width + entry['documents'] * 16 for entry in splits)
+  free = shutil.disk_usage(folder).free
+  if needed > free:
+    raise UserError(
+      f'{source} has {needed / 1e9:.3g} GB, but {folder.parent} only {free / 1e9:.3g} GB free: set '
+      'XDG_CACHE_HOME to a larger disk, or mount the bucket and name the mounted folder.'
+    )
 
 
 def _cache(content: bytes, prefix: str = '') -> Path:

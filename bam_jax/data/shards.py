@@ -28,7 +28,7 @@ FORMAT = 1
 MANIFEST = 'manifest.json'
 DOMAIN_NAME = re.compile(r'[A-Za-z0-9][\w.-]*', re.ASCII)  # also of splits and shards
 PARTS = ('tokens', 'ends', 'bytes')
-ANEW = 'prepare the dataset again'
+FIX = 'prepare the dataset again'
 
 
 class Encoded(NamedTuple):
@@ -40,7 +40,7 @@ class Encoded(NamedTuple):
 
 
 class Column(NamedTuple):
-  """A .npy file of one dimension, read and not mapped: a mapped one that shrinks kills silently."""
+  """A .npy file of one dimension; not mapped, since a mapped file that shrinks kills its reader."""
 
   path: str
   dtype: np.dtype
@@ -54,7 +54,7 @@ class Column(NamedTuple):
     except OSError as error:
       raise UserError(f'{self.path} cannot be read: {error.strerror}.') from error
     if len(values) < count:
-      raise UserError(f'{self.path} has been cut short since it was opened: {ANEW}.')
+      raise UserError(f'{self.path} has been cut short since it was opened: {FIX}.')
     return values
 
 
@@ -82,7 +82,7 @@ class Documents:
       column = _open_column(f'{path}.ends.npy', np.dtype(np.int64), count)
       ends.append(column.read(0, count))
       if ends[-1][-1] != tokens or np.any(np.diff(ends[-1], prepend=0) <= 0):
-        raise UserError(f'{column.path} does not divide {tokens} tokens into documents: {ANEW}.')
+        raise UserError(f'{column.path} does not divide {tokens} tokens into documents: {FIX}.')
     empty = np.zeros(0, np.int64)
     self.lengths = np.concatenate([empty, *(np.diff(part, prepend=0) for part in ends)])
     self._ends = np.concatenate([empty, *ends])  # each in its own shard
@@ -142,7 +142,7 @@ class Dataset:
     """Compares every file with its checksum; UserError when one is not what `prepare` wrote."""
     for name, expected in checksums(self.manifest).items():
       if file_hash(self.path / name) != expected:
-        raise UserError(f'{self.path / name} has changed since it was written: {ANEW}.')
+        raise UserError(f'{self.path / name} has changed since it was written: {FIX}.')
 
 
 def open_dataset(path: str | os.PathLike) -> Dataset:
@@ -155,7 +155,7 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
   file = folder / manifest['tokenizer']['file']
   found = file.is_file() and hashlib.sha256(read_file(file)).hexdigest()
   if found != manifest['tokenizer']['hash']:
-    raise UserError(f'{file} is missing or not the tokenizer of {MANIFEST}: {ANEW}.')
+    raise UserError(f'{file} is missing or not the tokenizer of {MANIFEST}: {FIX}.')
   dataset = Dataset(folder, manifest)
   for domain in dataset.domains:
     for split in dataset.splits(domain):
@@ -173,16 +173,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
       f'{folder} is not a prepared dataset (it has no {MANIFEST}): run python -m bam_jax.prepare.'
     ) from error
   except (OSError, ValueError) as error:
-    raise UserError(f'{path} cannot be read ({error}): {ANEW}.') from error
+    raise UserError(f'{path} cannot be read ({error}): {FIX}.') from error
   version = manifest.get('format') if isinstance(manifest, dict) else None
   if not isinstance(version, int):
-    raise UserError(f'{path} is not the manifest of a prepared dataset: {ANEW}.')
+    raise UserError(f'{path} is not the manifest of a prepared dataset: {FIX}.')
   if version > FORMAT:
     raise UserError(f'{path} has format {version}, newer than {FORMAT}: upgrade bam_jax.')
   try:
     _check_manifest(manifest)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UserError(f'{path} is damaged ({error!r}): {ANEW}.') from error
+    raise UserError(f'{path} is damaged ({error!r}): {FIX}.') from error
   return manifest
 
 
@@ -250,13 +250,13 @@ def _open_column(path: str, dtype: np.dtype, size: int) -> Column:
   try:
     array = np.load(path, mmap_mode='r')  # reads the header, and compares sizes
   except FileNotFoundError as error:
-    raise UserError(f'{path} is missing: {ANEW}.') from error
-  except (OSError, ValueError, EOFError) as error:
-    raise UserError(f'{path} is cut short or not an array: {ANEW}.') from error
+    raise UserError(f'{path} is missing: {FIX}.') from error
+  except (OSError, ValueError, TypeError, EOFError, OverflowError) as error:
+    raise UserError(f'{path} is cut short or not an array: {FIX}.') from error
   found, shape = getattr(array, 'dtype', None), getattr(array, 'shape', ())
   if found != dtype or shape != (size,):
     raise UserError(
-      f'{path} holds {found}{list(shape)} where the manifest promises {dtype}[{size}]: {ANEW}.'
+      f'{path} holds {found}{list(shape)} where the manifest promises {dtype}[{size}]: {FIX}.'
     )
   return Column(path, dtype, array.offset)
 

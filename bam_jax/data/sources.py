@@ -117,7 +117,10 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
     folders[:] = [name for name in folders if not name.startswith('.')]
     files += [Path(folder, name) for name in names if not name.startswith('.')]
   files.sort(key=lambda file: file.relative_to(path).parts)
-  readable = dict.fromkeys(file for file in files if extension(file) and file.is_file())
+  readable = dict.fromkeys(filter(extension, files))
+  for file in readable:
+    if not file.is_file():  # a broken link would lose data, and reading a pipe may never end
+      raise UserError(f'{file} is not a file: remove it.')
   if not readable:
     raise UserError(f'{path} holds no file that can be read: put {", ".join(EXTENSIONS)} there.')
   return list(readable), [file for file in files if file not in readable]

@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import hashlib
-import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +31,7 @@ MIN_VOCAB = 258  # to train: 256 bytes, BOS and EOS
 MAX_VOCAB = 2**20  # to train; the trainer allocates room for all of it
 MAX_PRE_TOKEN = 1024  # bytes, in training: its time grows with the square of the longest
 FILE_BYTES = 2**28  # of a tokenizer's file, at most
-BATCH = 128  # texts encoded at a time: each takes 100 times its bytes until all are encoded
+BATCH_BYTES = 2**22  # encoded at a time: each takes some 100 bytes until all are encoded
 
 
 def read_file(path: Path | epath.Path) -> bytes:
@@ -120,6 +119,7 @@ class Tokenizer:
       initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
       show_progress=False,
     )
+    texts = list(texts)  # here: the library's thread must not run our code while Python exits
     _interruptible(lambda: tokenizer.train_from_iterator(texts, trainer))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
     return cls(tokenizer.to_str(pretty=True).encode(), HUGGING_FACE_FILE)
@@ -138,7 +138,7 @@ class Tokenizer:
 
   def save(self, folder: str | os.PathLike) -> Path:
     """Writes the tokenizer's file, unchanged, into `folder` and returns its path."""
-    path = Path(folder) / self.file_name
+    path = folders.at(folder) / self.file_name
     folders.write_file(path, self._content)
     return path
 
@@ -174,7 +174,7 @@ class _HuggingFace:
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     ids = []
-    for batch in itertools.batched(texts, BATCH):
+    for batch in batches(texts):
       with _explained('The tokenizer cannot encode a text'):  # some models have no unknown token
         encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
       ids += [encoding.ids for encoding in encodings]
@@ -204,6 +204,20 @@ class _SentencePiece:
 
   def decode(self, ids: list[int]) -> str:
     return self._processor.DecodeIds([i for i in ids if not self._processor.IsControl(i)])
+
+
+def batches(texts: Iterable[str], max_bytes: int = BATCH_BYTES) -> Iterator[list[str]]:
+  """The texts in order, as many at a time as have `max_bytes` of UTF-8, or one that has more."""
+  batch, total = [], 0
+  for text in texts:
+    size = len(text.encode(errors='surrogatepass'))
+    if batch and total + size > max_bytes:
+      yield batch
+      batch, total = [], 0
+    batch.append(text)
+    total += size
+  if batch:
+    yield batch
 
 
 def _interruptible(work: Callable[[], None]) -> None:

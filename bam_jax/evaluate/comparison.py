@@ -22,7 +22,7 @@ from bam_jax.reports import scores
 
 
 class Options(NamedTuple):
-  """How documents are scored, and how sure one can be."""
+  """How documents are scored, and with which intervals."""
 
   dtype: str = 'float32'
   mesh: config.Mesh = config.Mesh()

@@ -60,7 +60,7 @@ def score(
     segments_BT = (position_T < length_B[:, None]).astype(jnp.int32)
     positions_BT = jnp.broadcast_to(position_T, inputs_BT.shape)
     hidden_BTD, routing = network.hidden(
-      params, inputs_BT, segments_BT, positions_BT, per_token=True
+      params, inputs_BT, segments_BT, positions_BT, collect='choices'
     )
     routing = {
       name: (made.gates_BTE, made.load_BTE) for name, made in routing._asdict().items() if made
@@ -130,7 +130,7 @@ class Scorer:
       path: of a run, one of its steps, or what `convert` wrote.
       dtype: 'float32' or 'bfloat16', of activations and matrices.
       mesh: its devices; see `rows_mesh`.
-      batch_size: windows on the devices at once, or what they compute together if that is more.
+      batch_size: windows on the devices at once, or one group per device, if that is more.
       length: tokens of a window; default: what the model was trained at.
 
     Raises:
@@ -225,7 +225,7 @@ def _load(
 
   def place(key_path, leaf, sharded):
     name = sharding.path_of(key_path)
-    leaf_dtype = np.float32 if key_path[-1].key in parameters.FLOAT32_NAMES else np.dtype(dtype)
+    leaf_dtype = parameters.dtype_of(key_path[-1].key, dtype)
     regions: dict[str, np.ndarray] = {}  # devices that have the same region read it once
 
     def read(index):

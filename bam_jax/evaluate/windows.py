@@ -1,9 +1,10 @@
 """Documents to windows that a model can read, and windows to padded batches of few shapes.
 
 A window is a piece of a document, of which the tokens from `first` on are scored and those before
-are what the model conditions on. Every window becomes a row of its own, so that nothing beside its
-tokens and its group has a part in its scores. A group is what a device computes at once; groups
-follow from the windows and the platform alone, not from the number of devices.
+are what the model conditions on. Each is a row of its own: its scores depend on its own tokens and
+its group alone. A group is what a device computes at once; groups follow from the windows and the
+platform, not from the number of devices.
+
 
 Legend: B rows, S tokens of a row.
 """

@@ -12,7 +12,10 @@ from typing import Any
 
 from etils import epath
 
+from bam_jax.errors import UserError
 from bam_jax.files import folders
+
+FILES_AT_ONCE = 8  # each of which takes up to 100 MB of memory
 
 
 class Mirror:
@@ -68,14 +71,19 @@ def send(folder: Path, target: epath.Path, names: Iterable[str]) -> None:
   """Uploads files of a folder to one in a bucket; UserError if the bucket rejects them."""
   names = list(names)
   with folders.writing(target):
-    _client().put([str(folder / name) for name in names], [str(target / name) for name in names])
+    local, remote = ([str(root / name) for name in names] for root in (folder, target))
+    _client().put(local, remote, batch_size=FILES_AT_ONCE)
 
 
 def fetch(source: epath.Path, folder: Path, names: Iterable[str]) -> None:
   """Downloads files of a folder in a bucket; UserError if that fails."""
   names = list(names)
   with folders.writing(folder):
-    _client().get([str(source / name) for name in names], [str(folder / name) for name in names])
+    remote, local = ([str(root / name) for name in names] for root in (source, folder))
+    try:
+      _client().get(remote, local, batch_size=FILES_AT_ONCE)
+    except FileNotFoundError as error:
+      raise UserError(f'{source} lacks a file ({error}): copy the dataset there again.') from None
 
 
 def _client() -> Any:

@@ -149,11 +149,11 @@ class Lease:
         if now.value == self._facts:  # a write whose reply was lost is repeated, then refused
           self._generation = now.stamp.generation
           continue
-        print(
-          f'{self._folder} was taken over by {_facts(now)["holder"]}, since this process did '
-          f'not renew its lease for {LEASE_SECONDS:.0f} s: exiting.',
-          file=sys.stderr, flush=True,
-        )  # fmt: skip
+        what = 'lost its lock'
+        if now.state == 'value':
+          what = f'was taken over by {_facts(now)["holder"]}'
+          what += f', since this process did not renew its lease for {LEASE_SECONDS:.0f} s'
+        print(f'{self._folder} {what}: exiting.', file=sys.stderr, flush=True)
         os._exit(LOST)
 
   def _read(self) -> Any:
@@ -187,7 +187,14 @@ def _facts(seen: Any) -> dict[str, Any]:
 def _is_gone(facts: dict[str, Any]) -> bool:
   """Whether the holder was a process of this machine that no longer exists."""
   here = facts.get('kernel') and facts['kernel'] == _kernel()
-  return bool(here) and not Path('/proc', str(facts['pid'])).exists()
+  try:
+    if here:
+      os.kill(facts['pid'], 0)
+  except ProcessLookupError:
+    return True
+  except PermissionError:  # another user's
+    pass
+  return False
 
 
 def _kernel() -> str:

@@ -29,7 +29,7 @@ from bam_jax import cli, config
 from bam_jax.errors import UserError
 from bam_jax.generate import generator, text
 from bam_jax.generate.sampling import SamplingParams
-from bam_jax.parallel import compilation, sharding
+from bam_jax.parallel import sharding
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A run, a step, or an output of convert.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be repeated.')
@@ -64,7 +64,6 @@ def main() -> dict[str, Any]:
   prompts = [*_PROMPT.value, *(text.read_prompts(_PROMPTS.value) if _PROMPTS.value else [])]
   if not prompts:
     raise UserError("--prompt='...' or --prompts=FILE is required.")
-  compilation.use_cache()
   dtype = _DTYPE.value or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
   sizes = cli.parse_mesh(_MESH.value)
   loaded = generator.load(_CHECKPOINT.value, dtype, sharding.make_mesh(sizes))

@@ -57,10 +57,6 @@ class DecodeLayout(Layout):
     """The sum of `x` over the devices along the axes."""
     return self.sum(x, *axes)
 
-  def mask_gathered(self, x: jax.Array) -> jax.Array:
-    """`x`: the tokens of a group are those of each of its devices."""
-    return x
-
   def local_numbers(self, experts: jax.Array, count: int) -> jax.Array:
     """`experts`: a device has a part of every FFN expert."""
     return experts
@@ -107,9 +103,7 @@ class Decoder:
 
     `platform` says whose kernels run, by default the mesh's.
     """
-    if model.ffn_experts:
-      experts = dataclasses.replace(model.ffn_experts, capacity_factor=0.0)
-      model = dataclasses.replace(model, ffn_experts=experts)
+    model = model.dropless()
     self.model, self.dtype = model, dtype
     self.layout = DecodeLayout(mesh, platform)
     self.network = transformer.Network(model, config.Compute(dtype=dtype))
@@ -202,7 +196,7 @@ class Decoder:
     layout, map_leaves = self.layout, jax.tree_util.tree_map_with_path
 
     def one(path, leaf, index, spec):
-      shape = jax.eval_shape(lambda x: x[index], leaf).shape
+      shape = np.broadcast_to(np.int8(0), leaf.shape)[index].shape  # a view: no memory
       dtype = parameters.dtype_of(path.rsplit('/', 1)[-1], self.dtype)
       sharded = self._sharding(P(*spec))
       return make(path, index, jax.ShapeDtypeStruct(shape, dtype, sharding=sharded))

@@ -160,7 +160,7 @@ class Row(NamedTuple):
   """One continuation to make."""
 
   prompt: Sequence[int]  # tokens, at least one
-  sample: int = 0  # its number among those of the same prompt: draws of its own
+  sample: int = 0  # index among the samples of a prompt, each drawn independently
 
 
 class Generator:

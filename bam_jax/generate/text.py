@@ -1,7 +1,6 @@
 """Text around the model: prompts to tokens, and tokens to text as they come."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from bam_jax.data.documents import DOCUMENT_BYTES
 from bam_jax.data.tokenizer import Tokenizer
@@ -10,6 +9,7 @@ from bam_jax.files import json_file
 
 CONTEXT = 8  # tokens before new ones that decide how they are spelled: whether a space comes first
 REPLACEMENT = '\ufffd'  # what a tokenizer makes of bytes that are not a character, or half of one
+PROMPTS_BYTES = 2**28  # of a file of prompts, at most
 MAX_HALF = 3  # bytes of half a character
 
 
@@ -25,9 +25,13 @@ def read_prompts(path: str) -> list[str]:
     UserError: the file, or a line of it, cannot be read.
   """
   try:
-    lines = Path(path).read_bytes().split(b'\n')
+    with open(path, 'rb') as file:
+      content = file.read(PROMPTS_BYTES + 1)
   except OSError as error:
     raise UserError(f'--prompts={path} cannot be read: {error.strerror}.') from error
+  if len(content) > PROMPTS_BYTES:
+    raise UserError(f'--prompts={path} is larger than {PROMPTS_BYTES >> 20} MiB: split the file.')
+  lines = content.split(b'\n')
   prompts = []
   for number, line in enumerate(lines, 1):
     where = f'{path}:{number}'

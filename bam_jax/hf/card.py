@@ -41,7 +41,7 @@ def text(meta: checkpoint.Meta, architecture: str, tokenizer: Tokenizer) -> str:
   counts = arithmetic.parameters(meta.model)
   facts = [
     f'`{architecture}`, {counts.total:,} parameters, {counts.active:,} of them active for a token.',
-    f'Exported by bam_jax from step {meta.step}; {meta.sequence_length:,} tokens at once.',
+    f'Exported by bam_jax: step {meta.step}, trained on {meta.sequence_length:,} tokens at once.',
     f'Tokenizer: {tokenizer.vocab_size:,} tokens, SHA-256 `{meta.tokenizer_hash}`.',
   ]
   if attention := meta.model.attention_experts:
@@ -55,7 +55,9 @@ def text(meta: checkpoint.Meta, architecture: str, tokenizer: Tokenizer) -> str:
     facts.append(f'Method: `{meta.method}`. Sources, in the order of the experts: {experts}.')
   for source in meta.manifest.sources if meta.manifest else ():
     name = source.run or os.path.basename(source.path)  # a whole path is private
-    facts.append(f'Made from `{name}`, step {source.step}, content hash `{source.hash}`.')
+    step = '' if source.step is None else f', step {source.step}'
+    content = f', content hash `{source.hash}`' if source.hash else ''
+    facts.append(f'Made from `{name}`{step}{content}.')
   facts.append(f'Versions: {", ".join(f"{name} {v}" for name, v in meta.versions.items())}.')
   mixture = bool(attention or ffn)
   card = _CARD.format(

@@ -25,6 +25,12 @@ def write(folder: Path, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
   if tokenizer.file_name != HUGGING_FACE_FILE:
     return ids
   backend = tokenizers.Tokenizer.from_file(str(path))
+  if tokenizer.switched_off:
+    backend.no_truncation()
+    backend.no_padding()
+    if 'dropout' in tokenizer.switched_off:
+      backend.model.dropout = None
+    path.write_text(backend.to_str(), encoding='utf-8')
   plain = backend.encode('', add_special_tokens=False).ids
   if backend.encode('').ids != [tokenizer.bos_id, *plain]:
     path.write_text(_begin_with_bos(backend, tokenizer), encoding='utf-8')

@@ -1,4 +1,4 @@
-"""How parameters start, and in which precision each of them is used."""
+"""How parameters are initialised, and in which precision each of them is used."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What attention and FFN know of a token beside its embedding, and rotary position embedding.
+"""What attention and FFN know of a token besides its embedding, and rotary position embedding.
 
 RoPE turns interleaved pairs over the whole head; arXiv 2104.09864, eq. 34.
 """

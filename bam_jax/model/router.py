@@ -94,7 +94,7 @@ def statistics(choices: Choices, counted_BT: jax.Array) -> Statistics:
 def load_balance(stats: Statistics, whole: Statistics) -> jax.Array:
   """`L_LB = N sum_i f_i P_i`, summed over layers; Switch Transformers, arXiv 2101.03961.
 
-  What the tokens of `stats` contribute to the loss over those of `whole`, themselves among them.
+  The contribution of `stats`'s tokens to the loss over all tokens of `whole`, which include them.
   """
   tokens = jnp.maximum(whole.tokens, 1)[..., None]
   shares = whole.load / jnp.maximum(whole.load.sum(-1, keepdims=True), 1)

@@ -1,6 +1,6 @@
 """The whole model: Flax modules underneath, functions of a nested dict of arrays on top."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from bam_jax.model.norm import LayerNorm
 from bam_jax.parallel.collectives import Layout
 
 Params = dict[str, Any]  # nested; layers on axis 0, experts on axis 1
+Collect = Literal['statistics', 'choices', 'inputs']
 
 
 class Transformer(nnx.Module):
@@ -32,9 +33,9 @@ class Transformer(nnx.Module):
       self.unembed.kernel = parameters.normal(rngs, (D, V), D)
 
   def __call__(
-    self, tokens_BT, segments_BT, positions_BT, per_token: bool = False
-  ) -> tuple[jax.Array, Routing]:
-    """Hidden states after the final norm (B, T, D), and what the routers of every layer did."""
+    self, tokens_BT, segments_BT, positions_BT, collect: Collect = 'statistics'
+  ) -> tuple[jax.Array, Routing | jax.Array]:
+    """Hidden states after the final norm (B, T, D), and what `hidden` says of every layer."""
     layout, dtype = self.layout, jnp.dtype(self.compute.dtype)
     x_BTD = vocabulary.embed(layout, self.embed.table[...], tokens_BT, dtype)
     here = rope.metadata(segments_BT, positions_BT, self.model, dtype)
@@ -45,8 +46,11 @@ class Transformer(nnx.Module):
 
     def layer(x_BTD, params):
       block = nnx.merge(graph, layout.weights(params, 'blocks'))
+      if collect == 'inputs':
+        sum_D = jnp.einsum('btd,bt->d', block.norm(x_BTD), here.real_BT.astype(jnp.float32))
+        return block(x_BTD, here, group)[0], sum_D
       x_BTD, routing, _ = block(x_BTD, here, group)
-      if not per_token:
+      if collect == 'statistics':
         routing = Routing(*(c and router.statistics(c, counted_BT) for c in routing))
       return x_BTD, routing
 
@@ -54,8 +58,8 @@ class Transformer(nnx.Module):
     if self.compute.remat != 'none' or layout.gathers:
       layer = remat.checkpoint(layer, self.compute.remat)
     layers = nnx.to_pure_dict(layers)
-    x_BTD, routing = jax.lax.scan(layer, x_BTD, layers, unroll=self.compute.unroll)
-    return self.final_norm(x_BTD), routing
+    x_BTD, collected = jax.lax.scan(layer, x_BTD, layers, unroll=self.compute.unroll)
+    return self.final_norm(x_BTD), collected
 
 
 class Network:
@@ -70,39 +74,39 @@ class Network:
     self.model, self.compute = model, compute
     self.layout = Layout(mesh)
     self._dtype = jnp.dtype(compute.dtype)
-    make = lambda: Transformer(model, compute, self.layout, rngs=nnx.Rngs(params=0))
-    self._graph, self._abstract = nnx.split(nnx.eval_shape(make))
+    self._graph, self._abstract = nnx.split(nnx.eval_shape(self._make))
 
   def init(self, key: jax.Array) -> Params:
     """Random float32 parameters."""
-    rngs = nnx.Rngs(params=key)
-    return nnx.to_pure_dict(
-      nnx.state(Transformer(self.model, self.compute, self.layout, rngs=rngs))
-    )
+    return nnx.to_pure_dict(nnx.state(self._make(key)))
+
+  def _make(self, key: jax.Array | int = 0) -> Transformer:
+    return Transformer(self.model, self.compute, self.layout, rngs=nnx.Rngs(params=key))
 
   def abstract(self) -> Params:
     """Shapes and dtypes of the parameters."""
     return nnx.to_pure_dict(self._abstract)
 
   def hidden(
-    self, params: Params, tokens_BT, segments_BT, positions_BT, per_token: bool = False
-  ) -> tuple[jax.Array, Routing]:
-    """Hidden states after the final norm, and what the routers did.
+    self, params: Params, tokens_BT, segments_BT, positions_BT, collect: Collect = 'statistics'
+  ) -> tuple[jax.Array, Routing | jax.Array]:
+    """Hidden states after the final norm, and something of every layer.
 
     Args:
       params: float32.
       tokens_BT: int32.
       segments_BT: int32, the document of a token within its row; 0 is padding.
       positions_BT: int32, the position of a token within its document.
-      per_token: return `router.Choices` of every token in place of `router.Statistics`.
+      collect: 'statistics' of the routers, sums over the tokens; their 'choices' for each token; or
+        'inputs', sums over the tokens of what the block's norm returns.
 
     Returns:
-      (B, T, D) float32, and sums over the batch's tokens, or choices, with a leading axis L.
+      (B, T, D) float32; Routing of Statistics or Choices, or float32 D, with a leading axis L.
     """
     # Casting the whole tree first lets a sharded weight travel in the compute dtype. The table is
     # cast where its rows are read.
     cast = parameters.cast(params, self._dtype) | {'embed': params['embed']}
-    return nnx.merge(self._graph, cast)(tokens_BT, segments_BT, positions_BT, per_token)
+    return nnx.merge(self._graph, cast)(tokens_BT, segments_BT, positions_BT, collect)
 
   def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
     """Scores of the next token, (..., V), float32 sums of products in the compute dtype, scaled."""

@@ -151,7 +151,7 @@ def _join(place: Place, join_timeout: int, lost_timeout: int) -> '_Witness | Non
   # `stop` agrees on when to stop. JAX's own service would take SIGTERM away from Python, and knows
   # steps by their numbers, which begin again with every run of a recipe.
   jax.config.update('jax_enable_preemption_service', False)
-  late = f'not all processes of the job came within --join_timeout={join_timeout} s: start all'
+  late = f'not all processes of the job joined within --join_timeout={join_timeout} s: start all'
   if place.coordinator:
     late += f' with --coordinator={place.coordinator}, and each with its own --process_id'
   witness.note(f'{late}.')
@@ -178,7 +178,7 @@ def _join(place: Place, join_timeout: int, lost_timeout: int) -> '_Witness | Non
     witness.note('')
   if place.process_count not in (None, count):
     said = f'--process_count={place.process_count}, but another process says {count}'
-    _leave(f'{said}: give all the same.', errors.USER_ERROR, witness)
+    _leave(f'{said}: give every process the same count.', errors.USER_ERROR, witness)
   return witness if count > 1 else None
 
 
@@ -195,10 +195,13 @@ def _why_not(place: Place, error: Exception) -> str:
 
 def _leave(sentence: str, status: int, witness: '_Witness', after: float = 0.0) -> NoReturn:
   """Exits without JAX's shutdown barrier, which the others may never reach."""
-  witness.note('')
-  print(f'{errors.program_name()}: {sentence}', file=sys.stderr)
   sys.stdout.flush()
   sys.stderr.flush()
+  # The sentence comes last, even if JAX's own threads are about to abort in C++.
+  stderr = os.dup(2)
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+  witness.note('')
+  os.write(stderr, f'{errors.program_name()}: {sentence}\n'.encode())
   time.sleep(after)
   os._exit(status)
 

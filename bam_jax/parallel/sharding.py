@@ -146,6 +146,12 @@ def tree(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
   return jax.tree_util.tree_map_with_path(one, abstract)
 
 
+def abstract(tree: Any, shardings: Any) -> Any:
+  """Shapes and dtypes of `tree` at `shardings`: what to restore or to compute, and where."""
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  return jax.tree.map(place, tree, shardings)
+
+
 def on_host(shardings: Any) -> Any:
   """The same shardings in host memory; counters stay on the devices."""
   return jax.tree_util.tree_map_with_path(

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from pathlib import Path
 
 from bam_jax import config
 from bam_jax.data import prepare, remote, shards, sources
@@ -23,10 +24,14 @@ def _prepare_missing(data: config.Data) -> None:
   if not options or (path / shards.MANIFEST).exists():
     return
   print(f'Preparing {path} from {options.input}.', file=sys.stderr)
-  prepare_in = functools.partial(
-    prepare.prepare,
-    sources.find_domains([str(sources.SAMPLE) if options.input == 'sample' else options.input]),
-    tokenizer=Tokenizer.load(options.tokenizer) if options.tokenizer else None,
-    train_tokenizer=options.train_tokenizer or None,
-  )
+  source = str(sources.SAMPLE) if options.input == 'sample' else options.input
+  domains = sources.find_domains([source])
+  tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+  size = options.train_tokenizer or None
+
+  def prepare_in(folder: Path) -> None:
+    facts = prepare.prepare(domains, folder, tokenizer=tokenizer, train_tokenizer=size)
+    for warning in prepare.warnings(facts, tokenizer.switched_off if tokenizer else ()):
+      print(warning, file=sys.stderr)
+
   remote.publish(path, prepare_in) if folders.in_bucket(path) else prepare_in(path)

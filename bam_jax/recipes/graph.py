@@ -5,10 +5,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from bam_jax import checkpoint, config
 from bam_jax.checkpoint import integrity
@@ -26,6 +27,13 @@ from bam_jax.upcycle import rules
 INCIDENTAL = ('label', 'mesh', 'intervals', 'guard', 'watch')
 
 
+class Origin(NamedTuple):
+  """The checkpoint that a run starts from: the same step from the first check on."""
+
+  folder: epath.Path
+  meta: checkpoint.Meta
+
+
 @dataclass(frozen=True)
 class Node:
   """One run, resolved: with its model and its identity."""
@@ -36,6 +44,7 @@ class Node:
   identity: dict[str, Any]  # equal for two attempts that end in the same parameters
   method: str | None  # of the mixture that it is or starts from
   experts: tuple[str, ...]  # the name of each expert's source; empty if unknown
+  origin: Origin | None = None  # for `init={'checkpoint': ...}`
 
   @property
   def upcycle(self) -> config.Upcycle | None:
@@ -56,16 +65,20 @@ def resolve(recipe: config.Recipe, data_hash: str = '') -> dict[str, Node]:
   UserError for a cycle, a mixture of mixtures, or sources with different models.
   """
   parents = {name: config.parents(run) for name, run in recipe.runs.items()}
+  depth: dict[str, int] = {}
   try:
-    graphlib.TopologicalSorter(parents).prepare()
+    for name in graphlib.TopologicalSorter(parents).static_order():
+      depth[name] = 1 + max((depth[parent] for parent in parents[name]), default=0)
   except graphlib.CycleError as error:
     raise UserError(f'config.runs has a cycle: {" <- ".join(error.args[1])}.') from None
-  depth = lambda name: 1 + max(map(depth, parents[name]), default=0)
   nodes: dict[str, Node] = {}
   # Among the orders that the graph allows, the one closest to the recipe's.
-  for name in sorted(recipe.runs, key=depth):
-    run = recipe.runs[name]
-    model, method, experts = _origin(recipe, name, nodes)
+  for name in sorted(recipe.runs, key=depth.__getitem__):
+    run, origin = recipe.runs[name], None
+    if isinstance(run.init, config.FromCheckpoint):
+      folder = checkpoint.find(run.init.checkpoint)
+      origin = Origin(folder, checkpoint.read_meta(folder))
+    model, method, experts = _model(recipe, name, nodes, origin)
     optimizer.check(run, model, f'config.runs.{name}')
     identity = {
       'model': config.to_dict(model),
@@ -77,11 +90,11 @@ def resolve(recipe: config.Recipe, data_hash: str = '') -> dict[str, Node]:
       'sources': {parent: digest(nodes[parent].identity) for parent in parents[name]},
       **{key: value for key, value in config.to_dict(run).items() if key not in INCIDENTAL},
     }
-    if isinstance(run.init, config.FromCheckpoint):  # identified by content, not by path
-      folder, meta = checkpoint.find(run.init.checkpoint), checkpoint.read_meta(run.init.checkpoint)
+    if origin:  # identified by content, not by path
+      folder, meta = origin
       content = digest([config.to_dict(meta), integrity.read(folder, ['params'])])
       identity['init'] = {'checkpoint': dict(run=meta.run, step=meta.step, hash=content)}
-    nodes[name] = Node(name, run, model, identity, method, experts)
+    nodes[name] = Node(name, run, model, identity, method, experts, origin)
   return nodes
 
 
@@ -90,16 +103,15 @@ def digest(facts: Any) -> str:
   return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _origin(
-  recipe: config.Recipe, name: str, nodes: Mapping[str, Node]
+def _model(
+  recipe: config.Recipe, name: str, nodes: Mapping[str, Node], origin: Origin | None
 ) -> tuple[config.Model, str | None, tuple[str, ...]]:
   """A run's model, and the method and experts of the mixture that it is or starts from."""
   match recipe.runs[name].init:
     case 'scratch':
       return recipe.model, None, ()
-    case config.FromCheckpoint(path):
-      meta = checkpoint.read_meta(path)
-      model, method, experts = meta.model, meta.method, meta.sources
+    case config.FromCheckpoint():
+      model, method, experts = origin.meta.model, origin.meta.method, origin.meta.sources
     case config.FromRun(parent):
       model, method, experts = nodes[parent].model, nodes[parent].method, nodes[parent].experts
     case config.FromUpcycle(upcycle):
@@ -144,7 +156,10 @@ def check(
     wrong = f'config.evaluation.{batch_size=} is not a multiple of {parts}.'
     require(batch_size % mesh.batch_shards == 0, wrong)
     attention.check(node.model, recipe.data.sequence_length, jax.default_backend())
-    sharding.check(transformer.Network(node.model, node.run.compute).abstract(), mesh, where)
+    centroids = node.upcycle and node.upcycle.router_init == 'centroids'
+    # Which need the dense average on the mixture's mesh.
+    for model in (node.model, *((node.model.dense(),) if centroids else ())):
+      sharding.check(transformer.Network(model, node.run.compute).abstract(), mesh, where)
     processes.check_mesh(mesh, where)
     _check_memory(node, recipe)
   return tuple(domains)
@@ -158,7 +173,7 @@ def _check_data(node: Node, nodes: Mapping[str, Node], dataset: shards.Dataset) 
     path = node.run.init.checkpoint
     wrong = f'config.runs.{node.name}.init.checkpoint={path} was made with another tokenizer than'
     fix = 'prepare the data with the tokenizer stored with the checkpoint.'
-    same = checkpoint.read_meta(path).tokenizer_hash == dataset.tokenizer_hash
+    same = node.origin.meta.tokenizer_hash == dataset.tokenizer_hash
     require(same, f'{wrong} {dataset.path}: {fix}')
   centroids = node.upcycle and node.upcycle.router_init == 'centroids'
   for reader in (node.name, *(node.upcycle.sources if centroids else ())):

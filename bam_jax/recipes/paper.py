@@ -92,8 +92,8 @@ def btx(scale: Scale) -> dict:
 def compute_matched(scale: Scale, label: str, method: str, **upcycle) -> dict:
   """A mixture with the tokens, in whole steps, that BTX's training FLOPs buy.
 
-  The paper matches accelerator time. FLOPs are what can be known beforehand and on any machine;
-  those that a model needs are meant, whatever an implementation spends beside them.
+  The paper matches accelerator time. FLOPs can be known beforehand and on any machine; they are
+  counted for the model, not for an implementation.
   """
   length, step_tokens = scale.sequence_length, scale.batch_size * scale.sequence_length
 

@@ -25,8 +25,8 @@ from bam_jax.upcycle import rules
 
 def execute(
   recipe: config.Recipe, workdir: Path, dataset: shards.Dataset, only: Sequence[str] = ()
-) -> list[str]:
-  """Trains the unfinished runs among `only` (or all); returns all selected names, in order.
+) -> None:
+  """Trains the unfinished runs among `only`, or of all, in order.
 
   Every run has a folder in `workdir`, which may be in a bucket. UserError before anything is
   trained, if a recipe cannot run here or does not match the workdir; during training, for a NaN
@@ -66,7 +66,6 @@ def execute(
       facts = loop.train(job, stopping, began)
       began = time.monotonic()
       _write_json(folder / 'result.json', _result(recipe, node) | facts)
-  return asked
 
 
 def write_command(workdir: Path, recipe: config.Recipe, command: str) -> None:

@@ -9,14 +9,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from bam_jax import checkpoint, config
 from bam_jax.checkpoint import integrity
 from bam_jax.data import shards
 from bam_jax.files import folders
-from bam_jax.model import parameters, transformer
+from bam_jax.model import transformer
 from bam_jax.parallel import processes, sharding
 from bam_jax.recipes import graph
 from bam_jax.train import loop
@@ -49,9 +47,9 @@ def initial_params(
       return outputs.to_mesh(merge, abstract, shardings)
     case config.FromRun(parent):
       path = workdir / parent
-    case config.FromCheckpoint(path):
-      pass
-  return checkpoint.restore_params(_find(path), checkpoint.abstract(abstract, shardings))
+    case config.FromCheckpoint():
+      path = node.origin.folder
+  return checkpoint.restore_params(_find(path), sharding.abstract(abstract, shardings))
 
 
 def _find(path: Path | str) -> Path:
@@ -69,14 +67,10 @@ def _centroids(recipe, nodes, node: graph.Node, dataset, merge: Merge) -> dict[s
     read = loop.batches_of(dataclasses.replace(nodes[name].run, **changes), recipe, dataset)
     batches.append(map(read.__getitem__, range(count)))
 
-  # The dense average is temporarily replicated on every device, in its compute dtype.
-  network = transformer.Network(merge.sources[0].meta.model, run.compute)
-  cast = functools.partial(parameters.cast, dtype=np.dtype(run.compute.dtype))
-  abstract = jax.eval_shape(cast, network.abstract())
-  everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), abstract)
-  average = dict(average=upcycle.average, weights=upcycle.weights)
+  network = transformer.Network(merge.sources[0].meta.model, run.compute, mesh)
+  abstract, average = network.abstract(), dict(average=upcycle.average, weights=upcycle.weights)
   soup = merge._replace(upcycle=config.Upcycle(upcycle.sources, 'average', **average))
-  params = outputs.to_mesh(soup, abstract, everywhere)
+  params = outputs.to_mesh(soup, abstract, sharding.tree(abstract, mesh))
   means_SLD = centroids.mean_inputs(network, params, batches, mesh)
   paths = [rule.target for rule in rules.rules(node.model) if rule.how == 'router']
   return {path: centroids.columns(means_SLD, path, upcycle, merge.key) for path in paths}

@@ -6,6 +6,7 @@ program, `report.md` and its pictures for a person.
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,6 @@ def _write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
 
 def table(report: Mapping[str, Any]) -> RenderableType:
   """The perplexities for a terminal: best mixture in bold, best run of all with a star."""
-  # As a Text, nothing that a user named is markup.
   title = Text(f'{report["name"]}: held-out perplexity', 'table.title')
   return Group(title, Markdown(_score_table(report, 'perplexity')))
 
@@ -214,7 +214,7 @@ def _draw(workdir: Path | epath.Path, folder: Path, rows: Sequence[Row]) -> list
 
 
 def _metrics(path: Path | epath.Path) -> list[dict[str, Any]]:
-  """One line a step, in order: a resumed run writes some steps again, and the last one counts."""
+  """One line a step, in order; held-out losses and times have lines of their own."""
   lines: dict[int, dict[str, Any]] = {}
   for _, line in log.read_lines(path):
     lines[line['step']] = lines.get(line['step'], {}) | line
@@ -238,7 +238,7 @@ def _score_table(report: Mapping[str, Any], score: str) -> str:
     return f'**{text}**' if bold else text
 
   lines = [
-    [row['label'], *(cell(row, i, value) for i, value in enumerate(line))]
+    [_plain(row['label']), *(cell(row, i, value) for i, value in enumerate(line))]
     for row, line in zip(rows, values)
   ]
   lines += [[f'{run}: not finished', *[''] * len(best_of_all)] for run in report['not_finished']]
@@ -250,7 +250,7 @@ def _cost_table(report: Mapping[str, Any]) -> str:
   counts = 'parameters', 'active_parameters', 'step', 'tokens'
   lines = [
     [
-      row['label'],
+      _plain(row['label']),
       *(f'{row[key]:,}' for key in counts),
       f'{row["training_flops"]:.3g}',
       duration(row['wall_seconds']),
@@ -258,6 +258,11 @@ def _cost_table(report: Mapping[str, Any]) -> str:
     for row in report['rows']
   ]
   return _markdown_table(header, lines)
+
+
+def _plain(label: str) -> str:
+  """What a user named, so that nothing in it is markup."""
+  return re.sub(r'([\\`*_<\[])', r'\\\1', label)
 
 
 def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

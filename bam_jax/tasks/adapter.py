@@ -110,7 +110,13 @@ class Model(TemplateLM):
     self, requests: Sequence[Instance], disable_tqdm: bool = False
   ) -> list[tuple[float, bool]]:
     """Log-likelihood of each continuation in nats, and whether greedy decoding writes it."""
-    return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
+    pairs = []
+    for context, continuation in (request.args for request in requests):
+      # The library's own encoding of a pair refuses an empty continuation after an empty context.
+      tokens = [self.prefix_token_id], self._tokenizer.encode(continuation)
+      tokens = self._encode_pair(context, continuation) if context else tokens
+      pairs.append(((context, continuation), *tokens))
+    return self._loglikelihood_tokens(pairs, disable_tqdm or not sys.stderr.isatty())
 
   def _loglikelihood_tokens(
     self, requests: Sequence[Pair], disable_tqdm: bool = False, **kwargs: Any

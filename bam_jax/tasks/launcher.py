@@ -69,7 +69,8 @@ def refuse_calls() -> None:
     raise OSError(ctypes.get_errno(), 'the kernel refuses a filter of system calls')
 
 
-if __name__ == '__main__':
+def main() -> None:
+  """Runs the program of the command line; what it needs to know is in no global of this module."""
   *limits, secret, descriptor, path = sys.argv[1:]
   with open(path, encoding='utf-8', errors='surrogatepass') as file:
     program = file.read()
@@ -81,3 +82,7 @@ if __name__ == '__main__':
     sys.exit(f'limits: {error}')
   exec(compile(program, 'program.py', 'exec'), {'__name__': '__main__'})
   os.write(int(descriptor), secret.encode())
+
+
+if __name__ == '__main__':
+  main()

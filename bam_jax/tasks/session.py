@@ -80,8 +80,6 @@ def run(checkpoints: Sequence[str], tasks: Sequence[str], options: Options) -> d
   for row, samples in scores[1:]:
     add_differences(row['tasks'], samples, scores[0][1])
   console = cli.console()
-  if not console.is_terminal:
-    console.width = max(console.width, 120)
   console.print(_table(rows))
   return {
     'tasks': list(tasks),
@@ -116,14 +114,16 @@ def load(tasks: Sequence[str | questions_lib.Questions]) -> Loaded:
   # Indexing lm-eval's thousands of tasks takes seconds, which files need not wait for.
   by_name = any(isinstance(task, str) for task in tasks)
   manager = TaskManager(include_path=GROUPS, include_defaults=by_name)
-  specs, found = [], {}
-  for task in tasks:
-    name = task if isinstance(task, str) else task.name
-    if name == task and task not in manager.all_tasks and not task.endswith('.yaml'):
+  for task in tasks:  # all of them before the first is loaded
+    known = not isinstance(task, str) or task in manager.all_tasks or task.endswith('.yaml')
+    if not known:
       raise UserError(
         f'--tasks={task} is not a task of lm-eval, a .yaml or a .jsonl file: '
         '`python -m bam_jax.tasks ls tasks` lists the tasks.'
       )
+  specs, found = [], {}
+  for task in tasks:
+    name = task if isinstance(task, str) else task.name
     specs.append(task if name == task else questions_lib.lm_eval_task(task))
     try:
       more = manager.load(specs[-1:])['tasks']

@@ -103,7 +103,8 @@ class Skips:
     if not taken and finite and self._guard.on_spike == 'halt':
       self._halt(f'has a spike at step {step}, loss {loss:.4g}, gradient norm {norm:.4g}')
     if not taken and in_a_row >= self._guard.max_skipped:
-      self._halt(f'would skip step {step} after guard.max_skipped={in_a_row} others in a row')
+      limit = f'guard.max_skipped={self._guard.max_skipped}'
+      self._halt(f'would skip step {step} after {in_a_row} others in a row ({limit})')
 
   def _halt(self, what: str) -> None:
     folder: Path | None = self._last_good()

@@ -24,7 +24,7 @@ class Hooks:
     self._finished, self._hooks, self._pending = finished, [], None
 
   def add(self, hook: Callable[[int, step_lib.State], None], every: int = 1) -> None:
-    """Has a hook called after every so many steps; 0 is never."""
+    """Calls a hook after each `every` steps; 0: never."""
     if every:
       self._hooks.append((hook, every))
 
@@ -49,19 +49,27 @@ class Hooks:
 
 
 class Profile:
-  """A hook that records some steps in the job's first process; `settle` waits for one under way."""
+  """Records some steps in the job's first process; `settle` waits for one under way.
+
+  `end` is the first hook between two steps and `begin` the last, so that what other hooks do is not
+  recorded.
+  """
 
   def __init__(self, folder: Path, watch: config.Watch, first_step: int, settle: Callable):
     first = watch.profile_from if jax.process_index() == 0 else 0
     self._begin, self._end = (first - 1, first + watch.profile_steps - 1) if first else (-1, -1)
     self._folder, self._settle, self._recording = folder, settle, contextlib.ExitStack()
-    self(first_step)
+    self.begin(first_step)
 
-  def __call__(self, step: int, state: step_lib.State | None = None) -> None:
+  def begin(self, step: int, state: step_lib.State | None = None) -> None:
+    """A hook that starts the recording, if the next step is its first."""
     if step == self._begin:
       self._settle()
       folder = self._recording.enter_context(buckets.drafts(self._folder))
       self._recording.enter_context(jax.profiler.trace(folder))
+
+  def end(self, step: int, state: step_lib.State) -> None:
+    """A hook that writes the recording after its last step."""
     if step == self._end:
       self._settle()
       self.close()

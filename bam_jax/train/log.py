@@ -91,8 +91,7 @@ class Writer(contextlib.ExitStack):
       self._file = self.enter_context(open(self._mirrors[0].path, 'ab', buffering=0))
       # The library's SummaryWriter writes in a thread, in which a full disk is only a traceback.
       self._events = tensorboardX.RecordWriter(str(self._mirrors[1].path))
-      self.enter_context(contextlib.suppress(OSError))  # reported by `write` already
-      self.callback(self._events.close)
+      self.callback(self._close_events)
       self._write_event(file_version='brain.Event:2')
       # TensorBoard no longer shows what earlier files have from here on.
       start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -119,6 +118,10 @@ class Writer(contextlib.ExitStack):
       for mirror in self._mirrors:
         mirror.send()
       self._flushed = time.monotonic()
+
+  def _close_events(self) -> None:
+    with contextlib.suppress(OSError):  # reported by `write` already
+      self._events.close()
 
   def _write_event(self, **fields) -> None:
     self._events.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())

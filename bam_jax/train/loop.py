@@ -85,10 +85,11 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
       stalls.alive()
       stop_if_asked(total_steps, state)
 
-    hooks.add(profile)
+    hooks.add(profile.end)
     hooks.add(evaluate, every=run.intervals.evaluate)
     hooks.add(save, every=run.intervals.checkpoint)
     hooks.add(stop_if_asked)
+    hooks.add(profile.begin)
 
     stack.enter_context(goodput.spend('step'))
     for step in range(first_step + 1, total_steps + 1):
@@ -96,7 +97,7 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
         batch = sharding.put_batch(mixture.model_inputs(next(batches)), mesh)
       rates = optimizer.learning_rates(recipe, name, step)
       rates = jax.make_array_from_process_local_data(replicated, rates)
-      compiles = step == first_step + 1  # which may put constants on the devices
+      compiles = step == first_step + 1  # and compiling may transfer constants
       with (
         goodput.spend('compile' if compiles else 'step'),
         jax.transfer_guard('allow' if compiles else 'disallow'),

@@ -38,9 +38,9 @@ def objective(
 ) -> tuple[jax.Array, Metrics]:
   """The loss and the metrics of a batch, or of a micro-batch.
 
-  On a mesh the loss is what a device contributes, so that the devices' losses add up to the step's;
-  metrics are sums over this device's rows. So do the losses of micro-batches, given the number of
-  `targets` of the whole step and, where routers' losses are over all of it, its `whole` routing.
+  On a mesh the loss is this device's contribution, and the devices' losses add up to the step's;
+  metrics are sums over this device's rows. Micro-batches' losses add up too, if given the number of
+  `targets` in the whole step and, when router losses cover the whole step, its routing, `whole`.
   """
   layout = network.layout
   metrics = nll(network, params, batch)

@@ -107,9 +107,11 @@ def check(run: config.Run, model: config.Model, where: str) -> None:
       f'{where}.router_warmup_steps={run.router_warmup_steps} has no effect on a dense model, '
       'which has no router: set it to 0.'
     )
+  if not run.learning_rate_factors:
+    return
+  abstract = transformer.Network(model, config.Compute()).abstract()
+  paths = [sharding.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)]
   for pattern in run.learning_rate_factors:
-    abstract = transformer.Network(model, config.Compute()).abstract()
-    paths = [sharding.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)]
     if not any(_hit(pattern, path) for path in paths):
       raise UserError(
         f'{where}.learning_rate_factors has the pattern {pattern!r}, which matches no parameter: '

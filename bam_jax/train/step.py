@@ -44,8 +44,7 @@ def abstract_state(
   shardings = sharding.tree(state, mesh)
   if compute.offload_optimizer:
     shardings = shardings._replace(opt_state=sharding.on_host(shardings.opt_state))
-  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-  return jax.tree.map(place, state, shardings)
+  return sharding.abstract(state, shardings)
 
 
 @functools.lru_cache(maxsize=8)
@@ -94,7 +93,7 @@ def train_step(
 def evaluation_step(
   model: config.Model, compute: config.Compute, mesh: jax.sharding.Mesh
 ) -> Callable[[transformer.Params, dict], loss_lib.Metrics]:
-  """The jitted `(params, batch) -> sums of each device's rows`, as networks add in any order."""
+  """The jitted `(params, batch) -> sums`, for each device: their sum has no fixed order."""
   # As `evaluate` scores: what a token gets must not depend on its neighbours.
   network = transformer.Network(model.dropless(), compute, mesh)
 

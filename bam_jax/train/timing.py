@@ -87,7 +87,7 @@ def process_began() -> float:
 class StallWatch:
   """Reports a step that does not finish, once: a context manager, and a hook of finished steps.
 
-  It is stalled after so many `seconds` (0: never) without a finished step or held-out batch, if
+  A step is stalled after so many `seconds` (0: never) without a finished step or held-out batch, if
   they are also USUAL times the median step. `goodput` knows what it waits for, `note` prints that.
   """
 
@@ -112,9 +112,9 @@ class StallWatch:
 
   def __call__(self, step: int, facts: Mapping[str, Any] | None = None) -> None:
     """A step has finished."""
-    since = self._since
+    since, stalled = self._since, self._reported
     self.alive()
-    if self._step > self._first:  # the first one compiles
+    if self._step > self._first and not stalled:  # the first one compiles
       self._took.append(self._since - since)
     self._step = step
 

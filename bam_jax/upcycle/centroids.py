@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bam_jax import config
@@ -34,38 +33,25 @@ def mean_inputs(
 ) -> np.ndarray:
   """The mean normalised input of every block over each source's tokens: SLD, float64.
 
-  The dense network's parameters are replicated over the mesh; `batches` has for each source a few
-  batches of its training data, this process's rows of each.
+  The dense network's parameters lie on the mesh as in training; `batches` has for each source a
+  few batches of its training data, this process's rows of each.
   """
-  sums = jax.jit(_input_sums, static_argnums=0, out_shardings=NamedSharding(mesh, P()))
+  layout, keys = network.layout, ('tokens', 'segments', 'positions')
+
+  def local(params, batch):
+    _, sums_LD = network.hidden(params, *map(batch.get, keys), collect='inputs')
+    return layout.total((sums_LD, jnp.sum(batch['segments'] > 0)))
+
+  sums = jax.jit(layout.spread(local, (layout.specs(network.abstract()), sharding.BATCH), P()))
   means_SLD = []
   for source in batches:
-    total_LD, tokens = 0.0, 0.0
+    total_LD, tokens = 0.0, 0
     for batch in source:
-      placed = sharding.put_batch(mixture.model_inputs(batch), mesh)
-      part_LD, part = sums(network, params, *map(placed.get, ('tokens', 'segments', 'positions')))
-      total_LD, tokens = total_LD + np.asarray(part_LD, np.float64), tokens + float(part)
+      inputs = {key: batch[key] for key in keys}
+      part_LD, part = sums(params, sharding.put_batch(inputs, mesh))
+      total_LD, tokens = total_LD + np.asarray(part_LD, np.float64), tokens + int(part)
     means_SLD.append(total_LD / tokens)
   return np.stack(means_SLD)
-
-
-def _input_sums(network, params, tokens_BT, segments_BT, positions_BT):
-  """Sums of every block's normalised inputs LD over the real tokens, and the tokens' number."""
-  layers, real_BT = jnp.arange(network.model.num_layers), segments_BT > 0
-  blocks = params['blocks']
-
-  def sum_of(layer):
-    # If this block and those after it add nothing, the final norm reads this block's input.
-    silent = dict(blocks)
-    for part, name in (('attention', 'out'), ('ffn', 'down')):
-      x = blocks[part][name]
-      kept = (layers < layer).reshape(-1, *[1] * (x.ndim - 1))
-      silent[part] = blocks[part] | {name: jnp.where(kept, x, 0)}
-    cut = {'blocks': silent, 'final_norm': {'scale': blocks['norm']['scale'][layer]}}
-    inputs_BTD, _ = network.hidden(params | cut, tokens_BT, segments_BT, positions_BT)
-    return jnp.einsum('btd,bt->d', inputs_BTD, real_BT.astype(jnp.float32))
-
-  return jax.lax.map(sum_of, layers), real_BT.sum()
 
 
 def columns(means_SLD, path: str, upcycle: config.Upcycle, key: jax.Array) -> np.ndarray:

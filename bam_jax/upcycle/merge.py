@@ -71,7 +71,7 @@ def regions(
 
   jobs = list(_jobs(merge, table, wanted, parts))
   reads = arrays.read_ahead((sources[n].reader, rule.source, index) for rule, n, index, _ in jobs)
-  held: list[np.ndarray] = []  # of a mean, until all sources' are read
+  held: list[np.ndarray] = []  # arrays of a mean, until every source was read
   for (rule, source, index, experts), array in zip(jobs, reads):
     _check_finite(sources[source], rule.source, index, array)
     on_read(source, rule.source, index, array)

@@ -34,7 +34,8 @@ def open_sources(paths: Sequence[str]) -> list[Source]:
   sources: list[Source] = []
   seen: dict[str, str] = {}
   for path in paths:
-    folder, meta = checkpoint.find(path), checkpoint.read_meta(path)
+    folder = checkpoint.find(path)
+    meta = checkpoint.read_meta(folder)
     first = sources[0].meta if sources else meta
     other = seen.setdefault(os.path.realpath(folder), path)
     if len(seen) <= len(sources):

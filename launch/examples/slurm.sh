@@ -8,8 +8,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #
-# A recipe on the GPUs of a Slurm cluster, one process a GPU; from a checkout with an environment in
-# .venv that has requirements.txt and jax[cuda12], on a disk that all nodes see:
+# A recipe on the GPUs of a Slurm cluster, one process a GPU; from a checkout on a disk that all
+# nodes see, with an environment in .venv (pip install '.[cuda]'):
 #   sbatch launch/examples/slurm.sh --config=configs/small_590m.py --workdir=/scratch/me/small
 # Five minutes before its time is up the job saves its state, ends with 143, and queues again. Runs
 # of one recipe train at the same time as jobs of their own: --runs=code here, --runs=law there.

@@ -58,7 +58,8 @@ pause() {
   wait $!
 }
 
-# Reads the arguments of a subcommand: `name`, the array `task` of what follows --, and the settings that
+# Reads the arguments of a subcommand: `name`, the array `task` of what follows --, and the settings
+# that
 # flags name. FLAGS take a value, SWITCHES none; NAMED is 1 when it needs the name of a TPU.
 #   read_arguments FLAGS SWITCHES NAMED "$@"
 read_arguments() {
@@ -110,7 +111,7 @@ set_setting() {
 
 check_name() {
   [[ $1 =~ ^[a-z]([-a-z0-9]{0,36}[a-z0-9])?$ ]] || refuse "'$1' cannot name a TPU: use at most 38" \
-    'small letters, digits and dashes, a letter first and no dash last.'
+    'lower-case letters, digits and dashes, a letter first and no dash last.'
 }
 
 check_settings() {

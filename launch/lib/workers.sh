@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Commands on the workers of all nodes at once. Needs `zone` and what `list_nodes` sets.
 
-# Runs lib/worker.sh's SUBCOMMAND on every worker; %NODE% in its arguments is the number of the slice.
+# Runs lib/worker.sh's SUBCOMMAND on every worker; %NODE% in its arguments is the slice's number.
 # What the workers of node N print is in $scratch/out.N. Status: that of the first one that failed.
 on_workers() {
   local number code=0 words

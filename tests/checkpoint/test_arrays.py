@@ -98,7 +98,7 @@ def test_orbax_restores_what_is_written_on_any_mesh(small_chunks, tmp_path):
 def abstract(model: config.Model, shape) -> dict:
   mesh = sharding.make_mesh(config.Mesh(*shape))
   params = transformer.Network(model, config.Compute()).abstract()
-  return checkpoint.abstract(params, sharding.tree(params, mesh))
+  return sharding.abstract(params, sharding.tree(params, mesh))
 
 
 @pytest.mark.parametrize(

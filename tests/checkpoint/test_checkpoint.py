@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_gives_no_parameters(two_steps, models):
     lambda: checkpoint.restore_host_params(two_steps, wanted),
     lambda: arrays.Reader(two_steps / '12' / 'params'),
   ):
-    with pytest.raises(UserError, match=f'12 is damaged .*{file} has other bytes'):
+    with pytest.raises(UserError, match=f'12 is damaged .*{file} does not match its checksum'):
       read()
   spoil(two_steps / '3', 'opt_state flipped')
   checkpoint.restore_host_params(two_steps / '3', wanted)  # which does not read it

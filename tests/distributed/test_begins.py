@@ -56,7 +56,7 @@ def test_nobody_else_comes(tmp_path, process):
   [(status, told)] = Job([[*line, *place]], devices=1).ends()
   assert status == 2
   assert told == (
-    'bam_jax.main: not all processes of the job came within --join_timeout=3 s: start all with '
+    'bam_jax.main: not all processes of the job joined within --join_timeout=3 s: start all with '
     f'--coordinator={address}, and each with its own --process_id.\n'
   )
 

@@ -68,7 +68,7 @@ def test_other_commands_refuse_a_damaged_checkpoint(text, copied):
     done = subprocess.run(
       [sys.executable, '-m', *line], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
-    assert_sentence(done, f'{copied}/seed/checkpoints/12 is damaged', 'has other bytes')
+    assert_sentence(done, f'{copied}/seed/checkpoints/12 is damaged', 'does not match its checksum')
   assert_sentence(run(text, copied, '--runs=code'), 'seed/checkpoints/12 is damaged')
 
 

@@ -22,7 +22,7 @@ XPK_FLAGS = set(
 def test_shellcheck():
   beside = shutil.which('shellcheck', path=Path(sys.executable).parent)
   program = beside or shutil.which('shellcheck')
-  assert program, 'pip install -r tests/requirements.txt'
+  assert program, "pip install -e '.[dev]'"
   done = subprocess.run(
     [program, '--external-sources', *(f'launch/{name}' for name in PROGRAMS)],
     cwd=ROOT, capture_output=True, text=True,

@@ -128,7 +128,7 @@ THREE = (1.0, 2.0, 3.0)
 
 
 @pytest.mark.parametrize('method, changes, words', [
-  ('btx', dict(weights=THREE), ['weights=(1.0, 2.0, 3.0)', "'weighted'"]),
+  ('btx', dict(weights=THREE), ['weights=[1.0, 2.0, 3.0]', "'weighted'"]),
   ('btx', dict(average='weighted', weights=THREE[:2]), ['has 2', "['seed', 'code', 'law']"]),
   ('average', dict(average='weighted', weights=(1.0, 0.0, 2.0)), ['0.0, which is not positive']),
   ('btx', dict(drop_ratio=1.5), ['drop_ratio=1.5']),

@@ -122,7 +122,7 @@ def test_bfloat16(tmp_path, sources):
     np.testing.assert_array_equal(array, full[path].astype(jnp.bfloat16))
   # Whoever restores it asks for float32, on a mesh or not.
   mesh = sharding.make_mesh(config.Mesh(1, 2, 1, 2))
-  wanted = checkpoint.abstract(abstract(meta.model), sharding.tree(abstract(meta.model), mesh))
+  wanted = sharding.abstract(abstract(meta.model), sharding.tree(abstract(meta.model), mesh))
   placed = checkpoint.restore_params(tmp_path / 'bfloat16', wanted)
   on_host = checkpoint.restore_host_params(tmp_path / 'bfloat16', abstract(meta.model))
   for path, array in flat(placed).items():
@@ -175,7 +175,7 @@ REFUSED = {
   'another tokenizer': ['odd', 'another tokenizer'],
   'a mixture': ['odd', 'is a mixture'],
   'NaN': ['odd', 'nan', 'blocks/ffn/up[1, 30, 47]'],
-  'a flipped bit': ['odd', 'damaged', 'other bytes'],
+  'a flipped bit': ['odd', 'damaged', 'does not match its checksum'],
 }
 
 
