@@ -60,7 +60,7 @@ class Upcycle(Section):
       self.require(not given, f'{value}, {where}: remove it.')
     scaled = f"router_scale={self.router_scale} has no effect with router_init='zero': remove it."
     self.require(not zero or self.router_scale == 1, scaled)
-    unused = f"weights={weights!r} has no effect with average={self.average!r}: set average='weighted'."
+    unused = f"{weights=} has no effect with average={self.average!r}: set average='weighted'."
     self.require(not weights or self.average == 'weighted', unused)
     fits = self.average != 'weighted' or len(weights) == len(sources)
     need = f"average='weighted' requires one for each of {sources}"
