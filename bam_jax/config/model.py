@@ -84,7 +84,9 @@ class Compute(Section):
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations and matmul operands
   # What the backward pass recomputes of each block: 'none' at most elementwise operations,
   # 'matmuls' also gathers sharded weights, 'attention' recomputes the FFN too, 'full' everything.
-  remat: Literal['none', 'matmuls', 'attention', 'full'] = 'none'
+  # 'auto' is 'matmuls' if fsdp or expert shards weights, since 'none' keeps every layer's gathered
+  # weights, a whole model on each device; else 'none'.
+  remat: Literal['auto', 'none', 'matmuls', 'attention', 'full'] = 'auto'
   loss_chunk: Count = 0  # tokens whose float32 logits exist at once; 0: all of a micro-batch
   unroll: Size = 1  # layers per step of the scan over layers
   offload_optimizer: bool = False  # keep the optimizer's moments in host memory between steps

@@ -55,8 +55,8 @@ class Transformer(nnx.Module):
       return x_BTD, routing
 
     # Where no weights are gathered, 'none' saves what is elementwise too: such a model has memory.
-    if self.compute.remat != 'none' or layout.gathers:
-      layer = remat.checkpoint(layer, self.compute.remat)
+    if (kind := remat.resolve(self.compute.remat, layout.gathers)) != 'none' or layout.gathers:
+      layer = remat.checkpoint(layer, kind)
     layers = nnx.to_pure_dict(layers)
     x_BTD, collected = jax.lax.scan(layer, x_BTD, layers, unroll=self.compute.unroll)
     return self.final_norm(x_BTD), collected

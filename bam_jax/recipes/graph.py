@@ -22,9 +22,9 @@ from bam_jax.parallel import memory, processes, sharding
 from bam_jax.train import optimizer
 from bam_jax.upcycle import rules
 
-# What may change between two attempts at one run: none of it affects the parameters, except what
-# `guard` skips, which must be changeable after the guard halted a run at a bad step.
-INCIDENTAL = ('label', 'mesh', 'intervals', 'guard', 'watch')
+# What may change between two attempts at one run: none of it affects the parameters beyond the order
+# of sums, except what `guard` skips, which must be changeable after it halted a run at a bad step.
+INCIDENTAL = ('label', 'mesh', 'grad_accum_steps', 'compute', 'intervals', 'guard', 'watch')
 
 
 class Origin(NamedTuple):
@@ -90,6 +90,11 @@ def resolve(recipe: config.Recipe, data_hash: str = '') -> dict[str, Node]:
       'sources': {parent: digest(nodes[parent].identity) for parent in parents[name]},
       **{key: value for key, value in config.to_dict(run).items() if key not in INCIDENTAL},
     }
+    identity['dtype'] = run.compute.dtype
+    balances = run.loss.load_balance and run.loss.balance_over == 'micro_batch'
+    if (ffn := model.ffn_experts) and (balances or ffn.capacity_factor):
+      # The loss depends on what is in a micro-batch.
+      identity['grad_accum_steps'] = run.grad_accum_steps
     if origin:  # identified by content, not by path
       folder, meta = origin
       content = digest([config.to_dict(meta), integrity.read(folder, ['params'])])

@@ -11,11 +11,13 @@ from tests.distributed.jobs import job, losses, params_of
 STEPS = 60
 
 
-def record(text, workdir, processes, mesh, stop_after=None) -> list[list]:
+def record(text, workdir, processes, mesh, *flags, stop_after=None) -> list[list]:
   """Runs the seed, stopped by a signal soon after a step if asked; rows and domains by step."""
   files = [workdir.with_name(f'{workdir.name}-{processes}-{mesh}-{i}') for i in range(processes)]
   main = ('-m', 'tests.distributed.recorded', str(files[0])[:-1] + '{process}')
-  with job(workdir, text, processes, mesh, '--runs=seed', steps=STEPS, main=main) as started:
+  with job(
+    workdir, text, processes, mesh, '--runs=seed', *flags, steps=STEPS, main=main
+  ) as started:
     if stop_after:
       started.wait_for_step(workdir / 'seed', stop_after)
       started.processes[-1].send_signal(signal.SIGTERM)
@@ -50,6 +52,8 @@ def assert_same_run(recorded, workdir, undisturbed):
 def test_from_four_processes_to_one_to_two(text, undisturbed, tmp_path):
   workdir = tmp_path / 'workdir'
   recorded = record(text, workdir, 4, '4x1x1x1', stop_after=4)
-  recorded += record(text, workdir, 1, '1x2x1x2', stop_after=len(recorded) + 4)
+  # On fewer devices a run may need less memory: what it recomputes and adds up in parts may change.
+  smaller = [f'--config.runs.seed.{key}' for key in ('compute.remat=full', 'grad_accum_steps=2')]
+  recorded += record(text, workdir, 1, '1x2x1x2', *smaller, stop_after=len(recorded) + 4)
   recorded += record(text, workdir, 2, '1x1x2x2')
   assert_same_run(recorded, workdir, undisturbed)

@@ -162,7 +162,7 @@ def test_a_layer_gathers_once_and_reduces_once(compiled, name):
   assert collectives_by_loop(program.as_text()) == [once, once]
 
 
-@pytest.mark.parametrize('remat, again', [('none', 0), ('matmuls', 7)])
+@pytest.mark.parametrize('remat, again', [('none', 0), ('auto', 7)])
 def test_without_remat_weights_are_gathered_once(compiled, remat, again):
   program, _ = compiled('bam_kv_experts', (1, 2, 2, 1), config.Compute(remat=remat))
   forward, backward = collectives_by_loop(program.as_text(), activations=False)

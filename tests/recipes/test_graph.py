@@ -134,6 +134,13 @@ CHANGES = {
   'model': (set_group('model', norm_epsilon=1e-4), EVERY),
   "a specialist's data": (set_run('code', data={'code': 1.0}), {'code'} | MIXTURES),
   "a mixture's batch": (set_run('btx', batch_size=16), {'btx'}),
+  'how a run is computed': (
+    set_run('seed', compute=dict(remat='full', loss_chunk=7, unroll=2, offload_optimizer=True)),
+    set(),
+  ),
+  'its dtype': (set_run('seed', compute={'dtype': 'bfloat16'}), EVERY),
+  "a dense run's micro-batches": (set_run('seed', grad_accum_steps=2), set()),
+  "a mixture's, which its router losses are over": (set_run('btx', grad_accum_steps=2), {'btx'}),
   'the order of the experts': (set_run('btx', init=EXPERTS_SWAPPED), {'btx'}),
 }
 

@@ -126,5 +126,7 @@ def test_too_many_in_a_row_halt_a_run_and_a_resume_counts_on():
   assert found == [False, False, True, False, False] and skips.counts == (4, 2)
   again = guard.Skips('seed', how, lambda: None, list(skips.counts))  # as JSON gives it back
   assert not taken(again, 5, NAN)
-  with pytest.raises(UserError, match='would skip step 6 after 3 others in a row .guard.max_skipped=3.'):
+  with pytest.raises(
+    UserError, match='would skip step 6 after 3 others in a row .guard.max_skipped=3.'
+  ):
     again(6, dict(SPIKE))
