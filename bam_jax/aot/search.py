@@ -25,7 +25,7 @@ from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
 from bam_jax.parallel import sharding
 
-REMAT = typing.get_args(typing.get_type_hints(config.Compute)['remat'])  # 'none' first
+REMAT = typing.get_args(typing.get_type_hints(config.Compute)['remat'])[1:]  # 'none' first
 SLACK = 1.1  # layouts that are guessed to need this times the memory are not compiled
 
 _state_bytes = functools.cache(accounting.state_bytes)
