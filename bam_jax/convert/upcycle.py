@@ -22,7 +22,7 @@ from absl import flags
 from bam_jax import cli, config
 from bam_jax.config import strict
 from bam_jax.errors import UserError
-from bam_jax.upcycle import outputs, sources
+from bam_jax.upcycle import outputs, rules, sources
 
 ROUTINGS = ('soft', 'top1', 'top2')  # attention_top_k is the index
 
@@ -74,6 +74,8 @@ def main() -> dict[str, Any]:
   except UserError as error:
     raise UserError(_by_flags(str(error))) from None
   seconds = time.monotonic() - start
+  if warning := rules.warning(meta.model):
+    print(warning, file=sys.stderr)
   print(f'{output}: made in {seconds:.1f} s.', file=sys.stderr)
   return {'output': output, 'seconds': seconds, 'meta': strict.to_dict(meta)}
 

@@ -22,8 +22,8 @@ from bam_jax.parallel import memory, processes, sharding
 from bam_jax.train import optimizer
 from bam_jax.upcycle import rules
 
-# What may change between two attempts at one run: none of it affects the parameters beyond the order
-# of sums, except what `guard` skips, which must be changeable after it halted a run at a bad step.
+# What may change between two attempts at one run: none of it affects the parameters beyond the
+# order of sums, except `guard`, which must be changeable after it halted a run at a bad step.
 INCIDENTAL = ('label', 'mesh', 'grad_accum_steps', 'compute', 'intervals', 'guard', 'watch')
 
 
@@ -91,9 +91,7 @@ def resolve(recipe: config.Recipe, data_hash: str = '') -> dict[str, Node]:
       **{key: value for key, value in config.to_dict(run).items() if key not in INCIDENTAL},
     }
     identity['dtype'] = run.compute.dtype
-    balances = run.loss.load_balance and run.loss.balance_over == 'micro_batch'
-    if (ffn := model.ffn_experts) and (balances or ffn.capacity_factor):
-      # The loss depends on what is in a micro-batch.
+    if _depends_on_micro_batches(run, model):
       identity['grad_accum_steps'] = run.grad_accum_steps
     if origin:  # identified by content, not by path
       folder, meta = origin
@@ -101,6 +99,15 @@ def resolve(recipe: config.Recipe, data_hash: str = '') -> dict[str, Node]:
       identity['init'] = {'checkpoint': dict(run=meta.run, step=meta.step, hash=content)}
     nodes[name] = Node(name, run, model, identity, method, experts, origin)
   return nodes
+
+
+def _depends_on_micro_batches(run: config.Run, model: config.Model) -> bool:
+  balances = run.loss.load_balance and run.loss.balance_over == 'micro_batch'
+  centroids = (
+    isinstance(run.init, config.FromUpcycle) and run.init.upcycle.router_init == 'centroids'
+  )
+  ffn = model.ffn_experts
+  return bool(ffn and (balances or ffn.capacity_factor or centroids))
 
 
 def digest(facts: Any) -> str:

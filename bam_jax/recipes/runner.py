@@ -49,6 +49,8 @@ def execute(
         log.note(f'{name}: skipped, already finished')
         continue
       node, folder = nodes[name], workdir / name
+      if warning := rules.warning(node.model):
+        log.note(f'{name}: {warning}')
       record = {'recipe': recipe.name, 'run': config.to_dict(node.run), 'identity': node.identity}
       _write_json(folder / 'config.json', record | {'hash': graph.digest(node.identity)})
       _copy_tokenizer(dataset, folder)

@@ -28,6 +28,18 @@ def mixture_model(dense: config.Model, upcycle: config.Upcycle) -> config.Model:
   return dataclasses.replace(dense, attention_experts=attention, ffn_experts=ffn)
 
 
+def warning(mixture: config.Model) -> str:
+  """A sentence about routers that the text cannot train; '' if it trains all of them."""
+  parts = {'attention': mixture.attention_experts, 'FFN': mixture.ffn_experts}
+  stuck = [name for name, part in parts.items() if part and part.renormalize and part.top_k == 1]
+  if not stuck:
+    return ''
+  return (
+    f'The routers of {" and ".join(stuck)} choose one expert a token and renormalize, so that '
+    'every gate is 1 and only their own losses train them: choose more experts, or renormalize=False.'
+  )
+
+
 def rules(mixture: config.Model) -> tuple[manifest.Made, ...]:
   """How each array of a mixture is made: `target` from the sources' `source`; paper section 3.
 

@@ -9,14 +9,16 @@ import pytest
 from bam_jax import checkpoint, config
 from bam_jax.data import mixture
 from bam_jax.recipes import runner
+from bam_jax.reports import report
 from bam_jax.train import stop
 from bam_jax.upcycle import rules
 
 
-def test_checkpoints_say_what_they_were_made_from(tmp_path, dataset, recipe_dict):
+def test_checkpoints_say_what_they_were_made_from(tmp_path, dataset, recipe_dict, capsys):
   runs = recipe_dict['runs']
   recipe_dict['runs'] = {name: runs[name] for name in ('seed', 'code', 'btx')}
   runs['btx']['init']['upcycle'] |= {'from': ['seed', 'code'], 'num_experts': 3, 'noise': 0.1}
+  runs['btx']['init']['upcycle'] |= {'renormalize': True}
   for run in runs.values():
     run |= {'tokens': 0, 'schedule': run['schedule'] | {'warmup_steps': 0}}
   runs['code']['tokens'] = 8 * 16  # one step: equal sources are refused
@@ -37,6 +39,15 @@ def test_checkpoints_say_what_they_were_made_from(tmp_path, dataset, recipe_dict
   assert made.upcycle == parsed.runs['btx'].init.upcycle
   assert (made.seed, made.name) == (7, 'btx') and made.made == rules.rules(metas['btx'].model)
   assert metas['btx'].sources == ('seed', 'code', 'seed')
+  assert 'btx: The routers of FFN choose one expert' in capsys.readouterr().err
+
+  # Runs without a step are runs like others: reported, drawn, and finished.
+  facts = report.write(tmp_path, [*recipe_dict['runs']])
+  assert [row['run'] for row in facts['rows']] == ['seed', 'code', 'btx']
+  assert all(row['perplexity']['law'] > 1 for row in facts['rows'])
+  assert 'seed' in report.markdown(facts)
+  runner.execute(parsed, tmp_path, dataset)
+  assert capsys.readouterr().err.count('already finished') == 3
 
 
 @pytest.fixture

@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bam_jax import config
 from bam_jax.errors import UserError
+from bam_jax.model import router
 from bam_jax.upcycle import options, rules
 from tests.upcycle import memory
 from tests.upcycle.memory import KEY, upcycle
@@ -144,3 +147,15 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(method, changes, words):
   message = str(caught.value)
   assert message.endswith('.') and '\n' not in message
   assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize('k, renormalize', [(1, True), (1, False), (2, True)])
+def test_routers_that_the_text_cannot_train_are_named(models, k, renormalize):
+  """The warning is given where the gates have no gradient, and nowhere else."""
+  logits_E = jnp.asarray([0.3, -0.2, 1.0, 0.1])
+  first = lambda logits_E: router.top_k(jax.nn.softmax(logits_E), k, renormalize)[0][0]
+  stuck = not np.abs(jax.grad(first)(logits_E)).max() > 1e-3
+  chosen = dict(top_k=k, attention_top_k=k, renormalize=renormalize)
+  how = config.Upcycle(('a', 'b'), 'bam_kv_experts', **chosen)
+  warning = rules.warning(rules.mixture_model(models['dense'], how))
+  assert bool(warning) == stuck == ('attention and FFN choose one expert' in warning)
