@@ -36,7 +36,7 @@ def warning(mixture: config.Model) -> str:
     return ''
   return (
     f'The routers of {" and ".join(stuck)} choose one expert a token and renormalize, so that '
-    'every gate is 1 and only their own losses train them: choose more experts, or renormalize=False.'
+    'every gate is 1 and only their own losses train them: raise k, or set renormalize=False.'
   )
 
 
