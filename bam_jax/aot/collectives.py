@@ -8,6 +8,7 @@ arrays: of n devices with b bytes each, an all-gather sends (n-1) b, a reduce-sc
 all-reduce twice that, an all-to-all (n-1)/n b, a permute b.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -91,7 +92,7 @@ def _groups(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], ..
   """Groups of devices, in any of the forms of HLO."""
   if pairs := instruction.attribute(r'source_target_pairs=(\{.*?\}\})'):
     return tuple(pair for pair in _lists(pairs) if pair[0] != pair[1])
-  text = instruction.attribute(r'(?s)replica_groups=(.*)')
+  text = instruction.attribute(r'replica_groups=(.*)')
   if text.startswith('{}'):
     return (tuple(range(devices)),)
   if found := _LISTS.match(text):
@@ -102,17 +103,15 @@ def _groups(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], ..
     raise ValueError(f'Replica groups of an unknown form: {text[:80]!r}.')
   # `mesh['a'=2,'b'=4] {'b'}`: along named axes, or `'b':(2)2`, the part of size 2 within b.
   sizes = {name: int(size) for name, size, _, _ in _AXIS.findall(found[1])}
-  ids = _iota(found[2]) if found[2] else np.arange(np.prod([*sizes.values()]))
   along = {name: (before, size) for name, _, before, size in _AXIS.findall(found[3])}
-  shape, inner = [], []
+  shape = []  # of each axis three dimensions: the one in the middle lies within a group
   for name, whole in sizes.items():
     before, size = along.get(name, (whole, 1))
     before, size = int(before or 1), int(size or whole)
-    inner.append(len(shape) + 1)
     shape += [before, size, whole // (before * size)]
-  outer = [dimension for dimension in range(len(shape)) if dimension not in inner]
-  ids = ids.reshape(shape).transpose([*outer, *inner])
-  return _rows(ids.reshape(-1, int(np.prod([shape[dimension] for dimension in inner]))))
+  ids = _iota(found[2]) if found[2] else np.arange(math.prod(shape))
+  ids = np.moveaxis(ids.reshape(shape), range(1, len(shape), 3), range(-len(sizes), 0))
+  return _rows(ids.reshape(-1, math.prod(shape[1::3])))
 
 
 def _lists(text: str) -> tuple[tuple[int, ...], ...]:
@@ -131,6 +130,6 @@ def _iota(text: str) -> np.ndarray:
   found = _IOTA.match(text)
   numbers = lambda text: [int(number) for number in text.split(',')]
   shape, source = numbers(found[1]), numbers(found[3] or found[1])
-  ids = np.arange(np.prod(source)).reshape(source)
+  ids = np.arange(math.prod(source)).reshape(source)
   ids = ids.transpose(numbers(found[4])) if found[4] else ids
   return ids.reshape(shape) if found[2] else ids

@@ -88,15 +88,17 @@ def read(
     even_rows: rows of a grouped product's buffer that are filled at even load; None is all.
     trips: of loops whose trips are an argument, by the `jax.named_scope` around them.
   """
-  reader = _Reader(devices, even_rows, trips or {})
+  reader = _Reader(devices, even_rows, trips or {}, Program([]))
   reader.program.events.extend(reader.computation(hlo.parse(text), 1))
   return reader.program
 
 
+@dataclass(frozen=True)
 class _Reader:
-  def __init__(self, devices: int, even_rows: float | None, trips: Mapping[str, int]):
-    self.devices, self.even_rows, self.trips = devices, even_rows, trips
-    self.program = Program([])
+  devices: int
+  even_rows: float | None
+  trips: Mapping[str, int]
+  program: Program
 
   def computation(self, computation: Computation, times: int) -> Iterator[Event]:
     """The events of a computation that runs `times` times."""
@@ -116,9 +118,9 @@ class _Reader:
           for event in self.computation(x.calls['calls'][0], times):
             yield dataclasses.replace(event, asynchronous=True)
         case _:
-          (flops, size), (collective, beside) = self.cost(x), self.collective(x)
-          if collective or flops or size:
-            yield Event(times, flops, size, collective, beside or x.opcode in COPIES)
+          event = self.kernel(x, times) if x.target == kernels.TARGET else self.event(x, times)
+          if event.collective or event.flops or event.hbm_bytes:
+            yield event
 
   def branch(self, conditional: Instruction, times: int) -> list[Event]:
     """The branch with the most FLOPs, or bytes when none has any.
@@ -136,45 +138,46 @@ class _Reader:
       return min(branches, key=size)
     return max(branches, key=lambda events: (flops(events), size(events)))
 
-  def cost(self, x: Instruction) -> tuple[Mapping[str, float], float]:
-    """FLOPs by kind, those inside a fusion included, and HBM bytes."""
-    if x.target == kernels.TARGET:
-      kernel = kernels.read(x, self.even_rows)
-      if kernel.flops is None and x.name not in self.program.uncounted:
-        self.program.uncounted.append(x.name)
-      return {kernel.kind: kernel.flops} if kernel.flops else {}, kernel.bytes
-    flops = collections.Counter()
-    for part in x.fused if x.opcode == 'fusion' else ():
-      flops.update(self.cost(part)[0])
-    if number := matmul_flops(x):
-      flops['matmul'] += number
-    return flops, hbm_bytes(x)
+  def kernel(self, x: Instruction, times: int) -> Event:
+    kernel = kernels.read(x, self.even_rows)
+    if kernel.flops is None and x.name not in self.program.uncounted:
+      self.program.uncounted.append(x.name)
+    return Event(times, {kernel.kind: kernel.flops} if kernel.flops else {}, kernel.bytes)
 
-  def collective(self, x: Instruction) -> tuple[Collective | None, bool]:
-    """The collective that an instruction starts, and whether others run meanwhile.
+  def event(self, x: Instruction, times: int) -> Event:
+    """What any other instruction costs.
 
     A collective that TPUs run beside several fusions stands in each of them: it is counted in the
     one that starts it.
     """
-    if found := collectives.read(x, self.devices):
-      return found, x.opcode.endswith('-start') or x.opcode == 'send'
-    parts = x.fused if x.opcode == 'fusion' else ()
-    starts = any(part.target == 'AsyncCollectiveStart' for part in parts)
-    for part in parts:
-      found = collectives.read(part, self.devices)
-      if found and (starts or 'async_collective_fusion_config' not in part.attributes):
-        return found, starts
-    return None, False
+    starts = any(part.target == 'AsyncCollectiveStart' for part in x.fused)
+    beside = 'async_collective_fusion_config'
+    parts = [x, *(part for part in x.fused if starts or beside not in part.attributes)]
+    found = (collectives.read(part, self.devices) for part in parts)
+    collective = next(filter(None, found), None)
+    starts |= x.opcode.endswith('-start') or x.opcode == 'send'
+    flops = matmul_flops(x)
+    return Event(
+      times,
+      {'matmul': flops} if flops else {},
+      hbm_bytes(x),
+      collective,
+      asynchronous=x.opcode in COPIES or bool(collective and starts),
+    )
 
 
-def matmul_flops(instruction: Instruction) -> int:
-  """Of a dot, or of a convolution, as which TPUs compute dots; 0 for all else."""
-  if instruction.opcode == 'dot':
-    contracted = instruction.attribute(r'lhs_contracting_dims=\{([\d,]*)\}')
-    dims = instruction.operands[0].arrays[0].dims
-    depth = math.prod(dims[int(dimension)] for dimension in contracted.split(',') if dimension)
-    return 2 * instruction.arrays[0].size * depth
-  return _convolution_flops(instruction) if instruction.opcode == 'convolution' else 0
+def matmul_flops(x: Instruction) -> int:
+  """Of a dot, or of a convolution, as which TPUs compute dots, alone or in a fusion."""
+  match x.opcode:
+    case 'fusion':
+      return sum(map(matmul_flops, x.fused))
+    case 'convolution':
+      return _convolution_flops(x)
+    case 'dot':
+      dims = x.operands[0].arrays[0].dims
+      contracted = re.findall(r'\d+', x.attribute(r'lhs_contracting_dims=\{([\d,]*)\}'))
+      return 2 * x.arrays[0].size * math.prod(dims[int(number)] for number in contracted)
+  return 0
 
 
 def _convolution_flops(convolution: Instruction) -> int:
@@ -201,33 +204,35 @@ def _convolution_flops(convolution: Instruction) -> int:
   return 2 * terms
 
 
-def hbm_bytes(instruction: Instruction) -> int:
+def hbm_bytes(x: Instruction) -> int:
   """Bytes between HBM and the chip; those of loops, calls and kernels are left to others."""
-  opcode = instruction.opcode
-  if opcode in FREE or opcode.endswith(('-done', '-update')) or instruction.target in FREE_TARGETS:
+  if x.opcode in FREE or x.opcode.endswith(('-done', '-update')) or x.target in FREE_TARGETS:
     return 0
-  if opcode in COPIES:
-    moved = instruction.arrays[0 if opcode == 'copy-start' else 1]
-    ends = moved.memory_space, instruction.operands[0].arrays[0].memory_space
+  if x.opcode in COPIES:
+    moved = x.arrays[0 if x.opcode == 'copy-start' else 1]
+    ends = moved.memory_space, x.operands[0].arrays[0].memory_space
     return moved.bytes * ends.count(HBM)
   read = sum(
-    _read(instruction, number)
-    for number, operand in enumerate(instruction.operands)
+    _read(x, number)
+    for number, operand in enumerate(x.operands)
     if operand.arrays and operand.arrays[0].memory_space == HBM
   )
-  written = zip(instruction.arrays, _written(instruction))
+  written = zip(x.arrays, _written(x))
   return read + sum(size for array, size in written if array.memory_space == HBM)
 
 
 def _read(reader: Instruction, number: int) -> int:
   """Bytes that an instruction reads of one operand."""
   whole = reader.operands[number].bytes
-  if reader.opcode == 'fusion':
-    parameters = [x for x in reader.fused if x.opcode == 'parameter']
-    return _read_inside(next(x for x in parameters if x.literal == str(number)))
-  if reader.opcode in ('slice', 'dynamic-slice', 'gather') and number == 0:
-    return min(reader.bytes, whole)
-  return 0 if reader.opcode in ('dynamic-update-slice', 'scatter') and number == 0 else whole
+  match reader.opcode:
+    case 'fusion':
+      parameters = (x for x in reader.fused if x.opcode == 'parameter')
+      return _read_inside(next(x for x in parameters if x.literal == str(number)))
+    case 'slice' | 'dynamic-slice' | 'gather' if number == 0:
+      return min(reader.bytes, whole)
+    case 'dynamic-update-slice' | 'scatter' if number == 0:
+      return 0
+  return whole
 
 
 def _read_inside(value: Instruction) -> int:
@@ -235,10 +240,10 @@ def _read_inside(value: Instruction) -> int:
   total, whole = 0, value.bytes
   for user in value.users:
     if user.opcode in PASSED_ON and not user.is_root:
-      total += min(_read_inside(user), whole)
+      total += _read_inside(user)
     elif user.opcode != 'tuple' and not _is_asynchronous(user):
       numbers = [n for n, operand in enumerate(user.operands) if operand is value]
-      total += sum(min(_read(user, number), whole) for number in numbers)
+      total += sum(_read(user, number) for number in numbers)
   return min(total, whole)
 
 
@@ -247,20 +252,16 @@ def _is_asynchronous(x: Instruction) -> bool:
   return x.target in FREE_TARGETS or 'replica_groups=' in x.attributes
 
 
-def _written(writer: Instruction) -> list[int]:
-  """Bytes that an instruction writes of each array of its result."""
-  if writer.opcode == 'fusion':
-    return _written_inside(hlo.root(writer.calls['calls'][0]))
-  if writer.opcode in ('dynamic-update-slice', 'scatter'):
-    return [writer.operands[1 if writer.opcode == 'dynamic-update-slice' else -1].bytes]
-  return [array.bytes for array in writer.arrays]
-
-
-def _written_inside(value: Instruction) -> list[int]:
-  """Bytes that a fusion writes of the arrays of its result, or of one element of it."""
-  if value.opcode == 'tuple':
-    return [size for operand in value.operands for size in _written_inside(operand)]
-  if value.opcode in ('bitcast', 'reshape'):
-    return _written_inside(value.operands[0])
-  in_place = value.opcode == 'parameter' and not value.is_root
-  return [0] * len(value.arrays) if in_place or _is_asynchronous(value) else _written(value)
+def _written(x: Instruction, fused: bool = False) -> list[int]:
+  """Bytes that an instruction writes of each array of its result, or of its fusion's."""
+  if x.opcode == 'fusion':
+    return _written(hlo.root(x.calls['calls'][0]), fused=True)
+  if x.opcode in ('dynamic-update-slice', 'scatter'):
+    return [x.operands[1 if x.opcode == 'dynamic-update-slice' else -1].bytes]
+  if x.opcode == 'tuple':
+    return [size for operand in x.operands for size in _written(operand, fused)]
+  if fused and x.opcode in ('bitcast', 'reshape'):
+    return _written(x.operands[0], fused)
+  in_place = x.opcode == 'parameter' and not x.is_root
+  is_free = fused and (in_place or _is_asynchronous(x))
+  return [0 if is_free else array.bytes for array in x.arrays]

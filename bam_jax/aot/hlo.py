@@ -12,9 +12,11 @@ BITS = {'pred': 8, 'token': 0, 'opaque': 0}  # others have them in their name: b
 HBM = 0  # a memory space; others are on the chip (1 is VMEM) or the host's (5)
 
 _ARRAY = re.compile(r'([a-z]+\d*[a-z0-9]*)\[([\d,<= ]*)\](?:\{[^}]*?S\((\d+)\)[^}]*\})?')
-_COMMENT = re.compile(r'/\*.*?\*/')
-_INSTRUCTION = re.compile(r'\s+(ROOT )?%([\w.\-]+) = ')
-_COMPUTATION = re.compile(r'(ENTRY )?%([\w.\-]+) \(.*\{$')
+_COMPUTATION = re.compile(
+  r'^(ENTRY )?%([\w.\-]+) \([^\n]*\{\n(.*?)^\}[^}\n]*$', re.MULTILINE | re.DOTALL
+)
+_STATEMENT = re.compile(r'\s+(ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\(')
+_NEXT = re.compile(r'\n(?=\s+(?:ROOT )?%[\w.\-]+ = )')
 _NAME = re.compile(r'%([\w.\-]+)')
 _CALLS = re.compile(
   r'\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation)='
@@ -73,8 +75,8 @@ class Instruction:
 
   @property
   def fused(self) -> list['Instruction']:
-    """The instructions of the computation that a fusion or an async-start calls."""
-    return list(self.calls['calls'][0].values())
+    """The instructions inside a fusion; empty for other instructions."""
+    return list(self.calls['calls'][0].values()) if self.opcode == 'fusion' else []
 
   def attribute(self, pattern: str) -> str:
     """The first group of a pattern in the attributes; empty without a match."""
@@ -90,67 +92,49 @@ def root(computation: Computation) -> Instruction:
 
 
 def parse(text: str) -> Computation:
-  """The entry computation of a module; ValueError when there is none in the text."""
+  """The entry computation of a module, in whose text a computation comes before its callers."""
   computations: dict[str, Computation] = {}
-  entry, name, statements = '', '', []
-  for line in text.splitlines():
-    if found := _COMPUTATION.match(line):
-      name, statements = found[2], []
-      entry = name if found[1] else entry
-    elif line == '}' and name:
-      computations[name] = computation = {}
-      for statement in statements:
-        instruction = _instruction(statement, computation, computations)
-        computation[instruction.name] = instruction
-      name = ''
-    elif name and _INSTRUCTION.match(line):
-      statements.append(line)
-    elif name:
-      statements[-1] += line  # attributes of kernels may contain line breaks
-  if not entry:
-    raise ValueError('No ENTRY computation: this is not the text of an HLO module.')
-  return computations[entry]
+  for is_entry, name, body in _COMPUTATION.findall(text):
+    computations[name] = computation = {}
+    for statement in _NEXT.split(body):
+      # Attributes of kernels may contain line breaks, long tuples comments with the index.
+      statement = re.sub(r'/\*.*?\*/|\n', '', statement)
+      instruction = _instruction(statement, computation, computations)
+      computation[instruction.name] = instruction
+    if is_entry:
+      entry = computation
+  return entry
 
 
 def _instruction(
   statement: str, earlier: Computation, computations: dict[str, Computation]
 ) -> Instruction:
-  """Refers to earlier instructions, and to computations that were printed before."""
-  found = _INSTRUCTION.match(statement)
-  rest = _COMMENT.sub('', statement[found.end() :])
-  end = _closing(rest) if rest.startswith('(') else rest.index(' ')
-  shape, rest = rest[:end], rest[end:].lstrip()
-  start = rest.index('(')
-  end = start + _closing(rest[start:])
-  literal, attributes = rest[start + 1 : end - 1], rest[end:]
+  found = _STATEMENT.match(statement)
+  is_root, name, shape, opcode = found.groups()
+  end = _closing(statement, found.end())
+  literal, attributes = statement[found.end() : end], statement[end + 1 :]
   calls = {
     key: [computations[called] for called in _NAME.findall(names) if called in computations]
     for key, names in _CALLS.findall(attributes)
   }
-  operands = [] if rest.startswith('constant(') else [earlier[x] for x in _NAME.findall(literal)]
-  made = Instruction(
-    found[2], rest[:start], arrays(shape), operands, literal, attributes, calls, bool(found[1])
-  )
+  operands = [] if opcode == 'constant' else [earlier[x] for x in _NAME.findall(literal)]
+  arrays = [
+    Array(dtype, tuple(int(n.strip(' <=')) for n in dims.split(',') if n), int(space or HBM))
+    for dtype, dims, space in _ARRAY.findall(shape)
+  ]
+  made = Instruction(name, opcode, arrays, operands, literal, attributes, calls, bool(is_root))
   for operand in dict.fromkeys(operands):
     operand.users.append(made)
   return made
 
 
-def arrays(text: str) -> list[Array]:
-  """The arrays of a shape's text, in order; those of tuples flattened."""
-  return [
-    Array(dtype, tuple(int(n.strip(' <=')) for n in dims.split(',') if n), int(space or HBM))
-    for dtype, dims, space in _ARRAY.findall(text)
-  ]
-
-
-def _closing(text: str) -> int:
-  """The position after the parenthesis that closes the first one."""
-  depth = 0
-  for position, character in enumerate(text):
-    depth += (character == '(') - (character == ')')
+def _closing(text: str, start: int) -> int:
+  """The position of the parenthesis that closes the one before `start`."""
+  depth = 1
+  for found in re.finditer('[()]', text[start:]):
+    depth += 1 if found[0] == '(' else -1
     if not depth:
-      return position + 1
+      return start + found.start()
   raise ValueError(f'Unbalanced parentheses in {text[:80]!r}.')
 
 
