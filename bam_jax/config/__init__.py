@@ -6,7 +6,14 @@ contradict each other.
 """
 
 # ruff: noqa: F401, I001
-from bam_jax.config.model import AttentionExperts, Compute, FFNExperts, Model
+from bam_jax.config.model import (
+  AttentionExperts,
+  Compute,
+  FFNExperts,
+  LayerKind,
+  Model,
+  RopeScaling,
+)
 from bam_jax.config.recipe import (
   complete, parents, parse, Data, Evaluation, FromCheckpoint, FromRun, FromUpcycle, Guard, Init,
   Intervals, Loss, Mesh, Optimizer, Prepare, Recipe, Run, Schedule, Watch,

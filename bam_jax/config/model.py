@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from bam_jax.config.strict import Count, NonNegative, Positive, PositiveInt, Section, Size
 
@@ -43,8 +43,39 @@ class FFNExperts(_Experts):
 
 
 @dataclass(frozen=True)
+class RopeScaling(Section):
+  """Rotary frequencies for texts longer than those of pre-training, as in transformers."""
+
+  kind: Literal['linear', 'llama3', 'yarn']
+  factor: Positive
+  original_length: Count = 0  # tokens of a text in pre-training, for llama3 and yarn
+  low: Positive = 1.0  # llama3: below so many turns in a text of that length, divided by the factor
+  high: Positive = 4.0  # and above so many unchanged
+  beta_fast: Positive = 32.0  # yarn: the same two bounds
+  beta_slow: Positive = 1.0
+  attention_factor: NonNegative = 0.0  # yarn: of sine and cosine; 0: 0.1 ln(factor) + 1
+
+  def check(self):
+    needs = self.kind != 'linear' and not self.original_length
+    self.require(not needs, f'kind={self.kind!r} requires original_length.')
+    ordered = self.low < self.high and self.beta_slow < self.beta_fast
+    self.require(ordered, 'low must be below high, and beta_slow below beta_fast.')
+
+
+class LayerKind(NamedTuple):
+  """What may differ between a model's layers, beside their parameters."""
+
+  window: int  # tokens that a token sees, itself included; 0: all before it
+  theta: float  # of RoPE; 0: no rotation
+  scaling: RopeScaling | None
+
+
+@dataclass(frozen=True)
 class Model(Section):
-  """The decoder-only transformer with parallel blocks; dense without the two experts' sections."""
+  """A decoder-only transformer; dense without the two experts' sections.
+
+  The defaults are the paper's model: one LayerNorm, then attention and SwiGLU side by side.
+  """
 
   vocab_size: Size  # V
   d_model: Size  # D
@@ -56,7 +87,24 @@ class Model(Section):
   tied_embeddings: bool = True  # the output embedding is the input embedding
   rope_theta: Positive = 10_000.0
   norm_epsilon: Positive = 1e-5
-  qk_norm: bool = False  # LayerNorm of each head's query and key before RoPE, with a scale
+  # 'sequential': the FFN reads the residual stream after attention, through a norm of its own.
+  block: Literal['parallel', 'sequential'] = 'parallel'
+  norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # with a scale and no bias
+  norm_place: Literal['pre', 'post'] = 'pre'  # on a part's input, or on its output before the sum
+  # Norm of queries and keys before RoPE: a LayerNorm of each head with a scale for each (HK), an
+  # RMSNorm of each head with one scale for all (K), or an RMSNorm over all heads (HK).
+  qk_norm: Literal['none', 'head_layernorm', 'head_rms', 'all_rms'] = 'none'
+  biases: Literal['none', 'qkv', 'attention'] = 'none'  # 'attention': of q, k, v and out
+  rotary_layout: Literal['interleaved', 'half'] = 'interleaved'  # pairs (2i, 2i+1), or (i, i+R)
+  rotary_dim: Count = 0  # channels of a head that are rotated, the first ones; 0: all
+  rope_scaling: RopeScaling | None = None
+  layer_types: tuple[Literal['full', 'sliding'], ...] = ()  # of each layer; () is 'full' for all
+  window: Count = 0  # tokens that a token of a sliding layer sees, itself included
+  window_rope_theta: NonNegative = 0.0  # of sliding layers, then unscaled; 0: as in others
+  nope_layers: tuple[int, ...] = ()  # numbers of layers without rotation
+  attention_scale: NonNegative = 0.0  # factor of the scores; 0: 1 / sqrt(K)
+  embedding_scale: Positive = 1.0  # factor of the embedding
+  residual_scale: Positive = 1.0  # factor of each part's output
   logit_scale: Positive = 1.0  # factor of the logits
   attention_experts: AttentionExperts | None = None
   ffn_experts: FFNExperts | None = None
@@ -66,6 +114,31 @@ class Model(Section):
     fits = num_heads % num_kv_heads == 0
     self.require(fits, f'{num_heads=} is not a multiple of {num_kv_heads=}.')
     self.require(self.head_dim % 2 == 0, f'head_dim={self.head_dim} is odd: RoPE rotates pairs.')
+    sequential = self.block == 'sequential' or self.norm_place == 'pre'
+    self.require(sequential, "norm_place='post' requires block='sequential'.")
+    rotary_dim, layers, L = self.rotary_dim, self.layer_types, self.num_layers
+    fits = rotary_dim <= self.head_dim and rotary_dim % 2 == 0
+    self.require(fits, f'{rotary_dim=} is odd or above head_dim={self.head_dim}.')
+    wrong = f'layer_types has {len(layers)} entries for num_layers={L}.'
+    self.require(len(layers) in (0, L), wrong)
+    fits = ('sliding' in layers) == bool(self.window)
+    self.require(
+      fits, f'window={self.window} must be set if layer_types has sliding, and only then.'
+    )
+    known = all(0 <= layer < L for layer in self.nope_layers)
+    self.require(known, f'nope_layers={list(self.nope_layers)} has a number that is not a layer.')
+
+  def layer_kinds(self) -> tuple[LayerKind, ...]:
+    """The kind of every layer."""
+    kinds = []
+    for number, layer in enumerate(self.layer_types or ('full',) * self.num_layers):
+      sliding, theta, scaling = layer == 'sliding', self.rope_theta, self.rope_scaling
+      if sliding and self.window_rope_theta:
+        theta, scaling = self.window_rope_theta, None
+      if number in self.nope_layers:
+        theta, scaling = 0.0, None
+      kinds.append(LayerKind(self.window if sliding else 0, theta, scaling))
+    return tuple(kinds)
 
   def dense(self) -> 'Model':
     """The same model without experts."""

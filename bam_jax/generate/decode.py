@@ -133,13 +133,16 @@ class Decoder:
     cached = dict(start=start, first_B=first_B)
     here = rope.metadata(segments_BT, positions_BT, self.model, self.dtype, **cached)
     x_BTD = vocabulary.embed(self.layout, params['embed']['table'], tokens_BT, self.dtype)
+    x_BTD *= jnp.asarray(self.model.embedding_scale, x_BTD.dtype)
     updated = []
     # Not a scan: it would copy each layer's slice of the weights, and of the cache, before use.
-    for weights, caches in zip(params['blocks'], cache):
-      x_BTD, _, caches = nnx.merge(self._graph, weights)(x_BTD, here, here, caches)
+    kinds = rope.kind_of_layer(self.model)
+    for weights, caches, kind in zip(params['blocks'], cache, kinds, strict=True):
+      tokens = here.at_layer(kind)
+      x_BTD, _, caches = nnx.merge(self._graph, weights)(x_BTD, tokens, tokens, caches)
       updated.append(caches)
-    scale = params['final_norm']['scale']
-    hidden_BD = norm.layer_norm(x_BTD[:, -1], scale, self.model.norm_epsilon)
+    final_norm, scale = norm.NORMS[self.model.norm], params['final_norm']['scale']
+    hidden_BD = final_norm(x_BTD[:, -1], scale, self.model.norm_epsilon)
     logits_BW = self.network.logits(params, hidden_BD)
     return self.layout.concatenate(logits_BW, 'tensor', 'expert', dimension=1), updated
 

@@ -61,16 +61,26 @@ def active_parts(model: config.Model) -> Parts:
 def _parts(model: config.Model, queries: int, ffns: int) -> Parts:
   """Parameters with so many experts' queries and outputs, and so many FFN experts."""
   L, D, K = model.num_layers, model.d_model, model.head_dim
-  ffn = model.ffn_experts
-  heads = queries * model.num_heads + _key_values(model) * model.num_kv_heads
-  biases = ffn.num_experts if ffn and ffn.expert_bias else 0
+  H, G, kv, ffn = model.num_heads, model.num_kv_heads, _key_values(model), model.ffn_experts
+  scales = {'none': 0, 'head_rms': (queries + kv) * K}.get(
+    model.qk_norm, (queries * H + kv * G) * K
+  )
+  biases = (queries * H + 2 * kv * G) * K if model.biases != 'none' else 0
+  biases += queries * D if model.biases == 'attention' else 0
+  norms = 1 + (model.block == 'sequential')  # of the residual stream, in a layer
   return Parts(
     embeddings=model.vocab_size * D * (1 if model.tied_embeddings else 2),
-    norms=(L + 1) * D + (L * heads * K if model.qk_norm else 0),
-    attention=L * 2 * D * heads * K,
+    norms=(L * norms + 1) * D + L * scales,
+    attention=_attention_matrices(model, queries) + L * biases,
     ffn=L * ffns * 3 * D * model.ffn_dim,
-    routers=L * (D * _router_columns(model) + biases),
+    routers=L * (D * _router_columns(model) + (ffn.num_experts if ffn and ffn.expert_bias else 0)),
   )
+
+
+def _attention_matrices(model: config.Model, queries: int) -> int:
+  """Numbers in the projections of attention, with so many experts' queries and outputs."""
+  heads = queries * model.num_heads + _key_values(model) * model.num_kv_heads
+  return model.num_layers * 2 * model.d_model * heads * model.head_dim
 
 
 def forward_flops(model: config.Model, context: int) -> int:
@@ -81,16 +91,19 @@ def forward_flops(model: config.Model, context: int) -> int:
 def forward_parts(model: config.Model, context: int) -> Parts:
   """FLOPs of one token's forward pass by part, 2 for a multiply and add; paper tables 7 and 10.
 
-  A token sees half of `context` on average. Matrix products only: norms, activations, the softmax
+  A token sees half of `context` on average, in a sliding layer of `window` w the tokens
+  w - w^2 / (2 context). Matrix products only: norms, activations, the softmax
   and the embedding's look-up are free, so that `embeddings` is the output embedding alone. What is
   computed for padding, masked scores or experts that routing leaves out is not part of the model.
   """
-  met = active_parts(model)
-  scores_and_sum = 2 * context * model.num_heads * model.head_dim  # 4 of them, and the causal half
+  queries = _queries_met(model)
+  # Scores and sums are 4 FLOPs for each channel of a head and token seen: twice these on average.
+  seen = [2 * w - w * w // context if 0 < w < context else context for w in _windows(model)]
   return Parts(
     embeddings=2 * model.d_model * model.vocab_size,
-    attention=2 * met.attention + model.num_layers * _queries_met(model) * scores_and_sum,
-    ffn=2 * met.ffn,
+    attention=2 * _attention_matrices(model, queries)
+    + sum(2 * queries * model.num_heads * model.head_dim * tokens for tokens in seen),
+    ffn=2 * active_parts(model).ffn,
     routers=2 * model.num_layers * model.d_model * _router_columns(model),
   )
 
@@ -114,6 +127,10 @@ def cache_bytes(model: config.Model, dtype: str) -> int:
   """Bytes of keys and values, of this dtype, that decoding keeps of one token in all layers."""
   numbers = 2 * model.num_kv_heads * model.head_dim * jnp.dtype(dtype).itemsize
   return model.num_layers * _key_values(model) * numbers
+
+
+def _windows(model: config.Model) -> list[int]:
+  return [kind.window for kind in model.layer_kinds()]
 
 
 def _queries_met(model: config.Model) -> int:

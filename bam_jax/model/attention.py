@@ -3,6 +3,7 @@
 Legend: B batch, T and S sequence, D model, H query heads, G key-value heads, K head, E experts.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -11,11 +12,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from bam_jax import config
-from bam_jax.model import parameters, remat, router
+from bam_jax.model import parameters, remat, rope, router
 from bam_jax.model.kernels import attention as kernels
 from bam_jax.model.kernels import cached
 from bam_jax.model.kernels.cached import KVCache
-from bam_jax.model.norm import layer_norm
+from bam_jax.model.norm import layer_norm, rms_norm
 from bam_jax.model.rope import Tokens, apply_rope
 from bam_jax.parallel.collectives import Layout
 
@@ -26,13 +27,14 @@ class Attention(nnx.Module):
   def __init__(self, model: config.Model, layout: Layout, *, rngs: nnx.Rngs):
     """Parameters of all the layers: `query` L[E]DHK, `key` and `value` L[E]DGK, `out` L[E]HKD.
 
-    With experts `router` LDE too, with norms of heads `query_scale` L[E]HK and `key_scale` L[E]GK.
+    With experts `router` LDE too; with a norm of queries and keys `query_scale` L[E]HK and
+    `key_scale` L[E]GK, or `query_shared_scale` and `key_shared_scale` L[E]K for all heads; biases
+    `query_bias` L[E]HK, `key_bias` and `value_bias` L[E]GK, `out_bias` L[E]D.
     """
     L, D, K = model.num_layers, model.d_model, model.head_dim
     H, G = model.num_heads, model.num_kv_heads
     self.options = options = model.attention_experts
-    self.layout = layout
-    self.qk_norm, self.epsilon = model.qk_norm, model.norm_epsilon
+    self.model, self.layout, self.kinds = model, layout, tuple(rope.kinds(model))
     E = (options.num_experts,) if options else ()
     E_kv = () if options and options.shared_kv else E
     self.query = parameters.normal(rngs, (L, *E, D, H, K), D)
@@ -41,9 +43,18 @@ class Attention(nnx.Module):
     self.out = parameters.normal(rngs, (L, *E, H, K, D), H * K, (2 * L) ** -0.5)
     if options:
       self.router = parameters.normal(rngs, (L, D, *E), D)
-    if model.qk_norm:
+    if model.qk_norm == 'head_rms':
+      self.query_shared_scale = parameters.full((L, *E, K), 1)
+      self.key_shared_scale = parameters.full((L, *E_kv, K), 1)
+    elif model.qk_norm != 'none':
       self.query_scale = parameters.full((L, *E, H, K), 1)
       self.key_scale = parameters.full((L, *E_kv, G, K), 1)
+    if model.biases != 'none':
+      self.query_bias = parameters.full((L, *E, H, K), 0)
+      self.key_bias = parameters.full((L, *E_kv, G, K), 0)
+      self.value_bias = parameters.full((L, *E_kv, G, K), 0)
+    if model.biases == 'attention':
+      self.out_bias = parameters.full((L, *E, D), 0)
 
   def __call__(
     self, y_BTD: jax.Array, tokens: Tokens, caches: Sequence[KVCache] | None = None
@@ -57,15 +68,19 @@ class Attention(nnx.Module):
     key, value = self.keys_and_values(y_BTD, ..., tokens)
     cache = caches[0].update(key, value, tokens.start) if caches else None
     heads_BTHK = self.heads(y_BTD, ..., key, value, tokens, cache)
-    return jnp.einsum('bthk,hkd->btd', heads_BTHK, self.out[...]), None, caches and [cache]
+    output_BTD = jnp.einsum('bthk,hkd->btd', heads_BTHK, self.out[...])
+    if self.model.biases == 'attention':
+      output_BTD += self.layout.once(self.out_bias[...], 'tensor')
+    return output_BTD, None, caches and [cache]
 
   def keys_and_values(self, y_BTD: jax.Array, expert, tokens: Tokens):
     """Rotated keys and values, both BTGK, of one expert; `...` stands for all there is."""
     key_BTGK = jnp.einsum('btd,dgk->btgk', y_BTD, self.key[expert])
-    if self.qk_norm:
-      key_BTGK = self.head_norm(key_BTGK, self.key_scale[expert])
-    key_BTGK = _rotate(key_BTGK, tokens)
     value_BTGK = jnp.einsum('btd,dgk->btgk', y_BTD, self.value[expert])
+    if self.model.biases != 'none':
+      key_BTGK, value_BTGK = key_BTGK + self.key_bias[expert], value_BTGK + self.value_bias[expert]
+    key_BTGK = self.normalize_heads(key_BTGK, 'key', expert, self.model.num_kv_heads)
+    key_BTGK = self.rotate(key_BTGK, tokens)
     name = remat.KEY_VALUE
     return checkpoint_name(key_BTGK, name), checkpoint_name(value_BTGK, name)
 
@@ -73,18 +88,47 @@ class Attention(nnx.Module):
     self, y_BTD: jax.Array, expert, key_BTGK, value_BTGK, tokens: Tokens, cache: KVCache | None
   ) -> jax.Array:
     """What the heads of one expert read from keys and values, BTHK."""
+    model = self.model
     query_BTHK = jnp.einsum('btd,dhk->bthk', y_BTD, self.query[expert])
-    if self.qk_norm:
-      query_BTHK = self.head_norm(query_BTHK, self.query_scale[expert])
-    query_BTHK = checkpoint_name(_rotate(query_BTHK, tokens), remat.QUERY)
-    if cache is not None:
-      return cached.attention(query_BTHK, cache, tokens.first_B, tokens.start)
-    platform = self.layout.platform
-    return kernels.attention(query_BTHK, key_BTGK, value_BTGK, tokens.segments_BT, platform)
+    if model.biases != 'none':
+      query_BTHK += self.query_bias[expert]
+    query_BTHK = self.normalize_heads(query_BTHK, 'query', expert, model.num_heads)
+    query_BTHK = self.rotate(query_BTHK, tokens)
+    if model.attention_scale:  # kernels divide by the root of K
+      query_BTHK *= jnp.asarray(model.attention_scale * model.head_dim**0.5, query_BTHK.dtype)
+    query_BTHK = checkpoint_name(query_BTHK, remat.QUERY)
 
-  def head_norm(self, x_BTHK: jax.Array, scale_HK: jax.Array) -> jax.Array:
-    """Layer normalisation of each head."""
-    return layer_norm(x_BTHK, scale_HK, self.epsilon).astype(x_BTHK.dtype)
+    def attend(window: int) -> jax.Array:
+      if cache is not None:
+        return cached.attention(query_BTHK, cache, tokens.first_B, tokens.start, window)
+      arrays = query_BTHK, key_BTGK, value_BTGK, tokens.segments_BT
+      return kernels.attention(*arrays, self.layout.platform, window)
+
+    windows = [kind.window for kind in self.kinds]
+    if len(set(windows)) == 1 or isinstance(tokens.kind, int):
+      return attend(windows[tokens.kind if isinstance(tokens.kind, int) else 0])
+    return jax.lax.switch(tokens.kind, [functools.partial(attend, window) for window in windows])
+
+  def normalize_heads(self, x_BTHK: jax.Array, which: str, expert, num_heads: int) -> jax.Array:
+    """The norm of `which`, 'query' or 'key', with `num_heads` heads on all devices together."""
+    kind, epsilon = self.model.qk_norm, self.model.norm_epsilon
+    if kind == 'none':
+      return x_BTHK
+    name = f'{which}_shared_scale' if kind == 'head_rms' else f'{which}_scale'
+    scale = getattr(self, name)[expert]
+    if kind == 'all_rms':
+      normed_BTHK = rms_norm_of_heads(self.layout, x_BTHK, scale, epsilon, num_heads)
+    else:
+      norm = layer_norm if kind == 'head_layernorm' else rms_norm
+      normed_BTHK = norm(x_BTHK, scale, epsilon)
+    return normed_BTHK.astype(x_BTHK.dtype)
+
+  def rotate(self, x_BTHK: jax.Array, tokens: Tokens) -> jax.Array:
+    """RoPE of queries or keys."""
+    if tokens.start is not None:
+      # Else XLA for TPU rearranges the weights into pairs, in a copy, for the few rows of a decode.
+      x_BTHK = jax.lax.optimization_barrier(x_BTHK)
+    return apply_rope(x_BTHK, tokens, self.model.rotary_layout)
 
 
 class MixtureOfAttention(Attention):
@@ -116,12 +160,18 @@ class MixtureOfAttention(Attention):
       heads_BTHK = self.heads(y_BTD, expert, key, value, tokens, cache)
       heads_BTHK = heads_BTHK * weights_BTE[:, :, expert, None, None]
       output_BTD += jnp.einsum('bthk,hkd->btd', heads_BTHK, self.out[expert])
+      if self.model.biases == 'attention':
+        bias_D = self.layout.once(self.out_bias[expert], 'tensor')
+        output_BTD += weights_BTE[:, :, expert, None] * bias_D
     choices = router.Choices(gates_BTE, logits_BTE, chosen_BTE, jnp.zeros((), jnp.int32))
     return output_BTD, choices, caches and updated
 
 
-def _rotate(x_BTHK: jax.Array, tokens: Tokens) -> jax.Array:
-  if tokens.start is not None:
-    # Else XLA for TPU rearranges the weights into pairs, in a copy, for the few rows of a decode.
-    x_BTHK = jax.lax.optimization_barrier(x_BTHK)
-  return apply_rope(x_BTHK, tokens)
+def rms_norm_of_heads(
+  layout: Layout, x_BTHK: jax.Array, scale_HK: jax.Array, epsilon: float, num_heads: int
+) -> jax.Array:
+  """RMSNorm over all heads together, which `tensor` may cut; float32."""
+  x_BTHK = x_BTHK.astype(jnp.promote_types(x_BTHK.dtype, jnp.float32))
+  sum_BT11 = layout.sum(jnp.sum(x_BTHK**2, (-2, -1), keepdims=True), 'tensor')
+  mean_BT11 = sum_BT11 / (num_heads * x_BTHK.shape[-1])
+  return x_BTHK * jax.lax.rsqrt(mean_BT11 + epsilon) * scale_HK

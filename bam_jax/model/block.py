@@ -1,14 +1,15 @@
-"""The parallel block of every variant: `y = norm(x); x + attention(y) + ffn(y)`."""
+"""One layer: `y = norm(x); x + attention(y) + ffn(y)`, or attention and FFN one after the other."""
 
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from bam_jax import config
 from bam_jax.model.attention import Attention, MixtureOfAttention
 from bam_jax.model.ffn import FFN, MixtureOfFFN
-from bam_jax.model.norm import LayerNorm
+from bam_jax.model.norm import Norm
 from bam_jax.model.rope import Tokens
 from bam_jax.model.router import Choices, Statistics
 from bam_jax.parallel.collectives import Layout
@@ -22,11 +23,12 @@ class Routing(NamedTuple):
 
 
 class Block(nnx.Module):
-  """One norm, then attention and FFN side by side, each of them dense or a mixture of experts.
+  """Attention and FFN, each of them dense or a mixture of experts, and their norms.
 
   An `expert` group is the devices that share one set of experts. Each device computes dense parts
-  for its own tokens, and its experts' parts for the tokens of the whole group: these are gathered
-  once, and the sum of what the experts made is reduced once, to the tokens' owners.
+  for its own tokens, and its experts' parts for the tokens of the whole group: these are gathered,
+  and the sum of what the experts made is reduced to the tokens' owners. A parallel block does both
+  once, a sequential one for each part.
   """
 
   def __init__(
@@ -36,9 +38,14 @@ class Block(nnx.Module):
 
     `decoding` says that few tokens come at a time, so that reading weights takes the time.
     """
-    self.layout = layout
-    self.attention_experts, self.ffn_experts = model.attention_experts, model.ffn_experts
-    self.norm = LayerNorm((model.num_layers, model.d_model), model.norm_epsilon)
+    self.model, self.layout = model, layout
+    norm = lambda: Norm((model.num_layers, model.d_model), model.norm, model.norm_epsilon)
+    if model.norm_place == 'post':
+      self.attention_out_norm, self.ffn_out_norm = norm(), norm()
+    else:
+      self.norm = norm()
+      if model.block == 'sequential':
+        self.ffn_norm = norm()
     if model.attention_experts:
       self.attention = MixtureOfAttention(model, layout, rngs=rngs)
     else:
@@ -62,20 +69,23 @@ class Block(nnx.Module):
     Returns:
       The residual stream, what the routers chose for the group's tokens, and the caches.
     """
+    if self.model.block == 'sequential':
+      return self.sequential(x_BTD, tokens, group, caches)
     # x is gathered, not norm(x): it is in the compute dtype already, and so routers see the norm's
     # float32 result whether or not there is a mesh.
     gather, reduce = self.layout.gather_tokens, self.layout.reduce_tokens
-    if not self.attention_experts and not self.ffn_experts:  # dense
+    attention_experts, ffn_experts = self.model.attention_experts, self.model.ffn_experts
+    if not attention_experts and not ffn_experts:  # dense
       y_BTD = self.norm(x_BTD)
       attended_BTD, attention_choices, caches = self.attention(y_BTD, tokens, caches)
       fed_BTD, ffn_choices = self.ffn(y_BTD, tokens)
       added_BTD = attended_BTD + fed_BTD
-    elif self.attention_experts and self.ffn_experts:  # BAM: gather once, reduce once
+    elif attention_experts and ffn_experts:  # BAM: gather once, reduce once
       y_BTD = self.norm(gather(x_BTD))
       attended_BTD, attention_choices, caches = self.attention(y_BTD, group, caches)
       fed_BTD, ffn_choices = self.ffn(y_BTD, group)
       added_BTD = reduce(attended_BTD + fed_BTD)
-    elif self.ffn_experts:  # BTX
+    elif ffn_experts:  # BTX
       attended_BTD, attention_choices, caches = self.attention(self.norm(x_BTD), tokens, caches)
       fed_BTD, ffn_choices = self.ffn(self.norm(gather(x_BTD)), group)
       added_BTD = attended_BTD + reduce(fed_BTD)
@@ -86,3 +96,28 @@ class Block(nnx.Module):
       added_BTD = fed_BTD + reduce(attended_BTD)
     x_BTD = x_BTD + self.layout.sum(added_BTD, 'tensor')
     return x_BTD, Routing(attention_choices, ffn_choices), caches
+
+  def sequential(self, x_BTD, tokens: Tokens, group: Tokens, caches: list | None):
+    """`x' = x + attention(norm(x)); x' + ffn(ffn_norm(x'))`, or with the norms on the sums."""
+    pre, experts = self.model.norm_place == 'pre', self.model.attention_experts
+    y_BTD, here = self.inputs(x_BTD, tokens, group, experts, self.norm if pre else None)
+    attended_BTD, attention_choices, caches = self.attention(y_BTD, here, caches)
+    x_BTD += self.outputs(attended_BTD, experts, None if pre else self.attention_out_norm)
+    experts = self.model.ffn_experts
+    y_BTD, here = self.inputs(x_BTD, tokens, group, experts, self.ffn_norm if pre else None)
+    fed_BTD, ffn_choices = self.ffn(y_BTD, here)
+    x_BTD += self.outputs(fed_BTD, experts, None if pre else self.ffn_out_norm)
+    return x_BTD, Routing(attention_choices, ffn_choices), caches
+
+  def inputs(self, x_BTD, tokens: Tokens, group: Tokens, experts, norm: Norm | None):
+    """What a part reads, of the whole group if it has experts, and the metadata of these tokens."""
+    if experts:
+      x_BTD, tokens = self.layout.gather_tokens(x_BTD), group
+    return norm(x_BTD) if norm else x_BTD, tokens
+
+  def outputs(self, y_BTD, experts, norm: Norm | None) -> jax.Array:
+    """What a part adds to the residual stream of this device's tokens."""
+    y_BTD = self.layout.reduce_tokens(y_BTD) if experts else y_BTD
+    y_BTD = self.layout.sum(y_BTD, 'tensor')
+    y_BTD = norm(y_BTD).astype(y_BTD.dtype) if norm else y_BTD  # of the experts' sum
+    return y_BTD * jnp.asarray(self.model.residual_scale, y_BTD.dtype)

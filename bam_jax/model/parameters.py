@@ -8,10 +8,13 @@ from flax import nnx
 
 # Used in float32 whatever the compute dtype: a router's choice and a norm's scale are too coarse in
 # bfloat16, and too small to save anything.
-SCALES = frozenset({'scale', 'query_scale', 'key_scale'})  # of norms
+SCALES = frozenset(
+  {'scale', 'query_scale', 'key_scale', 'query_shared_scale', 'key_shared_scale'}
+)  # of norms
+BIASES = frozenset({'query_bias', 'key_bias', 'value_bias', 'out_bias'})  # of projections
 ROUTERS = frozenset({'router', 'expert_bias'})
 FLOAT32_NAMES = SCALES | ROUTERS
-UNDECAYED = SCALES | {'expert_bias'}  # by weight decay
+UNDECAYED = SCALES | BIASES | {'expert_bias'}  # by weight decay
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, scale: float = 1.0) -> nnx.Param:

@@ -1,9 +1,10 @@
 """What attention and FFN know of a token besides its embedding, and rotary position embedding.
 
-RoPE turns interleaved pairs over the whole head; arXiv 2104.09864, eq. 34.
+RoPE rotates pairs of channels; arXiv 2104.09864, eq. 34.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ class Tokens:
   """Metadata of tokens (B, T): this device's, or those of its whole `expert` group."""
 
   segments_BT: jax.Array  # int32, the document of each token within its row; 0 is padding
-  sin: jax.Array  # of RoPE, (B, T, 1, K / 2) float32
+  sin: jax.Array  # (N, B, T, 1, R) float32, for each of the N kinds of layers
   cos: jax.Array
+  kind: jax.Array | int = 0  # of the layer at hand, a number among `kinds`
   start: jax.Array | None = None  # int32, with a KV cache: the slot of the first of these tokens
   first_B: jax.Array | None = None  # int32, with a KV cache: the slot of each row's first token
 
@@ -26,20 +28,81 @@ class Tokens:
     """False on padding, which visits no expert."""
     return self.segments_BT > 0
 
+  def at_layer(self, kind: jax.Array | int) -> 'Tokens':
+    """The same for a layer of another kind."""
+    return dataclasses.replace(self, kind=kind)
+
+
+def kinds(model: config.Model) -> list[config.LayerKind]:
+  """The different kinds of a model's layers."""
+  return list(dict.fromkeys(model.layer_kinds()))
+
+
+def kind_of_layer(model: config.Model) -> list[int]:
+  """The number among `kinds` of every layer's kind."""
+  return list(map(kinds(model).index, model.layer_kinds()))
+
+
+def frequencies(
+  model: config.Model, theta: float, scaling: config.RopeScaling | None, dtype: jnp.dtype
+) -> tuple[jax.Array, float]:
+  """Radians a position of each pair (R,), and the factor of sine and cosine."""
+  channels = model.rotary_dim or model.head_dim
+  if not theta:
+    return jnp.zeros(channels // 2, dtype), 1.0
+  exponents = -jnp.arange(0, channels, 2, dtype=dtype) / channels
+  frequency_R = theta**exponents
+  if scaling is None:
+    return frequency_R, 1.0
+  slow_R = frequency_R / scaling.factor
+  if scaling.kind == 'linear':
+    return slow_R, 1.0
+  turns_R = scaling.original_length * frequency_R / (2 * math.pi)
+  if scaling.kind == 'llama3':
+    kept_R = jnp.clip((turns_R - scaling.low) / (scaling.high - scaling.low), 0, 1)
+    return kept_R * frequency_R + (1 - kept_R) * slow_R, 1.0
+  # YaRN, arXiv 2309.00071; its bounds are whole pairs, as in transformers.
+  length, log = scaling.original_length, math.log
+  pair = lambda turns: channels * log(length / (turns * 2 * math.pi)) / (2 * log(theta))
+  low = max(math.floor(pair(scaling.beta_fast)), 0)
+  high = min(math.ceil(pair(scaling.beta_slow)), channels - 1)
+  changed_R = jnp.clip((jnp.arange(channels // 2) - low) / max(high - low, 1e-3), 0, 1)
+  factor = scaling.attention_factor or 0.1 * log(max(scaling.factor, 1)) + 1
+  return changed_R * slow_R + (1 - changed_R) * frequency_R, factor
+
 
 def metadata(
   segments_BT: jax.Array, positions_BT: jax.Array, model: config.Model, dtype: jnp.dtype, **cached
 ) -> Tokens:
   """Metadata of tokens at these positions of their documents, for activations of this dtype."""
   dtype = jnp.promote_types(dtype, jnp.float32)
-  exponents = -jnp.arange(0, model.head_dim, 2, dtype=dtype) / model.head_dim
-  angles = positions_BT[:, :, None, None].astype(dtype) * model.rope_theta**exponents
-  return Tokens(segments_BT, jnp.sin(angles), jnp.cos(angles), **cached)
+  sines, cosines = [], []
+  for kind in kinds(model):
+    frequency_R, factor = frequencies(model, kind.theta, kind.scaling, dtype)
+    angles_BT1R = positions_BT[:, :, None, None].astype(dtype) * frequency_R
+    sines.append(factor * jnp.sin(angles_BT1R))
+    cosines.append(factor * jnp.cos(angles_BT1R))
+  return Tokens(segments_BT, jnp.stack(sines), jnp.stack(cosines), **cached)
 
 
-def apply_rope(x_BTHK: jax.Array, tokens: Tokens) -> jax.Array:
-  """Queries or keys rotated to their tokens' positions; in float32, cast back to their dtype."""
-  pairs = x_BTHK.reshape(*x_BTHK.shape[:-1], -1, 2).astype(tokens.sin.dtype)
-  even, odd, sin, cos = pairs[..., 0], pairs[..., 1], tokens.sin, tokens.cos
-  rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-  return rotated.reshape(x_BTHK.shape).astype(x_BTHK.dtype)
+def apply_rope(x_BTHK: jax.Array, tokens: Tokens, layout: str = 'interleaved') -> jax.Array:
+  """Queries or keys rotated to their tokens' positions; in float32, cast back to their dtype.
+
+  `layout` says which of the first 2R channels are pairs: 'interleaved' (2i, 2i + 1), 'half'
+  (i, i + R). The others pass.
+  """
+  sin, cos = tokens.sin[tokens.kind], tokens.cos[tokens.kind]
+  R = sin.shape[-1]
+  x_BTH2R = x_BTHK[..., : 2 * R].astype(sin.dtype)
+  if layout == 'half':
+    one, two = x_BTH2R[..., :R], x_BTH2R[..., R:]
+    turned = jnp.concatenate([one * cos - two * sin, one * sin + two * cos], axis=-1)
+  else:
+    pairs = x_BTH2R.reshape(*x_BTHK.shape[:-1], -1, 2)
+    one, two = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([one * cos - two * sin, one * sin + two * cos], axis=-1)
+    turned = turned.reshape(x_BTH2R.shape)
+  turned = turned.astype(x_BTHK.dtype)
+  return (
+    turned if 2 * R == x_BTHK.shape[-1] else jnp.concatenate([turned, x_BTHK[..., 2 * R :]], -1)
+  )

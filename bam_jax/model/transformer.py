@@ -9,7 +9,7 @@ from flax import nnx
 from bam_jax import config
 from bam_jax.model import parameters, remat, rope, router, vocabulary
 from bam_jax.model.block import Block, Routing
-from bam_jax.model.norm import LayerNorm
+from bam_jax.model.norm import Norm
 from bam_jax.parallel.collectives import Layout
 
 Params = dict[str, Any]  # nested; layers on axis 0, experts on axis 1
@@ -28,7 +28,7 @@ class Transformer(nnx.Module):
     self.embed, self.unembed = nnx.Module(), nnx.Module()
     self.embed.table = parameters.normal(rngs, (V, D), D)
     self.blocks = Block(model, layout, rngs=rngs)
-    self.final_norm = LayerNorm((D,), model.norm_epsilon)
+    self.final_norm = Norm((D,), model.norm, model.norm_epsilon)
     if not model.tied_embeddings:
       self.unembed.kernel = parameters.normal(rngs, (D, V), D)
 
@@ -38,18 +38,22 @@ class Transformer(nnx.Module):
     """Hidden states after the final norm (B, T, D), and what `hidden` says of every layer."""
     layout, dtype = self.layout, jnp.dtype(self.compute.dtype)
     x_BTD = vocabulary.embed(layout, self.embed.table[...], tokens_BT, dtype)
+    x_BTD *= jnp.asarray(self.model.embedding_scale, dtype)
     here = rope.metadata(segments_BT, positions_BT, self.model, dtype)
     gathered = layout.gather_tokens(segments_BT), layout.gather_tokens(positions_BT)
     group = rope.metadata(*gathered, self.model, dtype)
     counted_BT = layout.mask_gathered(group.real_BT)  # each token once, on its owner
     graph, layers = nnx.split(self.blocks)
+    kind_L = rope.kind_of_layer(self.model)
 
-    def layer(x_BTD, params):
+    def layer(x_BTD, params_and_kind):
+      params, kind = params_and_kind
+      tokens = [part if kind is None else part.at_layer(kind) for part in (here, group)]
       block = nnx.merge(graph, layout.weights(params, 'blocks'))
       if collect == 'inputs':
         sum_D = jnp.einsum('btd,bt->d', block.norm(x_BTD), here.real_BT.astype(jnp.float32))
-        return block(x_BTD, here, group)[0], sum_D
-      x_BTD, routing, _ = block(x_BTD, here, group)
+        return block(x_BTD, *tokens)[0], sum_D
+      x_BTD, routing, _ = block(x_BTD, *tokens)
       if collect == 'statistics':
         routing = Routing(*(c and router.statistics(c, counted_BT) for c in routing))
       return x_BTD, routing
@@ -57,7 +61,7 @@ class Transformer(nnx.Module):
     # Where no weights are gathered, 'none' saves what is elementwise too: such a model has memory.
     if (kind := remat.resolve(self.compute.remat, layout.gathers)) != 'none' or layout.gathers:
       layer = remat.checkpoint(layer, kind)
-    layers = nnx.to_pure_dict(layers)
+    layers = nnx.to_pure_dict(layers), jnp.asarray(kind_L) if any(kind_L) else None
     x_BTD, collected = jax.lax.scan(layer, x_BTD, layers, unroll=self.compute.unroll)
     return self.final_norm(x_BTD), collected
 

@@ -63,6 +63,12 @@ class Layout:
     axes = self.over(*axes)
     return jax.lax.psum(tree, axes) if axes else tree
 
+  def once(self, x: jax.Array, axis: str) -> jax.Array:
+    """`x` on the first device along an axis, zeros on the others: a sum over it has it once."""
+    if not self.over(axis):
+      return x
+    return jnp.where(jax.lax.axis_index(axis) == 0, x, jnp.zeros((), x.dtype))
+
   def total(self, tree: Any) -> Any:
     """Sums over all rows of the batch, given sums over this device's rows."""
     return self.sum(tree, *sharding.BATCH[0])

@@ -51,7 +51,7 @@ def rules(mixture: config.Model) -> tuple[manifest.Made, ...]:
   key_value = 'stack' if attention and not attention.shared_kv else 'mean'
   hows = {
     'embed/table': 'mean',
-    'blocks/norm/scale': 'mean',
+    **dict.fromkeys((f'blocks/{name}/scale' for name in norm_names(mixture)), 'mean'),
     'blocks/attention/query': query_out,
     'blocks/attention/key': key_value,
     'blocks/attention/value': key_value,
@@ -61,8 +61,15 @@ def rules(mixture: config.Model) -> tuple[manifest.Made, ...]:
     'blocks/ffn/down': experts,
     'final_norm/scale': 'mean',
   }
-  if mixture.qk_norm:  # a head's norm is treated like the head
-    hows |= {'blocks/attention/query_scale': query_out, 'blocks/attention/key_scale': key_value}
+  if mixture.qk_norm != 'none':  # a head's norm is treated like the head
+    kind = 'shared_scale' if mixture.qk_norm == 'head_rms' else 'scale'
+    hows[f'blocks/attention/query_{kind}'] = query_out
+    hows[f'blocks/attention/key_{kind}'] = key_value
+  if mixture.biases != 'none':
+    hows['blocks/attention/query_bias'] = query_out
+    hows |= dict.fromkeys(('blocks/attention/key_bias', 'blocks/attention/value_bias'), key_value)
+  if mixture.biases == 'attention':
+    hows['blocks/attention/out_bias'] = query_out
   if not mixture.tied_embeddings:
     hows['unembed/kernel'] = 'mean'
   if attention:
@@ -73,6 +80,13 @@ def rules(mixture: config.Model) -> tuple[manifest.Made, ...]:
     hows['blocks/ffn/expert_bias'] = 'zero'
   drawn = ('router', 'zero')
   return tuple(manifest.Made(p, how, None if how in drawn else p) for p, how in hows.items())
+
+
+def norm_names(model: config.Model) -> tuple[str, ...]:
+  """The norms of a block, over the channels of the residual stream."""
+  if model.norm_place == 'post':
+    return 'attention_out_norm', 'ffn_out_norm'
+  return ('norm', 'ffn_norm') if model.block == 'sequential' else ('norm',)
 
 
 def expert_names(upcycle: config.Upcycle, sources: Sequence[str]) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ def models(draw):
     head_dim=2 * draw(st.integers(1, 4)),
     ffn_dim=draw(sizes),
     tied_embeddings=draw(st.booleans()),
-    qk_norm=draw(st.booleans()),
+    qk_norm=draw(st.sampled_from(['none', 'head_layernorm', 'head_rms', 'all_rms'])),
     attention_experts=draw(experts(config.AttentionExperts, shared_kv=st.booleans())),
     ffn_experts=draw(experts(config.FFNExperts)),
   )

@@ -46,17 +46,17 @@ CONFIG = {
 }
 MODEL = config.Model(
   vocab_size=270, d_model=24, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=4, ffn_dim=20,
-  rope_theta=8e6, norm_epsilon=1e-5, qk_norm=True, logit_scale=0.0625,
+  rope_theta=8e6, norm_epsilon=1e-5, qk_norm='head_layernorm', logit_scale=0.0625,
 )  # fmt: skip
 _KV = config.AttentionExperts(3)
 MODELS = {
   'dense': {},
-  'no_qk_norm': {'qk_norm': False, 'num_kv_heads': 6},
+  'no_qk_norm': {'qk_norm': 'none', 'num_kv_heads': 6},
   'untied': {'tied_embeddings': False},
   'btx': {'ffn_experts': config.FFNExperts(4, top_k=2)},
   'kv_experts': {'attention_experts': _KV, 'ffn_experts': config.FFNExperts(3)},
   'kv_experts_plain': {
-    'attention_experts': _KV, 'ffn_experts': config.FFNExperts(3), 'qk_norm': False
+    'attention_experts': _KV, 'ffn_experts': config.FFNExperts(3), 'qk_norm': 'none'
   },
   'shared_kv': {
     'attention_experts': config.AttentionExperts(3, shared_kv=True),

@@ -44,7 +44,7 @@ def test_a_config_of_the_family_which_is_left_as_it_was():
   [
     (without('rope_theta', rope_parameters={'rope_theta': 5, 'rope_type': 'default'}), THETA),
     (without(rope_theta=5.0, rope_parameters={'rope_theta': 5.0}), THETA),
-    (without('use_qk_norm'), replaced(qk_norm=False)),
+    (without('use_qk_norm'), replaced(qk_norm='none')),
     (without('tie_word_embeddings'), MODEL),
     (without(tie_word_embeddings=False), replaced(tied_embeddings=False)),
     (without('num_key_value_heads'), replaced(num_kv_heads=6)),
@@ -82,11 +82,11 @@ def test_what_does_not_fit_is_named(changed, named):
 
 
 def test_cohere2_whose_layers_are_ours():
-  assert config_json.to_model(COHERE2) == replaced(qk_norm=False)
+  assert config_json.to_model(COHERE2) == replaced(qk_norm='none')
   # Older files have a pattern: here the fourth layer, which is not there, would see without RoPE.
   older = {key: value for key, value in COHERE2.items() if key != 'layer_types'}
-  assert config_json.to_model(older) == replaced(qk_norm=False)
-  assert config_json.to_model({**older, 'sliding_window_pattern': 5}) == replaced(qk_norm=False)
+  assert config_json.to_model(older) == replaced(qk_norm='none')
+  assert config_json.to_model({**older, 'sliding_window_pattern': 5}) == replaced(qk_norm='none')
 
 
 @pytest.mark.parametrize(

@@ -56,22 +56,79 @@ def layer_norm(x_TD: np.ndarray, scale_D: np.ndarray, epsilon: float) -> np.ndar
   return centred_TD / np.sqrt(variance_T1 + epsilon) * scale_D
 
 
-def rope(x_TK: np.ndarray, positions_T: np.ndarray, theta: float) -> np.ndarray:
-  """Turns the pair (2i, 2i+1) by position * theta^(-2i/K)."""
-  K = x_TK.shape[1]
-  out_TK = np.zeros_like(x_TK)
-  for i in range(K // 2):
-    angle_T = positions_T * theta ** (-2 * i / K)
-    even_T, odd_T = x_TK[:, 2 * i], x_TK[:, 2 * i + 1]
-    out_TK[:, 2 * i] = even_T * np.cos(angle_T) - odd_T * np.sin(angle_T)
-    out_TK[:, 2 * i + 1] = even_T * np.sin(angle_T) + odd_T * np.cos(angle_T)
+def rms_norm(x_TD: np.ndarray, scale_D: np.ndarray, epsilon: float) -> np.ndarray:
+  """Over the root of the mean square of the last axis."""
+  return x_TD / np.sqrt((x_TD * x_TD).mean(-1, keepdims=True) + epsilon) * scale_D
+
+
+def norm(kind: str, *arguments) -> np.ndarray:
+  """LayerNorm or RMSNorm."""
+  return {'layernorm': layer_norm, 'rmsnorm': rms_norm}[kind](*arguments)
+
+
+def frequency(
+  i: int, channels: int, theta: float, scaling: config.RopeScaling | None
+) -> tuple[float, float]:
+  """Radians a position of pair i, and the factor of sine and cosine."""
+  if theta == 0:
+    return 0.0, 1.0
+  f = theta ** (-2 * i / channels)
+  if scaling is None:
+    return f, 1.0
+  if scaling.kind == 'linear':
+    return f / scaling.factor, 1.0
+  length = scaling.original_length
+  if scaling.kind == 'llama3':
+    wavelength = 2 * math.pi / f
+    if wavelength < length / scaling.high:
+      return f, 1.0
+    if wavelength > length / scaling.low:
+      return f / scaling.factor, 1.0
+    smooth = (length / wavelength - scaling.low) / (scaling.high - scaling.low)
+    return (1 - smooth) * f / scaling.factor + smooth * f, 1.0
+  pair_of = lambda turns: (
+    channels * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+  )
+  low = max(math.floor(pair_of(scaling.beta_fast)), 0)
+  high = min(math.ceil(pair_of(scaling.beta_slow)), channels - 1)
+  ramp = min(max((i - low) / max(high - low, 1e-3), 0.0), 1.0)
+  factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1
+  return f / scaling.factor * ramp + f * (1 - ramp), factor
+
+
+def rope(
+  x_TK: np.ndarray,
+  positions_T: np.ndarray,
+  theta: float,
+  channels: int = 0,
+  layout: str = 'interleaved',
+  scaling: config.RopeScaling | None = None,
+) -> np.ndarray:
+  """Turns the pair i of the first channels by position * frequency; the others pass."""
+  channels = channels or x_TK.shape[1]
+  out_TK = x_TK.copy()
+  for i in range(channels // 2):
+    f, factor = frequency(i, channels, theta, scaling)
+    angle_T = positions_T * f
+    one, two = (2 * i, 2 * i + 1) if layout == 'interleaved' else (i, i + channels // 2)
+    one_T, two_T = x_TK[:, one], x_TK[:, two]
+    out_TK[:, one] = factor * (one_T * np.cos(angle_T) - two_T * np.sin(angle_T))
+    out_TK[:, two] = factor * (one_T * np.sin(angle_T) + two_T * np.cos(angle_T))
   return out_TK
 
 
-def visible(segments_T: np.ndarray) -> np.ndarray:
-  """Whether position t sees position s: not later, and in the same document."""
+def visible(segments_T: np.ndarray, window: int = 0) -> np.ndarray:
+  """Whether position t sees position s: not later, in the same document, in the window."""
   T = len(segments_T)
-  return np.array([[s <= t and segments_T[s] == segments_T[t] for s in range(T)] for t in range(T)])
+  return np.array(
+    [
+      [
+        s <= t and segments_T[s] == segments_T[t] and (not window or s > t - window)
+        for s in range(T)
+      ]
+      for t in range(T)
+    ]
+  )
 
 
 def mha(
@@ -79,28 +136,49 @@ def mha(
   y_TD: np.ndarray,
   segments_T: np.ndarray,
   positions_T: np.ndarray,
-  theta: float,
-  epsilon: float = 0.0,
+  model: config.Model,
+  layer: int = 0,
 ) -> np.ndarray:
-  """Multi-head attention of one expert over one sequence; GQA where there are fewer KV heads.
-
-  Where `w` has scales for them, each head's queries and keys are normalised, with `epsilon`.
-  """
+  """Multi-head attention of one expert over one sequence; GQA where there are fewer KV heads."""
   _, H, K = w['query'].shape
   G = w['key'].shape[1]
-  visible_TT = visible(segments_T)
+  sliding = bool(model.layer_types) and model.layer_types[layer] == 'sliding'
+  theta, scaling = model.rope_theta, model.rope_scaling
+  if sliding and model.window_rope_theta:
+    theta, scaling = model.window_rope_theta, None
+  if layer in model.nope_layers:
+    theta, scaling = 0.0, None
+  visible_TT = visible(segments_T, model.window if sliding else 0)
+  scale = model.attention_scale or 1 / math.sqrt(K)
+
+  def project(name, count):
+    x_hTK = np.stack([y_TD @ w[name][:, h] for h in range(count)])
+    return x_hTK + w[f'{name}_bias'][:, None] if f'{name}_bias' in w else x_hTK
+
+  def normed(x_hTK, name):
+    epsilon = model.norm_epsilon
+    if model.qk_norm == 'head_layernorm':
+      return np.stack([layer_norm(x, s, epsilon) for x, s in zip(x_hTK, w[f'{name}_scale'])])
+    if model.qk_norm == 'head_rms':
+      return np.stack([rms_norm(x, w[f'{name}_shared_scale'], epsilon) for x in x_hTK])
+    if model.qk_norm == 'all_rms':
+      side_by_side = np.concatenate(list(x_hTK), axis=1)
+      whole = rms_norm(side_by_side, w[f'{name}_scale'].ravel(), epsilon)
+      return np.stack(np.split(whole, len(x_hTK), axis=1))
+    return x_hTK
+
+  turned = lambda x_TK: rope(
+    x_TK, positions_T, theta, model.rotary_dim, model.rotary_layout, scaling
+  )
+  query_HTK, key_GTK = normed(project('query', H), 'query'), normed(project('key', G), 'key')
+  value_GTK = project('value', G)
   out_TD = np.zeros_like(y_TD)
   for h in range(H):
     g = h // (H // G)
-    query_TK, key_TK = y_TD @ w['query'][:, h], y_TD @ w['key'][:, g]
-    if 'query_scale' in w:
-      query_TK = layer_norm(query_TK, w['query_scale'][h], epsilon)
-      key_TK = layer_norm(key_TK, w['key_scale'][g], epsilon)
-    query_TK, key_TK = rope(query_TK, positions_T, theta), rope(key_TK, positions_T, theta)
-    value_TK = y_TD @ w['value'][:, g]
-    scores_TT = np.where(visible_TT, query_TK @ key_TK.T / math.sqrt(K), -np.inf)
-    out_TD = out_TD + softmax(scores_TT) @ value_TK @ w['out'][h]
-  return out_TD
+    scores_TT = scale * turned(query_HTK[h]) @ turned(key_GTK[g]).T
+    weights_TT = softmax(np.where(visible_TT, scores_TT, -np.inf))
+    out_TD = out_TD + weights_TT @ value_GTK[g] @ w['out'][h]
+  return out_TD + w['out_bias'] if 'out_bias' in w else out_TD
 
 
 def swiglu(w: dict, y_D: np.ndarray) -> np.ndarray:
@@ -148,7 +226,12 @@ def gates_of(route: Route, renormalize: bool) -> np.ndarray:
 
 
 def attention(
-  w: dict, model: config.Model, y_BTD: np.ndarray, segments_BT: np.ndarray, positions_BT: np.ndarray
+  w: dict,
+  model: config.Model,
+  y_BTD: np.ndarray,
+  segments_BT: np.ndarray,
+  positions_BT: np.ndarray,
+  layer: int = 0,
 ) -> tuple[np.ndarray, list[Route]]:
   """One attention, or the mixture of attention: sum_j g_j MHA_j(y)."""
   experts = model.attention_experts
@@ -156,7 +239,7 @@ def attention(
 
   def one(w):
     rows = zip(y_BTD, segments_BT, positions_BT)
-    return np.stack([mha(w, *row, model.rope_theta, model.norm_epsilon) for row in rows])
+    return np.stack([mha(w, *row, model, layer) for row in rows])
 
   if experts is None:
     return one(w), []
@@ -166,10 +249,8 @@ def attention(
   gates_BTE = gates_of(route, experts.renormalize).reshape(B, T, -1)
   out_BTD = np.zeros_like(y_BTD)
   for e in range(experts.num_experts):
-    own = ('query', 'query_scale', 'out')
-    if not experts.shared_kv:
-      own += ('key', 'key_scale', 'value')
-    expert = {name: x[e] if name in own else x for name, x in w.items()}
+    own = ('query', 'out') if experts.shared_kv else ('query', 'out', 'key', 'value')
+    expert = {name: x[e] if name.split('_')[0] in own else x for name, x in w.items()}
     out_BTD = out_BTD + gates_BTE[:, :, e, None] * one(expert)
   return out_BTD, [route]
 
@@ -219,16 +300,24 @@ def forward(
   x_BTD = params['embed']['table'][tokens_BT]
   # The sum of a real embedding and a complex block is complex: let the type be one throughout.
   x_BTD = x_BTD.astype(np.result_type(*leaves(params).values()))
+  x_BTD = model.embedding_scale * x_BTD
+  where = segments_BT, positions_BT
   for layer in range(model.num_layers):
     w = at(params['blocks'], layer)
-    y_BTD = layer_norm(x_BTD, w['norm']['scale'], model.norm_epsilon)
-    attended_BTD, attention_route = attention(
-      w['attention'], model, y_BTD, segments_BT, positions_BT
+    normed = lambda x_BTD, name, w=w: (
+      norm(model.norm, x_BTD, w[name]['scale'], model.norm_epsilon) if name in w else x_BTD
     )
-    fed_BTD, ffn_route = ffn(w['ffn'], model, y_BTD, segments_BT)
-    x_BTD = x_BTD + attended_BTD + fed_BTD
-    routes += attention_route + ffn_route
-  x_BTD = layer_norm(x_BTD, params['final_norm']['scale'], model.norm_epsilon)
+    y_BTD = normed(x_BTD, 'norm')
+    added_BTD, route = attention(w['attention'], model, y_BTD, *where, layer)
+    routes += route
+    added_BTD = model.residual_scale * normed(added_BTD, 'attention_out_norm')
+    if model.block == 'sequential':
+      x_BTD = x_BTD + added_BTD
+      y_BTD, added_BTD = normed(x_BTD, 'ffn_norm'), 0
+    fed_BTD, route = ffn(w['ffn'], model, y_BTD, segments_BT)
+    routes += route
+    x_BTD = x_BTD + added_BTD + model.residual_scale * normed(fed_BTD, 'ffn_out_norm')
+  x_BTD = norm(model.norm, x_BTD, params['final_norm']['scale'], model.norm_epsilon)
   if model.tied_embeddings:
     kernel_DV = params['embed']['table'].T
   else:
@@ -301,10 +390,13 @@ def random_params(model: config.Model, rng: np.random.Generator) -> dict:
   E_attention = (attention.num_experts,) if attention else ()
   E_kv = () if attention and attention.shared_kv else E_attention
   E_ffn = (ffn.num_experts,) if ffn else ()
+  norms = ('norm', 'ffn_norm') if model.block == 'sequential' else ('norm',)
+  if model.norm_place == 'post':
+    norms = 'attention_out_norm', 'ffn_out_norm'
   params = {
     'embed': {'table': normal(1, V, D)},
     'blocks': {
-      'norm': {'scale': 1 + 0.3 * normal(1, L, D)},
+      **{name: {'scale': 1 + 0.3 * normal(1, L, D)} for name in norms},
       'attention': {
         # Queries are large enough for attention that is far from uniform.
         'query': 2 * normal(D, L, *E_attention, D, H, K),
@@ -326,11 +418,18 @@ def random_params(model: config.Model, rng: np.random.Generator) -> dict:
     params['blocks']['ffn']['router'] = normal(D, L, D, *E_ffn)
   if not model.tied_embeddings:
     params['unembed'] = {'kernel': normal(D, D, V)}
-  if model.qk_norm:
-    params['blocks']['attention'] |= {
-      'query_scale': 1 + 0.3 * normal(1, L, *E_attention, H, K),
-      'key_scale': 1 + 0.3 * normal(1, L, *E_kv, G, K),
-    }
+  made = params['blocks']['attention']
+  if model.qk_norm == 'head_rms':
+    made['query_shared_scale'] = 1 + 0.3 * normal(1, L, *E_attention, K)
+    made['key_shared_scale'] = 1 + 0.3 * normal(1, L, *E_kv, K)
+  elif model.qk_norm != 'none':
+    made['query_scale'] = 1 + 0.3 * normal(1, L, *E_attention, H, K)
+    made['key_scale'] = 1 + 0.3 * normal(1, L, *E_kv, G, K)
+  if model.biases != 'none':
+    made['query_bias'] = normal(1, L, *E_attention, H, K)
+    made['key_bias'], made['value_bias'] = normal(1, L, *E_kv, G, K), normal(1, L, *E_kv, G, K)
+  if model.biases == 'attention':
+    made['out_bias'] = normal(1, L, *E_attention, D)
   return params
 
 

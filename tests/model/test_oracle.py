@@ -16,6 +16,12 @@ def tiny(**changes) -> config.Model:
   return config.Model(**{**TINY, 'ffn_dim': 2, **changes})
 
 
+def normalised(**changes) -> config.Model:
+  return tiny(
+    **{'rope_theta': 10.0, 'qk_norm': 'head_layernorm', 'norm_epsilon': 1e-300, **changes}
+  )
+
+
 def batch(rng: np.random.Generator, vocab_size: int = 5) -> dict:
   """Two rows: two documents, and one document before padding."""
   return {
@@ -79,7 +85,7 @@ def test_one_head_attention_worked_by_hand():
   eye = np.eye(2)
   w = {name: eye[:, None] for name in ('query', 'key', 'value')} | {'out': 2 * eye[None]}
   y = np.array([[1.0, 0.0], [0.0, 1.0]])
-  out = oracle.mha(w, y, np.array([1, 1]), np.array([0, 0]), theta=10.0)
+  out = oracle.mha(w, y, np.array([1, 1]), np.array([0, 0]), tiny(rope_theta=10.0))
   # Without rotation the scores of position 1 are (0, 1 / sqrt 2).
   p = math.exp(0.5**0.5) / (1 + math.exp(0.5**0.5))
   np.testing.assert_allclose(out, [[2, 0], [2 * (1 - p), 2 * p]], rtol=1e-14)
@@ -95,16 +101,16 @@ def test_normalised_heads_worked_by_hand():
   }
   segments, still = np.array([1, 1]), np.array([0, 0])
   # Without rotation all scores are equal: an even mean.
-  out = oracle.mha(w, y_TD, segments, still, theta=10.0)
+  out = oracle.mha(w, y_TD, segments, still, normalised())
   np.testing.assert_allclose(out, [[1, 3], [5.5, 16.5]], rtol=1e-14)
   # The second row turns by 1, after its norm.
-  out = oracle.mha(w, y_TD, segments, np.array([0, 1]), theta=10.0)
+  out = oracle.mha(w, y_TD, segments, np.array([0, 1]), normalised())
   query = -2 * np.array([math.cos(1), math.sin(1)])
   key = np.array([-3 * math.cos(1) - 5 * math.sin(1), -3 * math.sin(1) + 5 * math.cos(1)])
   p = 1 / (1 + math.exp((query @ [-3, 5] - query @ key) / 2**0.5))
   np.testing.assert_allclose(out[1], (1 - p) * y_TD[0] + p * y_TD[1], rtol=1e-13)
   # An epsilon of 3 halves the first row, of variance 1, and leaves 10 / sqrt 103 of the second.
-  out = oracle.mha(w, y_TD, segments, still, theta=10.0, epsilon=3.0)
+  out = oracle.mha(w, y_TD, segments, still, normalised(norm_epsilon=3.0))
   first, second = 1 / 2, 10 / 103**0.5
   p = 1 / (1 + math.exp(6 * second * (first - second) / 2**0.5))
   np.testing.assert_allclose(out[1], (1 - p) * y_TD[0] + p * y_TD[1], rtol=1e-13)

@@ -123,17 +123,51 @@ def drops(routes: list[oracle.Route]) -> bool:
 
 MHA = dict(num_kv_heads=2, head_dim=4)
 GQA = dict(num_heads=4, num_kv_heads=2)
+# The fields of other families than the paper's, each once, and in pairs where they meet.
+SEQUENTIAL = dict(block='sequential', norm='rmsnorm', rotary_layout='half')
+WINDOWS = dict(layer_types=('sliding', 'full'), window=2)
+LINEAR = config.RopeScaling('linear', 3.0)
+LLAMA3 = config.RopeScaling('llama3', 4.0, 16, low=0.3, high=1.5)
+YARN = config.RopeScaling('yarn', 4.0, 32, beta_fast=2.0, beta_slow=0.5)
 CASES = {
   'dense_mha': Case(model(**MHA)),
   'dense_gqa': Case(model(**GQA, head_dim=4)),
   'one_head': Case(model(num_heads=1, head_dim=6), 'long'),
   'untied': Case(model(tied_embeddings=False, head_dim=4)),
-  'dense_qk_norm': Case(model(**GQA, head_dim=4, qk_norm=True, logit_scale=0.4)),
+  'dense_qk_norm': Case(model(**GQA, head_dim=4, qk_norm='head_layernorm', logit_scale=0.4)),
+  'sequential': Case(model(**SEQUENTIAL, **GQA, head_dim=4), 'long'),
+  'sequential_with_biases': Case(
+    model(**SEQUENTIAL, **GQA, qk_norm='head_rms', biases='attention', **attention(2), **ffn(3))
+  ),
+  'norms_of_sums': Case(
+    model(**SEQUENTIAL, **MHA, norm_place='post', qk_norm='all_rms', **attention(2), **ffn(2))
+  ),
+  'windows': Case(model(**GQA, **WINDOWS, nope_layers=(1,), **attention(2), **ffn(2)), 'long'),
+  'thetas_of_windows': Case(
+    model(**SEQUENTIAL, **WINDOWS, head_dim=8, window_rope_theta=5.0, rope_scaling=YARN), 'long'
+  ),
+  'factors': Case(
+    model(
+      **SEQUENTIAL,
+      num_heads=2,
+      head_dim=6,
+      biases='qkv',
+      rotary_dim=4,
+      rope_scaling=LLAMA3,
+      attention_scale=0.7,
+      embedding_scale=1.5,
+      residual_scale=0.6,
+      **attention(2, shared_kv=True),
+      **ffn(2),
+    ),
+    'long',
+  ),
+  'linear_scaling': Case(model(rope_scaling=LINEAR, head_dim=4, **ffn(2)), 'short'),
   'bam_kv_experts': Case(model(**GQA, **attention(2), **ffn(3)), shows=spread),
   'bam_shared_kv': Case(model(**MHA, **attention(3, shared_kv=True), **ffn(2, top_k=2)), 'long'),
-  'bam_kv_experts_qk_norm': Case(model(**MHA, qk_norm=True, **attention(2), **ffn(2))),
+  'bam_kv_experts_qk_norm': Case(model(**MHA, qk_norm='head_layernorm', **attention(2), **ffn(2))),
   'bam_shared_kv_qk_norm': Case(
-    model(**MHA, qk_norm=True, **attention(2, shared_kv=True), **ffn(2)), 'long'
+    model(**MHA, qk_norm='head_layernorm', **attention(2, shared_kv=True), **ffn(2)), 'long'
   ),
   'attention_experts_alone': Case(model(**attention(2))),
   'btx_top_1': Case(model(**ffn(4)), shows=spread),
@@ -172,6 +206,11 @@ QUICK = {
   'float64': (
     'dense_qk_norm',
     'untied',
+    'sequential_with_biases',
+    'norms_of_sums',
+    'windows',
+    'thetas_of_windows',
+    'factors',
     'bam_kv_experts',
     'btx_top_3_of_6',
     'routed_attention_top_2',

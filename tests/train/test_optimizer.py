@@ -78,7 +78,9 @@ def test_adamw(options):
 
 def test_what_decays(models):
   for model in models.values():
-    network = transformer.Network(dataclasses.replace(model, qk_norm=True), config.Compute())
+    network = transformer.Network(
+      dataclasses.replace(model, qk_norm='head_layernorm'), config.Compute()
+    )
     decayed = traverse_util.flatten_dict(optimizer.decayed(network.abstract()), sep='/')
     spared = {name for name, decays in decayed.items() if not decays}
     heads = {'blocks/attention/query_scale', 'blocks/attention/key_scale'}

@@ -37,6 +37,7 @@ def attention(
   value_BSGK: jax.Array,
   segments_BT: jax.Array,
   platform: str,
+  window: int = 0,
 ) -> jax.Array:
   """Attention of each token to itself and what stands before it in its own segment.
 
@@ -46,8 +47,9 @@ def attention(
     value_BSGK: and so is the result, BTHK; scores and softmax are float32.
     segments_BT: int32, equal numbers for tokens of one document.
     platform: 'cpu', 'gpu' or 'tpu', whose kernel runs; it need not be the one at hand.
+    window: tokens that a token sees at most, itself included; 0: all before it.
   """
-  arrays = query_BTHK, key_BSGK, value_BSGK, segments_BT
+  arrays = query_BTHK, key_BSGK, value_BSGK, segments_BT, window
   if platform == 'tpu':
     return splash(*arrays)
   if platform == 'cpu':
@@ -74,7 +76,9 @@ def check(model: config.Model, sequence_length: int, platform: str) -> None:
     )
 
 
-def dot_product(query_BTHK, key_BSGK, value_BSGK, segments_BT, implementation: str) -> jax.Array:
+def dot_product(
+  query_BTHK, key_BSGK, value_BSGK, segments_BT, window: int, implementation: str
+) -> jax.Array:
   """`jax.nn.dot_product_attention`, by 'cudnn' flash attention for NVIDIA GPUs and else by 'xla'.
 
   Segments reach it as a mask, which cuDNN reads as a bias (B, 1, T, S): its packed layout would
@@ -87,12 +91,15 @@ def dot_product(query_BTHK, key_BSGK, value_BSGK, segments_BT, implementation: s
     value_BSGK,
     mask=same_segment_B1TS,
     is_causal=True,
+    local_window_size=(window - 1, 0) if window else None,
     implementation=implementation,
   )
   return checkpoint_name(heads_BTHK, remat.HEADS)
 
 
-def splash(query_BTHK, key_BSGK, value_BSGK, segments_BT, interpret: bool = False) -> jax.Array:
+def splash(
+  query_BTHK, key_BSGK, value_BSGK, segments_BT, window: int = 0, interpret: bool = False
+) -> jax.Array:
   """Splash attention for TPUs: only blocks that hold a visible pair of tokens are computed.
 
   A length that is not a multiple of 128 is padded: with keys at the end, which no query sees, and
@@ -102,7 +109,7 @@ def splash(query_BTHK, key_BSGK, value_BSGK, segments_BT, interpret: bool = Fals
   padding = -T % LANES
   ids_BT = jnp.pad(segments_BT, ((0, 0), (0, padding)))
   ids = splash_attention_kernel.SegmentIds(q=ids_BT, kv=ids_BT)
-  kernel = _splash_kernel(H, T + padding, interpret)
+  kernel = _splash_kernel(H, T + padding, window, interpret)
   # XLA merges the transposes with the matmuls that make these three and take the result.
   query_BHTK, key_BGSK, value_BGSK = (
     jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
@@ -113,7 +120,7 @@ def splash(query_BTHK, key_BSGK, value_BSGK, segments_BT, interpret: bool = Fals
 
 
 @functools.lru_cache  # planning the visible blocks looks at every pair of positions
-def _splash_kernel(num_heads: int, length: int, interpret: bool) -> Callable:
+def _splash_kernel(num_heads: int, length: int, window: int, interpret: bool) -> Callable:
   block = next(size for size in (BLOCK, 384, 256, LANES) if length % size == 0)
   fused_backward = length // block <= MAX_FUSED_BLOCKS
   sizes = splash_attention_kernel.BlockSizes(
@@ -125,10 +132,12 @@ def _splash_kernel(num_heads: int, length: int, interpret: bool) -> Callable:
     block_kv_dq=None if fused_backward else block,
     use_fused_bwd_kernel=fused_backward,
   )
-  causal = splash_attention_mask.CausalMask((length, length))
+  mask = splash_attention_mask.CausalMask((length, length))
+  if window:
+    mask = splash_attention_mask.LocalMask((length, length), (window - 1, 0), 0)
   with jax.ensure_compile_time_eval():  # the plan is constants, not part of the caller's trace
     return splash_attention_kernel.make_splash_mha_single_device(
-      splash_attention_mask.MultiHeadMask([causal] * num_heads),
+      splash_attention_mask.MultiHeadMask([mask] * num_heads),
       block_sizes=sizes,
       residual_checkpoint_name=remat.HEADS,
       interpret=interpret,

@@ -7,6 +7,8 @@ is kept. The loop over blocks is unrolled: their shapes differ, and all are stat
 Legend: B batch, T queries, S keys, H query heads, G key-value heads, R = H / G, K head, t a block.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -17,21 +19,21 @@ BLOCK = 128  # queries; their scores stay in a core's cache
 MAX_BLOCKS = 8  # so that long sequences compile fast
 
 
-@jax.custom_vjp
-def attention(query_BTHK, key_BSGK, value_BSGK, segments_BT) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attention(query_BTHK, key_BSGK, value_BSGK, segments_BT, window: int = 0) -> jax.Array:
   """What `kernels.attention.attention` computes."""
-  return _forward(query_BTHK, key_BSGK, value_BSGK, segments_BT)[0]
+  return _forward(query_BTHK, key_BSGK, value_BSGK, segments_BT, window)[0]
 
 
-def _forward(query_BTHK, key_BSGK, value_BSGK, segments_BT):
+def _forward(query_BTHK, key_BSGK, value_BSGK, segments_BT, window):
   query_BGRTK, key_BGSK, value_BGSK = _arrange(query_BTHK, key_BSGK, value_BSGK)
   outputs, logsumexps = [], []
-  for start, end in _blocks(query_BTHK.shape[1]):
-    scores_BGRtS = _scores(query_BGRTK, key_BGSK, segments_BT, start, end)
+  for start, end, first in _blocks(query_BTHK.shape[1], window):
+    scores_BGRtS = _scores(query_BGRTK, key_BGSK, segments_BT, start, end, first, window)
     largest_BGRt1 = scores_BGRtS.max(-1, keepdims=True)
     weights_BGRtS = jnp.exp(scores_BGRtS - largest_BGRt1)
     total_BGRt1 = weights_BGRtS.sum(-1, keepdims=True)
-    output_BGRtK = _dot('bgrts,bgsk->bgrtk', weights_BGRtS, value_BGSK[:, :, :end])
+    output_BGRtK = _dot('bgrts,bgsk->bgrtk', weights_BGRtS, value_BGSK[:, :, first:end])
     outputs.append((output_BGRtK / total_BGRt1).astype(value_BSGK.dtype))
     logsumexps.append(largest_BGRt1 + jnp.log(total_BGRt1))
   output_BGRTK = checkpoint_name(jnp.concatenate(outputs, 3), remat.HEADS)
@@ -40,7 +42,7 @@ def _forward(query_BTHK, key_BSGK, value_BSGK, segments_BT):
   return _tokens_first(output_BGRTK), saved
 
 
-def _backward(saved, cotangent_BTHK):
+def _backward(window, saved, cotangent_BTHK):
   query_BTHK, key_BSGK, value_BSGK, segments_BT, output_BGRTK, logsumexp_BGRT1 = saved
   query_BGRTK, key_BGSK, value_BGSK = _arrange(query_BTHK, key_BSGK, value_BSGK)
   cotangent_BGRTK = _heads_first(cotangent_BTHK, key_BSGK.shape[2])
@@ -50,10 +52,10 @@ def _backward(saved, cotangent_BTHK):
   d_queries = []
   d_key_BGSK = jnp.zeros(key_BGSK.shape, dtype)
   d_value_BGSK = jnp.zeros(value_BGSK.shape, dtype)
-  for start, end in _blocks(query_BTHK.shape[1]):
+  for start, end, first in _blocks(query_BTHK.shape[1], window):
     part = (slice(None),) * 3 + (slice(start, end),)
-    seen = (slice(None),) * 2 + (slice(end),)
-    scores_BGRtS = _scores(query_BGRTK, key_BGSK, segments_BT, start, end)
+    seen = (slice(None),) * 2 + (slice(first, end),)
+    scores_BGRtS = _scores(query_BGRTK, key_BGSK, segments_BT, start, end, first, window)
     weights_BGRtS = jnp.exp(scores_BGRtS - logsumexp_BGRT1[part])
     d_value_BGSK = d_value_BGSK.at[seen].add(
       _dot('bgrts,bgrtk->bgsk', weights_BGRtS, cotangent_BGRTK[part])
@@ -76,17 +78,22 @@ def _backward(saved, cotangent_BTHK):
 attention.defvjp(_forward, _backward)
 
 
-def _blocks(length: int) -> list[tuple[int, int]]:
+def _blocks(length: int, window: int) -> list[tuple[int, int, int]]:
+  """Of each block of queries the start and end, and the first key that one of them sees."""
   size = max(BLOCK, -(-length // MAX_BLOCKS))
-  return [(start, min(start + size, length)) for start in range(0, length, size)]
+  first = lambda start: max(start - window + 1, 0) if window else 0
+  return [(start, min(start + size, length), first(start)) for start in range(0, length, size)]
 
 
-def _scores(query_BGRTK, key_BGSK, segments_BT, start: int, end: int) -> jax.Array:
-  """Scores of the queries from `start` to `end` with the keys to `end`, float32."""
-  scores_BGRtS = _dot('bgrtk,bgsk->bgrts', query_BGRTK[:, :, :, start:end], key_BGSK[:, :, :end])
-  number = jnp.arange(end)
-  same_BtS = segments_BT[:, start:end, None] == segments_BT[:, None, :end]
-  visible_BtS = (number <= number[start:, None]) & same_BtS
+def _scores(query_BGRTK, key_BGSK, segments_BT, start: int, end: int, first: int, window: int):
+  """Scores of the queries from `start` to `end` with the keys from `first` to `end`, float32."""
+  seen = slice(first, end)
+  scores_BGRtS = _dot('bgrtk,bgsk->bgrts', query_BGRTK[:, :, :, start:end], key_BGSK[:, :, seen])
+  same_BtS = segments_BT[:, start:end, None] == segments_BT[:, None, seen]
+  query_t1, key_S = jnp.arange(start, end)[:, None], jnp.arange(first, end)
+  visible_BtS = (key_S <= query_t1) & same_BtS
+  if window:
+    visible_BtS &= key_S > query_t1 - window
   return jnp.where(visible_BtS[:, None, None], scores_BGRtS, jnp.finfo(scores_BGRtS.dtype).min)
 
 

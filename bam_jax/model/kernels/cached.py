@@ -39,26 +39,27 @@ class KVCache(NamedTuple):
 
 
 def attention(
-  query_BTHK: jax.Array, cache: KVCache, first_B: jax.Array, start: jax.Array
+  query_BTHK: jax.Array, cache: KVCache, first_B: jax.Array, start: jax.Array, window: int = 0
 ) -> jax.Array:
   """Causal attention to a cache that holds the new tokens already; scores and softmax in float32.
 
   `first_B` are the slots of rows' first tokens, behind padding; `start` is the first new token's.
+  A token sees at most `window` tokens, itself included; 0: all before it.
   """
   B, T, H, K = query_BTHK.shape
   key_BGSK, value_BGSK = cache.key[0], cache.value[0]
   G, S = key_BGSK.shape[1:3]
   query_BTGRK = query_BTHK.reshape(B, T, G, H // G, K) * K**-0.5
   if T * S <= MAX_SCORES:
-    scores_BGRTS = _scores(query_BTGRK, key_BGSK, 0, first_B, start)
+    scores_BGRTS = _scores(query_BTGRK, key_BGSK, 0, first_B, start, window)
     weights_BGRTS = jax.nn.softmax(scores_BGRTS).astype(value_BGSK.dtype)
     heads_BGRTK = jnp.einsum('bgrts,bgsk->bgrtk', weights_BGRTS, value_BGSK)
   else:
-    heads_BGRTK = _in_blocks(query_BTGRK, key_BGSK, value_BGSK, first_B, start)
+    heads_BGRTK = _in_blocks(query_BTGRK, key_BGSK, value_BGSK, first_B, start, window)
   return heads_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K).astype(query_BTHK.dtype)
 
 
-def _scores(query_BTGRK, key_BGSK, first_slot, first_B, start) -> jax.Array:
+def _scores(query_BTGRK, key_BGSK, first_slot, first_B, start, window) -> jax.Array:
   """Scores BGRTS, float32, with keys whose slots begin at `first_slot`."""
   dtype = jnp.promote_types(query_BTGRK.dtype, jnp.float32)
   scores_BGRTS = jnp.einsum(
@@ -67,11 +68,13 @@ def _scores(query_BTGRK, key_BGSK, first_slot, first_B, start) -> jax.Array:
   query_slot_T = start + jnp.arange(query_BTGRK.shape[1])
   slot_S = first_slot + jnp.arange(key_BGSK.shape[2])
   visible_BTS = (slot_S <= query_slot_T[:, None]) & (slot_S >= first_B[:, None, None])
+  if window:
+    visible_BTS &= slot_S > query_slot_T[:, None] - window
   return jnp.where(visible_BTS[:, None, None], scores_BGRTS, jnp.finfo(dtype).min)
 
 
-def _in_blocks(query_BTGRK, key_BGSK, value_BGSK, first_B, start) -> jax.Array:
-  """Online softmax over blocks of slots up to the last of the new tokens; arXiv 2205.14135."""
+def _in_blocks(query_BTGRK, key_BGSK, value_BGSK, first_B, start, window) -> jax.Array:
+  """Online softmax over the blocks of slots that a new token may see; arXiv 2205.14135."""
   B, T, G, R, K = query_BTGRK.shape
   S = key_BGSK.shape[2]
   block = min(BLOCK, S & -S)  # a power of 2 that divides S: a slot seen twice would count twice
@@ -82,7 +85,7 @@ def _in_blocks(query_BTGRK, key_BGSK, value_BGSK, first_B, start) -> jax.Array:
     key_BGsK, value_BGsK = (
       jax.lax.dynamic_slice_in_dim(x, number * block, block, axis=2) for x in (key_BGSK, value_BGSK)
     )
-    scores_BGRTs = _scores(query_BTGRK, key_BGsK, number * block, first_B, start)
+    scores_BGRTs = _scores(query_BTGRK, key_BGsK, number * block, first_B, start, window)
     new_BGRT = jnp.maximum(largest_BGRT, scores_BGRTs.max(-1))
     weights_BGRTs = jnp.exp(scores_BGRTs - new_BGRT[..., None])
     kept_BGRT = jnp.exp(largest_BGRT - new_BGRT)
@@ -100,5 +103,6 @@ def _in_blocks(query_BTGRK, key_BGSK, value_BGSK, first_B, start) -> jax.Array:
     jnp.zeros((B, G, R, T), dtype),
     jnp.zeros((B, G, R, T, K), dtype),
   )
-  _, total_BGRT, sum_BGRTK = jax.lax.fori_loop(0, -(-(start + T) // block), step, carry)
+  first = jnp.maximum(start - window + 1, 0) // block if window else 0
+  _, total_BGRT, sum_BGRTK = jax.lax.fori_loop(first, -(-(start + T) // block), step, carry)
   return sum_BGRTK / total_BGRT[..., None]
