@@ -28,8 +28,10 @@ def experts(draw, kind, **more):
 
 @st.composite
 def models(draw):
-  """Any model at all: grouped queries, tied or not, dense, soft, routed, shared."""
+  """Any model at all: blocks, biases, grouped queries, tied or not, dense, soft, routed, shared."""
   kv_heads = draw(st.integers(1, 3))
+  blocks = [('parallel', 'pre'), ('sequential', 'pre'), ('sequential', 'post')]
+  block, norm_place = draw(st.sampled_from(blocks))
   return config.Model(
     vocab_size=draw(st.integers(2, 50)),
     d_model=draw(sizes),
@@ -39,6 +41,9 @@ def models(draw):
     head_dim=2 * draw(st.integers(1, 4)),
     ffn_dim=draw(sizes),
     tied_embeddings=draw(st.booleans()),
+    block=block,
+    norm_place=norm_place,
+    biases=draw(st.sampled_from(['none', 'qkv', 'attention'])),
     qk_norm=draw(st.sampled_from(['none', 'head_layernorm', 'head_rms', 'all_rms'])),
     attention_experts=draw(experts(config.AttentionExperts, shared_kv=st.booleans())),
     ffn_experts=draw(experts(config.FFNExperts)),
@@ -59,7 +64,7 @@ def counted(model: config.Model) -> tuple[arithmetic.Parts, arithmetic.Parts]:
     met = 1.0
     if part == 'ffn' and ffn:
       met = ffn.top_k / ffn.num_experts
-    elif name in ('query', 'query_scale', 'out') and attention and attention.top_k:
+    elif name.startswith(('query', 'out')) and attention and attention.top_k:
       met = attention.top_k / attention.num_experts
     total[part] += leaf.size
     active[part] += round(leaf.size * met)
