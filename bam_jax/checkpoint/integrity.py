@@ -141,7 +141,7 @@ def _steps(folder: Path) -> list[str]:
 def _rename(folder: Path, what: str) -> str:
   aside = folder.with_name(folder.name + SET_ASIDE)
   try:
-    folders.remove(aside)
+    epath.Path(aside).rmtree(missing_ok=True)
     folder.rename(aside)
   except OSError as error:
     cannot = f'and cannot be renamed: {error.strerror or error}.'
