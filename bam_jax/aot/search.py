@@ -61,7 +61,7 @@ def search(
     elapsed = time.monotonic() - start
     if done and elapsed + longest > seconds:
       break
-    sizes, remat = report.mesh_text(vars(layout.run.mesh)), layout.run.compute.remat
+    sizes, remat = accounting.mesh_text(vars(layout.run.mesh)), layout.run.compute.remat
     console.print(
       f'{elapsed:.0f} of {seconds} s, {number} of {len(hopeful)}: {sizes}, remat {remat}, '
       f'{layout.sequences_per_chip} sequences a chip'
@@ -197,7 +197,7 @@ def _table(rows: Sequence[dict[str, Any]]):
   for row in rows:
     bounds = (report.text(key, row[key]['roofline']) for key in ('seconds', 'mfu') if row['fits'])
     peak = report.text('peak_bytes', row['peak_bytes'])
-    mesh = report.mesh_text(row['mesh'])
+    mesh = accounting.mesh_text(row['mesh'])
     body.append([mesh, row['remat'], row['sequences_per_chip'], peak, *bounds])
   columns = ('sequences a chip', 'peak', 'roofline', 'MFU')
   return cli.table('Layouts compiled; without MFU: too large', ('mesh', 'remat'), columns, body)
