@@ -10,7 +10,6 @@ they were copied to a disk.
 import concurrent.futures
 import json
 import os
-import stat
 import zlib
 from collections.abc import Collection
 from pathlib import Path
@@ -51,6 +50,7 @@ def write(folder: epath.PathLike, into: epath.PathLike) -> None:
   files = [path for path in sorted(Path(folder).glob('*/**/*')) if path.is_file()]
   names = [str(path.relative_to(folder)) for path in files]
   sums = _measure(folder, [name for name in names if not name.startswith(ITEM)])
+  Path(into).mkdir(exist_ok=True)
   Path(into, FILE).write_text(json.dumps(sums) + '\n', encoding='utf-8')
   folders.sync(folder)
 
@@ -80,13 +80,11 @@ def fault(folder: epath.PathLike, sums: Sums) -> str:
   """What is wrong with one of the files, in a few words; '' when all are as they were written."""
   for name, (size, _) in sums.items():
     try:
-      facts = os.stat(os.path.join(folder, name))
+      found = os.path.getsize(os.path.join(folder, name))
     except (OSError, ValueError) as error:  # ValueError: NUL, or half a surrogate pair
       return f'{name!r}: {getattr(error, "strerror", error)}'
-    if not stat.S_ISREG(facts.st_mode):  # reading a device may never end
-      return f'{name} is not a file'
-    if facts.st_size != size:
-      return f'{name} has {facts.st_size} bytes instead of {size}'
+    if found != size:
+      return f'{name} has {found} bytes instead of {size}'
   try:
     found = _measure(folder, sums)
   except OSError as error:
