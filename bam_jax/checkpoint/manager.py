@@ -230,25 +230,11 @@ def restore_params(path: epath.PathLike, params: Any) -> Any:
   The leaves of `params` are jax.ShapeDtypeStruct whose shardings say where each array goes.
   UserError when the stored ones are damaged, or of another model.
   """
-  reader = _open_together(path, params)
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    return checkpointer.restore(reader.folder, args=_restore_args(params))
-
-
-def restore_host_params(path: epath.PathLike, params: Any) -> Any:
-  """The same as NumPy arrays of the dtypes in `params`, whole in the memory of every process."""
-  reader = _open_together(path, params)
-  return jax.tree_util.tree_map_with_path(
-    lambda keys, leaf: reader.read(sharding.path_of(keys)).astype(leaf.dtype, copy=False), params
-  )
-
-
-def _open_together(path: epath.PathLike, params: Any) -> arrays.Reader:
   folder = folders.absolute(find(path))
   integrity.check_together(folder, ['params'])
-  reader = arrays.Reader(folder / 'params', check=False)
-  _check_shapes(reader, params)
-  return reader
+  _check_shapes(arrays.Reader(folder / 'params', check=False), params)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    return checkpointer.restore(folder / 'params', args=_restore_args(params))
 
 
 def _check_shapes(reader: arrays.Reader, params: Any) -> None:
