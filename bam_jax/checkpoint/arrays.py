@@ -140,16 +140,10 @@ class Writer:
         self._pending.popleft()[0].exception()
 
   def write(self, path: str, index: Index, array: np.ndarray) -> None:
-    """Starts to write a region; blocks while more than PENDING_BYTES are pending.
+    """Starts to write a region of whole chunks, as `pieces` gives them.
 
-    Args:
-      path: of the array.
-      index: whole chunks of it, as `pieces` gives them.
-      array: the region's values, in the array's dtype; it must not change any more.
-
-    Raises:
-      UserError: the disk is full or cannot be written.
-      ValueError: the values do not fit the region.
+    Blocks while more than PENDING_BYTES are pending. `array` must not change any more. UserError
+    when the disk is full or cannot be written; ValueError when shape or dtype do not fit.
     """
     target, dtype = self._stores[path][index], self.specs[path].dtype
     if array.shape != target.shape or array.dtype != dtype:

@@ -90,7 +90,6 @@ def batches(
   weights rounded to a hundredth of the smallest one.
 
   Args:
-    documents: the documents of each domain.
     weights: the positive share of the tokens of each domain, in any unit.
     batch_size: B, over all processes; a multiple of their number.
     seed: a domain's order depends on it and on the domain's name alone.
