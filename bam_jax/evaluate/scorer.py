@@ -113,14 +113,9 @@ class Scorer:
   ):
     """Loads the checkpoint at or below `path`, a part of an array at a time.
 
-    Args:
-      path: of a run, one of its steps, or what `convert` wrote.
-      dtype: 'float32' or 'bfloat16', of activations and matrices.
-      mesh: its devices; see `rows_mesh`.
-      batch_size: windows on the devices at once, or one group per device, if that is more.
-      length: tokens of a window; default: what the model was trained at.
-
-    UserError when it is not a complete checkpoint, or does not fit the mesh.
+    UserError when it is not a complete checkpoint, or does not fit the mesh, whose devices are used
+    as `rows_mesh` has them. `batch_size` windows are on the devices at once, or one group per
+    device, if that is more. `length` is in tokens, by default what the model was trained at.
     """
     self.meta = checkpoint.read_meta(path)
     self.tokenizer = checkpoint.open_tokenizer(path, self.meta)
@@ -190,7 +185,7 @@ def _finish(
   for row, number in enumerate(batch.numbers):
     window = windows[number]
     scored = slice(window.first - 1, len(window.tokens) - 1)
-    routing = jax.tree.map(lambda x_LBTE: x_LBTE[:, row, scored], scores.routing)
+    routing = {k: Routed(*(x[:, row, scored] for x in pair)) for k, pair in scores.routing.items()}
     yield number, Scored(scores.nll[row, scored], scores.greedy[row, scored], routing)
   progress(len(batch.numbers))
 
