@@ -47,8 +47,7 @@ class Text:
     self.name = name
     self.byte_counts = np.array([len(text.encode()) for text in texts], np.int64)
     self._texts = texts
-    self._encoded: list[np.ndarray] = []
-    self._encoded_by: tuple | None = None
+    self._encoded: dict[tuple, list[np.ndarray]] = {}  # by tokenizer
 
   def check(self, tokenizer: Tokenizer, checkpoint: str) -> None:
     """Accepts any tokenizer."""
@@ -56,14 +55,13 @@ class Text:
   def documents(self, tokenizer: Tokenizer) -> Sequence[np.ndarray]:
     """BOS, the text's tokens, and EOS, as `prepare` stores them."""
     key = tokenizer.hash, tokenizer.bos_id, tokenizer.eos_id
-    if self._encoded_by != key:  # checkpoints with one tokenizer tend to follow each other
-      self._encoded_by = key
-      self._encoded = [
+    if key not in self._encoded:
+      self._encoded[key] = [
         np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
         for texts in itertools.batched(self._texts, ENCODED_AT_ONCE)
         for ids in tokenizer.encode_batch(list(texts))
       ]
-    return self._encoded
+    return self._encoded[key]
 
 
 Domain = Prepared | Text
@@ -72,16 +70,10 @@ Domain = Prepared | Text
 def read(
   given: Sequence[str], split: str, text_field: str, max_documents: int | None
 ) -> list[Domain]:
-  """The domains that `--data` names, in order.
+  """The domains that `--data` names, in order: folders of prepared datasets, DOMAIN=PATH for text.
 
-  Args:
-    given: folders of prepared datasets, and DOMAIN=PATH for text.
-    split: of datasets, and of folders whose files are marked with one.
-    text_field: of JSON lines and Parquet.
-    max_documents: of each domain, the first of them; None is all.
-
-  Raises:
-    UserError: something cannot be read, holds no document, or names a domain again.
+  `split` is of datasets, and of folders whose files are marked with one. UserError when something
+  cannot be read, holds no document, or names a domain again.
   """
   require(given, '--data=PREPARED_FOLDER or --data=DOMAIN=FILE is required.')
   domains: dict[str, Domain] = {}

@@ -95,13 +95,7 @@ def rows_mesh(mesh: config.Mesh) -> config.Mesh:
 
 
 class Scorer:
-  """A checkpoint on its devices, ready to score tokens.
-
-  Attributes:
-    meta: what the checkpoint is.
-    tokenizer: its own.
-    length: tokens that the model reads at once.
-  """
+  """A checkpoint on its devices, ready to score tokens; `length` is what it reads at once."""
 
   def __init__(
     self,

@@ -22,10 +22,8 @@ def run(
 ) -> dict[str, Any]:
   """Compares checkpoints, prints what came out, and returns the facts of `--json`.
 
-  The page of the routers and its pictures go to `folder`, if it is given.
-
-  Raises:
-    UserError: a checkpoint cannot be compared, or the folder cannot be written.
+  The page of the routers and its pictures go to `folder`, if it is given. UserError when a
+  checkpoint cannot be compared, or the folder cannot be written.
   """
   entries = comparison.enter(checkpoints, domains, options)
   if folder is not None:
@@ -59,38 +57,31 @@ def run(
 def tables(facts: Mapping[str, Any]) -> list[rich.table.Table]:
   """The facts of `--json`, by domain: perplexity, bits per byte, and differences from the first."""
   share, rows, domains = f'{100 * facts["confidence"]:g}%', facts['rows'], facts['domains']
+
+  def by_domain(title: str, rows: Sequence[Mapping], cell: Callable[[Mapping], str]):
+    scored = [[*map(row['domains'].get, domains), row['overall']] for row in rows]
+    lines = [[row['label'], *map(cell, line)] for row, line in zip(rows, scored)]
+    return cli.table(title, ['checkpoint'], [*domains, 'overall'], lines)
+
   perplexity = lambda score: _cell(score['perplexity'], scores.number)
   bits_per_byte = lambda score: _cell(score['bits_per_byte'], '{:.4f}'.format)
   difference = lambda score: _cell(score['difference']['bits_per_byte'], '{:+.4f}'.format, '*')
   made = [
-    _table(f'Perplexity, and its {share} interval', domains, rows, perplexity),
-    _table(f'Bits per byte, and its {share} interval', domains, rows, bits_per_byte),
+    by_domain(f'Perplexity, and its {share} interval', rows, perplexity),
+    by_domain(f'Bits per byte, and its {share} interval', rows, bits_per_byte),
   ]
   if len(rows) > 1:
     title = f'Bits per byte minus those of {rows[0]["label"]}; *: the {share} interval excludes 0'
-    made.append(_table(title, domains, rows[1:], difference))
+    made.append(by_domain(title, rows[1:], difference))
   shares = [
-    (row['label'], router, *(routing.own_share(by_domain[name]) for name in domains))
+    (row['label'], router, *(routing.own_share(facts[name]) for name in domains))
     for row in rows
-    for router, by_domain in (row['routing'] or {}).items()
+    for router, facts in (row['routing'] or {}).items()
   ]
   if shares:
     title = "Tokens with their domain's expert"
     made.append(cli.table(title, ['checkpoint', 'router'], domains, shares))
   return made
-
-
-def _table(
-  title: str,
-  domains: Sequence[str],
-  rows: Sequence[Mapping[str, Any]],
-  cell: Callable[[Mapping[str, Any]], str],
-) -> rich.table.Table:
-  lines = [
-    (row['label'], *(cell(row['domains'][name]) for name in domains), cell(row['overall']))
-    for row in rows
-  ]
-  return cli.table(title, ['checkpoint'], [*domains, 'overall'], lines)
 
 
 def _cell(measure: Mapping[str, Any], text: Callable[[float], str], mark: str = '') -> str:
