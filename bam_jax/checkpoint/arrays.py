@@ -24,6 +24,7 @@ from flax import traverse_util
 
 from bam_jax import errors
 from bam_jax.checkpoint import integrity
+from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 from bam_jax.files import folders
 from bam_jax.parallel import sharding
@@ -83,8 +84,7 @@ class Reader:
       self._stores = {path: future.result() for path, future in opening.items()}
     except (OSError, ValueError) as error:
       raise UserError(f'{folder} cannot be read ({reason(error)}): it is damaged.') from error
-    if not self._stores:
-      raise UserError(f'{folder} holds no arrays: it is damaged, or not a checkpoint.')
+    require(self._stores, f'{folder} holds no arrays: it is damaged, or not a checkpoint.')
     self.specs = {
       path: Spec(tuple(store.shape), store.dtype.numpy_dtype)
       for path, store in self._stores.items()
@@ -95,9 +95,8 @@ class Reader:
     try:
       return self._stores[path][index].read().result()
     except (OSError, ValueError) as error:
-      raise UserError(
-        f'{path} of {self.folder} cannot be read ({reason(error)}): it is damaged.'
-      ) from error
+      where = f'{path} of {self.folder}'
+      raise UserError(f'{where} cannot be read ({reason(error)}): it is damaged.') from error
 
 
 class Writer:

@@ -107,18 +107,15 @@ def set_aside(folder: Path) -> list[str]:
   whole; then none is renamed.
   """
   faults: dict[str, str] = {}
-  for step in processes.decide(lambda: _steps(folder)):
-    what = _fault_together(folder / step)
-    if not what:
+  steps = processes.decide(lambda: _steps(folder))
+  for step in steps:
+    if not (what := _fault_together(folder / step)):
       break
     faults[step] = what
-  else:
-    if faults:
-      newest = next(iter(faults))
-      raise UserError(
-        f'{folder / newest} is damaged ({faults[newest]}), and {folder} has no intact one: '
-        f'restore a copy, or delete {folder} to train the run from scratch.'
-      )
+  if steps and len(faults) == len(steps):
+    wrong = f'{folder / steps[0]} is damaged ({faults[steps[0]]}), and {folder} has no intact one'
+    fix = f'restore a copy, or delete {folder} to train the run from scratch.'
+    raise UserError(f'{wrong}: {fix}')
   return processes.decide(lambda: [_rename(folder / step, what) for step, what in faults.items()])
 
 

@@ -242,11 +242,9 @@ def _check_shapes(reader: arrays.Reader, params: Any) -> None:
   wanted = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params, sep='/').items()}
   stored = {path: spec.shape for path, spec in reader.specs.items()}
   for path in sorted(stored.keys() | wanted.keys()):
-    if stored.get(path) != wanted.get(path):
-      raise UserError(
-        f'{reader.folder} has {path} of shape {stored.get(path)} where {wanted.get(path)} is '
-        'expected: it is damaged, or a checkpoint of another model.'
-      )
+    wrong = f'{reader.folder} has {path} of shape {stored.get(path)} where {wanted.get(path)} is'
+    fix = 'expected: it is damaged, or a checkpoint of another model.'
+    strict.require(stored.get(path) == wanted.get(path), f'{wrong} {fix}')
 
 
 def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
