@@ -30,13 +30,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 
-from bam_jax import checkpoint, cli, config
+from bam_jax import checkpoint, cli
 from bam_jax.errors import UserError
-from bam_jax.model import transformer
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the runs.')
 _MINUTES = flags.DEFINE_float('minutes', 30, 'Minimum time under disturbances.', lower_bound=0.1)
@@ -197,9 +195,8 @@ def _compare(mine: Path, other: Path, facts: dict[str, Any]) -> None:
 
 
 def _arrays(folder: Path) -> list[np.ndarray]:
-  model = checkpoint.read_meta(folder).model
-  network = transformer.Network(model, config.Compute())
-  return jax.tree.leaves(checkpoint.restore_host_params(folder, network.abstract()))
+  reader = checkpoint.open_params(folder, checkpoint.read_meta(folder).model)
+  return [reader.read(path) for path in sorted(reader.specs)]
 
 
 if __name__ == '__main__':

@@ -116,8 +116,8 @@ def _make(model: config.Model, folder: Path, seed: int) -> None:
 
 def _mix_in_memory(model: config.Model, upcycle: config.Upcycle, output: Path) -> None:
   """`convert upcycle` without streaming."""
-  restored = [checkpoint.restore_host_params(path, _abstract(model)) for path in upcycle.sources]
-  flat = [traverse_util.flatten_dict(params, sep='/') for params in restored]
+  readers = [checkpoint.open_params(path, model) for path in upcycle.sources]
+  flat = [{path: reader.read(path) for path in reader.specs} for reader in readers]
   mixture = rules.mixture_model(model, upcycle)
   wanted, params = outputs.specs(_abstract(mixture)), {}
   for rule in rules.rules(mixture):

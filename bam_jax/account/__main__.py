@@ -42,12 +42,10 @@ def main() -> dict[str, Any]:
   """Counts what the flags select, and prints it."""
   # Counting must not occupy the accelerator: another process may be training on it.
   jax.config.update('jax_platforms', 'cpu')
-  names = [_RUN.value] if _RUN.value else []
   recipe = cli.read_recipe(_CONFIG)
-  facts = accounting.account(recipe, names, _CONTEXT.value or 0, _AGAINST.value or '')
-  console = cli.console()
+  facts = accounting.account(recipe, _RUN.value or '', _CONTEXT.value or 0, _AGAINST.value or '')
   for table in accounting.tables(facts):
-    console.print(table, '')
+    cli.console().print(table, '')
   return facts
 
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import rich.table
 
 from bam_jax import cli, config
-from bam_jax.errors import UserError
+from bam_jax.config.strict import require
 from bam_jax.model import arithmetic, transformer
 from bam_jax.parallel import sharding
 from bam_jax.recipes import graph
@@ -19,13 +19,13 @@ PARTS = ('embeddings', 'norms', 'attention', 'ffn', 'routers')
 
 
 def account(
-  recipe: config.Recipe, names: Sequence[str] = (), context: int = 0, against: str = ''
+  recipe: config.Recipe, run: str = '', context: int = 0, against: str = ''
 ) -> dict[str, Any]:
   """The facts of a recipe's runs.
 
   Args:
     recipe: any; its data need not exist, nor the devices of its meshes.
-    names: of runs; empty is all.
+    run: the only one; empty is all.
     context: T of the attention's scores and of the budgets; 0 is the data's sequence length.
     against: a run whose training FLOPs the others are to match; empty is none.
 
@@ -36,16 +36,21 @@ def account(
     UserError: a run that is not in the recipe, or a mesh that does not divide a run's parameters.
   """
   nodes, context = graph.resolve(recipe), context or recipe.data.sequence_length
-  for flag, name in (*(('run', name) for name in names), ('against', against)):
-    if name and name not in nodes:
-      raise UserError(f'--{flag}={name} is not in the recipe, which has {", ".join(nodes)}.')
-  rows = [_row(recipe, nodes[name], context) for name in nodes if not names or name in names]
+  asked = [find_run(nodes, 'run', run)] if run else nodes.values()
+  rows = [_row(recipe, node, context) for node in asked]
   if against:
-    budget = _row(recipe, nodes[against], context)['budget_flops']
+    budget = _row(recipe, find_run(nodes, 'against', against), context)['budget_flops']
     for row in rows:
       tokens = arithmetic.matched_tokens(nodes[row['run']].model, context, budget)
       row |= {'matched_tokens': tokens, 'matched_steps': tokens // row['step_tokens']}
   return {'recipe': recipe.name, 'context': context, 'against': against or None, 'rows': rows}
+
+
+def find_run(nodes: Mapping[str, graph.Node], flag: str, name: str) -> graph.Node:
+  """The run that a flag names; UserError when the recipe does not have it."""
+  wrong = f'--{flag}={name} is not in the recipe, which has {", ".join(nodes)}.'
+  require(name in nodes, wrong)
+  return nodes[name]
 
 
 def state_bytes(
@@ -57,14 +62,23 @@ def state_bytes(
   """
   abstract_mesh = jax.sharding.AbstractMesh(dataclasses.astuple(mesh), sharding.AXES)
   state = step.abstract_state(model, compute, optimizer, abstract_mesh)
-
-  def on_device(tree: Any) -> int:
-    here = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != sharding.HOST]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in here)
-
-  params, opt_state = on_device(state.params), on_device(state.opt_state)
+  params, opt_state = device_bytes(state.params), device_bytes(state.opt_state)
   total = 2 * params + opt_state
   return {'parameters': params, 'gradients': params, 'optimizer': opt_state, 'total': total}
+
+
+def device_bytes(tree: Any) -> int:
+  """Bytes of one device's parts of arrays, given their shapes; what its host holds is not counted.
+
+  Arrays without a sharding are whole.
+  """
+
+  def size(x: jax.ShapeDtypeStruct) -> int:
+    shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+    on_host = x.sharding and x.sharding.memory_kind == sharding.HOST
+    return 0 if on_host else math.prod(shape) * x.dtype.itemsize
+
+  return sum(map(size, jax.tree.leaves(tree)))
 
 
 def _row(recipe: config.Recipe, node: graph.Node, context: int) -> dict[str, Any]:
@@ -73,7 +87,7 @@ def _row(recipe: config.Recipe, node: graph.Node, context: int) -> dict[str, Any
   sharding.check(abstract, run.mesh, f'config.runs.{node.name}')
   with_total = lambda parts: dataclasses.asdict(parts) | {'total': parts.total}
   forward, steps = arithmetic.forward_parts(model, context), recipe.total_steps(node.name)
-  tokens = steps * recipe.step_tokens(node.name)
+  step_tokens = recipe.step_tokens(node.name)
   return {
     'run': node.name,
     'label': run.label,
@@ -92,45 +106,41 @@ def _row(recipe: config.Recipe, node: graph.Node, context: int) -> dict[str, Any
     'devices': run.mesh.size,
     'bytes_per_device': state_bytes(model, run.compute, run.optimizer, run.mesh),
     'steps': steps,
-    'step_tokens': recipe.step_tokens(node.name),
-    'tokens': tokens,
-    'budget_flops': tokens * arithmetic.training_flops(model, context),
+    'step_tokens': step_tokens,
+    'tokens': steps * step_tokens,
+    'budget_flops': steps * step_tokens * arithmetic.training_flops(model, context),
   }
 
 
 def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
   """What `account` returns, for a terminal."""
   parameters, flops, memory, budgets = [], [], [], []
-  matched = ('matched_steps', 'matched_tokens') if facts['against'] else ()
+  counts = ['steps', 'tokens', *(['matched_steps', 'matched_tokens'] if facts['against'] else [])]
   for row in facts['rows']:
-    run, forward = row['run'], row['forward_flops']
-    active, training = row['active_parameters']['total'], row['training_flops']['total']
-    parameters.append([run, *row['parameters'].values(), active])
+    run, forward, training = row['run'], row['forward_flops'], row['training_flops']
+    parameters.append([run, *row['parameters'].values(), row['active_parameters']['total']])
     layer = row['layer_forward_flops'].values()
-    flops.append([run, *layer, forward['embeddings'], forward['total'], training])
-    mesh = ' '.join(f'{axis}={size}' for axis, size in row['mesh'].items() if size > 1) or '-'
+    flops.append([run, *layer, forward['embeddings'], forward['total'], training['total']])
     held = [_size(size) for size in row['bytes_per_device'].values()]
-    memory.append([run, mesh, row['devices'], *held, row['cache_bytes']])
-    names = ('steps', 'tokens', *matched)
-    budgets.append([run, *(row[name] for name in names), f'{row["budget_flops"]:.3e}'])
-  against = f'; matched: for the training FLOPs of {facts["against"]}' if matched else ''
-  columns = [name.replace('_', ' ') for name in ('steps', 'tokens', *matched)]
+    memory.append([run, mesh_text(row['mesh']), row['devices'], *held, row['cache_bytes']])
+    budgets.append([run, *(row[name] for name in counts), f'{row["budget_flops"]:.3e}'])
+  title = f'FLOPs a token, context {facts["context"]:,}: of one layer forward, and of the model'
+  of_flops = ['attention', 'ffn', 'routers', 'logits', 'forward', 'training']
+  of_memory = ['devices', 'parameters', 'gradients', 'optimizer', 'total', 'cache']
+  against = f'; matched: for the training FLOPs of {facts["against"]}' if facts['against'] else ''
+  of_budgets = [*(name.replace('_', ' ') for name in counts), 'training FLOPs']
+  held = 'Bytes a device, without activations, and of the KV cache a token'
   return [
     cli.table('Parameters', ['run'], [*PARTS, 'total', 'active'], parameters),
-    cli.table(
-      f'FLOPs a token, context {facts["context"]:,}: of one layer forward, and of the model',
-      ['run'],
-      ['attention', 'ffn', 'routers', 'logits', 'forward', 'training'],
-      flops,
-    ),
-    cli.table(
-      'Bytes a device, without activations, and of the KV cache a token',
-      ['run', 'mesh'],
-      ['devices', 'parameters', 'gradients', 'optimizer', 'total', 'cache'],
-      memory,
-    ),
-    cli.table(f'Budgets{against}', ['run'], [*columns, 'training FLOPs'], budgets),
+    cli.table(title, ['run'], of_flops, flops),
+    cli.table(held, ['run', 'mesh'], of_memory, memory),
+    cli.table(f'Budgets{against}', ['run'], of_budgets, budgets),
   ]
+
+
+def mesh_text(mesh: Mapping[str, int]) -> str:
+  """The axes of more than one device."""
+  return ' '.join(f'{axis}={size}' for axis, size in mesh.items() if size > 1) or 'one device'
 
 
 def _size(number: int) -> str:

@@ -20,10 +20,9 @@ KINDS = (
   'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
   'collective-permute', 'collective-broadcast',
 )  # fmt: skip
-_LISTS = re.compile(r'\{((?:\{[\d,]+\},?)+)\}')
-_IOTA = re.compile(r'\[([\d,]+)\](<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?')
-_MESH = re.compile(r'mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? \{([^}]*)\}')
-_AXIS = re.compile(r"'(\w+)'(?:=(\d+))?(?::\((\d+)\)(\d+))?")
+_LISTS = re.compile(r'\{(\{[\d,]+\},?)+\}')
+_IOTA = re.compile(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
+_MESH = re.compile(r'mesh\[([^\]]*)\] \{([^}:]*)\}')
 
 
 @dataclass(frozen=True)
@@ -96,22 +95,17 @@ def _groups(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], ..
   if text.startswith('{}'):
     return (tuple(range(devices)),)
   if found := _LISTS.match(text):
-    return _lists(found[1])
-  if _IOTA.match(text):
-    return _rows(_iota(text))
-  if not (found := _MESH.match(text)):
-    raise ValueError(f'Replica groups of an unknown form: {text[:80]!r}.')
-  # `mesh['a'=2,'b'=4] {'b'}`: along named axes, or `'b':(2)2`, the part of size 2 within b.
-  sizes = {name: int(size) for name, size, _, _ in _AXIS.findall(found[1])}
-  along = {name: (before, size) for name, _, before, size in _AXIS.findall(found[3])}
-  shape = []  # of each axis three dimensions: the one in the middle lies within a group
-  for name, whole in sizes.items():
-    before, size = along.get(name, (whole, 1))
-    before, size = int(before or 1), int(size or whole)
-    shape += [before, size, whole // (before * size)]
-  ids = _iota(found[2]) if found[2] else np.arange(math.prod(shape))
-  ids = np.moveaxis(ids.reshape(shape), range(1, len(shape), 3), range(-len(sizes), 0))
-  return _rows(ids.reshape(-1, math.prod(shape[1::3])))
+    return _lists(found[0])
+  if found := _IOTA.match(text):  # `[2,4]<=[4,2]T(1,0)`: in order as [4,2], transposed, as [2,4]
+    shape, source, order = ([int(n) for n in x.split(',')] if x else None for x in found.groups())
+    return _rows(np.arange(math.prod(source)).reshape(source).transpose(order).reshape(shape))
+  if found := _MESH.match(text):  # `mesh['a'=2,'b'=4] {'b'}`: along the named axes
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+    ids = np.arange(devices).reshape([int(size) for size in sizes.values()])
+    along = [place for place, axis in enumerate(sizes) if f"'{axis}'" in found[2]]
+    ids = np.moveaxis(ids, along, range(-len(along), 0))
+    return _rows(ids.reshape(-1, math.prod(ids.shape[-len(along) :])))
+  raise ValueError(f'Replica groups of an unknown form: {text[:80]!r}.')
 
 
 def _lists(text: str) -> tuple[tuple[int, ...], ...]:
@@ -120,16 +114,3 @@ def _lists(text: str) -> tuple[tuple[int, ...], ...]:
 
 def _rows(ids: np.ndarray) -> tuple[tuple[int, ...], ...]:
   return tuple(map(tuple, ids.tolist()))
-
-
-def _iota(text: str) -> np.ndarray:
-  """`[2,4]<=[4,2]T(1,0)`: numbers in order, shaped [4,2], transposed, and reshaped to [2,4].
-
-  `[4,2]T(1,0)` is the same without the last step.
-  """
-  found = _IOTA.match(text)
-  numbers = lambda text: [int(number) for number in text.split(',')]
-  shape, source = numbers(found[1]), numbers(found[3] or found[1])
-  ids = np.arange(math.prod(source)).reshape(source)
-  ids = ids.transpose(numbers(found[4])) if found[4] else ids
-  return ids.reshape(shape) if found[2] else ids

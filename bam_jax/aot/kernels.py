@@ -2,15 +2,13 @@
 
 - Grouped products, which XLA makes of `jax.lax.ragged_dot`: the estimate is for every row of the
   buffer. Where a bound of the grid is known only at run time, the kernel visits as many tiles of
-  rows as the groups fill, and rows are counted at even load. The kernel's body is text; the windows
-  that it declares tell how often the grid fetches each operand from HBM.
-- Splash attention gives no estimate: its block sizes and the causal mask tell which blocks it
-  visits.
+  rows as the groups fill, and rows are counted at even load. The kernel's body is text, in which
+  the windows tell how often the grid fetches each operand from HBM.
+- Splash attention, which gives none: block sizes and the causal mask tell what blocks it visits.
 - Any other kernel: its own estimate, or none.
 """
 
 import base64
-import binascii
 import json
 import math
 import re
@@ -31,7 +29,7 @@ _SPLASH_PRODUCTS = {'fwd': 2, 'dkv': 4, 'dq': 3}
 class Window(NamedTuple):
   """The part of an operand that one step of the grid works on."""
 
-  shape: tuple[int, ...]
+  shape: list[int]
   depends: tuple[frozenset[int], ...]  # the grid's dimensions that each coordinate depends on
 
   def bytes(self, array: Array, grid: list[int]) -> float:
@@ -75,18 +73,14 @@ def read(call: Instruction, even_rows: float | None) -> Kernel:
   if flops is None:
     return Kernel(GROUPED, 0, 0)  # the groups' bookkeeping, a loop over scalars
   grid, windows = _body(call)
-  share = 1.0
-  if even_rows and (not grid or DYNAMIC in grid):
-    rows = next(array for array in operands if len(array.dims) == 2)
-    share = min(1.0, even_rows / rows.dims[0])
-  if windows:
-    arrays = [*operands[len(call.arrays) - len(windows) :], *call.arrays]
-    tiles = math.ceil(arrays[0].dims[0] * share / windows[0].shape[0])
-    bounds = [tiles if bound == DYNAMIC else bound for bound in grid]
-    fetched = [window.bytes(array, bounds) for window, array in zip(windows, arrays)]
-    moved = sum(size for size, array in zip(fetched, arrays) if array.memory_space == HBM)
-  else:
-    moved *= share
+  arrays = [*operands[len(call.arrays) - len(windows) :], *call.arrays]
+  rows, share = arrays[0].dims[0], 1.0
+  if even_rows and DYNAMIC in grid:
+    share = min(1.0, even_rows / rows)
+  tiles = math.ceil(rows * share / windows[0].shape[0])
+  bounds = [tiles if bound == DYNAMIC else bound for bound in grid]
+  fetched = [window.bytes(array, bounds) for window, array in zip(windows, arrays)]
+  moved = sum(size for size, array in zip(fetched, arrays) if array.memory_space == HBM)
   return Kernel(GROUPED, flops * share, moved)
 
 
@@ -112,22 +106,18 @@ def _splash_flops(call: Instruction, operands: list[Array], kind: str) -> float 
   return 2.0 * products * visited * query.size / queries
 
 
-def _body(call: Instruction) -> tuple[tuple[int, ...], tuple[Window, ...]]:
-  """The grid and the windows of a kernel's operands and results; empty where it is not text."""
-  try:
-    text = base64.b64decode(call.attribute(r'"body":"([^"]*)"'), validate=True).decode()
-  except (binascii.Error, UnicodeDecodeError):
-    return (), ()
-  grid = re.search(r'iteration_bounds = array<i64: ([^>]*)>', text)
-  scalars = re.search(r'scalar_prefetch = (\d+)', text)
-  indices = re.findall(r'transform_indices = @(\w+)', text)
-  if not (grid and scalars and indices):
-    return (), ()
-  bounds = tuple(int(bound) for bound in grid[1].split(','))
+def _body(call: Instruction) -> tuple[list[int], list[Window]]:
+  """The grid, and the windows of a grouped product's operands and results."""
+  text = base64.b64decode(call.attribute(r'"body":"([^"]*)"')).decode()
+  number = lambda found: [int(part) for part in re.split('[, x]+', found)]
+  grid = number(re.search(r'iteration_bounds = array<i64: ([^>]*)>', text)[1])
+  scalars = int(re.search(r'scalar_prefetch = (\d+)', text)[1])
   references = re.findall(r'memref<([\dx]+)x[a-z]', text[: text.index('attributes')])
-  shapes = [tuple(map(int, dims.split('x'))) for dims in references[int(scalars[1]) :]]
-  depends = [_depends(text, name, len(bounds)) for name in indices]
-  return bounds, tuple(map(Window, shapes, depends))
+  indices = re.findall(r'transform_indices = @(\w+)', text)
+  return grid, [
+    Window(number(shape), _depends(text, name, len(grid)))
+    for shape, name in zip(references[scalars:], indices)
+  ]
 
 
 def _depends(text: str, name: str, dimensions: int) -> tuple[frozenset[int], ...]:

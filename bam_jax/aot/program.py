@@ -1,7 +1,6 @@
 """The step of a run, to train or to decode, compiled for devices that need not be there."""
 
 import dataclasses
-import math
 import pickle
 import re
 import time
@@ -17,7 +16,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bam_jax import config
+from bam_jax.account import accounting
 from bam_jax.aot.topology import Topology
+from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 from bam_jax.generate import generator
 from bam_jax.generate.decode import Decoder
@@ -92,14 +93,13 @@ class Compiled:
   @property
   def memory(self) -> dict[str, int]:
     """Bytes of one device's HBM as the compiler planned them."""
-    names = {
-      'arguments': 'argument',
-      'temporaries': 'temp',
-      'outputs': 'output',
-      'aliased': 'alias',
-    }
     stats = self.executable.memory_analysis()
-    return {name: getattr(stats, f'{key}_size_in_bytes') for name, key in names.items()}
+    return {
+      'arguments': stats.argument_size_in_bytes,
+      'temporaries': stats.temp_size_in_bytes,
+      'outputs': stats.output_size_in_bytes,
+      'aliased': stats.alias_size_in_bytes,
+    }
 
   @property
   def peak_bytes(self) -> int | None:
@@ -111,19 +111,15 @@ class Compiled:
 
 def make_job(recipe: config.Recipe, name: str) -> Job:
   """The job of a recipe's run; UserError for a run that is not in it."""
-  nodes = graph.resolve(recipe)
-  if name not in nodes:
-    raise UserError(f'--run={name} is not in the recipe, which has {", ".join(nodes)}.')
-  return Job(name, nodes[name].model, nodes[name].run, recipe.data.sequence_length)
+  node = accounting.find_run(graph.resolve(recipe), 'run', name)
+  return Job(name, node.model, node.run, recipe.data.sequence_length)
 
 
 def make_mesh(job: Job, devices: Sequence[Any], topology: Topology) -> jax.sharding.Mesh:
   """The mesh of a job; UserError when it does not use all devices of the topology."""
-  if job.run.mesh.size != len(devices):
-    raise UserError(
-      f'{job.key}.mesh has {job.run.mesh.size} devices, but {topology.flag} has {len(devices)}: '
-      f'set --{job.key}.mesh.fsdp and the other axes.'
-    )
+  sizes = f'{job.run.mesh.size} devices, but {topology.flag} has {len(devices)}'
+  fix = f'set --{job.key}.mesh.fsdp and the other axes.'
+  require(job.run.mesh.size == len(devices), f'{job.key}.mesh has {sizes}: {fix}')
   return sharding.make_mesh(job.run.mesh, devices)
 
 
@@ -136,29 +132,24 @@ def compile_train(job: Job, mesh: jax.sharding.Mesh) -> Compiled:
     model, run.compute, run.loss, run.optimizer, run.grad_accum_steps, mesh, factors
   )
   state = step_lib.abstract_state(model, run.compute, run.optimizer, mesh)
+  dtypes = dict.fromkeys(('tokens', 'targets', 'segments', 'positions'), jnp.int32)
+  dtypes['weights'] = jnp.float32
+  shape, where = (run.batch_size, job.sequence_length), sharding.batch(mesh)
+  batch = {name: jax.ShapeDtypeStruct(shape, x, sharding=where) for name, x in dtypes.items()}
   rate = jax.ShapeDtypeStruct((2,), jnp.float32)
   # Not under `jax.set_mesh`, as training is: constants that a kernel computes while it is traced
   # would be computed on the mesh's devices, which are not there.
-  return _compile(lambda: step.lower(state, _abstract_batch(job, mesh), rate))
-
-
-def _abstract_batch(job: Job, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and shardings of what the loop feeds the step."""
-  dtypes = dict.fromkeys(('tokens', 'targets', 'segments', 'positions'), jnp.int32)
-  dtypes['weights'] = jnp.float32
-  shape, where = (job.run.batch_size, job.sequence_length), sharding.batch(mesh)
-  return {name: jax.ShapeDtypeStruct(shape, x, sharding=where) for name, x in dtypes.items()}
+  return _compile(lambda: step.lower(state, batch, rate))
 
 
 def make_decoder(job: Job, decode: Decode, mesh: jax.sharding.Mesh) -> Decoder:
   """The model on the mesh; UserError when the mesh does not divide the model or the batch."""
   decoder = Decoder(job.model, decode.dtype, mesh)
   decoder.check(f'{job.key}.mesh')
-  if decode.batch_size % decoder.layout.row_shards:
-    raise UserError(
-      f'--batch_size={decode.batch_size} is not a multiple of the {decoder.layout.row_shards} '
-      f'parts that {job.key}.mesh.data and .fsdp split it into: change one of them.'
-    )
+  batch_size, parts = decode.batch_size, decoder.layout.row_shards
+  by = f'{job.key}.mesh.data and .fsdp split it into: change one of them.'
+  wrong = f'--{batch_size=} is not a multiple of the {parts} parts that {by}'
+  require(batch_size % parts == 0, wrong)
   return decoder
 
 
@@ -179,25 +170,18 @@ def needed_bytes(decoder: Decoder, decode: Decode) -> dict[str, int]:
   Of the FFN experts those that a batch can visit, at most one for each assignment; of an input
   embedding that is not the output's next to nothing.
   """
-  model, layout = decoder.model, decoder.layout
-  visited = 1.0
+  model, visited = decoder.model, 1.0
   if model.ffn_experts:
-    assignments = decode.batch_size // layout.row_shards * model.ffn_experts.top_k
+    assignments = decode.batch_size // decoder.layout.row_shards * model.ffn_experts.top_k
     visited = min(1.0, assignments / model.ffn_experts.num_experts)
+  parts = dict.fromkeys(('blocks/ffn/gate', 'blocks/ffn/up', 'blocks/ffn/down'), visited)
+  parts |= {} if model.tied_embeddings else {'embed/table': 0}
   params, state, *_ = generator.abstract_arguments(decoder, decode.batch_size, decode.slots)
-
-  def on_device(x: jax.ShapeDtypeStruct) -> int:
-    shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-    return math.prod(shape) * jnp.dtype(x.dtype).itemsize
-
-  weights = 0.0
-  for key_path, x in jax.tree_util.tree_leaves_with_path(params):
-    path = sharding.path_of(key_path)
-    if path in ('blocks/ffn/gate', 'blocks/ffn/up', 'blocks/ffn/down'):
-      weights += visited * on_device(x)
-    elif path != 'embed/table' or model.tied_embeddings:
-      weights += on_device(x)
-  return {'weights': int(weights), 'cache': sum(map(on_device, jax.tree.leaves(state.cache)))}
+  weights = sum(
+    parts.get(sharding.path_of(key_path), 1) * accounting.device_bytes(x)
+    for key_path, x in jax.tree_util.tree_leaves_with_path(params)
+  )
+  return {'weights': int(weights), 'cache': accounting.device_bytes(state.cache)}
 
 
 def _compile(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
@@ -205,13 +189,12 @@ def _compile(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
   lowered = lower()
   lower_seconds, start = time.monotonic() - start, time.monotonic()
   try:
-    executable = lowered.compile()
+    executable, refusal = lowered.compile(), ()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    seconds = time.monotonic() - start
-    return Compiled(None, lower_seconds, seconds, *_shortage(str(error)))
-  return Compiled(executable, lower_seconds, time.monotonic() - start)
+    executable, refusal = None, _shortage(str(error))
+  return Compiled(executable, lower_seconds, time.monotonic() - start, *refusal)
 
 
 def _shortage(message: str) -> tuple[int | None, str]:
@@ -225,8 +208,7 @@ def _shortage(message: str) -> tuple[int | None, str]:
 
 def save(compiled: Compiled, path: str, flag: str) -> None:
   """Writes the optimized HLO for the flag `hlo`; for `save` what `load` reads on the TPU."""
-  if not compiled.executable:
-    raise UserError(f'--{flag}={path} is not written: the step does not fit.')
+  require(compiled.executable, f'--{flag}={path} is not written: the step does not fit.')
   if flag == 'hlo':
     content = compiled.executable.as_text().encode()
   else:
@@ -240,9 +222,7 @@ def save(compiled: Compiled, path: str, flag: str) -> None:
 def load(path: str, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
   """The step of a file that `aot --save` wrote, a pickle: load only what you wrote.
 
-  Args:
-    path: the file.
-    mesh: like the one that the step was compiled for, of devices that are there.
+  `mesh` is like the one that the step was compiled for, of devices that are there.
   """
   serialized, in_tree, out_tree = pickle.loads(Path(path).read_bytes())
   return serialize_executable.deserialize_and_load(

@@ -23,23 +23,23 @@ def train_facts(
   job: program.Job, topology: Topology, mesh: jax.sharding.Mesh, compiled: program.Compiled
 ) -> dict[str, Any]:
   """The object that `python -m bam_jax.aot --help` describes, of a train step."""
-  run = job.run
+  tokens = job.run.batch_size * job.sequence_length
   facts = _common_facts(job, topology, compiled) | {
     'phase': 'train',
-    'compute': config.to_dict(run.compute),
-    'batch_size': run.batch_size,
-    'grad_accum_steps': run.grad_accum_steps,
+    'compute': config.to_dict(job.run.compute),
+    'batch_size': job.run.batch_size,
+    'grad_accum_steps': job.run.grad_accum_steps,
     'sequences_per_chip': job.sequences_per_chip,
     'sequence_length': job.sequence_length,
   }
-  if not facts['fits']:
-    return facts
-  tokens = run.batch_size * job.sequence_length
-  model_flops = arithmetic.training_flops(job.model, job.sequence_length) * tokens
-  step = cost.read(compiled.executable.as_text(), topology.size, job.even_rows)
-  facts |= _costs(topology, mesh, step, model_flops)
-  speeds = {name: tokens / topology.size / facts['seconds'][name] for name in BOUNDS}
-  return facts | {'tokens_per_second_per_chip': speeds}
+  if facts['fits']:
+    step = cost.read(compiled.executable.as_text(), topology.size, job.even_rows)
+    model_flops = arithmetic.training_flops(job.model, job.sequence_length) * tokens
+    facts |= _costs(topology, mesh, step, model_flops)
+    seconds = facts['seconds']
+    speeds = {name: tokens / topology.size / seconds[name] for name in BOUNDS}
+    facts['tokens_per_second_per_chip'] = speeds
+  return facts
 
 
 def decode_facts(
@@ -52,24 +52,18 @@ def decode_facts(
 ) -> dict[str, Any]:
   """The same of a decode step: of one token of each row, with every slot of the cache in use."""
   needed = program.needed_bytes(decoder, decode)
-  facts = _common_facts(job, topology, compiled) | {
-    'phase': 'decode',
-    'dtype': decode.dtype,
-    'batch_size': decode.batch_size,
-    'context': decode.context,
-    'slots': decode.slots,
-    'needed_bytes': needed,
-  }
-  if not facts['fits']:
-    return facts
-  # The arithmetic counts half of the context, a sequence's average; this token sees all of it.
-  model_flops = decode.batch_size * arithmetic.forward_flops(job.model, 2 * decode.slots)
-  trips = {generator.DECODE_LOOP: generator.MAX_STEPS}
-  call = cost.read(compiled.executable.as_text(), topology.size, trips=trips)
-  facts |= _costs(topology, mesh, call.part(generator.MAX_STEPS), model_flops)
-  speeds = {name: decode.batch_size / facts['seconds'][name] for name in BOUNDS}
-  ratio = facts['hbm_bytes'] / sum(needed.values())
-  return facts | {'hbm_ratio': ratio, 'tokens_per_second': speeds}
+  facts = _common_facts(job, topology, compiled) | {'phase': 'decode', 'needed_bytes': needed}
+  facts |= dataclasses.asdict(decode) | {'slots': decode.slots}
+  if facts['fits']:
+    trips = {generator.DECODE_LOOP: generator.MAX_STEPS}
+    call = cost.read(compiled.executable.as_text(), topology.size, trips=trips)
+    # The arithmetic counts half of the context, a sequence's average; this token sees all of it.
+    model_flops = decode.batch_size * arithmetic.forward_flops(job.model, 2 * decode.slots)
+    facts |= _costs(topology, mesh, call.part(generator.MAX_STEPS), model_flops)
+    facts['hbm_ratio'] = facts['hbm_bytes'] / sum(needed.values())
+    seconds = facts['seconds']
+    facts['tokens_per_second'] = {name: decode.batch_size / seconds[name] for name in BOUNDS}
+  return facts
 
 
 def _common_facts(
@@ -111,21 +105,26 @@ def _costs(
   flops = {kind: topology.size * number for kind, number in step.flops().items()}
   total, peak = sum(flops.values()), topology.size * topology.chip.flops
   seconds = roofline.seconds(step, network, sizes)
-  collectives: dict[tuple[str, str], dict[str, Any]] = {}
+  rows: dict[tuple[str, str], collections.Counter] = collections.defaultdict(collections.Counter)
   for event in [event for event in step.events if event.collective]:
-    one, key = event.collective, (event.collective.kind, event.collective.axes(sizes))
-    row = {'count': 1, 'asynchronous': int(event.asynchronous), 'operand_bytes': one.operand_bytes}
-    row |= {'wire_bytes': one.wire_bytes, 'seconds': sum(network.seconds(one))}
-    row = {name: event.times * value for name, value in row.items()}
-    collectives.setdefault(key, collections.Counter()).update(row)
-  rows = [{'kind': kind, 'axes': axes, **row} for (kind, axes), row in collectives.items()]
+    one = event.collective
+    numbers = {
+      'count': 1,
+      'asynchronous': int(event.asynchronous),
+      'operand_bytes': one.operand_bytes,
+      'wire_bytes': one.wire_bytes,
+      'seconds': sum(network.seconds(one)),
+    }
+    row = rows[one.kind, one.axes(sizes)]
+    row.update({name: event.times * number for name, number in numbers.items()})
+  collectives = [{'kind': kind, 'axes': axes, **row} for (kind, axes), row in rows.items()]
   return {
     'model_flops': model_flops,
     'compiled_flops': flops | {'total': total},
     'flops_ratio': total / model_flops,
     'uncounted_kernels': step.uncounted,
     'hbm_bytes': step.hbm_bytes(),
-    'collectives': sorted(rows, key=lambda row: -row['wire_bytes']),
+    'collectives': sorted(collectives, key=lambda row: -row['wire_bytes']),
     'loops': [dataclasses.asdict(loop) for loop in step.loops],
     'seconds': seconds,
     'mfu': {name: model_flops / (peak * seconds[name]) for name in BOUNDS},
@@ -135,12 +134,10 @@ def _costs(
 def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
   """The facts of either phase, under the names that they have in `--json`."""
   apart = ('collectives', 'loops', 'label', 'slices', 'versions', 'compute', 'fits')
-  compute = {f'compute.{key}': facts.get('compute', {}).get(key) for key in ('dtype', 'remat')}
-  rows = {key: value for key, value in (facts | compute).items() if key not in apart}
-  loops = collections.Counter(
-    '?' if loop['trips'] is None else loop['trips'] for loop in facts.get('loops', ())
-  )
-  rows['loops'] = ', '.join(f'{n} of {trips} trips' for trips, n in loops.items())
+  rows = {key: value for key, value in facts.items() if key not in apart}
+  rows |= {f'compute.{key}': facts.get('compute', {}).get(key) for key in ('dtype', 'remat')}
+  trips = collections.Counter(loop['trips'] for loop in facts.get('loops', ()))
+  rows['loops'] = ', '.join(f'{n} of {"?" if t is None else t} trips' for t, n in trips.items())
   rows = [(key, text(key, value)) for key, value in rows.items() if value not in (None, '', [])]
   slices = f'{facts["slices"]} x ' if facts['slices'] > 1 else ''
   fits = 'fits' if facts['fits'] else 'does not fit'
@@ -163,17 +160,9 @@ def text(key: str, value: Any) -> str:
     return str(value)
   if 'bytes' in key or key == 'memory':
     return f'{value / 1e9:.2f} GB' if abs(value) >= 1e7 else f'{value / 1e6:.2f} MB'
-  if key.endswith('_seconds'):
-    return f'{value:.0f} s'
   if key == 'seconds':
     return f'{1e3 * value:.1f} ms' if value >= 0.01 else f'{1e3 * value:.3f} ms'
-  if key.endswith('_flops'):
-    return f'{value:.3e}'
-  if key == 'mfu':
-    return f'{value:.1%}'
+  for ending, form in (('_seconds', '{:.0f} s'), ('_flops', '{:.3e}'), ('mfu', '{:.1%}')):
+    if key.endswith(ending):
+      return form.format(value)
   return f'{value:.3f}' if isinstance(value, float) and value < 100 else f'{value:,.0f}'
-
-
-def mesh_text(mesh: dict[str, int]) -> str:
-  """The axes of more than one device."""
-  return ' '.join(f'{axis}={size}' for axis, size in mesh.items() if size > 1) or 'one device'

@@ -1,21 +1,8 @@
 """How long a step takes at least, from what its program does and what chips and links can do.
 
-Assumptions: every unit works at its peak (matrix units in bfloat16, HBM, links), vector units keep
-up, nothing has latency. Three times, from the least to the most that this model allows:
-
-- `roofline`: everything overlaps, and the busiest of compute, HBM, an axis of the mesh, and the
-  network between slices is the step.
-- `in_order`: instructions run one after the other, each as long as the busier of compute and HBM;
-  collectives and copies that the compiler made asynchronous are free as long as the busiest unit
-  allows it, others are waited for.
-- `no_overlap`: compute, HBM and every collective one after the other.
-
-A slice is a grid of chips with a link to each neighbour; long dimensions are rings, others lines. A
-group of devices that lies along a dimension sends both ways around a ring, one way's worth along a
-line (its ends have one link), and uses all the dimensions it extends over at once. Groups that lie
-interleaved on the same line share its links. Between slices everything passes the hosts' network:
-what is gathered crosses it once and is spread inside the slice, what is reduced the other way
-round. No collective disturbs another.
+docs/aot.md has the assumptions, the three bounds, and how links are used. Between slices everything
+passes the hosts' network: what is gathered crosses it once and is spread inside the slice, what is
+reduced the other way round. No collective disturbs another.
 """
 
 from collections.abc import Sequence
@@ -42,16 +29,15 @@ class Network:
 
   def seconds(self, collective: Collective) -> tuple[float, float]:
     """Seconds within slices, and between them; of the slowest group."""
-    times = {self._seconds(collective, group) for group in collective.groups}
-    return max(inside for inside, _ in times), max(between for _, between in times)
-
-  def _seconds(self, collective: Collective, group: tuple[int, ...]) -> tuple[float, float]:
-    members = np.array(group)
-    slices, counts = np.unique(self.slices[members], return_counts=True)
-    inside, between = _split(collective, int(counts[0]), len(slices))
-    if inside:
-      inside /= self.bandwidth(members[self.slices[members] == slices[0]])
-    return inside, between / self.topology.chip.slices_bandwidth
+    inside = between = 0.0
+    for members in map(np.array, collective.groups):
+      slices, counts = np.unique(self.slices[members], return_counts=True)
+      local, remote = _split(collective, int(counts[0]), len(slices))
+      if local:
+        local /= self.bandwidth(members[self.slices[members] == slices[0]])
+      inside = max(inside, local)
+      between = max(between, remote / self.topology.chip.slices_bandwidth)
+    return inside, between
 
   def bandwidth(self, members: Sequence[int]) -> float:
     """Bytes a second that each device of a group within a slice can send to the others."""

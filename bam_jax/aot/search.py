@@ -3,6 +3,7 @@
 The guess only orders the layouts and drops the hopeless ones: what is reported is compiled.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -21,6 +22,7 @@ from bam_jax.aot import program, report
 from bam_jax.aot.program import Job
 from bam_jax.aot.roofline import BOUNDS
 from bam_jax.aot.topology import Chip, Topology
+from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
 from bam_jax.parallel import sharding
@@ -49,11 +51,9 @@ def search(
   """
   start, chip = time.monotonic(), topology.chip
   possible = [(*guess(x, chip), x) for x in layouts(job, topology, sequences_per_chip)]
-  if not possible:
-    raise UserError(
-      f'No mesh of {topology.size} chips divides the model and batch_size={job.run.batch_size} of '
-      f'{job.key}: change --topology, or set --sequences_per_chip.'
-    )
+  wrong = f'No mesh of {topology.size} chips divides the model and batch_size={job.run.batch_size}'
+  fix = 'change --topology, or set --sequences_per_chip.'
+  require(possible, f'{wrong} of {job.key}: {fix}')
   hopeful = [x for x in possible if x[1] <= SLACK * chip.hbm_bytes] or possible
   hopeful.sort(key=lambda x: x[0])
   done, longest = [], 0.0
@@ -61,7 +61,7 @@ def search(
     elapsed = time.monotonic() - start
     if done and elapsed + longest > seconds:
       break
-    sizes, remat = report.mesh_text(vars(layout.run.mesh)), layout.run.compute.remat
+    sizes, remat = accounting.mesh_text(vars(layout.run.mesh)), layout.run.compute.remat
     console.print(
       f'{elapsed:.0f} of {seconds} s, {number} of {len(hopeful)}: {sizes}, remat {remat}, '
       f'{layout.sequences_per_chip} sequences a chip'
@@ -70,24 +70,26 @@ def search(
     compiled = program.compile_train(layout, mesh)
     longest = max(longest, compiled.compile_seconds)
     facts = report.train_facts(layout, topology, mesh, compiled)
-    tokens = layout.run.batch_size * layout.sequence_length
-    bounds = (
-      [facts['seconds'][name] / tokens for name in BOUNDS[:2]] if facts['fits'] else [math.inf]
-    )
-    done.append((bounds, layout, compiled, facts))
+    done.append((_rank(facts), layout, compiled, facts))
   done.sort(key=lambda x: x[0])
   rows = [_row(facts) for *_, facts in done]
   console.print(_table(rows), '')
   _, best, compiled, facts = done[0]
-  if not facts['fits']:
-    raise UserError(
-      f'None of the {len(done)} compiled layouts of {len(hopeful)} fits {topology.name}: use more '
-      'chips, fewer --sequences_per_chip, or a longer --search_seconds.'
-    )
+  wrong = f'None of the {len(done)} compiled layouts of {len(hopeful)} fits {topology.name}'
+  fix = 'use more chips, fewer --sequences_per_chip, or a longer --search_seconds.'
+  require(facts['fits'], f'{wrong}: {fix}')
   before, after = _overrides(job.run), _overrides(best.run)
   flags = [f'--{job.key}.{key}={new}' for key, new in after.items() if new != before[key]]
   console.print('The best of them:', *flags, sep='\n  ', end='\n\n')
   return compiled, facts | {'candidates': rows, 'flags': flags}
+
+
+def _rank(facts: dict[str, Any]) -> list[float]:
+  """Seconds a token, the least first; infinite for a layout that does not fit."""
+  if not facts['fits']:
+    return [math.inf]
+  tokens = facts['batch_size'] * facts['sequence_length']
+  return [facts['seconds'][name] / tokens for name in BOUNDS[:2]]
 
 
 def layouts(job: Job, topology: Topology, sequences_per_chip: int | None) -> Iterator[Job]:
@@ -97,13 +99,12 @@ def layouts(job: Job, topology: Topology, sequences_per_chip: int | None) -> Ite
   `sequences_per_chip` says how many sequences a chip has in a step.
   """
   for mesh in meshes(job.model, topology):
-    of_chip, rest = divmod(job.run.batch_size, mesh.batch_shards)
-    here = job.replace(mesh=mesh)
+    here, (of_chip, rest) = job.replace(mesh=mesh), divmod(job.run.batch_size, mesh.batch_shards)
     if sequences_per_chip:
       batches = [here.with_sequences(sequences_per_chip)]
     else:
-      at_once = [2**power for power in range(of_chip.bit_length())]
-      steps = [of_chip // n for n in at_once if not rest and of_chip % n == 0]
+      at_once = [] if rest else [2**power for power in range(of_chip.bit_length())]
+      steps = [of_chip // n for n in at_once if of_chip % n == 0]
       batches = [here.replace(grad_accum_steps=number) for number in steps]
     for layout, remat in itertools.product(batches, REMAT):
       yield layout.replace(compute=dataclasses.replace(job.run.compute, remat=remat))
@@ -117,14 +118,12 @@ def meshes(model: config.Model, topology: Topology) -> list[config.Mesh]:
   sizes = [size for size in range(1, topology.size + 1) if topology.size % size == 0]
   for data, expert, tensor in itertools.product(sizes, repeat=3):
     fsdp, rest = divmod(topology.size, data * expert * tensor)
-    if rest or data % topology.slices or experts % expert or model.num_kv_heads % tensor:
+    if rest or data % topology.slices or experts % expert:
       continue
     mesh = config.Mesh(data, fsdp, expert, tensor)
-    try:
+    with contextlib.suppress(UserError):
       sharding.check(abstract, mesh, 'config')
-    except UserError:
-      continue
-    found.append(mesh)
+      found.append(mesh)
   return found
 
 
@@ -195,9 +194,8 @@ def _row(facts: dict[str, Any]) -> dict[str, Any]:
 def _table(rows: Sequence[dict[str, Any]]):
   body = []
   for row in rows:
+    layout = accounting.mesh_text(row['mesh']), row['remat'], row['sequences_per_chip']
     bounds = (report.text(key, row[key]['roofline']) for key in ('seconds', 'mfu') if row['fits'])
-    peak = report.text('peak_bytes', row['peak_bytes'])
-    mesh = report.mesh_text(row['mesh'])
-    body.append([mesh, row['remat'], row['sequences_per_chip'], peak, *bounds])
+    body.append([*layout, report.text('peak_bytes', row['peak_bytes']), *bounds])
   columns = ('sequences a chip', 'peak', 'roofline', 'MFU')
   return cli.table('Layouts compiled; without MFU: too large', ('mesh', 'remat'), columns, body)

@@ -6,6 +6,7 @@ Orbax itself stores arrays, reads and fills them. Arrays are named by path, 'blo
 
 import collections
 import concurrent.futures
+import contextlib
 import itertools
 import math
 import os
@@ -14,13 +15,16 @@ import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 from flax import traverse_util
 
+from bam_jax import errors
 from bam_jax.checkpoint import integrity
+from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 from bam_jax.files import folders
 from bam_jax.parallel import sharding
@@ -80,8 +84,7 @@ class Reader:
       self._stores = {path: future.result() for path, future in opening.items()}
     except (OSError, ValueError) as error:
       raise UserError(f'{folder} cannot be read ({reason(error)}): it is damaged.') from error
-    if not self._stores:
-      raise UserError(f'{folder} holds no arrays: it is damaged, or not a checkpoint.')
+    require(self._stores, f'{folder} holds no arrays: it is damaged, or not a checkpoint.')
     self.specs = {
       path: Spec(tuple(store.shape), store.dtype.numpy_dtype)
       for path, store in self._stores.items()
@@ -92,9 +95,8 @@ class Reader:
     try:
       return self._stores[path][index].read().result()
     except (OSError, ValueError) as error:
-      raise UserError(
-        f'{path} of {self.folder} cannot be read ({reason(error)}): it is damaged.'
-      ) from error
+      where = f'{path} of {self.folder}'
+      raise UserError(f'{where} cannot be read ({reason(error)}): it is damaged.') from error
 
 
 class Writer:
@@ -113,21 +115,17 @@ class Writer:
     """
     self.folder, self.specs = epath.Path(folder), dict(specs)
     self._missing = {path: math.prod(spec.shape) for path, spec in specs.items()}  # values
-    self._written: set[tuple] = set()  # regions
     self._pending: collections.deque[tuple[ts.Future, int]] = collections.deque()
     # Orbax writes one value of each array, and with it all that it keeps about an item. Then each
     # array is replaced by an empty one: Orbax's own description of it, but for shape and chunks.
     ones = {path: np.zeros([1] * len(spec.shape), spec.dtype) for path, spec in specs.items()}
-    try:
+    ones = ocp.args.PyTreeSave(traverse_util.unflatten_dict(ones, sep='/'))
+    with writing(self.folder):
       with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
-        checkpointer.save(
-          self.folder, ocp.args.PyTreeSave(traverse_util.unflatten_dict(ones, sep='/'))
-        )
+        checkpointer.save(self.folder, ones)
       # `new_folder` sees to it that everything is on disk, once and not after each chunk.
       context = ts.Context({'file_io_sync': False, 'cache_pool': {'total_bytes_limit': 0}})
       self._stores = {path: self._create(path, context) for path in specs}
-    except (OSError, ValueError) as error:
-      raise self._failed(error) from error
 
   def __enter__(self) -> Self:
     return self
@@ -141,24 +139,14 @@ class Writer:
         self._pending.popleft()[0].exception()
 
   def write(self, path: str, index: Index, array: np.ndarray) -> None:
-    """Starts to write a region; blocks while more than PENDING_BYTES are pending.
+    """Starts to write a region of whole chunks, as `pieces` gives them.
 
-    Args:
-      path: of the array.
-      index: whole chunks of it, as `pieces` gives them.
-      array: the region's values, in the array's dtype; it must not change any more.
-
-    Raises:
-      UserError: the disk is full or cannot be written.
-      ValueError: the values do not fit the region, or it was written before.
+    Blocks while more than PENDING_BYTES are pending. `array` must not change any more. UserError
+    when the disk is full or cannot be written; ValueError when shape or dtype do not fit.
     """
     target, dtype = self._stores[path][index], self.specs[path].dtype
     if array.shape != target.shape or array.dtype != dtype:
       raise ValueError(f'{path}[{index}] is {dtype}{target.shape}, not {array.dtype}{array.shape}.')
-    region = path, bounds(self.specs[path], index)
-    if region in self._written:
-      raise ValueError(f'{path}[{index}] is written twice.')
-    self._written.add(region)
     self._missing[path] -= array.size
     future = target.write(array, can_reference_source_data_indefinitely=True)
     self._pending.append((future, array.nbytes))
@@ -182,14 +170,9 @@ class Writer:
 
   def _wait(self, max_bytes: int) -> None:
     while sum(nbytes for _, nbytes in self._pending) > max_bytes:
-      try:
+      with writing(self.folder):
         self._pending[0][0].result()  # pending until it is done, even if interrupted here
-      except (OSError, ValueError) as error:
-        raise self._failed(error) from error
       self._pending.popleft()
-
-  def _failed(self, error: Exception) -> UserError:
-    return UserError(f'{self.folder} cannot be written: {reason(error)}.')
 
 
 def chunk_shape(path: str, spec: Spec) -> tuple[int, ...]:
@@ -254,6 +237,18 @@ def save_args(path: str, spec: Spec) -> ocp.SaveArgs:
     # A bound on the bytes would cut columns, which no layout cuts first.
     return ocp.SaveArgs(shard_axes=tuple(range(stacked)))
   return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+
+
+@contextlib.contextmanager
+def writing(folder: epath.PathLike) -> Iterator[None]:
+  """Turns what Orbax, tensorstore and the system raise into UserErrors naming `folder`."""
+  with folders.writing(folder):
+    try:
+      yield
+    except (OSError, ValueError) as error:
+      if jax.process_count() > 1 and errors.of_jax(error):  # another process was lost
+        raise
+      raise UserError(f'{folder} cannot be written: {reason(error)}.') from error
 
 
 def reason(error: Exception) -> str:

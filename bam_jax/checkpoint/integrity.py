@@ -10,7 +10,6 @@ they were copied to a disk.
 import concurrent.futures
 import json
 import os
-import stat
 import zlib
 from collections.abc import Collection
 from pathlib import Path
@@ -51,16 +50,13 @@ def write(folder: epath.PathLike, into: epath.PathLike) -> None:
   files = [path for path in sorted(Path(folder).glob('*/**/*')) if path.is_file()]
   names = [str(path.relative_to(folder)) for path in files]
   sums = _measure(folder, [name for name in names if not name.startswith(ITEM)])
+  Path(into).mkdir(exist_ok=True)
   Path(into, FILE).write_text(json.dumps(sums) + '\n', encoding='utf-8')
   folders.sync(folder)
 
 
 def read(folder: epath.PathLike, items: Collection[str] = ()) -> Sums:
-  """The checksums of the files of some items, by default all; empty where there are none.
-
-  Raises:
-    Damaged: the list of them cannot be read.
-  """
+  """The checksums of some items' files, by default all, or {} without a list; may raise Damaged."""
   if folders.in_bucket(folder):
     return {}
   try:
@@ -78,19 +74,15 @@ def read(folder: epath.PathLike, items: Collection[str] = ()) -> Sums:
 
 def fault(folder: epath.PathLike, sums: Sums) -> str:
   """What is wrong with one of the files, in a few words; '' when all are as they were written."""
-  for name, (size, _) in sums.items():
-    try:
-      facts = os.stat(os.path.join(folder, name))
-    except (OSError, ValueError) as error:  # ValueError: NUL, or half a surrogate pair
-      return f'{name!r}: {getattr(error, "strerror", error)}'
-    if not stat.S_ISREG(facts.st_mode):  # reading a device may never end
-      return f'{name} is not a file'
-    if facts.st_size != size:
-      return f'{name} has {facts.st_size} bytes instead of {size}'
   try:
+    for name, (size, _) in sums.items():  # first, since a file may have become endless
+      if (found := os.path.getsize(os.path.join(folder, name))) != size:
+        return f'{name} has {found} bytes instead of {size}'
     found = _measure(folder, sums)
   except OSError as error:
-    return f'{error.filename or "a file"}: {error.strerror}'
+    return f'{error.filename or folder!r}: {error.strerror}'
+  except ValueError as error:  # NUL, or half a surrogate pair
+    return f'{name!r}: {error}'
   # Another process may have sent the sums, as lists.
   wrong = [name for name in sums if found[name] != tuple(sums[name])]
   return f'{wrong[0]} does not match its checksum' if wrong else ''
@@ -111,24 +103,19 @@ def check_together(folder: epath.PathLike, items: Collection[str]) -> None:
 def set_aside(folder: Path) -> list[str]:
   """Renames a run's newest checkpoints as long as they are damaged; returns a message for each.
 
-  All processes must call; together they read the newest checkpoint once.
-
-  Raises:
-    UserError: none is whole; then none is renamed.
+  All processes must call; together they read the newest checkpoint once. UserError when none is
+  whole; then none is renamed.
   """
   faults: dict[str, str] = {}
-  for step in processes.decide(lambda: _steps(folder)):
-    what = _fault_together(folder / step)
-    if not what:
+  steps = processes.decide(lambda: _steps(folder))
+  for step in steps:
+    if not (what := _fault_together(folder / step)):
       break
     faults[step] = what
-  else:
-    if faults:
-      newest = next(iter(faults))
-      raise UserError(
-        f'{folder / newest} is damaged ({faults[newest]}), and {folder} has no intact one: '
-        f'restore a copy, or delete {folder} to train the run from scratch.'
-      )
+  if steps and len(faults) == len(steps):
+    wrong = f'{folder / steps[0]} is damaged ({faults[steps[0]]}), and {folder} has no intact one'
+    fix = f'restore a copy, or delete {folder} to train the run from scratch.'
+    raise UserError(f'{wrong}: {fix}')
   return processes.decide(lambda: [_rename(folder / step, what) for step, what in faults.items()])
 
 
@@ -140,12 +127,9 @@ def _steps(folder: Path) -> list[str]:
 
 def _rename(folder: Path, what: str) -> str:
   aside = folder.with_name(folder.name + SET_ASIDE)
-  try:
-    folders.remove(aside)
+  with folders.writing(aside):
+    epath.Path(aside).rmtree(missing_ok=True)
     folder.rename(aside)
-  except OSError as error:
-    cannot = f'and cannot be renamed: {error.strerror or error}.'
-    raise UserError(f'{folder} is damaged ({what}), {cannot}') from error
   return f'{folder} is damaged ({what}): renamed to {aside.name}, resuming from the one before.'
 
 

@@ -6,11 +6,10 @@ step appear, by a rename, when all of it is written, and only then removes an ol
 complete one always exists. In a bucket a step is complete once its last file exists.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 
-from bam_jax import config, errors
+from bam_jax import config
 from bam_jax.checkpoint import arrays, integrity
 from bam_jax.checkpoint.manifest import Manifest
 from bam_jax.config import strict
@@ -119,33 +118,30 @@ class Checkpoints:
       meta=ocp.args.JsonSave(strict.to_dict(meta)),
       checksums=_ChecksumsSave(),
     )
-    with self._writing():
+    with arrays.writing(self.folder):
       self._manager.save(step, args=args)
 
   def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any, dict]:
     """Parameters, optimizer state and data state of a finished step.
 
     The arguments' leaves are jax.ShapeDtypeStruct whose shardings say where each array goes.
-    UserError when the step is of another format, or lacks the data state of a run.
+    UserError when the step is of another format.
     """
-    folder = self.folder / str(step)
-    processes.decide(lambda: read_meta(folder) and None)
+    processes.decide(lambda: read_meta(self.folder / str(step)) and None)
     items = {'params': _restore_args(params), 'opt_state': _restore_args(opt_state)}
     args = ocp.args.Composite(**items, data=ocp.args.JsonRestore())
     restored = self._manager.restore(step, args=args)
-    if 'iterator' not in (restored['data'] or {}):
-      raise UserError(f'{folder}/data is damaged: delete {folder} to resume from the previous one.')
     return restored['params'], restored['opt_state'], restored['data']
 
   def wait(self) -> None:
     """Returns when everything is on disk."""
-    with self._writing():
+    with arrays.writing(self.folder):
       self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, and frees the writer's threads."""
     try:
-      with self._writing():
+      with arrays.writing(self.folder):
         self._manager.close()
     finally:
       sys.unraisablehook = self._hook
@@ -156,24 +152,12 @@ class Checkpoints:
     if str(unraisable.exc_value) != 'Event loop is closed':
       self._hook(unraisable)
 
-  @contextlib.contextmanager
-  def _writing(self) -> Iterator[None]:
-    with folders.writing(self.folder):
-      try:
-        yield
-      except (OSError, ValueError) as error:
-        if errors.of_jax(error):  # another process was lost
-          raise
-        raise UserError(f'{self.folder} cannot be written: {arrays.reason(error)}.') from error
-
 
 def write_meta(folder: epath.Path, meta: Meta) -> None:
   """Writes the item `meta`, which makes a checkpoint of the folder: the last thing to write."""
   with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
     checkpointer.save(folder / 'meta', ocp.args.JsonSave(strict.to_dict(meta)))
-  if not folders.in_bucket(folder):
-    (folder / integrity.ITEM).mkdir()
-    integrity.write(folder, folder / integrity.ITEM)
+  integrity.write(folder, folder / integrity.ITEM)
 
 
 def read_meta(path: epath.PathLike) -> Meta:
@@ -229,15 +213,8 @@ def find_tokenizer(path: epath.PathLike) -> epath.Path:
 
 
 def open_tokenizer(path: epath.PathLike, meta: Meta) -> Tokenizer:
-  """The checkpoint's own tokenizer; UserError when it has more tokens than the model."""
-  file = find_tokenizer(path)
-  tokenizer = Tokenizer.load(file, meta.bos_token, meta.eos_token)
-  if tokenizer.vocab_size > meta.model.vocab_size:
-    raise UserError(
-      f'{file} has {tokenizer.vocab_size:,} tokens, but the model of {path} '
-      f'has {meta.model.vocab_size:,}: it is damaged.'
-    )
-  return tokenizer
+  """The checkpoint's own tokenizer."""
+  return Tokenizer.load(find_tokenizer(path), meta.bos_token, meta.eos_token)
 
 
 def open_params(path: epath.PathLike, model: config.Model, check: bool = True) -> arrays.Reader:
@@ -253,25 +230,11 @@ def restore_params(path: epath.PathLike, params: Any) -> Any:
   The leaves of `params` are jax.ShapeDtypeStruct whose shardings say where each array goes.
   UserError when the stored ones are damaged, or of another model.
   """
-  reader = _open_together(path, params)
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    return checkpointer.restore(reader.folder, args=_restore_args(params))
-
-
-def restore_host_params(path: epath.PathLike, params: Any) -> Any:
-  """The same as NumPy arrays of the dtypes in `params`, whole in the memory of every process."""
-  reader = _open_together(path, params)
-  return jax.tree_util.tree_map_with_path(
-    lambda keys, leaf: reader.read(sharding.path_of(keys)).astype(leaf.dtype, copy=False), params
-  )
-
-
-def _open_together(path: epath.PathLike, params: Any) -> arrays.Reader:
   folder = folders.absolute(find(path))
   integrity.check_together(folder, ['params'])
-  reader = arrays.Reader(folder / 'params', check=False)
-  _check_shapes(reader, params)
-  return reader
+  _check_shapes(arrays.Reader(folder / 'params', check=False), params)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    return checkpointer.restore(folder / 'params', args=_restore_args(params))
 
 
 def _check_shapes(reader: arrays.Reader, params: Any) -> None:
@@ -279,11 +242,9 @@ def _check_shapes(reader: arrays.Reader, params: Any) -> None:
   wanted = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params, sep='/').items()}
   stored = {path: spec.shape for path, spec in reader.specs.items()}
   for path in sorted(stored.keys() | wanted.keys()):
-    if stored.get(path) != wanted.get(path):
-      raise UserError(
-        f'{reader.folder} has {path} of shape {stored.get(path)} where {wanted.get(path)} is '
-        'expected: it is damaged, or a checkpoint of another model.'
-      )
+    wrong = f'{reader.folder} has {path} of shape {stored.get(path)} where {wanted.get(path)} is'
+    fix = 'expected: it is damaged, or a checkpoint of another model.'
+    strict.require(stored.get(path) == wanted.get(path), f'{wrong} {fix}')
 
 
 def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:

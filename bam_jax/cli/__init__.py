@@ -22,7 +22,9 @@ from rich import progress
 
 from bam_jax import config, errors
 from bam_jax.cli import recipe_file
+from bam_jax.config.strict import require
 from bam_jax.errors import UserError
+from bam_jax.files import folders
 from bam_jax.parallel import compilation, sharding
 
 _JSON = flags.DEFINE_string('json', None, 'File for the results as one JSON object; "-": stdout.')
@@ -90,15 +92,14 @@ def define_recipe() -> flags.FlagHolder:
 
 def read_recipe(flag: flags.FlagHolder) -> config.Recipe:
   """The recipe that the flag of `define_recipe` names, checked."""
-  if not flag.present:
-    raise UserError('--config is required: give --config=FILE.py.')
+  require(flag.present, '--config is required: give --config=FILE.py.')
   return recipe_file.read(flag, config_flags.get_config_filename(flags.FLAGS['config']))
 
 
 def console() -> rich.console.Console:
   """Standard error, where tables and remarks go; text is printed as it is, without markup."""
   made = rich.console.Console(stderr=True, markup=False, highlight=False)
-  made.width = max(made.width, 0 if made.is_terminal else 120)  # a log has room
+  made.width = max(made.width, 0 if made.is_terminal else 140)  # a log has room
   return made
 
 
@@ -136,8 +137,8 @@ def parse_mesh(items: Sequence[str]) -> config.Mesh:
   sizes: dict[str, int] = {}
   for item in items:
     match = re.fullmatch(rf'({"|".join(sharding.AXES)})=([0-9]{{1,19}})', item)
-    if not match or match[1] in sizes:
-      raise UserError(f'--mesh={item} is not one of {", ".join(f"{a}=N" for a in sharding.AXES)}.')
+    known = ', '.join(f'{axis}=N' for axis in sharding.AXES)
+    require(match and match[1] not in sizes, f'--mesh={item} is not one of {known}.')
     sizes[match[1]] = int(match[2])
   return config.Mesh(**sizes)
 
@@ -149,8 +150,8 @@ def command() -> str:
 
 def check_json(path: str) -> None:
   """Creates the file of `--json` and its folder: a bad path fails before hours of work."""
-  with _json_errors(path):
-    if path != '-':
+  if path != '-':
+    with folders.writing(f'--json={path}'):
       with contextlib.suppress(FileExistsError):
         os.makedirs(os.path.dirname(os.path.abspath(path)))
       open(path, 'ab').close()
@@ -158,39 +159,33 @@ def check_json(path: str) -> None:
 
 def write_json(path: str, facts: dict[str, Any]) -> None:
   """Writes one JSON object to `path`, or to standard output if it is "-"."""
-  with _json_errors(path):
-    text = json.dumps(facts, indent=1, sort_keys=True)
-    if path == '-':
-      print(text, flush=True)
-    else:
-      Path(path).write_text(text + '\n', encoding='utf-8')
-
-
-@contextlib.contextmanager
-def _json_errors(path: str) -> Iterator[None]:
+  text = json.dumps(facts, indent=1, sort_keys=True) + '\n'
+  if path != '-':
+    with folders.writing(f'--json={path}'):
+      Path(path).write_text(text, encoding='utf-8')
+    return
   try:
-    yield
+    print(text, end='', flush=True)
+  except BrokenPipeError:
+    raise
   except OSError as error:
-    if path == '-' and isinstance(error, BrokenPipeError):
-      raise
-    if path == '-':
-      _discard(sys.stdout)
-    raise UserError(f'--json={path} cannot be written: {error.strerror}.') from error
+    _discard(sys.stdout)
+    raise UserError(f'--json=- cannot be written: {error.strerror}.') from error
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
   """Parses the flags; a mistake in them or in a recipe ends the program."""
   try:
     for argument in argv:
-      if any('\ud800' <= character <= '\udfff' for character in argument):
-        raise UserError(f'{ascii(argument)[:80]} on the command line is not UTF-8: convert it.')
+      wrong = any('\ud800' <= character <= '\udfff' for character in argument)
+      require(not wrong, f'{ascii(argument)[:80]} on the command line is not UTF-8: convert it.')
     recipe_file.check(argv)
     with recipe_file.importable(argv):
       arguments = flags.FLAGS(argv)
     for name, value in flags.FLAGS.flag_values_dict().items():
       bound = 2**63 if type(value) is int else math.inf
-      if type(value) in (int, float) and not abs(value) < bound:
-        raise UserError(f'--{name} is not a finite 64-bit number: choose another.')
+      fits = type(value) not in (int, float) or abs(value) < bound
+      require(fits, f'--{name} is not a finite 64-bit number: choose another.')
     return arguments
   except Exception as error:
     message = str(error) if isinstance(error, UserError) else recipe_file.explain(argv, error)

@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 
 from bam_jax import cli
-from bam_jax.errors import UserError
+from bam_jax.config.strict import require
 from bam_jax.hf import exporting
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A run, a step, or an output of convert.')
@@ -31,10 +31,9 @@ _MAX_SHARD_SIZE = flags.DEFINE_string('max_shard_size', '5GB', 'Of a file, such 
 def main() -> dict[str, Any]:
   """Exports the checkpoint that the flags name; returns facts about the folder."""
   checkpoint, output, size = _CHECKPOINT.value, _OUTPUT.value, _MAX_SHARD_SIZE.value
-  if not (checkpoint and output):
-    raise UserError('--checkpoint and --output are required.')
-  if not re.fullmatch(r'[1-9]\d{0,8}[KMGT]B', size, re.ASCII):
-    raise UserError(f'--max_shard_size={size} is not a size such as 500MB or 5GB.')
+  require(checkpoint and output, '--checkpoint and --output are required.')
+  valid = re.fullmatch(r'[1-9]\d{0,8}[KMGT]B', size, re.ASCII)
+  require(valid, f'--max_shard_size={size} is not a size such as 500MB or 5GB.')
   options, start = dict(dtype=_DTYPE.value, max_shard_size=size), time.monotonic()
   with cli.bytes_bar('Exporting') as progress:
     facts = exporting.convert(checkpoint, output, **options, progress=progress)

@@ -23,7 +23,6 @@ from absl import flags
 
 from bam_jax import cli
 from bam_jax.config import strict
-from bam_jax.errors import UserError
 from bam_jax.hf import importing
 from bam_jax.model import arithmetic
 
@@ -40,8 +39,7 @@ _OPTIONS = (
 def main() -> dict[str, Any]:
   """Imports the folder that the flags name; returns facts about the checkpoint."""
   source, output, start = _INPUT.value, _OUTPUT.value, time.monotonic()
-  if not (source and output):
-    raise UserError('--input and --output are required.')
+  strict.require(source and output, '--input and --output are required.')
   options = {flag.name: flag.value for flag in _OPTIONS}
   with cli.bytes_bar('Importing') as progress:
     meta = importing.convert(source, output, command=cli.command(), progress=progress, **options)

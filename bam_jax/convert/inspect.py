@@ -24,7 +24,7 @@ import rich.table
 from bam_jax import checkpoint, cli
 from bam_jax.checkpoint import arrays
 from bam_jax.config import strict
-from bam_jax.errors import UserError
+from bam_jax.config.strict import require
 from bam_jax.model import parameters
 
 MAX_ARGUMENTS = 2
@@ -33,13 +33,10 @@ GROUPS = ('embeddings', 'norms', 'attention', 'ffn', 'routers')
 
 def main(*paths: str) -> dict[str, Any]:
   """Prints and returns the facts about one checkpoint, or the differences of two."""
-  if not paths:
-    raise UserError('The path of a checkpoint is required, or two paths to compare.')
+  require(paths, 'The path of a checkpoint is required, or two paths to compare.')
   with cli.bytes_bar('Reading') as progress:
     facts = describe(*paths, progress) if len(paths) == 1 else compare(*paths, progress)
-  console = cli.console()
-  console.width = max(console.width, 0 if console.is_terminal else 140)
-  console.print(*tables(facts))
+  cli.console().print(*tables(facts))
   return facts
 
 
@@ -81,10 +78,8 @@ def compare(a: str, b: str, progress: Callable[[int, int], None]) -> dict[str, A
       rows[name][f'{side}_shape'] = list(spec.shape) if spec else None
       rows[name][f'{side}_dtype'] = str(spec.dtype) if spec else None
   alike = [name for name, row in rows.items() if row['a_shape'] == row['b_shape']]
-  if not alike:
-    raise UserError(
-      f'{a} and {b} have no array of the same name and shape: nothing can be compared.'
-    )
+  wrong = f'{a} and {b} have no array of the same name and shape'
+  require(alike, f'{wrong}: nothing can be compared.')
   for name, pieces in _pieces(readers, alike, progress):
     x, y = (piece.astype(np.float64).reshape(-1) for piece in pieces)
     products[name] += np.array([x @ x, y @ y, x @ y, (x - y) @ (x - y)])
@@ -121,12 +116,13 @@ def _moments(piece: np.ndarray) -> list[float]:
 
 def _statistics(moments: list[list[float]]) -> dict[str, float | None]:
   not_finite, count, total, squares = np.sum(moments, axis=0)[:4]
-  if not count:
-    return dict(mean=None, std=None, min=None, max=None, not_finite=int(not_finite))
-  low, high = np.max(moments, axis=0)[4:]
-  mean = float(total / count)
-  std = math.sqrt(max(0.0, squares / count - mean**2))
-  return dict(mean=mean, std=std, min=float(-low), max=float(high), not_finite=int(not_finite))
+  facts = dict(mean=None, std=None, min=None, max=None, not_finite=int(not_finite))
+  if count:
+    low, high = np.max(moments, axis=0)[4:]
+    mean = float(total / count)
+    std = math.sqrt(max(0.0, squares / count - mean**2))
+    facts |= dict(mean=mean, std=std, min=float(-low), max=float(high))
+  return facts
 
 
 def _distance(products: np.ndarray) -> dict[str, Any]:

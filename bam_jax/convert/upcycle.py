@@ -52,8 +52,8 @@ _NAME = flags.DEFINE_string('name', '', "A recipe's run, to reproduce its draws.
 def main() -> dict[str, Any]:
   """Mixes the checkpoints that the flags name; returns facts about the mixture."""
   output, start = _OUTPUT.value, time.monotonic()
-  if not (_FROM.value and all(_FROM.value) and _METHOD.value and output):
-    raise UserError('--from, --method and --output are required.')
+  given = _FROM.value and all(_FROM.value) and _METHOD.value and output
+  strict.require(given, '--from, --method and --output are required.')
   try:
     weights = tuple(map(float, _WEIGHTS.value))
   except ValueError:

@@ -2,13 +2,14 @@
 
 import codecs
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from bam_jax.config.strict import require
 from bam_jax.errors import UserError
+from bam_jax.files import json_file
 
 JSON_LINES = ('.jsonl', '.jsonl.gz')
 PARQUET = '.parquet'
@@ -26,32 +27,22 @@ class Document(NamedTuple):
 
 
 def read_documents(path: Path, text_field: str = 'text') -> Iterator[Document]:
-  """Yields a file's documents in order.
+  """Yields the documents, in order, of a file of one of the EXTENSIONS.
 
   JSON lines and Parquet hold one document a line or row, in `text_field`; a text file is one
   document. Texts come out exactly as they are stored, without a leading byte-order mark. A blank
   JSON line is passed over; an empty text is yielded, for the caller to count.
 
-  A UserError names file and line: missing, empty, not UTF-8, damaged or of an unknown kind, not a
-  JSON object, without a string in `text_field`, or a document larger than DOCUMENT_BYTES.
+  A UserError names file and line: missing, not UTF-8, damaged, not a JSON object, without a string
+  in `text_field`, or a document larger than DOCUMENT_BYTES.
   """
-  if not path.is_file():
-    raise UserError(f'{path} is not a file: correct the path.')
   kind = extension(path)
-  if kind is None:
-    raise UserError(f'{path} has an unknown file type: only {", ".join(EXTENSIONS)} can be read.')
-  empty = True
   try:
-    parquet = kind == PARQUET
-    for document in _parquet(path, text_field) if parquet else _plain(path, kind, text_field):
-      empty = False
-      yield document
+    yield from _parquet(path, text_field) if kind == PARQUET else _plain(path, kind, text_field)
   except (EOFError, zlib.error, gzip.BadGzipFile) as error:
     raise UserError(f'{path} is damaged or cut short: {error}.') from error
   except OSError as error:
     raise UserError(f'{path} cannot be read: {error.strerror or error}.') from error
-  if empty:
-    raise UserError(f'{path} is empty: it holds no document.')
 
 
 def extension(path: Path) -> str | None:
@@ -61,27 +52,23 @@ def extension(path: Path) -> str | None:
 
 def _plain(path: Path, kind: str, text_field: str) -> Iterator[Document]:
   with open(path, 'rb') as raw:
-    plain, number = gzip.open(raw) if kind.endswith('.gz') else raw, 0
+    plain = gzip.open(raw) if kind.endswith('.gz') else raw
     if kind in TEXT:
-      if text := _decoded(plain.read(DOCUMENT_BYTES + 1), path):
-        yield Document(text, raw.tell())
+      yield Document(_decoded(plain.read(DOCUMENT_BYTES + 1), path), raw.tell())
       return
-    while line := plain.readline(DOCUMENT_BYTES + 1):
-      number += 1
+    for number, line in enumerate(iter(lambda: plain.readline(DOCUMENT_BYTES + 1), b''), 1):
       where = f'{path}, line {number}'
       line = _decoded(line, path, number)
       if not line.strip():
         continue
       try:
-        record = json.loads(line)
-      except json.JSONDecodeError as error:
-        raise UserError(f'{where} is not JSON: {error.msg} at column {error.colno}.') from error
-      except (ValueError, RecursionError) as error:  # a number without end, or nested too deep
+        record = json_file.loads(line)
+      except ValueError as error:
         raise UserError(f'{where} is not JSON: {error}.') from error
-      if not isinstance(record, dict):
-        raise UserError(f'{where} is not a JSON object such as {{"{text_field}": "..."}}.')
-      if text_field not in record:
-        raise UserError(f'{where} has no field {text_field!r}: add it, or choose --text_field.')
+      wrong = f'{where} is not a JSON object such as {{"{text_field}": "..."}}.'
+      require(isinstance(record, dict), wrong)
+      wrong = f'{where} has no field {text_field!r}: add it, or choose --text_field.'
+      require(text_field in record, wrong)
       yield Document(_checked(record[text_field], text_field, where), raw.tell())
 
 
@@ -92,9 +79,9 @@ def _parquet(path: Path, text_field: str) -> Iterator[Document]:
   row = 0
   try:
     with parquet.ParquetFile(path) as file:
-      if text_field not in (names := file.schema_arrow.names):
-        names = ', '.join(names)
-        raise UserError(f'{path} has no column {text_field!r}: choose --text_field from {names}.')
+      names = file.schema_arrow.names
+      wrong = f'{path} has no column {text_field!r}: choose --text_field from {", ".join(names)}.'
+      require(text_field in names, wrong)
       size, rows = path.stat().st_size, max(file.metadata.num_rows, 1)
       for batch in file.iter_batches(ROWS, columns=[text_field]):
         for text in batch.column(0).to_pylist():
@@ -120,8 +107,8 @@ def _decoded(content: bytes, path: Path, line: int | None = None) -> str:
 
 
 def _checked(text: object, text_field: str, where: str) -> str:
-  if not isinstance(text, str):
-    raise UserError(f'{where}: {text_field!r} holds {type(text).__name__}, not a string.')
+  wrong = f'{where}: {text_field!r} holds {type(text).__name__}, not a string.'
+  require(isinstance(text, str), wrong)
   try:
     _check_size(len(text.encode()), where)
   except UnicodeEncodeError as error:
@@ -130,6 +117,7 @@ def _checked(text: object, text_field: str, where: str) -> str:
 
 
 def _check_size(size: int, where: str) -> None:
-  if size > DOCUMENT_BYTES:
-    limit = f'{DOCUMENT_BYTES >> 20} MiB'
-    raise UserError(f'{where} is larger than {limit}: split it into several documents.')
+  limit = f'{DOCUMENT_BYTES >> 20} MiB'
+  require(
+    size <= DOCUMENT_BYTES, f'{where} is larger than {limit}: split it into several documents.'
+  )

@@ -14,8 +14,8 @@ import grain
 import numpy as np
 from grain.experimental import set_next_index
 
+from bam_jax.config.strict import require
 from bam_jax.data.shards import Documents
-from bam_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -90,9 +90,8 @@ def batches(
   weights rounded to a hundredth of the smallest one.
 
   Args:
-    documents: the documents of each domain.
-    weights: the share of the tokens of each domain, in any unit; 0 leaves a domain out.
-    batch_size: B, over all processes.
+    weights: the positive share of the tokens of each domain, in any unit.
+    batch_size: B, over all processes; a multiple of their number.
     seed: a domain's order depends on it and on the domain's name alone.
 
   Returns:
@@ -100,31 +99,23 @@ def batches(
     arrays of `PackedSequences`, [B / process_count, T], and `domains`, int32 [B / process_count],
     the place of each sequence's domain in `sorted(weights)`. The parts, joined in the order of the
     processes, are the same batch whatever their number.
-
-  Raises:
-    UserError: the weights are not a mixture of the domains, or the batch cannot be divided.
   """
-  local_size = _local_size(batch_size, process_count)
-  _check_weights(documents, weights)
-  names = sorted(name for name in weights if weights[name] > 0)
   sequences = []
-  for name in names:
+  for index, name in enumerate(sorted(weights)):
     seeds = np.random.SeedSequence([seed, *name.encode()]).generate_state(2)
     document_seed, sequence_seed = seeds.tolist()
     packed = PackedSequences(documents[name], sequence_length, document_seed)
-    if not len(packed):
-      raise UserError(f'The domain {name!r} has no text to train on: prepare it again or drop it.')
-    index = np.int32(sorted(weights).index(name))
-    label = lambda sequence, index=index: sequence | {'domains': index}
+    require(len(packed), f'The domain {name!r} has no text to train on: prepare it again.')
+    label = lambda sequence, index=index: sequence | {'domains': np.int32(index)}
     sequences.append(grain.MapDataset.source(packed).map(label).shuffle(sequence_seed).repeat())
 
-  smallest = min(weights[name] for name in names)
   # Grain scales the smallest weight to 100 and truncates the others: round them before it does.
-  shares = [round(100 * weights[name] / smallest) for name in names]
+  shares = [round(100 * weights[name] / min(weights.values())) for name in sorted(weights)]
   mixed = grain.MapDataset.mix(sequences, shares)
   # Sliced after batching, a process holds consecutive rows of each global batch; it reads no more
   # than those, because items are made only when asked for.
-  return mixed.batch(local_size, drop_remainder=True)[process_index::process_count]
+  local = mixed.batch(batch_size // process_count, drop_remainder=True)
+  return local[process_index::process_count]
 
 
 def iterate(
@@ -160,7 +151,7 @@ def heldout(
   The last batch is filled up with padding, so that all have one shape and every process has as
   many. The weights add up to the number of targets: that of all tokens less one a document.
   """
-  local_size = _local_size(batch_size, process_count)
+  local_size = batch_size // process_count
   packed = PackedSequences(documents, sequence_length, None)
   for start in range(0, len(packed), batch_size):
     start += process_index * local_size
@@ -168,23 +159,3 @@ def heldout(
     rows = rows or [{key: np.zeros_like(value) for key, value in packed[0].items()}]
     fill = ((0, local_size - len(rows)), (0, 0))
     yield {key: np.pad(np.stack([row[key] for row in rows]), fill) for key in rows[0]}
-
-
-def _local_size(batch_size: int, process_count: int) -> int:
-  if batch_size % process_count:
-    raise UserError(
-      f'The batch of {batch_size} sequences cannot be divided among {process_count} processes: '
-      'choose a multiple.'
-    )
-  return batch_size // process_count
-
-
-def _check_weights(documents: Mapping[str, Documents], weights: Mapping[str, float]) -> None:
-  for name, weight in weights.items():
-    if name not in documents:
-      has = ', '.join(sorted(documents))
-      raise UserError(f'The mixture names the domain {name!r}, which is not in the data: {has}.')
-    if not 0 <= weight < math.inf:
-      raise UserError(f'The weight of the domain {name!r} is {weight}: give a finite number >= 0.')
-  if not any(weights.values()):
-    raise UserError('The mixture has no domain of positive weight: give at least one.')

@@ -8,7 +8,6 @@ they are packed into shards, and one rename makes `DIR` appear, whole.
 import collections
 import concurrent.futures
 import contextlib
-import fcntl
 import io
 import json
 import multiprocessing
@@ -16,7 +15,6 @@ import os
 import shutil
 import signal
 import threading
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ import numpy as np
 import tokenizers
 
 import bam_jax.data.shards as shards_lib
+from bam_jax.config.strict import require
 from bam_jax.data.sources import TRAIN, VALID, Domain
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, Tokenizer
 from bam_jax.errors import UserError
@@ -74,19 +73,17 @@ def prepare(
   there, and another attempt goes on from what `output`.partial holds.
   """
   output, inputs = Path(output), {name: Path(path) for name, path in inputs.items()}
-  if (tokenizer is None) == (train_tokenizer is None):
-    raise UserError('Exactly one of --tokenizer=PATH and --train_tokenizer=SIZE is required.')
-  if not 0 <= valid_fraction < 1:
-    raise UserError(f'--valid_fraction={valid_fraction:g} must be at least 0 and less than 1.')
+  wrong = 'Exactly one of --tokenizer=PATH and --train_tokenizer=SIZE is required.'
+  require((tokenizer is None) != (train_tokenizer is None), wrong)
+  wrong = f'--valid_fraction={valid_fraction:g} must be at least 0 and less than 1.'
+  require(0 <= valid_fraction < 1, wrong)
   sizes = dict(shard_tokens=shard_tokens, tokenizer_bytes=tokenizer_bytes, workers=workers)
   for flag, value in sizes.items():
-    if value < 1:
-      raise UserError(f'--{flag}={value} must be at least 1.')
-  if workers > MAX_WORKERS:
-    raise UserError(f'--workers={workers} must be at most {MAX_WORKERS}.')
+    require(value >= 1, f'--{flag}={value} must be at least 1.')
+  require(workers <= MAX_WORKERS, f'--workers={workers} must be at most {MAX_WORKERS}.')
   for path in inputs.values():
-    if output.resolve().is_relative_to(path.resolve()):
-      raise UserError(f'--output={output} is inside the input {path}: choose another folder.')
+    wrong = f'--output={output} is inside the input {path}: choose another folder.'
+    require(not output.resolve().is_relative_to(path.resolve()), wrong)
 
   read = dict(text_field=text_field, valid_fraction=valid_fraction)
   domains = [Domain.find(name, path, **read) for name, path in sorted(inputs.items())]
@@ -101,16 +98,14 @@ def prepare(
   if tokenizer:
     plan['tokenizer_from'] = _tokenizer_facts(tokenizer)
   partial = Path(f'{os.path.abspath(output)}.partial')  # of "." too
-  if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-    if not (output / shards_lib.MANIFEST).is_file():
-      raise UserError(f'{output} exists and is not a prepared dataset: choose another --output.')
+  if (output / shards_lib.MANIFEST).is_file():
     manifest = shards_lib.open_dataset(output).manifest
-    if any(manifest.get(key) != value for key, value in plan.items()):
-      raise UserError(
-        f'{output} was prepared from other inputs or options: choose another --output or remove it.'
-      )
+    wrong = f'{output} was prepared from other inputs or options: choose another --output.'
+    require(manifest == manifest | plan, wrong)
     shutil.rmtree(partial, ignore_errors=True)
     return manifest
+  wrong = f'{output} exists and is not a prepared dataset: choose another --output.'
+  require(not output.exists() or output.is_dir() and not any(output.iterdir()), wrong)
 
   # The readers report what is wrong with an input; what is left is a disk that takes no more.
   with folders.writing(partial), _workplace(partial, plan):
@@ -125,11 +120,8 @@ def prepare(
     for domain in domains:
       texts = list(_head(domain, DECODED_BYTES, TRAIN, VALID))
       plan['decoded'][domain.name] = share = _decoded_share(tokenizer, texts)
-      if share < min_decoded:
-        raise UserError(
-          f'The tokenizer reproduces {share:.1%} of the text of {domain.name}: choose another one, '
-          f'or lower --min_decoded={min_decoded:g}.'
-        )
+      wrong = f'The tokenizer reproduces {share:.1%} of the text of {domain.name}: choose another'
+      require(share >= min_decoded, f'{wrong} one, or lower --min_decoded={min_decoded:g}.')
     _encode_all(tokenizer, _missing_chunks(partial / 'chunks', domains, progress), workers)
     manifest = _assemble(partial, plan, domains, tokenizer)
     folders.sync(partial / 'dataset')  # a dataset that exists is whole, even after a power cut
@@ -217,9 +209,8 @@ def _encode_all(
     for future in pending:
       future.result()
   except concurrent.futures.BrokenExecutor as error:
-    raise UserError(
-      f'A worker process died, perhaps for lack of memory: lower --workers={workers}.'
-    ) from error
+    wrong = 'A worker process died, perhaps for lack of memory'
+    raise UserError(f'{wrong}: lower --workers={workers}.') from error
   finally:
     pool.shutdown(cancel_futures=True)
 
@@ -258,10 +249,9 @@ def _read_chunk(path: Path) -> shards_lib.Encoded:
   try:
     with np.load(path, allow_pickle=False) as arrays:
       return shards_lib.Encoded(**arrays)
-  except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-    raise UserError(
-      f'{path} is damaged ({error}): delete it, and the same command writes it again.'
-    ) from error
+  except Exception as error:  # of many types
+    fix = 'delete it, and the same command writes it again.'
+    raise UserError(f'{path} is damaged ({error}): {fix}') from error
 
 
 def _assemble(
@@ -283,14 +273,11 @@ def _assemble(
           'skipped': {why: domain.skipped[split, why] for why in ('empty', 'in_valid')},
           'shards': shards,
         }
-    marked = {mark for _, mark in domain.files}
-    if TRAIN not in splits and marked != {VALID}:
-      raise UserError(f'The domain {domain.name} has no document left for train: add more text.')
-    if VALID not in splits and (VALID in marked or domain.valid_fraction > 0):
-      raise UserError(
-        f'The domain {domain.name} has no document for valid: add a valid file, or raise '
-        f'--valid_fraction={domain.valid_fraction:g} (0 holds nothing out).'
-      )
+    marked, wrong = {mark for _, mark in domain.files}, f'The domain {domain.name} has no document'
+    require(TRAIN in splits or marked == {VALID}, f'{wrong} left for train: add more text.')
+    fix = f'raise --valid_fraction={domain.valid_fraction:g} (0 holds nothing out).'
+    wanted = VALID in marked or domain.valid_fraction > 0
+    require(VALID in splits or not wanted, f'{wrong} for valid: add a valid file, or {fix}')
   tokenizer.save(dataset)
   manifest = {
     **plan,
@@ -307,11 +294,9 @@ def _assemble(
 def _workplace(partial: Path, plan: dict[str, Any]) -> Iterator[None]:
   """Locks `partial`, and empties it unless it holds unfinished work of this very plan."""
   partial.mkdir(parents=True, exist_ok=True)
-  with open(partial / 'lock', 'wb') as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise UserError(f'Another prepare is running in {partial}: wait for it to end.') from error
+  with folders.locked(partial) as free:
+    wrong = f'Another prepare is running in {partial}, or its file system has no locks'
+    require(free, f'{wrong}: wait for it to end, or choose another --output.')
     wanted = json.dumps({**plan, 'chunk_bytes': CHUNK_BYTES}, indent=1)
     file = partial / 'plan.json'
     if not file.exists() or file.read_bytes() != wanted.encode():

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from bam_jax.config.strict import require
 from bam_jax.data.documents import EXTENSIONS, extension, read_documents
 from bam_jax.data.shards import DOMAIN_NAME, file_hash
-from bam_jax.errors import UserError
 
 SAMPLE = Path(__file__).parent / 'sample'  # the text that is shipped with bam_jax
 TRAIN, VALID, TEST = 'train', 'valid', 'test'
@@ -25,7 +25,6 @@ _MARKS = {
 # A whole word at the start: testimony.txt is not a test set.
 _MARK = re.compile(f'({"|".join(_MARKS)})(?![a-z])', re.IGNORECASE)
 _ABOUT = ('readme', 'notice', 'license', 'licence', 'copying')
-_NAMING = 'name it with letters, digits, "_", "-" and "."'
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,7 @@ class Domain:
     left_out += [file for file, split in marked if split == TEST]
     # Valid first: what is held out must be known before train is read.
     files = sorted((one for one in marked if one[1] != TEST), key=lambda one: one[1] != VALID)
-    if not files:
-      raise UserError(f'{path} holds only test files: name those for training train*.')
+    require(files, f'{path} holds only test files: name those for training train*.')
     names = tuple(f'{name}/{file.relative_to(root).as_posix()}' for file in left_out)
     return cls(name, root, tuple(files), names, text_field, valid_fraction)
 
@@ -102,28 +100,25 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
   Passes over names that begin with a dot; UserError when no file can be read, or one twice because
   of a link.
   """
-  if path.is_file():
-    if extension(path) is None:
-      raise UserError(f'{path} has an unknown file type: only {", ".join(EXTENSIONS)} can be read.')
-    return [path], []
-  if not path.is_dir():
-    found = 'is neither a file nor a folder' if path.exists() else 'does not exist'
-    raise UserError(f'{path} {found}: correct the path.')
-  files, walked = [], set()
+  kinds = ', '.join(EXTENSIONS)
+  require(path.exists(), f'{path} does not exist: correct the path.')
+  known = path.is_dir() or extension(path)
+  require(known, f'{path} has an unknown file type: only {kinds} can be read.')
+  files, walked = [path] if path.is_file() else [], set()
   for folder, folders, names in os.walk(path, followlinks=True):
-    if (real := os.path.realpath(folder)) in walked:
-      raise UserError(f'{folder} is read twice because of a link: remove the link.')
+    real = os.path.realpath(folder)
+    require(real not in walked, f'{folder} is read twice because of a link: remove the link.')
     walked.add(real)
     folders[:] = [name for name in folders if not name.startswith('.')]
     files += [Path(folder, name) for name in names if not name.startswith('.')]
   files.sort(key=lambda file: file.relative_to(path).parts)
-  readable = dict.fromkeys(filter(extension, files))
+  readable = [file for file in files if extension(file)]
   for file in readable:
-    if not file.is_file():  # a broken link would lose data, and reading a pipe may never end
-      raise UserError(f'{file} is not a file: remove it.')
-  if not readable:
-    raise UserError(f'{path} holds no file that can be read: put {", ".join(EXTENSIONS)} there.')
-  return list(readable), [file for file in files if file not in readable]
+    # A broken link would lose data, and reading a pipe may never end.
+    require(file.is_file(), f'{file} is not a file: remove it.')
+    require(file.stat().st_size, f'{file} is empty: it holds no document.')
+  require(readable, f'{path} holds no file that can be read: put {kinds} there.')
+  return readable, [file for file in files if not extension(file)]
 
 
 def find_split(relative: Path) -> str | None:
@@ -136,43 +131,32 @@ def find_split(relative: Path) -> str | None:
 
 def find_domains(inputs: Sequence[str]) -> dict[str, Path]:
   """Reads `--input`: either some `domain=path`, or one folder whose entries are the domains."""
-  if not inputs:
-    raise UserError('--input is required: give --input=DOMAIN=PATH or --input=FOLDER.')
-  if len(inputs) == 1 and Path(inputs[0]).is_dir():
-    return _domains_of_folder(Path(inputs[0]))
+  require(inputs, '--input is required: give --input=DOMAIN=PATH or --input=FOLDER.')
+  folder = Path(inputs[0])
+  if len(inputs) == 1 and folder.is_dir():
+    named = list(_entries(folder))
+    require(named, f'{folder} holds no domain: put a folder or file for each domain into it.')
+  else:
+    for given in inputs:
+      require('=' in given, f'--input={given} names no domain: write --input=DOMAIN={given}.')
+    named = [(f'--input={given}', *given.split('=', 1)) for given in inputs]
   domains = {}
-  for given in inputs:
-    name, equals, path = given.partition('=')
-    if not equals:
-      raise UserError(f'--input={given} names no domain: write --input=DOMAIN={given}.')
-    if not DOMAIN_NAME.fullmatch(name):
-      raise UserError(f'--input={given} cannot name a domain: {_NAMING}.')
-    if name in domains:
-      raise UserError(f'--input={given}: the domain {name} is given twice; put both in one folder.')
-    if not Path(path).exists():
-      raise UserError(f'--input={given}: {path} does not exist.')
+  for given, name, path in named:
+    naming = 'name it with letters, digits, "_", "-" and "."'
+    require(DOMAIN_NAME.fullmatch(name), f'{given} cannot name a domain: {naming}.')
+    twice = f'{given}: the domain {name} is given twice; put both in one folder.'
+    require(name not in domains, twice)
     domains[name] = Path(path)
   return domains
 
 
-def _domains_of_folder(folder: Path) -> dict[str, Path]:
-  domains = {}
-  for entry in sorted(folder.iterdir()):
-    kind = extension(entry) if entry.is_file() else ''
-    if entry.name.startswith('.') or entry.is_file() and entry.name.lower().startswith(_ABOUT):
+def _entries(folder: Path) -> Iterator[tuple[str, str, Path]]:
+  """What a folder has for domains: how to refer to it, the domain's name, and the path."""
+  for path in sorted(folder.iterdir()):
+    if path.name.startswith('.') or path.is_file() and path.name.lower().startswith(_ABOUT):
       continue
-    if kind is None:
-      raise UserError(
-        f'{entry} is neither a folder nor one of {", ".join(EXTENSIONS)}: move it out.'
-      )
-    name = entry.name[: len(entry.name) - len(kind)]
-    if find_split(Path(name)):
-      raise UserError(f'{entry} is a split, not a domain: give --input=DOMAIN={folder}.')
-    if not DOMAIN_NAME.fullmatch(name):
-      raise UserError(f'{entry} cannot name a domain: {_NAMING}.')
-    if name in domains:
-      raise UserError(f'{entry} and {domains[name]} name the same domain: move one into the other.')
-    domains[name] = entry
-  if not domains:
-    raise UserError(f'{folder} holds no domain: put a folder or file for each domain into it.')
-  return domains
+    kind = path.is_file() and extension(path) or ''
+    name = path.name[: len(path.name) - len(kind)]
+    wrong = f'{path} is a split, not a domain: give --input=DOMAIN={folder}.'
+    require(not find_split(Path(name)), wrong)
+    yield str(path), name, path

@@ -1,11 +1,9 @@
 """One small interface over Hugging Face `tokenizer.json` and SentencePiece `.model` files."""
 
-import concurrent.futures
 import contextlib
 import hashlib
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -14,6 +12,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 from bam_jax.files import folders
 
@@ -41,8 +40,8 @@ def read_file(path: Path | epath.Path) -> bytes:
       content = file.read(FILE_BYTES + 1)
   except OSError as error:
     raise UserError(f'The tokenizer {path} cannot be read: {error.strerror or error}.') from error
-  if len(content) > FILE_BYTES:
-    raise UserError(f'{path} is larger than {FILE_BYTES >> 20} MiB: it is not a tokenizer.')
+  wrong = f'{path} is larger than {FILE_BYTES >> 20} MiB: it is not a tokenizer.'
+  require(len(content) <= FILE_BYTES, wrong)
   return content
 
 
@@ -86,11 +85,11 @@ class Tokenizer:
     names = {'.json': HUGGING_FACE_FILE, '.model': SENTENCEPIECE_FILE}
     if file.is_dir():
       found = [file / name for name in names.values() if (file / name).is_file()]
-      if not found:
-        raise UserError(f'{path} holds no {" and no ".join(names.values())}: name the file itself.')
+      wrong = f'{path} holds no {" and no ".join(names.values())}: name the file itself.'
+      require(found, wrong)
       file = found[0]
-    if file.suffix not in names:
-      raise UserError(f'{path} is not a tokenizer: give a tokenizer.json or a .model.')
+    wrong = f'{path} is not a tokenizer: give a tokenizer.json or a .model.'
+    require(file.suffix in names, wrong)
     content = read_file(file)
     try:
       return cls(content, names[file.suffix], bos_token, eos_token)
@@ -105,8 +104,8 @@ class Tokenizer:
     fewer than `vocab_size` tokens: `Tokenizer.vocab_size` says how many there are. Runs without
     spaces are cut every MAX_PRE_TOKEN bytes, in training alone.
     """
-    if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
-      raise UserError(f'--train_tokenizer={vocab_size} is not from {MIN_VOCAB} to {MAX_VOCAB:,}.')
+    wrong = f'--train_tokenizer={vocab_size} is not from {MIN_VOCAB} to {MAX_VOCAB:,}.'
+    require(MIN_VOCAB <= vocab_size <= MAX_VOCAB, wrong)
     digits = pre_tokenizers.Digits(individual_digits=True)
     words = [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     cut = pre_tokenizers.Split(tokenizers.Regex(f'.{{{MAX_PRE_TOKEN}}}'), 'isolated')
@@ -119,8 +118,8 @@ class Tokenizer:
       initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
       show_progress=False,
     )
-    texts = list(texts)  # here: the library's thread must not run our code while Python exits
-    _interruptible(lambda: tokenizer.train_from_iterator(texts, trainer))
+    # A list, since errors of reading would not come through the library as they are.
+    tokenizer.train_from_iterator(list(texts), trainer)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
     return cls(tokenizer.to_str(pretty=True).encode(), HUGGING_FACE_FILE)
 
@@ -192,8 +191,7 @@ class _SentencePiece:
     with _explained('is not a SentencePiece model'):
       self._processor.LoadFromSerializedProto(content)
     self.vocab_size = self._processor.GetPieceSize()
-    if not self.vocab_size:
-      raise UserError('is not a SentencePiece model (it holds no pieces).')
+    require(self.vocab_size, 'is not a SentencePiece model (it holds no pieces).')
 
   def token_id(self, token: str) -> int | None:
     token_id = self._processor.PieceToId(token)
@@ -218,20 +216,6 @@ def batches(texts: Iterable[str], max_bytes: int = BATCH_BYTES) -> Iterator[list
     total += size
   if batch:
     yield batch
-
-
-def _interruptible(work: Callable[[], None]) -> None:
-  """Does work of a library that does not notice Ctrl-C."""
-  future = concurrent.futures.Future()
-
-  def run() -> None:
-    try:
-      future.set_result(work())
-    except BaseException as error:
-      future.set_exception(error)
-
-  threading.Thread(target=run, daemon=True).start()  # Python's exit does not wait for it
-  future.result()
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ import jax
 from absl import flags
 
 from bam_jax import cli
-from bam_jax.errors import UserError
+from bam_jax.config.strict import require
 from bam_jax.evaluate import comparison, corpus, session
 from bam_jax.tasks import session as tasks_session
 
@@ -87,12 +87,8 @@ def main() -> dict[str, Any]:
   }
   if _TASKS.value:
     _refuse('with --tasks', _DATA, _SPLIT, _TEXT_FIELD, _STRIDE, _RESAMPLES, _CONFIDENCE, _ROUTING)
-    options = tasks_session.Options(
-      **shared,
-      few_shot=_FEW_SHOT.value,
-      max_documents=_MAX_DOCUMENTS.value,
-      allow_generated_code=_ALLOW.value,
-    )
+    limits = {'few_shot': _FEW_SHOT.value, 'max_documents': _MAX_DOCUMENTS.value}
+    options = tasks_session.Options(**shared, **limits, allow_generated_code=_ALLOW.value)
     return tasks_session.run(_CHECKPOINT.value, _TASKS.value, options)
   _refuse('without --tasks', _FEW_SHOT, _ALLOW)
   domains = corpus.read(_DATA.value, _SPLIT.value, _TEXT_FIELD.value, _MAX_DOCUMENTS.value)
@@ -104,9 +100,8 @@ def main() -> dict[str, Any]:
 
 
 def _refuse(where: str, *unread: flags.FlagHolder) -> None:
-  given = next((flag.name for flag in unread if flag.present), None)
-  if given:
-    raise UserError(f'--{given} has no effect {where}: remove it.')
+  for flag in unread:
+    require(not flag.present, f'--{flag.name} has no effect {where}: remove it.')
 
 
 if __name__ == '__main__':

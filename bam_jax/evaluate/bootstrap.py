@@ -1,9 +1,7 @@
 """Confidence intervals by the bootstrap over documents; Efron and Tibshirani, 1993, chapter 13.
 
-The documents of each domain are drawn again, with replacement and as many as there are, and every
-number is computed anew from what was drawn. Documents are the units because tokens of one document
-are not independent. All checkpoints are judged on the same draws, so the interval of a difference
-is of paired differences.
+Documents of each domain are drawn with replacement, as many as there are: the tokens of one are not
+independent. All checkpoints are judged on the same draws, so differences are paired.
 
 Legend: R resamples, N documents, C columns of sums.
 """

@@ -6,13 +6,14 @@ Legend: N documents of a domain, R resamples, C columns of sums.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich import markup, progress
 
 from bam_jax import checkpoint, config
+from bam_jax.config.strict import require
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.evaluate import bootstrap, corpus, routing, windows
@@ -55,26 +56,22 @@ def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Optio
   Raises:
     UserError: one is not a checkpoint, is given twice, or does not go with the data or the options.
   """
-  if not paths:
-    raise UserError('--checkpoint=DIR is required; it may be repeated.')
+  require(paths, '--checkpoint=DIR is required; it may be repeated.')
   sharding.make_mesh(rows_mesh(options.mesh))
   folders = [str(checkpoint.find(path)) for path in paths]
-  twice = next((p for p, f in zip(paths, folders) if folders.count(f) > 1), None)
-  if twice:
-    raise UserError(f'--checkpoint={twice} is given twice: name each checkpoint once.')
+  for path, folder in zip(paths, folders):
+    twice = f'--checkpoint={path} is given twice: name each checkpoint once.'
+    require(folders.count(folder) == 1, twice)
   metas = [checkpoint.read_meta(path) for path in paths]
-  runs = [meta.run for meta in metas]
-  entries = []
+  runs, entries = [meta.run for meta in metas], []
   for path, meta in zip(paths, metas):
     tokenizer = checkpoint.open_tokenizer(path, meta)
     for domain in domains:
       domain.check(tokenizer, path)
     window = options.window or meta.sequence_length
     stride = options.stride or window
-    if stride > window:
-      raise UserError(
-        f'--stride={stride} is above the window of {window} tokens and would skip tokens: lower it.'
-      )
+    wrong = f'--{stride=} is above the window of {window} tokens and would skip tokens: lower it.'
+    require(stride <= window, wrong)
     label = meta.run if runs.count(meta.run) == 1 else path
     entries.append(Entry(path, label, meta, tokenizer, window, stride))
   return entries
@@ -105,12 +102,9 @@ def score(
       record.add(owners[number], number, scored.routing)
     bar.remove_task(task)
     nll = np.bincount(owners, weights=nll, minlength=len(documents))
-    bad = np.flatnonzero(~np.isfinite(nll))
-    if len(bad):
-      raise UserError(
-        f'{entry.path} has no finite likelihood for document {bad[0]} of {domain.name}: its '
-        'parameters are damaged, or its training diverged.'
-      )
+    for bad in np.flatnonzero(~np.isfinite(nll)):
+      wrong = f'{entry.path} has no finite likelihood for document {bad} of {domain.name}'
+      raise UserError(f'{wrong}: its parameters are damaged, or its training diverged.')
     entry.nll[domain.name] = nll
     entry.tokens[domain.name] = np.array([len(tokens) - 1 for tokens in documents])
     if routers:
@@ -137,27 +131,21 @@ def compare(
     facts = functools.partial(_facts, place=place, same=same, confidence=options.confidence)
     experts = routing.expert_names(entry.meta)
     records = {name: record.facts(name, experts) for name, record in entry.records.items()}
+    by_router = {r: {name: x[r] for name, x in records.items()} for r in experts if records}
     rows.append(
       {
         'label': entry.label,
         'checkpoint': entry.path,
-        'run': entry.meta.run,
-        'step': entry.meta.step,
-        'method': entry.meta.method,
-        'tokenizer_hash': entry.meta.tokenizer_hash,
+        **{key: getattr(entry.meta, key) for key in ('run', 'step', 'method', 'tokenizer_hash')},
         'window': entry.window,
         'stride': entry.stride,
         'domains': {name: facts(len(x), whole[name], drawn.get(name)) for name, x in sums.items()},
         'overall': facts(sum(map(len, sums.values())), sum(whole.values()), everything),
         'experts': experts,
-        'routing': _by_router(records, experts) or None,
+        'routing': by_router or None,
       }
     )
   return rows
-
-
-def _by_router(records: dict[str, dict], experts: Iterable[str]) -> dict[str, dict]:
-  return {r: {name: facts[r] for name, facts in records.items()} for r in experts if records}
 
 
 def _facts(
@@ -169,31 +157,31 @@ def _facts(
   confidence: float,
 ) -> dict[str, Any]:
   """A checkpoint's scores in one column of the table, and their differences to the first's."""
-  certain = drawn_RC is None
+  # The sums themselves, then those of each resample.
+  sums_NC = total_C[None] if drawn_RC is None else np.concatenate([total_C[None], drawn_RC])
 
-  def measure(value, value_R):
-    low, high = (None, None) if certain else bootstrap.interval(value_R, confidence)
-    return {'value': float(value), 'low': low, 'high': high}
+  def measure(values_N: np.ndarray) -> dict[str, float | None]:
+    certain = drawn_RC is None
+    low, high = (None, None) if certain else bootstrap.interval(values_N[1:], confidence)
+    return {'value': float(values_N[0]), 'low': low, 'high': high}
 
-  values, base = _measures(total_C, place), _measures(total_C, 0)
-  drawn_RC = total_C if drawn_RC is None else drawn_RC
-  values_R, base_R = _measures(drawn_RC, place), _measures(drawn_RC, 0)
-  differences: dict[str, Any] = dict.fromkeys(values)
-  for name in values if same else ['bits_per_byte']:
-    differences[name] = measure(values[name] - base[name], values_R[name] - base_R[name])
+  here, first = _measures(sums_NC, place), _measures(sums_NC, 0)
+  difference = {name: measure(here[name] - first[name]) for name in here}
+  if not same:
+    difference |= {'nats_per_token': None, 'perplexity': None}
   return {
     'documents': documents,
     'tokens': int(total_C[2 + 2 * place]),
     'bytes': int(total_C[0]),
     'nll': float(total_C[1 + 2 * place]),
-    **{name: measure(values[name], values_R[name]) for name in values},
-    'difference': differences if place else None,
+    **{name: measure(values) for name, values in here.items()},
+    'difference': difference if place else None,
   }
 
 
-def _measures(totals: np.ndarray, place: int) -> dict[str, np.ndarray]:
-  """Each measure of one checkpoint, given column sums (..., C)."""
-  num_bytes, nll, tokens = totals[..., 0], totals[..., 1 + 2 * place], totals[..., 2 + 2 * place]
+def _measures(sums_NC: np.ndarray, place: int) -> dict[str, np.ndarray]:
+  """Each measure of one checkpoint, (N,), given column sums."""
+  num_bytes, nll, tokens = sums_NC[:, [0, 1 + 2 * place, 2 + 2 * place]].T
   return {
     'nats_per_token': nll / tokens,
     'perplexity': np.exp(np.minimum(nll / tokens, scores.MAX_NATS)),
@@ -203,14 +191,12 @@ def _measures(totals: np.ndarray, place: int) -> dict[str, np.ndarray]:
 
 def notes(entries: Sequence[Entry]) -> list[str]:
   """What a reader should know of the numbers, in sentences."""
-  found = []
-  for entry in entries:
-    trained = entry.meta.sequence_length
-    if entry.window > trained:
-      found.append(
-        f'{entry.label} was trained on sequences of {trained:,} tokens and reads {entry.window:,} '
-        'at once: likelihoods beyond the trained length may be unreliable.'
-      )
+  found = [
+    f'{entry.label} was trained on sequences of {entry.meta.sequence_length:,} tokens and reads '
+    f'{entry.window:,} at once: likelihoods beyond the trained length may be unreliable.'
+    for entry in entries
+    if entry.window > entry.meta.sequence_length
+  ]
   if len({entry.tokenizer.hash for entry in entries}) > 1:
     found.append('The tokenizers differ: compare bits per byte, not perplexity.')
   if len({(entry.window, entry.stride) for entry in entries}) > 1:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from bam_jax.config.strict import require
 from bam_jax.data import documents as documents_lib
 from bam_jax.data import shards, sources
 from bam_jax.data.tokenizer import Tokenizer
-from bam_jax.errors import UserError
 
 ENCODED_AT_ONCE = 1000  # texts
 
@@ -29,11 +29,9 @@ class Prepared:
 
   def check(self, tokenizer: Tokenizer, checkpoint: str) -> None:
     """UserError unless the dataset was prepared with this tokenizer."""
-    if tokenizer.hash != self._dataset.tokenizer_hash:
-      raise UserError(
-        f'{self._dataset.path} was prepared with another tokenizer than that of {checkpoint}: '
-        'pass text with --data=DOMAIN=FILE, which is tokenized for each checkpoint.'
-      )
+    wrong = f'{self._dataset.path} was prepared with another tokenizer than that of {checkpoint}'
+    fix = 'pass text with --data=DOMAIN=FILE, which is tokenized for each checkpoint.'
+    require(tokenizer.hash == self._dataset.tokenizer_hash, f'{wrong}: {fix}')
 
   def documents(self, tokenizer: Tokenizer) -> Sequence[np.ndarray]:
     """The tokens of each document, in order: views of the mapped files."""
@@ -49,8 +47,7 @@ class Text:
     self.name = name
     self.byte_counts = np.array([len(text.encode()) for text in texts], np.int64)
     self._texts = texts
-    self._encoded: list[np.ndarray] = []
-    self._encoded_by: tuple | None = None
+    self._encoded: dict[tuple, list[np.ndarray]] = {}  # by tokenizer
 
   def check(self, tokenizer: Tokenizer, checkpoint: str) -> None:
     """Accepts any tokenizer."""
@@ -58,14 +55,13 @@ class Text:
   def documents(self, tokenizer: Tokenizer) -> Sequence[np.ndarray]:
     """BOS, the text's tokens, and EOS, as `prepare` stores them."""
     key = tokenizer.hash, tokenizer.bos_id, tokenizer.eos_id
-    if self._encoded_by != key:  # checkpoints with one tokenizer tend to follow each other
-      self._encoded_by = key
-      self._encoded = [
+    if key not in self._encoded:
+      self._encoded[key] = [
         np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
         for texts in itertools.batched(self._texts, ENCODED_AT_ONCE)
         for ids in tokenizer.encode_batch(list(texts))
       ]
-    return self._encoded
+    return self._encoded[key]
 
 
 Domain = Prepared | Text
@@ -74,28 +70,19 @@ Domain = Prepared | Text
 def read(
   given: Sequence[str], split: str, text_field: str, max_documents: int | None
 ) -> list[Domain]:
-  """The domains that `--data` names, in order.
+  """The domains that `--data` names, in order: folders of prepared datasets, DOMAIN=PATH for text.
 
-  Args:
-    given: folders of prepared datasets, and DOMAIN=PATH for text.
-    split: of datasets, and of folders whose files are marked with one.
-    text_field: of JSON lines and Parquet.
-    max_documents: of each domain, the first of them; None is all.
-
-  Raises:
-    UserError: something cannot be read, holds no document, or names a domain again.
+  `split` is of datasets, and of folders whose files are marked with one. UserError when something
+  cannot be read, holds no document, or names a domain again.
   """
-  if not given:
-    raise UserError('--data=PREPARED_FOLDER or --data=DOMAIN=FILE is required.')
+  require(given, '--data=PREPARED_FOLDER or --data=DOMAIN=FILE is required.')
   domains: dict[str, Domain] = {}
   for item in given:
     for domain in _read(item, split, text_field, max_documents):
-      if domain.name in domains:
-        raise UserError(
-          f'--data={item}: the domain {domain.name} is given twice; put its files in one folder.'
-        )
-      if not len(domain.byte_counts):
-        raise UserError(f'--data={item} holds no document of the domain {domain.name}.')
+      twice = f'the domain {domain.name} is given twice; put its files in one folder.'
+      require(domain.name not in domains, f'--data={item}: {twice}')
+      none = f'--data={item} holds no document of the domain {domain.name}.'
+      require(len(domain.byte_counts), none)
       domains[domain.name] = domain
   return list(domains.values())
 
@@ -105,13 +92,11 @@ def _read(item: str, split: str, text_field: str, max_documents: int | None) -> 
     dataset = shards.open_dataset(item)
     return [Prepared(name, dataset, split, max_documents) for name in dataset.domains]
   name, equals, path = item.partition('=')
-  if not equals:
-    raise UserError(
-      f'--data={item} is not a prepared dataset (it has no {shards.MANIFEST}) and does not name a '
-      f'domain: write --data=DOMAIN={item} for text.'
-    )
-  if not shards.DOMAIN_NAME.fullmatch(name):
-    raise UserError(f'--data={item}: a domain name has letters, digits, "_", "-" and ".".')
+  wrong = f'--data={item} is not a prepared dataset (it has no {shards.MANIFEST})'
+  fix = f'write --data=DOMAIN={item} for text.'
+  require(equals, f'{wrong} and does not name a domain: {fix}')
+  wrong = f'--data={item}: a domain name has letters, digits, "_", "-" and ".".'
+  require(shards.DOMAIN_NAME.fullmatch(name), wrong)
   files = _files(Path(path), split)
   texts = (one.text for file in files for one in documents_lib.read_documents(file, text_field))
   return [Text(name, list(itertools.islice(filter(None, texts), max_documents)))]
@@ -121,10 +106,7 @@ def _files(path: Path, split: str) -> list[Path]:
   """A file itself; of a folder whose files are marked with splits those of `split`, else all."""
   files, _ = sources.find_files(path)
   marks = {file: sources.find_split(file.relative_to(path)) for file in files if file != path}
-  if not any(marks.values()):
-    return files
-  found = [file for file, mark in marks.items() if mark == split]
-  if not found:
-    there = ', '.join(sorted({mark for mark in marks.values() if mark}))
-    raise UserError(f'{path} has no file of split {split!r}: set --split to one of {there}.')
-  return found
+  there = {mark for mark in marks.values() if mark}
+  known = f'set --split to one of {", ".join(sorted(there))}.'
+  require(not there or split in there, f'{path} has no file of split {split!r}: {known}')
+  return [file for file, mark in marks.items() if mark == split] if there else files

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colors
 
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.evaluate import corpus, routing
@@ -33,11 +32,7 @@ def write(
 ) -> Path:
   """Draws the pictures into the folder, which exists, and writes `routing.html`; returns its path.
 
-  Args:
-    folder: where to.
-    facts: of `--json`, with routing.
-    entries: their checkpoints, in the same order.
-    domains: that were scored.
+  `facts` are those of `--json`, with routing, `entries` their checkpoints in the same order.
   """
   routed = [(row, entry) for row, entry in zip(facts['rows'], entries) if row['routing']]
   rows = [row for row, _ in routed]
@@ -45,15 +40,15 @@ def write(
   layers = range(max(entry.meta.model.num_layers for _, entry in routed))
   documents = []
   for domain in domains:
-    documents.append(f'<h3>{_escape(domain.name)}</h3>')
+    documents.append(f'<h3>{html.escape(domain.name)}</h3>')
     for number in range(min(routing.SHOWN, len(domain.byte_counts))):
       for row, entry in routed:
         shown = entry.records[domain.name].shown(number)
         tokens = domain.documents(entry.tokenizer)[number]
         documents += [_legend(row, number), _text(entry.tokenizer, tokens, shown)]
-  colours = [' '.join(str(round(255 * part)) for part in colors.to_rgb(c)) for c in figures.COLOURS]
+  colours = [' '.join(str(n) for n in bytes.fromhex(colour[1:])) for colour in figures.COLOURS]
   parts = {
-    'labels': _escape(', '.join(row['label'] for row in facts['rows'])),
+    'labels': html.escape(', '.join(row['label'] for row in facts['rows'])),
     'shares': _shares(facts['domains'], rows),
     'pictures': ''.join(_draw(folder, rows)),
     'routers': ''.join(f'<option>{name}</option>' for name in routers),
@@ -81,32 +76,28 @@ def _draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _picture(path: Path, title: str) -> str:
-  data, title = base64.b64encode(path.read_bytes()).decode(), _escape(title)
+  data, title = base64.b64encode(path.read_bytes()).decode(), html.escape(title)
   return f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/png;base64,{data}">\n'
 
 
-def _escape(words: Any) -> str:
-  return html.escape(str(words))
-
-
 def _shares(domains: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-  heads = [f'<th{LEFT}>checkpoint</th><th{LEFT}>router</th>']
-  lines = [''.join([*heads, *(f'<th>{_escape(name)}</th>' for name in domains)])]
+  heads = ''.join(f'<th>{html.escape(name)}</th>' for name in domains)
+  lines = [f'<th{LEFT}>checkpoint</th><th{LEFT}>router</th>{heads}']
   for row in rows:
     for router, by_domain in row['routing'].items():
       shares = ''.join(f'<td>{routing.own_share(by_domain[name])}</td>' for name in domains)
-      lines.append(f'<td{LEFT}>{_escape(row["label"])}</td><td{LEFT}>{router}</td>{shares}')
+      label = html.escape(row['label'])
+      lines.append(f'<td{LEFT}>{label}</td><td{LEFT}>{router}</td>{shares}')
   return ''.join(f'<tr>{line}</tr>' for line in lines)
 
 
 def _legend(row: Mapping[str, Any], number: int) -> str:
   experts = max(row['experts'].values(), key=len)
-  shown = [
-    f'<span style="background: {colour}88">{_escape(name)}</span>'
+  shown = ''.join(
+    f'<span style="background: {colour}88">{html.escape(name)}</span>'
     for name, colour in zip(experts, itertools.cycle(figures.COLOURS))
-  ]
-  title = f'{_escape(row["label"])}, document {number + 1}'
-  return f'<p class="legend">{title} {"".join(shown)}</p>'
+  )
+  return f'<p class="legend">{html.escape(row["label"])}, document {number + 1} {shown}</p>'
 
 
 def _text(tokenizer: Tokenizer, tokens: np.ndarray, shown: Mapping[str, routing.Routed]) -> str:
@@ -116,16 +107,16 @@ def _text(tokenizer: Tokenizer, tokens: np.ndarray, shown: Mapping[str, routing.
   spans = []
   for number, piece in enumerate(_pieces(tokenizer, tokens[:length].tolist())):
     data = ' '.join(f'data-{name}="{code[number]}"' for name, code in codes.items())
-    spans.append(f'<b {data}>{_escape(piece)}</b>')
+    spans.append(f'<b {data}>{html.escape(piece)}</b>')
   more = '<span class="faint"> …</span>' if length < len(tokens) - 1 else ''
   return f'<div class="text">{"".join(spans)}{more}</div>'
 
 
 def _codes(routed: routing.Routed) -> list[str]:
   """For each token two digits a layer: its strongest expert's colour, and tenths of the gate."""
-  expert_LT, gate_LT = routing.strongest(routed)
-  tenths_LT = np.clip(np.rint(10 * gate_LT), 1, 9).astype(int)
-  colours_LT = expert_LT % len(figures.COLOURS)
+  visited_LTE = np.where(routed.load_LTE > 0, routed.gate_LTE, -1.0)
+  colours_LT = visited_LTE.argmax(-1) % len(figures.COLOURS)
+  tenths_LT = np.clip(np.rint(10 * visited_LTE.max(-1)), 1, 9).astype(int)
   return [''.join(f'{c}{t}' for c, t in zip(*pair)) for pair in zip(colours_LT.T, tenths_LT.T)]
 
 

@@ -28,12 +28,9 @@ class Record:
     self._sums: dict[str, dict[str, np.ndarray]] = {}
 
   def add(self, document: int, window: int, routing: Mapping[str, Routed]) -> None:
-    """Counts the tokens of a window; keeps those of the first documents.
+    """Counts the scored tokens of a window; keeps those of the first documents.
 
-    Args:
-      document: its number.
-      window: its number, which grows within a document; windows may come in any order.
-      routing: of its scored tokens, by router.
+    Numbers of windows grow within a document; windows may come in any order.
     """
     for name, routed in routing.items():
       gate_LTE = routed.gate_LTE.astype(np.float64)
@@ -72,18 +69,9 @@ class Record:
 def expert_names(meta: checkpoint.Meta) -> dict[str, list[str]]:
   """By router, the sources of its experts, in order; numbers where they are not known."""
   sections = {'attention': meta.model.attention_experts, 'ffn': meta.model.ffn_experts}
-  named = {}
-  for router, section in sections.items():
-    if section is not None:
-      known = len(meta.sources) == section.num_experts
-      named[router] = list(meta.sources if known else map(str, range(section.num_experts)))
-  return named
-
-
-def strongest(routed: Routed) -> tuple[np.ndarray, np.ndarray]:
-  """Of the experts that each token visits, that with the largest gate, and the gate; both LT."""
-  visited_LTE = np.where(routed.load_LTE > 0, routed.gate_LTE, -1.0)
-  return visited_LTE.argmax(-1), visited_LTE.max(-1)
+  counts = {router: section.num_experts for router, section in sections.items() if section}
+  names = {len(meta.sources): list(meta.sources)}
+  return {router: names.get(n, [str(i) for i in range(n)]) for router, n in counts.items()}
 
 
 def own_share(facts: Mapping[str, Any]) -> str:

@@ -17,23 +17,28 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from bam_jax import checkpoint, config
-from bam_jax.errors import UserError
 from bam_jax.evaluate import windows as windows_lib
 from bam_jax.evaluate.windows import Batch, Window
 from bam_jax.model import parameters, transformer
 from bam_jax.parallel import sharding
 
+Array = jax.Array | np.ndarray
 MAX_LOGITS = 2**25  # float32, of a device at once
 
 
-class Scores(NamedTuple):
-  """Of the token that follows each one that was read."""
+class Routed(NamedTuple):
+  """What one router did with tokens from which others were predicted; of a batch both are LBTE."""
 
-  nll_BT: jax.Array  # negative log-likelihood, float32 nats
-  greedy_BT: jax.Array  # whether it is the most probable one
-  # By router, of the tokens that were read: the gates of all the experts, before the top-k, and the
-  # share of the token that went to each; both LBTE.
-  routing: dict[str, tuple[jax.Array, jax.Array]]
+  gate_LTE: Array  # of all the experts, before the top-k
+  load_LTE: Array  # share of the token that went to expert i
+
+
+class Scored(NamedTuple):
+  """Of a window's tokens that are scored; of a batch, of every one that follows one read, BT."""
+
+  nll: Array  # negative log-likelihood, float32 nats
+  greedy: Array  # whether each is the most probable token where it stands
+  routing: dict[str, Routed]  # by router; of a window empty unless asked for
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'dtype', 'mesh'))
@@ -45,7 +50,7 @@ def score(
   model: config.Model,
   dtype: str,
   mesh: jax.sharding.Mesh,
-) -> Scores:
+) -> Scored:
   """The likelihood of every token (int32) but a row's first, under a dropless model.
 
   Of each row `length_B` (int32) tokens are read, and what follows is padding. The mesh is one of
@@ -62,9 +67,7 @@ def score(
     hidden_BTD, routing = network.hidden(
       params, inputs_BT, segments_BT, positions_BT, collect='choices'
     )
-    routing = {
-      name: (made.gates_BTE, made.load_BTE) for name, made in routing._asdict().items() if made
-    }
+    routed = {k: Routed(x.gates_BTE, x.load_BTE) for k, x in routing._asdict().items() if x}
     tied = model.tied_embeddings
     name, leaf, axis = ('embed', 'table', 0) if tied else ('unembed', 'kernel', 1)
     kernel = layout.gather(params[name][leaf].astype(dtype), 'fsdp', dimension=axis)
@@ -77,14 +80,13 @@ def score(
     flat = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_BT.reshape(-1)
     chunk = max(1, MAX_LOGITS // model.vocab_size)
     nll_N, greedy_N = jax.lax.map(one, flat, batch_size=chunk)
-    shape = inputs_BT.shape
-    return Scores(nll_N.reshape(shape), greedy_N.reshape(shape), routing)
+    return Scored(*(x_N.reshape(inputs_BT.shape) for x_N in (nll_N, greedy_N)), routed)
 
   rows, of_layers = sharding.BATCH, P(None, *sharding.BATCH)
   routers = {'attention': model.attention_experts, 'ffn': model.ffn_experts}
-  routing = {name: (of_layers, of_layers) for name, experts in routers.items() if experts}
+  routing = {name: Routed(of_layers, of_layers) for name, experts in routers.items() if experts}
   in_specs = layout.specs(network.abstract()), rows, rows
-  return layout.spread(run, in_specs, Scores(rows, rows, routing))(params, tokens_BS, length_B)
+  return layout.spread(run, in_specs, Scored(rows, rows, routing))(params, tokens_BS, length_B)
 
 
 def rows_mesh(mesh: config.Mesh) -> config.Mesh:
@@ -92,29 +94,8 @@ def rows_mesh(mesh: config.Mesh) -> config.Mesh:
   return config.Mesh(data=mesh.data, fsdp=mesh.fsdp * mesh.expert * mesh.tensor)
 
 
-class Routed(NamedTuple):
-  """What one router did with the tokens from which a window's scored ones were predicted."""
-
-  gate_LTE: np.ndarray  # of all the experts, before the top-k
-  load_LTE: np.ndarray  # share of the token that went to expert i
-
-
-class Scored(NamedTuple):
-  """Of the tokens of a window that are scored."""
-
-  nll: np.ndarray  # negative log-likelihood, float32 nats
-  greedy: np.ndarray  # whether each is the most probable token where it stands
-  routing: dict[str, Routed]  # by router; empty unless asked for
-
-
 class Scorer:
-  """A checkpoint on its devices, ready to score tokens.
-
-  Attributes:
-    meta: what the checkpoint is.
-    tokenizer: its own.
-    length: tokens that the model reads at once.
-  """
+  """A checkpoint on its devices, ready to score tokens; `length` is what it reads at once."""
 
   def __init__(
     self,
@@ -126,21 +107,15 @@ class Scorer:
   ):
     """Loads the checkpoint at or below `path`, a part of an array at a time.
 
-    Args:
-      path: of a run, one of its steps, or what `convert` wrote.
-      dtype: 'float32' or 'bfloat16', of activations and matrices.
-      mesh: its devices; see `rows_mesh`.
-      batch_size: windows on the devices at once, or one group per device, if that is more.
-      length: tokens of a window; default: what the model was trained at.
-
-    Raises:
-      UserError: it is not a complete checkpoint, or does not fit the mesh.
+    UserError when it is not a complete checkpoint, or does not fit the mesh, whose devices are used
+    as `rows_mesh` has them. `batch_size` windows are on the devices at once, or one group per
+    device, if that is more. `length` is in tokens, by default what the model was trained at.
     """
     self.meta = checkpoint.read_meta(path)
     self.tokenizer = checkpoint.open_tokenizer(path, self.meta)
     self.length = length or self.meta.sequence_length
     self._mesh, self._batch_size = sharding.make_mesh(rows_mesh(mesh)), batch_size
-    self._params = _load(path, self.meta.model, dtype, mesh, self._mesh)
+    self._params = _load(path, self.meta.model, dtype, self._mesh)
     model = self.meta.model.dropless()
     self._score = functools.partial(score, model=model, dtype=dtype, mesh=self._mesh)
     self._platform = self._mesh.devices.flat[0].platform
@@ -183,45 +158,39 @@ class Scorer:
     They have what the routers did if `routing` asks for it. `progress` is called with how many more
     windows are done.
     """
-    running: collections.deque[tuple[Batch, Scores]] = collections.deque()
+    running: collections.deque[tuple[Batch, Scored]] = collections.deque()
     for batch in windows_lib.batches(windows, self.length, self._platform, self._mesh.size):
       rows = sum(len(other.length_B) for other, _ in running) + len(batch.length_B)
       while running and rows > self._batch_size:
         rows -= len(running[0][0].length_B)
-        yield from self._finish(windows, *running.popleft(), progress)
-      place = sharding.batch(self._mesh)
-      arrays = (jax.device_put(array, place) for array in (batch.tokens_BS, batch.length_B))
+        yield from _finish(windows, *running.popleft(), progress)
+      arrays = jax.device_put((batch.tokens_BS, batch.length_B), sharding.batch(self._mesh))
       scores = self._score(self._params, *arrays)
-      if not routing:
-        scores = scores._replace(routing={})
-      running.append((batch, scores))
+      running.append((batch, scores if routing else scores._replace(routing={})))
     while running:
-      yield from self._finish(windows, *running.popleft(), progress)
+      yield from _finish(windows, *running.popleft(), progress)
 
-  def _finish(self, windows, batch, scores, progress) -> Iterator[tuple[int, Scored]]:
-    """Waits for the scores of a batch."""
-    scores = jax.device_get(scores)
-    for row, number in enumerate(batch.numbers):
-      window = windows[number]
-      scored = slice(window.first - 1, len(window.tokens) - 1)
-      routing = {
-        name: Routed(*(x_LBTE[:, row, scored] for x_LBTE in pair))
-        for name, pair in scores.routing.items()
-      }
-      yield number, Scored(scores.nll_BT[row, scored], scores.greedy_BT[row, scored], routing)
-    progress(len(batch.numbers))
+
+def _finish(
+  windows: Sequence[Window], batch: Batch, scores: Scored, progress: Callable[[int], None]
+) -> Iterator[tuple[int, Scored]]:
+  """Waits for the scores of a batch."""
+  scores = jax.device_get(scores)
+  for row, number in enumerate(batch.numbers):
+    window = windows[number]
+    scored = slice(window.first - 1, len(window.tokens) - 1)
+    routing = {k: Routed(*(x[:, row, scored] for x in pair)) for k, pair in scores.routing.items()}
+    yield number, Scored(scores.nll[row, scored], scores.greedy[row, scored], routing)
+  progress(len(batch.numbers))
 
 
 def _load(
-  path: str, model: config.Model, dtype: str, sizes: config.Mesh, mesh: jax.sharding.Mesh
+  path: str, model: config.Model, dtype: str, mesh: jax.sharding.Mesh
 ) -> transformer.Params:
   """Parameters on the mesh, matrices in the dtype in which they are used."""
   reader = checkpoint.open_params(path, model)
   wanted = transformer.Network(model, config.Compute()).abstract()
-  try:
-    sharding.check(wanted, rows_mesh(sizes), '-')
-  except UserError as error:
-    raise UserError(str(error).replace('-.mesh', f'{path}: --mesh', 1)) from None
+  sharding.check_divides(wanted, mesh.shape, f'{path}: --mesh', sharding.spec_of)
 
   def place(key_path, leaf, sharded):
     name = sharding.path_of(key_path)

@@ -8,7 +8,7 @@ import rich.table
 from rich import progress
 
 from bam_jax import cli, config
-from bam_jax.errors import UserError
+from bam_jax.config.strict import require
 from bam_jax.evaluate import comparison, corpus, page, routing
 from bam_jax.files import folders
 from bam_jax.reports import scores
@@ -22,28 +22,22 @@ def run(
 ) -> dict[str, Any]:
   """Compares checkpoints, prints what came out, and returns the facts of `--json`.
 
-  The page of the routers and its pictures go to `folder`, if it is given.
-
-  Raises:
-    UserError: a checkpoint cannot be compared, or the folder cannot be written.
+  The page of the routers and its pictures go to `folder`, if it is given. UserError when a
+  checkpoint cannot be compared, or the folder cannot be written.
   """
   entries = comparison.enter(checkpoints, domains, options)
   if folder is not None:
-    if not any(routing.expert_names(entry.meta) for entry in entries):
-      raise UserError('--routing requires a checkpoint with routers: remove it.')
+    routed = any(routing.expert_names(entry.meta) for entry in entries)
+    require(routed, '--routing requires a checkpoint with routers: remove it.')
     with folders.writing(folder):
       Path(folder).mkdir(parents=True, exist_ok=True)
   console = cli.console()
   with progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-    routers = folder is not None
     for entry in entries:
-      comparison.score(entry, domains, options, routers, bar)
+      comparison.score(entry, domains, options, folder is not None, bar)
   facts = {
-    'dtype': options.dtype,
     'mesh': config.to_dict(options.mesh),
-    'confidence': options.confidence,
-    'resamples': options.resamples,
-    'seed': options.seed,
+    **{key: getattr(options, key) for key in ('dtype', 'confidence', 'resamples', 'seed')},
     'domains': [domain.name for domain in domains],
     'notes': comparison.notes(entries),
     'rows': comparison.compare(entries, domains, options),
@@ -60,30 +54,29 @@ def run(
   return facts
 
 
-def difference(score: Mapping[str, Any]) -> str:
-  """A cell of the third table: bits per byte minus those of the first checkpoint."""
-  measure = score['difference']['bits_per_byte']
-  low, high = measure['low'], measure['high']
-  certain = low is not None and (low > 0 or high < 0)
-  return _cell(measure, '{:+.4f}'.format, '*' if certain else '')
-
-
 def tables(facts: Mapping[str, Any]) -> list[rich.table.Table]:
   """The facts of `--json`, by domain: perplexity, bits per byte, and differences from the first."""
   share, rows, domains = f'{100 * facts["confidence"]:g}%', facts['rows'], facts['domains']
+
+  def by_domain(title: str, rows: Sequence[Mapping], cell: Callable[[Mapping], str]):
+    scored = [[*map(row['domains'].get, domains), row['overall']] for row in rows]
+    lines = [[row['label'], *map(cell, line)] for row, line in zip(rows, scored)]
+    return cli.table(title, ['checkpoint'], [*domains, 'overall'], lines)
+
   perplexity = lambda score: _cell(score['perplexity'], scores.number)
   bits_per_byte = lambda score: _cell(score['bits_per_byte'], '{:.4f}'.format)
+  difference = lambda score: _cell(score['difference']['bits_per_byte'], '{:+.4f}'.format, '*')
   made = [
-    _table(f'Perplexity, and its {share} interval', domains, rows, perplexity),
-    _table(f'Bits per byte, and its {share} interval', domains, rows, bits_per_byte),
+    by_domain(f'Perplexity, and its {share} interval', rows, perplexity),
+    by_domain(f'Bits per byte, and its {share} interval', rows, bits_per_byte),
   ]
   if len(rows) > 1:
     title = f'Bits per byte minus those of {rows[0]["label"]}; *: the {share} interval excludes 0'
-    made.append(_table(title, domains, rows[1:], difference))
+    made.append(by_domain(title, rows[1:], difference))
   shares = [
-    (row['label'], router, *(routing.own_share(by_domain[name]) for name in domains))
+    (row['label'], router, *(routing.own_share(facts[name]) for name in domains))
     for row in rows
-    for router, by_domain in (row['routing'] or {}).items()
+    for router, facts in (row['routing'] or {}).items()
   ]
   if shares:
     title = "Tokens with their domain's expert"
@@ -91,21 +84,9 @@ def tables(facts: Mapping[str, Any]) -> list[rich.table.Table]:
   return made
 
 
-def _table(
-  title: str,
-  domains: Sequence[str],
-  rows: Sequence[Mapping[str, Any]],
-  cell: Callable[[Mapping[str, Any]], str],
-) -> rich.table.Table:
-  lines = [
-    (row['label'], *(cell(row['domains'][name]) for name in domains), cell(row['overall']))
-    for row in rows
-  ]
-  return cli.table(title, ['checkpoint'], [*domains, 'overall'], lines)
-
-
 def _cell(measure: Mapping[str, Any], text: Callable[[float], str], mark: str = '') -> str:
-  value = text(measure['value']) + mark
-  if measure['low'] is None:
-    return value
-  return f'{value}\n{text(measure["low"])} … {text(measure["high"])}'
+  """A value above its interval, if it has one; marked where the interval excludes 0."""
+  value, low, high = measure['value'], measure['low'], measure['high']
+  if low is None:
+    return text(value)
+  return f'{text(value)}{mark if low > 0 or high < 0 else ""}\n{text(low)} … {text(high)}'

@@ -5,7 +5,6 @@ are what the model conditions on. Each is a row of its own: its scores depend on
 its group alone. A group is what a device computes at once; groups follow from the windows and the
 platform, not from the number of devices.
 
-
 Legend: B rows, S tokens of a row.
 """
 
@@ -58,13 +57,9 @@ def cut(tokens: np.ndarray, length: int, stride: int, first: int = 1) -> Iterato
 
 
 def batches(windows: Sequence[Window], length: int, platform: str, devices: int) -> Iterator[Batch]:
-  """All windows, each with others of similar length, the longest first.
+  """All windows, at most `length + 1` tokens each, with others of similar length, longest first.
 
-  Args:
-    windows: at most `length + 1` tokens each.
-    length: tokens that the model reads at once.
-    platform: of the devices.
-    devices: how many compute a batch.
+  `devices` of `platform` compute a batch.
   """
   buckets: dict[int, list[int]] = {}
   for number, window in enumerate(windows):

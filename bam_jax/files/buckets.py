@@ -4,9 +4,8 @@ Objects can neither grow nor be memory-mapped, and many libraries only support f
 """
 
 import contextlib
-import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ class Mirror:
     self._target, self._folder, self._sent = target, None, 0
     self.path = Path(target)
     if folders.in_bucket(target):
-      self._folder = tempfile.mkdtemp(prefix='bam_jax-')
-      self.path = Path(self._folder, self.path.name)
+      self._folder = tempfile.TemporaryDirectory(prefix='bam_jax-', ignore_cleanup_errors=True)
+      self.path = Path(self._folder.name, self.path.name)
 
   def send(self) -> None:
     """Uploads the file's current contents; UserError if that fails."""
@@ -39,11 +38,9 @@ class Mirror:
   def close(self) -> None:
     """Uploads the file, and removes the local copy."""
     if self._folder:
-      try:
+      with self._folder:
         self.send()
-      finally:
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder = None
+      self._folder = None
 
 
 @contextlib.contextmanager
@@ -67,17 +64,15 @@ def drafts(target: epath.PathLike) -> Iterator[Path]:
       path.replace(Path(target, name))
 
 
-def send(folder: Path, target: epath.Path, names: Iterable[str]) -> None:
+def send(folder: Path, target: epath.Path, names: Sequence[str]) -> None:
   """Uploads files of a folder to one in a bucket; UserError if the bucket rejects them."""
-  names = list(names)
   with folders.writing(target):
     local, remote = ([str(root / name) for name in names] for root in (folder, target))
     _client().put(local, remote, batch_size=FILES_AT_ONCE)
 
 
-def fetch(source: epath.Path, folder: Path, names: Iterable[str]) -> None:
+def fetch(source: epath.Path, folder: Path, names: Sequence[str]) -> None:
   """Downloads files of a folder in a bucket; UserError if that fails."""
-  names = list(names)
   with folders.writing(folder):
     remote, local = ([str(root / name) for name in names] for root in (source, folder))
     try:

@@ -149,11 +149,9 @@ class Lease:
         if now.value == self._facts:  # a write whose reply was lost is repeated, then refused
           self._generation = now.stamp.generation
           continue
-        what = 'lost its lock'
-        if now.state == 'value':
-          what = f'was taken over by {_facts(now)["holder"]}'
-          what += f', since this process did not renew its lease for {LEASE_SECONDS:.0f} s'
-        print(f'{self._folder} {what}: exiting.', file=sys.stderr, flush=True)
+        what = f'was taken over by {_facts(now)["holder"]}, since this process did not renew its'
+        sentence = f'{self._folder} {what} lease for {LEASE_SECONDS:.0f} s: exiting.'
+        print(sentence, file=sys.stderr, flush=True)
         os._exit(LOST)
 
   def _read(self) -> Any:
@@ -187,14 +185,7 @@ def _facts(seen: Any) -> dict[str, Any]:
 def _is_gone(facts: dict[str, Any]) -> bool:
   """Whether the holder was a process of this machine that no longer exists."""
   here = facts.get('kernel') and facts['kernel'] == _kernel()
-  try:
-    if here:
-      os.kill(facts['pid'], 0)
-  except ProcessLookupError:
-    return True
-  except PermissionError:  # another user's
-    pass
-  return False
+  return bool(here) and not Path(f'/proc/{facts["pid"]}').exists()
 
 
 def _kernel() -> str:

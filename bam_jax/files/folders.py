@@ -12,6 +12,7 @@ from pathlib import Path
 
 from etils import epath
 
+from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 
 BESIDE = '.partial-'  # in the name of a folder that is being written
@@ -56,11 +57,9 @@ def check_bucket(path: epath.PathLike) -> None:
   """UserError if the path is in a bucket that cannot be accessed."""
   if in_bucket(path):
     bucket = epath.Path(*reach(path).parts[:3])
-    if not bucket.exists():
-      raise UserError(
-        f'{bucket} cannot be accessed: check its name, and grant this account '
-        'roles/storage.objectUser and roles/storage.legacyBucketReader on it.'
-      )
+    wrong = f'{bucket} cannot be accessed: check its name, and grant this account'
+    roles = 'roles/storage.objectUser and roles/storage.legacyBucketReader'
+    require(bucket.exists(), f'{wrong} {roles} on it.')
 
 
 def is_complete(item: epath.Path) -> bool:
@@ -128,11 +127,6 @@ def _sync_path(path: epath.PathLike) -> None:
     os.close(descriptor)
 
 
-def remove(folder: epath.PathLike) -> None:
-  """Removes a folder and its contents, if it exists."""
-  epath.Path(folder).rmtree(missing_ok=True)
-
-
 @contextlib.contextmanager
 def new_folder(path: epath.PathLike, nbytes: int = 0) -> Iterator[epath.Path]:
   """A folder to write into that becomes `path` when the block ends, complete and on disk.
@@ -142,52 +136,50 @@ def new_folder(path: epath.PathLike, nbytes: int = 0) -> Iterator[epath.Path]:
   `meta` last, without which a folder is not a checkpoint. UserError if `path` exists, cannot be
   written, or its disk has no room for `nbytes`.
   """
-  path = reach(path)
-  remote = in_bucket(path)
-  if path.exists() or (not remote and os.path.lexists(path)):
-    raise UserError(f'{path} exists: choose another folder, or delete it.')
-  beside, lock = (path, None) if remote else _begin(path, nbytes)
-  try:
-    with writing(path):
+  path, remote = reach(path), in_bucket(path)
+  exists = path.exists() or (not remote and os.path.lexists(path))
+  require(not exists, f'{path} exists: choose another folder, or delete it.')
+  with contextlib.ExitStack() as stack, writing(path):
+    beside = path if remote else stack.enter_context(_beside(path, nbytes))
+    try:
       yield beside
       if not remote:
         sync(beside)
         os.rename(beside, path)
         _sync_path(path.parent)
-  except BaseException:
-    remove(beside) if remote else shutil.rmtree(beside, ignore_errors=True)
-    raise
-  finally:
-    if lock is not None:
-      os.close(lock)
+    except BaseException:
+      beside.rmtree(missing_ok=True) if remote else shutil.rmtree(beside, ignore_errors=True)
+      raise
 
 
-def _begin(path: epath.Path, nbytes: int) -> tuple[epath.Path, int]:
-  """A new folder beside `path`, and the lock that shows that its writer is alive."""
-  beside = path.with_name(f'{path.name}{BESIDE}{os.getpid()}-{secrets.token_hex(4)}')
-  if path.parent.is_file():
-    raise UserError(f'{path} cannot be written: {path.parent} is a file.')
-  with writing(path):
-    os.makedirs(path.parent, exist_ok=True)
-    for left in path.parent.glob(glob.escape(path.name + BESIDE) + '*'):
-      if (lock := _lock(left)) is not None:
+@contextlib.contextmanager
+def _beside(path: epath.Path, nbytes: int) -> Iterator[epath.Path]:
+  """A new folder beside `path`, whose lock shows that its writer is alive."""
+  require(not path.parent.is_file(), f'{path} cannot be written: {path.parent} is a file.')
+  os.makedirs(path.parent, exist_ok=True)
+  for left in path.parent.glob(glob.escape(path.name + BESIDE) + '*'):
+    with locked(left) as dead:
+      if dead:
         shutil.rmtree(left, ignore_errors=True)
-        os.close(lock)
-    free = shutil.disk_usage(path.parent).free
-    if free < nbytes:
-      raise UserError(
-        f'{path} needs {nbytes / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB free: make room.'
-      )
-    os.mkdir(beside)
-    return beside, _lock(beside)
+  free = shutil.disk_usage(path.parent).free
+  wrong = f'{path} needs {nbytes / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB free'
+  require(free >= nbytes, f'{wrong}: make room.')
+  beside = path.with_name(f'{path.name}{BESIDE}{os.getpid()}-{secrets.token_hex(4)}')
+  os.mkdir(beside)
+  with locked(beside):
+    yield beside
 
 
-def _lock(folder: epath.Path) -> int | None:
-  """Locks a folder until the descriptor is closed or the process ends; None if another has it."""
+@contextlib.contextmanager
+def locked(folder: epath.PathLike) -> Iterator[bool]:
+  """Locks a folder on a disk until the block or the process ends; yields False if it cannot."""
   descriptor = os.open(folder, os.O_RDONLY)
   try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      free = True
+    except OSError:
+      free = False
+    yield free
+  finally:
     os.close(descriptor)
-    return None
-  return descriptor

@@ -17,6 +17,8 @@ of a batch, tensor splits heads and columns. A continuation ends at the tokenize
 With `--json=-` nothing else is written to standard output.
 """
 
+import functools
+import itertools
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,16 +28,14 @@ import jax
 from absl import flags
 
 from bam_jax import cli, config
-from bam_jax.errors import UserError
+from bam_jax.config.strict import require
 from bam_jax.generate import generator, text
 from bam_jax.generate.sampling import SamplingParams
 from bam_jax.parallel import sharding
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A run, a step, or an output of convert.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be repeated.')
-_PROMPTS = flags.DEFINE_string(
-  'prompts', None, 'A file: one prompt a line, or .jsonl with `prompt`.'
-)
+_PROMPTS = flags.DEFINE_string('prompts', None, '.txt, one prompt a line; or .jsonl with `prompt`.')
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   'max_new_tokens', 128, 'Maximum tokens of a continuation.', lower_bound=1
 )
@@ -54,16 +54,12 @@ _MESH = flags.DEFINE_list('mesh', [], 'Devices along each axis: data=2,expert=4.
 
 def main() -> dict[str, Any]:
   """Continues the prompts that the flags name, and prints the text."""
-  if not _CHECKPOINT.value:
-    raise UserError('--checkpoint=DIR is required.')
+  require(_CHECKPOINT.value, '--checkpoint=DIR is required.')
   params = SamplingParams(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-  if _SAMPLES.value > 1 and not params.temperature:
-    raise UserError(
-      '--num_samples are identical at temperature 0: set --temperature=1, for example.'
-    )
+  drawn = _SAMPLES.value == 1 or params.temperature
+  require(drawn, '--num_samples are identical at temperature 0: set --temperature=1, for example.')
   prompts = [*_PROMPT.value, *(text.read_prompts(_PROMPTS.value) if _PROMPTS.value else [])]
-  if not prompts:
-    raise UserError("--prompt='...' or --prompts=FILE is required.")
+  require(prompts, "--prompt='...' or --prompts=FILE is required.")
   dtype = _DTYPE.value or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
   sizes = cli.parse_mesh(_MESH.value)
   loaded = generator.load(_CHECKPOINT.value, dtype, sharding.make_mesh(sizes))
@@ -78,24 +74,33 @@ def _continue(
   loaded: generator.Loaded, prompts: Sequence[str], params: SamplingParams
 ) -> list[dict[str, Any]]:
   """The rows of `--json`; streams a single continuation, prints several at the end."""
-  tokenizer, num_samples = loaded.tokenizer, _SAMPLES.value
+  tokenizer, most, samples = loaded.tokenizer, _MAX_NEW_TOKENS.value, range(_SAMPLES.value)
   ids = text.prompt_tokens(tokenizer, prompts)
-  _warn_of_length(loaded, max(map(len, ids)))
-  rows = [generator.Row(tokens, i) for tokens in ids for i in range(num_samples)]
+  longest, trained = max(map(len, ids)), loaded.meta.sequence_length
+  if longest + most > trained:
+    print(
+      f'WARNING: the longest prompt has {longest:,} tokens plus up to {most:,} new ones; the model '
+      f'was trained on sequences of {trained:,}, and text beyond that may be poor.',
+      file=sys.stderr,
+    )
+  rows = [generator.Row(tokens, sample) for tokens in ids for sample in samples]
   made = [text.Continuation(tokenizer, row.prompt, _STOP.value) for row in rows]
   stream = len(rows) == 1
+  show = functools.partial(
+    print, end='', file=sys.stderr if flags.FLAGS.json == '-' else sys.stdout, flush=True
+  )
   if stream:
-    _print(prompts[0])
+    show(prompts[0])
 
   def watch(number: int, tokens: list[int]) -> bool:
     shown = made[number].add(tokens)
     if stream:
-      _print(shown)
+      show(shown)
     return made[number].stopped
 
   loaded.generator.generate(
     rows,
-    _MAX_NEW_TOKENS.value,
+    most,
     params,
     seed=_SEED.value,
     batch_size=_BATCH.value,
@@ -103,36 +108,19 @@ def _continue(
     watch=watch,
   )
   facts = []
-  for number, (row, one) in enumerate(zip(rows, made)):
-    prompt, rest = prompts[number // num_samples], one.finish()
-    _print(f'{rest}\n' if stream else f'{_title(prompt, row.sample)}\n{one.text}\n\n')
-    reason = 'length' if len(one.tokens) == _MAX_NEW_TOKENS.value else 'end'
-    fact = {'prompt': prompt, 'sample': row.sample, 'text': one.text, 'tokens': one.tokens}
-    facts.append(fact | {'reason': 'stop' if one.stopped else reason})
+  for (prompt, sample), one in zip(itertools.product(prompts, samples), made):
+    rest = one.finish()
+    if stream:
+      show(f'{rest}\n')
+    else:
+      line = ' '.join(prompt.split())
+      line = line if len(line) <= 72 else f'{line[:71]}…'
+      count = f' ({sample + 1} of {len(samples)})' if len(samples) > 1 else ''
+      show(f'== {line}{count}\n{one.text}\n\n')
+    reason = 'stop' if one.stopped else 'length' if len(one.tokens) == most else 'end'
+    fact = {'prompt': prompt, 'sample': sample, 'text': one.text, 'tokens': one.tokens}
+    facts.append(fact | {'reason': reason})
   return facts
-
-
-def _warn_of_length(loaded: generator.Loaded, longest: int) -> None:
-  trained = loaded.meta.sequence_length
-  if longest + _MAX_NEW_TOKENS.value > trained:
-    print(
-      f'WARNING: the longest prompt has {longest:,} tokens plus up to {_MAX_NEW_TOKENS.value:,} '
-      f'new ones; the model was trained on sequences of {trained:,}, and text beyond that may be '
-      'poor.',
-      file=sys.stderr,
-    )
-
-
-def _print(words: str) -> None:
-  output = sys.stderr if flags.FLAGS.json == '-' else sys.stdout
-  output.write(words)
-  output.flush()
-
-
-def _title(prompt: str, sample: int) -> str:
-  line = ' '.join(prompt.split())
-  line = line if len(line) <= 72 else line[:71] + '…'
-  return f'== {line}' + (f' ({sample + 1} of {_SAMPLES.value})' if _SAMPLES.value > 1 else '')
 
 
 if __name__ == '__main__':

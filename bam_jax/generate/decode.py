@@ -18,7 +18,7 @@ Legend: L layers, E experts, B batch, T new tokens, S slots, V vocabulary, W loc
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,7 @@ from bam_jax.parallel.collectives import Layout
 
 ROWS = P(('data', 'fsdp'))
 Cache = list[list[KVCache]]  # of each layer, of each set of keys and values on a device
-Read = Callable[[str, Any], Any]  # (path, index) -> that region of a parameter, NumPy or JAX
+Read = Callable[[str, Any], Any]  # (path, index) -> that region of a parameter
 
 
 class DecodeLayout(Layout):
@@ -119,13 +119,11 @@ class Decoder:
     Args:
       params: what `place` returned.
       cache: of all tokens before.
-      tokens_BT: int32.
-      first_B: int32, the slot of each row's first token; what stands before it is padding.
-      start: int32.
+      tokens_BT: int32, as are `first_B` and `start`.
+      first_B: the slot of each row's first token; what stands before it is padding.
 
-    Returns:
-      Scores of the token that follows the last one (B, V), float32, the same on all devices of a
-      row, and the cache with the new tokens.
+    Returns scores of the token that follows the last one (B, V), float32, the same on all devices
+    of a row, and the cache with the new tokens.
     """
     positions_BT = start + jnp.arange(tokens_BT.shape[1]) - first_B[:, None]
     segments_BT = (positions_BT >= 0).astype(jnp.int32)
@@ -154,17 +152,12 @@ class Decoder:
     """Parameters on the devices, a layer and an expert at a time.
 
     Norms and routers stay float32. `blocks` becomes a list with a tree for each layer, in which
-    arrays of experts are `Apart`.
-
-    Raises:
-      UserError: an axis of the mesh does not divide what it cuts.
+    arrays of experts are `Apart`. UserError as in `check`.
     """
     self.check('--mesh')
 
     def one(path, index, abstract):
-      x = read(path, index)
-      host = isinstance(x, np.ndarray)
-      x = x.astype(abstract.dtype, copy=False) if host else jnp.asarray(x, abstract.dtype)
+      x = np.asarray(read(path, index)).astype(abstract.dtype, copy=False)
       return jax.device_put(x, abstract.sharding)
 
     return self._arrange(one)
@@ -186,7 +179,7 @@ class Decoder:
       sets = experts.num_experts // parts
     shape = parts, batch, self.model.num_kv_heads, slots, self.model.head_dim
     spec = P('expert' if parts > 1 else None, *ROWS, 'tensor')
-    x = jax.ShapeDtypeStruct(shape, self.dtype, sharding=self._sharding(spec))
+    x = jax.ShapeDtypeStruct(shape, self.dtype, sharding=self.sharding(spec))
     return [[KVCache(x, x)] * sets] * self.model.num_layers
 
   def specs(self) -> tuple[dict[str, Any], Cache]:
@@ -201,8 +194,7 @@ class Decoder:
     def one(path, leaf, index, spec):
       shape = np.broadcast_to(np.int8(0), leaf.shape)[index].shape  # a view: no memory
       dtype = parameters.dtype_of(path.rsplit('/', 1)[-1], self.dtype)
-      sharded = self._sharding(P(*spec))
-      return make(path, index, jax.ShapeDtypeStruct(shape, dtype, sharding=sharded))
+      return make(path, index, jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding(P(*spec))))
 
     def whole(key_path, leaf):
       path = sharding.path_of(key_path)
@@ -223,15 +215,9 @@ class Decoder:
     blocks = [map_leaves(partial(of_layer, layer), self.abstract['blocks']) for layer in layers]
     return rest | {'blocks': blocks}
 
-  def _sharding(self, spec: P) -> NamedSharding | None:
+  def sharding(self, spec: P) -> NamedSharding | None:
+    """On this mesh; a single device needs none."""
     return NamedSharding(self.layout.mesh, spec) if self.layout.mesh else None
-
-
-def reader(params: Mapping) -> Read:
-  """What `Decoder.place` reads from, for a tree of arrays."""
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  arrays = {sharding.path_of(key_path): leaf for key_path, leaf in leaves}
-  return lambda path, index: arrays[path][index]
 
 
 def _spec(path: str, ndim: int) -> tuple[tuple[str, ...], ...]:

@@ -8,6 +8,7 @@ Legend: B batch, T tokens of a piece, N tokens that a call appends, V vocabulary
 
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bam_jax import checkpoint, config
@@ -128,12 +128,7 @@ def _specs(decoder: Decoder) -> tuple[Any, State]:
 
 def abstract_arguments(decoder: Decoder, batch: int, slots: int) -> tuple:
   """Shapes and shardings of the arguments of `decode`, to compile it for any devices."""
-  layout = decoder.layout
-
-  def abstract(x, spec):
-    sharded = NamedSharding(layout.mesh, spec) if layout.mesh else None
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharded)
-
+  abstract = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=decoder.sharding(spec))
   rest = map(abstract, _rest([0] * batch, np.zeros((batch, 2)), SamplingParams(), ()), REST)
   return (
     decoder.abstract_params(),
@@ -176,15 +171,13 @@ class Generator:
     stops: Sequence[int] = (),
     num_words: int | None = None,
   ):
-    """Puts the parameters on the devices.
+    """Puts the parameters on the devices, by default one.
 
     Args:
-      model: any variant.
-      read: (path, index) -> the region of a parameter; `decode.reader` makes one of a tree.
-      dtype: 'float32' or 'bfloat16', of weights, activations and cache.
-      mesh: default: one device.
+      read: (path, index) -> that region of a parameter.
       stops: tokens that finish a row.
-      num_words: words that may be chosen, the first of them; default: all.
+
+    The others are those of `Program`.
     """
     self.decoder = Decoder(model, dtype, mesh)
     self.params = self.decoder.place(read)
@@ -205,21 +198,17 @@ class Generator:
     """The continuations of all rows, in their order, without what finished them.
 
     Args:
-      rows: any number, of any lengths.
-      max_new_tokens: of each.
-      params: how tokens are chosen.
+      max_new_tokens: of each row.
       seed: of all draws; a row's depend on it, on its prompt and on its sample alone.
       batch_size: rows at once, at most.
       every: tokens of a row between two calls of `watch`, after the first, at most MAX_STEPS.
       watch: called with a row's index and its new tokens; true finishes the row.
 
-    Raises:
-      UserError: keys and values of a batch do not fit into memory.
+    UserError when keys and values of a batch do not fit into memory.
     """
     made: list[list[int]] = [[] for _ in rows]
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].prompt))
-    for at in range(0, len(order), batch_size):
-      numbers = order[at : at + batch_size]
+    for numbers in itertools.batched(order, batch_size):
       running = np.ones(len(numbers), bool)
       batch = [rows[number] for number in numbers]
       for new_BN in self._batch(batch, max_new_tokens, params, seed, every, running):
@@ -252,8 +241,7 @@ class Generator:
 
   def _start(self, rows: Sequence[Row], max_new_tokens: int, params: SamplingParams, seed: int):
     """The state of a batch before anything is read, and its prompts in pieces BT."""
-    layout = self.decoder.layout
-    shards = layout.row_shards
+    shards = self.decoder.layout.row_shards
     batch = shards * 2 ** math.ceil(math.log2(-(-len(rows) // shards)))
     length, piece, slots = padded_shape(max(len(row.prompt) for row in rows), max_new_tokens)
     self._check_room(batch, slots)
@@ -266,9 +254,7 @@ class Generator:
       noise_B2[number] = _noise(seed, row)
     cache = self.decoder.empty_cache(batch, slots)
     rest = _rest(first_B, noise_B2, params, self._stops)
-    put = lambda x, spec: jax.device_put(
-      x, NamedSharding(layout.mesh, spec) if layout.mesh else None
-    )
+    put = lambda x, spec: jax.device_put(x, self.decoder.sharding(spec))
     return State(cache, *map(put, rest, REST)), np.split(tokens_BT, length // piece, axis=1)
 
   def _check_room(self, batch: int, slots: int) -> None:
@@ -283,8 +269,7 @@ class Generator:
     if free is not None and needed > free:
       raise UserError(
         f'Keys and values of {batch} x {slots:,} tokens require {needed / 1e9:,.1f} GB, but '
-        f'{free / 1e9:,.1f} GB are free: lower --batch_size or --max_new_tokens, or shorten the '
-        'prompt.'
+        f'{free / 1e9:,.1f} GB are free: lower --batch_size or --max_new_tokens.'
       )
 
 
@@ -297,33 +282,22 @@ class Loaded(NamedTuple):
 
 
 def load(path: str, dtype: str, mesh: jax.sharding.Mesh | None = None) -> Loaded:
-  """Loads the checkpoint at or below `path`, an array at a time, onto the mesh.
+  """Loads the checkpoint at or below `path`, an array at a time; by default onto one device.
 
-  Args:
-    path: of a run, a step, or what `convert` wrote.
-    dtype: 'float32' or 'bfloat16'.
-    mesh: default: one device.
-
-  Raises:
-    UserError: it is not a complete checkpoint, or does not fit the mesh.
+  UserError when it is not a complete checkpoint, or does not fit the mesh.
   """
   meta = checkpoint.read_meta(path)
   tokenizer = checkpoint.open_tokenizer(path, meta)
   read, stops = checkpoint.open_params(path, meta.model).read, [tokenizer.eos_id]
-  made = Generator(
-    meta.model, read, dtype=dtype, mesh=mesh, stops=stops, num_words=tokenizer.vocab_size
-  )
+  words = tokenizer.vocab_size
+  made = Generator(meta.model, read, dtype=dtype, mesh=mesh, stops=stops, num_words=words)
   return Loaded(meta, tokenizer, made)
 
 
 def padded_shape(longest: int, max_new_tokens: int) -> tuple[int, int, int]:
   """Tokens that prompts are padded to, those of a piece of them, and the cache's slots."""
-  if longest <= PIECE:
-    length = piece = bucket(longest)
-  else:
-    piece = PIECE
-    length = -(-longest // piece) * piece
-  return length, piece, bucket(length + max_new_tokens)
+  length = bucket(longest) if longest <= PIECE else -(-longest // PIECE) * PIECE
+  return length, min(length, PIECE), bucket(length + max_new_tokens)
 
 
 def bucket(tokens: int) -> int:

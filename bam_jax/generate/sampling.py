@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from bam_jax.errors import UserError
+from bam_jax.config.strict import require
 
 BLOCK = 512  # candidates of a block
 
@@ -26,17 +26,12 @@ class SamplingParams:
   top_p: float = 1.0  # the probability mass of the candidates, after top-k
 
   def __post_init__(self):
-    if not 0 <= self.temperature < math.inf:
-      raise UserError(f'--temperature={self.temperature} must be at least 0.')
-    if self.top_k < 0:
-      raise UserError(f'--top_k={self.top_k} is negative: set a number of tokens, or 0 for all.')
-    if not 0 < self.top_p <= 1:
-      raise UserError(f'--top_p={self.top_p} must be above 0 and at most 1.')
-    if not self.temperature and (self.top_k or self.top_p != 1):
-      raise UserError(
-        '--top_k and --top_p have no effect at temperature 0, which selects the most probable '
-        'token: set --temperature=1, for example.'
-      )
+    finite = 0 <= self.temperature < math.inf
+    require(finite, f'--temperature={self.temperature} must be at least 0.')
+    require(self.top_k >= 0, f'--top_k={self.top_k} is negative: set 0 for all tokens, or more.')
+    require(0 < self.top_p <= 1, f'--top_p={self.top_p} must be above 0 and at most 1.')
+    read = self.temperature or not (self.top_k or self.top_p < 1)
+    require(read, '--top_k and --top_p have no effect at temperature 0: set --temperature=1.')
 
   def static(self) -> tuple[bool, int, bool]:
     """What a program is compiled for: whether it draws, top-k, and whether it applies top-p."""
@@ -61,22 +56,14 @@ def sample(
   """
   draws, top_k, use_top_p = static
   if not draws:
-    return argmax(logits_BV)
+    return jax.lax.top_k(logits_BV, 1)[1][:, 0]  # on CPU jnp.argmax takes ten times as long
   logits_BN, words_BN = logits_BV / temperature, None
   if top_k:
     logits_BN, words_BN = jax.lax.top_k(logits_BN, min(top_k, logits_BN.shape[1]))
   if use_top_p:
     logits_BN = mask_top_p(logits_BN, top_p)
   drawn_B = jax.vmap(_draw)(logits_BN, keys_B)
-  if words_BN is None:
-    return drawn_B
-  return jnp.take_along_axis(words_BN, drawn_B[:, None], axis=1)[:, 0]
-
-
-def argmax(logits_BV: jax.Array) -> jax.Array:
-  """The word with the largest logit, of equal ones the first."""
-  # On CPU jnp.argmax takes ten times as long.
-  return jax.lax.top_k(logits_BV, 1)[1][:, 0]
+  return jnp.take_along_axis(words_BN, drawn_B[:, None], axis=1)[:, 0] if top_k else drawn_B
 
 
 def mask_top_p(logits_BN: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -1,15 +1,15 @@
 """Text around the model: prompts to tokens, and tokens to text as they come."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from bam_jax.data.documents import DOCUMENT_BYTES
+from bam_jax.config.strict import require
+from bam_jax.data import documents
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
-from bam_jax.files import json_file
 
 CONTEXT = 8  # tokens before new ones that decide how they are spelled: whether a space comes first
 REPLACEMENT = '\ufffd'  # what a tokenizer makes of bytes that are not a character, or half of one
-PROMPTS_BYTES = 2**28  # of a file of prompts, at most
 MAX_HALF = 3  # bytes of half a character
 
 
@@ -19,48 +19,21 @@ def prompt_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]
 
 
 def read_prompts(path: str) -> list[str]:
-  """The prompts in a file: JSON lines with the key `prompt` if it ends in .jsonl, else one a line.
+  """The lines of a text file, or `prompt` of each line of a .jsonl; blank lines are left out.
 
-  Raises:
-    UserError: the file, or a line of it, cannot be read.
+  UserError names the file, or its line, that cannot be read.
   """
+  file = Path(path)
+  kind = documents.extension(file)
+  require(kind, f'--prompts={path} must end in one of {", ".join(documents.EXTENSIONS)}.')
   try:
-    with open(path, 'rb') as file:
-      content = file.read(PROMPTS_BYTES + 1)
-  except OSError as error:
-    raise UserError(f'--prompts={path} cannot be read: {error.strerror}.') from error
-  if len(content) > PROMPTS_BYTES:
-    raise UserError(f'--prompts={path} is larger than {PROMPTS_BYTES >> 20} MiB: split the file.')
-  lines = content.split(b'\n')
-  prompts = []
-  for number, line in enumerate(lines, 1):
-    where = f'{path}:{number}'
-    if len(line) > DOCUMENT_BYTES:
-      raise UserError(f'{where} is larger than {DOCUMENT_BYTES >> 20} MiB: shorten the prompt.')
-    try:
-      text = line.decode('utf-8-sig' if number == 1 else 'utf-8').removesuffix('\r')
-    except UnicodeDecodeError:
-      raise UserError(f'{where} is not UTF-8: convert the file.') from None
-    if text.strip():
-      prompts.append(_json_prompt(where, text) if path.endswith('.jsonl') else text)
-  if not prompts:
-    raise UserError(f'--prompts={path} holds no prompt: write one on each line.')
+    prompts = [document.text for document in documents.read_documents(file, 'prompt')]
+  except UserError as error:  # of a flag that only commands with other texts have
+    raise UserError(str(error).replace(', or choose --text_field', '')) from None
+  if kind in documents.TEXT:
+    prompts = [line.removesuffix('\r') for line in prompts[0].split('\n') if line.strip()]
+  require(prompts, f'--prompts={path} holds no prompt: write one on each line.')
   return prompts
-
-
-def _json_prompt(where: str, line: str) -> str:
-  try:
-    fact = json_file.loads(line)
-  except ValueError as error:
-    raise UserError(f'{where} is not JSON ({error}): fix the line.') from None
-  prompt = fact.get('prompt') if isinstance(fact, dict) else None
-  if not isinstance(prompt, str):
-    raise UserError(f'{where} has no text under the key "prompt": fix the line.')
-  try:
-    prompt.encode()
-  except UnicodeEncodeError:  # half of an escaped pair
-    raise UserError(f'{where} is not UTF-8: convert the file.') from None
-  return prompt
 
 
 class Continuation:
@@ -125,5 +98,4 @@ class Continuation:
 
 def _begun(text: str, stop: str) -> int:
   """The length of the longest beginning of `stop` that `text` ends with."""
-  lengths = range(min(len(stop) - 1, len(text)), 0, -1)
-  return next((length for length in lengths if text.endswith(stop[:length])), 0)
+  return max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from bam_jax import config
 from bam_jax.config import strict
-from bam_jax.errors import UserError
+from bam_jax.config.strict import require
 
 COHERE, COHERE2, BAM = 'CohereForCausalLM', 'Cohere2ForCausalLM', 'BamForCausalLM'
 ARCHITECTURES = (COHERE, COHERE2, BAM)
@@ -61,22 +61,18 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
   architectures = facts.pop('architectures', None)
   is_one = isinstance(architectures, list) and len(architectures) == 1
   (architecture,) = architectures if is_one else [architectures]
-  if architecture not in ARCHITECTURES:
-    raise UserError(
-      f'architectures names {architecture!r}: only {", ".join(ARCHITECTURES)} can be imported.'
-    )
+  wrong = f'architectures names {architecture!r}'
+  known = architecture in ARCHITECTURES
+  require(known, f'{wrong}: only {", ".join(ARCHITECTURES)} can be imported.')
   if architecture == COHERE2:
     _check_cohere2(facts)
   for key, only in _FIXED.items():
     value = facts.pop(key, only)
-    if value != only:
-      raise UserError(f'{key}={value!r} is not {only!r}: our model does not support it.')
-
+    require(value == only, f'{key}={value!r} is not {only!r}: our model does not support it.')
   width, heads = (_take(dict(facts), key, int) for key in ('hidden_size', 'num_attention_heads'))
-  if width % heads and facts.get('head_dim') is None:
-    raise UserError(
-      f'hidden_size={width} is not a multiple of num_attention_heads={heads}: head_dim is required.'
-    )
+  wrong = f'hidden_size={width} is not a multiple of num_attention_heads={heads}'
+  given = not width % heads or facts.get('head_dim') is not None
+  require(given, f'{wrong}: head_dim is required.')
   # transformers omits keys with default values from the file.
   defaults = dict(num_kv_heads=heads, head_dim=width // heads, tied_embeddings=True, qk_norm=False)
   model = {
@@ -88,16 +84,17 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
     model['ffn_experts'] = _experts(facts, config.FFNExperts, _FFN_EXPERTS)
   for key, value in facts.items():
     # Keys that are off or empty are harmless: sliding windows, parallel variants.
-    if key not in _IRRELEVANT and value not in (None, False):
-      raise UserError(f'{key}={value!r} is an unsupported key: the imported model might differ.')
+    harmless = key in _IRRELEVANT or value in (None, False)
+    require(harmless, f'{key}={value!r} is an unsupported key: the imported model might differ.')
   return config.Model(**model)
 
 
 def to_origin(config_json: Mapping[str, Any]) -> tuple[int, str | None, tuple[str, ...]]:
   """The training length, how a mixture was made, and the sources of its experts."""
   method, sources = config_json.get('upcycling_method'), config_json.get('expert_sources') or ()
-  if method not in (None, *get_args(config.Method)):
-    raise UserError(f'upcycling_method={method!r} is not one of {get_args(config.Method)}.')
+  methods = get_args(config.Method)
+  known = method is None or method in methods
+  require(known, f'upcycling_method={method!r} is not one of {methods}.')
   return _take(dict(config_json), _LENGTH, int), method, tuple(map(str, sources))
 
 
@@ -140,58 +137,42 @@ def _experts(facts: dict[str, Any], section: type, keys: Mapping[str, str]) -> A
   options = {ours: facts.pop(theirs) for ours, theirs in keys.items() if theirs in facts}
   if options.get('num_experts') == 0:
     return None
-  if missing := [theirs for ours, theirs in keys.items() if ours not in options]:
-    raise UserError(f'{missing[0]} is missing.')
+  for ours, theirs in keys.items():
+    require(ours in options, f'{theirs} is missing.')
   return strict.from_dict(section, options, 'config.json')
 
 
 def _check_cohere2(facts: dict[str, Any]) -> None:
   """UserError unless every layer uses RoPE and full causal attention, as ours do."""
   count, length = (_take(dict(facts), k, int) for k in ('num_hidden_layers', _LENGTH))
-  pattern, window = (
-    _take(facts, 'sliding_window_pattern', int, 4),
-    facts.pop('sliding_window', None),
-  )
-  layers = facts.pop('layer_types', None)
-  if layers is None:  # older files give a pattern, or rely on the default
-    full = [pattern - 1] if pattern <= count else []
-  elif isinstance(layers, list) and len(layers) == count:
-    full = [n for n, kind in enumerate(layers) if kind != 'sliding_attention']
-  else:
-    raise UserError(f'layer_types={layers!r} does not list num_hidden_layers={count} layers.')
-  if full or window is None:
-    raise UserError(
-      f'layer {min(full, default=0)} does not use RoPE, as all of ours do: see layer_types '
-      f'and sliding_window={window}.'
-    )
-  if type(window) is not int or window < length:
-    raise UserError(
-      f'sliding_window={window} is below {_LENGTH}={length}: our layers attend to all.'
-    )
-  if facts.get('use_qk_norm'):
-    raise UserError('use_qk_norm=True is not False: Cohere2 has no norm of queries and keys.')
+  pattern = _take(facts, 'sliding_window_pattern', int, 4)
+  layers, window = facts.pop('layer_types', None), _take(facts, 'sliding_window', int)
+  others = [pattern - 1] if pattern <= count else []
+  if layers is not None:  # older files give the pattern, or rely on the default
+    listed = isinstance(layers, list) and len(layers) == count
+    require(listed, f'layer_types={layers!r} does not list num_hidden_layers={count} layers.')
+    others = [number for number, kind in enumerate(layers) if kind != 'sliding_attention']
+  wrong = f'layer {min(others, default=0)} does not use RoPE, as all of ours do: see layer_types.'
+  require(not others, wrong)
+  wrong = f'sliding_window={window} is below {_LENGTH}={length}: our layers attend to all.'
+  require(window >= length, wrong)
+  wrong = 'use_qk_norm=True is not False: Cohere2 has no norm of queries and keys.'
+  require(not facts.get('use_qk_norm'), wrong)
 
 
 def _rope_theta(facts: dict[str, Any]) -> float:
   """The base of RoPE: at the top level in older files, under rope_parameters in newer ones."""
-  scaling = facts.pop('rope_parameters', None) or {}
-  if not isinstance(scaling, Mapping):
-    raise UserError(f'rope_parameters={scaling!r} is not an object.')
-  scaling = dict(scaling)
-  kind = scaling.pop('rope_type', 'default')
-  if kind != 'default':
-    raise UserError(
-      f'rope_parameters.rope_type={kind!r} is not "default", which is all we support.'
-    )
-  groups = [group for group in (facts, scaling) if group.get('rope_theta') is not None]
+  newer = facts.pop('rope_parameters', None) or {}
+  require(isinstance(newer, Mapping), f'rope_parameters={newer!r} is not an object.')
+  for key, value in newer.items():
+    known = key == 'rope_theta' or value is None or (key, value) == ('rope_type', 'default')
+    require(known, f'rope_parameters.{key}={value!r} is not supported.')
+  groups = [group for group in (facts, dict(newer)) if group.get('rope_theta') is not None]
   found = [_take(group, 'rope_theta', float) for group in groups]
-  if not found:  # the default of transformers changed from one release to the next
-    raise UserError('rope_theta is missing, at the top level and under rope_parameters.')
-  if found[0] != found[-1]:
-    raise UserError(f'rope_theta={found[0]}, but rope_parameters.rope_theta={found[1]}.')
-  for key, value in scaling.items():
-    if value is not None:
-      raise UserError(f'rope_parameters.{key}={value!r} is an unsupported key.')
+  # The default of transformers changed from one release to the next.
+  require(found, 'rope_theta is missing, at the top level and under rope_parameters.')
+  differ = f'rope_theta={found[0]}, but rope_parameters.rope_theta={found[-1]}.'
+  require(found[0] == found[-1], differ)
   return found[0]
 
 
@@ -200,10 +181,9 @@ def _take(facts: dict[str, Any], key: str, kind: type, default: Any = None) -> A
   if facts.get(key) is None and default is not None:
     facts.pop(key, None)
     return default
-  if key not in facts:
-    raise UserError(f'{key} is missing.')
+  require(key in facts, f'{key} is missing.')
   value = facts.pop(key)
   fits = type(value) is kind or (kind is float and type(value) is int)
-  if not fits or (kind is not bool and not 0 < value <= sys.float_info.max):
-    raise UserError(f'{key}={value!r} is not {_KINDS[kind]}.')
+  fits = fits and (kind is bool or 0 < value <= sys.float_info.max)
+  require(fits, f'{key}={value!r} is not {_KINDS[kind]}.')
   return kind(value)

@@ -11,7 +11,7 @@ from etils import epath
 
 from bam_jax import checkpoint
 from bam_jax.checkpoint import arrays
-from bam_jax.errors import UserError
+from bam_jax.config.strict import require
 from bam_jax.files import folders
 from bam_jax.hf import card, config_json, files, names, tokenizer_files
 from bam_jax.hf.files import Progress
@@ -24,7 +24,7 @@ CODE = ('configuration_bam.py', 'modeling_bam.py')
 def convert(
   source: epath.PathLike, output: str, *, dtype: str | None, max_shard_size: str, progress: Progress
 ) -> dict[str, Any]:
-  """Writes a folder that AutoModelForCausalLM and AutoTokenizer load.
+  """Writes a folder that AutoModelForCausalLM and AutoTokenizer load; returns facts about it.
 
   Args:
     source: the checkpoint: a step's folder, or a run's.
@@ -32,12 +32,11 @@ def convert(
     dtype: of the tensors except routers, which keep theirs; None: the checkpoint's.
     max_shard_size: of the values in a file, such as '5GB'.
 
-  Returns:
-    Facts about the folder; UserError if the checkpoint is damaged or has values that are NaN or
-    infinite, or the output exists or cannot be written.
+  UserError if the checkpoint is damaged or has values that are NaN or infinite, or the output
+  exists or cannot be written.
   """
-  if folders.in_bucket(output):
-    raise UserError(f'--output={output}: export to a local folder, and copy that to the bucket.')
+  wrong = f'--output={output}: export to a local folder, and copy that to the bucket.'
+  require(not folders.in_bucket(output), wrong)
   source = checkpoint.find(source)  # once: a run's newest may change
   meta = checkpoint.read_meta(source)
   tokenizer = checkpoint.open_tokenizer(source, meta)
@@ -85,9 +84,9 @@ def _tensors(
   total, done = sum(spec.nbytes for spec in specs.values()), 0
   for name, ours in zip(order, regions):
     path, index = parts[name]
-    theirs = names.to_theirs(table[path], ours, specs[name].dtype)
-    if not np.isfinite(theirs).all():
-      raise files.not_finite(reader.folder, path, ours.astype(theirs.dtype), index)
+    dtype = specs[name].dtype
+    files.check_finite(ours.astype(dtype, copy=False), reader.folder, path, index)
+    theirs = names.to_theirs(table[path], ours, dtype)
     done += theirs.nbytes
     progress(done, total)
     yield theirs

@@ -1,6 +1,5 @@
 """Folders of safetensors, read and written one tensor at a time; never a pickle."""
 
-import collections
 import contextlib
 import itertools
 import json
@@ -14,6 +13,7 @@ import safetensors
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from bam_jax.checkpoint.arrays import Spec
+from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 from bam_jax.files import json_file
 
@@ -39,31 +39,21 @@ class Reader:
     self._file_of: dict[str, str] = {}
     index = _read_index(folder)
     files = sorted(set(index.values())) if index else [SINGLE]
-    present = {path.name for path in folder.iterdir()}
-    if missing := set(files) - present:
-      raise UserError(
-        f'{folder} has no {min(missing)}: a model is {SINGLE}, or files with {INDEX}; convert '
-        'pickles, which can execute code when read, to safetensors first.'
-      )
-    if others := {name for name in present if name.endswith('.safetensors')} - set(files):
-      raise UserError(
-        f'{folder} holds {min(others)} beside the model in {files[0]}: remove one of them.'
-      )
+    missing = sorted(set(files) - {path.name for path in folder.iterdir()})
+    what = f'a model is {SINGLE}, or files with {INDEX}; convert pickles to safetensors first'
+    require(not missing, f'{folder} has no {"".join(missing[:1])}: {what}.')
     for file in files:
       with _opened(folder / file) as opened:
         for name in opened.keys():
           entry = opened.get_slice(name)
-          if (code := entry.get_dtype()) not in _DTYPES:
-            raise UserError(f'{folder / file} has {name} in {code}, not in {", ".join(_DTYPES)}.')
-          if name in self.specs:
-            raise UserError(f'{name} is in {self._file_of[name]} and again in {file} of {folder}.')
+          code, wrong = entry.get_dtype(), f'not in {", ".join(_DTYPES)}'
+          require(code in _DTYPES, f'{folder / file} has {name} in {code}, {wrong}.')
+          other = self._file_of.setdefault(name, file)
+          require(other == file, f'{name} is in {other} and again in {file} of {folder}.')
           self.specs[name] = Spec(tuple(entry.get_shape()), np.dtype(_DTYPES[code]))
-          self._file_of[name] = file
-    if index is not None and index != self._file_of:
-      name = min(name for name, _ in index.items() ^ self._file_of.items())
-      raise UserError(
-        f'{folder / INDEX} maps {name} to {index.get(name)}; it is in {self._file_of.get(name)}.'
-      )
+    for name in sorted(index.keys() | self._file_of.keys()) if index else ():
+      listed, found = index.get(name), self._file_of.get(name)
+      require(listed == found, f'{folder / INDEX} maps {name} to {listed}; it is in {found}.')
 
   def read(self, name: str) -> np.ndarray:
     """A copy of the values of one tensor; UserError when they cannot be read."""
@@ -72,13 +62,12 @@ class Reader:
       return file.get_tensor(name)
 
 
-def not_finite(place: Any, name: str, array: np.ndarray, part: tuple = ()) -> UserError:
-  """The error naming the first value that is NaN or infinite; `part` is `array`'s index."""
-  index = np.unravel_index(np.argmin(np.isfinite(array)), array.shape)
-  where = ', '.join(map(str, (*part, *index)))
-  return UserError(
-    f'{place} has {name} with values that are NaN or infinite: {array[index]} at [{where}].'
-  )
+def check_finite(array: np.ndarray, place: Any, name: str, part: tuple = ()) -> None:
+  """UserError naming the first value that is NaN or infinite; `part` is `array`'s index."""
+  finite = np.isfinite(array)
+  index = np.unravel_index(np.argmin(finite), array.shape)
+  what = f'{array[index]} at [{", ".join(map(str, (*part, *index)))}]'
+  require(finite.all(), f'{place} has {name} with values that are NaN or infinite: {what}.')
 
 
 def plan(specs: dict[str, Spec], max_shard_size: str) -> dict[str, list[str]]:
@@ -104,8 +93,8 @@ def write(
 ) -> None:
   """Writes the files of `plan` and their index; `arrays` are the values, in the same order."""
   for file, names in shards.items():
-    # The library's own writer needs all values of a file at once. The format is the length
-    # of a header, the header, and the values one after the other.
+    # The library's own writer needs all values of a file at once. The format is the length of a
+    # header, the header, and the values one after the other.
     header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}  # transformers requires it
     for name, end in zip(names, itertools.accumulate(specs[name].nbytes for name in names)):
       shape, dtype = specs[name]
@@ -129,21 +118,12 @@ def write_json(path: Path, facts: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """The object in a JSON file; UserError if it is missing, not an object, or repeats a key."""
-
-  def unique(pairs):
-    counts = collections.Counter(key for key, _ in pairs)
-    if twice := [key for key, count in counts.items() if count > 1]:
-      raise ValueError(f'it has {twice[0]!r} twice')
-    return dict(pairs)
-
+  """The object in a JSON file; UserError if it is missing, or not an object."""
   try:
-    facts = json_file.load(path, unique)
-    if not isinstance(facts, dict):
-      raise ValueError('it is not a JSON object')
+    facts = json_file.load(path)
   except (OSError, ValueError) as error:
-    reason = error.strerror if isinstance(error, OSError) else error
-    raise UserError(f'{path} cannot be read: {reason}.') from None
+    raise UserError(f'{path} cannot be read: {getattr(error, "strerror", error)}.') from None
+  require(isinstance(facts, dict), f'{path} is not a JSON object.')
   return facts
 
 
@@ -153,12 +133,12 @@ def _read_index(folder: Path) -> dict[str, str] | None:
   if not path.exists():
     return None
   names = read_json(path).get('weight_map')
-  if not isinstance(names, dict) or not names:
-    raise UserError(f'{path} has no weight_map, which lists the file of each tensor.')
+  listed = bool(names) and isinstance(names, dict)
+  require(listed, f'{path} has no weight_map, which lists the file of each tensor.')
   for tensor, file in names.items():
     # A plain name only: an index must not reach outside its folder.
-    if not isinstance(file, str) or not re.fullmatch(r'\w[\w.-]*\.safetensors', file, re.ASCII):
-      raise UserError(f'{path} maps {tensor} to {file!r}, which is not a file of this folder.')
+    plain = isinstance(file, str) and re.fullmatch(r'\w[\w.-]*\.safetensors', file, re.ASCII)
+    require(plain, f'{path} maps {tensor} to {file!r}, which is not a file of this folder.')
   return names
 
 

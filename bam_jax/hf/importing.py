@@ -9,6 +9,7 @@ from etils import epath
 
 from bam_jax import checkpoint, config
 from bam_jax.checkpoint import arrays, manifest
+from bam_jax.config.strict import require
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.files import folders
@@ -27,19 +28,18 @@ def convert(
   eos_token: str | None = None,
   progress: Progress,
 ) -> checkpoint.Meta:
-  """Writes a checkpoint of the model in a folder, with its tokenizer beside it.
+  """Writes a checkpoint of the model in a folder, with its tokenizer beside it; returns its `meta`.
 
   Args:
     source: the folder, with config.json and safetensors, in one file or in several and an index.
     output: the checkpoint; must not exist.
     dtype: of its arrays, 'float32' or 'bfloat16'; values are rounded to nearest.
+    command: recorded in the manifest.
     tokenizer: its file, or a folder that holds it; None: the source.
     bos_token, eos_token: around documents; None: well-known tokens, as in bam_jax.prepare.
-    command: recorded in the manifest.
 
-  Returns:
-    The `meta` that was written; UserError if the model is not supported, its files are damaged
-    or do not fit its config.json, or the output exists or cannot be written.
+  UserError if the model is not supported, its files are damaged or do not fit its config.json, or
+  the output exists or cannot be written.
   """
   folder = Path(source)
   facts = files.read_json(folder / files.CONFIG)
@@ -51,11 +51,9 @@ def convert(
   reader, table = files.Reader(folder), names.tensors(model)
   _check(reader, table, model)
   words = Tokenizer.load(tokenizer or source, bos_token, eos_token)
-  if words.vocab_size > model.vocab_size:
-    raise UserError(
-      f'{tokenizer or source} has {words.vocab_size} tokens, but the model in {source} has '
-      f'{model.vocab_size}: it is the tokenizer of another model.'
-    )
+  wrong = f'{tokenizer or source} has {words.vocab_size} tokens, but the model in {source} has'
+  fits = words.vocab_size <= model.vocab_size
+  require(fits, f'{wrong} {model.vocab_size}: it is the tokenizer of another model.')
   specs = {path: arrays.Spec(tensor.shape, jnp.dtype(dtype)) for path, tensor in table.items()}
   with folders.new_folder(output, sum(spec.nbytes for spec in specs.values())) as beside:
     with arrays.Writer(beside / 'params', specs) as writer:
@@ -94,17 +92,16 @@ def _check(reader: files.Reader, table: names.Table, model: config.Model) -> Non
   if tied_twice:
     expected[names.HEAD] = expected[names.TABLE]
   for name in sorted(reader.specs.keys() | expected.keys()):
-    if name not in reader.specs:
-      raise UserError(f'{reader.folder} lacks {name}, which its config.json describes.')
+    listed = name in reader.specs
+    require(listed, f'{reader.folder} lacks {name}, which its config.json describes.')
     shape, described = reader.specs[name].shape, expected.get(name, 'no such tensor')
-    if shape != described:
-      raise UserError(f'{reader.folder} has {name} of shape {shape}; its config says {described}.')
-  pair = (reader.read(name) for name in (names.HEAD, names.TABLE))
-  if tied_twice and not np.array_equal(*pair, equal_nan=True):
-    raise UserError(
-      f'{reader.folder} has {names.HEAD} that differs from {names.TABLE}, although its '
-      'config.json says tie_word_embeddings.'
-    )
+    wrong = f'{reader.folder} has {name} of shape {shape}'
+    require(shape == described, f'{wrong}; its config says {described}.')
+  if tied_twice:
+    pair = (reader.read(name) for name in (names.HEAD, names.TABLE))
+    wrong = f'{reader.folder} has {names.HEAD} that differs from {names.TABLE}'
+    same = np.array_equal(*pair, equal_nan=True)
+    require(same, f'{wrong}, although its config.json says tie_word_embeddings.')
 
 
 def _copy(
@@ -119,10 +116,8 @@ def _copy(
     digest = manifest.Hash()
     digest.update(theirs)
     hashes[name] = digest.hexdigest()
-    ours = names.to_ours(table[path], theirs, dtype)
-    if not np.isfinite(ours).all():
-      raise files.not_finite(reader.folder, name, theirs.astype(dtype))
-    writer.write(path, index, ours)
+    files.check_finite(theirs.astype(dtype, copy=False), reader.folder, name)
+    writer.write(path, index, names.to_ours(table[path], theirs, dtype))
     done += theirs.nbytes
     progress(done, total)
   return hashes

@@ -1,6 +1,5 @@
 """Writes the files that transformers' AutoTokenizer reads, from our single tokenizer file."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,24 @@ PAD_TOKENS = ('<|pad|>', '<PAD>', '<pad>', '[PAD]', '<|padding|>')
 def write(folder: Path, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
   """Writes a tokenizer's file and, for a tokenizer.json, tokenizer_config.json.
 
-  `length` is the model's training sequence length. Returns the ids for
-  config.json: `bos_token_id`, `eos_token_id` and `pad_token_id`, which may be None.
+  `length` is the model's training sequence length. Returns the ids for config.json; that of padding
+  may be None.
   """
   ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id, 'pad_token_id': None}
   path = tokenizer.save(folder)
   if tokenizer.file_name != HUGGING_FACE_FILE:
     return ids
   backend = tokenizers.Tokenizer.from_file(str(path))
-  if tokenizer.switched_off:
-    backend.no_truncation()
-    backend.no_padding()
-    if 'dropout' in tokenizer.switched_off:
-      backend.model.dropout = None
-    path.write_text(backend.to_str(), encoding='utf-8')
+  backend.no_truncation()
+  backend.no_padding()
+  if 'dropout' in tokenizer.switched_off:
+    backend.model.dropout = None
   plain = backend.encode('', add_special_tokens=False).ids
-  if backend.encode('').ids != [tokenizer.bos_id, *plain]:
-    path.write_text(_begin_with_bos(backend, tokenizer), encoding='utf-8')
+  begins_with_bos = backend.encode('').ids == [tokenizer.bos_id, *plain]
+  if not begins_with_bos:
+    _begin_with_bos(backend, tokenizer)
+  if tokenizer.switched_off or not begins_with_bos:
+    path.write_text(backend.to_str(pretty=True), encoding='utf-8')
   pad = next((name for name in PAD_TOKENS if backend.token_to_id(name) is not None), None)
   facts = {
     'tokenizer_class': 'PreTrainedTokenizerFast',
@@ -48,17 +48,15 @@ def write(folder: Path, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
   return ids | {'pad_token_id': pad and backend.token_to_id(pad)}
 
 
-def _begin_with_bos(backend: tokenizers.Tokenizer, tokenizer: Tokenizer) -> str:
-  """A tokenizer.json that begins texts with BOS and does not end them with EOS, like prompts."""
-  before = json.loads(backend.to_str())['post_processor'] or {'type': None}
-  backend.post_processor = processors.TemplateProcessing(
+def _begin_with_bos(backend: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
+  """Makes texts begin with BOS and not end with EOS, like prompts."""
+  before = backend.post_processor
+  rules = before if isinstance(before, processors.Sequence) else [before]
+  # Among the rules, only ByteLevel adds no token: it corrects offsets.
+  kept = [rule for rule in rules if isinstance(rule, processors.ByteLevel)]
+  template = processors.TemplateProcessing(
     single=[tokenizer.bos_token, '$A'],
     pair=[tokenizer.bos_token, '$A', '$B'],
     special_tokens=[(tokenizer.bos_token, tokenizer.bos_id)],
   )
-  facts = json.loads(backend.to_str())
-  # Among the other rules, only ByteLevel adds no token: it corrects offsets.
-  rules = [rule for rule in before.get('processors', [before]) if rule['type'] == 'ByteLevel']
-  rules.append(facts['post_processor'])
-  facts['post_processor'] = {'type': 'Sequence', 'processors': rules}
-  return json.dumps(facts, indent=2, ensure_ascii=False)
+  backend.post_processor = processors.Sequence([*kept, template])

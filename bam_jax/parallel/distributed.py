@@ -33,6 +33,7 @@ import jax
 from absl import flags
 
 from bam_jax import errors
+from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 
 FAILED = 1  # exit status of an error, if Python can choose it
@@ -92,9 +93,8 @@ def joined() -> Iterator[None]:
     if said := errors.sentence(error):
       _leave(said, errors.USER_ERROR, witness, GRACE if jax.process_index() == 0 else 0.0)
     if said := _of_jax(error):
-      sentence = (
-        f'{this} cannot continue ({said}), most likely because another one was lost: {AGAIN}.'
-      )
+      why = f'({said}), most likely because another one was lost'
+      sentence = f'{this} cannot continue {why}: {AGAIN}.'
     else:
       traceback.print_exc()
       # Library threads report a lost process in messages of their own.
@@ -117,24 +117,16 @@ def place_of(
   """The place that the flags give, on a machine that may be in a `pod`; None if there is no job."""
   numbers = process_count, process_id
   if coordinator in (None, AUTO):
-    if numbers == (None, None):
-      return Place() if pod or coordinator else None
-    raise UserError(
-      '--process_count and --process_id require --coordinator=HOST:PORT; omit them with '
-      '--coordinator=auto.'
-    )
-  if None in numbers:
-    raise UserError(
-      f'--coordinator={coordinator} requires --process_count, the same for all, and --process_id, '
-      'different for each process.'
-    )
+    wrong = '--process_count and --process_id require --coordinator=HOST:PORT; omit them with'
+    require(numbers == (None, None), f'{wrong} --coordinator=auto.')
+    return Place() if pod or coordinator else None
+  wrong = f'--coordinator={coordinator} requires --process_count, the same for all, and'
+  require(None not in numbers, f'{wrong} --process_id, different for each process.')
   host, _, port = coordinator.rpartition(':')
-  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-    raise UserError(f'--coordinator={coordinator} is not HOST:PORT, nor "auto".')
-  if process_id >= process_count:
-    raise UserError(
-      f'--process_id={process_id} is not below --process_count={process_count}: count from 0.'
-    )
+  wrong = f'--coordinator={coordinator} is not HOST:PORT, nor "auto".'
+  require(host and port.isdecimal() and 0 < int(port) < 2**16, wrong)
+  wrong = f'--process_id={process_id} is not below --process_count={process_count}: count from 0.'
+  require(process_id < process_count, wrong)
   return Place(coordinator, process_count, process_id)
 
 

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bam_jax import config, errors
+from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 from bam_jax.files import folders
 from bam_jax.parallel import sharding
@@ -94,11 +95,9 @@ def check_mesh(mesh: config.Mesh, where: str) -> None:
   """UserError if a mesh cannot be used by a job of several processes."""
   if jax.process_count() == 1:
     return
-  if mesh.size != jax.device_count():
-    raise UserError(
-      f'{where}.mesh has {mesh.size} devices, but the {jax.process_count()} processes have '
-      f'{jax.device_count()}: the mesh must contain every device of the job.'
-    )
+  wrong = f'{where}.mesh has {mesh.size} devices, but the {jax.process_count()} processes have'
+  fix = 'the mesh must contain every device of the job.'
+  require(mesh.size == jax.device_count(), f'{wrong} {jax.device_count()}: {fix}')
   share_of_batch(sharding.make_mesh(mesh), where)
 
 
@@ -113,11 +112,10 @@ def share_of_batch(mesh: jax.sharding.Mesh, where: str = 'the run') -> tuple[int
     rows[device.process_index].add(part.indices(mesh.size)[:2])
   parts = sorted({tuple(sorted(held)) for held in rows.values()})
   pieces = [piece for part in parts for piece in part]
-  if len({len(part) for part in parts}) > 1 or len(pieces) > len(set(pieces)):
-    raise UserError(
-      f'{where}.mesh gives processes overlapping parts of a batch: choose mesh.tensor such that '
-      f'it divides the {jax.local_device_count()} devices of a process, or is a multiple of them.'
-    )
+  wrong = f'{where}.mesh gives processes overlapping parts of a batch: choose mesh.tensor such that'
+  fix = f'it divides the {jax.local_device_count()} devices of a process, or is a multiple of them.'
+  distinct = len({len(part) for part in parts}) == 1 and len(pieces) == len(set(pieces))
+  require(distinct, f'{wrong} {fix}')
   return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
@@ -151,8 +149,7 @@ def _on_devices(value: int) -> jax.Array:
 
 def _all_agree(agree: bool, sentence: str) -> None:
   others = [str(process) for process, no in enumerate(_gather('' if agree else 'no')) if no]
-  if others:
-    raise UserError(f'processes {", ".join(others)} {sentence}.')
+  require(not others, f'processes {", ".join(others)} {sentence}.')
 
 
 def _gather(text: str) -> list[str]:

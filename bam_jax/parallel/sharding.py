@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bam_jax import config
-from bam_jax.errors import UserError
+from bam_jax.config.strict import require
 
 AXES = ('data', 'fsdp', 'expert', 'tensor')
 BATCH = P(('data', 'fsdp', 'expert'))
@@ -74,11 +74,8 @@ EXPERTS = {
 def make_mesh(mesh: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
   """The mesh over the first of this job's or other devices; UserError if there are too few."""
   devices = jax.devices() if devices is None else list(devices)
-  if mesh.size > len(devices):
-    raise UserError(
-      f'mesh {config.to_dict(mesh)} requires {mesh.size} devices, but there are {len(devices)}: '
-      'make mesh smaller.'
-    )
+  wrong = f'mesh {config.to_dict(mesh)} requires {mesh.size} devices, but there are {len(devices)}'
+  require(mesh.size <= len(devices), f'{wrong}: make mesh smaller.')
   shape = (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)
   if devices[0].platform == 'tpu' and mesh.size == len(devices):
     grid = _along_links(shape, devices)
@@ -95,10 +92,8 @@ def _along_links(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
   slices = _num_slices(devices)
   if slices == 1:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-  if shape[0] % slices:
-    raise UserError(
-      f'mesh.data={shape[0]} is not a multiple of the {slices} slices: only data may span slices.'
-    )
+  wrong = f'mesh.data={shape[0]} is not a multiple of the {slices} slices'
+  require(shape[0] % slices == 0, f'{wrong}: only data may span slices.')
   return mesh_utils.create_hybrid_device_mesh(
     (shape[0] // slices, *shape[1:]),
     (slices, *[1] * (len(shape) - 1)),
@@ -192,11 +187,9 @@ def check_divides(
     for dimension, entry in zip(leaf.shape, spec(path, len(leaf.shape))):
       axes = names(entry)
       parts = int(np.prod([sizes[axis] for axis in axes], initial=1))
-      if dimension % parts:
-        raise UserError(
-          f'{where} splits {path} of shape {tuple(leaf.shape)} into {parts} parts along '
-          f'{" and ".join(axes)}, which do not divide {dimension}: choose other mesh sizes.'
-        )
+      wrong = f'{where} splits {path} of shape {tuple(leaf.shape)} into {parts} parts along'
+      fix = f'which do not divide {dimension}: choose other mesh sizes.'
+      require(dimension % parts == 0, f'{wrong} {" and ".join(axes)}, {fix}')
 
 
 def batch(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -24,10 +24,7 @@ SHARE = LinearSegmentedColormap.from_list(
 )
 MARKERS = 'osD^vPX'  # tell lines apart without colours
 PANELS = {'seed': 'Seed', 'specialist': 'Specialists', 'mixture': 'Mixtures'}
-ROUTERS = {
-  'attention': 'Attention router: mean gate',
-  'ffn': 'FFN router: share of the tokens',
-}
+ROUTERS = {'attention': 'Attention router: mean gate', 'ffn': 'FFN router: share of the tokens'}
 
 
 def style() -> contextlib.AbstractContextManager:
@@ -42,12 +39,8 @@ def loss_curves(
 ) -> None:
   """Draws the negative log-likelihood of each run in training, and its held-out loss as dots.
 
-  The routers' auxiliary losses are left out, as dense models have none.
-
-  Args:
-    path: the PNG to write.
-    rows: the report's rows, in order.
-    metrics: the lines of each run's metrics, in order of steps.
+  The routers' auxiliary losses are left out, as dense models have none. `metrics` are the lines of
+  each run, in order of steps.
   """
   kinds = [kind for kind in PANELS if any(row['kind'] == kind for row in rows)]
   with style():
@@ -97,9 +90,7 @@ def valid_loss(row: Mapping[str, Any], valid: Mapping[str, float]) -> float:
 def routing(path: Path, row: Mapping[str, Any]) -> None:
   """Draws a heat map of domains and experts for each router and layer of a mixture.
 
-  Args:
-    path: the PNG to write.
-    row: a report's row with `routing`: router -> domain -> load [L][E], and `experts`, E names.
+  `row` has `routing`, router -> domain -> load [L][E], and `experts`, E names.
   """
   loads = {
     router: np.stack([np.asarray(load) for load in by_domain.values()])
@@ -134,9 +125,7 @@ def routing(path: Path, row: Mapping[str, Any]) -> None:
 def routers_by_layer(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
   """Draws for each router the share with the own expert and the entropy, a line a checkpoint.
 
-  Args:
-    path: the PNG to write.
-    rows: of `evaluate --json`, those with routers.
+  `rows` are those of `evaluate --json` with routers.
   """
   routers = [router for router in ROUTERS if any(router in row['routing'] for row in rows)]
   quantities = {
@@ -145,8 +134,7 @@ def routers_by_layer(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
   }
   lines = {}
   with style():
-    size = (1.2 + 3.6 * len(routers), 5.2)
-    figure = Figure(figsize=size, layout='constrained')
+    figure = Figure(figsize=(1.2 + 3.6 * len(routers), 5.2), layout='constrained')
     axes = figure.subplots(2, len(routers), squeeze=False, sharex='col', sharey='row')
     for (quantity, title), pair in zip(quantities.items(), axes):
       for router, axis in zip(routers, pair):
@@ -165,8 +153,7 @@ def routers_by_layer(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
       axis.set_title(router_name(router))
     for axis in axes[1]:
       axis.set_xlabel('layer')
-    labels = [row['label'] for row in rows]
-    handles = [lines[i] for i in range(len(rows))]
+    handles, labels = [lines[i] for i in range(len(rows))], [row['label'] for row in rows]
     figure.legend(handles, labels, loc='outside lower center', ncols=min(3, len(labels)))
     _save(figure, path)
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from etils import epath
 from rich.console import Group, RenderableType
 from rich.markdown import Markdown
@@ -25,19 +24,10 @@ from bam_jax.train.log import duration
 
 Row = dict[str, Any]
 
-COPIED = {
-  'run': str,
-  'label': str,
-  'kind': str,
-  'method': str | None,
-  'sources': list,
-  'step': int,
-  'tokens': int,
-  'wall_seconds': int | float,
-  'parameters': int,
-  'active_parameters': int,
-  'flops_per_token': int | float,
-}
+COPIED = (
+  'run', 'label', 'kind', 'method', 'sources', 'step', 'tokens', 'wall_seconds', 'parameters',
+  'active_parameters', 'flops_per_token',
+)  # fmt: skip
 BEST = '★'
 
 
@@ -76,12 +66,14 @@ def _write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
   recipe = _read(workdir / 'recipe.json')
   results = {run: _read(workdir / run / 'result.json') for run in runs}
   finished = {run: result for run, result in results.items() if result is not None}
-  for run, result in finished.items():
-    if not _is_sound(run, result):
-      path = workdir / run / 'result.json'
-      raise UserError(f'{path} is damaged: delete its folder and train the run again.')
   domains = list(dict.fromkeys(d for result in finished.values() for d in result['domains']))
-  rows = [_row(result, domains) for result in finished.values()]
+  rows = []
+  for run, result in finished.items():
+    try:
+      rows.append(_row(result, domains))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+      path = workdir / run / 'result.json'
+      raise UserError(f'{path} is damaged: delete its folder and train the run again.') from None
   report = {
     'name': recipe['name'] if recipe else workdir.resolve().name,
     'recipe': recipe,
@@ -150,25 +142,6 @@ def _read(path: Path | epath.Path) -> dict[str, Any] | None:
     raise UserError(f'{path} is not JSON ({error}): delete it and train that run again.') from error
 
 
-def _is_sound(run: str, result: Any) -> bool:
-  """Whether a result holds what a row needs."""
-  shapes: dict[str, tuple[int, ...]] = {}
-  try:
-    good = result['run'] == run and bool(result['domains'])
-    good = good and all(isinstance(result[key], kind) for key, kind in COPIED.items())
-    good = good and all(isinstance(source, str) for source in result['sources'])
-    for domain in result['domains'].values():
-      math.isfinite(domain['nll'])  # or raises
-      good = good and domain['tokens'] >= 0 and domain['bytes'] >= min(domain['tokens'], 1)
-      for router, statistics in domain['routing'].items():
-        load = np.asarray(statistics['load'], float)
-        good = good and router in figures.ROUTERS and load.ndim == 2 and load.size > 0
-        good = good and load.shape == shapes.setdefault(router, load.shape)
-    return good
-  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-    return False
-
-
 def _row(result: Mapping[str, Any], domains: Sequence[str]) -> Row:
   # A domain without held-out text has no score, nor has one in which the model diverged.
   scored = {d: v for d, v in result['domains'].items() if v['tokens'] and math.isfinite(v['nll'])}
@@ -179,8 +152,8 @@ def _row(result: Mapping[str, Any], domains: Sequence[str]) -> Row:
     for router, statistics in facts['routing'].items():
       routing.setdefault(router, {})[domain] = statistics['load']
   experts = []
-  if routing:
-    num_experts = len(next(iter(next(iter(routing.values())).values()))[0])
+  for by_domain in routing.values():
+    num_experts = len(next(iter(by_domain.values()))[0])
     known = len(result['sources']) == num_experts
     experts = result['sources'] if known else [str(i) for i in range(num_experts)]
   return {
@@ -197,9 +170,8 @@ def _row(result: Mapping[str, Any], domains: Sequence[str]) -> Row:
 
 def _average(values: Mapping[str, float], domains: Sequence[str]) -> float | None:
   """None where a domain is missing, as the mean of fewer domains compares with no other."""
-  if any(domain not in values for domain in domains):
-    return None
-  return sum(values[domain] for domain in domains) / len(domains)
+  scored = [values[domain] for domain in domains if domain in values]
+  return sum(scored) / len(domains) if len(scored) == len(domains) else None
 
 
 def _draw(workdir: Path | epath.Path, folder: Path, rows: Sequence[Row]) -> list[str]:
@@ -248,15 +220,10 @@ def _score_table(report: Mapping[str, Any], score: str) -> str:
 def _cost_table(report: Mapping[str, Any]) -> str:
   header = ['run', 'parameters', 'active', 'steps', 'tokens', 'training FLOPs', 'wall time']
   counts = 'parameters', 'active_parameters', 'step', 'tokens'
-  lines = [
-    [
-      _plain(row['label']),
-      *(f'{row[key]:,}' for key in counts),
-      f'{row["training_flops"]:.3g}',
-      duration(row['wall_seconds']),
-    ]
-    for row in report['rows']
-  ]
+  lines = []
+  for row in report['rows']:
+    cost = f'{row["training_flops"]:.3g}', duration(row['wall_seconds'])
+    lines.append([_plain(row['label']), *(f'{row[key]:,}' for key in counts), *cost])
   return _markdown_table(header, lines)
 
 

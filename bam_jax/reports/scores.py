@@ -17,9 +17,3 @@ def number(value: float) -> str:
   if value >= 1e9:
     return '>1e299' if value > 1e299 else f'{value:.1e}'
   return f'{value:.2f}' if value < 1000 else f'{value:,.0f}'
-
-
-def percent(change: float, decimals: int) -> str:
-  """A relative change, with its sign: +0.2%, −57.0%."""
-  form = f'+.{decimals}f' if change < 1e6 else '+.1e'
-  return f'{100 * change:{form}}%'.replace('-', '−')

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from bam_jax import checkpoint as checkpoint_lib
 from bam_jax import config
+from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 from bam_jax.evaluate.scorer import Scorer
 from bam_jax.generate import generator, text
@@ -54,24 +55,19 @@ class Model(TemplateLM):
     """Reads what the checkpoint is; its parameters are loaded by the first request.
 
     Args:
-      checkpoint: a run, one of its steps, or a conversion.
       dtype: 'float32' or 'bfloat16'; default: float32 on CPU, bfloat16 elsewhere.
       batch_size: rows on the devices at once; default, and 'auto': 16.
       max_length: tokens read at once; default: the length that the model was trained at.
       seed: of sampling.
-      max_batch_size: ignored, as is `device`; lm-eval's command line passes them.
-      device: JAX_PLATFORMS chooses.
+      max_batch_size, device: ignored; lm-eval's command line passes them.
       **axes: of the mesh: data=2, fsdp=4.
 
-    Raises:
-      UserError: there is no such checkpoint, or an argument is not valid.
+    UserError when there is no such checkpoint, or an argument is not valid.
     """
     super().__init__()
-    del max_batch_size, device
     self._path, self._seed = checkpoint, seed
     self._dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
-    if self._dtype not in ('float32', 'bfloat16'):
-      raise UserError(f'dtype={dtype} is not float32 or bfloat16.')
+    require(self._dtype in ('float32', 'bfloat16'), f'dtype={dtype} is not float32 or bfloat16.')
     self.batch_size = 16 if batch_size in (None, 'auto') else _positive('batch_size', batch_size)
     for name in axes.keys() - set(sharding.AXES):
       known = ('checkpoint', 'dtype', 'max_length', 'seed', *sharding.AXES)
@@ -79,9 +75,8 @@ class Model(TemplateLM):
     self._mesh = config.Mesh(**{axis: _positive(axis, size) for axis, size in axes.items()})
     self.meta = checkpoint_lib.read_meta(checkpoint)
     self._tokenizer = checkpoint_lib.open_tokenizer(checkpoint, self.meta)
-    self.max_length = (
-      self.meta.sequence_length if max_length is None else _positive('max_length', max_length)
-    )
+    trained = self.meta.sequence_length
+    self.max_length = trained if max_length is None else _positive('max_length', max_length)
     self._loaded: Scorer | generator.Generator | None = None
     self._warned: set[str] = set()
 
@@ -106,26 +101,13 @@ class Model(TemplateLM):
     bos = [] if add_special_tokens is False else [self.prefix_token_id]
     return bos + self._tokenizer.encode(string)
 
-  def loglikelihood(
-    self, requests: Sequence[Instance], disable_tqdm: bool = False
-  ) -> list[tuple[float, bool]]:
-    """Log-likelihood of each continuation in nats, and whether greedy decoding writes it."""
-    pairs = []
-    for context, continuation in (request.args for request in requests):
-      # The library's own encoding of a pair refuses an empty continuation after an empty context.
-      tokens = [self.prefix_token_id], self._tokenizer.encode(continuation)
-      tokens = self._encode_pair(context, continuation) if context else tokens
-      pairs.append(((context, continuation), *tokens))
-    return self._loglikelihood_tokens(pairs, disable_tqdm or not sys.stderr.isatty())
-
   def _loglikelihood_tokens(
     self, requests: Sequence[Pair], disable_tqdm: bool = False, **kwargs: Any
   ) -> list[tuple[float, bool]]:
+    """Log-likelihood of each continuation in nats, and whether greedy decoding writes it."""
     longest = max((len(context) + len(tokens) for _, context, tokens in requests), default=0)
     if longest - 1 > self.max_length:
-      self._warn_once(
-        'A request exceeds the window of the model: contexts are truncated on the left.'
-      )
+      self._warn_once('A request exceeds the window: contexts are truncated on the left.')
     # An empty continuation has probability 1.
     answers = {(tuple(c), tuple(t)): (0.0, True) for _, c, t in requests}
     pairs = [pair for pair in answers if pair[1]]
@@ -137,11 +119,8 @@ class Model(TemplateLM):
             self._path, self._dtype, self._mesh, self.batch_size, self.max_length
           )
         answers.update(zip(pairs, self._loaded.loglikelihoods(pairs, progress.update)))
-    if not all(math.isfinite(value) for value, _ in answers.values()):
-      raise UserError(
-        f'{self._path} gives a log-likelihood that is not finite: its parameters are damaged, or '
-        'its training diverged.'
-      )
+    wrong = f'{self._path} gives a log-likelihood that is not finite: its training diverged.'
+    require(all(math.isfinite(value) for value, _ in answers.values()), wrong)
     return [answers[tuple(context), tuple(tokens)] for _, context, tokens in requests]
 
   def loglikelihood_rolling(
@@ -171,40 +150,36 @@ class Model(TemplateLM):
     Of `gen_kwargs` this reads `until`, `max_gen_toks` and its other names, `do_sample`,
     `temperature`, `top_k` and `top_p`; UserError for any other that would change the text.
     """
-    batches: dict[tuple, list[int]] = {}  # by what must be equal in a batch
-    stops = []
-    for number, request in enumerate(requests):
-      until, wanted, params = _gen_kwargs(request.args[1])
-      stops.append(until)
+    batches = collections.defaultdict(list)  # by what must be equal in one
+    made, seen = [], collections.Counter()
+    for context, options in (request.args for request in requests):
+      until, wanted, params = _gen_kwargs(options)
       max_new_tokens = min(wanted, max(1, self.max_length // 2))
       if wanted > max_new_tokens:
         self._warn_once(f'A task gets {max_new_tokens:,} new tokens, half of the window.')
-      batches.setdefault((max_new_tokens, params), []).append(number)
-    texts = [''] * len(requests)
-    with _progress(len(requests), disable_tqdm) as progress:
-      for how, numbers in batches.items():
-        asked = [(requests[number].args[0], stops[number]) for number in numbers]
-        for number, written in zip(numbers, self._generate(asked, *how)):
-          texts[number] = written
-        progress.update(len(numbers))
-    return texts
-
-  def _generate(
-    self, requests: list[tuple[str, list[str]]], max_new_tokens: int, params: SamplingParams
-  ) -> list[str]:
-    """Continuations of contexts up to their stops; a context that is repeated gets other draws."""
-    rows, made, seen = [], [], collections.Counter()
-    room = max(1, self.max_length - max_new_tokens)
-    for context, until in requests:
+      room = max(1, self.max_length - max_new_tokens)
       tokens = self.tok_encode(context)
       if len(tokens) > room:
-        self._warn_once(
-          f'A prompt has more than {room:,} tokens: prompts are truncated on the left.'
-        )
-      prompt = tuple(tokens[-room:])
-      rows.append(generator.Row(prompt, seen[prompt]))
+        self._warn_once(f'A prompt exceeds {room:,} tokens: prompts are truncated on the left.')
+      prompt, how = tuple(tokens[-room:]), (max_new_tokens, params)
       made.append(text.Continuation(self._tokenizer, prompt, until))
-      seen[prompt] += 1
+      # A prompt that is repeated gets other draws.
+      batches[how].append((generator.Row(prompt, seen[how, prompt]), made[-1]))
+      seen[how, prompt] += 1
+    with _progress(len(requests), disable_tqdm) as progress:
+      for how, batch in batches.items():
+        self._generate(batch, *how)
+        progress.update(len(batch))
+    return [continuation.text for continuation in made]
+
+  def _generate(
+    self,
+    batch: Sequence[tuple[generator.Row, text.Continuation]],
+    max_new_tokens: int,
+    params: SamplingParams,
+  ) -> None:
+    """Makes the continuations of rows, up to their stops."""
+    rows, made = zip(*batch)
 
     def watch(number: int, tokens: list[int]) -> bool:
       made[number].add(tokens)
@@ -219,7 +194,6 @@ class Model(TemplateLM):
     )
     for continuation in made:
       continuation.finish()
-    return [continuation.text for continuation in made]
 
   def _warn_once(self, sentence: str) -> None:
     if sentence not in self._warned:
@@ -231,15 +205,14 @@ def _gen_kwargs(options: Mapping[str, Any]) -> tuple[list[str], int, SamplingPar
   """Stops, the maximum of new tokens, and how they are sampled."""
   left = dict(normalize_gen_kwargs(dict(options), MAX_NEW_TOKENS))
   until, max_new_tokens, sample = (left.pop(k) for k in ('until', 'max_gen_toks', 'do_sample'))
-  temperature = left.pop('temperature', None)
+  temperature = float(left.pop('temperature', 1.0))
   top_k, top_p = left.pop('top_k', None) or 0, left.pop('top_p', None) or 1.0
   for name, value in left.items():
-    if value is not None and value != NEUTRAL.get(name):
-      raise UserError(f'A task requires {name}={value}, which {NAME} does not support.')
-  if not sample or temperature == 0:
-    return until, max_new_tokens, SamplingParams()
-  temperature = 1.0 if temperature is None else float(temperature)
-  return until, max_new_tokens, SamplingParams(temperature, int(top_k), float(top_p))
+    neutral = value is None or value == NEUTRAL.get(name)
+    require(neutral, f'A task requires {name}={value}, which {NAME} does not support.')
+  drawn = sample and temperature
+  params = SamplingParams(temperature, int(top_k), float(top_p)) if drawn else SamplingParams()
+  return until, max_new_tokens, params
 
 
 def _progress(total: int, disable: bool) -> tqdm:
@@ -247,6 +220,6 @@ def _progress(total: int, disable: bool) -> tqdm:
 
 
 def _positive(name: str, value: Any) -> int:
-  if not str(value).isdigit() or not int(value):
-    raise UserError(f'{name}={value} is not a positive integer.')
+  positive = str(value).isdecimal() and int(value)
+  require(positive, f'{name}={value} is not a positive integer.')
   return int(value)

@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from bam_jax.errors import UserError
+from bam_jax.config import strict
 
 LAUNCHER = str(Path(__file__).with_name('launcher.py'))
-SECONDS = 20  # wall-clock time
+SECONDS = 20  # wall-clock time, after which a program is killed
 CPU_SECONDS = 10
 MEMORY_BYTES = 2**30  # address space, the interpreter's included
 FILE_BYTES = 2**20  # of one file
@@ -36,22 +36,13 @@ class Result(NamedTuple):
 def require() -> None:
   """UserError when this machine cannot set the limits."""
   result = run('pass')
-  if not result.passed:
-    raise UserError(
-      '--allow_generated_code requires limits that this machine does not support '
-      f'({result.reason.strip()}): remove the tasks that run code.'
-    )
+  wrong = f'requires limits that this machine does not support ({result.reason.strip()})'
+  strict.require(result.passed, f'--allow_generated_code {wrong}: remove the tasks that run code.')
 
 
-def run(program: str, seconds: float = SECONDS, cpu_seconds: int = CPU_SECONDS) -> Result:
-  """Runs a Python program in a limited process; runs nothing where limits cannot be set.
-
-  Args:
-    program: its text.
-    seconds: wall-clock time, after which it is killed.
-    cpu_seconds: processor time.
-  """
-  limits = map(str, (cpu_seconds, MEMORY_BYTES, FILE_BYTES))
+def run(program: str) -> Result:
+  """Runs a Python program in a limited process; runs nothing where limits cannot be set."""
+  limits = map(str, (CPU_SECONDS, MEMORY_BYTES, FILE_BYTES))
   # The launcher writes it when the program has ended: a program that exits early does not pass.
   secret = secrets.token_hex(16)
   with tempfile.TemporaryDirectory(prefix='bam_jax_') as folder:
@@ -74,7 +65,7 @@ def run(program: str, seconds: float = SECONDS, cpu_seconds: int = CPU_SECONDS) 
       finally:
         os.close(write_end)
       try:
-        status = process.wait(seconds)
+        status = process.wait(SECONDS)
       except subprocess.TimeoutExpired:
         return Result(False, 'time')
       finally:
@@ -83,6 +74,5 @@ def run(program: str, seconds: float = SECONDS, cpu_seconds: int = CPU_SECONDS) 
         process.wait()
       passed = reader.read(len(secret)) == secret.encode()
     text = output.read_bytes()[-OUTPUT_BYTES:].decode(errors='replace')
-  if passed:
-    return Result(True, '')
-  return Result(False, 'time' if status == -signal.SIGXCPU else text or f'status {status}')
+  reason = 'time' if status == -signal.SIGXCPU else text or f'status {status}'
+  return Result(passed, '' if passed else reason)

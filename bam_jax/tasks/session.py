@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 import rich.table
 
 from bam_jax import checkpoint, cli, config
+from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 from bam_jax.evaluate.scorer import rows_mesh
 from bam_jax.parallel import sharding
@@ -39,48 +40,30 @@ class Options(NamedTuple):
   allow_generated_code: bool = False
 
 
-class Loaded(NamedTuple):
-  """Tasks whose data has been found."""
-
-  manager: Any  # lm-eval's TaskManager
-  specs: list[Any]  # what lm-eval is asked for
-  tasks: Mapping[str, Any]  # lm-eval's tasks by name, those of groups included
-
-
 def run(checkpoints: Sequence[str], tasks: Sequence[str], options: Options) -> dict[str, Any]:
   """Evaluates the checkpoints one after another, and prints a table.
 
-  Args:
-    checkpoints: at least one.
-    tasks: names of lm-eval's tasks and groups, `bam_paper`, .yaml files of lm-eval, and files of
-      questions.
-    options: how.
-
-  Returns:
-    The object that `python -m bam_jax.evaluate --help` describes for tasks.
-
-  Raises:
-    UserError: a checkpoint or a task is not found, or lm-eval is not installed.
+  `tasks` are names of lm-eval's tasks and groups, `bam_paper`, .yaml files of lm-eval, and files of
+  questions. Returns the object that `python -m bam_jax.evaluate --help` describes for tasks;
+  UserError when a checkpoint or a task is not found, or lm-eval is not installed.
   """
-  if not checkpoints:
-    raise UserError('--checkpoint=DIR is required; it may be repeated.')
-  if len({str(checkpoint.find(path)) for path in checkpoints}) < len(checkpoints):
-    raise UserError('A --checkpoint is given twice: name each checkpoint once.')
+  require(checkpoints, '--checkpoint=DIR is required; it may be repeated.')
+  distinct = len({str(checkpoint.find(path)) for path in checkpoints}) == len(checkpoints)
+  require(distinct, 'A --checkpoint is given twice: name each checkpoint once.')
   sharding.make_mesh(rows_mesh(options.mesh))
   for path in checkpoints:
     checkpoint.open_tokenizer(path, checkpoint.read_meta(path))
-  files = {task: questions_lib.read(task) for task in tasks if questions_lib.is_file(task)}
-  check_code((task for task, found in files.items() if found.kind == questions_lib.CODE), options)
-  if importlib.util.find_spec('lm_eval') is None:
-    raise UserError(f'--tasks requires lm-eval, which is not installed: {INSTALL}.')
-  loaded = load([files.get(task, task) for task in tasks])
-  check_code(code_tasks(loaded), options)
-  scores = [_score(path, loaded, options) for path in checkpoints]
+  is_file = lambda task: task.endswith(questions_lib.SUFFIXES)
+  asked = [questions_lib.read(task) if is_file(task) else task for task in tasks]
+  installed = importlib.util.find_spec('lm_eval')
+  require(installed, f'--tasks requires lm-eval, which is not installed: {INSTALL}.')
+  manager, specs, found = load(asked)
+  check_code(found, options.allow_generated_code)
+  scores = [_score(path, manager, specs, found, options) for path in checkpoints]
   rows = [row for row, _ in scores]
   for row, samples in scores[1:]:
     add_differences(row['tasks'], samples, scores[0][1])
-  console = cli.console()
-  console.print(_table(rows))
+  cli.console().print(_table(rows))
   return {
     'tasks': list(tasks),
     'dtype': options.dtype,
@@ -91,80 +74,63 @@ def run(checkpoints: Sequence[str], tasks: Sequence[str], options: Options) -> d
   }
 
 
-def check_code(tasks: Iterable[str], options: Options) -> None:
-  """UserError when tasks run what the model writes and that is not allowed, or not possible."""
-  names = sorted(tasks)
-  if names and not options.allow_generated_code:
-    raise UserError(
-      f'--tasks: {names[0]} runs programs written by the model: set --allow_generated_code, or '
-      'remove the task.'
-    )
-  if names:
-    sandbox.require()
+def load(tasks: Sequence[str | questions_lib.Questions]) -> tuple[Any, list[Any], dict[str, Any]]:
+  """Finds tasks and their data; UserError for a task that is unknown or cannot be loaded.
 
-
-def load(tasks: Sequence[str | questions_lib.Questions]) -> Loaded:
-  """Finds tasks and their data; UserError for a task that is unknown or cannot be loaded."""
+  Returns lm-eval's TaskManager, what lm-eval is asked for, and its tasks by name, those of groups
+  included.
+  """
   from lm_eval.tasks import TaskManager
 
   for name in ('lm_eval', 'datasets', 'httpx'):
     logging.getLogger(name).setLevel(logging.ERROR)
   # lm-eval bootstraps some errors in forked processes, which JAX's threads do not survive.
   os.environ['DISABLE_MULTIPROC'] = '1'
+  names = [task if isinstance(task, str) else task.name for task in tasks]
+  twice = next((name for name in names if names.count(name) > 1), None)
+  require(not twice, f'--tasks has {twice} twice: name it once.')
   # Indexing lm-eval's thousands of tasks takes seconds, which files need not wait for.
-  by_name = any(isinstance(task, str) for task in tasks)
-  manager = TaskManager(include_path=GROUPS, include_defaults=by_name)
-  for task in tasks:  # all of them before the first is loaded
-    known = not isinstance(task, str) or task in manager.all_tasks or task.endswith('.yaml')
-    if not known:
-      raise UserError(
-        f'--tasks={task} is not a task of lm-eval, a .yaml or a .jsonl file: '
-        '`python -m bam_jax.tasks ls tasks` lists the tasks.'
-      )
-  specs, found = [], {}
-  for task in tasks:
-    name = task if isinstance(task, str) else task.name
-    specs.append(task if name == task else questions_lib.lm_eval_task(task))
-    try:
-      more = manager.load(specs[-1:])['tasks']
-    except Exception as error:  # anything that a task's files and the loaders of its data raise
-      reason = ' '.join(str(error).split()) or type(error).__name__
-      raise UserError(f'--tasks={name} cannot be loaded ({reason}).') from error
-    if twice := sorted(found.keys() & more.keys()):
-      raise UserError(f'--tasks={name} contains {twice[0]} twice: name it once.')
-    found |= more
-  return Loaded(manager, specs, found)
+  by_name = [task for task in tasks if isinstance(task, str)]
+  manager = TaskManager(include_path=GROUPS, include_defaults=bool(by_name))
+  for task in by_name:
+    require(
+      task in manager.all_tasks or task.endswith('.yaml'),
+      f'--tasks={task} is not a task of lm-eval, a .yaml or a .jsonl file: '
+      '`python -m bam_jax.tasks ls tasks` lists the tasks.',
+    )
+  specs = [task if task in by_name else questions_lib.lm_eval_task(task) for task in tasks]
+  try:
+    return manager, specs, manager.load(specs)['tasks']
+  except Exception as error:  # anything that a task's files and the loaders of its data raise
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    raise UserError(f'--tasks={",".join(names)} cannot be loaded ({reason}).') from error
 
 
-def code_tasks(loaded: Loaded) -> list[str]:
-  """The tasks that run what a model writes; UserError for one that does so without our limits."""
-  names = [name for name, task in loaded.tasks.items() if getattr(task, 'UNSAFE_CODE', False)]
+def check_code(tasks: Mapping[str, Any], allowed: bool) -> None:
+  """UserError when tasks run what a model writes and may not, or cannot do it within limits."""
+  names = [name for name, task in tasks.items() if getattr(task, 'UNSAFE_CODE', False)]
   for name in names:
-    if loaded.tasks[name].config.process_results not in (scoring.human_eval, scoring.mbpp):
-      raise UserError(
-        f'--tasks: {name} runs programs outside the sandbox: use bam_humaneval or bam_mbpp.'
-      )
-  return names
+    limited = tasks[name].config.process_results in (scoring.human_eval, scoring.mbpp)
+    fix = 'use bam_humaneval or bam_mbpp'
+    require(limited, f'--tasks: {name} runs programs outside the sandbox: {fix}.')
+    fix = 'set --allow_generated_code, or remove the task'
+    require(allowed, f'--tasks: {name} runs programs written by the model: {fix}.')
+  if names:
+    sandbox.require()
 
 
-def _score(path: str, loaded: Loaded, options: Options) -> tuple[dict[str, Any], Samples]:
-  """A row of `--json`, and lm-eval's samples."""
+def _score(path, manager, specs, tasks, options: Options) -> tuple[dict[str, Any], Samples]:
+  """A row of `--json`, and lm-eval's samples; in between are the results of `load`."""
   import lm_eval
 
   from bam_jax.tasks import adapter
 
-  model = adapter.Model(
-    path,
-    options.dtype,
-    options.batch_size,
-    options.window,
-    options.seed,
-    **config.to_dict(options.mesh),
-  )
+  how = options.dtype, options.batch_size, options.window, options.seed
+  model = adapter.Model(path, *how, **config.to_dict(options.mesh))
   results = lm_eval.simple_evaluate(
     model,
-    tasks=loaded.specs,
-    task_manager=loaded.manager,
+    tasks=specs,
+    task_manager=manager,
     num_fewshot=options.few_shot,
     limit=options.max_documents,
     confirm_run_unsafe_code=options.allow_generated_code,
@@ -179,7 +145,7 @@ def _score(path: str, loaded: Loaded, options: Options) -> tuple[dict[str, Any],
         'questions': results['n-samples'][name]['effective'],
         'metrics': _metrics(results['results'][name]),
       }
-      for name in loaded.tasks
+      for name in tasks
     },
     'groups': {name: _metrics(facts) for name, facts in results.get('groups', {}).items()},
   }

@@ -109,17 +109,13 @@ def test_parameters_alone(written, models, tmp_path):
     for leaf, want in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
       assert leaf.sharding == want.sharding
   assert checkpoint.read_meta(tmp_path) == meta(models['bam_kv_experts'], 3)
-  params = checkpoint.restore_host_params(folder, wanted)
-  assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
-  check_same(params, states[12].params)
 
 
 def test_another_model_is_not_restored(written, models):
   wider = dataclasses.replace(models['bam_kv_experts'], ffn_dim=64)
-  for how in (checkpoint.restore_params, checkpoint.restore_host_params):
-    for other in (wider, models['untied']):
-      with pytest.raises(UserError, match='a checkpoint of another model'):
-        how(written[0], abstract(other).params)
+  for other in (wider, models['untied']):
+    with pytest.raises(UserError, match='a checkpoint of another model'):
+      checkpoint.restore_params(written[0], abstract(other).params)
   with pytest.raises(UserError, match='a checkpoint of another model'):
     checkpoint.open_params(written[0], wider)
 
@@ -181,13 +177,12 @@ def test_a_damaged_checkpoint_gives_no_parameters(two_steps, models):
   wanted = abstract(models['bam_kv_experts']).params
   for read in (
     lambda: checkpoint.restore_params(two_steps, wanted),
-    lambda: checkpoint.restore_host_params(two_steps, wanted),
     lambda: arrays.Reader(two_steps / '12' / 'params'),
   ):
     with pytest.raises(UserError, match=f'12 is damaged .*{file} does not match its checksum'):
       read()
   spoil(two_steps / '3', 'opt_state flipped')
-  checkpoint.restore_host_params(two_steps / '3', wanted)  # which does not read it
+  checkpoint.restore_params(two_steps / '3', wanted)  # which does not read it
   with pytest.raises(UserError, match=f'{two_steps}/12 is damaged .* no intact one'):
     integrity.set_aside(two_steps)
   assert {path.name for path in two_steps.iterdir()} == {'3', '12'}, 'none is touched'

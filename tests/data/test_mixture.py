@@ -180,21 +180,6 @@ def test_heldout_counts_every_target_once(lengths, sequence_length, processes):
     assert np.array_equal(tokens[: sum(lengths) - 1], np.arange(1, sum(lengths))), 'in order'
 
 
-@pytest.mark.parametrize(
-  'weights, options, words',
-  [
-    ({'maths': 1.0}, {}, ["'maths'", 'code, general, law']),
-    ({'code': -1.0}, {}, ["'code'", '-1.0']),
-    ({}, {}, ['positive']),
-    ({'code': 1.0}, {'process_count': 3}, ['8 sequences', '3 processes']),
-  ],
-)
-def test_mistakes_are_explained(weights, options, words):
-  with pytest.raises(UserError) as caught:
-    make(weights, **options)
-  assert all(word in str(caught.value) for word in words)
-
-
 def test_an_empty_domain_is_explained():
   with pytest.raises(UserError, match="'code' has no text"):
     mixture.batches({'code': Documents([])}, {'code': 1.0}, sequence_length=4, batch_size=1, seed=0)

@@ -12,11 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from bam_jax import checkpoint, config
-from bam_jax.model import transformer
+from bam_jax import checkpoint
 
 ROOT = Path(__file__).parents[2]
 CACHE = tempfile.TemporaryDirectory(prefix='bam_jax_test_')  # which goes with this process
@@ -112,10 +110,8 @@ def free_port() -> int:
 
 def params_of(folder: Path) -> dict[str, np.ndarray]:
   """The newest parameters of a run, by path."""
-  meta = checkpoint.read_meta(folder)
-  abstract = transformer.Network(meta.model, config.Compute()).abstract()
-  flat = jax.tree_util.tree_leaves_with_path(checkpoint.restore_host_params(folder, abstract))
-  return {jax.tree_util.keystr(path): array for path, array in flat}
+  reader = checkpoint.open_params(folder, checkpoint.read_meta(folder).model)
+  return {path: reader.read(path) for path in reader.specs}
 
 
 def assert_same_bits(folder: Path, reference: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_machine_copies_it_once(cache, published, dataset):
 
 @pytest.mark.parametrize('what', ['nothing', 'a file less'])
 def test_what_cannot_be_copied_is_one_sentence(cache, published, what):
-  sentence = 'cannot be written'
+  sentence = 'lacks a file .*: copy the dataset there again'
   if what == 'nothing':
     (published / shards.MANIFEST).unlink()
     sentence = 'is not a prepared dataset'

@@ -14,6 +14,7 @@ from bam_jax.errors import UserError
 from bam_jax.generate import decode
 from bam_jax.model import arithmetic, transformer
 from bam_jax.parallel import sharding
+from tests.generate.conftest import reader
 from tests.model import odd
 
 TOLERANCE = 1e-5  # of the largest score
@@ -75,7 +76,7 @@ CASES = odd.cases(ODD, MESHES, QUICK, lambda name, shape: shape[2] <= 2 or 'six'
 @pytest.mark.parametrize('name, shape', CASES)
 def test_a_piece_and_then_token_by_token(named, start, uncached, rows, name, shape):
   decoder, read, cache = reader_of(named(name), 'float32', shape)
-  params = decoder.place(decode.reader(start(name)))
+  params = decoder.place(reader(start(name)))
   wanted = uncached(name)
   pieces = [(0, PIECE), *((at, at + 1) for at in range(PIECE, LENGTH))]
   for begin, end in pieces:
@@ -86,7 +87,7 @@ def test_a_piece_and_then_token_by_token(named, start, uncached, rows, name, sha
 
 def test_what_stands_before_the_first_token_is_not_seen(named, start, rows):
   decoder, read, cache = reader_of(named('bam_kv_experts'), 'float32', (1, 1, 1, 1))
-  params = decoder.place(decode.reader(start('bam_kv_experts')))
+  params = decoder.place(reader(start('bam_kv_experts')))
   others = np.where(np.arange(LENGTH) < FIRST[:, None], 5, rows)
   assert (others != rows).any()
   scores, cache = read(params, cache, rows, FIRST, jnp.int32(0))
@@ -132,7 +133,7 @@ def test_each_expert_and_its_cache_lie_on_a_device_of_their_own(named, start):
   assert set(bytes_by_device(jax.tree.leaves(cache))) == {
     len(FIRST) * SLOTS * arithmetic.cache_bytes(model, 'float32') // 4
   }
-  params = decoder.place(decode.reader(start('bam_kv_experts')))
+  params = decoder.place(reader(start('bam_kv_experts')))
   layer, whole = params['blocks'][1]['attention'], start('bam_kv_experts')['blocks']['attention']
   for name in ('query', 'key', 'value', 'out'):
     (part,) = layer[name].parts
@@ -143,7 +144,7 @@ def test_each_expert_and_its_cache_lie_on_a_device_of_their_own(named, start):
 
 def test_parameters_are_placed_in_their_precisions(named, start):
   decoder, *_ = reader_of(named('norms_of_heads'), 'bfloat16', (1, 1, 1, 1))
-  params = decoder.place(decode.reader(start('norms_of_heads')))
+  params = decoder.place(reader(start('norms_of_heads')))
   assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
     lambda x: (x.shape, x.dtype), decoder.abstract_params()
   )
@@ -170,7 +171,7 @@ def test_a_device_has_its_hidden_columns_of_every_expert(models, platform):
   tree = transformer.Network(models['btx'], config.Compute()).abstract()
   params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), tree)
   mesh = sharding.make_mesh(config.Mesh(1, 1, 2, 2))
-  placed = decode.Decoder(models['btx'], 'float32', mesh, platform).place(decode.reader(params))
+  placed = decode.Decoder(models['btx'], 'float32', mesh, platform).place(reader(params))
   for layer in range(2):
     for name in ('gate', 'up', 'down'):
       whole = params['blocks']['ffn'][name][layer]  # EDF, or EFD

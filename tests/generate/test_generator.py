@@ -16,6 +16,7 @@ from bam_jax.generate.generator import Generator, Row
 from bam_jax.generate.sampling import SamplingParams
 from bam_jax.model import transformer
 from bam_jax.parallel import sharding
+from tests.generate.conftest import reader
 
 LENGTH = 24  # the most tokens of a row in these tests
 DRAWN = SamplingParams(1.0, top_k=100, top_p=0.95)
@@ -41,7 +42,7 @@ def build(models, start):
   @functools.cache
   def make(name: str, shape=(1, 1, 1, 1), stops=()) -> Generator:
     mesh = sharding.make_mesh(config.Mesh(*shape))
-    return Generator(models[name], decode.reader(start(name)), mesh=mesh, stops=stops)
+    return Generator(models[name], reader(start(name)), mesh=mesh, stops=stops)
 
   return make
 
@@ -170,8 +171,7 @@ def test_a_long_prompt_is_read_in_pieces(build, models, start):
 
 @pytest.mark.slow
 def test_words_past_the_tokenizers_are_never_chosen(models, start, rows):
-  reader = decode.reader(start('dense'))
-  few = Generator(models['dense'], reader, dtype='bfloat16', num_words=11)
+  few = Generator(models['dense'], reader(start('dense')), dtype='bfloat16', num_words=11)
   made = few.generate(rows[:2], 12, SamplingParams(5.0))
   assert all(len(tokens) == 12 and max(tokens) < 11 for tokens in made)
 

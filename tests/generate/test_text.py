@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from bam_jax.data import documents
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.generate import text
@@ -71,16 +72,17 @@ def test_files_of_prompts(tmp_path):
 @pytest.mark.parametrize(
   'name, content, sentence',
   [
-    ('a.txt', b'fine\n\xff\xfe', r'a\.txt:2 is not UTF-8'),
+    ('a.txt', b'fine\n\xff\xfe', r'a\.txt, line 2 is not UTF-8'),
     ('a.txt', b'\n \n', 'holds no prompt'),
-    ('a.txt', b'x' * 100 + b'\n' + b'x' * 101, r'a\.txt:2 is larger than'),
-    ('a.jsonl', b'{"prompt": "x"}\n{"prompt": ', r'a\.jsonl:2 is not JSON'),
-    ('a.jsonl', b'{"text": "x"}', r'a\.jsonl:1 has no text under the key "prompt"'),
-    ('a.jsonl', b'{"prompt": "\\ud800"}', r'a\.jsonl:1 is not UTF-8'),
+    ('a.txt', b'x' * 101, r'a\.txt is larger than'),
+    ('a.jsonl', b'\n' + b'x' * 101, r'a\.jsonl, line 2 is larger than'),
+    ('a.jsonl', b'{"prompt": "x"}\n{"prompt": ', r'a\.jsonl, line 2 is not JSON'),
+    ('a.jsonl', b'{"text": "x"}', r"a\.jsonl, line 1 has no field 'prompt': add it\.$"),
+    ('a.jsonl', b'{"prompt": "\\ud800"}', r"line 1: 'prompt' contains an unpaired surrogate"),
   ],
 )
 def test_files_that_are_refused(tmp_path, monkeypatch, name, content, sentence):
-  monkeypatch.setattr(text, 'DOCUMENT_BYTES', 100)
+  monkeypatch.setattr(documents, 'DOCUMENT_BYTES', 100)
   (tmp_path / name).write_bytes(content)
   with pytest.raises(UserError, match=sentence):
     text.read_prompts(str(tmp_path / name))

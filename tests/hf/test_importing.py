@@ -111,7 +111,7 @@ def test_values_past_the_dtype(tmp_path):
   'text, named',
   [
     (None, 'config.json cannot be read: No such file'),
-    ('{"hidden_size": 24, "hidden_size": 25}', "'hidden_size' twice"),
+    ('[]', 'is not a JSON object'),
     (json.dumps(CONFIG | {'num_hidden_layers': 4}), 'lacks model.layers.3'),
     (json.dumps(CONFIG | {'max_position_embeddings': 0}), 'max_position_embeddings=0'),
   ],

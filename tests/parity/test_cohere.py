@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from bam_jax import checkpoint, config
 from bam_jax.hf import exporting, names
@@ -160,7 +161,9 @@ def compiled(folder: Path):
     (value, _), gradients = jax.value_and_grad(objective, has_aux=True)(params, batch)
     return network.logits(params, hidden_BTD), value, gradients
 
-  return run, checkpoint.restore_host_params(folder, network.abstract())
+  reader = checkpoint.open_params(folder, network.model)
+  params = {path: reader.read(path).astype(np.float32) for path in reader.specs}
+  return run, traverse_util.unflatten_dict(params, sep='/')
 
 
 def by_our_paths(tensors: dict[str, np.ndarray], model: config.Model) -> dict[str, np.ndarray]:

@@ -304,10 +304,12 @@ def test_the_group(manager):
 
 def test_tasks_that_run_code_without_our_limits(manager):
   task = questions.lm_eval_task(questions.Questions('mine', questions.CODE, CODE))
-  load = lambda spec: session.Loaded(manager, [spec], manager.load([spec])['tasks'])
-  assert session.code_tasks(load(task)) == ['mine']
+  check = lambda spec, allowed: session.check_code(manager.load([spec])['tasks'], allowed)
+  check(task, True)
+  with pytest.raises(UserError, match='mine .*--allow_generated_code'):
+    check(task, False)
   with pytest.raises(UserError, match='mine .*bam_humaneval'):
-    session.code_tasks(load({**task, 'process_results': lambda doc, results: {'pass_at_1': 1.0}}))
+    check({**task, 'process_results': lambda doc, results: {'pass_at_1': 1.0}}, True)
 
 
 def test_its_own_command_line(both, files, tmp_path):

@@ -17,13 +17,11 @@ def test_mistakes_are_refused_before_lm_eval_is_imported(tmp_path, monkeypatch):
   path = str(folders.write_checkpoint(tmp_path / 'model', model, folders.draw(model)))
   file = tmp_path / 'q.jsonl'
   file.write_text(json.dumps({'context': 'x', 'choices': ['a', 'b'], 'answer': 0}))
-  code = tmp_path / 'code.jsonl'
-  code.write_text(json.dumps({'prompt': 'x', 'test': 'x', 'entry_point': 'x'}))
   for checkpoints, task, sentence in (
     ([path], 'arc_easy', 'requires lm-eval, which is not installed: pip install'),
     ([path], str(file), 'requires lm-eval'), ([path], 'no.jsonl', 'no.jsonl'),
     ([], 'x', '--checkpoint=DIR is required'), ([path] * 2, 'x', 'twice'),
-    ([path + '/no'], 'x', '/no'), ([path], str(code), '--allow_generated_code'),
+    ([path + '/no'], 'x', '/no'),
   ):  # fmt: skip
     with pytest.raises(UserError, match=sentence):
       session.run(checkpoints, [task], session.Options('float32'))

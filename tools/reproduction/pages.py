@@ -263,7 +263,10 @@ def _flops(run: Run) -> float:
 
 
 def _percent(change: float) -> str:
-  return scores.percent(round(change, 3) or 0.0, 1)  # no minus before what is printed as zero
+  """A relative change, with its sign: +0.2%, −57.0%."""
+  change = round(change, 3) or 0.0  # no minus before what is printed as zero
+  form = '+.1f' if change < 1e6 else '+.1e'
+  return f'{100 * change:{form}}%'.replace('-', '−')
 
 
 def _count(seeds: Seeds, *names: str) -> str:
