@@ -22,7 +22,13 @@ CODE = ('configuration_bam.py', 'modeling_bam.py')
 
 
 def convert(
-  source: epath.PathLike, output: str, *, dtype: str | None, max_shard_size: str, progress: Progress
+  source: epath.PathLike,
+  output: str,
+  *,
+  dtype: str | None,
+  max_shard_size: str,
+  progress: Progress,
+  architecture: str | None = None,
 ) -> dict[str, Any]:
   """Writes a folder that AutoModelForCausalLM and AutoTokenizer load; returns facts about it.
 
@@ -31,6 +37,7 @@ def convert(
     output: the folder; must not exist.
     dtype: of the tensors except routers, which keep theirs; None: the checkpoint's.
     max_shard_size: of the values in a file, such as '5GB'.
+    architecture: the class of transformers; None: the first that computes the model.
 
   UserError if the checkpoint is damaged or has values that are NaN or infinite, or the output
   exists or cannot be written.
@@ -40,7 +47,10 @@ def convert(
   source = checkpoint.find(source)  # once: a run's newest may change
   meta = checkpoint.read_meta(source)
   tokenizer = checkpoint.open_tokenizer(source, meta)
-  reader, table = checkpoint.open_params(source, meta.model), names.tensors(meta.model)
+  origin = meta.sequence_length, meta.method, meta.sources
+  facts = config_json.from_model(meta.model, *origin, architecture)
+  reader = checkpoint.open_params(source, meta.model)
+  table = names.tensors(meta.model, config_json.is_fused(facts))
   specs = _specs(reader, table, dtype)
   total = sum(spec.nbytes for spec in specs.values())
   shards = files.plan(specs, max_shard_size)
@@ -49,7 +59,6 @@ def convert(
     order = [name for shard in shards.values() for name in shard]
     files.write(folder, shards, specs, _tensors(reader, table, order, specs, progress))
     ids = tokenizer_files.write(folder, tokenizer, meta.sequence_length)
-    facts = config_json.from_model(meta.model, meta.sequence_length, meta.method, meta.sources)
     facts |= ids | {'dtype': specs[names.TABLE].dtype.name}
     architecture = facts['architectures'][0]
     files.write_json(folder / files.CONFIG, facts)
@@ -66,12 +75,14 @@ def convert(
 def _specs(reader: arrays.Reader, table: names.Table, dtype: str | None) -> dict[str, arrays.Spec]:
   """The tensors by name: the embedding, then layer by layer, then the rest."""
   placed = []
-  for path, tensor in table.items():
+  for name, parts in names.pieces(table).items():
+    path, index, *_ = parts[0]
     # transformers keeps routers in float32, as training does.
-    keep = dtype is None or 'router' in tensor.name
-    spec = arrays.Spec(tensor.theirs, reader.specs[path].dtype if keep else jnp.dtype(dtype))
+    keep = dtype is None or 'router' in name
+    shape = parts[-1].stop, *table[path].theirs[1:]
+    spec = arrays.Spec(shape, reader.specs[path].dtype if keep else jnp.dtype(dtype))
     outside = -1 if path.startswith('embed/') else float('inf')
-    placed += [(index[0] if index else outside, name, spec) for index, name in tensor.parts()]
+    placed.append((index[0] if index else outside, name, spec))
   return {name: spec for _, name, spec in sorted(placed, key=lambda item: item[0])}
 
 
@@ -79,14 +90,16 @@ def _tensors(
   reader: arrays.Reader, table: names.Table, order: list[str], specs: dict, progress: Progress
 ) -> Iterator[np.ndarray]:
   """The values of tensors in their order in the files."""
-  parts = {name: (path, index) for path in table for index, name in table[path].parts()}
-  regions = arrays.read_ahead((reader, *parts[name]) for name in order)
+  pieces = names.pieces(table)
+  regions = arrays.read_ahead((reader, *piece[:2]) for name in order for piece in pieces[name])
   total, done = sum(spec.nbytes for spec in specs.values()), 0
-  for name, ours in zip(order, regions):
-    path, index = parts[name]
-    dtype = specs[name].dtype
-    files.check_finite(ours.astype(dtype, copy=False), reader.folder, path, index)
-    theirs = names.to_theirs(table[path], ours, dtype)
+  for name in order:
+    dtype, rows = specs[name].dtype, []
+    for path, index, *_ in pieces[name]:
+      ours = next(regions)
+      files.check_finite(ours.astype(dtype, copy=False), reader.folder, path, index)
+      rows.append(names.to_theirs(table[path], ours, dtype))
+    theirs = np.concatenate(rows) if len(rows) > 1 else rows[0]
     done += theirs.nbytes
     progress(done, total)
     yield theirs

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from bam_jax import config
 from bam_jax.config.strict import require
+from bam_jax.errors import UserError
 
 LENGTH = 'max_position_embeddings'
 # Keys without effect on the parameters or the computation.
@@ -99,7 +100,7 @@ def describes(family: Family, model: config.Model) -> bool:
   """Whether a family's config.json can describe a model."""
   try:
     return read(family, write(family, model)) == model
-  except (config.UserError, KeyError, ValueError):
+  except UserError:
     return False
 
 

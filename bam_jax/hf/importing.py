@@ -48,7 +48,7 @@ def convert(
     length, method, experts = config_json.to_origin(facts)
   except UserError as error:
     raise UserError(f'{folder / files.CONFIG}: {error}') from None
-  reader, table = files.Reader(folder), names.tensors(model)
+  reader, table = files.Reader(folder), names.tensors(model, config_json.is_fused(facts))
   _check(reader, table, model)
   words = Tokenizer.load(tokenizer or source, bos_token, eos_token)
   wrong = f'{tokenizer or source} has {words.vocab_size} tokens, but the model in {source} has'
@@ -86,7 +86,10 @@ def convert(
 
 def _check(reader: files.Reader, table: names.Table, model: config.Model) -> None:
   """UserError unless the folder has the tensors of the model, with their shapes, and no others."""
-  expected = {name: tensor.theirs for tensor in table.values() for _, name in tensor.parts()}
+  expected = {
+    name: (parts[-1].stop, *table[parts[0].path].theirs[1:])
+    for name, parts in names.pieces(table).items()
+  }
   # PyTorch lists a tied head although it is the table; files may therefore contain both.
   tied_twice = model.tied_embeddings and names.HEAD in reader.specs
   if tied_twice:
@@ -108,16 +111,18 @@ def _copy(
   reader: files.Reader, table: names.Table, writer: arrays.Writer, progress: Progress
 ) -> dict[str, str]:
   """Writes every tensor to its place; returns the `manifest.Hash` of each."""
-  parts = [(path, *part) for path, tensor in table.items() for part in tensor.parts()]
-  total = sum(reader.specs[name].nbytes for _, _, name in parts)
+  pieces = names.pieces(table)
+  total = sum(reader.specs[name].nbytes for name in pieces)
   hashes, done = {}, 0
-  for path, index, name in parts:
-    theirs, dtype = reader.read(name), writer.specs[path].dtype
+  for name, parts in pieces.items():
+    theirs = reader.read(name)
     digest = manifest.Hash()
     digest.update(theirs)
     hashes[name] = digest.hexdigest()
-    files.check_finite(theirs.astype(dtype, copy=False), reader.folder, name)
-    writer.write(path, index, names.to_ours(table[path], theirs, dtype))
+    for path, index, start, stop in parts:
+      dtype = writer.specs[path].dtype
+      files.check_finite(theirs[start:stop].astype(dtype, copy=False), reader.folder, name)
+      writer.write(path, index, names.to_ours(table[path], theirs[start:stop], dtype))
     done += theirs.nbytes
     progress(done, total)
   return hashes

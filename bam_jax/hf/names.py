@@ -13,9 +13,18 @@ from typing import NamedTuple
 import numpy as np
 
 from bam_jax import config
+from bam_jax.upcycle import rules
 
 HEAD = 'lm_head.weight'
 TABLE = 'model.embed_tokens.weight'
+# The norms of a block, by where they are.
+_NORMS = {
+  'pre': {'norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm'},
+  'post': {
+    'attention_out_norm': 'post_attention_layernorm',
+    'ffn_out_norm': 'post_feedforward_layernorm',
+  },
+}
 STRIP = 32  # rows transposed at once: two cache lines of the output
 
 
@@ -46,8 +55,11 @@ class Tensor(NamedTuple):
 Table = dict[str, Tensor]  # of a whole model, by our paths
 
 
-def tensors(model: config.Model) -> Table:
-  """All tensors of a model by our paths, in the order of computation."""
+def tensors(model: config.Model, fused: bool = False) -> Table:
+  """All tensors of a model by our paths, in the order of computation.
+
+  `fused`: queries, keys and values are rows of one tensor, gate and up of another, as in Phi-3.
+  """
   D, F, V, L = model.d_model, model.ffn_dim, model.vocab_size, model.num_layers
   H, G, K = model.num_heads, model.num_kv_heads, model.head_dim
   attention, ffn = model.attention_experts, model.ffn_experts
@@ -62,19 +74,31 @@ def tensors(model: config.Model) -> Table:
 
   kv = None if attention and attention.shared_kv else attention
   made['embed/table'] = Tensor(TABLE, (), (V, D), (V, D))
-  made['blocks/norm/scale'] = Tensor(layer + 'input_layernorm.weight', (L,), (D,), (D,))
-  add('attention/query', attention, 'self_attn', 'q_proj.weight', (D, H, K), (H * K, D))
-  add('attention/key', kv, 'self_attn', 'k_proj.weight', (D, G, K), (G * K, D))
-  add('attention/value', kv, 'self_attn', 'v_proj.weight', (D, G, K), (G * K, D))
+  for ours in rules.norm_names(model):
+    name = f'{layer}{_NORMS[model.norm_place][ours]}.weight'
+    made[f'blocks/{ours}/scale'] = Tensor(name, (L,), (D,), (D,))
+  for ours, letter, experts, heads in (
+    ('query', 'q', attention, H), ('key', 'k', kv, G), ('value', 'v', kv, G)
+  ):  # fmt: skip
+    name, width = 'qkv_proj' if fused else f'{letter}_proj', heads * K
+    add(f'attention/{ours}', experts, 'self_attn', f'{name}.weight', (D, heads, K), (width, D))
+    if model.biases != 'none':
+      add(f'attention/{ours}_bias', experts, 'self_attn', f'{name}.bias', (heads, K), (width,))
+    if ours != 'value' and model.qk_norm != 'none':
+      scale = 'shared_scale' if model.qk_norm == 'head_rms' else 'scale'
+      shape = (K,) if model.qk_norm == 'head_rms' else (heads, K)
+      theirs = (width,) if model.qk_norm == 'all_rms' else shape
+      name = f'{letter}_norm.weight'
+      add(f'attention/{ours}_{scale}', experts, 'self_attn', name, shape, theirs)
   add('attention/out', attention, 'self_attn', 'o_proj.weight', (H, K, D), (D, H * K))
-  if model.qk_norm:
-    add('attention/query_scale', attention, 'self_attn', 'q_norm.weight', (H, K), (H, K))
-    add('attention/key_scale', kv, 'self_attn', 'k_norm.weight', (G, K), (G, K))
+  if model.biases == 'attention':
+    add('attention/out_bias', attention, 'self_attn', 'o_proj.bias', (D,), (D,))
   if attention:
     E = attention.num_experts
     add('attention/router', None, 'self_attn', 'router.weight', (D, E), (E, D))
-  add('ffn/gate', ffn, 'mlp', 'gate_proj.weight', (D, F), (F, D))
-  add('ffn/up', ffn, 'mlp', 'up_proj.weight', (D, F), (F, D))
+  for ours in ('gate', 'up'):
+    name = 'gate_up_proj.weight' if fused else f'{ours}_proj.weight'
+    add(f'ffn/{ours}', ffn, 'mlp', name, (D, F), (F, D))
   add('ffn/down', ffn, 'mlp', 'down_proj.weight', (F, D), (D, F))
   if ffn:
     E = ffn.num_experts
@@ -85,6 +109,26 @@ def tensors(model: config.Model) -> Table:
   if not model.tied_embeddings:
     made['unembed/kernel'] = Tensor(HEAD, (), (D, V), (V, D))
   return made
+
+
+class Piece(NamedTuple):
+  """A part of one of our arrays, and the rows of a tensor that it is."""
+
+  path: str
+  index: tuple[int, ...]  # layer and expert
+  start: int
+  stop: int
+
+
+def pieces(table: Table) -> dict[str, list[Piece]]:
+  """The pieces of every tensor, by its name, in the order of its rows."""
+  found: dict[str, list[Piece]] = {}
+  for path, tensor in table.items():
+    for index, name in tensor.parts():
+      rows = found.setdefault(name, [])
+      start = rows[-1].stop if rows else 0
+      rows.append(Piece(path, index, start, start + tensor.theirs[0]))
+  return found
 
 
 def to_ours(tensor: Tensor, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -6,7 +6,7 @@ import pytest
 from bam_jax import checkpoint
 from bam_jax.hf import exporting, importing
 from tests.hf import folders
-from tests.parity.test_cohere import by_our_paths, check_same, distance, make_batch, ours, theirs
+from tests.parity.test_families import by_our_paths, check_same, distance, make_batch, ours, theirs
 
 # torch's build is several GB on some platforms; `make test-parity` installs it.
 torch = pytest.importorskip('torch')

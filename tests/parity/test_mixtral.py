@@ -17,7 +17,7 @@ torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 from transformers.models.mixtral import modeling_mixtral  # noqa: E402
 
-from tests.parity.test_cohere import TOLERANCE, distance  # noqa: E402
+from tests.parity.test_families import TOLERANCE, distance  # noqa: E402
 
 D, F, E, B, T = 16, 24, 5, 3, 14
 
