@@ -117,9 +117,9 @@ def make_job(recipe: config.Recipe, name: str) -> Job:
 
 def make_mesh(job: Job, devices: Sequence[Any], topology: Topology) -> jax.sharding.Mesh:
   """The mesh of a job; UserError when it does not use all devices of the topology."""
-  sizes = f'{job.run.mesh.size} devices, but {topology.flag} has {len(devices)}'
-  fix = f'set --{job.key}.mesh.fsdp and the other axes.'
-  require(job.run.mesh.size == len(devices), f'{job.key}.mesh has {sizes}: {fix}')
+  size, there = job.run.mesh.size, f'{len(devices)} with --slices={topology.slices}'
+  wrong = f'{job.key}.mesh has {size} devices, but --topology={topology.name} has {there}'
+  require(size == len(devices), f'{wrong}: set --{job.key}.mesh.fsdp and the other axes.')
   return sharding.make_mesh(job.run.mesh, devices)
 
 
