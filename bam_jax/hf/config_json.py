@@ -58,12 +58,11 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
   missing and has no safe default.
   """
   facts = dict(config_json)
-  architectures = facts.pop('architectures', None)
-  is_one = isinstance(architectures, list) and len(architectures) == 1
-  (architecture,) = architectures if is_one else [architectures]
-  wrong = f'architectures names {architecture!r}'
-  known = architecture in ARCHITECTURES
-  require(known, f'{wrong}: only {", ".join(ARCHITECTURES)} can be imported.')
+  found = facts.pop('architectures', None)
+  known = isinstance(found, list) and len(found) == 1 and found[0] in ARCHITECTURES
+  only = ', '.join(ARCHITECTURES)
+  require(known, f'architectures names {found!r}: only {only} can be imported.')
+  architecture = found[0]
   if architecture == COHERE2:
     _check_cohere2(facts)
   for key, only in _FIXED.items():
