@@ -80,13 +80,10 @@ class Program:
 def read(
   text: str, devices: int, even_rows: float | None = None, trips: Mapping[str, int] | None = None
 ) -> Program:
-  """The costs of an optimized program.
+  """The costs of an optimized program, given its text, on one of its devices.
 
-  Args:
-    text: of the HLO module, as `jax.stages.Compiled.as_text()` gives it.
-    devices: on which the program runs.
-    even_rows: rows of a grouped product's buffer that are filled at even load; None is all.
-    trips: of loops whose trips are an argument, by the `jax.named_scope` around them.
+  Of a grouped product's buffer `even_rows` are filled at even load, or all. `trips` are those of
+  loops whose trips are an argument, by the `jax.named_scope` around them.
   """
   reader = _Reader(devices, even_rows, trips or {}, Program())
   reader.program.events.extend(reader.computation(hlo.parse(text), 1))
@@ -114,9 +111,6 @@ class _Reader:
           yield from self.computation(x.calls['to_apply'][0], times)
         case 'conditional':
           yield from self.branch(x, times)
-        case 'async-start':
-          for event in self.computation(x.calls['calls'][0], times):
-            yield dataclasses.replace(event, asynchronous=True)
         case _:
           event = self.kernel(x, times) if x.target == kernels.TARGET else self.event(x, times)
           if event.collective or event.flops or event.hbm_bytes:

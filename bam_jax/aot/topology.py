@@ -76,8 +76,7 @@ class Topology:
   def devices(self) -> Sequence[Any]:
     """The devices to compile for, slice by slice and host by host, as on the TPU itself.
 
-    Raises:
-      UserError: libtpu is missing or does not know the topology.
+    UserError when libtpu is missing or does not know the topology.
     """
     missing = f'--topology={self.name} requires the TPU compiler, libtpu, which is not installed'
     require(importlib.util.find_spec('libtpu'), f"{missing}: pip install 'jax[tpu]'.")
