@@ -90,24 +90,6 @@ class Compiled:
   needed_bytes: int | None = None  # of one that does not fit, where the compiler says it
   reason: str = ''  # likewise
 
-  @property
-  def memory(self) -> dict[str, int]:
-    """Bytes of one device's HBM as the compiler planned them."""
-    stats = self.executable.memory_analysis()
-    return {
-      'arguments': stats.argument_size_in_bytes,
-      'temporaries': stats.temp_size_in_bytes,
-      'outputs': stats.output_size_in_bytes,
-      'aliased': stats.alias_size_in_bytes,
-    }
-
-  @property
-  def peak_bytes(self) -> int | None:
-    if not self.executable:
-      return self.needed_bytes
-    *held, aliased = self.memory.values()
-    return sum(held) - aliased
-
 
 def make_job(recipe: config.Recipe, name: str) -> Job:
   """The job of a recipe's run; UserError for a run that is not in it."""
