@@ -30,10 +30,11 @@ class Prepared:
     """UserError unless the dataset was prepared with this tokenizer."""
     wrong = f'{self._dataset.path} was prepared with another tokenizer than that of {checkpoint}'
     fix = 'pass text with --data=DOMAIN=FILE, which is tokenized for each checkpoint.'
-    require(tokenizer.hash == self._dataset.tokenizer_hash, f'{wrong}: {fix}')
+    found = tokenizer.difference(self._dataset.tokenizer())
+    require(not found, f'{wrong} ({found}): {fix}')
 
   def documents(self, tokenizer: Tokenizer) -> Sequence[np.ndarray]:
-    """The tokens of each document, in order: views of the mapped files."""
+    """The tokens of each document, in order."""
     del tokenizer
     return [self._documents[number] for number in range(len(self.byte_counts))]
 
