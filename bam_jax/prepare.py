@@ -24,8 +24,8 @@ from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 
 OPTIONS = (
-  'train_tokenizer', 'tokenizer_bytes', 'valid_fraction', 'text_field', 'shard_tokens',
-  'min_decoded', 'workers',
+  'train_tokenizer', 'tokenizer_bytes', 'valid_fraction', 'text_field', 'skip_unknown',
+  'shard_tokens', 'min_decoded', 'workers',
 )  # fmt: skip
 
 _INPUT = flags.DEFINE_multi_string(
@@ -41,6 +41,7 @@ flags.DEFINE_integer('train_tokenizer', None, 'Train byte-level BPE with this vo
 flags.DEFINE_integer('tokenizer_bytes', prepare.TOKENIZER_BYTES, 'Bytes a domain to train it on.')
 flags.DEFINE_float('valid_fraction', prepare.VALID_FRACTION, 'Held out if no file is named valid*.')
 flags.DEFINE_string('text_field', 'text', 'JSON field or Parquet column of the text.')
+flags.DEFINE_bool('skip_unknown', False, 'Leave out files of a kind that cannot be read.')
 flags.DEFINE_integer('shard_tokens', prepare.SHARD_TOKENS, 'Maximum tokens of a shard.')
 flags.DEFINE_float('min_decoded', prepare.MIN_DECODED, 'Minimum share of characters that survive.')
 flags.DEFINE_integer('workers', 1, 'Worker processes; 1 uses threads of this process.')

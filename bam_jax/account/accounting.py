@@ -129,11 +129,11 @@ def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
   of_memory = ['devices', 'parameters', 'gradients', 'optimizer', 'total', 'cache']
   against = f'; matched: for the training FLOPs of {facts["against"]}' if facts['against'] else ''
   of_budgets = [*(name.replace('_', ' ') for name in counts), 'training FLOPs']
-  held = 'Bytes a device, without activations, and of the KV cache a token'
+  title_of_memory = 'Bytes a device, without activations, and of the KV cache a token'
   return [
     cli.table('Parameters', ['run'], [*PARTS, 'total', 'active'], parameters),
     cli.table(title, ['run'], of_flops, flops),
-    cli.table(held, ['run', 'mesh'], of_memory, memory),
+    cli.table(title_of_memory, ['run', 'mesh'], of_memory, memory),
     cli.table(f'Budgets{against}', ['run'], of_budgets, budgets),
   ]
 

@@ -43,7 +43,7 @@ from absl import flags
 
 from bam_jax import cli
 from bam_jax.aot import program, report, search, topology
-from bam_jax.errors import UserError
+from bam_jax.config.strict import require
 
 _CONFIG = cli.define_recipe()
 _RUN = flags.DEFINE_string('run', None, 'The run whose step to compile.')
@@ -76,19 +76,17 @@ def main() -> dict[str, Any]:
   jax.config.update('jax_enable_compilation_cache', False)
   recipe = cli.read_recipe(_CONFIG)
   for flag in (_RUN, _TOPOLOGY):
-    if not flag.value:
-      raise UserError(f'--{flag.name} is required.')
+    require(flag.value, f'--{flag.name} is required.')
   job = program.make_job(recipe, _RUN.value)
   target = topology.parse(_TOPOLOGY.value, _SLICES.value)
   other, unread = ('decode', _DECODE) if _PHASE.value == 'train' else ('train', _TRAIN)
   for flag in unread:
-    if flag.present:
-      raise UserError(f'--{flag.name} requires --phase={other}: remove it, or set that phase.')
+    wrong = f'--{flag.name} requires --phase={other}: remove it, or set that phase.'
+    require(not flag.present, wrong)
   console, devices = cli.console(), target.devices()
   if _SEARCH.value:
-    compiled, facts = search.search(
-      job, target, devices, _SEQUENCES.value, _SEARCH_SECONDS.value, console
-    )
+    limits = _SEQUENCES.value, _SEARCH_SECONDS.value
+    compiled, facts = search.search(job, target, devices, *limits, console)
   elif _PHASE.value == 'train':
     job = job.with_sequences(_SEQUENCES.value) if _SEQUENCES.value else job
     mesh = program.make_mesh(job, devices, target)

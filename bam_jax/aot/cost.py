@@ -1,10 +1,9 @@
 """FLOPs, HBM bytes and collectives of a compiled program on one device, loops as often as they run.
 
-XLA's own `cost_analysis` counts a loop's body once and says nothing of most kernels; this walks the
-optimized HLO. FLOPs are those of matrix products, 2 for a multiply and add: what is elementwise
-runs on other units. Bytes are what instructions read and write in HBM: what the compiler placed on
-the chip is free, only what crosses the edge of a fusion counts, slices and gathers read what they
-take, and updates in place write what they change. The padding of tiles is not counted.
+This walks the optimized HLO. FLOPs are those of matrix products, 2 for a multiply and add. Bytes
+are what instructions read and write in HBM: what the compiler placed on the chip is free, only what
+crosses the edge of a fusion counts, slices and gathers read what they take, and updates in place
+write what they change. The padding of tiles is not counted.
 """
 
 import collections
@@ -37,8 +36,9 @@ class Event:
   """One instruction that costs something."""
 
   times: float  # that it runs; not an integer in a part of a call
-  flops: Mapping[str, float] = field(default_factory=dict)  # 'matmul', or the kind of a kernel
-  hbm_bytes: float = 0
+  kind: str  # of its FLOPs: 'matmul', or the kind of a kernel
+  flops: float
+  hbm_bytes: float
   collective: Collective | None = None
   asynchronous: bool = False  # other instructions run meanwhile
 
@@ -56,7 +56,7 @@ class Loop:
 class Program:
   """All events in the order of the text."""
 
-  events: list[Event]
+  events: list[Event] = field(default_factory=list)
   loops: list[Loop] = field(default_factory=list)
   uncounted: list[str] = field(default_factory=list)  # kernels whose FLOPs are not known
 
@@ -64,8 +64,8 @@ class Program:
     """By kind."""
     total = collections.Counter()
     for event in self.events:
-      total.update({kind: event.times * number for kind, number in event.flops.items()})
-    return dict(total)
+      total[event.kind] += event.times * event.flops
+    return {kind: number for kind, number in total.items() if number}
 
   def hbm_bytes(self) -> float:
     return sum(event.times * event.hbm_bytes for event in self.events)
@@ -80,15 +80,12 @@ class Program:
 def read(
   text: str, devices: int, even_rows: float | None = None, trips: Mapping[str, int] | None = None
 ) -> Program:
-  """The costs of an optimized program.
+  """The costs of an optimized program, given its text, on one of its devices.
 
-  Args:
-    text: of the HLO module, as `jax.stages.Compiled.as_text()` gives it.
-    devices: on which the program runs.
-    even_rows: rows of a grouped product's buffer that are filled at even load; None is all.
-    trips: of loops whose trips are an argument, by the `jax.named_scope` around them.
+  Of a grouped product's buffer `even_rows` are filled at even load, or all. `trips` are those of
+  loops whose trips are an argument, by the `jax.named_scope` around them.
   """
-  reader = _Reader(devices, even_rows, trips or {}, Program([]))
+  reader = _Reader(devices, even_rows, trips or {}, Program())
   reader.program.events.extend(reader.computation(hlo.parse(text), 1))
   return reader.program
 
@@ -114,9 +111,6 @@ class _Reader:
           yield from self.computation(x.calls['to_apply'][0], times)
         case 'conditional':
           yield from self.branch(x, times)
-        case 'async-start':
-          for event in self.computation(x.calls['calls'][0], times):
-            yield dataclasses.replace(event, asynchronous=True)
         case _:
           event = self.kernel(x, times) if x.target == kernels.TARGET else self.event(x, times)
           if event.collective or event.flops or event.hbm_bytes:
@@ -132,9 +126,9 @@ class _Reader:
       for key in ('branch_computations', 'true_computation', 'false_computation')
       for computation in conditional.calls.get(key, ())
     ]
-    flops = lambda events: sum(sum(event.flops.values()) for event in events)
+    flops = lambda events: sum(event.flops for event in events)
     size = lambda events: sum(event.hbm_bytes for event in events)
-    if all(any(kernels.GROUPED in event.flops for event in events) for events in branches):
+    if all(any(event.kind == kernels.GROUPED for event in events) for events in branches):
       return min(branches, key=size)
     return max(branches, key=lambda events: (flops(events), size(events)))
 
@@ -142,7 +136,7 @@ class _Reader:
     kernel = kernels.read(x, self.even_rows)
     if kernel.flops is None and x.name not in self.program.uncounted:
       self.program.uncounted.append(x.name)
-    return Event(times, {kernel.kind: kernel.flops} if kernel.flops else {}, kernel.bytes)
+    return Event(times, kernel.kind, kernel.flops or 0, kernel.bytes)
 
   def event(self, x: Instruction, times: int) -> Event:
     """What any other instruction costs.
@@ -156,14 +150,8 @@ class _Reader:
     found = (collectives.read(part, self.devices) for part in parts)
     collective = next(filter(None, found), None)
     starts |= x.opcode.endswith('-start') or x.opcode == 'send'
-    flops = matmul_flops(x)
-    return Event(
-      times,
-      {'matmul': flops} if flops else {},
-      hbm_bytes(x),
-      collective,
-      asynchronous=x.opcode in COPIES or bool(collective and starts),
-    )
+    asynchronous = x.opcode in COPIES or bool(collective and starts)
+    return Event(times, 'matmul', matmul_flops(x), hbm_bytes(x), collective, asynchronous)
 
 
 def matmul_flops(x: Instruction) -> int:

@@ -57,12 +57,7 @@ class Kernel(NamedTuple):
 
 
 def read(call: Instruction, even_rows: float | None) -> Kernel:
-  """The cost of a Mosaic kernel.
-
-  Args:
-    call: the custom call.
-    even_rows: rows of a grouped product's buffer that are filled at even load; None is all.
-  """
+  """The cost of a call; of a grouped product's rows `even_rows` are filled, or all."""
   operands = [array for operand in call.operands for array in operand.arrays]
   in_hbm = sum(array.bytes for array in (*operands, *call.arrays) if array.memory_space == HBM)
   if found := _SPLASH.search(call.name):

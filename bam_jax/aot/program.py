@@ -90,24 +90,6 @@ class Compiled:
   needed_bytes: int | None = None  # of one that does not fit, where the compiler says it
   reason: str = ''  # likewise
 
-  @property
-  def memory(self) -> dict[str, int]:
-    """Bytes of one device's HBM as the compiler planned them."""
-    stats = self.executable.memory_analysis()
-    return {
-      'arguments': stats.argument_size_in_bytes,
-      'temporaries': stats.temp_size_in_bytes,
-      'outputs': stats.output_size_in_bytes,
-      'aliased': stats.alias_size_in_bytes,
-    }
-
-  @property
-  def peak_bytes(self) -> int | None:
-    if not self.executable:
-      return self.needed_bytes
-    *held, aliased = self.memory.values()
-    return sum(held) - aliased
-
 
 def make_job(recipe: config.Recipe, name: str) -> Job:
   """The job of a recipe's run; UserError for a run that is not in it."""
@@ -117,9 +99,9 @@ def make_job(recipe: config.Recipe, name: str) -> Job:
 
 def make_mesh(job: Job, devices: Sequence[Any], topology: Topology) -> jax.sharding.Mesh:
   """The mesh of a job; UserError when it does not use all devices of the topology."""
-  sizes = f'{job.run.mesh.size} devices, but {topology.flag} has {len(devices)}'
-  fix = f'set --{job.key}.mesh.fsdp and the other axes.'
-  require(job.run.mesh.size == len(devices), f'{job.key}.mesh has {sizes}: {fix}')
+  size, there = job.run.mesh.size, f'{len(devices)} with --slices={topology.slices}'
+  wrong = f'{job.key}.mesh has {size} devices, but --topology={topology.name} has {there}'
+  require(size == len(devices), f'{wrong}: set --{job.key}.mesh.fsdp and the other axes.')
   return sharding.make_mesh(job.run.mesh, devices)
 
 

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from importlib import metadata
+from importlib import metadata, util
 from typing import Any
 
 import jax
@@ -70,31 +70,35 @@ def _common_facts(
   job: program.Job, topology: Topology, compiled: program.Compiled
 ) -> dict[str, Any]:
   """What was compiled for what, and whether it fits."""
-  peak, limit = compiled.peak_bytes, topology.chip.hbm_bytes
-  facts = {
+  peak, limit = compiled.needed_bytes, topology.chip.hbm_bytes
+  if compiled.executable:
+    stats = compiled.executable.memory_analysis()
+    memory = {
+      'arguments': stats.argument_size_in_bytes,
+      'temporaries': stats.temp_size_in_bytes,
+      'outputs': stats.output_size_in_bytes,
+      'aliased': stats.alias_size_in_bytes,
+    }
+    *held, aliased = memory.values()
+    peak = sum(held) - aliased
+    more = {'memory': memory, 'lower_seconds': compiled.lower_seconds}
+  else:
+    more = {'reason': compiled.reason}
+  return {
     'run': job.name,
     'label': job.run.label,
     'topology': topology.name,
     'slices': topology.slices,
     'chips': topology.size,
     'mesh': config.to_dict(job.run.mesh),
-    'versions': {name: _version(name) for name in LIBRARIES},
+    'versions': {name: metadata.version(name) for name in LIBRARIES if util.find_spec(name)},
     'compile_seconds': compiled.compile_seconds,
     'fits': compiled.executable is not None,
     'peak_bytes': peak,
     'hbm_limit_bytes': limit,
     'headroom_bytes': None if peak is None else limit - peak,
+    **more,
   }
-  if not facts['fits']:
-    return facts | {'reason': compiled.reason}
-  return facts | {'memory': compiled.memory, 'lower_seconds': compiled.lower_seconds}
-
-
-def _version(library: str) -> str | None:
-  try:
-    return metadata.version(library)
-  except metadata.PackageNotFoundError:
-    return None
 
 
 def _costs(

@@ -81,7 +81,7 @@ def seconds(program: Program, network: Network, sizes: dict[str, int]) -> dict[s
       axes = event.collective.axes(sizes)
       wire[axes] = wire.get(axes, 0.0) + event.times * local
       between += event.times * remote
-    alone = max(sum(event.flops.values()) / chip.flops, event.hbm_bytes / chip.hbm_bandwidth)
+    alone = max(event.flops / chip.flops, event.hbm_bytes / chip.hbm_bandwidth)
     if event.collective and not event.flops:
       alone = 0.0  # links are slower than HBM
     if not event.asynchronous:

@@ -41,13 +41,9 @@ def search(
   seconds: int,
   console: rich.console.Console,
 ) -> tuple[program.Compiled, dict[str, Any]]:
-  """The layout with the least roofline time a token among those compiled in time that fit.
+  """The layout with the least roofline time a token of those compiled in time, and its facts.
 
-  Returns:
-    It, and its facts with `candidates` and `flags`.
-
-  Raises:
-    UserError: no layout is legal, or none of the compiled ones fits.
+  They have `candidates` and `flags`. UserError when no layout is legal, or no compiled one fits.
   """
   start, chip = time.monotonic(), topology.chip
   possible = [(*guess(x, chip), x) for x in layouts(job, topology, sequences_per_chip)]
@@ -61,11 +57,9 @@ def search(
     elapsed = time.monotonic() - start
     if done and elapsed + longest > seconds:
       break
-    sizes, remat = accounting.mesh_text(vars(layout.run.mesh)), layout.run.compute.remat
-    console.print(
-      f'{elapsed:.0f} of {seconds} s, {number} of {len(hopeful)}: {sizes}, remat {remat}, '
-      f'{layout.sequences_per_chip} sequences a chip'
-    )
+    at, sizes = f'{elapsed:.0f} of {seconds} s', accounting.mesh_text(vars(layout.run.mesh))
+    what = f'remat {layout.run.compute.remat}, {layout.sequences_per_chip} sequences a chip'
+    console.print(f'{at}, {number} of {len(hopeful)}: {sizes}, {what}')
     mesh = program.make_mesh(layout, devices, topology)
     compiled = program.compile_train(layout, mesh)
     longest = max(longest, compiled.compile_seconds)

@@ -12,6 +12,7 @@ import jax
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
+from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 
 GIB = 2**30
@@ -72,22 +73,13 @@ class Topology:
   def size(self) -> int:
     return self.slices * math.prod(self.shape)
 
-  @property
-  def flag(self) -> str:
-    """What it is called in messages."""
-    return f'--topology={f"{self.slices} slices of " if self.slices > 1 else ""}{self.name}'
-
   def devices(self) -> Sequence[Any]:
     """The devices to compile for, slice by slice and host by host, as on the TPU itself.
 
-    Raises:
-      UserError: libtpu is missing or does not know the topology.
+    UserError when libtpu is missing or does not know the topology.
     """
-    if importlib.util.find_spec('libtpu') is None:
-      raise UserError(
-        f'--topology={self.name} requires the TPU compiler, libtpu, which is not installed: '
-        "pip install 'jax[tpu]'."
-      )
+    missing = f'--topology={self.name} requires the TPU compiler, libtpu, which is not installed'
+    require(importlib.util.find_spec('libtpu'), f"{missing}: pip install 'jax[tpu]'.")
     for name, value in _ENVIRONMENT.items():
       os.environ.setdefault(name, value)
     try:
@@ -106,15 +98,11 @@ class Topology:
 def parse(name: str, slices: int = 1) -> Topology:
   """The topology of a name such as v5e:4x4 or v5p:4x4x4; UserError for any other."""
   found = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)', name)
-  if not found or found[1] not in CHIPS:
-    raise UserError(
-      f'--topology={name} is not CHIP:SIZES with CHIP one of {", ".join(CHIPS)}: for example '
-      'v5e:4x4 or v5p:4x4x4.'
-    )
+  wrong = f'--topology={name} is not CHIP:SIZES with CHIP one of {", ".join(CHIPS)}'
+  known = found and found[1] in CHIPS
+  require(known, f'{wrong}: for example v5e:4x4 or v5p:4x4x4.')
   chip, shape = CHIPS[found[1]], tuple(int(size) for size in found[2].split('x'))
-  if len(shape) != chip.dimensions or 0 in shape:
-    raise UserError(
-      f'--topology={name} has {len(shape)} sizes; {chip.name} chips form a grid of '
-      f'{chip.dimensions} dimensions.'
-    )
+  wrong = f'--topology={name} has {len(shape)} sizes; {chip.name} chips form a grid of'
+  fits = len(shape) == chip.dimensions and 0 not in shape
+  require(fits, f'{wrong} {chip.dimensions} dimensions.')
   return Topology(name, chip, shape, slices)

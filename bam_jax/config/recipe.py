@@ -168,6 +168,7 @@ class Prepare(strict.Section):
   input: str  # a folder with one folder or file a domain; "sample" is the text shipped with bam_jax
   train_tokenizer: Count = 0  # vocabulary of a byte-level BPE to train; 0 uses `tokenizer`
   tokenizer: str = ''  # a tokenizer.json or SentencePiece model
+  skip_unknown: bool = False  # leave out files of a kind that cannot be read
 
   def check(self):
     both = bool(self.train_tokenizer) == bool(self.tokenizer)

@@ -2,6 +2,7 @@
 
 import codecs
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,9 @@ from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 from bam_jax.files import json_file
 
-JSON_LINES = ('.jsonl', '.jsonl.gz')
+JSON_LINES = ('.jsonl', '.jsonl.gz', '.jsonl.zst')
 PARQUET = '.parquet'
-TEXT = ('.txt', '.txt.gz', '.md')  # one document a file
+TEXT = ('.txt', '.txt.gz', '.txt.zst', '.md')  # one document a file
 EXTENSIONS = (*JSON_LINES, PARQUET, *TEXT)
 DOCUMENT_BYTES = 2**24  # at most: a tokenizer takes 100 times a text's bytes
 ROWS = 64  # of Parquet, read at a time
@@ -53,6 +54,10 @@ def extension(path: Path) -> str | None:
 def _plain(path: Path, kind: str, text_field: str) -> Iterator[Document]:
   with open(path, 'rb') as raw:
     plain = gzip.open(raw) if kind.endswith('.gz') else raw
+    if kind.endswith('.zst'):
+      import pyarrow  # slow to import
+
+      plain = io.BufferedReader(pyarrow.input_stream(raw, compression='zstd'))
     if kind in TEXT:
       yield Document(_decoded(plain.read(DOCUMENT_BYTES + 1), path), raw.tell())
       return

@@ -24,7 +24,7 @@ import tokenizers
 
 import bam_jax.data.shards as shards_lib
 from bam_jax.config.strict import require
-from bam_jax.data.sources import TRAIN, VALID, Domain
+from bam_jax.data.sources import TRAIN, VALID, Domain, hold_out
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.files import folders
@@ -47,6 +47,7 @@ def prepare(
   train_tokenizer: int | None = None,
   valid_fraction: float = VALID_FRACTION,
   text_field: str = 'text',
+  skip_unknown: bool = False,
   shard_tokens: int = SHARD_TOKENS,
   tokenizer_bytes: int = TOKENIZER_BYTES,
   min_decoded: float = MIN_DECODED,
@@ -57,8 +58,8 @@ def prepare(
 
   Files marked train, valid (validation, heldout) or test by name go to that split, test files are
   left out. Where a domain has no valid file, a document goes to valid by a hash of its text, so
-  that copies of it never lie on both sides. Where it has some, a train document whose exact text
-  is also in valid is dropped and counted; copies within train are kept.
+  that copies of it never lie on both sides. A train document whose exact text is also in a valid
+  file of any domain is dropped and counted; copies within train are kept.
 
   Args:
     inputs: the file or folder of each domain, by name.
@@ -66,6 +67,7 @@ def prepare(
     tokenizer: the one to use; or None, and `train_tokenizer` is the vocabulary size of a new one.
     valid_fraction: share of documents held out where no file is; 0 holds none out.
     tokenizer_bytes: of each domain's train split, for a new tokenizer.
+    skip_unknown: leave out files of a kind that cannot be read.
     min_decoded: share of a domain's characters that must come back from their tokens.
     progress: called with the bytes of the sources read so far, and all of them.
 
@@ -86,7 +88,10 @@ def prepare(
     require(not output.resolve().is_relative_to(path.resolve()), wrong)
 
   read = dict(text_field=text_field, valid_fraction=valid_fraction)
-  domains = [Domain.find(name, path, **read) for name, path in sorted(inputs.items())]
+  domains = [
+    Domain.find(name, path, **read, skip_unknown=skip_unknown)
+    for name, path in sorted(inputs.items())
+  ]
   plan = {
     'format': shards_lib.FORMAT,
     'sources': [source for domain in domains for source in domain.sources()],
@@ -108,6 +113,7 @@ def prepare(
   require(not output.exists() or output.is_dir() and not any(output.iterdir()), wrong)
 
   # The readers report what is wrong with an input; what is left is a disk that takes no more.
+  domains = hold_out(domains)
   with folders.writing(partial), _workplace(partial, plan):
     if tokenizer is None:
       trained = partial / 'tokenizer'
@@ -146,6 +152,29 @@ def _decoded_share(tokenizer: Tokenizer, texts: list[str]) -> float:
   for text, ids in zip(texts, tokenizer.encode_batch(texts)):
     kept += (collections.Counter(text) & collections.Counter(tokenizer.decode(ids))).total()
   return kept / total if total else 1.0
+
+
+def check_same(
+  dataset: str | os.PathLike,
+  manifest: Mapping[str, Any],
+  inputs: Mapping[str, str | os.PathLike],
+  tokenizer: Tokenizer | None,
+  train_tokenizer: int | None,
+) -> None:
+  """UserError if a dataset's inputs or tokenizer are others now, by the files' names and sizes."""
+  read = dict(text_field=manifest['text_field'], valid_fraction=0.0, skip_unknown=True)
+  now = set()
+  for domain in [Domain.find(name, Path(path), **read) for name, path in inputs.items()]:
+    for file, _ in domain.files:
+      now.add((f'{domain.name}/{file.relative_to(domain.root).as_posix()}', file.stat().st_size))
+  then = {(source['path'], source['bytes']) for source in manifest['sources']}
+  made = manifest['tokenizer_from']
+  same = tokenizer.hash == made.get('hash') if tokenizer else train_tokenizer == made['vocab_size']
+  changed = sorted(path for path, _ in now ^ then)
+  what = f'its file {changed[0]} differs' if changed else 'its tokenizer differs'
+  fix = 'choose another data.path, delete it, or undo the change'
+  wrong = f'{dataset} was prepared from other text than data.prepare names now ({what}): {fix}.'
+  require(same and not changed, wrong)
 
 
 def warnings(manifest: Mapping[str, Any], switched_off: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import dataclasses
 import hashlib
 import os
 import re
@@ -32,8 +33,8 @@ class Domain:
   """The files of one domain, in order, valid ones first, each with the split it is marked with.
 
   Where no file is valid, `valid_fraction` of the documents is held out, by a hash of the text.
-  `skipped` counts by (split, reason) what the latest `read` passed over: empty text, or train text
-  that is in valid.
+  `held_out` are digests of text that must not be in train. `skipped` counts by (split, reason) what
+  the latest `read` passed over: empty text, or train text that is held out.
   """
 
   name: str
@@ -42,12 +43,15 @@ class Domain:
   left_out: tuple[str, ...]
   text_field: str
   valid_fraction: float
+  held_out: frozenset[bytes] = frozenset()
   skipped: collections.Counter = field(default_factory=collections.Counter)
 
   @classmethod
-  def find(cls, name: str, path: Path, text_field: str, valid_fraction: float = 0.0) -> Self:
-    """Walks a domain's file or folder; UserError when nothing in it can be read."""
-    readable, left_out = find_files(path)
+  def find(
+    cls, name: str, path: Path, text_field: str, valid_fraction: float, skip_unknown: bool = False
+  ) -> Self:
+    """Walks a domain's file or folder; UserError when something in it cannot be read."""
+    readable, left_out = find_files(path, skip_unknown)
     root = path if path.is_dir() else path.parent
     marked = [(file, find_split(file.relative_to(root))) for file in readable]
     left_out += [file for file, split in marked if split == TEST]
@@ -75,30 +79,48 @@ class Domain:
   def read(self, progress: Callable[[int], None] = lambda done: None) -> Iterator[tuple[str, str]]:
     """Yields (split, text) of every document; calls `progress` with the bytes read so far."""
     self.skipped.clear()
-    has_valid = any(split == VALID for _, split in self.files)
-    held_out, before = set(), 0
+    has_valid, before = any(split == VALID for _, split in self.files), 0
     for file, mark in self.files:
       for text, position in read_documents(file, self.text_field):
         progress(before + position)
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        digest = _digest(text)
         share = int.from_bytes(digest[:8], 'big') / 2**64
         split = (mark or TRAIN) if has_valid else VALID if share < self.valid_fraction else TRAIN
         if not text:
           self.skipped[split, 'empty'] += 1
-        elif split == TRAIN and digest in held_out:
+        elif split == TRAIN and digest in self.held_out:
           self.skipped[TRAIN, 'in_valid'] += 1
         else:
-          if split == VALID:
-            held_out.add(digest)
           yield split, text
       before += file.stat().st_size
 
 
-def find_files(path: Path) -> tuple[list[Path], list[Path]]:
+def hold_out(domains: Sequence[Domain]) -> list[Domain]:
+  """The domains, none of which has text for train that is in a valid file of any of them."""
+  held_out = frozenset(
+    _digest(text)
+    for domain in domains
+    for file, mark in domain.files
+    if mark == VALID
+    for text, _ in read_documents(file, domain.text_field)
+  )
+  return [dataclasses.replace(domain, held_out=held_out) for domain in domains]
+
+
+def _digest(text: str) -> bytes:
+  return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _is_about(file: Path) -> bool:
+  return file.name.lower().startswith(_ABOUT)
+
+
+def find_files(path: Path, skip_unknown: bool = False) -> tuple[list[Path], list[Path]]:
   """The readable files of a domain's file or folder, and those left out, sorted by their path.
 
-  Passes over names that begin with a dot; UserError when no file can be read, or one twice because
-  of a link.
+  Passes over names that begin with a dot, and leaves out README, LICENSE and the like without an
+  extension of ours. UserError when no file can be read, one twice because of a link, or one is of
+  an unknown kind, unless these are skipped.
   """
   kinds = ', '.join(EXTENSIONS)
   require(path.exists(), f'{path} does not exist: correct the path.')
@@ -118,7 +140,12 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
     require(file.is_file(), f'{file} is not a file: remove it.')
     require(file.stat().st_size, f'{file} is empty: it holds no document.')
   require(readable, f'{path} holds no file that can be read: put {kinds} there.')
-  return readable, [file for file in files if not extension(file)]
+  left_out = [file for file in files if not extension(file)]
+  unknown = [file for file in left_out if not _is_about(file)]
+  what = f'{"".join(map(str, unknown[:1]))} is none of {kinds}'
+  fix = 'convert it, remove it, or let prepare leave out such files with --skip_unknown'
+  require(skip_unknown or not unknown, f'{what}: {fix}.')
+  return readable, left_out
 
 
 def find_split(relative: Path) -> str | None:
@@ -153,7 +180,7 @@ def find_domains(inputs: Sequence[str]) -> dict[str, Path]:
 def _entries(folder: Path) -> Iterator[tuple[str, str, Path]]:
   """What a folder has for domains: how to refer to it, the domain's name, and the path."""
   for path in sorted(folder.iterdir()):
-    if path.name.startswith('.') or path.is_file() and path.name.lower().startswith(_ABOUT):
+    if path.name.startswith('.') or path.is_file() and _is_about(path):
       continue
     kind = path.is_file() and extension(path) or ''
     name = path.name[: len(path.name) - len(kind)]

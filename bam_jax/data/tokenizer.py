@@ -1,15 +1,22 @@
 """One small interface over Hugging Face `tokenizer.json` and SentencePiece `.model` files."""
 
+import concurrent.futures
 import contextlib
+import functools
 import hashlib
+import itertools
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import sentencepiece
 import tokenizers
 from etils import epath
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bam_jax.config.strict import require
@@ -118,8 +125,13 @@ class Tokenizer:
       initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
       show_progress=False,
     )
-    # A list, since errors of reading would not come through the library as they are.
-    tokenizer.train_from_iterator(list(texts), trainer)
+    texts = list(texts)  # here: the library's thread must not run our code while Python exits
+    # In a thread, for the library does not notice Ctrl-C; Python's exit does not wait for it.
+    work = functools.partial(tokenizer.train_from_iterator, texts, trainer)
+    future = concurrent.futures.Future()
+    run = lambda: _settle(future, work)
+    threading.Thread(target=run, daemon=True).start()
+    future.result()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
     return cls(tokenizer.to_str(pretty=True).encode(), HUGGING_FACE_FILE)
 
@@ -129,7 +141,36 @@ class Tokenizer:
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """The ids of several texts, without BOS and EOS."""
-    return self._backend.encode_batch(texts)
+    ids = self._backend.encode_batch(texts)
+    for number, of_text in enumerate(ids):
+      if self.bos_id in of_text or self.eos_id in of_text:
+        ids[number] = self._spell_out(texts[number])
+    return ids
+
+  def _spell_out(self, text: str) -> list[int]:
+    """The ids of a text in which the names of BOS or EOS occur, cut after their first character."""
+    names = re.compile('|'.join(map(re.escape, (self.bos_token, self.eos_token))))
+    cuts = [0, *(match.start() + 1 for match in names.finditer(text)), len(text)]
+    pieces = [text[start:stop] for start, stop in itertools.pairwise(cuts)]
+    ids = itertools.chain.from_iterable(self._backend.encode_batch(pieces))
+    return [number for number in ids if number not in (self.bos_id, self.eos_id)]
+
+  def difference(self, other: 'Tokenizer') -> str:
+    """What gives a text other ids in `other`, for a person to read; '' if nothing does.
+
+    Compared by meaning: ids of all words, merges, normaliser and so on, whatever the file's bytes.
+    Templates, and words that only one of them has beyond the other's last, do not matter.
+    """
+    if self.hash == other.hash:
+      return ''
+    for name in ('bos_token', 'eos_token'):
+      if getattr(self, name) != getattr(other, name):
+        return f'{name} is {getattr(self, name)!r} in one and {getattr(other, name)!r} in the other'
+    ours, theirs = self._backend.meaning(), other._backend.meaning()
+    for number, (one, two) in enumerate(zip(ours.pop('words'), theirs.pop('words'))):
+      if one != two:
+        return f'{number} is {one!r} in one and {two!r} in the other'
+    return next((f'their {key} differs' for key in ours if ours[key] != theirs.get(key)), '')
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text of some ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
@@ -171,6 +212,16 @@ class _HuggingFace:
   def token_id(self, token: str) -> int | None:
     return self._tokenizer.token_to_id(token)
 
+  def meaning(self) -> dict[str, Any]:
+    facts = json.loads(self._tokenizer.to_str())
+    model = {key: value for key, value in facts['model'].items() if key not in ('vocab', 'dropout')}
+    by_id = {number: word for word, number in self._tokenizer.get_vocab().items()}
+    words = [by_id.get(number) for number in range(self.vocab_size)]
+    if isinstance(facts['model']['vocab'], list):  # Unigram's has scores
+      model['scores'] = facts['model']['vocab']
+    parts = ('normalizer', 'pre_tokenizer', 'decoder')
+    return {'words': words, 'model': model, **{name: facts[name] for name in parts}}
+
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     ids = []
     for batch in batches(texts):
@@ -192,6 +243,14 @@ class _SentencePiece:
       self._processor.LoadFromSerializedProto(content)
     self.vocab_size = self._processor.GetPieceSize()
     require(self.vocab_size, 'is not a SentencePiece model (it holds no pieces).')
+
+  def meaning(self) -> dict[str, Any]:
+    proto = sentencepiece_model_pb2.ModelProto.FromString(self._processor.serialized_model_proto())
+    pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+    trained = proto.trainer_spec
+    how = trained.model_type, trained.byte_fallback, trained.treat_whitespace_as_suffix
+    normalizer = proto.normalizer_spec.SerializeToString()
+    return {'words': pieces, 'model': how, 'normalizer': normalizer}
 
   def token_id(self, token: str) -> int | None:
     token_id = self._processor.PieceToId(token)
@@ -216,6 +275,13 @@ def batches(texts: Iterable[str], max_bytes: int = BATCH_BYTES) -> Iterator[list
     total += size
   if batch:
     yield batch
+
+
+def _settle(future: concurrent.futures.Future, work: Callable[[], None]) -> None:
+  try:
+    future.set_result(work())
+  except BaseException as error:
+    future.set_exception(error)
 
 
 @contextlib.contextmanager

@@ -53,8 +53,7 @@ class Entry:
 def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Options) -> list[Entry]:
   """The checkpoints, all checked before the first is scored.
 
-  Raises:
-    UserError: one is not a checkpoint, is given twice, or does not go with the data or the options.
+  UserError for one that is given twice, or does not go with the data or the options.
   """
   require(paths, '--checkpoint=DIR is required; it may be repeated.')
   sharding.make_mesh(rows_mesh(options.mesh))

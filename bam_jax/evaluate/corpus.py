@@ -21,20 +21,20 @@ class Prepared:
   """A split of a domain of a prepared dataset, tokens of one tokenizer."""
 
   def __init__(self, name: str, dataset: shards.Dataset, split: str, max_documents: int | None):
-    """Takes the first documents; UserError when there is no such split."""
-    self.name = name
+    """Takes the first documents; UserError without such a split."""
+    self.name, self._dataset = name, dataset
     self._documents = dataset.documents(name, split)
     self.byte_counts = self._documents.byte_counts[:max_documents]  # int64, of each text
-    self._dataset = dataset
 
   def check(self, tokenizer: Tokenizer, checkpoint: str) -> None:
     """UserError unless the dataset was prepared with this tokenizer."""
     wrong = f'{self._dataset.path} was prepared with another tokenizer than that of {checkpoint}'
     fix = 'pass text with --data=DOMAIN=FILE, which is tokenized for each checkpoint.'
-    require(tokenizer.hash == self._dataset.tokenizer_hash, f'{wrong}: {fix}')
+    found = tokenizer.difference(self._dataset.tokenizer())
+    require(not found, f'{wrong} ({found}): {fix}')
 
   def documents(self, tokenizer: Tokenizer) -> Sequence[np.ndarray]:
-    """The tokens of each document, in order: views of the mapped files."""
+    """The tokens of each document, in order."""
     del tokenizer
     return [self._documents[number] for number in range(len(self.byte_counts))]
 
@@ -44,9 +44,8 @@ class Text:
 
   def __init__(self, name: str, texts: Sequence[str]):
     """Takes one text for each document."""
-    self.name = name
+    self.name, self._texts = name, texts
     self.byte_counts = np.array([len(text.encode()) for text in texts], np.int64)
-    self._texts = texts
     self._encoded: dict[tuple, list[np.ndarray]] = {}  # by tokenizer
 
   def check(self, tokenizer: Tokenizer, checkpoint: str) -> None:

@@ -25,10 +25,7 @@ LEFT = ' class="name"'  # of a table's cells
 
 
 def write(
-  folder: Path,
-  facts: Mapping[str, Any],
-  entries: Sequence[Entry],
-  domains: Sequence[corpus.Domain],
+  folder: Path, facts: Mapping[str, Any], entries: Sequence[Entry], domains: Sequence[corpus.Domain]
 ) -> Path:
   """Draws the pictures into the folder, which exists, and writes `routing.html`; returns its path.
 

@@ -9,6 +9,7 @@ Legend: L layers, T tokens, E experts.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from scipy import special
 
@@ -48,12 +49,7 @@ class Record:
   def shown(self, document: int) -> dict[str, Routed]:
     """By router, what it did with the first tokens of one of the first documents."""
     parts = [routing for _, routing in sorted(self._kept[document].items())]
-    return {
-      name: Routed(
-        *(np.concatenate(x, axis=1)[:, :SHOWN_TOKENS] for x in zip(*(part[name] for part in parts)))
-      )
-      for name in parts[0]
-    }
+    return jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:, :SHOWN_TOKENS], *parts)
 
   def facts(self, domain: str, experts: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
     """By router and layer, means over the tokens: see `python -m bam_jax.evaluate --help`."""

@@ -116,8 +116,7 @@ class Scorer:
     self.length = length or self.meta.sequence_length
     self._mesh, self._batch_size = sharding.make_mesh(rows_mesh(mesh)), batch_size
     self._params = _load(path, self.meta.model, dtype, self._mesh)
-    model = self.meta.model.dropless()
-    self._score = functools.partial(score, model=model, dtype=dtype, mesh=self._mesh)
+    self._compute = dict(model=self.meta.model.dropless(), dtype=dtype, mesh=self._mesh)
     self._platform = self._mesh.devices.flat[0].platform
 
   def loglikelihoods(
@@ -127,11 +126,8 @@ class Scorer:
   ) -> list[tuple[float, bool]]:
     """Log-likelihood (natural) of each continuation, and whether greedy decoding would give it.
 
-    Args:
-      requests: tokens of context and continuation, at least one of each. A context that leaves no
-        room is cut from the left.
-      progress: called with how many more windows are done, of which a request has one, unless its
-        continuation alone is longer.
+    Requests are tokens of context and continuation, at least one of each. A context that leaves no
+    room is cut from the left. `progress` is called with how many more windows are done.
     """
     pieces, owners = [], []
     for number, (context, continuation) in enumerate(requests):
@@ -165,7 +161,7 @@ class Scorer:
         rows -= len(running[0][0].length_B)
         yield from _finish(windows, *running.popleft(), progress)
       arrays = jax.device_put((batch.tokens_BS, batch.length_B), sharding.batch(self._mesh))
-      scores = self._score(self._params, *arrays)
+      scores = score(self._params, *arrays, **self._compute)
       running.append((batch, scores if routing else scores._replace(routing={})))
     while running:
       yield from _finish(windows, *running.popleft(), progress)
@@ -184,23 +180,17 @@ def _finish(
   progress(len(batch.numbers))
 
 
-def _load(
-  path: str, model: config.Model, dtype: str, mesh: jax.sharding.Mesh
-) -> transformer.Params:
+def _load(path: str, model: config.Model, dtype: str, mesh: jax.sharding.Mesh):
   """Parameters on the mesh, matrices in the dtype in which they are used."""
   reader = checkpoint.open_params(path, model)
   wanted = transformer.Network(model, config.Compute()).abstract()
   sharding.check_divides(wanted, mesh.shape, f'{path}: --mesh', sharding.spec_of)
 
   def place(key_path, leaf, sharded):
-    name = sharding.path_of(key_path)
-    leaf_dtype = parameters.dtype_of(key_path[-1].key, dtype)
-    regions: dict[str, np.ndarray] = {}  # devices that have the same region read it once
-
+    @functools.cache  # devices that have the same region read it once
     def read(index):
-      if str(index) not in regions:
-        regions[str(index)] = reader.read(name, index).astype(leaf_dtype)
-      return regions[str(index)]
+      region = reader.read(sharding.path_of(key_path), index)
+      return region.astype(parameters.dtype_of(key_path[-1].key, dtype))
 
     return jax.make_array_from_callback(leaf.shape, sharded, read)
 

@@ -38,16 +38,10 @@ class Batch(NamedTuple):
 def cut(tokens: np.ndarray, length: int, stride: int, first: int = 1) -> Iterator[Window]:
   """Windows that score every token from `first` on exactly once, in order.
 
-  A document that fits is one window. In a longer one each window begins `stride` tokens after the
-  one before and scores what that did not reach, with at least `length - stride` tokens, and always
-  one, before it.
-
-  Args:
-    tokens: of a document, or of a context and its continuation.
-    length: tokens that the model reads at once.
-    stride: 1 to `length`.
-    first: the first token that is scored. What stands before it is dropped, from the left, as far
-      as the rest needs the room.
+  A document of at most `length + 1` tokens is one window. In a longer one each begins `stride`
+  tokens, 1 to `length`, after the one before and scores what that did not reach, with at least
+  `length - stride` tokens, and always one, before it. What stands before `first` is dropped, from
+  the left, as far as the rest needs the room.
   """
   start, done = max(0, min(first - 1, len(tokens) - length - 1)), first
   while done < len(tokens):

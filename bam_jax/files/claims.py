@@ -185,7 +185,14 @@ def _facts(seen: Any) -> dict[str, Any]:
 def _is_gone(facts: dict[str, Any]) -> bool:
   """Whether the holder was a process of this machine that no longer exists."""
   here = facts.get('kernel') and facts['kernel'] == _kernel()
-  return bool(here) and not Path(f'/proc/{facts["pid"]}').exists()
+  try:
+    if here:
+      os.kill(facts['pid'], 0)
+  except ProcessLookupError:
+    return True
+  except PermissionError:  # another user's
+    pass
+  return False
 
 
 def _kernel() -> str:

@@ -1,7 +1,6 @@
 """JSON from untrusted files: bounded in memory, with one kind of error."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ from etils import epath
 MAX_BYTES = 2**26
 
 
-def load(path: Path | epath.Path, pairs_hook: Callable | None = None) -> Any:
-  """The value in a file; `pairs_hook` makes objects from pairs, as in `json.loads`.
+def load(path: Path | epath.Path) -> Any:
+  """The value in a file.
 
   OSError; ValueError if it exceeds MAX_BYTES, is not UTF-8 or JSON, or is nested too deep.
   """
@@ -19,12 +18,12 @@ def load(path: Path | epath.Path, pairs_hook: Callable | None = None) -> Any:
     content = file.read(MAX_BYTES + 1)
   if len(content) > MAX_BYTES:
     raise ValueError(f'it is larger than {MAX_BYTES >> 20} MiB')
-  return loads(content.decode(), pairs_hook)
+  return loads(content.decode())
 
 
-def loads(text: str, pairs_hook: Callable | None = None) -> Any:
+def loads(text: str) -> Any:
   """The value of a text; ValueError if it is not JSON, or is nested too deep."""
   try:
-    return json.loads(text, object_pairs_hook=pairs_hook)
+    return json.loads(text)
   except RecursionError:
     raise ValueError('it is nested too deep') from None

@@ -129,7 +129,8 @@ def _specs(decoder: Decoder) -> tuple[Any, State]:
 def abstract_arguments(decoder: Decoder, batch: int, slots: int) -> tuple:
   """Shapes and shardings of the arguments of `decode`, to compile it for any devices."""
   abstract = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=decoder.sharding(spec))
-  rest = map(abstract, _rest([0] * batch, np.zeros((batch, 2)), SamplingParams(), ()), REST)
+  first_B, noise_B2 = np.zeros(batch, np.int32), np.zeros((batch, 2), np.uint32)
+  rest = map(abstract, _rest(first_B, noise_B2, SamplingParams(), ()), REST)
   return (
     decoder.abstract_params(),
     State(decoder.abstract_cache(batch, slots), *rest),
@@ -141,10 +142,10 @@ def abstract_arguments(decoder: Decoder, batch: int, slots: int) -> tuple:
 def _rest(first_B, noise_B2, params: SamplingParams, stops: Sequence[int]) -> tuple:
   """The state before anything is read, but for its cache."""
   return (
-    np.asarray(first_B, np.int32),
+    first_B,
     np.int32(0),
-    np.full(len(first_B), NO_TOKEN, np.int32),
-    np.asarray(noise_B2, np.uint32),
+    np.full_like(first_B, NO_TOKEN),
+    noise_B2,
     np.float32(params.temperature or 1.0),
     np.float32(params.top_p),
     np.asarray(stops or (NO_TOKEN,), np.int32),
@@ -230,14 +231,14 @@ class Generator:
     for tokens_BT in pieces:
       state = prefill(program, self.params, state, tokens_BT)
     yield np.asarray(state.token_B)[:, None]
-    left = max_new_tokens - 1
-    while left and running.any():
-      steps = min(every, left)
+    for done in range(1, max_new_tokens, every):
+      if not running.any():
+        return
+      steps = min(every, max_new_tokens - done)
       finished_B = np.ones(len(state.token_B), bool)
       finished_B[: len(running)] = ~running
       state, new_BN = decode(program, self.params, state, finished_B, jnp.int32(steps))
       yield np.asarray(new_BN)[:, :steps]
-      left -= steps
 
   def _start(self, rows: Sequence[Row], max_new_tokens: int, params: SamplingParams, seed: int):
     """The state of a batch before anything is read, and its prompts in pieces BT."""

@@ -47,12 +47,8 @@ def sample(
 ) -> jax.Array:
   """One word for each row, int32 (B,).
 
-  Args:
-    logits_BV: float32; minus infinity for words that are not to be chosen.
-    keys_B: of the draws, one for each row.
-    static: `SamplingParams.static`.
-    temperature: above 0; unread in greedy decoding, as are the keys.
-    top_p: unread unless `static` has it.
+  Logits are float32, minus infinity for words that are not to be chosen; `static` is that of
+  `SamplingParams`. Greedy decoding reads neither keys nor `temperature`, which is above 0.
   """
   draws, top_k, use_top_p = static
   if not draws:

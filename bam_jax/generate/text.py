@@ -73,7 +73,13 @@ class Continuation:
 
   def _show(self, last: bool) -> str:
     """Spells what the window allows, and returns what of it cannot become a stop."""
-    self._spelled += self._spell(last)
+    text = self._tokenizer.decode(self._window)
+    half = 0 if last else min(MAX_HALF, len(text) - len(text.rstrip(REPLACEMENT)))
+    self._spelled += text[self._seen : len(text) - half]
+    self._seen = max(self._seen, len(text) - half)
+    if not half and len(self._window) > 4 * CONTEXT:
+      self._window = self._window[-CONTEXT:]
+      self._seen = len(self._tokenizer.decode(self._window))
     found = [at for at in map(self._spelled.find, self._stops) if at >= 0]
     self.stopped = bool(found)
     end = min(found, default=len(self._spelled))
@@ -82,18 +88,6 @@ class Continuation:
     shown = self._spelled[len(self.text) : end]
     self.text += shown
     return shown
-
-  def _spell(self, last: bool) -> str:
-    text = self._tokenizer.decode(self._window)
-    end = len(text)
-    if not last:
-      end -= min(MAX_HALF, len(text) - len(text.rstrip(REPLACEMENT)))
-    new = text[self._seen : end]
-    self._seen = max(self._seen, end)
-    if end == len(text) and len(self._window) > 4 * CONTEXT:
-      self._window = self._window[-CONTEXT:]
-      self._seen = len(self._tokenizer.decode(self._window))
-    return new
 
 
 def _begun(text: str, stop: str) -> int:

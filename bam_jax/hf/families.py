@@ -168,7 +168,7 @@ def _scaling(group: Mapping[str, Any], facts: Facts) -> config.RopeScaling | Non
   rest = {k: v for k, v in group.items() if k not in ('rope_theta', 'partial_rotary_factor')}
   kinds = {rest.pop(key) for key in ('rope_type', 'type') if key in rest} or {'default'}
   kind = kinds.pop()
-  wrong = f'rope_type={kind!r} cannot be imported'
+  wrong = f"rope_type={kind!r} changes with a text's length, or is unknown"
   known = not kinds and kind in ('default', *_SCALINGS)
   require(known, f'{wrong}: default, linear, llama3 and yarn can be.')
   keys = _SCALINGS.get(kind, {})
@@ -177,7 +177,8 @@ def _scaling(group: Mapping[str, Any], facts: Facts) -> config.RopeScaling | Non
   if kind == 'default':
     return None
   values = Facts(rest)
-  fields = {ours: values.take(key, float, None) for key, ours in keys.items()}
+  fields = {'factor': values.take('factor', float)}
+  fields |= {ours: values.take(key, float, None) for key, ours in keys.items() if key != 'factor'}
   fields = {ours: value for ours, value in fields.items() if value is not None}
   if 'original_max_position_embeddings' in keys:
     length = int(fields.get('original_length') or facts.take(LENGTH, int))

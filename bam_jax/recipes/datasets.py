@@ -21,16 +21,28 @@ def open_dataset(data: config.Data) -> shards.Dataset:
 def _prepare_missing(data: config.Data) -> None:
   path, options = folders.at(data.path), data.prepare
   folders.check_bucket(path)
-  if not options or (path / shards.MANIFEST).exists():
+  if not options:
     return
-  print(f'Preparing {path} from {options.input}.', file=sys.stderr)
   source = str(sources.SAMPLE) if options.input == 'sample' else options.input
+  exists = (path / shards.MANIFEST).exists()
+  if exists and not Path(source).exists():
+    return  # the text may be gone, or on another machine
   domains = sources.find_domains([source])
   tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
   size = options.train_tokenizer or None
+  if exists:
+    prepare.check_same(path, shards.read_manifest(path), domains, tokenizer, size)
+    return
+  print(f'Preparing {path} from {options.input}.', file=sys.stderr)
 
   def prepare_in(folder: Path) -> None:
-    facts = prepare.prepare(domains, folder, tokenizer=tokenizer, train_tokenizer=size)
+    facts = prepare.prepare(
+      domains,
+      folder,
+      tokenizer=tokenizer,
+      train_tokenizer=size,
+      skip_unknown=options.skip_unknown,
+    )
     for warning in prepare.warnings(facts, tokenizer.switched_off if tokenizer else ()):
       print(warning, file=sys.stderr)
 

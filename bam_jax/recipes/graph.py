@@ -184,9 +184,11 @@ def _check_data(node: Node, nodes: Mapping[str, Node], dataset: shards.Dataset) 
   if isinstance(node.run.init, config.FromCheckpoint):
     path = node.run.init.checkpoint
     wrong = f'config.runs.{node.name}.init.checkpoint={path} was made with another tokenizer than'
-    fix = 'prepare the data with the tokenizer stored with the checkpoint.'
-    same = node.origin.meta.tokenizer_hash == dataset.tokenizer_hash
-    require(same, f'{wrong} {dataset.path}: {fix}')
+    fix = 'prepare the data with the tokenizer stored with the checkpoint'
+    folder, meta = node.origin
+    if meta.tokenizer_hash != dataset.tokenizer_hash:
+      found = checkpoint.open_tokenizer(folder, meta).difference(dataset.tokenizer())
+      require(not found, f'{wrong} {dataset.path} ({found}): {fix}.')
   centroids = node.upcycle and node.upcycle.router_init == 'centroids'
   for reader in (node.name, *(node.upcycle.sources if centroids else ())):
     for domain in nodes[reader].run.data:

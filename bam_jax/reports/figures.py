@@ -33,9 +33,7 @@ def style() -> contextlib.AbstractContextManager:
 
 
 def loss_curves(
-  path: Path,
-  rows: Sequence[Mapping[str, Any]],
-  metrics: Mapping[str, Sequence[Mapping[str, Any]]],
+  path: Path, rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
   """Draws the negative log-likelihood of each run in training, and its held-out loss as dots.
 

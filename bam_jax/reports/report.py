@@ -25,7 +25,7 @@ from bam_jax.train.log import duration
 Row = dict[str, Any]
 
 COPIED = (
-  'run', 'label', 'kind', 'method', 'sources', 'step', 'tokens', 'wall_seconds', 'parameters',
+  'label', 'kind', 'method', 'sources', 'step', 'tokens', 'wall_seconds', 'parameters',
   'active_parameters', 'flops_per_token',
 )  # fmt: skip
 BEST = '★'
@@ -70,7 +70,7 @@ def _write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
   rows = []
   for run, result in finished.items():
     try:
-      rows.append(_row(result, domains))
+      rows.append({'run': run} | _row(result, domains))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
       path = workdir / run / 'result.json'
       raise UserError(f'{path} is damaged: delete its folder and train the run again.') from None

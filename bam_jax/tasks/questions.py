@@ -20,7 +20,6 @@ from bam_jax.files import json_file
 from bam_jax.tasks import scoring
 
 SUFFIXES = ('.jsonl', '.jsonl.gz')
-MAX_BYTES = 2**28  # of a file's text
 CHOICE, LINE, CODE = 'choice', 'line', 'code'  # kinds
 KEYS = {
   CHOICE: ('context', 'choices', 'answer'),
@@ -41,14 +40,12 @@ def read(path: str) -> Questions:
   """Reads a file of questions; UserError names the file, or the line, that is not valid."""
   try:
     with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as file:
-      content = file.read(MAX_BYTES + 1)
+      lines = file.read().split(b'\n')
   except (OSError, EOFError, zlib.error, ValueError) as error:
     reason = getattr(error, 'strerror', None) or error
     raise UserError(f'--tasks={path} cannot be read: {reason}.') from error
-  small = len(content) <= MAX_BYTES
-  require(small, f'--tasks={path} is larger than {MAX_BYTES >> 20} MiB: split the file.')
   kind, rows = '', []
-  for number, line in enumerate(content.split(b'\n'), 1):
+  for number, line in enumerate(lines, 1):
     if line.strip():
       try:
         row = json_file.loads(line.decode())

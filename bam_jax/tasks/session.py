@@ -90,20 +90,15 @@ def load(tasks: Sequence[str | questions_lib.Questions]) -> tuple[Any, list[Any]
   twice = next((name for name in names if names.count(name) > 1), None)
   require(not twice, f'--tasks has {twice} twice: name it once.')
   # Indexing lm-eval's thousands of tasks takes seconds, which files need not wait for.
-  by_name = [task for task in tasks if isinstance(task, str)]
-  manager = TaskManager(include_path=GROUPS, include_defaults=bool(by_name))
-  for task in by_name:
-    require(
-      task in manager.all_tasks or task.endswith('.yaml'),
-      f'--tasks={task} is not a task of lm-eval, a .yaml or a .jsonl file: '
-      '`python -m bam_jax.tasks ls tasks` lists the tasks.',
-    )
-  specs = [task if task in by_name else questions_lib.lm_eval_task(task) for task in tasks]
+  by_name = any(isinstance(task, str) for task in tasks)
+  manager = TaskManager(include_path=GROUPS, include_defaults=by_name)
+  specs = [task if isinstance(task, str) else questions_lib.lm_eval_task(task) for task in tasks]
   try:
     return manager, specs, manager.load(specs)['tasks']
   except Exception as error:  # anything that a task's files and the loaders of its data raise
     reason = ' '.join(str(error).split()) or type(error).__name__
-    raise UserError(f'--tasks={",".join(names)} cannot be loaded ({reason}).') from error
+    hint = '`python -m bam_jax.tasks ls tasks` lists the tasks of lm-eval'
+    raise UserError(f'--tasks={",".join(names)} cannot be loaded ({reason}): {hint}.') from error
 
 
 def check_code(tasks: Mapping[str, Any], allowed: bool) -> None:

@@ -28,30 +28,46 @@ def nll(network: transformer.Network, params: transformer.Params, batch: dict) -
   return Metrics(total, batch['weights'].sum(), routing)
 
 
+class Totals(NamedTuple):
+  """What a step's micro-batches hold together."""
+
+  targets: jax.Array  # that count, weighted
+  tokens: jax.Array  # int32, real ones
+
+
+def totals(network: transformer.Network, batch: dict) -> Totals:
+  """Those of a batch, over all devices."""
+  return network.layout.total(
+    Totals(batch['weights'].sum(), jnp.sum(batch['segments'] > 0, dtype=jnp.int32))
+  )
+
+
 def objective(
   network: transformer.Network,
   loss: config.Loss,
   params: transformer.Params,
   batch: dict,
-  targets: jax.Array | None = None,
+  step: Totals | None = None,
   whole: block.Routing | None = None,
 ) -> tuple[jax.Array, Metrics]:
   """The loss and the metrics of a batch, or of a micro-batch.
 
   On a mesh the loss is this device's contribution, and the devices' losses add up to the step's;
-  metrics are sums over this device's rows. Micro-batches' losses add up too, if given the number of
-  `targets` in the whole step and, when router losses cover the whole step, its routing, `whole`.
+  metrics are sums over this device's rows. Micro-batches' losses add up too, if given the totals of
+  the whole step and, when router losses cover the whole step, its routing, `whole`.
   """
   layout = network.layout
   metrics = nll(network, params, batch)
-  here = layout.total(metrics.targets)
-  targets = jnp.maximum(here if targets is None else targets, 1)
-  if whole is None:
+  here = totals(network, batch)
+  step = here if step is None else step
+  if whole is None:  # means over this micro-batch's tokens, weighted by its share of the step's
     over = layout.total(jax.lax.stop_gradient(metrics.routing))
-    routers = here / targets * router_loss(network.model, loss, metrics.routing, over)
+    routers = router_loss(network.model, loss, metrics.routing, over)
+    routers *= here.tokens / jnp.maximum(step.tokens, 1)
   else:
     routers = router_loss(network.model, loss, metrics.routing, whole)
-  return (metrics.nll / targets + routers) / layout.copies, metrics
+  value = metrics.nll / jnp.maximum(step.targets, 1) + routers
+  return value / layout.copies, metrics
 
 
 def router_loss(

@@ -1,11 +1,13 @@
 """One optimizer step and one evaluation step, jitted and sharded."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -13,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from bam_jax import config
 from bam_jax.model import block, transformer
 from bam_jax.parallel import sharding
+from bam_jax.parallel.collectives import Layout
 from bam_jax.train import guard as guard_lib
 from bam_jax.train import loss as loss_lib
 from bam_jax.train import optimizer as optimizer_lib
@@ -117,24 +120,42 @@ def gradients(
     if grad_accum_steps == 1:
       (value, sums), grads = gradient(batch)
     else:
-      targets = layout.total(batch['weights'].sum())
-      # Micro-batch i takes every row i modulo `grad_accum_steps`, on every mesh the same rows.
-      split = lambda x: x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1)
-      micro = jax.tree.map(split, batch)
+      totals = loss_lib.totals(network, batch)
+      micro = micro_batches(layout, batch, grad_accum_steps)
       whole = None
       if loss.balance_over == 'global_batch' and network.model != network.model.dense():
         whole = _whole_routing(network, params, micro)
 
       def add(total, part):
-        return jax.tree.map(jnp.add, total, gradient(part, targets, whole)), None
+        return jax.tree.map(jnp.add, total, gradient(part, totals, whole)), None
 
       first, rest = (jax.tree.map(lambda x, at=at: x[at], micro) for at in (0, slice(1, None)))
-      ((value, sums), grads), _ = jax.lax.scan(add, gradient(first, targets, whole), rest)
+      ((value, sums), grads), _ = jax.lax.scan(add, gradient(first, totals, whole), rest)
     value = layout.sum(value, *sharding.AXES)
     return (value, layout.total(sums)), layout.gradient_sums(grads)
 
   specs = layout.specs(network.abstract())
   return layout.spread(local, (specs, sharding.BATCH), ((P(), P()), specs))(params, batch)
+
+
+def micro_batches(layout: Layout, batch: dict, count: int) -> dict:
+  """A device's rows in `count` parts, on axis 0; each part has the same rows on every mesh.
+
+  The domains of a batch take turns, so that every `count`-th row might be of one of them: each
+  group of `count` rows is dealt to the parts in an order of its own.
+  """
+  axes = layout.over(*sharding.BATCH[0])
+  groups = len(batch['tokens']) // count
+  all_groups = groups * math.prod(layout.sizes[axis] for axis in axes)
+  order = np.random.default_rng(0).permuted(np.tile(np.arange(count), (all_groups, 1)), axis=1)
+  first = groups * jax.lax.axis_index(axes) if axes else 0
+  order = jax.lax.dynamic_slice_in_dim(jnp.asarray(order), first, groups)
+
+  def split(x):
+    grouped = x.reshape(groups, count, *x.shape[1:])
+    return grouped[jnp.arange(groups)[:, None], order].swapaxes(0, 1)
+
+  return jax.tree.map(split, batch)
 
 
 def _whole_routing(network: transformer.Network, params: dict, micro: dict) -> block.Routing:

@@ -22,8 +22,8 @@ def average(arrays: Sequence[np.ndarray], upcycle: config.Upcycle) -> np.ndarray
     return arrays[0].copy()
   if upcycle.average == 'mean':
     return sum(arrays[1:], start=arrays[0]) / len(arrays)
-  total = sum(upcycle.weights)
-  terms = [array * (weight / total) for array, weight in zip(arrays, upcycle.weights)]
+  shares = np.asarray(upcycle.weights) / max(upcycle.weights)  # whose sum cannot overflow
+  terms = [array * share for array, share in zip(arrays, (shares / shares.sum()).tolist())]
   return sum(terms[1:], start=terms[0])
 
 

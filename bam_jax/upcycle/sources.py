@@ -44,9 +44,10 @@ def open_sources(paths: Sequence[str]) -> list[Source]:
       raise UserError(f'{path} is a mixture: only dense models can be mixed.')
     if changes := strict.differences(config.to_dict(first.model), config.to_dict(meta.model)):
       raise UserError(f'{path} differs from the model of {paths[0]} ({"; ".join(changes[:3])}).')
-    if meta.tokenizer_hash != first.tokenizer_hash:
-      why = 'their tokens mean different text.'
-      raise UserError(f'{path} was trained with another tokenizer than {paths[0]}: {why}')
+    if sources and meta.tokenizer_hash != first.tokenizer_hash:
+      tokenizer = checkpoint.open_tokenizer(folder, meta)
+      if found := tokenizer.difference(checkpoint.open_tokenizer(sources[0].folder, first)):
+        raise UserError(f'{path} was trained with another tokenizer than {paths[0]}: {found}.')
     reader = checkpoint.open_params(folder, meta.model, check=False)
     for name, (_, dtype) in reader.specs.items():
       if dtype.name not in DTYPES:

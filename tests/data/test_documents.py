@@ -21,6 +21,8 @@ LINES = ''.join(json.dumps({'text': text, 'id': 1}) + '\n' for text in TEXTS)
 def write(path, content):
   path.parent.mkdir(parents=True, exist_ok=True)
   data = content.encode() if isinstance(content, str) else content
+  if path.suffix == '.zst':  # two frames, as `cat` of two files makes them
+    data = b''.join(pa.compress(x, 'zstd', asbytes=True) for x in (data[:9], data[9:]))
   path.write_bytes(gzip.compress(data) if path.suffix == '.gz' else data)
   return path
 
@@ -32,6 +34,11 @@ def texts_of(path, **options):
 def test_json_lines(tmp_path):
   assert texts_of(write(tmp_path / 'a.jsonl', LINES)) == TEXTS
   assert texts_of(write(tmp_path / 'a.jsonl.gz', LINES)) == TEXTS
+  path = write(tmp_path / 'a.jsonl.zst', LINES)
+  assert texts_of(path) == TEXTS
+  path.write_bytes(path.read_bytes()[:-20])
+  with pytest.raises(UserError, match='a.jsonl.zst cannot be read: Truncated compressed stream'):
+    list(read_documents(path))
   assert texts_of(write(tmp_path / 'b.jsonl', '\n' + LINES + ' \n')) == TEXTS
 
 
@@ -41,7 +48,7 @@ def test_parquet(tmp_path):
   assert texts_of(tmp_path / 'a.parquet', text_field='body') == TEXTS * 200
 
 
-@pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.txt'])
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.jsonl.zst', 'a.txt'])
 def test_position_ends_at_the_size_and_a_leading_mark_is_skipped(tmp_path, name):
   path = write(tmp_path / name, codecs.BOM_UTF8 + LINES.encode())
   *_, last = read_documents(path)
@@ -110,10 +117,13 @@ def test_parquet_errors(tmp_path):
 def test_find_files_is_sorted_and_names_what_it_leaves(tmp_path):
   for name in ('b/z.txt', 'b/a.jsonl', 'a.md', 'b.parquet', '.hidden/x.txt', '.x.txt', 'b/x.py'):
     write(tmp_path / name, 'x')
-  files, left_out = find_files(tmp_path)
+  write(tmp_path / 'LICENSE', 'x')
+  with pytest.raises(UserError, match='b/x.py is none of .*: convert it, remove it'):
+    find_files(tmp_path)
+  files, left_out = find_files(tmp_path, skip_unknown=True)
   names = [file.relative_to(tmp_path).as_posix() for file in files]
   assert names == ['a.md', 'b/a.jsonl', 'b/z.txt', 'b.parquet']
-  assert left_out == [tmp_path / 'b/x.py']
+  assert left_out == [tmp_path / 'LICENSE', tmp_path / 'b/x.py']
   with pytest.raises(UserError, match='holds no file that can be read'):
     find_files(write(tmp_path / 'c' / 'x.py', '').parent)
   with pytest.raises(UserError, match='does not exist'):

@@ -213,14 +213,20 @@ def test_marked_files_copies_empty_texts_and_what_is_left_out(tmp_path):
   write_lines(tmp_path / 'a/valid.jsonl', ['held', ''])
   write_lines(tmp_path / 'a/test.jsonl', ['secret'])
   (tmp_path / 'a/odd.csv').write_text('x')
-  manifest = prepare({'a': tmp_path / 'a'}, tmp_path / 'data', train_tokenizer=300)
+  write_lines(tmp_path / 'b.jsonl', ['three', 'held'])  # in valid of another domain
+  inputs, how = {'a': tmp_path / 'a', 'b': tmp_path / 'b.jsonl'}, dict(train_tokenizer=300)
+  with pytest.raises(UserError, match='a/odd.csv is none of .jsonl'):
+    prepare(inputs, tmp_path / 'data', **how)
+  manifest = prepare(inputs, tmp_path / 'data', **how, valid_fraction=0, skip_unknown=True)
   assert texts_of(tmp_path / 'data', 'a', 'train') == ['one', 'two', 'two']
+  assert texts_of(tmp_path / 'data', 'b', 'train') == ['three']
   assert texts_of(tmp_path / 'data', 'a', 'valid') == ['held']
   splits = manifest['domains']['a']
   assert splits['train']['skipped'] == {'empty': 1, 'in_valid': 1}
   assert splits['valid']['skipped'] == {'empty': 1, 'in_valid': 0}
   assert manifest['left_out'] == ['a/odd.csv', 'a/test.jsonl']
-  assert [source['path'] for source in manifest['sources']] == ['a/valid.jsonl', 'a/train.jsonl']
+  files = [source['path'] for source in manifest['sources']]
+  assert files == ['a/valid.jsonl', 'a/train.jsonl', 'b/b.jsonl']
 
 
 def lossy():

@@ -3,12 +3,17 @@
 import io
 import json
 import pickle
+import signal
+import subprocess
+import sys
+import time
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import sentencepiece
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
@@ -136,3 +141,85 @@ def test_what_a_tokenizer_cannot_encode_is_a_sentence():
   assert tokenizer.encode('a') == [1]
   with pytest.raises(UserError, match='The tokenizer cannot encode a text'):
     tokenizer.encode('b')
+
+
+def added(model, special: bool) -> tokenizers.Tokenizer:
+  """A tokenizer whose `<s>` and `</s>` are added tokens, special or not."""
+  made = tokenizers.Tokenizer(model)
+  tokens = [tokenizers.AddedToken(name, special=special) for name in ('<s>', '</s>')]
+  (made.add_special_tokens if special else made.add_tokens)(tokens)
+  return made
+
+
+def user_defined() -> bytes:
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=70, minloglevel=2, bos_id=-1,
+    eos_id=-1, user_defined_symbols=['<s>', '</s>'],
+  )  # fmt: skip
+  return model.getvalue()
+
+
+LETTERS = ['<unk>', '<s>', '</s>', *'ab </s>']
+UNIGRAM = tokenizers.models.Unigram([(word, -1.0) for word in dict.fromkeys(LETTERS)], unk_id=0)
+WORDS = {word: number for number, word in enumerate(dict.fromkeys(LETTERS))}
+
+
+@pytest.mark.parametrize(
+  'content',
+  [
+    added(UNIGRAM, True),
+    added(UNIGRAM, False),
+    added(tokenizers.models.BPE(WORDS, [], unk_token='<unk>'), False),
+    added(tokenizers.models.WordLevel(WORDS, '<unk>'), True),
+    user_defined(),
+  ],
+  ids=['unigram', 'unigram, not special', 'bpe, not special', 'words', 'user-defined'],
+)
+def test_no_text_has_the_id_of_bos_or_eos(content):
+  """HTML has `<s>` and `</s>`, which must not end a document."""
+  is_json = not isinstance(content, bytes)
+  content = content.to_str().encode() if is_json else content
+  tokenizer = Tokenizer(content, 'tokenizer.json' if is_json else 'tokenizer.model', '<s>', '</s>')
+  plain, marked = tokenizer.encode_batch(['a b', 'a </s> b <s>'])
+  assert not {tokenizer.bos_id, tokenizer.eos_id} & {*plain, *marked}
+  assert tokenizer.encode('a b') == plain and len(marked) > 0
+
+
+def test_tokenizers_are_compared_by_what_they_do(sentence_piece):
+  facts = json.loads(BYTE_LEVEL._content)
+  again = lambda facts: Tokenizer(json.dumps(facts).encode(), 'tokenizer.json')
+  assert again(facts).hash != BYTE_LEVEL.hash
+  assert BYTE_LEVEL.difference(again(facts)) == BYTE_LEVEL.difference(BYTE_LEVEL) == ''
+  facts['added_tokens'].append(facts['added_tokens'][1] | {'id': 280, 'content': '<|im_end|>'})
+  assert BYTE_LEVEL.difference(again(facts)) == again(facts).difference(BYTE_LEVEL) == ''
+  facts['model']['merges'] = facts['model']['merges'][::-1]
+  assert BYTE_LEVEL.difference(again(facts)) == 'their model differs'
+  facts = json.loads(BYTE_LEVEL._content)
+  facts['model']['vocab'] |= {'a': facts['model']['vocab']['b'], 'b': facts['model']['vocab']['a']}
+  assert "'a' in one and 'b' in the other" in BYTE_LEVEL.difference(again(facts))
+  pieces = Tokenizer(sentence_piece, 'tokenizer.model')
+  proto = sentencepiece_model_pb2.ModelProto.FromString(sentence_piece)
+  proto.trainer_spec.model_prefix = 'elsewhere'
+  assert pieces.difference(Tokenizer(proto.SerializeToString(), 'tokenizer.model')) == ''
+  proto.pieces[40].score -= 1
+  assert '40 is' in pieces.difference(Tokenizer(proto.SerializeToString(), 'tokenizer.model'))
+  assert 'bos_token' in pieces.difference(BYTE_LEVEL)
+
+
+def test_an_interrupt_ends_training():
+  """The library would go on for a minute; the process ends at once."""
+  program = (
+    'from bam_jax.data.tokenizer import Tokenizer; import random; r = random.Random(0);'
+    'texts = ["".join(r.choices("abcdefgh ", k=400_000)) for _ in range(40)]; print("taken");'
+    'print(flush=True); Tokenizer.train(texts, 60_000)'
+  )
+  process = subprocess.Popen(
+    [sys.executable, '-c', program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  assert process.stdout.readline() == 'taken\n'
+  time.sleep(1)
+  process.send_signal(signal.SIGINT)
+  began = time.monotonic()
+  process.communicate(timeout=60)
+  assert process.returncode in (1, 130, -signal.SIGINT) and time.monotonic() - began < 10

@@ -91,7 +91,7 @@ def test_a_model_of_transformers_is_a_seed_and_goes_back(tmp_path):
   'arguments, named',
   [
     (['import-hf'], '--input and --output are required'),
-    (['import-hf', '--input={llama}', '--output={out}'], 'LlamaForCausalLM'),
+    (['import-hf', '--input={bloom}', '--output={out}'], 'BloomForCausalLM'),
     (
       ['export-hf', '--checkpoint=x', '--output={out}', '--max_shard_size=5XB'],
       '5XB is not a size',
@@ -99,9 +99,9 @@ def test_a_model_of_transformers_is_a_seed_and_goes_back(tmp_path):
   ],
 )
 def test_mistakes_are_one_sentence(server, tmp_path, arguments, named):
-  facts = CONFIG | {'architectures': ['LlamaForCausalLM']}
-  llama = folders.write_hf(tmp_path / 'llama', facts, cohere_tensors())
+  facts = CONFIG | {'architectures': ['BloomForCausalLM']}
+  bloom = folders.write_hf(tmp_path / 'bloom', facts, cohere_tensors())
   out = tmp_path / 'out'
-  done = server.run('convert', *(a.format(llama=llama, out=out) for a in arguments))
+  done = server.run('convert', *(a.format(bloom=bloom, out=out) for a in arguments))
   assert done.status == 2 and named in done.stderr, done.stderr
   assert len(done.stderr.strip().splitlines()) == 1 and not out.exists()

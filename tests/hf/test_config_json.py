@@ -14,11 +14,15 @@ from tests.hf.folders import CONFIG, MODEL, MODELS, make_model
 
 COHERE2 = {key: value for key, value in CONFIG.items() if key != 'use_qk_norm'} | {
   'architectures': ['Cohere2ForCausalLM'],
-  'layer_types': ['sliding_attention'] * 3,
+  'layer_types': ['sliding_attention', 'sliding_attention', 'full_attention'],
   'max_position_embeddings': 4096,
   'model_type': 'cohere2',
-  'sliding_window': 4096,
+  'sliding_window': 4095,
 }
+SIZES = {
+  'hidden_size': 24, 'intermediate_size': 20, 'max_position_embeddings': 512,
+  'num_attention_heads': 6, 'num_hidden_layers': 5, 'vocab_size': 270,
+}  # fmt: skip
 
 
 def without(*keys: str, **changes) -> dict:
@@ -60,16 +64,17 @@ def test_what_may_be_absent_or_elsewhere(changed, model):
 @pytest.mark.parametrize(
   'changed, named',
   [
-    (without(architectures=['LlamaForCausalLM']), 'LlamaForCausalLM'),
+    (without(architectures=['BloomForCausalLM']), 'BloomForCausalLM.*LlamaForCausalLM, '),
     (without('architectures'), 'architectures names None'),
     (without(attention_bias=True), 'attention_bias=True'),
     (without(rotary_pct=0.5), 'rotary_pct=0.5'),
-    (without(rope_scaling={'type': 'linear', 'factor': 2.0}), 'rope_scaling'),
+    (without(rope_scaling={'type': 'dynamic', 'factor': 2.0}), "rope_type='dynamic' changes"),
+    (without(rope_scaling={'type': 'linear', 'factor': 2.0, 'beta': 1}), 'beta of rope_type'),
     (without(num_experts=4), 'num_experts=4'),
     (without(quantization_config={'bits': 4}), 'quantization_config'),
-    (without('rope_theta'), 'rope_theta is missing'),
-    (without(rope_parameters={'rope_theta': 5.0}), 'but rope_parameters.rope_theta=5.0'),
-    (without(rope_parameters={'rope_theta': 8e6, 'rope_type': 'yarn'}), 'yarn'),
+    (without('rope_theta'), 'rope_theta, at the top .*, is missing'),
+    (without(rope_parameters={'rope_theta': 5.0}), 'is given twice'),
+    (without(rope_parameters={'rope_type': 'yarn'}), 'factor'),
     (without(logit_scale=float('nan')), 'logit_scale=nan'),
     (without(hidden_size=26), 'hidden_size=26'),
     (without(num_key_value_heads=4), 'num_kv_heads=4'),
@@ -81,28 +86,72 @@ def test_what_does_not_fit_is_named(changed, named):
     config_json.to_model(changed)
 
 
-def test_cohere2_whose_layers_are_ours():
-  assert config_json.to_model(COHERE2) == replaced(qk_norm='none')
-  # Older files have a pattern: here the fourth layer, which is not there, would see without RoPE.
+def test_cohere2_turns_in_its_sliding_layers_alone():
+  windows = dict(layer_types=('sliding', 'sliding', 'full'), window=4095, nope_layers=(2,))
+  model = replaced(qk_norm='none', **windows)
+  assert config_json.to_model(COHERE2) == model
+  # Older files have a pattern; its default, every fourth, leaves three layers that slide.
   older = {key: value for key, value in COHERE2.items() if key != 'layer_types'}
-  assert config_json.to_model(older) == replaced(qk_norm='none')
-  assert config_json.to_model({**older, 'sliding_window_pattern': 5}) == replaced(qk_norm='none')
+  assert config_json.to_model(older | {'sliding_window_pattern': 3}) == model
+  assert config_json.to_model(older).nope_layers == ()
+  with pytest.raises(UserError, match='use_qk_norm=True'):
+    config_json.to_model(COHERE2 | {'use_qk_norm': True})
+
+
+# What a file that says nothing more means: transformers' defaults, measured.
+ABSENT = {
+  'LlamaForCausalLM': dict(norm_epsilon=1e-6, rope_theta=1e4, tied_embeddings=False),
+  'MistralForCausalLM': dict(window=4096, layer_types=('sliding',) * 5),
+  'Qwen2ForCausalLM': dict(biases='qkv', layer_types=(), norm_epsilon=1e-6),
+  'Qwen3ForCausalLM': dict(head_dim=128, qk_norm='head_rms'),
+  'SmolLM3ForCausalLM': dict(tied_embeddings=True, rope_theta=2e6, nope_layers=(3,)),
+  'Olmo2ForCausalLM': dict(norm_place='post', qk_norm='all_rms', norm_epsilon=1e-5),
+  'Olmo3ForCausalLM': dict(
+    window=4096, layer_types=(*['sliding'] * 3, 'full', 'sliding'), rope_theta=5e5
+  ),
+  'Phi3ForCausalLM': dict(rotary_dim=0, norm_epsilon=1e-5, layer_types=()),
+  'GraniteForCausalLM': dict(attention_scale=1.0, logit_scale=1.0, embedding_scale=1.0),
+}
+
+
+@pytest.mark.parametrize('architecture', ABSENT)
+def test_what_an_absent_key_means(architecture):
+  heads = {'num_key_value_heads': 2}
+  model = config_json.to_model(SIZES | heads | {'architectures': [architecture]})
+  assert model.block == 'sequential' and model.norm == 'rmsnorm' and model.rotary_layout == 'half'
+  got = {field: getattr(model, field) for field in ABSENT[architecture]}
+  assert got == ABSENT[architecture]
+  written = config_json.from_model(model, 64, None, (), architecture)
+  assert config_json.to_model(json.loads(json.dumps(written))) == model
 
 
 @pytest.mark.parametrize(
   'changes, named',
   [
-    (
-      {'layer_types': ['sliding_attention'] * 2 + ['full_attention']},
-      'layer 2 does not use RoPE',
-    ),
-    ({'sliding_window': 4095}, 'sliding_window=4095 is below max_position_embeddings=4096'),
-    ({'use_qk_norm': True}, 'use_qk_norm=True'),
+    ({'mlp_bias': True}, 'mlp_bias=True'),
+    ({'hidden_act': 'gelu'}, "hidden_act='gelu'"),
+    ({'quantization_config': {'bits': 4}}, 'quantization_config'),
+    ({'use_bidirectional_attention': True}, 'use_bidirectional_attention'),
+    ({'layer_types': ['full_attention']}, 'layer_types'),
+    ({'rope_parameters': {'rope_type': 'longrope', 'rope_theta': 1e4}}, 'longrope'),
+    ({'num_attention_heads': 7}, 'head_dim is required'),
   ],
+  ids=str,
 )
-def test_cohere2_whose_layers_are_not_ours(changes, named):
+def test_what_other_families_may_not_say(changes, named):
   with pytest.raises(UserError, match=named):
-    config_json.to_model(COHERE2 | changes)
+    config_json.to_model(SIZES | {'architectures': ['LlamaForCausalLM']} | changes)
+
+
+def test_a_class_that_computes_another_model_is_refused():
+  model = replaced(block='sequential', norm='rmsnorm', rotary_layout='half', qk_norm='none')
+  model = config.Model(**vars(model) | {'logit_scale': 1.0})
+  assert config_json.from_model(model, 64, None, ())['architectures'] == ['LlamaForCausalLM']
+  with pytest.raises(UserError, match='is not Qwen2ForCausalLM; .*: LlamaForCausalLM, Mistral'):
+    config_json.from_model(model, 64, None, (), 'Qwen2ForCausalLM')
+  with pytest.raises(UserError, match='BamForCausalLM has the blocks of Cohere'):
+    mixture = config.Model(**vars(model) | {'ffn_experts': config.FFNExperts(2)})
+    config_json.from_model(mixture, 64, None, ())
 
 
 @pytest.mark.parametrize('name', MODELS)

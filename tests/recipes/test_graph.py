@@ -1,5 +1,6 @@
 """The graph of runs: its order, what a run's identity is made of, and what is refused unstarted."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from etils import epath
 
 from bam_jax import checkpoint, config
 from bam_jax.checkpoint import integrity
+from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic
 from bam_jax.parallel import memory
@@ -208,8 +210,24 @@ def test_the_least_memory_by_hand(recipe_dict, dataset, monkeypatch, sizes, key,
 def test_a_checkpoint_of_another_tokenizer_is_refused(recipe_dict, dataset, write):
   for name in ('seed', 'code', 'law'):
     recipe_dict['runs'][name]['init'] = {'checkpoint': write('one')}
-  with pytest.raises(UserError, match='runs.seed.init.checkpoint=.*/one .*another tokenizer'):
+  with pytest.raises(UserError, match='/one.* lacks its tokenizer'):
     check(recipe_dict, dataset)
+  folder, words = Path(recipe_dict['runs']['law']['init']['checkpoint']), dataset.tokenizer()
+  for same in (False, True):
+    facts = json.loads((dataset.path / 'tokenizer.json').read_text())
+    if not same:
+      vocab = facts['model']['vocab']
+      vocab['z'], vocab['y'] = vocab['y'], vocab['z']
+    content = json.dumps(facts).encode()  # other spaces
+    again = Tokenizer(content, 'tokenizer.json')
+    assert again.hash != words.hash
+    write('one', tokenizer_hash=again.hash, bos_token='<|bos|>', eos_token='<|eos|>')
+    again.save(folder)
+    if same:
+      check(recipe_dict, dataset)
+    else:
+      with pytest.raises(UserError, match="/one was made with another tokenizer .*'z' in one"):
+        check(recipe_dict, dataset)
 
 
 @pytest.mark.parametrize('change, words', MISFITS.values(), ids=MISFITS)

@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
 
 from bam_jax import checkpoint, config
 from bam_jax.data import mixture
-from bam_jax.recipes import runner
+from bam_jax.errors import UserError
+from bam_jax.recipes import datasets, runner
 from bam_jax.reports import report
 from bam_jax.train import stop
 from bam_jax.upcycle import rules
@@ -82,3 +84,20 @@ def test_the_last_evaluation_may_be_stopped(tmp_path, execute, monkeypatch):
   assert checkpoint.finished_step(tmp_path / 'stopped/seed/checkpoints') == 0
   execute('stopped')
   assert domains('stopped') == domains('undisturbed')
+
+
+def test_a_dataset_of_other_text_is_not_taken_for_the_recipes(tmp_path, text):
+  """The names and sizes of the files, and the tokenizer, are those that it was prepared from."""
+  mine, path = tmp_path / 'mine', str(tmp_path / 'data')
+  shutil.copytree(text, mine)
+  data = lambda **how: config.Data(path, 16, config.Prepare(**{'input': str(mine), **how}))
+  first = datasets.open_dataset(data(train_tokenizer=300))
+  assert datasets.open_dataset(data(train_tokenizer=300)).manifest == first.manifest
+  with pytest.raises(UserError, match='its tokenizer differs.*another data.path'):
+    datasets.open_dataset(data(train_tokenizer=310))
+  with open(mine / 'code' / 'train.jsonl', 'a') as file:
+    file.write('{"text": "more"}\n')
+  with pytest.raises(UserError, match='its file code/train.jsonl differs'):
+    datasets.open_dataset(data(train_tokenizer=300))
+  shutil.rmtree(mine)  # the dataset alone is enough
+  assert datasets.open_dataset(data(train_tokenizer=300)).manifest == first.manifest

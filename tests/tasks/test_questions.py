@@ -64,9 +64,3 @@ def test_bad_files(tmp_path):
   (tmp_path / 'latin.jsonl').write_bytes(b'{"context": "\xe9"}')
   with pytest.raises(UserError, match='latin.jsonl:1 '):
     questions.read(str(tmp_path / 'latin.jsonl'))
-
-
-def test_large_files(tmp_path, monkeypatch):
-  monkeypatch.setattr(questions, 'MAX_BYTES', 100)
-  with pytest.raises(UserError, match='larger'):
-    questions.read(write(tmp_path / 'a.jsonl', [CHOICE] * 10))

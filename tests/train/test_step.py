@@ -8,10 +8,12 @@ import functools
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from bam_jax import config
 from bam_jax.model import transformer
 from bam_jax.parallel import sharding
+from bam_jax.parallel.collectives import Layout
 from bam_jax.train import loss as loss_lib
 from bam_jax.train import step
 
@@ -20,7 +22,7 @@ from bam_jax.train import step
 OPTIMIZER = config.Optimizer(epsilon=1e-2, clip_norm=0.5)
 LEARNING_RATES = np.full(2, 0.1, np.float32)
 LOSS = config.Loss(load_balance=0.3, router_z=0.2)
-NLL = config.Loss(load_balance=0, router_z=0)
+Z = config.Loss(load_balance=0, router_z=0.2)
 ONE = (1, 1, 1, 1)
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -130,18 +132,33 @@ def test_many_devices_are_one_device(run, variant, shape):
   'variant, shape, grad_accum_steps, loss',
   [
     ('dense', ONE, 4, LOSS),
-    # Routers' losses are of each micro-batch's own statistics: without them the sums are exact.
-    slow('bam_kv_experts', ONE, 2, NLL),
-    slow('bam_kv_experts', (1, 2, 2, 2), 2, NLL),
+    # The balancing loss is of each micro-batch's own loads: without it the sums are exact.
+    slow('bam_kv_experts', ONE, 2, Z),
+    slow('bam_kv_experts', (1, 2, 2, 2), 2, Z),
   ],
 )
 def test_micro_batches_are_the_batch(run, make_batch, variant, shape, grad_accum_steps, loss):
-  targets = make_batch(8, 12, seed=1)['weights'].reshape(-1, grad_accum_steps, 12).sum((0, 2))
-  assert len(set(targets)) == grad_accum_steps, 'or a mean of means would pass'
+  micro = step.micro_batches(Layout(None), make_batch(8, 12, seed=1), grad_accum_steps)
+  targets, tokens = micro['weights'].sum((1, 2)), (micro['segments'] > 0).sum((1, 2))
+  assert len({*np.asarray(targets)}) == grad_accum_steps, 'or a mean of means would pass'
+  assert np.ptp(targets / tokens) > 0.01, 'or weighting tokens by targets would'
   whole, whole_metrics, *_ = run(variant, loss=loss)
   parts, parts_metrics, *_ = run(variant, shape, grad_accum_steps, loss)
   check_equal(parts_metrics, whole_metrics)
   check_equal(parts, whole)
+
+
+def test_every_micro_batch_has_all_domains_and_the_same_rows_on_a_mesh():
+  """Domains take turns from row to row; a fourth of the batch must not be one of them."""
+  rows = np.arange(64, dtype=np.int32)
+  split = functools.partial(step.micro_batches, count=4)
+  one = np.asarray(split(Layout(None), {'tokens': rows})['tokens'])
+  assert sorted(one.ravel()) == rows.tolist()
+  assert all(set(part % 4) == {0, 1, 2, 3} for part in one)
+  layout = Layout(sharding.make_mesh(config.Mesh(1, 2, 2, 2)))
+  local = lambda rows: split(layout, {'tokens': rows})['tokens']
+  spread = layout.spread(local, (sharding.BATCH,), P(None, *sharding.BATCH))
+  np.testing.assert_array_equal(np.sort(jax.jit(spread)(rows)), np.sort(one))
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ REFUSED = {
   'no array': ['odd', 'blocks/ffn/up of shape None'],
   'another dtype': ['odd', 'final_norm/scale', 'float64'],
   'another model': ['odd', 'differs from the model', 'ffn_dim: 48 -> 64'],
-  'another tokenizer': ['odd', 'another tokenizer'],
+  'no tokenizer': ['odd', 'lacks its tokenizer'],
   'a mixture': ['odd', 'is a mixture'],
   'NaN': ['odd', 'nan', 'blocks/ffn/up[1, 30, 47]'],
   'a flipped bit': ['odd', 'damaged', 'does not match its checksum'],
@@ -190,7 +190,7 @@ def test_what_cannot_be_mixed(small_chunks, tmp_path, models, sources, case, wor
     params['final_norm']['scale'] = params['final_norm']['scale'].astype(np.float64)
   if case == 'NaN':
     params['blocks']['ffn']['up'][1, 30, 47] = np.nan
-  if case == 'another tokenizer':
+  if case == 'no tokenizer':
     facts = {'tokenizer_hash': 'ab'}
   save(odd, params, model, **facts)
   if case == 'a flipped bit':
