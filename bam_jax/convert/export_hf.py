@@ -2,8 +2,9 @@
 
     python -m bam_jax.convert export-hf --checkpoint=runs/mine/bam_kv --output=hf/bam_kv
 
-A dense model becomes CohereForCausalLM, which transformers supports. A mixture becomes
-BamForCausalLM, with its code in the folder:
+A dense model becomes the class of transformers that computes it, such as LlamaForCausalLM, or
+another of them that --architecture names. A mixture becomes BamForCausalLM, so far with Cohere's
+blocks only, and its code is in the folder:
 AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True). The folder's README.md describes
 the model, its sources and how to load it. Arrays are streamed, one layer of one expert at a time,
 without torch.
@@ -25,6 +26,7 @@ from bam_jax.hf import exporting
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A run, a step, or an output of convert.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to create.')
 _DTYPE = flags.DEFINE_enum('dtype', None, exporting.DTYPES, 'Except routers; default: unchanged.')
+_ARCHITECTURE = flags.DEFINE_string('architecture', None, 'Class of a dense model; default: found.')
 _MAX_SHARD_SIZE = flags.DEFINE_string('max_shard_size', '5GB', 'Of a file, such as 500MB or 5GB.')
 
 
@@ -35,6 +37,7 @@ def main() -> dict[str, Any]:
   valid = re.fullmatch(r'[1-9]\d{0,8}[KMGT]B', size, re.ASCII)
   require(valid, f'--max_shard_size={size} is not a size such as 500MB or 5GB.')
   options, start = dict(dtype=_DTYPE.value, max_shard_size=size), time.monotonic()
+  options['architecture'] = _ARCHITECTURE.value
   with cli.bytes_bar('Exporting') as progress:
     facts = exporting.convert(checkpoint, output, **options, progress=progress)
   seconds, count = time.monotonic() - start, len(facts['files'])

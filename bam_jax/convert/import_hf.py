@@ -4,9 +4,9 @@
 
 The folder holds config.json, tokenizer.json and safetensors, in one file or in several with their
 index, as `save_pretrained` or a download leaves them. It is read one tensor at a time, without
-torch, and nothing in it is executed or unpickled. CohereForCausalLM is converted without loss, and
-so are Cohere2ForCausalLM, if every layer uses RoPE and full causal attention, and BamForCausalLM,
-the output of `export-hf`. Any other model is refused with an error that says what does not fit.
+torch, and nothing in it is executed or unpickled. Llama, Mistral, Qwen 2 and 3, SmolLM 3, OLMo 2
+and 3, Phi-3, Granite, Cohere and Cohere 2 are converted without loss, and BamForCausalLM, the
+output of `export-hf`. Any other model is refused with an error that says what does not fit.
 
 A recipe starts from the result with init={'checkpoint': DIR}, with data prepared with the same
 tokenizer: python -m bam_jax.prepare --tokenizer=DIR/tokenizer.json.
