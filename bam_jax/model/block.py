@@ -16,10 +16,10 @@ from bam_jax.parallel.collectives import Layout
 
 
 class Routing(NamedTuple):
-  """Of the two routers; None where the model has no such router."""
+  """Of the two routers, None where the model has no such router; or what the two parts read."""
 
-  attention: Choices | Statistics | None
-  ffn: Choices | Statistics | None
+  attention: Choices | Statistics | jax.Array | None
+  ffn: Choices | Statistics | jax.Array | None
 
 
 class Block(nnx.Module):
@@ -56,7 +56,12 @@ class Block(nnx.Module):
       self.ffn = FFN(model, rngs=rngs)
 
   def __call__(
-    self, x_BTD: jax.Array, tokens: Tokens, group: Tokens, caches: list | None = None
+    self,
+    x_BTD: jax.Array,
+    tokens: Tokens,
+    group: Tokens,
+    caches: list | None = None,
+    keep_inputs: bool = False,
   ) -> tuple[jax.Array, Routing, list | None]:
     """One layer.
 
@@ -65,12 +70,13 @@ class Block(nnx.Module):
       tokens: their metadata.
       group: that of all tokens of the `expert` group.
       caches: of earlier tokens; see `Attention`.
+      keep_inputs: return what attention and FFN of a dense model read, BTD, in place of choices.
 
     Returns:
       The residual stream, what the routers chose for the group's tokens, and the caches.
     """
     if self.model.block == 'sequential':
-      return self.sequential(x_BTD, tokens, group, caches)
+      return self.sequential(x_BTD, tokens, group, caches, keep_inputs)
     # x is gathered, not norm(x): it is in the compute dtype already, and so routers see the norm's
     # float32 result whether or not there is a mesh.
     gather, reduce = self.layout.gather_tokens, self.layout.reduce_tokens
@@ -80,6 +86,8 @@ class Block(nnx.Module):
       attended_BTD, attention_choices, caches = self.attention(y_BTD, tokens, caches)
       fed_BTD, ffn_choices = self.ffn(y_BTD, tokens)
       added_BTD = attended_BTD + fed_BTD
+      if keep_inputs:
+        attention_choices = ffn_choices = y_BTD
     elif attention_experts and ffn_experts:  # BAM: gather once, reduce once
       y_BTD = self.norm(gather(x_BTD))
       attended_BTD, attention_choices, caches = self.attention(y_BTD, group, caches)
@@ -97,17 +105,18 @@ class Block(nnx.Module):
     x_BTD = x_BTD + self.layout.sum(added_BTD, 'tensor')
     return x_BTD, Routing(attention_choices, ffn_choices), caches
 
-  def sequential(self, x_BTD, tokens: Tokens, group: Tokens, caches: list | None):
+  def sequential(self, x_BTD, tokens: Tokens, group: Tokens, caches: list | None, keep_inputs):
     """`x' = x + attention(norm(x)); x' + ffn(ffn_norm(x'))`, or with the norms on the sums."""
     pre, experts = self.model.norm_place == 'pre', self.model.attention_experts
-    y_BTD, here = self.inputs(x_BTD, tokens, group, experts, self.norm if pre else None)
-    attended_BTD, attention_choices, caches = self.attention(y_BTD, here, caches)
+    z_BTD, here = self.inputs(x_BTD, tokens, group, experts, self.norm if pre else None)
+    attended_BTD, attention_choices, caches = self.attention(z_BTD, here, caches)
     x_BTD += self.outputs(attended_BTD, experts, None if pre else self.attention_out_norm)
     experts = self.model.ffn_experts
     y_BTD, here = self.inputs(x_BTD, tokens, group, experts, self.ffn_norm if pre else None)
     fed_BTD, ffn_choices = self.ffn(y_BTD, here)
     x_BTD += self.outputs(fed_BTD, experts, None if pre else self.ffn_out_norm)
-    return x_BTD, Routing(attention_choices, ffn_choices), caches
+    choices = (z_BTD, y_BTD) if keep_inputs else (attention_choices, ffn_choices)
+    return x_BTD, Routing(*choices), caches
 
   def inputs(self, x_BTD, tokens: Tokens, group: Tokens, experts, norm: Norm | None):
     """What a part reads, of the whole group if it has experts, and the metadata of these tokens."""

@@ -34,7 +34,7 @@ class Transformer(nnx.Module):
 
   def __call__(
     self, tokens_BT, segments_BT, positions_BT, collect: Collect = 'statistics'
-  ) -> tuple[jax.Array, Routing | jax.Array]:
+  ) -> tuple[jax.Array, Routing]:
     """Hidden states after the final norm (B, T, D), and what `hidden` says of every layer."""
     layout, dtype = self.layout, jnp.dtype(self.compute.dtype)
     x_BTD = vocabulary.embed(layout, self.embed.table[...], tokens_BT, dtype)
@@ -50,10 +50,12 @@ class Transformer(nnx.Module):
       params, kind = params_and_kind
       tokens = [part if kind is None else part.at_layer(kind) for part in (here, group)]
       block = nnx.merge(graph, layout.weights(params, 'blocks'))
+      x_BTD, routing, _ = block(x_BTD, *tokens, keep_inputs=collect == 'inputs')
       if collect == 'inputs':
-        sum_D = jnp.einsum('btd,bt->d', block.norm(x_BTD), here.real_BT.astype(jnp.float32))
-        return block(x_BTD, *tokens)[0], sum_D
-      x_BTD, routing, _ = block(x_BTD, *tokens)
+        real_BT = here.real_BT.astype(jnp.float32)
+        routing = Routing(
+          *(jnp.einsum('btd,bt->d', y.astype(jnp.float32), real_BT) for y in routing)
+        )
       if collect == 'statistics':
         routing = Routing(*(c and router.statistics(c, counted_BT) for c in routing))
       return x_BTD, routing
@@ -93,7 +95,7 @@ class Network:
 
   def hidden(
     self, params: Params, tokens_BT, segments_BT, positions_BT, collect: Collect = 'statistics'
-  ) -> tuple[jax.Array, Routing | jax.Array]:
+  ) -> tuple[jax.Array, Routing]:
     """Hidden states after the final norm, and something of every layer.
 
     Args:
@@ -101,11 +103,11 @@ class Network:
       tokens_BT: int32.
       segments_BT: int32, the document of a token within its row; 0 is padding.
       positions_BT: int32, the position of a token within its document.
-      collect: 'statistics' of the routers, sums over the tokens; their 'choices' for each token; or
-        'inputs', sums over the tokens of what the block's norm returns.
+      collect: 'statistics' of the routers, sums over the tokens; their 'choices' for each token;
+        or, of a dense model, 'inputs', sums over the tokens of what attention and FFN read.
 
     Returns:
-      (B, T, D) float32; Routing of Statistics or Choices, or float32 D, with a leading axis L.
+      (B, T, D) float32; Routing of Statistics, Choices, or float32 D, with a leading axis L.
     """
     # Casting the whole tree first lets a sharded weight travel in the compute dtype. The table is
     # cast where its rows are read.

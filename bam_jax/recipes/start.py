@@ -71,6 +71,7 @@ def _centroids(recipe, nodes, node: graph.Node, dataset, merge: Merge) -> dict[s
   abstract, average = network.abstract(), dict(average=upcycle.average, weights=upcycle.weights)
   soup = merge._replace(upcycle=config.Upcycle(upcycle.sources, 'average', **average))
   params = outputs.to_mesh(soup, abstract, sharding.tree(abstract, mesh))
-  means_SLD = centroids.mean_inputs(network, params, batches, mesh)
+  means = centroids.mean_inputs(network, params, batches, mesh)._asdict()
   paths = [rule.target for rule in rules.rules(node.model) if rule.how == 'router']
-  return {path: centroids.columns(means_SLD, path, upcycle, merge.key) for path in paths}
+  column = lambda path: centroids.columns(means[path.split('/')[1]], path, upcycle, merge.key)
+  return {path: column(path) for path in paths}

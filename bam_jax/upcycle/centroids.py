@@ -1,8 +1,9 @@
 """Routers initialised towards the sources' data instead of at random.
 
 c-BTM (arXiv 2303.14177) routes by the mean embedding of each domain, and FlexOlmo (arXiv
-2507.07024) initialises its router's columns with it. Here it is the mean of the router's inputs,
-the normalised block inputs of the averaged dense model, so that every layer gets its own router.
+2507.07024) initialises its router's columns with it. Here it is the mean of what the part beside
+the router reads in the averaged dense model, so that every layer gets routers of its own; in a
+parallel block both parts read the same.
 
 Legend: S sources, L layers, B batch, T sequence, D model, E experts.
 """
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from bam_jax import config
 from bam_jax.data import mixture
 from bam_jax.errors import UserError
-from bam_jax.model import transformer
+from bam_jax.model import block, transformer
 from bam_jax.parallel import sharding
 from bam_jax.upcycle import options
 
@@ -30,8 +31,8 @@ def mean_inputs(
   params: transformer.Params,
   batches: Sequence[Iterable[mixture.Batch]],
   mesh: jax.sharding.Mesh,
-) -> np.ndarray:
-  """The mean normalised input of every block over each source's tokens: SLD, float64.
+) -> block.Routing:
+  """The mean of what attention and FFN read in every layer over each source's tokens: SLD, float64.
 
   The dense network's parameters lie on the mesh as in training; `batches` has for each source a
   few batches of its training data, this process's rows of each.
@@ -39,19 +40,19 @@ def mean_inputs(
   layout, keys = network.layout, ('tokens', 'segments', 'positions')
 
   def local(params, batch):
-    _, sums_LD = network.hidden(params, *map(batch.get, keys), collect='inputs')
-    return layout.total((sums_LD, jnp.sum(batch['segments'] > 0)))
+    _, routing = network.hidden(params, *map(batch.get, keys), collect='inputs')
+    return layout.total((jnp.stack(routing), jnp.sum(batch['segments'] > 0)))
 
   sums = jax.jit(layout.spread(local, (layout.specs(network.abstract()), sharding.BATCH), P()))
-  means_SLD = []
+  means = []
   for source in batches:
-    total_LD, tokens = 0.0, 0
+    total_2LD, tokens = 0.0, 0
     for batch in source:
       inputs = {key: batch[key] for key in keys}
-      part_LD, part = sums(params, sharding.put_batch(inputs, mesh))
-      total_LD, tokens = total_LD + np.asarray(part_LD, np.float64), tokens + int(part)
-    means_SLD.append(total_LD / tokens)
-  return np.stack(means_SLD)
+      part_2LD, part = sums(params, sharding.put_batch(inputs, mesh))
+      total_2LD, tokens = total_2LD + np.asarray(part_2LD, np.float64), tokens + int(part)
+    means.append(total_2LD / tokens)
+  return block.Routing(*np.stack(means, axis=1))
 
 
 def columns(means_SLD, path: str, upcycle: config.Upcycle, key: jax.Array) -> np.ndarray:

@@ -70,16 +70,19 @@ def test_sources_that_cannot_be_told_apart_are_refused():
     centroids.columns(same, PATHS[0], upcycle(), KEY)
 
 
-def test_inputs_of_the_first_block_and_of_the_second(models, make_batch):
+@pytest.mark.parametrize('block', ['parallel', 'sequential'])
+def test_inputs_of_the_first_block_and_of_the_second(models, make_batch, block):
   """Against the embedding's norm in NumPy, and the hidden states of a model one layer deep."""
-  model = models['dense']
+  model = dataclasses.replace(models['dense'], block=block)
   mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
   network = transformer.Network(model, config.Compute(), mesh)
   params = jax.tree.map(np.asarray, network.init(jax.random.key(0)))
   scales = params['blocks']['norm']['scale'] = memory.draw(model, 3)['blocks']['norm']['scale'] + 1
   batches = [make_batch(8, 16, seed) | {'domains': np.zeros(8, np.int32)} for seed in range(2)]
   placed = jax.device_put(params, sharding.tree(params, mesh))
-  [got] = centroids.mean_inputs(network, placed, [batches], mesh)
+  means = centroids.mean_inputs(network, placed, [batches], mesh)
+  assert np.array_equal(*means) == (block == 'parallel')
+  [got] = means.attention
   real = [batch['segments'] > 0 for batch in batches]
   mean = lambda states: np.concatenate([x[mask] for x, mask in zip(states, real)]).mean(0)
 
