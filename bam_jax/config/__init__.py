@@ -7,13 +7,8 @@ contradict each other.
 
 # ruff: noqa: F401, I001
 from bam_jax.config.model import (
-  AttentionExperts,
-  Compute,
-  FFNExperts,
-  LayerKind,
-  Model,
-  RopeScaling,
-)
+  AttentionExperts, Compute, FFNExperts, LayerKind, Model, Rope, RopeScaling,
+)  # fmt: skip
 from bam_jax.config.recipe import (
   complete, parents, parse, Data, Evaluation, FromCheckpoint, FromRun, FromUpcycle, Guard, Init,
   Intervals, Loss, Mesh, Optimizer, Prepare, Recipe, Run, Schedule, Watch,

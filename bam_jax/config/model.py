@@ -14,6 +14,34 @@ class _Experts(Section):
 
 
 @dataclass(frozen=True)
+class RopeScaling(Section):
+  """Rotary frequencies for texts longer than those of pre-training, as in transformers."""
+
+  kind: Literal['linear', 'llama3', 'yarn']
+  factor: Positive
+  original_length: Count = 0  # tokens of a text in pre-training, for llama3 and yarn
+  low: Positive = 1.0  # llama3: below so many turns in a text of that length, divided by the factor
+  high: Positive = 4.0  # and above so many unchanged
+  beta_fast: Positive = 32.0  # yarn: the same two bounds
+  beta_slow: Positive = 1.0
+  attention_factor: NonNegative = 0.0  # yarn: of sine and cosine; 0: 0.1 ln(factor) + 1
+
+  def check(self):
+    needs = self.kind != 'linear' and not self.original_length
+    self.require(not needs, f'kind={self.kind!r} requires original_length.')
+    ordered = self.low < self.high and self.beta_slow < self.beta_fast
+    self.require(ordered, 'low must be below high, and beta_slow below beta_fast.')
+
+
+@dataclass(frozen=True)
+class Rope(Section):
+  """The rotary positions that an attention expert was trained with."""
+
+  theta: Positive
+  scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True)
 class AttentionExperts(_Experts):
   """The mixture of attention (MoA) of every block; paper section 3."""
 
@@ -21,6 +49,13 @@ class AttentionExperts(_Experts):
   top_k: Count = 0  # attention experts per token; 0 is soft routing, over all experts
   shared_kv: bool = False  # one key and one value projection shared by all experts
   renormalize: bool = False  # divide the k gates by their sum; no effect on soft routing
+  ropes: tuple[Rope, ...] = ()  # of each expert, in place of the model's; () is the model's for all
+
+  def check(self):
+    super().check()
+    fits = len(self.ropes) in (0, self.num_experts)
+    self.require(fits, f'ropes has {len(self.ropes)} entries for num_experts={self.num_experts}.')
+    self.require(not (self.ropes and self.shared_kv), 'ropes: shared keys have only one rotation.')
 
 
 @dataclass(frozen=True)
@@ -40,26 +75,6 @@ class FFNExperts(_Experts):
     super().check()
     wrong = f'capacity_factor={self.capacity_factor} is neither 0 (dropless) nor at least 1.'
     self.require(not 0 < self.capacity_factor < 1, wrong)
-
-
-@dataclass(frozen=True)
-class RopeScaling(Section):
-  """Rotary frequencies for texts longer than those of pre-training, as in transformers."""
-
-  kind: Literal['linear', 'llama3', 'yarn']
-  factor: Positive
-  original_length: Count = 0  # tokens of a text in pre-training, for llama3 and yarn
-  low: Positive = 1.0  # llama3: below so many turns in a text of that length, divided by the factor
-  high: Positive = 4.0  # and above so many unchanged
-  beta_fast: Positive = 32.0  # yarn: the same two bounds
-  beta_slow: Positive = 1.0
-  attention_factor: NonNegative = 0.0  # yarn: of sine and cosine; 0: 0.1 ln(factor) + 1
-
-  def check(self):
-    needs = self.kind != 'linear' and not self.original_length
-    self.require(not needs, f'kind={self.kind!r} requires original_length.')
-    ordered = self.low < self.high and self.beta_slow < self.beta_fast
-    self.require(ordered, 'low must be below high, and beta_slow below beta_fast.')
 
 
 class LayerKind(NamedTuple):
@@ -128,11 +143,11 @@ class Model(Section):
     known = all(0 <= layer < L for layer in self.nope_layers)
     self.require(known, f'nope_layers={list(self.nope_layers)} has a number that is not a layer.')
 
-  def layer_kinds(self) -> tuple[LayerKind, ...]:
-    """The kind of every layer."""
-    kinds = []
+  def layer_kinds(self, rope: Rope | None = None) -> tuple[LayerKind, ...]:
+    """The kind of every layer, for an attention expert with this or with the model's rotation."""
+    rope, kinds = rope or Rope(self.rope_theta, self.rope_scaling), []
     for number, layer in enumerate(self.layer_types or ('full',) * self.num_layers):
-      sliding, theta, scaling = layer == 'sliding', self.rope_theta, self.rope_scaling
+      sliding, theta, scaling = layer == 'sliding', rope.theta, rope.scaling
       if sliding and self.window_rope_theta:
         theta, scaling = self.window_rope_theta, None
       if number in self.nope_layers:

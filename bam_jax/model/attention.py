@@ -80,7 +80,7 @@ class Attention(nnx.Module):
     if self.model.biases != 'none':
       key_BTGK, value_BTGK = key_BTGK + self.key_bias[expert], value_BTGK + self.value_bias[expert]
     key_BTGK = self.normalize_heads(key_BTGK, 'key', expert, self.model.num_kv_heads)
-    key_BTGK = self.rotate(key_BTGK, tokens)
+    key_BTGK = self.rotate(key_BTGK, tokens, expert)
     name = remat.KEY_VALUE
     return checkpoint_name(key_BTGK, name), checkpoint_name(value_BTGK, name)
 
@@ -93,7 +93,7 @@ class Attention(nnx.Module):
     if model.biases != 'none':
       query_BTHK += self.query_bias[expert]
     query_BTHK = self.normalize_heads(query_BTHK, 'query', expert, model.num_heads)
-    query_BTHK = self.rotate(query_BTHK, tokens)
+    query_BTHK = self.rotate(query_BTHK, tokens, expert)
     if model.attention_scale:  # kernels divide by the root of K
       query_BTHK *= jnp.asarray(model.attention_scale * model.head_dim**0.5, query_BTHK.dtype)
     query_BTHK = checkpoint_name(query_BTHK, remat.QUERY)
@@ -123,12 +123,15 @@ class Attention(nnx.Module):
       normed_BTHK = norm(x_BTHK, scale, epsilon)
     return normed_BTHK.astype(x_BTHK.dtype)
 
-  def rotate(self, x_BTHK: jax.Array, tokens: Tokens) -> jax.Array:
-    """RoPE of queries or keys."""
+  def rotate(self, x_BTHK: jax.Array, tokens: Tokens, expert) -> jax.Array:
+    """RoPE of one expert's queries or keys."""
+    number = None
+    if self.options and self.options.ropes:
+      number = self.layout.first_number(self.query.shape[0]) + expert
     if tokens.start is not None:
       # Else XLA for TPU rearranges the weights into pairs, in a copy, for the few rows of a decode.
       x_BTHK = jax.lax.optimization_barrier(x_BTHK)
-    return apply_rope(x_BTHK, tokens, self.model.rotary_layout)
+    return apply_rope(x_BTHK, tokens, self.model.rotary_layout, number)
 
 
 class MixtureOfAttention(Attention):

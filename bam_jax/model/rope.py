@@ -17,7 +17,7 @@ class Tokens:
   """Metadata of tokens (B, T): this device's, or those of its whole `expert` group."""
 
   segments_BT: jax.Array  # int32, the document of each token within its row; 0 is padding
-  sin: jax.Array  # (N, B, T, 1, R) float32, for each of the N kinds of layers
+  sin: jax.Array  # (N, [E,] B, T, 1, R) float32, for the N kinds of layers, and experts' own ropes
   cos: jax.Array
   kind: jax.Array | int = 0  # of the layer at hand, a number among `kinds`
   start: jax.Array | None = None  # int32, with a KV cache: the slot of the first of these tokens
@@ -76,22 +76,36 @@ def metadata(
 ) -> Tokens:
   """Metadata of tokens at these positions of their documents, for activations of this dtype."""
   dtype = jnp.promote_types(dtype, jnp.float32)
-  sines, cosines = [], []
-  for kind in kinds(model):
+  positions_BT11 = positions_BT[:, :, None, None].astype(dtype)
+  first_layers = [kind_of_layer(model).index(number) for number in range(len(kinds(model)))]
+  ropes = model.attention_experts.ropes if model.attention_experts else ()
+
+  def rotation(layer: int, rope: config.Rope | None) -> tuple[jax.Array, jax.Array]:
+    kind = model.layer_kinds(rope)[layer]
     frequency_R, factor = frequencies(model, kind.theta, kind.scaling, dtype)
-    angles_BT1R = positions_BT[:, :, None, None].astype(dtype) * frequency_R
-    sines.append(factor * jnp.sin(angles_BT1R))
-    cosines.append(factor * jnp.cos(angles_BT1R))
-  return Tokens(segments_BT, jnp.stack(sines), jnp.stack(cosines), **cached)
+    angles_BT1R = positions_BT11 * frequency_R
+    return factor * jnp.sin(angles_BT1R), factor * jnp.cos(angles_BT1R)
+
+  def of_layer(layer: int) -> tuple[jax.Array, ...]:
+    if not ropes:
+      return rotation(layer, None)
+    return tuple(map(jnp.stack, zip(*(rotation(layer, rope) for rope in ropes))))
+
+  sin, cos = map(jnp.stack, zip(*map(of_layer, first_layers)))
+  return Tokens(segments_BT, sin, cos, **cached)
 
 
-def apply_rope(x_BTHK: jax.Array, tokens: Tokens, layout: str = 'interleaved') -> jax.Array:
+def apply_rope(
+  x_BTHK: jax.Array, tokens: Tokens, layout: str = 'interleaved', expert: jax.Array | None = None
+) -> jax.Array:
   """Queries or keys rotated to their tokens' positions; in float32, cast back to their dtype.
 
   `layout` says which of the first 2R channels are pairs: 'interleaved' (2i, 2i + 1), 'half'
-  (i, i + R). The others pass.
+  (i, i + R). The others pass. `expert` is a number among all experts, if these have their own.
   """
   sin, cos = tokens.sin[tokens.kind], tokens.cos[tokens.kind]
+  if expert is not None:
+    sin, cos = sin[expert], cos[expert]
   R = sin.shape[-1]
   x_BTH2R = x_BTHK[..., : 2 * R].astype(sin.dtype)
   if layout == 'half':

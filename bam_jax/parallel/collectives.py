@@ -120,18 +120,21 @@ class Layout:
     local = owner == jax.lax.axis_index('expert')
     return jnp.where(local.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
 
+  def first_number(self, count: int) -> jax.Array | int:
+    """The number among all experts of the first of the `count` on this device."""
+    return count * jax.lax.axis_index('expert') if self.over('expert') else 0
+
   def local_columns(self, x_BTE: jax.Array, count: int) -> jax.Array:
     """The columns of the `count` experts on this device."""
     if not self.over('expert'):
       return x_BTE
-    first = count * jax.lax.axis_index('expert')
-    return jax.lax.dynamic_slice_in_dim(x_BTE, first, count, axis=-1)
+    return jax.lax.dynamic_slice_in_dim(x_BTE, self.first_number(count), count, axis=-1)
 
   def local_numbers(self, experts: jax.Array, count: int) -> jax.Array:
     """Indices of experts among the `count` on this device; `count` for those on others."""
     if not self.over('expert'):
       return experts
-    local = experts - count * jax.lax.axis_index('expert')
+    local = experts - self.first_number(count)
     return jnp.where((local >= 0) & (local < count), local, count)
 
   def weights(self, layer: dict, path: str) -> dict:

@@ -21,7 +21,7 @@ from bam_jax.model import transformer
 from bam_jax.parallel import processes
 from bam_jax.upcycle import merge as merge_lib
 from bam_jax.upcycle import rules
-from bam_jax.upcycle.sources import check_different, open_sources
+from bam_jax.upcycle.sources import check_different, open_sources, ropes
 
 
 def specs(abstract: Any, dtype: np.dtype | None = None) -> dict[str, arrays.Spec]:
@@ -93,13 +93,15 @@ def to_checkpoint(
   if upcycle.router_init == 'centroids':
     fix = "upcycle in a recipe, or choose 'random' or 'zero'."
     raise UserError(f"router_init='centroids' requires the sources' training data: {fix}")
-  merge = merge_lib.Merge(open_sources(upcycle.sources), upcycle, merge_lib.run_key(seed, name))
+  merge = merge_lib.Merge(
+    open_sources(upcycle.sources, upcycle.method), upcycle, merge_lib.run_key(seed, name)
+  )
   first = merge.sources[0]
   for source in merge.sources:
     if epath.Path(os.path.realpath(source.folder)) in epath.Path(os.path.realpath(output)).parents:
       raise UserError(f'{output} is inside the source {source.path}: choose another folder.')
   tokenizer = checkpoint.find_tokenizer(first.folder)
-  mixture = rules.mixture_model(first.meta.model, upcycle)
+  mixture = rules.mixture_model(first.meta.model, upcycle, ropes(merge.sources))
   wanted = specs(transformer.Network(mixture, config.Compute()).abstract(), jnp.dtype(dtype))
   with folders.new_folder(output, sum(spec.nbytes for spec in wanted.values())) as folder:
     with arrays.Writer(folder / 'params', wanted) as writer:
@@ -108,6 +110,7 @@ def to_checkpoint(
     meta = dataclasses.replace(
       first.meta,
       model=mixture,
+      sequence_length=min(source.meta.sequence_length for source in merge.sources),
       run=name or epath.Path(output).name,
       step=0,
       method=upcycle.method,

@@ -7,8 +7,10 @@ from bam_jax import config
 from bam_jax.checkpoint import manifest
 
 
-def mixture_model(dense: config.Model, upcycle: config.Upcycle) -> config.Model:
-  """The mixture that a method makes from dense models."""
+def mixture_model(
+  dense: config.Model, upcycle: config.Upcycle, ropes: Sequence[config.Rope] = ()
+) -> config.Model:
+  """The mixture that a method makes from dense models; `ropes` are the sources', if they differ."""
   attention = ffn = None
   if upcycle.method in ('bam_kv_experts', 'bam_shared_kv'):
     attention = config.AttentionExperts(
@@ -16,6 +18,7 @@ def mixture_model(dense: config.Model, upcycle: config.Upcycle) -> config.Model:
       top_k=upcycle.attention_top_k,
       shared_kv=upcycle.method == 'bam_shared_kv',
       renormalize=upcycle.renormalize,
+      ropes=(*ropes, *ropes[:1] * len(upcycle.copies)),
     )
   if upcycle.method != 'average':
     ffn = config.FFNExperts(

@@ -11,6 +11,7 @@ from etils import epath
 from bam_jax import checkpoint, config
 from bam_jax.checkpoint import arrays
 from bam_jax.config import strict
+from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 
 DTYPES = ('float32', 'bfloat16')  # what checkpoints may hold
@@ -25,11 +26,12 @@ class Source(NamedTuple):
   reader: arrays.Reader
 
 
-def open_sources(paths: Sequence[str]) -> list[Source]:
+def open_sources(paths: Sequence[str], method: config.Method) -> list[Source]:
   """Opens dense checkpoints, in the experts' order; the caller verifies their checksums.
 
   UserError when one is missing, damaged, a mixture, named twice, or of another architecture or
-  tokenizer than the first, or its arrays do not fit its model.
+  tokenizer than the first, or its arrays do not fit its model. Only attention experts with keys of
+  their own may have other rotary positions.
   """
   sources: list[Source] = []
   seen: dict[str, str] = {}
@@ -42,8 +44,13 @@ def open_sources(paths: Sequence[str]) -> list[Source]:
       raise UserError(f'{path} is the same checkpoint as {other}: name each source once.')
     if meta.model != meta.model.dense():
       raise UserError(f'{path} is a mixture: only dense models can be mixed.')
-    if changes := strict.differences(config.to_dict(first.model), config.to_dict(meta.model)):
-      raise UserError(f'{path} differs from the model of {paths[0]} ({"; ".join(changes[:3])}).')
+    changes = strict.differences(config.to_dict(first.model), config.to_dict(meta.model))
+    turned = [change for change in changes if change.startswith(('rope_theta', 'rope_scaling'))]
+    rest = [change for change in changes if change not in turned]
+    what = f'{path} differs from the model of {paths[0]}'
+    require(not rest, f'{what} ({"; ".join(rest[:3])}).')
+    fix = 'only method bam_kv_experts keeps a rotation for each expert'
+    require(not turned or method == 'bam_kv_experts', f'{what} ({"; ".join(turned)}): {fix}.')
     if sources and meta.tokenizer_hash != first.tokenizer_hash:
       tokenizer = checkpoint.open_tokenizer(folder, meta)
       if found := tokenizer.difference(checkpoint.open_tokenizer(sources[0].folder, first)):
@@ -66,3 +73,10 @@ def check_different(sources: Sequence[Source]) -> None:
       for index in arrays.pieces(path, specs[path])
     ):
       raise UserError(f'{other.path} holds the same values as {one.path}: remove one of them.')
+
+
+def ropes(sources: Sequence[Source]) -> list[config.Rope]:
+  """The rotary positions of every source; empty if all are alike."""
+  models = [source.meta.model for source in sources]
+  found = [config.Rope(model.rope_theta, model.rope_scaling) for model in models]
+  return found if len(set(found)) > 1 else []

@@ -41,6 +41,14 @@ MODELS: dict[str, tuple[str, dict]] = {
       residual_scale=0.7,
     ),
   ),
+  'ropes_of_experts': (
+    'bam_kv_experts',
+    dict(
+      attention_experts=config.AttentionExperts(
+        4, ropes=tuple(config.Rope(theta) for theta in (1e4, 3.0, 10.0, 50.0))
+      )
+    ),
+  ),
   'sequential_shared_kv': (
     'bam_shared_kv',
     dict(block='sequential', norm='rmsnorm', qk_norm='head_rms', biases='qkv', rotary_dim=4),

@@ -138,12 +138,16 @@ def mha(
   positions_T: np.ndarray,
   model: config.Model,
   layer: int = 0,
+  expert: int = 0,
 ) -> np.ndarray:
   """Multi-head attention of one expert over one sequence; GQA where there are fewer KV heads."""
   _, H, K = w['query'].shape
   G = w['key'].shape[1]
   sliding = bool(model.layer_types) and model.layer_types[layer] == 'sliding'
   theta, scaling = model.rope_theta, model.rope_scaling
+  if model.attention_experts and model.attention_experts.ropes:
+    own = model.attention_experts.ropes[expert]
+    theta, scaling = own.theta, own.scaling
   if sliding and model.window_rope_theta:
     theta, scaling = model.window_rope_theta, None
   if layer in model.nope_layers:
@@ -237,9 +241,9 @@ def attention(
   experts = model.attention_experts
   B, T, D = y_BTD.shape
 
-  def one(w):
+  def one(w, expert=0):
     rows = zip(y_BTD, segments_BT, positions_BT)
-    return np.stack([mha(w, *row, model, layer) for row in rows])
+    return np.stack([mha(w, *row, model, layer, expert) for row in rows])
 
   if experts is None:
     return one(w), []
@@ -251,7 +255,7 @@ def attention(
   for e in range(experts.num_experts):
     own = ('query', 'out') if experts.shared_kv else ('query', 'out', 'key', 'value')
     expert = {name: x[e] if name.split('_')[0] in own else x for name, x in w.items()}
-    out_BTD = out_BTD + gates_BTE[:, :, e, None] * one(expert)
+    out_BTD = out_BTD + gates_BTE[:, :, e, None] * one(expert, e)
   return out_BTD, [route]
 
 

@@ -109,7 +109,9 @@ def initial(recipe_dict, dataset, tmp_path, monkeypatch):
   monkeypatch.setattr(integrity, 'check_together', lambda *_: None)
   recipe_dict['runs']['seed']['data'] = {'general': 1.0}
   model = config.parse(recipe_dict).model
-  monkeypatch.setattr(sources, 'open_sources', lambda paths: [untrained(model, p) for p in paths])
+  monkeypatch.setattr(
+    sources, 'open_sources', lambda paths, _: [untrained(model, p) for p in paths]
+  )
 
   def make(name: str, mesh: dict | None = None):
     recipe_dict['runs'][name]['init']['upcycle'] |= {'router_init': 'centroids'}

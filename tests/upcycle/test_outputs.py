@@ -105,6 +105,24 @@ def test_with_a_recipes_seed_and_name_it_is_the_recipes_mixture(
   jax.tree.map(np.testing.assert_array_equal, make(parsed, graph.resolve(parsed)), want)
 
 
+def test_each_attention_expert_keeps_its_sources_rotation(tmp_path, models):
+  """A base model and its mathematics model may have other thetas; shared keys cannot."""
+  yarn = config.RopeScaling('yarn', 4.0, 64)
+  for number, (name, changes) in enumerate(
+    {'seed': {}, 'code': {'rope_theta': 500.0, 'rope_scaling': yarn}, 'law': {}}.items()
+  ):
+    model = dataclasses.replace(models['dense'], **changes)
+    save(tmp_path / name, draw(model, number), model, sequence_length=64 - number)
+  meta = convert(tmp_path / 'mix', how(tmp_path, 'bam_kv_experts', num_experts=4))
+  own = config.Rope(1e4)
+  assert meta.model.attention_experts.ropes == (own, config.Rope(500.0, yarn), own, own)
+  assert meta.model.rope_theta == 1e4 and meta.sequence_length == 62
+  assert checkpoint.read_meta(tmp_path / 'mix') == meta
+  for method in ('bam_shared_kv', 'btx', 'average'):
+    with pytest.raises(UserError, match='rope_theta: 10000.0 -> 500.0.*only method bam_kv_experts'):
+      convert(tmp_path / 'other', how(tmp_path, method))
+
+
 def direct_hash(array: np.ndarray) -> str:
   """As the documentation has it."""
   sha256 = hashlib.sha256
