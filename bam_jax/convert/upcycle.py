@@ -3,10 +3,12 @@
     python -m bam_jax.convert upcycle --from=runs/mine/seed --from=runs/mine/code \\
       --method=bam_kv_experts --output=mixtures/bam
 
-A source is a run's folder (its newest checkpoint) or a step's; source i becomes expert i. Arrays
-are streamed, a few matrices at a time. Differing architectures or tokenizers, a repeated source,
-NaN and a full disk are errors; --output is complete or absent. A recipe trains the result with
-init={'checkpoint': DIR}; docs/options.md explains the options.
+A source is a run's folder (its newest checkpoint), a step's, or a folder of transformers as
+`import-hf` reads it; source i becomes expert i. Arrays are streamed, a few matrices at a time. With
+bam_kv_experts each expert keeps its source's rope_theta and scaling. Other differences of
+architecture, differing tokenizers, a repeated source, NaN and a full disk are errors; --output is
+complete or absent. A recipe trains the result with init={'checkpoint': DIR}; docs/options.md
+explains the options.
 
 `--json` writes `output`, `seconds` and `meta`: the model, and under `manifest` the sources with
 their hashes and what became of every array.
@@ -22,7 +24,8 @@ from absl import flags
 from bam_jax import cli, config
 from bam_jax.config import strict
 from bam_jax.errors import UserError
-from bam_jax.upcycle import outputs, rules, sources
+from bam_jax.hf import source as hf_source
+from bam_jax.upcycle import outputs, rules
 
 ROUTINGS = ('soft', 'top1', 'top2')  # attention_top_k is the index
 
@@ -44,7 +47,7 @@ _KEYS = (
   flags.DEFINE_float('drop_ratio', 0.0, 'Share of the hidden dimensions of copies to redraw.'),
   flags.DEFINE_float('noise', 0.0, 'Added to copies, in standard deviations of each array.'),
 )
-_DTYPE = flags.DEFINE_enum('dtype', 'float32', sources.DTYPES, 'Dtype on disk.')
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'Dtype on disk.')
 _SEED = flags.DEFINE_integer('seed', 0, "Seed of the draws; or a recipe's seed.", 0, 2**32 - 1)
 _NAME = flags.DEFINE_string('name', '', "A recipe's run, to reproduce its draws.")
 
@@ -69,7 +72,14 @@ def main() -> dict[str, Any]:
     )
     with cli.bytes_bar('Mixing') as progress:
       meta = outputs.to_checkpoint(
-        output, upcycle, _SEED.value, _NAME.value, _DTYPE.value, cli.command(), progress
+        output,
+        [hf_source.open_any(path) for path in upcycle.sources],
+        upcycle,
+        _SEED.value,
+        _NAME.value,
+        _DTYPE.value,
+        cli.command(),
+        progress,
       )
   except UserError as error:
     raise UserError(_by_flags(str(error))) from None

@@ -55,11 +55,11 @@ class Reader:
       listed, found = index.get(name), self._file_of.get(name)
       require(listed == found, f'{folder / INDEX} maps {name} to {listed}; it is in {found}.')
 
-  def read(self, name: str) -> np.ndarray:
-    """A copy of the values of one tensor; UserError when they cannot be read."""
+  def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+    """A copy of the values of one tensor, or of some rows; UserError when they cannot be read."""
     # Reopened for each tensor: mapped pages count as memory until the file is closed.
     with _opened(self.folder / self._file_of[name]) as file:
-      return file.get_tensor(name)
+      return file.get_slice(name)[rows]
 
 
 def check_finite(array: np.ndarray, place: Any, name: str, part: tuple = ()) -> None:

@@ -1,5 +1,6 @@
 """Converts folders for transformers to our checkpoints, one tensor at a time, without torch."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -41,6 +42,31 @@ def convert(
   UserError if the model is not supported, its files are damaged or do not fit its config.json, or
   the output exists or cannot be written.
   """
+  meta, words, reader, table = open_folder(source, tokenizer, bos_token, eos_token)
+  specs = {path: arrays.Spec(tensor.shape, jnp.dtype(dtype)) for path, tensor in table.items()}
+  with folders.new_folder(output, sum(spec.nbytes for spec in specs.values())) as beside:
+    with arrays.Writer(beside / 'params', specs) as writer:
+      hashes = _copy(reader, table, writer, progress)
+    words.save(beside)
+    place = meta.tokenizer_path
+    origin = manifest.Source(place, hash=manifest.content_hash(hashes), array_hashes=hashes)
+    made = (
+      manifest.Made(path, 'transpose' if tensor.is_matrix else 'copy', tensor.name.format('*', '*'))
+      for path, tensor in table.items()
+    )
+    origin = manifest.Manifest(command, manifest.now(), (origin,), tuple(made))
+    meta = dataclasses.replace(meta, manifest=origin)
+    checkpoint.write_meta(beside, meta)
+  return meta
+
+
+def open_folder(
+  source: str,
+  tokenizer: str | None = None,
+  bos_token: str | None = None,
+  eos_token: str | None = None,
+) -> tuple[checkpoint.Meta, Tokenizer, files.Reader, names.Table]:
+  """What `convert` reads, of which only the tensors' values are left to read."""
   folder = Path(source)
   facts = files.read_json(folder / files.CONFIG)
   try:
@@ -54,34 +80,22 @@ def convert(
   wrong = f'{tokenizer or source} has {words.vocab_size} tokens, but the model in {source} has'
   fits = words.vocab_size <= model.vocab_size
   require(fits, f'{wrong} {model.vocab_size}: it is the tokenizer of another model.')
-  specs = {path: arrays.Spec(tensor.shape, jnp.dtype(dtype)) for path, tensor in table.items()}
-  with folders.new_folder(output, sum(spec.nbytes for spec in specs.values())) as beside:
-    with arrays.Writer(beside / 'params', specs) as writer:
-      hashes = _copy(reader, table, writer, progress)
-    words.save(beside)
-    place = os.path.abspath(source)
-    origin = manifest.Source(place, hash=manifest.content_hash(hashes), array_hashes=hashes)
-    made = (
-      manifest.Made(path, 'transpose' if tensor.is_matrix else 'copy', tensor.name.format('*', '*'))
-      for path, tensor in table.items()
-    )
-    meta = checkpoint.Meta(
-      format=checkpoint.FORMAT,
-      model=model,
-      sequence_length=length,
-      tokenizer_hash=words.hash,
-      tokenizer_path=place,
-      run=os.path.basename(place),
-      step=0,
-      method=method,
-      sources=experts,
-      versions=manifest.versions(),
-      bos_token=words.bos_token,
-      eos_token=words.eos_token,
-      manifest=manifest.Manifest(command, manifest.now(), (origin,), tuple(made)),
-    )
-    checkpoint.write_meta(beside, meta)
-  return meta
+  place = os.path.abspath(source)
+  meta = checkpoint.Meta(
+    format=checkpoint.FORMAT,
+    model=model,
+    sequence_length=length,
+    tokenizer_hash=words.hash,
+    tokenizer_path=place,
+    run=os.path.basename(place),
+    step=0,
+    method=method,
+    sources=experts,
+    versions=manifest.versions(),
+    bos_token=words.bos_token,
+    eos_token=words.eos_token,
+  )
+  return meta, words, reader, table
 
 
 def _check(reader: files.Reader, table: names.Table, model: config.Model) -> None:

@@ -40,7 +40,9 @@ def initial_params(
       paths = [_find(workdir / name) for name in upcycle.sources]
       for path in paths:
         integrity.check_together(path, ['params'])
-      merge = Merge(sources.open_sources(list(map(str, paths)), upcycle.method), upcycle, key)
+      opened = [sources.open_checkpoint(str(path)) for path in paths]
+      sources.check_alike(opened, upcycle.method)
+      merge = Merge(opened, upcycle, key)
       processes.decide(functools.partial(sources.check_different, merge.sources))
       if upcycle.router_init == 'centroids':
         merge = merge._replace(routers=_centroids(recipe, nodes, node, dataset, merge))

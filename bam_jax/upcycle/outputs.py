@@ -4,7 +4,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,14 +14,14 @@ from etils import epath
 from flax import traverse_util
 
 from bam_jax import checkpoint, config
-from bam_jax.checkpoint import arrays, integrity, manifest
+from bam_jax.checkpoint import arrays, manifest
 from bam_jax.errors import UserError
 from bam_jax.files import folders
 from bam_jax.model import transformer
 from bam_jax.parallel import processes
 from bam_jax.upcycle import merge as merge_lib
 from bam_jax.upcycle import rules
-from bam_jax.upcycle.sources import check_different, open_sources, ropes
+from bam_jax.upcycle.sources import Source, check_alike, check_different, ropes
 
 
 def specs(abstract: Any, dtype: np.dtype | None = None) -> dict[str, arrays.Spec]:
@@ -76,6 +76,7 @@ def _assemble(
 
 def to_checkpoint(
   output: epath.PathLike,
+  sources: Sequence[Source],
   upcycle: config.Upcycle,
   seed: int,
   name: str,
@@ -83,19 +84,18 @@ def to_checkpoint(
   command: str,
   progress: Callable[[int, int], None],
 ) -> checkpoint.Meta:
-  """Mixes the dense checkpoints at `upcycle.sources` into a new checkpoint, a new folder.
+  """Mixes opened dense models, those of `upcycle.sources`, into a new checkpoint, a new folder.
 
-  With a recipe's seed and run name, random draws equal the recipe's. `dtype` is one of
-  `sources.DTYPES`; `command` is recorded; `progress` is called with the bytes read and written
+  With a recipe's seed and run name, random draws equal the recipe's. `dtype` is 'float32' or
+  'bfloat16'; `command` is recorded; `progress` is called with the bytes read and written
   so far, and their total. UserError, and no folder, when the sources cannot be mixed or
   something cannot be read or written.
   """
   if upcycle.router_init == 'centroids':
     fix = "upcycle in a recipe, or choose 'random' or 'zero'."
     raise UserError(f"router_init='centroids' requires the sources' training data: {fix}")
-  merge = merge_lib.Merge(
-    open_sources(upcycle.sources, upcycle.method), upcycle, merge_lib.run_key(seed, name)
-  )
+  check_alike(sources, upcycle.method)
+  merge = merge_lib.Merge(sources, upcycle, merge_lib.run_key(seed, name))
   first = merge.sources[0]
   for source in merge.sources:
     if epath.Path(os.path.realpath(source.folder)) in epath.Path(os.path.realpath(output)).parents:
@@ -142,7 +142,7 @@ def _write(merge, writer: arrays.Writer, progress) -> tuple[manifest.Source, ...
   # Hashes use one thread, to keep their order. Checksums run ahead of the mixing, which then reads
   # from the page cache.
   hashing, checking = (concurrent.futures.ThreadPoolExecutor(1) for _ in range(2))
-  checks = [checking.submit(integrity.check, one.folder, ['params']) for one in merge.sources]
+  checks = [checking.submit(one.check) for one in merge.sources]
   try:
     check_different(merge.sources)
     for path, index, array in merge_lib.regions(merge, writer.specs, on_read=on_read):
@@ -155,7 +155,7 @@ def _write(merge, writer: arrays.Writer, progress) -> tuple[manifest.Source, ...
     for pool in (hashing, checking):
       pool.shutdown(wait=False, cancel_futures=True)
   origins = []
-  for (_, folder, meta, _), mine in zip(merge.sources, hashes):
+  for (_, folder, meta, *_), mine in zip(merge.sources, hashes):
     array_hashes = {path: one.hexdigest() for path, one in mine.items()}
     content, path = manifest.content_hash(array_hashes), str(folders.absolute(folder))
     origins.append(manifest.Source(path, meta.run, meta.step, content, array_hashes))

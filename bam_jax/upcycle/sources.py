@@ -2,65 +2,75 @@
 
 import itertools
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from etils import epath
 
 from bam_jax import checkpoint, config
-from bam_jax.checkpoint import arrays
+from bam_jax.checkpoint import arrays, integrity
 from bam_jax.config import strict
 from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 
-DTYPES = ('float32', 'bfloat16')  # what checkpoints may hold
+DTYPES = ('float32', 'bfloat16', 'float16')  # what sources may hold
+
+
+class Reader(Protocol):
+  """Reads a model's arrays, by our paths, a region at a time."""
+
+  specs: Mapping[str, arrays.Spec]
+
+  def read(self, path: str, index: arrays.Index = ()) -> np.ndarray: ...
 
 
 class Source(NamedTuple):
-  """An opened dense checkpoint."""
+  """An opened dense model."""
 
   path: str  # as the user wrote it
   folder: epath.Path
   meta: checkpoint.Meta
-  reader: arrays.Reader
+  reader: Reader
+  check: Callable[[], None] = lambda: None  # raises UserError if stored values are damaged
 
 
-def open_sources(paths: Sequence[str], method: config.Method) -> list[Source]:
-  """Opens dense checkpoints, in the experts' order; the caller verifies their checksums.
+def open_checkpoint(path: str) -> Source:
+  """Opens a checkpoint; UserError when it is missing or damaged, or its arrays do not fit it."""
+  folder = checkpoint.find(path)
+  meta = checkpoint.read_meta(folder)
+  reader = checkpoint.open_params(folder, meta.model, check=False)
+  return Source(path, folder, meta, reader, lambda: integrity.check(folder, ['params']))
 
-  UserError when one is missing, damaged, a mixture, named twice, or of another architecture or
-  tokenizer than the first, or its arrays do not fit its model. Only attention experts with keys of
-  their own may have other rotary positions.
+
+def check_alike(sources: Sequence[Source], method: config.Method) -> None:
+  """UserError unless sources, in the experts' order, can be mixed.
+
+  That is when one is a mixture, is named twice, or is of another architecture or tokenizer than the
+  first. Only attention experts with keys of their own may have other rotary positions.
   """
-  sources: list[Source] = []
   seen: dict[str, str] = {}
-  for path in paths:
-    folder = checkpoint.find(path)
-    meta = checkpoint.read_meta(folder)
-    first = sources[0].meta if sources else meta
+  first = sources[0]
+  for number, (path, folder, meta, reader, _) in enumerate(sources):
     other = seen.setdefault(os.path.realpath(folder), path)
-    if len(seen) <= len(sources):
-      raise UserError(f'{path} is the same checkpoint as {other}: name each source once.')
-    if meta.model != meta.model.dense():
-      raise UserError(f'{path} is a mixture: only dense models can be mixed.')
-    changes = strict.differences(config.to_dict(first.model), config.to_dict(meta.model))
+    same = f'{path} is the same checkpoint as {other}: name each source once.'
+    require(len(seen) == number + 1, same)
+    dense = meta.model == meta.model.dense()
+    require(dense, f'{path} is a mixture: only dense models can be mixed.')
+    changes = strict.differences(config.to_dict(first.meta.model), config.to_dict(meta.model))
     turned = [change for change in changes if change.startswith(('rope_theta', 'rope_scaling'))]
     rest = [change for change in changes if change not in turned]
-    what = f'{path} differs from the model of {paths[0]}'
+    what = f'{path} differs from the model of {first.path}'
     require(not rest, f'{what} ({"; ".join(rest[:3])}).')
     fix = 'only method bam_kv_experts keeps a rotation for each expert'
     require(not turned or method == 'bam_kv_experts', f'{what} ({"; ".join(turned)}): {fix}.')
-    if sources and meta.tokenizer_hash != first.tokenizer_hash:
+    if meta.tokenizer_hash != first.meta.tokenizer_hash:
       tokenizer = checkpoint.open_tokenizer(folder, meta)
-      if found := tokenizer.difference(checkpoint.open_tokenizer(sources[0].folder, first)):
-        raise UserError(f'{path} was trained with another tokenizer than {paths[0]}: {found}.')
-    reader = checkpoint.open_params(folder, meta.model, check=False)
+      found = tokenizer.difference(checkpoint.open_tokenizer(first.folder, first.meta))
+      require(not found, f'{path} was trained with another tokenizer than {first.path}: {found}.')
     for name, (_, dtype) in reader.specs.items():
-      if dtype.name not in DTYPES:
-        raise UserError(f'{path} has {name} in {dtype}: only {" and ".join(DTYPES)} can be mixed.')
-    sources.append(Source(path, folder, meta, reader))
-  return sources
+      wrong = f'{path} has {name} in {dtype}: only {" and ".join(DTYPES)} can be mixed.'
+      require(dtype.name in DTYPES, wrong)
 
 
 def check_different(sources: Sequence[Source]) -> None:

@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from bam_jax import checkpoint
+from bam_jax import checkpoint, config
 from bam_jax.errors import UserError
-from bam_jax.hf import importing
+from bam_jax.hf import importing, source
+from bam_jax.upcycle import outputs
 from tests.hf import folders
 from tests.hf.folders import CONFIG, MODEL, cohere_tensors
 
@@ -137,3 +138,23 @@ def test_tokenizers(tmp_path):
   facts = CONFIG | {'vocab_size': 260}
   small = folders.write_hf(tmp_path / 'small', facts, cohere_tensors(facts))
   check_refused(small, 'has 266 tokens, but the model .* has 260')
+
+
+def test_folders_are_mixed_where_they_are(tmp_path):
+  """What `convert upcycle` makes of folders is what it makes of their imports."""
+  opened = []
+  for number, name in enumerate(('one', 'two', 'three')):
+    facts = CONFIG | {'tie_word_embeddings': False, 'rope_theta': 5.0 + number}
+    folder = folders.write_hf(tmp_path / name, facts, cohere_tensors(facts, number))
+    imported = tmp_path / f'imported_{name}'
+    convert(str(folder), imported)
+    opened.append((source.open_any(str(folder)), source.open_any(str(imported))))
+  for which, name in enumerate(('from_folders', 'from_imports')):
+    pair = [both[which] for both in opened]
+    how = config.Upcycle(tuple(one.path for one in pair), 'bam_kv_experts', num_experts=4)
+    outputs.to_checkpoint(tmp_path / name, pair, how, 3, 'bam', 'float32', '', lambda *_: None)
+  left, right = (checkpoint.read_meta(tmp_path / n) for n in ('from_folders', 'from_imports'))
+  assert left.model == right.model and len(left.model.attention_experts.ropes) == 4
+  left, right = (folders.read_checkpoint(tmp_path / n) for n in ('from_folders', 'from_imports'))
+  for path, array in right.items():
+    np.testing.assert_array_equal(left[path], array, err_msg=path, strict=True)

@@ -109,9 +109,8 @@ def initial(recipe_dict, dataset, tmp_path, monkeypatch):
   monkeypatch.setattr(integrity, 'check_together', lambda *_: None)
   recipe_dict['runs']['seed']['data'] = {'general': 1.0}
   model = config.parse(recipe_dict).model
-  monkeypatch.setattr(
-    sources, 'open_sources', lambda paths, _: [untrained(model, p) for p in paths]
-  )
+  monkeypatch.setattr(sources, 'open_checkpoint', lambda path: untrained(model, path))
+  monkeypatch.setattr(sources, 'check_alike', lambda *_: None)
 
   def make(name: str, mesh: dict | None = None):
     recipe_dict['runs'][name]['init']['upcycle'] |= {'router_init': 'centroids'}

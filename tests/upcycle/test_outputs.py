@@ -15,6 +15,7 @@ from bam_jax.errors import UserError
 from bam_jax.parallel import sharding
 from bam_jax.recipes import graph, start
 from bam_jax.upcycle import merge, outputs, rules
+from bam_jax.upcycle.sources import open_checkpoint
 from tests.upcycle.memory import NAMES, TOKENIZER, abstract, draw, flat, save, spelled_out, values
 
 KEY = merge.run_key(3, 'bam')
@@ -49,7 +50,8 @@ def how(folder, method: str, **changes) -> config.Upcycle:
 
 def convert(output, upcycle: config.Upcycle, **changes) -> checkpoint.Meta:
   facts = dict(seed=3, name='bam', dtype='float32', command='convert', progress=lambda *_: None)
-  return outputs.to_checkpoint(output, upcycle, **(facts | changes))
+  opened = [open_checkpoint(path) for path in upcycle.sources]
+  return outputs.to_checkpoint(output, opened, upcycle, **(facts | changes))
 
 
 OPTIONS = {
