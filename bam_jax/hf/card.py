@@ -4,6 +4,7 @@ import os
 
 from bam_jax import checkpoint
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, Tokenizer
+from bam_jax.hf.families import BAM
 from bam_jax.model import arithmetic
 
 _CARD = """\
@@ -59,13 +60,13 @@ def text(meta: checkpoint.Meta, architecture: str, tokenizer: Tokenizer) -> str:
     content = f', content hash `{source.hash}`' if source.hash else ''
     facts.append(f'Made from `{name}`{step}{content}.')
   facts.append(f'Versions: {", ".join(f"{name} {v}" for name, v in meta.versions.items())}.')
-  mixture = bool(attention or ffn)
+  mixture, coded = bool(attention or ffn), architecture == BAM.architecture
   card = _CARD.format(
     tags='bam_jax, mixture-of-experts' if mixture else 'bam_jax',
     name=meta.run,
     facts='\n'.join(f'- {fact}' for fact in facts),
-    trust=', trust_remote_code=True' if mixture else '',
+    trust=', trust_remote_code=True' if coded else '',
   )
   if tokenizer.file_name != HUGGING_FACE_FILE:
     card += _SENTENCEPIECE.format(tokenizer)
-  return card + _CODE if mixture else card
+  return card + _CODE if coded else card

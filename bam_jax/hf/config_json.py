@@ -1,5 +1,6 @@
 """Converts between a config.json of transformers and our model; unsupported keys are refused."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -7,10 +8,9 @@ from bam_jax import config
 from bam_jax.config import strict
 from bam_jax.config.strict import require
 from bam_jax.hf import families
-from bam_jax.hf.families import FAMILIES, LENGTH, Facts
+from bam_jax.hf.families import BAM, FAMILIES, LENGTH, Facts
 
-BAM = 'BamForCausalLM'
-# Keys of the experts' options, which BamForCausalLM has beside Cohere's.
+# Keys of the experts' options.
 _ATTENTION_EXPERTS = {
   'num_experts': 'num_attention_experts', 'top_k': 'num_attention_experts_per_tok',
   'shared_kv': 'shared_kv', 'renormalize': 'norm_topk_attention',
@@ -30,16 +30,16 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
   architectures = config_json.get('architectures')
   is_one = isinstance(architectures, list) and len(architectures) == 1
   architecture = architectures[0] if is_one else architectures
-  if architecture == BAM:
-    facts = dict(config_json)
-    attention = _experts(facts, config.AttentionExperts, _ATTENTION_EXPERTS)
-    ffn = _experts(facts, config.FFNExperts, _FFN_EXPERTS)
-    dense = families.read(FAMILIES[0], facts)
-    return config.Model(**vars(dense) | dict(attention_experts=attention, ffn_experts=ffn))
-  known = {family.architecture: family for family in FAMILIES}
+  known = {family.architecture: family for family in (*FAMILIES, BAM)}
   wrong = f'architectures names {architecture!r}'
-  require(architecture in known, f'{wrong}: only {", ".join((*known, BAM))} can be imported.')
-  return families.read(known[architecture], config_json)
+  require(architecture in known, f'{wrong}: only {", ".join(known)} can be imported.')
+  if known[architecture] != BAM:
+    return families.read(known[architecture], config_json)
+  facts = dict(config_json)
+  attention = _experts(facts, config.AttentionExperts, _ATTENTION_EXPERTS)
+  ffn = _experts(facts, config.FFNExperts, _FFN_EXPERTS)
+  dense = families.read(BAM, facts)
+  return dataclasses.replace(dense, attention_experts=attention, ffn_experts=ffn)
 
 
 def is_fused(config_json: Mapping[str, Any]) -> bool:
@@ -65,31 +65,26 @@ def from_model(
 ) -> dict[str, Any]:
   """The config.json of a model; `to_model` and `to_origin` read it back.
 
-  A dense model's class is the first of FAMILIES that can describe it, or the one that is asked for.
-  UserError if there is none.
+  Its class is the first that computes it, or the one that is asked for; UserError if that one does
+  not. BamForCausalLM computes every model.
   """
-  dense = model.dense()
-  fitting = [family for family in FAMILIES if families.describes(family, dense)]
-  if model == dense:
-    chosen = [family for family in fitting if architecture in (None, family.architecture)]
-    what = architecture or 'a class of transformers'
-    names = ', '.join(family.architecture for family in fitting) or 'none'
-    require(chosen, f'This model is not {what}; those that compute it: {names}.')
-    return families.write(chosen[0], model) | {LENGTH: length}
-  require(fitting[:1] == FAMILIES[:1], f'{BAM} has the blocks of {FAMILIES[0].architecture} only.')
-  attention, ffn = model.attention_experts, model.ffn_experts
-  facts = families.write(FAMILIES[0], dense) | {LENGTH: length}
+  dense, attention, ffn = model.dense(), model.attention_experts, model.ffn_experts
+  fitting = [family for family in FAMILIES if model == dense and families.describes(family, model)]
+  chosen = [one for one in (*fitting, BAM) if architecture in (None, one.architecture)]
+  names = ', '.join(family.architecture for family in (*fitting, BAM))
+  require(chosen, f'This model is not {architecture}; those that compute it: {names}.')
+  facts = families.write(chosen[0], dense) | {LENGTH: length}
+  if chosen[0] != BAM:
+    return facts
   for experts, keys in ((attention, _ATTENTION_EXPERTS), (ffn, _FFN_EXPERTS)):
     facts[keys['num_experts']] = 0
     if experts:
       facts |= {theirs: getattr(experts, ours) for ours, theirs in keys.items()}
   return facts | {
-    'architectures': [BAM],
-    'model_type': 'bam',
     'auto_map': {
       'AutoConfig': 'configuration_bam.BamConfig',
       'AutoModel': 'modeling_bam.BamModel',
-      'AutoModelForCausalLM': f'modeling_bam.{BAM}',
+      'AutoModelForCausalLM': f'modeling_bam.{BAM.architecture}',
     },
     'upcycling_method': method,
     'expert_sources': list(sources),

@@ -1,28 +1,60 @@
-"""The configuration of a BAM model for transformers: Cohere's, and the experts'."""
+"""The configuration of a BAM model for transformers."""
 
-from transformers import CohereConfig
-
-EXPERTS = dict(
-  num_attention_experts=4,  # 0: a dense attention
-  num_attention_experts_per_tok=0,  # attention experts for each token; 0: all of them
-  norm_topk_attention=False,  # divide the gates of the chosen attention experts by their sum
-  shared_kv=False,  # one key and one value projection for all attention experts
-  num_experts=4,  # FFN experts; 0: a dense FFN
-  num_experts_per_tok=1,  # FFN experts for each token
-  norm_topk_prob=False,  # divide the gates of the chosen FFN experts by their sum
-  use_expert_bias=False,  # a bias for each FFN expert, which affects their choice, not their gates
-  capacity_factor=0.0,  # of the FFN experts in training; no token is dropped here
-  upcycling_method=None,  # how the model was made from dense ones
-  expert_sources=(),  # names of the dense models that the experts were
-)
+from transformers import PreTrainedConfig
 
 
-class BamConfig(CohereConfig):
-  """What `BamForCausalLM` is built from: the keys of CohereConfig and of EXPERTS."""
+class BamConfig(PreTrainedConfig):
+  """What `BamForCausalLM` is built from; the defaults are the paper's block."""
 
   model_type = 'bam'
 
-  def __init__(self, **kwargs):
-    for key, default in EXPERTS.items():
-      setattr(self, key, kwargs.pop(key, default))
-    super().__init__(**kwargs)
+  vocab_size: int = 256_000
+  hidden_size: int = 2048
+  intermediate_size: int = 8192
+  num_hidden_layers: int = 24
+  num_attention_heads: int = 16
+  num_key_value_heads: int = 16
+  head_dim: int = 128
+  hidden_act: str = 'silu'
+  max_position_embeddings: int = 8192
+  initializer_range: float = 0.02
+  layer_norm_eps: float = 1e-5  # of all norms
+  tie_word_embeddings: bool = True
+  use_cache: bool = True
+  pad_token_id: int | None = None
+  bos_token_id: int | None = None
+  eos_token_id: int | list[int] | None = None
+
+  block: str = 'parallel'  # or 'sequential': the FFN reads the stream after attention
+  norm: str = 'layernorm'  # or 'rmsnorm'
+  norm_place: str = 'pre'  # on a part's input; 'post': on its output, before the sum
+  qk_norm: str = 'none'  # 'head_layernorm', 'head_rms', or 'all_rms' over all heads of an expert
+  biases: str = 'none'  # 'qkv', or 'attention': of the output projections too
+  rope_parameters: dict | None = None  # of kind default, linear, llama3 or yarn
+  rotary_layout: str = 'interleaved'  # pairs (2i, 2i + 1); 'half': (i, i + R) of 2R channels
+  rotary_dim: int = 0  # channels of a head that are rotated, the first ones; 0: all
+  layer_types: list[str] | None = None  # 'full_attention' or 'sliding_attention', for each layer
+  sliding_window: int | None = None  # tokens that a token of a sliding layer sees, with itself
+  window_rope_theta: float = 0.0  # of sliding layers, then unscaled; 0: as in others
+  nope_layers: list[int] | tuple[int, ...] = ()  # numbers of layers without rotation
+  attention_scale: float = 0.0  # factor of the scores; 0: 1 / sqrt(head_dim)
+  embedding_scale: float = 1.0  # factor of the embedding
+  residual_scale: float = 1.0  # factor of each part's output
+  logit_scale: float = 1.0  # factor of the logits
+
+  num_attention_experts: int = 4  # 0: a dense attention
+  num_attention_experts_per_tok: int = 0  # attention experts for each token; 0: all of them
+  norm_topk_attention: bool = False  # divide the gates of the chosen ones by their sum
+  shared_kv: bool = False  # one key and one value projection for all attention experts
+  num_experts: int = 4  # FFN experts; 0: a dense FFN
+  num_experts_per_tok: int = 1  # FFN experts for each token
+  norm_topk_prob: bool = False  # divide the gates of the chosen ones by their sum
+  use_expert_bias: bool = False  # a bias in the choice of FFN experts, not in their gates
+  capacity_factor: float = 0.0  # of the FFN experts in training; no token is dropped here
+  upcycling_method: str | None = None  # how the model was made from dense ones
+  expert_sources: list[str] | tuple[str, ...] = ()  # the dense models that the experts were
+
+  def __post_init__(self, **kwargs):
+    self.layer_types = self.layer_types or ['full_attention'] * self.num_hidden_layers
+    self.rope_parameters = self.rope_parameters or {'rope_type': 'default', 'rope_theta': 1e4}
+    super().__post_init__(**kwargs)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from bam_jax import config
+from bam_jax.config import strict
 from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 
@@ -422,6 +423,34 @@ def _cohere2_json(model: config.Model) -> dict[str, Any]:
   return {k: v for k, v in facts.items() if k not in ('use_qk_norm', 'head_dim')}
 
 
+# Fields under our own names where transformers has none.
+_OWN = (
+  'block', 'norm', 'norm_place', 'qk_norm', 'biases', 'rotary_layout', 'rotary_dim', 'nope_layers',
+  'window_rope_theta', 'attention_scale', 'embedding_scale', 'residual_scale', 'logit_scale',
+)  # fmt: skip
+
+
+def _bam(facts: Facts) -> dict[str, Any]:
+  fields = _sizes(facts, eps=1e-5, eps_key='layer_norm_eps', tied=True)
+  own = {name: facts._facts.pop(name) for name in _OWN if facts.has(name)}
+  if facts.take('use_qk_norm', bool, False):  # of files from before there were several kinds
+    own['qk_norm'] = 'head_layernorm'
+  fields = vars(strict.from_dict(config.Model, fields | own, 'config.json'))
+  return fields | _rope(facts, None) | _windows(facts, fields, lambda number: False, None)
+
+
+def _bam_json(model: config.Model) -> dict[str, Any]:
+  return {
+    'head_dim': model.head_dim,
+    'layer_norm_eps': model.norm_epsilon,
+    'rope_parameters': _rope_json(model.rope_theta, model.rope_scaling)['rope_parameters'],
+    **_windows_json(model),
+    **{name: getattr(model, name) for name in _OWN},
+  }
+
+
+# A model of any family, computed by our own code, which adds experts.
+BAM = Family('BamForCausalLM', 'bam', _bam, _bam_json)
 # In the order in which a model's own class is looked for.
 FAMILIES = [
   Family('CohereForCausalLM', 'cohere', _cohere, _cohere_json),

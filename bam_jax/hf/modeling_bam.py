@@ -1,21 +1,46 @@
 """BAM for transformers: mixtures of attention and FFN experts; arXiv 2408.08274.
 
-The blocks are Cohere's, `y = norm(x); x + attention(y) + ffn(y)`, with either part dense or a
-mixture. Every token passes through all attention experts, whose outputs are weighted with the gates
-of the query's token, and through its top-k FFN experts. No balancing loss is added in training: add
-one to fine-tune the routers.
+Either part of a block is dense or a mixture. Every token passes through all attention experts,
+whose outputs are weighted with the gates of the query's token, and through its top-k FFN experts.
+No balancing loss is added in training: add one to fine-tune the routers.
 
-Shapes: B batch, T queries, S keys, D model, H query heads, G key-value heads, K head, E experts.
+Shapes: B batch, T queries, S keys, D model, H query heads, G key-value heads, K head, E experts,
+R rotated pairs.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CohereForCausalLM, CohereModel
+from transformers import CohereForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.cohere import modeling_cohere
+from transformers.models.cohere.modeling_cohere import CohereMLP, eager_attention_forward
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_bam import BamConfig
+
+SLIDING, FULL = 'sliding_attention', 'full_attention'
+
+
+class BamLayerNorm(nn.Module):
+  """LayerNorm without a bias, or RMSNorm, of each of the groups of channels that a scale is for."""
+
+  def __init__(self, shape: tuple[int, ...], config: BamConfig, centred: bool):
+    super().__init__()
+    self.weight, self.centred = nn.Parameter(torch.ones(shape)), centred
+    self.epsilon = config.layer_norm_eps
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    y = x.float().unflatten(-1, (-1, *self.weight.shape))
+    if self.centred:
+      y = y - y.mean(-1, keepdim=True)
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.epsilon)
+    return (y * self.weight.float()).view_as(x).to(x.dtype)
 
 
 class BamRouter(nn.Linear):
@@ -41,23 +66,69 @@ class BamRouter(nn.Linear):
     return gates / gates.sum(-1, keepdim=True) if self.renormalize else gates
 
 
+def frequencies(config: BamConfig, layer_type: str, device) -> tuple[torch.Tensor, float]:
+  """Radians a position of each pair (R,), and the factor of sine and cosine."""
+  rope, channels = config.rope_parameters, config.rotary_dim or config.head_dim
+  kind, theta = rope['rope_type'], rope['rope_theta']
+  if layer_type == SLIDING and config.window_rope_theta:
+    kind, theta = 'default', config.window_rope_theta
+  fast = theta ** (-torch.arange(0, channels, 2, device=device).float() / channels)
+  if kind == 'default':
+    return fast, 1.0
+  slow = fast / rope['factor']
+  if kind == 'linear':
+    return slow, 1.0
+  length = rope['original_max_position_embeddings']
+  if kind == 'llama3':
+    low, high = rope['low_freq_factor'], rope['high_freq_factor']
+    kept = ((length * fast / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return kept * fast + (1 - kept) * slow, 1.0
+  # YaRN, arXiv 2309.00071; its bounds are whole pairs.
+  pair = lambda turns: channels * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+  low = max(math.floor(pair(rope.get('beta_fast') or 32)), 0)
+  high = min(math.ceil(pair(rope.get('beta_slow') or 1)), channels - 1)
+  ramp = (torch.arange(channels // 2, device=device) - low) / max(high - low, 1e-3)
+  changed = ramp.clamp(0, 1)
+  factor = rope.get('attention_factor') or 0.1 * math.log(max(rope['factor'], 1)) + 1
+  return changed * slow + (1 - changed) * fast, factor
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: str) -> torch.Tensor:
+  """Queries or keys (B, T, heads, K), the first 2R channels of each head rotated, in float32."""
+  turned, rest = x[..., : 2 * cos.shape[-1]].float(), x[..., 2 * cos.shape[-1] :]
+  if layout == 'half':
+    one, two = turned.chunk(2, dim=-1)
+    turned = torch.cat([one * cos - two * sin, one * sin + two * cos], dim=-1)
+  else:
+    one, two = turned[..., ::2], turned[..., 1::2]
+    turned = torch.stack([one * cos - two * sin, one * sin + two * cos], dim=-1).flatten(-2)
+  return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
 class BamProjections(nn.Module):
   """Projections of attention: those of queries and outputs, those of keys and values, or both."""
 
   def __init__(self, config: BamConfig, query_output: bool, key_value: bool):
     super().__init__()
-    D, H, G = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    K, eps, use_norm = config.head_dim, config.layer_norm_eps, config.use_qk_norm
+    D, K, qk_norm = config.hidden_size, config.head_dim, config.qk_norm
+    H, G = config.num_attention_heads, config.num_key_value_heads
+    linear = lambda width: nn.Linear(D, width, bias=config.biases != 'none')
+
+    def norm(heads: int) -> nn.Module:
+      if qk_norm == 'none':
+        return nn.Identity()
+      shape = {'head_layernorm': (heads, K), 'head_rms': (K,), 'all_rms': (heads * K,)}[qk_norm]
+      return BamLayerNorm(shape, config, centred=qk_norm == 'head_layernorm')
+
     if query_output:
-      self.q_proj, self.o_proj = nn.Linear(D, H * K, bias=False), nn.Linear(H * K, D, bias=False)
-      self.q_norm = modeling_cohere.CohereLayerNorm((H, K), eps) if use_norm else nn.Identity()
+      self.q_proj, self.q_norm = linear(H * K), norm(H)
+      self.o_proj = nn.Linear(H * K, D, bias=config.biases == 'attention')
     if key_value:
-      self.k_proj, self.v_proj = nn.Linear(D, G * K, bias=False), nn.Linear(D, G * K, bias=False)
-      self.k_norm = modeling_cohere.CohereLayerNorm((G, K), eps) if use_norm else nn.Identity()
+      self.k_proj, self.v_proj, self.k_norm = linear(G * K), linear(G * K), norm(G)
 
 
 class BamAttention(BamProjections):
-  """The sum of several attention experts, weighted with the gates of the query's token.
+  """Attention, or the sum of several attention experts, weighted with the query's token's gates.
 
   Experts have their own queries and outputs and, without `shared_kv`, keys and values. The heads of
   all experts are side by side, in one kernel call and one cache entry.
@@ -65,40 +136,52 @@ class BamAttention(BamProjections):
 
   def __init__(self, config: BamConfig, layer_idx: int):
     E, shared_kv = config.num_attention_experts, config.shared_kv
-    super().__init__(config, query_output=False, key_value=shared_kv)
+    super().__init__(config, query_output=not E, key_value=not E or shared_kv)
     self.config, self.layer_idx, self.is_causal = config, layer_idx, True
-    self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-    self.experts = nn.ModuleList(BamProjections(config, True, not shared_kv) for _ in range(E))
-    top_k, renormalize = config.num_attention_experts_per_tok, config.norm_topk_attention
-    self.router = BamRouter(config.hidden_size, E, top_k, renormalize)
+    self.rotates = layer_idx not in config.nope_layers
+    self.sliding_window = (
+      config.sliding_window if config.layer_types[layer_idx] == SLIDING else None
+    )
+    self.scaling = config.attention_scale or config.head_dim**-0.5
+    # Query heads that read one key-value head.
+    groups = config.num_attention_heads // config.num_key_value_heads
+    self.num_key_value_groups = groups * E if E and shared_kv else groups
+    if E:
+      self.experts = nn.ModuleList(BamProjections(config, True, not shared_kv) for _ in range(E))
+      top_k, renormalize = config.num_attention_experts_per_tok, config.norm_topk_attention
+      self.router = BamRouter(config.hidden_size, E, top_k, renormalize)
 
-  def forward(
-    self, hidden_states, position_embeddings, attention_mask, past_key_values=None, cache=None,
-    **kwargs,
-  ):  # fmt: skip
-    """The output (B, T, D) for `hidden_states` (B, T, D), and weights if the kernel has them."""
-    y, E, K = hidden_states, len(self.experts), self.config.head_dim
-    kv_owners = [self] if self.config.shared_kv else self.experts
+  def forward(self, y: torch.Tensor, position_embeddings, attention_mask, cache=None, **kwargs):
+    """The output (B, T, D) for `y` (B, T, D), and weights if the kernel has them."""
+    config, K, E = self.config, self.config.head_dim, self.config.num_attention_experts
+    owners, shared = self.experts if E else [self], E and config.shared_kv
+    kv_owners = [self] if shared else owners
     split = lambda x: x.unflatten(-1, (-1, K))
-    query = torch.cat([owner.q_norm(split(owner.q_proj(y))) for owner in self.experts], dim=2)
-    key = torch.cat([owner.k_norm(split(owner.k_proj(y))) for owner in kv_owners], dim=2)
-    value = torch.cat([split(owner.v_proj(y)) for owner in kv_owners], dim=2)
+    query = torch.stack([split(one.q_norm(one.q_proj(y))) for one in owners], dim=2)  # (B,T,E,H,K)
+    key = torch.cat([split(one.k_norm(one.k_proj(y))) for one in kv_owners], dim=2)
+    value = torch.cat([split(one.v_proj(y)) for one in kv_owners], dim=2)
+    if shared:  # all experts' queries of a key-value head are neighbours
+      query = query.unflatten(3, (config.num_key_value_heads, -1)).transpose(2, 3)
+    query = query.flatten(2, -2)
+    if self.rotates:
+      query, key = (rotate(x, *position_embeddings, config.rotary_layout) for x in (query, key))
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    query, key = modeling_cohere.apply_rotary_pos_emb(query, key, *position_embeddings)
-    cache = past_key_values if cache is None else cache  # its name before transformers 5.24, since
     if cache is not None:
       key, value = cache.update(key, value, self.layer_idx)
-    if self.config.shared_kv:
-      key, value = key.repeat(1, E, 1, 1), value.repeat(1, E, 1, 1)
 
-    kernel = self.config._attn_implementation
-    eager = modeling_cohere.eager_attention_forward
-    attend = eager if kernel == 'eager' else ALL_ATTENTION_FUNCTIONS[kernel]
-    heads, weights = attend(self, query, key, value, attention_mask, scaling=K**-0.5, **kwargs)
-    heads = heads.unflatten(2, (E, -1))  # (B, T, E, H, K)
-    gates = self.router(y).to(y.dtype)[..., None, None]  # (B, T, E, 1, 1)
-    gated = (gates * heads).flatten(3).unbind(2)
-    return sum(expert.o_proj(x) for expert, x in zip(self.experts, gated)), weights
+    kernel = config._attn_implementation
+    attend = eager_attention_forward if kernel == 'eager' else ALL_ATTENTION_FUNCTIONS[kernel]
+    options = dict(scaling=self.scaling, sliding_window=self.sliding_window)
+    heads, weights = attend(self, query, key, value, attention_mask, **options, **kwargs)
+    if not E:
+      return self.o_proj(heads.flatten(2)), weights
+    if shared:
+      heads = heads.unflatten(2, (config.num_key_value_heads, E, -1)).transpose(2, 3)
+    heads = heads.reshape(*y.shape[:2], E, -1)
+    gates = self.router(y).to(y.dtype).unsqueeze(-1)  # (B, T, E, 1)
+    # After the projection, so that a gate is that of the bias too.
+    outputs = [gates[:, :, e] * expert.o_proj(heads[:, :, e]) for e, expert in enumerate(owners)]
+    return sum(outputs), weights
 
 
 class BamSparseMLP(nn.Module):
@@ -108,7 +191,7 @@ class BamSparseMLP(nn.Module):
     super().__init__()
     E, top_k, renormalize = config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
     self.router = BamRouter(config.hidden_size, E, top_k, renormalize, config.use_expert_bias)
-    self.experts = nn.ModuleList(modeling_cohere.CohereMLP(config) for _ in range(E))
+    self.experts = nn.ModuleList(CohereMLP(config) for _ in range(E))
 
   def forward(self, y_BTD: torch.Tensor) -> torch.Tensor:
     gates = self.router(y_BTD).to(y_BTD.dtype).flatten(0, 1)
@@ -120,29 +203,100 @@ class BamSparseMLP(nn.Module):
     return output.view_as(y_BTD)
 
 
-class BamModel(CohereModel):
-  """Embedding, blocks and the final norm; Cohere's, except for the experts."""
+class BamLayer(GradientCheckpointingLayer):
+  """Attention and FFN, side by side or one after the other, and their norms."""
+
+  def __init__(self, config: BamConfig, layer_idx: int):
+    super().__init__()
+    self.pre, self.sequential = config.norm_place == 'pre', config.block == 'sequential'
+    self.scale = config.residual_scale
+    self.self_attn = BamAttention(config, layer_idx)
+    self.mlp = BamSparseMLP(config) if config.num_experts else CohereMLP(config)
+    norm = lambda: BamLayerNorm((config.hidden_size,), config, config.norm == 'layernorm')
+    if self.pre:
+      self.input_layernorm = norm()
+    if self.sequential:
+      self.post_attention_layernorm = norm()
+    if not self.pre:
+      self.post_feedforward_layernorm = norm()
+
+  def forward(self, x: torch.Tensor, **kwargs) -> torch.Tensor:
+    """The residual stream (B, T, D) after the layer."""
+    y = self.input_layernorm(x) if self.pre else x
+    attended, _ = self.self_attn(y, **kwargs)
+    if not self.sequential:
+      return x + self.scale * (attended + self.mlp(y))
+    if self.pre:
+      x = x + self.scale * attended
+      return x + self.scale * self.mlp(self.post_attention_layernorm(x))
+    x = x + self.scale * self.post_attention_layernorm(attended)
+    return x + self.scale * self.post_feedforward_layernorm(self.mlp(x))
+
+
+class BamPreTrainedModel(PreTrainedModel):
+  """What transformers knows of the classes below."""
 
   config_class = BamConfig
+  base_model_prefix = 'model'
+  supports_gradient_checkpointing = True
+  _no_split_modules = ['BamLayer']
+  _keep_in_fp32_modules_strict = {'router'}
+  _supports_flash_attn = _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
+  _can_record_outputs = {'hidden_states': BamLayer, 'attentions': BamAttention}
+
+
+class BamModel(BamPreTrainedModel):
+  """Embedding, blocks and the final norm."""
 
   def __init__(self, config: BamConfig):
     super().__init__(config)
-    for layer_idx, layer in enumerate(self.layers):
-      if config.num_attention_experts:
-        layer.self_attn = BamAttention(config, layer_idx)
-      if config.num_experts:
-        layer.mlp = BamSparseMLP(config)
-    self._keep_in_fp32_modules_strict = {'router'}
+    self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+    self.layers = nn.ModuleList(BamLayer(config, n) for n in range(config.num_hidden_layers))
+    self.norm = BamLayerNorm((config.hidden_size,), config, config.norm == 'layernorm')
+    self.gradient_checkpointing = False
     self.post_init()
 
+  @merge_with_config_defaults
+  @capture_outputs
+  def forward(
+    self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, cache=None,
+    inputs_embeds=None, use_cache=None, **kwargs,
+  ):  # fmt: skip
+    """The last hidden states (B, T, D), and the cache."""
+    config = self.config
+    x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    cache = past_key_values if cache is None else cache  # its name before transformers 5.24, since
+    if use_cache and cache is None:
+      cache = DynamicCache(config=config)
+    if position_ids is None:
+      seen = cache.get_seq_length() if cache is not None else 0
+      position_ids = (torch.arange(x.shape[1], device=x.device) + seen)[None]
+    masks = attention_mask
+    if not isinstance(masks, dict):  # `generate` may have made them
+      makers = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
+      kinds = set(config.layer_types)
+      masks = {kind: makers[kind](config, x, attention_mask, cache, position_ids) for kind in kinds}
+    turns = {}
+    for kind in masks:
+      frequency, factor = frequencies(config, kind, x.device)
+      angles = position_ids[..., None, None].float() * frequency  # (B, T, 1, R)
+      turns[kind] = factor * angles.cos(), factor * angles.sin()
+    x = x * config.embedding_scale
+    for layer, kind in zip(self.layers, config.layer_types):
+      options = dict(position_embeddings=turns[kind], position_ids=position_ids, cache=cache)
+      x = layer(x, attention_mask=masks[kind], **options, **kwargs)
+    return BaseModelOutputWithPast(self.norm(x), cache)
 
-class BamForCausalLM(CohereForCausalLM):
+
+class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
   """The model with next-token logits."""
 
-  config_class = BamConfig
+  _tied_weights_keys = {'lm_head.weight': 'model.embed_tokens.weight'}
+  forward = CohereForCausalLM.forward  # logits have a factor there too
 
   def __init__(self, config: BamConfig):
     super().__init__(config)
     self.model = BamModel(config)
-    self._keep_in_fp32_modules_strict = {'router'}
+    self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    self.logit_scale = config.logit_scale
     self.post_init()

@@ -15,8 +15,8 @@ def open_any(path: str) -> sources.Source:
   folder = Path(path)
   if not (folder / files.CONFIG).is_file() or not any(folder.glob('*.safetensors')):
     return sources.open_checkpoint(path)
-  meta, _, reader, table = importing.open_folder(path)
-  return sources.Source(path, epath.Path(path), meta, Reader(reader, table))
+  meta, words, reader, table = importing.open_folder(path)
+  return sources.Source(path, epath.Path(path), meta, Reader(reader, table), lambda: words)
 
 
 class Reader:

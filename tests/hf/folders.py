@@ -49,6 +49,14 @@ MODEL = config.Model(
   rope_theta=8e6, norm_epsilon=1e-5, qk_norm='head_layernorm', logit_scale=0.0625,
 )  # fmt: skip
 _KV = config.AttentionExperts(3)
+_MIXTURE = {'attention_experts': _KV, 'ffn_experts': config.FFNExperts(3)}
+_SHARED = _MIXTURE | {'attention_experts': config.AttentionExperts(3, shared_kv=True)}
+_RMS = {'block': 'sequential', 'norm': 'rmsnorm', 'rotary_layout': 'half'}
+_WINDOWS = {'layer_types': ('sliding', 'full', 'sliding'), 'window': 5}
+# Bounds between which some of a tiny head's pairs are, for a base of 30.
+YARN = config.RopeScaling('yarn', 4.0, 64, beta_fast=4.0)
+LLAMA3 = config.RopeScaling('llama3', 4.0, 64)
+LINEAR = config.RopeScaling('linear', 3.0)
 MODELS = {
   'dense': {},
   'no_qk_norm': {'qk_norm': 'none', 'num_kv_heads': 6},
@@ -67,6 +75,31 @@ MODELS = {
     'attention_experts': config.AttentionExperts(3, top_k=2, renormalize=True),
     'ffn_experts': config.FFNExperts(4, top_k=3, renormalize=True, expert_bias=True),
   },
+  # Blocks of other families: every field, and fields that meet in one array or one layer.
+  'sequential': _MIXTURE | _RMS | {'biases': 'attention', 'head_dim': 6, 'qk_norm': 'none'},
+  'post': _MIXTURE | _RMS | {
+    'norm_place': 'post', 'qk_norm': 'all_rms', 'rope_scaling': YARN, 'window_rope_theta': 20.0,
+    **_WINDOWS,
+  },
+  'post_shared': _SHARED | {
+    'block': 'sequential', 'norm_place': 'post', 'qk_norm': 'all_rms', 'biases': 'qkv',
+  },
+  'head_rms_shared': _SHARED | _RMS | _WINDOWS | {
+    'qk_norm': 'head_rms', 'biases': 'attention', 'head_dim': 6, 'rotary_dim': 4,
+    'nope_layers': (1,),
+  },
+  'scaled': _MIXTURE | _RMS | {
+    'attention_experts': config.AttentionExperts(2, top_k=1), 'attention_scale': 0.3,
+    'embedding_scale': 1.5, 'residual_scale': 0.6, 'qk_norm': 'head_rms', 'rope_scaling': LLAMA3,
+  },
+  'parallel_half': _MIXTURE | _WINDOWS | {
+    'norm': 'rmsnorm', 'rotary_layout': 'half', 'rope_scaling': LINEAR, 'biases': 'qkv',
+  },
+  'sequential_btx': {
+    'block': 'sequential', 'biases': 'attention', 'qk_norm': 'all_rms', 'rotary_dim': 2,
+    'ffn_experts': config.FFNExperts(3, top_k=2),
+  },
+  'no_family': _RMS | {'norm': 'layernorm', 'norm_place': 'post', 'nope_layers': (0, 2)},
 }  # fmt: skip
 
 
