@@ -100,13 +100,13 @@ def to_checkpoint(
   for source in merge.sources:
     if epath.Path(os.path.realpath(source.folder)) in epath.Path(os.path.realpath(output)).parents:
       raise UserError(f'{output} is inside the source {source.path}: choose another folder.')
-  tokenizer = checkpoint.find_tokenizer(first.folder)
+  tokenizer = first.tokenizer()
   mixture = rules.mixture_model(first.meta.model, upcycle, ropes(merge.sources))
   wanted = specs(transformer.Network(mixture, config.Compute()).abstract(), jnp.dtype(dtype))
   with folders.new_folder(output, sum(spec.nbytes for spec in wanted.values())) as folder:
     with arrays.Writer(folder / 'params', wanted) as writer:
       origins = _write(merge, writer, progress)
-    (folder / tokenizer.name).write_bytes(tokenizer.read_bytes())
+    tokenizer.save(folder)
     meta = dataclasses.replace(
       first.meta,
       model=mixture,

@@ -12,6 +12,7 @@ from bam_jax import checkpoint, config
 from bam_jax.checkpoint import arrays, integrity
 from bam_jax.config import strict
 from bam_jax.config.strict import require
+from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 
 DTYPES = ('float32', 'bfloat16', 'float16')  # what sources may hold
@@ -32,6 +33,7 @@ class Source(NamedTuple):
   folder: epath.Path
   meta: checkpoint.Meta
   reader: Reader
+  tokenizer: Callable[[], Tokenizer] | None = None  # opens it
   check: Callable[[], None] = lambda: None  # raises UserError if stored values are damaged
 
 
@@ -40,7 +42,8 @@ def open_checkpoint(path: str) -> Source:
   folder = checkpoint.find(path)
   meta = checkpoint.read_meta(folder)
   reader = checkpoint.open_params(folder, meta.model, check=False)
-  return Source(path, folder, meta, reader, lambda: integrity.check(folder, ['params']))
+  tokenizer = lambda: checkpoint.open_tokenizer(folder, meta)
+  return Source(path, folder, meta, reader, tokenizer, lambda: integrity.check(folder, ['params']))
 
 
 def check_alike(sources: Sequence[Source], method: config.Method) -> None:
@@ -51,7 +54,7 @@ def check_alike(sources: Sequence[Source], method: config.Method) -> None:
   """
   seen: dict[str, str] = {}
   first = sources[0]
-  for number, (path, folder, meta, reader, _) in enumerate(sources):
+  for number, (path, folder, meta, reader, tokenizer, _) in enumerate(sources):
     other = seen.setdefault(os.path.realpath(folder), path)
     same = f'{path} is the same checkpoint as {other}: name each source once.'
     require(len(seen) == number + 1, same)
@@ -65,8 +68,7 @@ def check_alike(sources: Sequence[Source], method: config.Method) -> None:
     fix = 'only method bam_kv_experts keeps a rotation for each expert'
     require(not turned or method == 'bam_kv_experts', f'{what} ({"; ".join(turned)}): {fix}.')
     if meta.tokenizer_hash != first.meta.tokenizer_hash:
-      tokenizer = checkpoint.open_tokenizer(folder, meta)
-      found = tokenizer.difference(checkpoint.open_tokenizer(first.folder, first.meta))
+      found = tokenizer().difference(first.tokenizer())
       require(not found, f'{path} was trained with another tokenizer than {first.path}: {found}.')
     for name, (_, dtype) in reader.specs.items():
       wrong = f'{path} has {name} in {dtype}: only {" and ".join(DTYPES)} can be mixed.'

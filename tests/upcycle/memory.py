@@ -11,6 +11,7 @@ from flax import traverse_util
 
 from bam_jax import checkpoint, config
 from bam_jax.checkpoint import arrays, manifest
+from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.model import transformer
 from bam_jax.parallel import sharding
 from bam_jax.upcycle import merge, options, outputs, rules
@@ -19,7 +20,7 @@ from bam_jax.upcycle.sources import Source
 KEY = jax.random.key(11)
 NAMES = ('seed', 'code', 'law')
 ONE_DEVICE = config.Mesh()
-TOKENIZER = b'{"a tokenizer": 1}'
+TOKENIZER = Tokenizer.train(['a'], 258)._content
 
 
 class Reader:
@@ -106,7 +107,7 @@ def spelled_out(
 META = dict(
   format=checkpoint.FORMAT, sequence_length=16, step=7, method=None, sources=(),
   tokenizer_hash=hashlib.sha256(TOKENIZER).hexdigest(), tokenizer_path='/nowhere',
-  versions=manifest.versions(), bos_token='<s>', eos_token='</s>',
+  versions=manifest.versions(), bos_token='<|bos|>', eos_token='<|eos|>',
 )  # fmt: skip
 
 
