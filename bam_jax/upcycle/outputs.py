@@ -21,7 +21,7 @@ from bam_jax.model import transformer
 from bam_jax.parallel import processes
 from bam_jax.upcycle import merge as merge_lib
 from bam_jax.upcycle import rules
-from bam_jax.upcycle.sources import Source, check_alike, check_different, ropes
+from bam_jax.upcycle.sources import Source, check_alike, check_different, fit_rows, ropes
 
 
 def specs(abstract: Any, dtype: np.dtype | None = None) -> dict[str, arrays.Spec]:
@@ -95,7 +95,7 @@ def to_checkpoint(
     fix = "upcycle in a recipe, or choose 'random' or 'zero'."
     raise UserError(f"router_init='centroids' requires the sources' training data: {fix}")
   check_alike(sources, upcycle.method)
-  merge = merge_lib.Merge(sources, upcycle, merge_lib.run_key(seed, name))
+  merge = merge_lib.Merge(fit_rows(sources), upcycle, merge_lib.run_key(seed, name))
   first = merge.sources[0]
   for source in merge.sources:
     if epath.Path(os.path.realpath(source.folder)) in epath.Path(os.path.realpath(output)).parents:

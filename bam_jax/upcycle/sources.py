@@ -50,7 +50,8 @@ def check_alike(sources: Sequence[Source], method: config.Method) -> None:
   """UserError unless sources, in the experts' order, can be mixed.
 
   That is when one is a mixture, is named twice, or is of another architecture or tokenizer than the
-  first. Only attention experts with keys of their own may have other rotary positions.
+  first. Only attention experts with keys of their own may have other rotary positions. Embeddings
+  may have more or fewer rows, for words that only one tokenizer has or for none: see `fit_rows`.
   """
   seen: dict[str, str] = {}
   first = sources[0]
@@ -62,7 +63,8 @@ def check_alike(sources: Sequence[Source], method: config.Method) -> None:
     require(dense, f'{path} is a mixture: only dense models can be mixed.')
     changes = strict.differences(config.to_dict(first.meta.model), config.to_dict(meta.model))
     turned = [change for change in changes if change.startswith(('rope_theta', 'rope_scaling'))]
-    rest = [change for change in changes if change not in turned]
+    rows = [change for change in changes if change.startswith('vocab_size')]
+    rest = [change for change in changes if change not in (*turned, *rows)]
     what = f'{path} differs from the model of {first.path}'
     require(not rest, f'{what} ({"; ".join(rest[:3])}).')
     fix = 'only method bam_kv_experts keeps a rotation for each expert'
@@ -92,3 +94,42 @@ def ropes(sources: Sequence[Source]) -> list[config.Rope]:
   models = [source.meta.model for source in sources]
   found = [config.Rope(model.rope_theta, model.rope_scaling) for model in models]
   return found if len(set(found)) > 1 else []
+
+
+class _Rows:
+  """Reads a model as if it had the first source's words: later rows are dropped, or the first's."""
+
+  AXES = {'embed/table': 0, 'unembed/kernel': 1}  # of words
+
+  def __init__(self, own: Reader, first: Reader):
+    self._own, self._first, self.specs = own, first, dict(own.specs)
+    for path in self.AXES.keys() & own.specs.keys():
+      self.specs[path] = first.specs[path]._replace(dtype=own.specs[path].dtype)
+
+  def read(self, path: str, index: arrays.Index = ()) -> np.ndarray:
+    if path not in self.AXES:
+      return self._own.read(path, index)
+    axis = self.AXES[path]
+    box = [slice(*bounds) for bounds in arrays.bounds(self.specs[path], index)]
+    start, stop = box[axis].start, box[axis].stop
+    middle = min(max(start, self._own.specs[path].shape[axis]), stop)
+    parts = []
+    for reader, some in ((self._own, slice(start, middle)), (self._first, slice(middle, stop))):
+      if some.start < some.stop:
+        region = tuple(some if number == axis else one for number, one in enumerate(box))
+        parts.append(reader.read(path, region).astype(self.specs[path].dtype, copy=False))
+    return np.concatenate(parts, axis) if len(parts) > 1 else parts[0]
+
+
+def fit_rows(sources: Sequence[Source]) -> list[Source]:
+  """The sources, with embeddings of the first's words: rows of others' own words are dropped.
+
+  Where a source has fewer rows than the first, it has the first's.
+  """
+  first = sources[0]
+  fitted = [first]
+  for source in sources[1:]:
+    alike = source.meta.model.vocab_size == first.meta.model.vocab_size
+    reader = source.reader if alike else _Rows(source.reader, first.reader)
+    fitted.append(source._replace(reader=reader))
+  return fitted

@@ -125,6 +125,23 @@ def test_each_attention_expert_keeps_its_sources_rotation(tmp_path, models):
       convert(tmp_path / 'other', how(tmp_path, method))
 
 
+def test_rows_of_words_that_only_others_have_are_dropped(small_chunks, tmp_path, models):
+  """One has 16 more words than the seed, another 8 rows fewer of padding."""
+  drawn = []
+  for number, (name, words) in enumerate({'seed': 320, 'code': 336, 'law': 312}.items()):
+    model = dataclasses.replace(models['untied'], vocab_size=words)
+    drawn.append(draw(model, number))
+    save(tmp_path / name, drawn[-1], model)
+  meta = convert(tmp_path / 'mix', how(tmp_path, 'btx'))
+  assert meta.model.vocab_size == 320
+  got = values(tmp_path / 'mix')
+  for path, axis in (('embed/table', 0), ('unembed/kernel', 1)):
+    seed, code, law = (np.moveaxis(flat(params)[path], axis, 0) for params in drawn)
+    law = np.concatenate([law, seed[312:]])
+    want = (seed + code[:320] + law) / 3
+    np.testing.assert_array_equal(np.moveaxis(got[path], axis, 0), want)
+
+
 def direct_hash(array: np.ndarray) -> str:
   """As the documentation has it."""
   sha256 = hashlib.sha256
