@@ -19,6 +19,7 @@ _FFN_EXPERTS = {
   'num_experts': 'num_experts', 'top_k': 'num_experts_per_tok', 'renormalize': 'norm_topk_prob',
   'capacity_factor': 'capacity_factor', 'expert_bias': 'use_expert_bias',
 }  # fmt: skip
+_ROPES = 'attention_expert_ropes'
 
 
 def to_model(config_json: Mapping[str, Any]) -> config.Model:
@@ -36,7 +37,9 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
   if known[architecture] != BAM:
     return families.read(known[architecture], config_json)
   facts = dict(config_json)
+  ropes = tuple(map(families.read_rope, facts.pop(_ROPES, None) or ()))
   attention = _experts(facts, config.AttentionExperts, _ATTENTION_EXPERTS)
+  attention = attention and dataclasses.replace(attention, ropes=ropes)
   ffn = _experts(facts, config.FFNExperts, _FFN_EXPERTS)
   dense = families.read(BAM, facts)
   return dataclasses.replace(dense, attention_experts=attention, ffn_experts=ffn)
@@ -81,6 +84,7 @@ def from_model(
     if experts:
       facts |= {theirs: getattr(experts, ours) for ours, theirs in keys.items()}
   return facts | {
+    _ROPES: [families.write_rope(rope) for rope in attention.ropes] if attention else [],
     'auto_map': {
       'AutoConfig': 'configuration_bam.BamConfig',
       'AutoModel': 'modeling_bam.BamModel',

@@ -44,6 +44,7 @@ class BamConfig(PreTrainedConfig):
 
   num_attention_experts: int = 4  # 0: a dense attention
   num_attention_experts_per_tok: int = 0  # attention experts for each token; 0: all of them
+  attention_expert_ropes: list[dict] | tuple = ()  # of each, in place of rope_parameters
   norm_topk_attention: bool = False  # divide the gates of the chosen ones by their sum
   shared_kv: bool = False  # one key and one value projection for all attention experts
   num_experts: int = 4  # FFN experts; 0: a dense FFN

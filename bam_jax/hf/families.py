@@ -197,6 +197,18 @@ def _rope_json(theta: float, scaling: config.RopeScaling | None, **more) -> dict
   return {'rope_theta': theta, 'rope_parameters': group, 'rope_scaling': group if scaling else None}
 
 
+def read_rope(group: Any) -> config.Rope:
+  """The rotary positions of one attention expert."""
+  require(isinstance(group, Mapping), f'attention_expert_ropes has {group!r}, which is no group.')
+  fields = _rope(Facts({'rope_parameters': group}), None)
+  return config.Rope(fields['rope_theta'], fields['rope_scaling'])
+
+
+def write_rope(rope: config.Rope) -> dict[str, Any]:
+  """The form of `rope_parameters`."""
+  return _rope_json(rope.theta, rope.scaling)['rope_parameters']
+
+
 # Sliding windows.
 
 
@@ -443,7 +455,7 @@ def _bam_json(model: config.Model) -> dict[str, Any]:
   return {
     'head_dim': model.head_dim,
     'layer_norm_eps': model.norm_epsilon,
-    'rope_parameters': _rope_json(model.rope_theta, model.rope_scaling)['rope_parameters'],
+    'rope_parameters': write_rope(config.Rope(model.rope_theta, model.rope_scaling)),
     **_windows_json(model),
     **{name: getattr(model, name) for name in _OWN},
   }

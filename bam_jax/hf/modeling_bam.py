@@ -66,12 +66,9 @@ class BamRouter(nn.Linear):
     return gates / gates.sum(-1, keepdim=True) if self.renormalize else gates
 
 
-def frequencies(config: BamConfig, layer_type: str, device) -> tuple[torch.Tensor, float]:
+def frequencies(rope: dict, channels: int, device) -> tuple[torch.Tensor, float]:
   """Radians a position of each pair (R,), and the factor of sine and cosine."""
-  rope, channels = config.rope_parameters, config.rotary_dim or config.head_dim
   kind, theta = rope['rope_type'], rope['rope_theta']
-  if layer_type == SLIDING and config.window_rope_theta:
-    kind, theta = 'default', config.window_rope_theta
   fast = theta ** (-torch.arange(0, channels, 2, device=device).float() / channels)
   if kind == 'default':
     return fast, 1.0
@@ -93,8 +90,23 @@ def frequencies(config: BamConfig, layer_type: str, device) -> tuple[torch.Tenso
   return changed * slow + (1 - changed) * fast, factor
 
 
+def rotations(config: BamConfig, layer_type: str, positions_BT: torch.Tensor) -> tuple:
+  """Cosine and sine (B, T, E, 1, R) for layers of a type; E is 1 unless experts have their own."""
+  ropes = config.attention_expert_ropes or [config.rope_parameters]
+  if layer_type == SLIDING and config.window_rope_theta:
+    ropes = [{'rope_type': 'default', 'rope_theta': config.window_rope_theta}]
+  cosines, sines = [], []
+  for rope in ropes:
+    channels = config.rotary_dim or config.head_dim
+    frequency, factor = frequencies(rope, channels, positions_BT.device)
+    angles = positions_BT[..., None, None].float() * frequency
+    cosines.append(factor * angles.cos())
+    sines.append(factor * angles.sin())
+  return torch.stack(cosines, dim=2), torch.stack(sines, dim=2)
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: str) -> torch.Tensor:
-  """Queries or keys (B, T, heads, K), the first 2R channels of each head rotated, in float32."""
+  """Queries or keys (B, T, E, heads, K), the first 2R channels of each head rotated, in float32."""
   turned, rest = x[..., : 2 * cos.shape[-1]].float(), x[..., 2 * cos.shape[-1] :]
   if layout == 'half':
     one, two = turned.chunk(2, dim=-1)
@@ -157,15 +169,15 @@ class BamAttention(BamProjections):
     owners, shared = self.experts if E else [self], E and config.shared_kv
     kv_owners = [self] if shared else owners
     split = lambda x: x.unflatten(-1, (-1, K))
-    query = torch.stack([split(one.q_norm(one.q_proj(y))) for one in owners], dim=2)  # (B,T,E,H,K)
-    key = torch.cat([split(one.k_norm(one.k_proj(y))) for one in kv_owners], dim=2)
-    value = torch.cat([split(one.v_proj(y)) for one in kv_owners], dim=2)
-    if shared:  # all experts' queries of a key-value head are neighbours
-      query = query.unflatten(3, (config.num_key_value_heads, -1)).transpose(2, 3)
-    query = query.flatten(2, -2)
+    # (B, T, E, H or G, K), with E = 1 for what experts share
+    query = torch.stack([split(one.q_norm(one.q_proj(y))) for one in owners], dim=2)
+    key = torch.stack([split(one.k_norm(one.k_proj(y))) for one in kv_owners], dim=2)
+    value = torch.stack([split(one.v_proj(y)) for one in kv_owners], dim=2)
     if self.rotates:
       query, key = (rotate(x, *position_embeddings, config.rotary_layout) for x in (query, key))
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if shared:  # all experts' queries of a key-value head are neighbours
+      query = query.unflatten(3, (config.num_key_value_heads, -1)).transpose(2, 3)
+    query, key, value = (x.flatten(2, -2).transpose(1, 2) for x in (query, key, value))
     if cache is not None:
       key, value = cache.update(key, value, self.layer_idx)
 
@@ -276,11 +288,7 @@ class BamModel(BamPreTrainedModel):
       makers = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
       kinds = set(config.layer_types)
       masks = {kind: makers[kind](config, x, attention_mask, cache, position_ids) for kind in kinds}
-    turns = {}
-    for kind in masks:
-      frequency, factor = frequencies(config, kind, x.device)
-      angles = position_ids[..., None, None].float() * frequency  # (B, T, 1, R)
-      turns[kind] = factor * angles.cos(), factor * angles.sin()
+    turns = {kind: rotations(config, kind, position_ids) for kind in masks}
     x = x * config.embedding_scale
     for layer, kind in zip(self.layers, config.layer_types):
       options = dict(position_embeddings=turns[kind], position_ids=position_ids, cache=cache)

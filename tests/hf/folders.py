@@ -49,7 +49,7 @@ MODEL = config.Model(
   rope_theta=8e6, norm_epsilon=1e-5, qk_norm='head_layernorm', logit_scale=0.0625,
 )  # fmt: skip
 _KV = config.AttentionExperts(3)
-_MIXTURE = {'attention_experts': _KV, 'ffn_experts': config.FFNExperts(3)}
+_MIXTURE = {'attention_experts': _KV, 'ffn_experts': config.FFNExperts(3, top_k=2)}
 _SHARED = _MIXTURE | {'attention_experts': config.AttentionExperts(3, shared_kv=True)}
 _RMS = {'block': 'sequential', 'norm': 'rmsnorm', 'rotary_layout': 'half'}
 _WINDOWS = {'layer_types': ('sliding', 'full', 'sliding'), 'window': 5}
@@ -98,6 +98,11 @@ MODELS = {
   'sequential_btx': {
     'block': 'sequential', 'biases': 'attention', 'qk_norm': 'all_rms', 'rotary_dim': 2,
     'ffn_experts': config.FFNExperts(3, top_k=2),
+  },
+  'ropes': _MIXTURE | {
+    'attention_experts': config.AttentionExperts(
+      3, ropes=(config.Rope(30.0), config.Rope(5.0), config.Rope(30.0, YARN))
+    ),
   },
   'no_family': _RMS | {'norm': 'layernorm', 'norm_place': 'post', 'nope_layers': (0, 2)},
 }  # fmt: skip
