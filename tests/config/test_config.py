@@ -79,6 +79,12 @@ REFUSALS = [
   (dict(seed=2**32), 'config', 'seed=4294967296'),  # JAX keeps 32 bits: it would be 0 again
   (dict(model__num_heads=3), 'config.model', 'num_heads=3', 'multiple', 'num_kv_heads=2'),
   (dict(model__head_dim=7), 'config.model', 'head_dim=7', 'odd'),
+  (dict(model__norm_place='post'), 'config.model', "norm_place='post'", "block='sequential'"),
+  (dict(model__rotary_dim=3), 'config.model', 'rotary_dim=3', 'odd'),
+  (dict(model__layer_types=['sliding']), 'config.model', 'layer_types has 1 entries'),
+  (dict(model__window=4), 'config.model', 'window=4', 'layer_types'),
+  (dict(model__nope_layers=[9]), 'config.model', 'nope_layers=[9]'),
+  (dict(model__rope_scaling={'kind': 'yarn', 'factor': 2}), 'rope_scaling', 'original_length'),
   (dict(model__rope_theta=0), 'config.model', 'rope_theta=0', 'not positive'),
   (dict(model__ffn_experts={'num_experts': 2}), 'config', 'model has experts', 'upcycle'),
   (
