@@ -7,7 +7,7 @@ from typing import Any, get_args
 from bam_jax import config
 from bam_jax.config import strict
 from bam_jax.config.strict import require
-from bam_jax.hf import families
+from bam_jax.hf import families, mixtures, names
 from bam_jax.hf.families import BAM, FAMILIES, LENGTH, Facts
 
 # Keys of the experts' options.
@@ -50,6 +50,14 @@ def is_fused(config_json: Mapping[str, Any]) -> bool:
   return config_json.get('model_type') == 'phi3'
 
 
+def tensors(model: config.Model, config_json: Mapping[str, Any]) -> tuple[names.Table, dict]:
+  """The tensors of a folder by our paths, and the shapes, by name, of others, which are zeros."""
+  for mixture in mixtures.MIXTURES:
+    if config_json['architectures'] == [mixture.architecture]:
+      return mixtures.tensors(mixture, model), mixtures.zeros(mixture, model)
+  return names.tensors(model, is_fused(config_json)), {}
+
+
 def to_origin(config_json: Mapping[str, Any]) -> tuple[int, str | None, tuple[str, ...]]:
   """The training length, how a mixture was made, and the sources of its experts."""
   method, sources = config_json.get('upcycling_method'), config_json.get('expert_sources') or ()
@@ -65,17 +73,26 @@ def from_model(
   method: str | None,
   sources: Sequence[str],
   architecture: str | None = None,
+  biased: bool = True,
 ) -> dict[str, Any]:
   """The config.json of a model; `to_model` and `to_origin` read it back.
 
   Its class is the first that computes it, or the one that is asked for; UserError if that one does
-  not. BamForCausalLM computes every model.
+  not. BamForCausalLM computes every model. `biased` says that an `expert_bias` is not zero.
   """
   dense, attention, ffn = model.dense(), model.attention_experts, model.ffn_experts
-  fitting = [family for family in FAMILIES if model == dense and families.describes(family, model)]
+  biased = bool(ffn and ffn.expert_bias and biased)
+  wrong = {one: mixtures.objection(one, model, length, biased) for one in mixtures.MIXTURES}
+  fitting = [one for one, reason in wrong.items() if not reason]
+  if model == dense:
+    fitting = [family for family in FAMILIES if families.describes(family, model)]
   chosen = [one for one in (*fitting, BAM) if architecture in (None, one.architecture)]
-  names = ', '.join(family.architecture for family in (*fitting, BAM))
-  require(chosen, f'This model is not {architecture}; those that compute it: {names}.')
+  computing = ' or '.join(family.architecture for family in (*fitting, BAM))
+  reasons = {one.architecture: reason for one, reason in wrong.items()}
+  reason = reasons.get(architecture, f'This model is not {architecture}')
+  require(chosen, f'{reason}: export as {computing}.')
+  if chosen[0] in wrong:
+    return mixtures.write(chosen[0], model, length) | {LENGTH: length}
   facts = families.write(chosen[0], dense) | {LENGTH: length}
   if chosen[0] != BAM:
     return facts

@@ -19,6 +19,7 @@ from bam_jax.hf.files import Progress
 DTYPES = ('float32', 'bfloat16')
 # The code that transformers runs for a mixture; it does not import bam_jax.
 CODE = ('configuration_bam.py', 'modeling_bam.py')
+_BIAS = 'blocks/ffn/expert_bias'
 
 
 def convert(
@@ -48,10 +49,13 @@ def convert(
   meta = checkpoint.read_meta(source)
   tokenizer = checkpoint.open_tokenizer(source, meta)
   origin = meta.sequence_length, meta.method, meta.sources
-  facts = config_json.from_model(meta.model, *origin, architecture)
   reader = checkpoint.open_params(source, meta.model)
-  table = names.tensors(meta.model, config_json.is_fused(facts))
+  biased = _BIAS in reader.specs and bool(np.any(reader.read(_BIAS)))
+  facts = config_json.from_model(meta.model, *origin, architecture, biased)
+  table, zeros = config_json.tensors(meta.model, facts)
   specs = _specs(reader, table, dtype)
+  kind = specs[names.TABLE].dtype
+  specs |= {name: arrays.Spec(shape, kind) for name, shape in zeros.items()}
   total = sum(spec.nbytes for spec in specs.values())
   shards = files.plan(specs, max_shard_size)
   with folders.new_folder(output, total) as beside:
@@ -80,6 +84,9 @@ def _specs(reader: arrays.Reader, table: names.Table, dtype: str | None) -> dict
     # transformers keeps routers in float32, as training does.
     keep = dtype is None or 'router' in name
     shape = parts[-1].stop, *table[path].theirs[1:]
+    if '.experts.' not in name and len(index) > 1:  # all experts in one tensor
+      count = table[path].stacked[1]
+      shape = count, shape[0] // count, *shape[1:]
     spec = arrays.Spec(shape, reader.specs[path].dtype if keep else jnp.dtype(dtype))
     outside = -1 if path.startswith('embed/') else float('inf')
     placed.append((index[0] if index else outside, name, spec))
@@ -91,14 +98,16 @@ def _tensors(
 ) -> Iterator[np.ndarray]:
   """The values of tensors in their order in the files."""
   pieces = names.pieces(table)
-  regions = arrays.read_ahead((reader, *piece[:2]) for name in order for piece in pieces[name])
+  listed = [piece for name in order for piece in pieces.get(name, ())]
+  regions = arrays.read_ahead((reader, *piece[:2]) for piece in listed)
   total, done = sum(spec.nbytes for spec in specs.values()), 0
   for name in order:
-    dtype, rows = specs[name].dtype, []
-    for path, index, *_ in pieces[name]:
+    (shape, dtype), rows = specs[name], []
+    for path, index, *_ in pieces.get(name, ()):
       ours = next(regions)
       files.check_finite(ours.astype(dtype, copy=False), reader.folder, path, index)
       rows.append(names.to_theirs(table[path], ours, dtype))
+    rows = rows or [np.zeros(shape, dtype)]
     theirs = np.concatenate(rows) if len(rows) > 1 else rows[0]
     done += theirs.nbytes
     progress(done, total)

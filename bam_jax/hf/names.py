@@ -35,16 +35,12 @@ class Tensor(NamedTuple):
   stacked: tuple[int, ...]  # our axes of layers and experts
   ours: tuple[int, ...]  # the other axes
   theirs: tuple[int, ...]  # matrices are (out, in) in transformers
+  is_matrix: bool = False  # whether the array is transposed there
 
   @property
   def shape(self) -> tuple[int, ...]:
     """Of our array."""
     return *self.stacked, *self.ours
-
-  @property
-  def is_matrix(self) -> bool:
-    """Whether the array is transposed in transformers."""
-    return self.name.endswith(('_proj.weight', 'router.weight', HEAD))
 
   def parts(self) -> Iterator[tuple[tuple[int, ...], str]]:
     """The index of each part in our array, and its name in transformers."""
@@ -70,7 +66,8 @@ def tensors(model: config.Model, fused: bool = False) -> Table:
     """Adds an array of every layer and, if it has experts of its own, of every expert."""
     prefix = f'{layer}{module}.experts.{{1}}.' if experts else f'{layer}{module}.'
     stacked = (L, experts.num_experts) if experts else (L,)
-    made[f'blocks/{path}'] = Tensor(f'{prefix}{name}', stacked, ours, theirs)
+    is_matrix = name.endswith(('_proj.weight', 'router.weight'))
+    made[f'blocks/{path}'] = Tensor(f'{prefix}{name}', stacked, ours, theirs, is_matrix)
 
   kv = None if attention and attention.shared_kv else attention
   made['embed/table'] = Tensor(TABLE, (), (V, D), (V, D))
@@ -107,7 +104,7 @@ def tensors(model: config.Model, fused: bool = False) -> Table:
       add('ffn/expert_bias', None, 'mlp', 'router.e_score_correction_bias', (E,), (E,))
   made['final_norm/scale'] = Tensor('model.norm.weight', (), (D,), (D,))
   if not model.tied_embeddings:
-    made['unembed/kernel'] = Tensor(HEAD, (), (D, V), (V, D))
+    made['unembed/kernel'] = Tensor(HEAD, (), (D, V), (V, D), True)
   return made
 
 
@@ -122,12 +119,17 @@ class Piece(NamedTuple):
 
 def pieces(table: Table) -> dict[str, list[Piece]]:
   """The pieces of every tensor, by its name, in the order of its rows."""
-  found: dict[str, list[Piece]] = {}
+  parts: dict[str, list[tuple[tuple[int, ...], str]]] = {}
   for path, tensor in table.items():
     for index, name in tensor.parts():
-      rows = found.setdefault(name, [])
-      start = rows[-1].stop if rows else 0
-      rows.append(Piece(path, index, start, start + tensor.theirs[0]))
+      parts.setdefault(name, []).append((index, path))
+  found: dict[str, list[Piece]] = {}
+  for name, rows in parts.items():
+    start, found[name] = 0, []
+    for index, path in sorted(rows, key=lambda row: row[0]):  # expert by expert
+      stop = start + table[path].theirs[0]
+      found[name].append(Piece(path, index, start, stop))
+      start = stop
   return found
 
 

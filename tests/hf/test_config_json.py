@@ -147,7 +147,9 @@ def test_a_class_that_computes_another_model_is_refused():
   model = replaced(block='sequential', norm='rmsnorm', rotary_layout='half', qk_norm='none')
   model = config.Model(**vars(model) | {'logit_scale': 1.0})
   assert config_json.from_model(model, 64, None, ())['architectures'] == ['LlamaForCausalLM']
-  with pytest.raises(UserError, match='is not Qwen2ForCausalLM; .*: LlamaForCausalLM, Mistral'):
+  with pytest.raises(
+    UserError, match='is not Qwen2ForCausalLM: export as LlamaForCausalLM or Mistral'
+  ):
     config_json.from_model(model, 64, None, (), 'Qwen2ForCausalLM')
 
 
