@@ -37,25 +37,21 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
   if known[architecture] != BAM:
     return families.read(known[architecture], config_json)
   facts = dict(config_json)
-  ropes = tuple(map(families.read_rope, facts.pop(_ROPES, None) or ()))
+  groups = [Facts({'rope_parameters': group}) for group in Facts(facts).take(_ROPES, list, ())]
+  ropes = tuple(config.Rope(*families.rope(group, None).values()) for group in groups)
   attention = _experts(facts, config.AttentionExperts, _ATTENTION_EXPERTS)
   attention = attention and dataclasses.replace(attention, ropes=ropes)
   ffn = _experts(facts, config.FFNExperts, _FFN_EXPERTS)
-  dense = families.read(BAM, facts)
+  dense = families.read(BAM, facts | {_ROPES: None})
   return dataclasses.replace(dense, attention_experts=attention, ffn_experts=ffn)
-
-
-def is_fused(config_json: Mapping[str, Any]) -> bool:
-  """Whether a folder's projections are rows of shared tensors."""
-  return config_json.get('model_type') == 'phi3'
 
 
 def tensors(model: config.Model, config_json: Mapping[str, Any]) -> tuple[names.Table, dict]:
   """The tensors of a folder by our paths, and the shapes, by name, of others, which are zeros."""
   for mixture in mixtures.MIXTURES:
     if config_json['architectures'] == [mixture.architecture]:
-      return mixtures.tensors(mixture, model), mixtures.zeros(mixture, model)
-  return names.tensors(model, is_fused(config_json)), {}
+      return mixtures.tensors(mixture, model)
+  return names.tensors(model, fused=config_json.get('model_type') == 'phi3'), {}
 
 
 def to_origin(config_json: Mapping[str, Any]) -> tuple[int, str | None, tuple[str, ...]]:
@@ -83,25 +79,25 @@ def from_model(
   dense, attention, ffn = model.dense(), model.attention_experts, model.ffn_experts
   biased = bool(ffn and ffn.expert_bias and biased)
   wrong = {one: mixtures.objection(one, model, length, biased) for one in mixtures.MIXTURES}
-  fitting = [one for one, reason in wrong.items() if not reason]
-  if model == dense:
-    fitting = [family for family in FAMILIES if families.describes(family, model)]
-  chosen = [one for one in (*fitting, BAM) if architecture in (None, one.architecture)]
-  computing = ' or '.join(family.architecture for family in (*fitting, BAM))
+  fitting = [one for one in FAMILIES if model == dense and families.describes(one, model)]
+  fitting += [one for one, reason in wrong.items() if not reason]
+  fitting = {one.architecture: one for one in (*fitting, BAM)}
   reasons = {one.architecture: reason for one, reason in wrong.items()}
   reason = reasons.get(architecture, f'This model is not {architecture}')
-  require(chosen, f'{reason}: export as {computing}.')
-  if chosen[0] in wrong:
-    return mixtures.write(chosen[0], model, length) | {LENGTH: length}
-  facts = families.write(chosen[0], dense) | {LENGTH: length}
-  if chosen[0] != BAM:
+  require(architecture in (None, *fitting), f'{reason}: export as {" or ".join(fitting)}.')
+  chosen = fitting[architecture or next(iter(fitting))]
+  if chosen in wrong:
+    return mixtures.write(chosen, model, length) | {LENGTH: length}
+  facts = families.write(chosen, dense) | {LENGTH: length}
+  if chosen != BAM:
     return facts
   for experts, keys in ((attention, _ATTENTION_EXPERTS), (ffn, _FFN_EXPERTS)):
     facts[keys['num_experts']] = 0
     if experts:
       facts |= {theirs: getattr(experts, ours) for ours, theirs in keys.items()}
+  ropes = attention.ropes if attention else ()
   return facts | {
-    _ROPES: [families.write_rope(rope) for rope in attention.ropes] if attention else [],
+    _ROPES: [families.rope_json(one.theta, one.scaling)['rope_parameters'] for one in ropes],
     'auto_map': {
       'AutoConfig': 'configuration_bam.BamConfig',
       'AutoModel': 'modeling_bam.BamModel',

@@ -1,36 +1,20 @@
 """The configuration of a BAM model for transformers."""
 
-from transformers import PreTrainedConfig
+from transformers import CohereConfig
 
 
-class BamConfig(PreTrainedConfig):
-  """What `BamForCausalLM` is built from; the defaults are the paper's block."""
+class BamConfig(CohereConfig):
+  """What `BamForCausalLM` is built from: sizes as in CohereConfig, blocks and experts."""
 
   model_type = 'bam'
+  base_model_tp_plan = None  # Cohere's does not know experts
 
-  vocab_size: int = 256_000
-  hidden_size: int = 2048
-  intermediate_size: int = 8192
-  num_hidden_layers: int = 24
-  num_attention_heads: int = 16
-  num_key_value_heads: int = 16
   head_dim: int = 128
-  hidden_act: str = 'silu'
-  max_position_embeddings: int = 8192
-  initializer_range: float = 0.02
-  layer_norm_eps: float = 1e-5  # of all norms
-  tie_word_embeddings: bool = True
-  use_cache: bool = True
-  pad_token_id: int | None = None
-  bos_token_id: int | None = None
-  eos_token_id: int | list[int] | None = None
-
   block: str = 'parallel'  # or 'sequential': the FFN reads the stream after attention
   norm: str = 'layernorm'  # or 'rmsnorm'
   norm_place: str = 'pre'  # on a part's input; 'post': on its output, before the sum
   qk_norm: str = 'none'  # 'head_layernorm', 'head_rms', or 'all_rms' over all heads of an expert
   biases: str = 'none'  # 'qkv', or 'attention': of the output projections too
-  rope_parameters: dict | None = None  # of kind default, linear, llama3 or yarn
   rotary_layout: str = 'interleaved'  # pairs (2i, 2i + 1); 'half': (i, i + R) of 2R channels
   rotary_dim: int = 0  # channels of a head that are rotated, the first ones; 0: all
   layer_types: list[str] | None = None  # 'full_attention' or 'sliding_attention', for each layer
@@ -40,7 +24,6 @@ class BamConfig(PreTrainedConfig):
   attention_scale: float = 0.0  # factor of the scores; 0: 1 / sqrt(head_dim)
   embedding_scale: float = 1.0  # factor of the embedding
   residual_scale: float = 1.0  # factor of each part's output
-  logit_scale: float = 1.0  # factor of the logits
 
   num_attention_experts: int = 4  # 0: a dense attention
   num_attention_experts_per_tok: int = 0  # attention experts for each token; 0: all of them
@@ -57,5 +40,4 @@ class BamConfig(PreTrainedConfig):
 
   def __post_init__(self, **kwargs):
     self.layer_types = self.layer_types or ['full_attention'] * self.num_hidden_layers
-    self.rope_parameters = self.rope_parameters or {'rope_type': 'default', 'rope_theta': 1e4}
     super().__post_init__(**kwargs)

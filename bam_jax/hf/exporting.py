@@ -54,8 +54,7 @@ def convert(
   facts = config_json.from_model(meta.model, *origin, architecture, biased)
   table, zeros = config_json.tensors(meta.model, facts)
   specs = _specs(reader, table, dtype)
-  kind = specs[names.TABLE].dtype
-  specs |= {name: arrays.Spec(shape, kind) for name, shape in zeros.items()}
+  specs |= {name: arrays.Spec(shape, specs[names.TABLE].dtype) for name, shape in zeros.items()}
   total = sum(spec.nbytes for spec in specs.values())
   shards = files.plan(specs, max_shard_size)
   with folders.new_folder(output, total) as beside:
@@ -83,10 +82,8 @@ def _specs(reader: arrays.Reader, table: names.Table, dtype: str | None) -> dict
     path, index, *_ = parts[0]
     # transformers keeps routers in float32, as training does.
     keep = dtype is None or 'router' in name
-    shape = parts[-1].stop, *table[path].theirs[1:]
-    if '.experts.' not in name and len(index) > 1:  # all experts in one tensor
-      count = table[path].stacked[1]
-      shape = count, shape[0] // count, *shape[1:]
+    experts = () if '.experts.' in name else table[path].stacked[1:]  # that are in one tensor
+    shape = *experts, parts[-1].stop // (*experts, 1)[0], *table[path].theirs[1:]
     spec = arrays.Spec(shape, reader.specs[path].dtype if keep else jnp.dtype(dtype))
     outside = -1 if path.startswith('embed/') else float('inf')
     placed.append((index[0] if index else outside, name, spec))
@@ -97,13 +94,12 @@ def _tensors(
   reader: arrays.Reader, table: names.Table, order: list[str], specs: dict, progress: Progress
 ) -> Iterator[np.ndarray]:
   """The values of tensors in their order in the files."""
-  pieces = names.pieces(table)
-  listed = [piece for name in order for piece in pieces.get(name, ())]
-  regions = arrays.read_ahead((reader, *piece[:2]) for piece in listed)
+  pieces = dict.fromkeys(order, ()) | names.pieces(table)
+  regions = arrays.read_ahead((reader, *piece[:2]) for name in order for piece in pieces[name])
   total, done = sum(spec.nbytes for spec in specs.values()), 0
   for name in order:
     (shape, dtype), rows = specs[name], []
-    for path, index, *_ in pieces.get(name, ()):
+    for path, index, *_ in pieces[name]:
       ours = next(regions)
       files.check_finite(ours.astype(dtype, copy=False), reader.folder, path, index)
       rows.append(names.to_theirs(table[path], ours, dtype))

@@ -145,8 +145,8 @@ _SCALINGS = {
 }  # fmt: skip
 
 
-def _rope(facts: Facts, theta: float | None) -> dict[str, Any]:
-  """Base and scaling; `theta` is the default, None if there is none that is safe."""
+def rope(facts: Facts, theta: float | None) -> dict[str, Any]:
+  """Base and perhaps scaling; `theta` is the default, None if there is none that is safe."""
   top = facts.take('rope_theta', float, None)
   groups = [facts.take(key, dict, {}) for key in ('rope_parameters', 'rope_scaling')]
   thetas = [top, *(_theta(group) for group in groups)]
@@ -187,7 +187,7 @@ def _scaling(group: Mapping[str, Any], facts: Facts) -> config.RopeScaling | Non
   return config.RopeScaling(kind, **fields)
 
 
-def _rope_json(theta: float, scaling: config.RopeScaling | None, **more) -> dict[str, Any]:
+def rope_json(theta: float, scaling: config.RopeScaling | None, **more) -> dict[str, Any]:
   """The keys of both forms, which readers of all versions agree on."""
   group: dict[str, Any] = {'rope_type': 'default', 'rope_theta': theta, **more}
   if scaling:
@@ -195,18 +195,6 @@ def _rope_json(theta: float, scaling: config.RopeScaling | None, **more) -> dict
     group |= {'rope_type': scaling.kind}
     group |= {key: getattr(scaling, ours) for key, ours in keys.items() if getattr(scaling, ours)}
   return {'rope_theta': theta, 'rope_parameters': group, 'rope_scaling': group if scaling else None}
-
-
-def read_rope(group: Any) -> config.Rope:
-  """The rotary positions of one attention expert."""
-  require(isinstance(group, Mapping), f'attention_expert_ropes has {group!r}, which is no group.')
-  fields = _rope(Facts({'rope_parameters': group}), None)
-  return config.Rope(fields['rope_theta'], fields['rope_scaling'])
-
-
-def write_rope(rope: config.Rope) -> dict[str, Any]:
-  """The form of `rope_parameters`."""
-  return _rope_json(rope.theta, rope.scaling)['rope_parameters']
 
 
 # Sliding windows.
@@ -240,7 +228,7 @@ def _biases(facts: Facts) -> dict[str, Any]:
 
 def _llama(facts: Facts, **sizes) -> dict[str, Any]:
   fields = _sizes(facts, **{'eps': 1e-6, **sizes})
-  return fields | SEQUENTIAL | _rope(facts, 1e4) | _biases(facts)
+  return fields | SEQUENTIAL | rope(facts, 1e4) | _biases(facts)
 
 
 def _llama_json(model: config.Model) -> dict[str, Any]:
@@ -248,7 +236,7 @@ def _llama_json(model: config.Model) -> dict[str, Any]:
     'head_dim': model.head_dim,
     'rms_norm_eps': model.norm_epsilon,
     'attention_bias': model.biases == 'attention',
-    **_rope_json(model.rope_theta, model.rope_scaling),
+    **rope_json(model.rope_theta, model.rope_scaling),
   }
 
 
@@ -301,7 +289,7 @@ def _qwen3_json(model: config.Model) -> dict[str, Any]:
 
 
 def _smollm3(facts: Facts) -> dict[str, Any]:
-  fields = _sizes(facts, eps=1e-6, tied=True, kv_heads=4) | SEQUENTIAL | _rope(facts, 2e6)
+  fields = _sizes(facts, eps=1e-6, tied=True, kv_heads=4) | SEQUENTIAL | rope(facts, 2e6)
   fields |= _biases(facts) | _qwen_windows(facts, fields)
   every, count = facts.take('no_rope_layer_interval', int, 4), fields['num_layers']
   default = [int((n + 1) % every != 0) for n in range(count)]  # 1: this layer rotates
@@ -329,14 +317,14 @@ def _olmo3(facts: Facts) -> dict[str, Any]:
   fields = _sizes(facts, **sizes) | SEQUENTIAL | dict(norm_place='post', qk_norm='all_rms')
   fields |= _biases(facts) | _windows(facts, fields, lambda n: (n + 1) % 4 != 0, 4096)
   if nested is None:  # of old files transformers rotates sliding layers by this base, unscaled
-    fields |= _rope(facts, 5e5)
+    fields |= rope(facts, 5e5)
     sliding = 5e5
   else:
     is_nested = 'full_attention' in nested
     full = nested['full_attention'] if is_nested else nested
     slid = nested.get('sliding_attention', full) if is_nested else nested
     facts.take('rope_theta', float, None), facts.take('rope_scaling', dict, None)
-    fields |= _rope(Facts({'rope_parameters': full}), 5e5)
+    fields |= rope(Facts({'rope_parameters': full}), 5e5)
     scaled = slid.get('rope_type', 'default') != 'default'
     require(not scaled, 'rope_parameters scales sliding layers, which our model does not support.')
     sliding = _theta(slid) or 5e5
@@ -359,7 +347,7 @@ def _phi3(facts: Facts) -> dict[str, Any]:
     part = part or (facts._facts.get(group) or {}).get('partial_rotary_factor')
   facts.take('original_max_position_embeddings', int, None)
   window = facts.take('sliding_window', int, None)
-  fields = _sizes(facts, eps=1e-5) | SEQUENTIAL | _rope(facts, 1e4)
+  fields = _sizes(facts, eps=1e-5) | SEQUENTIAL | rope(facts, 1e4)
   if part and part != 1:
     fields['rotary_dim'] = int(fields['head_dim'] * part)
   if window:
@@ -371,7 +359,7 @@ def _phi3_json(model: config.Model) -> dict[str, Any]:
   require(len(set(model.layer_types)) < 2, 'Phi-3 has one kind of layer.')
   part = (model.rotary_dim or model.head_dim) / model.head_dim
   facts = _llama_json(model) | {'partial_rotary_factor': part}
-  facts |= _rope_json(model.rope_theta, model.rope_scaling, partial_rotary_factor=part)
+  facts |= rope_json(model.rope_theta, model.rope_scaling, partial_rotary_factor=part)
   unused = ('attention_bias', 'head_dim')
   facts = {key: value for key, value in facts.items() if key not in unused}
   return facts | {'sliding_window': model.window or None}
@@ -402,7 +390,7 @@ def _cohere(facts: Facts) -> dict[str, Any]:
     facts.only(key, value)
   fields = _sizes(facts, eps=1e-5, eps_key='layer_norm_eps', tied=True)
   fields['logit_scale'] = facts.take('logit_scale', float, 0.0625)
-  fields |= _rope(facts, None)  # its default changed from one release to the next
+  fields |= rope(facts, None)  # its default changed from one release to the next
   normed = facts.take('use_qk_norm', bool, False)
   return fields | (dict(qk_norm='head_layernorm') if normed else {})
 
@@ -414,7 +402,7 @@ def _cohere_json(model: config.Model) -> dict[str, Any]:
     'logit_scale': model.logit_scale,
     'use_qk_norm': model.qk_norm == 'head_layernorm',
     'attention_bias': False,
-    **_rope_json(model.rope_theta, model.rope_scaling),
+    **rope_json(model.rope_theta, model.rope_scaling),
   }
 
 
@@ -448,14 +436,14 @@ def _bam(facts: Facts) -> dict[str, Any]:
   if facts.take('use_qk_norm', bool, False):  # of files from before there were several kinds
     own['qk_norm'] = 'head_layernorm'
   fields = vars(strict.from_dict(config.Model, fields | own, 'config.json'))
-  return fields | _rope(facts, None) | _windows(facts, fields, lambda number: False, None)
+  return fields | rope(facts, None) | _windows(facts, fields, lambda number: False, None)
 
 
 def _bam_json(model: config.Model) -> dict[str, Any]:
   return {
     'head_dim': model.head_dim,
     'layer_norm_eps': model.norm_epsilon,
-    'rope_parameters': write_rope(config.Rope(model.rope_theta, model.rope_scaling)),
+    'rope_parameters': rope_json(model.rope_theta, model.rope_scaling)['rope_parameters'],
     **_windows_json(model),
     **{name: getattr(model, name) for name in _OWN},
   }

@@ -74,7 +74,7 @@ def open_folder(
     length, method, experts = config_json.to_origin(facts)
   except UserError as error:
     raise UserError(f'{folder / files.CONFIG}: {error}') from None
-  reader, table = files.Reader(folder), names.tensors(model, config_json.is_fused(facts))
+  reader, table = files.Reader(folder), config_json.tensors(model, facts)[0]
   _check(reader, table, model)
   words = Tokenizer.load(tokenizer or source, bos_token, eos_token)
   wrong = f'{tokenizer or source} has {words.vocab_size} tokens, but the model in {source} has'

@@ -8,15 +8,16 @@ Shapes: B batch, T queries, S keys, D model, H query heads, G key-value heads, K
 R rotated pairs.
 """
 
-import math
+import copy
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CohereForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import CohereForCausalLM, CoherePreTrainedModel, DynamicCache, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.cohere.modeling_cohere import CohereMLP, eager_attention_forward
 from transformers.utils.generic import merge_with_config_defaults
@@ -66,54 +67,27 @@ class BamRouter(nn.Linear):
     return gates / gates.sum(-1, keepdim=True) if self.renormalize else gates
 
 
-def frequencies(rope: dict, channels: int, device) -> tuple[torch.Tensor, float]:
-  """Radians a position of each pair (R,), and the factor of sine and cosine."""
-  kind, theta = rope['rope_type'], rope['rope_theta']
-  fast = theta ** (-torch.arange(0, channels, 2, device=device).float() / channels)
-  if kind == 'default':
-    return fast, 1.0
-  slow = fast / rope['factor']
-  if kind == 'linear':
-    return slow, 1.0
-  length = rope['original_max_position_embeddings']
-  if kind == 'llama3':
-    low, high = rope['low_freq_factor'], rope['high_freq_factor']
-    kept = ((length * fast / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-    return kept * fast + (1 - kept) * slow, 1.0
-  # YaRN, arXiv 2309.00071; its bounds are whole pairs.
-  pair = lambda turns: channels * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
-  low = max(math.floor(pair(rope.get('beta_fast') or 32)), 0)
-  high = min(math.ceil(pair(rope.get('beta_slow') or 1)), channels - 1)
-  ramp = (torch.arange(channels // 2, device=device) - low) / max(high - low, 1e-3)
-  changed = ramp.clamp(0, 1)
-  factor = rope.get('attention_factor') or 0.1 * math.log(max(rope['factor'], 1)) + 1
-  return changed * slow + (1 - changed) * fast, factor
-
-
-def rotations(config: BamConfig, layer_type: str, positions_BT: torch.Tensor) -> tuple:
-  """Cosine and sine (B, T, E, 1, R) for layers of a type; E is 1 unless experts have their own."""
-  ropes = config.attention_expert_ropes or [config.rope_parameters]
+def rotations(config: BamConfig, layer_type: str, positions_BT: torch.Tensor) -> torch.Tensor:
+  """Cosine and sine (2, B, T, E, 1, R) for layers of a type; E is 1 if experts share them."""
+  ropes, scaled = config.attention_expert_ropes or [config.rope_parameters], copy.copy(config)
   if layer_type == SLIDING and config.window_rope_theta:
     ropes = [{'rope_type': 'default', 'rope_theta': config.window_rope_theta}]
-  cosines, sines = [], []
+  scaled.head_dim, turned = config.rotary_dim or config.head_dim, []
   for rope in ropes:
-    channels = config.rotary_dim or config.head_dim
-    frequency, factor = frequencies(rope, channels, positions_BT.device)
+    scaled.rope_parameters = {'factor': 1.0, **rope}
+    kind = rope['rope_type'].replace('default', 'linear')  # with a factor of 1
+    frequency, factor = ROPE_INIT_FUNCTIONS[kind](scaled, positions_BT.device)
     angles = positions_BT[..., None, None].float() * frequency
-    cosines.append(factor * angles.cos())
-    sines.append(factor * angles.sin())
-  return torch.stack(cosines, dim=2), torch.stack(sines, dim=2)
+    turned.append(factor * torch.stack([angles.cos(), angles.sin()]))
+  return torch.stack(turned, dim=3)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: str) -> torch.Tensor:
   """Queries or keys (B, T, E, heads, K), the first 2R channels of each head rotated, in float32."""
   turned, rest = x[..., : 2 * cos.shape[-1]].float(), x[..., 2 * cos.shape[-1] :]
-  if layout == 'half':
-    one, two = turned.chunk(2, dim=-1)
-    turned = torch.cat([one * cos - two * sin, one * sin + two * cos], dim=-1)
-  else:
-    one, two = turned[..., ::2], turned[..., 1::2]
-    turned = torch.stack([one * cos - two * sin, one * sin + two * cos], dim=-1).flatten(-2)
+  shape, pair = ((2, -1), -2) if layout == 'half' else ((-1, 2), -1)
+  one, two = turned.unflatten(-1, shape).unbind(pair)
+  turned = torch.stack([one * cos - two * sin, one * sin + two * cos], pair).flatten(-2)
   return torch.cat([turned.to(x.dtype), rest], dim=-1)
 
 
@@ -151,9 +125,8 @@ class BamAttention(BamProjections):
     super().__init__(config, query_output=not E, key_value=not E or shared_kv)
     self.config, self.layer_idx, self.is_causal = config, layer_idx, True
     self.rotates = layer_idx not in config.nope_layers
-    self.sliding_window = (
-      config.sliding_window if config.layer_types[layer_idx] == SLIDING else None
-    )
+    slides = config.layer_types[layer_idx] == SLIDING
+    self.sliding_window = config.sliding_window if slides else None
     self.scaling = config.attention_scale or config.head_dim**-0.5
     # Query heads that read one key-value head.
     groups = config.num_attention_heads // config.num_key_value_heads
@@ -245,15 +218,13 @@ class BamLayer(GradientCheckpointingLayer):
     return x + self.scale * self.post_feedforward_layernorm(self.mlp(x))
 
 
-class BamPreTrainedModel(PreTrainedModel):
-  """What transformers knows of the classes below."""
+class BamPreTrainedModel(CoherePreTrainedModel):
+  """What transformers knows of the classes below; the kernels that they can use are Cohere's."""
 
   config_class = BamConfig
-  base_model_prefix = 'model'
-  supports_gradient_checkpointing = True
   _no_split_modules = ['BamLayer']
   _keep_in_fp32_modules_strict = {'router'}
-  _supports_flash_attn = _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
+  _can_compile_fullgraph = False  # how many tokens an expert has depends on their values
   _can_record_outputs = {'hidden_states': BamLayer, 'attentions': BamAttention}
 
 
@@ -286,8 +257,8 @@ class BamModel(BamPreTrainedModel):
     masks = attention_mask
     if not isinstance(masks, dict):  # `generate` may have made them
       makers = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
-      kinds = set(config.layer_types)
-      masks = {kind: makers[kind](config, x, attention_mask, cache, position_ids) for kind in kinds}
+      facts = config, x, attention_mask, cache, position_ids
+      masks = {kind: makers[kind](*facts) for kind in set(config.layer_types)}
     turns = {kind: rotations(config, kind, position_ids) for kind in masks}
     x = x * config.embedding_scale
     for layer, kind in zip(self.layers, config.layer_types):

@@ -119,17 +119,14 @@ class Piece(NamedTuple):
 
 def pieces(table: Table) -> dict[str, list[Piece]]:
   """The pieces of every tensor, by its name, in the order of its rows."""
-  parts: dict[str, list[tuple[tuple[int, ...], str]]] = {}
+  found: dict[str, list] = {}
   for path, tensor in table.items():
     for index, name in tensor.parts():
-      parts.setdefault(name, []).append((index, path))
-  found: dict[str, list[Piece]] = {}
-  for name, rows in parts.items():
-    start, found[name] = 0, []
-    for index, path in sorted(rows, key=lambda row: row[0]):  # expert by expert
-      stop = start + table[path].theirs[0]
-      found[name].append(Piece(path, index, start, stop))
-      start = stop
+      found.setdefault(name, []).append((index, path))
+  for name, rows in found.items():
+    rows.sort(key=lambda row: row[0])  # expert by expert
+    stops = [0, *itertools.accumulate(table[path].theirs[0] for _, path in rows)]
+    found[name] = [Piece(path, index, *stops[n : n + 2]) for n, (index, path) in enumerate(rows)]
   return found
 
 
