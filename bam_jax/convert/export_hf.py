@@ -2,9 +2,10 @@
 
     python -m bam_jax.convert export-hf --checkpoint=runs/mine/bam_kv --output=hf/bam_kv
 
-A dense model becomes the class of transformers that computes it, such as LlamaForCausalLM, or
-another of them that --architecture names. A mixture becomes BamForCausalLM, so far with Cohere's
-blocks only, and its code is in the folder:
+A model becomes the class of transformers that computes it: a dense one LlamaForCausalLM or another
+family's, a mixture of FFN experts alone Qwen2MoeForCausalLM, MixtralForCausalLM or another whose
+gates are the same. --architecture names another class that computes it. Every other model becomes
+BamForCausalLM, whose code is in the folder:
 AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True). The folder's README.md describes
 the model, its sources and how to load it. Arrays are streamed, one layer of one expert at a time,
 without torch.
@@ -26,7 +27,7 @@ from bam_jax.hf import exporting
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A run, a step, or an output of convert.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to create.')
 _DTYPE = flags.DEFINE_enum('dtype', None, exporting.DTYPES, 'Except routers; default: unchanged.')
-_ARCHITECTURE = flags.DEFINE_string('architecture', None, 'Class of a dense model; default: found.')
+_ARCHITECTURE = flags.DEFINE_string('architecture', None, 'Class to export as; default: found.')
 _MAX_SHARD_SIZE = flags.DEFINE_string('max_shard_size', '5GB', 'Of a file, such as 500MB or 5GB.')
 
 

@@ -9,6 +9,7 @@ from bam_jax.config import strict
 from bam_jax.config.strict import require
 from bam_jax.hf import families, mixtures, names
 from bam_jax.hf.families import BAM, FAMILIES, LENGTH, Facts
+from bam_jax.hf.mixtures import MIXTURES
 
 # Keys of the experts' options.
 _ATTENTION_EXPERTS = {
@@ -48,7 +49,7 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
 
 def tensors(model: config.Model, config_json: Mapping[str, Any]) -> tuple[names.Table, dict]:
   """The tensors of a folder by our paths, and the shapes, by name, of others, which are zeros."""
-  for mixture in mixtures.MIXTURES:
+  for mixture in MIXTURES:
     if config_json['architectures'] == [mixture.architecture]:
       return mixtures.tensors(mixture, model)
   return names.tensors(model, fused=config_json.get('model_type') == 'phi3'), {}
@@ -69,7 +70,7 @@ def from_model(
   method: str | None,
   sources: Sequence[str],
   architecture: str | None = None,
-  biased: bool = True,
+  biased: bool = False,
 ) -> dict[str, Any]:
   """The config.json of a model; `to_model` and `to_origin` read it back.
 
@@ -77,16 +78,15 @@ def from_model(
   not. BamForCausalLM computes every model. `biased` says that an `expert_bias` is not zero.
   """
   dense, attention, ffn = model.dense(), model.attention_experts, model.ffn_experts
-  biased = bool(ffn and ffn.expert_bias and biased)
-  wrong = {one: mixtures.objection(one, model, length, biased) for one in mixtures.MIXTURES}
+  wrong = {one.architecture: mixtures.objection(one, model, length, biased) for one in MIXTURES}
   fitting = [one for one in FAMILIES if model == dense and families.describes(one, model)]
-  fitting += [one for one, reason in wrong.items() if not reason]
-  fitting = {one.architecture: one for one in (*fitting, BAM)}
-  reasons = {one.architecture: reason for one, reason in wrong.items()}
-  reason = reasons.get(architecture, f'This model is not {architecture}')
-  require(architecture in (None, *fitting), f'{reason}: export as {" or ".join(fitting)}.')
-  chosen = fitting[architecture or next(iter(fitting))]
-  if chosen in wrong:
+  fitting += [one for one in MIXTURES if not wrong[one.architecture]]
+  known = {one.architecture: one for one in (*fitting, BAM)}
+  reason = wrong.get(architecture, f'This model is not {architecture}')
+  more = ', or train with renormalize=True' if 'gates' in reason else ''
+  require(architecture in (None, *known), f'{reason}: export as {" or ".join(known)}{more}.')
+  chosen = known[architecture or next(iter(known))]
+  if chosen in MIXTURES:
     return mixtures.write(chosen, model, length) | {LENGTH: length}
   facts = families.write(chosen, dense) | {LENGTH: length}
   if chosen != BAM:

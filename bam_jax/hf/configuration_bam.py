@@ -35,8 +35,6 @@ class BamConfig(CohereConfig):
   norm_topk_prob: bool = False  # divide the gates of the chosen ones by their sum
   use_expert_bias: bool = False  # a bias in the choice of FFN experts, not in their gates
   capacity_factor: float = 0.0  # of the FFN experts in training; no token is dropped here
-  upcycling_method: str | None = None  # how the model was made from dense ones
-  expert_sources: list[str] | tuple[str, ...] = ()  # the dense models that the experts were
 
   def __post_init__(self, **kwargs):
     self.layer_types = self.layer_types or ['full_attention'] * self.num_hidden_layers

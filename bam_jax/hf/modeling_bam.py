@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import CohereForCausalLM, CoherePreTrainedModel, DynamicCache, GenerationMixin
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_bam import BamConfig
 
-SLIDING, FULL = 'sliding_attention', 'full_attention'
+SLIDING = 'sliding_attention'
 
 
 class BamLayerNorm(nn.Module):
@@ -128,9 +128,8 @@ class BamAttention(BamProjections):
     slides = config.layer_types[layer_idx] == SLIDING
     self.sliding_window = config.sliding_window if slides else None
     self.scaling = config.attention_scale or config.head_dim**-0.5
-    # Query heads that read one key-value head.
-    groups = config.num_attention_heads // config.num_key_value_heads
-    self.num_key_value_groups = groups * E if E and shared_kv else groups
+    readers = config.num_attention_heads * (E if E and shared_kv else 1)
+    self.num_key_value_groups = readers // config.num_key_value_heads
     if E:
       self.experts = nn.ModuleList(BamProjections(config, True, not shared_kv) for _ in range(E))
       top_k, renormalize = config.num_attention_experts_per_tok, config.norm_topk_attention
@@ -254,11 +253,9 @@ class BamModel(BamPreTrainedModel):
     if position_ids is None:
       seen = cache.get_seq_length() if cache is not None else 0
       position_ids = (torch.arange(x.shape[1], device=x.device) + seen)[None]
-    masks = attention_mask
-    if not isinstance(masks, dict):  # `generate` may have made them
-      makers = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
-      facts = config, x, attention_mask, cache, position_ids
-      masks = {kind: makers[kind](*facts) for kind in set(config.layer_types)}
+    masks = attention_mask  # which `generate` may have made of it, by the types of layers
+    if not isinstance(masks, dict):
+      masks = create_masks_for_generate(config, x, attention_mask, cache, position_ids)
     turns = {kind: rotations(config, kind, position_ids) for kind in masks}
     x = x * config.embedding_scale
     for layer, kind in zip(self.layers, config.layer_types):

@@ -107,6 +107,11 @@ MODELS = {
   'no_family': _RMS | {'norm': 'layernorm', 'norm_place': 'post', 'nope_layers': (0, 2)},
 }  # fmt: skip
 
+# Blocks of families, for `make_model`; a tiny model feels the sizes.
+COHERE = dict(rope_theta=30.0, norm_epsilon=1e-2, qk_norm='none')
+LLAMA = COHERE | _RMS | dict(logit_scale=1.0)
+OLMO2 = LLAMA | dict(norm_place='post', qk_norm='all_rms')
+
 
 def make_model(name: str = 'dense', **changes) -> config.Model:
   """One of MODELS, changed."""

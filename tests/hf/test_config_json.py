@@ -10,7 +10,7 @@ import pytest
 from bam_jax import config
 from bam_jax.errors import UserError
 from bam_jax.hf import config_json
-from tests.hf.folders import CONFIG, MODEL, MODELS, make_model
+from tests.hf.folders import COHERE, CONFIG, LLAMA, MODEL, MODELS, OLMO2, make_model
 
 COHERE2 = {key: value for key, value in CONFIG.items() if key != 'use_qk_norm'} | {
   'architectures': ['Cohere2ForCausalLM'],
@@ -153,6 +153,37 @@ def test_a_class_that_computes_another_model_is_refused():
     config_json.from_model(model, 64, None, (), 'Qwen2ForCausalLM')
 
 
+@pytest.mark.parametrize(
+  'blocks, architecture, named',
+  [
+    (
+      LLAMA,
+      'Mixtral',
+      'FFN gates are not renormalised, and MixtralForCausalLM divides them by their '
+      'sum: export as Qwen2MoeForCausalLM or BamForCausalLM, or train with renormalize=True.',
+    ),
+    (LLAMA, 'Qwen3Moe', 'not Qwen3MoeForCausalLM: export as Qwen2MoeForCausalLM or Bam'),
+    (LLAMA | {'head_dim': 10}, 'Qwen2Moe', 'not Qwen2MoeForCausalLM: export as BamForCausalLM'),
+    (COHERE, 'Cohere2Moe', 'by their sum: export as BamForCausalLM'),
+    (OLMO2, 'Llama', 'not LlamaForCausalLM: export as FlexOlmoForCausalLM or Bam'),
+  ],
+)
+def test_a_class_of_mixtures_with_other_gates_or_blocks_is_refused(blocks, architecture, named):
+  model = make_model(**blocks, ffn_experts=config.FFNExperts(3, top_k=2))
+  with pytest.raises(UserError, match=named):
+    config_json.from_model(model, 64, None, (), f'{architecture}ForCausalLM')
+  written = config_json.from_model(model, 64, None, (), 'BamForCausalLM')
+  assert config_json.to_model(json.loads(json.dumps(written))) == model
+  with pytest.raises(UserError, match='only Cohere.* can be imported'):
+    config_json.to_model(written | {'architectures': ['MixtralForCausalLM']})
+
+
+def test_a_mixture_from_before_there_were_several_norms():
+  written = config_json.from_model(make_model('btx'), 64, None, ())
+  old = {key: value for key, value in written.items() if key not in ('qk_norm', 'block', 'norm')}
+  assert config_json.to_model(old | {'use_qk_norm': True}) == make_model('btx')
+
+
 @pytest.mark.parametrize('name', MODELS)
 def test_every_model_comes_back(name):
   model = make_model(name)
@@ -169,6 +200,8 @@ def test_every_model_comes_back(name):
   [
     ({'num_experts_per_tok': 9}, 'top_k=9'),
     ({'num_shared_experts': 1}, 'num_shared_experts=1'),
+    ({'block': 'serial'}, "block='serial' is not one of"),
+    ({'attention_expert_ropes': [5]}, 'rope_parameters=5'),
     ({'norm_topk_prob': ...}, 'norm_topk_prob is missing'),
     ({'upcycling_method': 'magic'}, "upcycling_method='magic'"),
   ],

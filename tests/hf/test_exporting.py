@@ -16,6 +16,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import processors
 
+from bam_jax import config
 from bam_jax.checkpoint import manifest
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
@@ -24,9 +25,11 @@ from tests.hf import folders
 from tests.hf.folders import MODELS, draw, make_model
 
 
-def convert(source, output, dtype=None, max_shard_size='1GB', progress=lambda done, total: None):
+def convert(
+  source, output, dtype=None, max_shard_size='1GB', progress=lambda done, total: None, **options
+):
   return exporting.convert(
-    source, output, dtype=dtype, max_shard_size=max_shard_size, progress=progress
+    source, output, dtype=dtype, max_shard_size=max_shard_size, progress=progress, **options
   )
 
 
@@ -211,3 +214,20 @@ def test_what_cannot_be_exported(tmp_path):
   check_refused(good, output, 'lacks its tokenizer')
   shutil.rmtree(good / 'meta')
   check_refused(good, output, 'holds no checkpoint')
+
+
+def test_only_our_class_has_a_bias_of_experts(tmp_path):
+  model = make_model(**folders.LLAMA, ffn_experts=config.FFNExperts(3, top_k=2, expert_bias=True))
+  values, bam, qwen = draw(model), 'BamForCausalLM', 'Qwen2MoeForCausalLM'
+  folders.write_checkpoint(tmp_path / 'biased', model, values)
+  assert convert(tmp_path / 'biased', tmp_path / 'bam')['architecture'] == bam
+  with pytest.raises(UserError, match='expert_bias is not zero'):
+    convert(tmp_path / 'biased', tmp_path / 'hf', architecture=qwen)
+  values['blocks/ffn/expert_bias'][:] = 0
+  folders.write_checkpoint(tmp_path / 'zero', model, values)
+  assert convert(tmp_path / 'zero', tmp_path / 'hf')['architecture'] == qwen
+  assert 'trust_remote_code' not in (tmp_path / 'hf' / 'README.md').read_text()
+  read = files.Reader(tmp_path / 'hf').read
+  assert not read('model.layers.2.mlp.shared_expert.up_proj.weight').any()
+  down = read('model.layers.2.mlp.experts.1.down_proj.weight')
+  assert down.tobytes() == np.ascontiguousarray(values['blocks/ffn/down'][2, 1].T).tobytes()
