@@ -50,21 +50,25 @@ class Entry:
   records: dict[str, routing.Record] = dataclasses.field(default_factory=dict)  # if asked for
 
 
-def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Options) -> list[Entry]:
-  """The checkpoints, all checked before the first is scored.
-
-  UserError for one that is given twice, or does not go with the data or the options.
-  """
+def open_checkpoints(
+  paths: Sequence[str], mesh: config.Mesh
+) -> list[tuple[checkpoint.Meta, Tokenizer]]:
+  """What is small of each checkpoint; UserError for one that is given twice, or lacks devices."""
   require(paths, '--checkpoint=DIR is required; it may be repeated.')
-  sharding.make_mesh(rows_mesh(options.mesh))
+  sharding.make_mesh(rows_mesh(mesh))
   folders = [str(checkpoint.find(path)) for path in paths]
   for path, folder in zip(paths, folders):
     twice = f'--checkpoint={path} is given twice: name each checkpoint once.'
     require(folders.count(folder) == 1, twice)
   metas = [checkpoint.read_meta(path) for path in paths]
-  runs, entries = [meta.run for meta in metas], []
-  for path, meta in zip(paths, metas):
-    tokenizer = checkpoint.open_tokenizer(path, meta)
+  return [(meta, checkpoint.open_tokenizer(path, meta)) for path, meta in zip(paths, metas)]
+
+
+def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Options) -> list[Entry]:
+  """The checkpoints; UserError for one that does not go with the data or the options."""
+  opened, entries = open_checkpoints(paths, options.mesh), []
+  runs = [meta.run for meta, _ in opened]
+  for path, (meta, tokenizer) in zip(paths, opened):
     for domain in domains:
       domain.check(tokenizer, path)
     window = options.window or meta.sequence_length

@@ -101,6 +101,28 @@ class Model(TemplateLM):
     bos = [] if add_special_tokens is False else [self.prefix_token_id]
     return bos + self._tokenizer.encode(string)
 
+  def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Tokens of a context and of its continuation, to which the spaces between them belong.
+
+    Those of the whole text, unless one spans the join: then each is encoded on its own, as in
+    lm-eval's pull request 4055, for the tokens of the whole are not those of the context.
+    """
+    start = context.rstrip()
+    rest = context[len(start) :] + continuation
+    before, whole = self.tok_encode(start), self.tok_encode(start + rest)
+    tokens = whole[len(before) :] if whole[: len(before)] == before else []
+    tokens = tokens or self._tokenizer.encode(rest)
+    wrong = f'The tokenizer of {self._path} has no token for {continuation!r}'
+    require(tokens or not continuation, f'{wrong}, which cannot be scored: remove the task.')
+    return before, tokens
+
+  def loglikelihood(
+    self, requests: Sequence[Instance], disable_tqdm: bool = False
+  ) -> list[tuple[float, bool]]:
+    """As `_loglikelihood_tokens`, of texts; lm-eval's own fails where both are empty."""
+    pairs = [(request.args, *self._encode_pair(*request.args)) for request in requests]
+    return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+
   def _loglikelihood_tokens(
     self, requests: Sequence[Pair], disable_tqdm: bool = False, **kwargs: Any
   ) -> list[tuple[float, bool]]:

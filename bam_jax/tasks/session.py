@@ -3,6 +3,7 @@
 lm-eval is an optional dependency, so it is imported where it is used.
 """
 
+import collections
 import importlib.util
 import logging
 import math
@@ -14,11 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import rich.table
 
-from bam_jax import checkpoint, cli, config
+from bam_jax import cli, config
 from bam_jax.config.strict import require
 from bam_jax.errors import UserError
-from bam_jax.evaluate.scorer import rows_mesh
-from bam_jax.parallel import sharding
+from bam_jax.evaluate import comparison
 from bam_jax.tasks import questions as questions_lib
 from bam_jax.tasks import sandbox, scoring
 
@@ -47,18 +47,14 @@ def run(checkpoints: Sequence[str], tasks: Sequence[str], options: Options) -> d
   questions. Returns the object that `python -m bam_jax.evaluate --help` describes for tasks;
   UserError when a checkpoint or a task is not found, or lm-eval is not installed.
   """
-  require(checkpoints, '--checkpoint=DIR is required; it may be repeated.')
-  distinct = len({str(checkpoint.find(path)) for path in checkpoints}) == len(checkpoints)
-  require(distinct, 'A --checkpoint is given twice: name each checkpoint once.')
-  sharding.make_mesh(rows_mesh(options.mesh))
-  for path in checkpoints:
-    checkpoint.open_tokenizer(path, checkpoint.read_meta(path))
+  comparison.open_checkpoints(checkpoints, options.mesh)  # what is wrong with one is told first
   is_file = lambda task: task.endswith(questions_lib.SUFFIXES)
   asked = [questions_lib.read(task) if is_file(task) else task for task in tasks]
   installed = importlib.util.find_spec('lm_eval')
   require(installed, f'--tasks requires lm-eval, which is not installed: {INSTALL}.')
   manager, specs, found = load(asked)
   check_code(found, options.allow_generated_code)
+  check_examples(found, options.few_shot)
   scores = [_score(path, manager, specs, found, options) for path in checkpoints]
   rows = [row for row, _ in scores]
   for row, samples in scores[1:]:
@@ -112,6 +108,21 @@ def check_code(tasks: Mapping[str, Any], allowed: bool) -> None:
     require(allowed, f'--tasks: {name} runs programs written by the model: {fix}.')
   if names:
     sandbox.require()
+
+
+def check_examples(tasks: Mapping[str, Any], few_shot: int | None) -> None:
+  """UserError when a task has fewer solved examples than each question is to follow."""
+  for name, task in tasks.items():
+    own = task.config.num_fewshot
+    wanted = own if few_shot is None or own == 0 else few_shot  # as in lm-eval
+    if wanted:
+      pool = task.sampler.df
+      # Where examples are the questions, a question is not its own, nor are its copies.
+      is_shared = task.fewshot_cfg.split == task.config.test_split
+      copies = collections.Counter(map(repr, pool)).values() if is_shared else ()
+      most = len(pool) - max(copies, default=0)
+      wrong = f'--tasks: {name} has at most {most} solved examples for a question'
+      require(wanted <= most, f'{wrong}, and {wanted} are asked for: lower --few_shot.')
 
 
 def _score(path, manager, specs, tasks, options: Options) -> tuple[dict[str, Any], Samples]:
