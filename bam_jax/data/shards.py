@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer, read_file
 from bam_jax.errors import UserError
@@ -163,7 +164,7 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
   return dataset
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path | epath.Path) -> dict[str, Any]:
   """Parses DIR/manifest.json; UserError when it is damaged or names files outside DIR."""
   path = folder / MANIFEST
   try:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import itertools
+import operator
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -45,7 +46,7 @@ def to_mesh(merge: merge_lib.Merge, abstract: Any, shardings: Any) -> Any:
   made, message = {}, ''
   try:
     regions = merge_lib.regions(merge, wanted, parts)
-    for path, of_path in itertools.groupby(regions, lambda region: region.path):
+    for path, of_path in itertools.groupby(regions, operator.itemgetter(0)):
       made[path] = _assemble(wanted[path], shardings[path], parts[path], of_path)
   except UserError as error:  # other processes may not have seen it
     message = str(error)
