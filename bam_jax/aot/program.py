@@ -19,11 +19,11 @@ from bam_jax import config
 from bam_jax.account import accounting
 from bam_jax.aot.topology import Topology
 from bam_jax.config.strict import require
-from bam_jax.errors import UserError
+from bam_jax.files import folders
 from bam_jax.generate import generator
 from bam_jax.generate.decode import Decoder
 from bam_jax.model import transformer
-from bam_jax.parallel import sharding
+from bam_jax.parallel import memory, sharding
 from bam_jax.recipes import graph
 from bam_jax.train import optimizer
 from bam_jax.train import step as step_lib
@@ -160,10 +160,10 @@ def needed_bytes(decoder: Decoder, decode: Decode) -> dict[str, int]:
   parts |= {} if model.tied_embeddings else {'embed/table': 0}
   params, state, *_ = generator.abstract_arguments(decoder, decode.batch_size, decode.slots)
   weights = sum(
-    parts.get(sharding.path_of(key_path), 1) * accounting.device_bytes(x)
+    parts.get(sharding.path_of(key_path), 1) * memory.device_bytes(x)
     for key_path, x in jax.tree_util.tree_leaves_with_path(params)
   )
-  return {'weights': int(weights), 'cache': accounting.device_bytes(state.cache)}
+  return {'weights': int(weights), 'cache': memory.device_bytes(state.cache)}
 
 
 def _compile(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
@@ -195,10 +195,8 @@ def save(compiled: Compiled, path: str, flag: str) -> None:
     content = compiled.executable.as_text().encode()
   else:
     content = pickle.dumps(serialize_executable.serialize(compiled.executable))
-  try:
+  with folders.writing(f'--{flag}={path}'):
     Path(path).write_bytes(content)
-  except OSError as error:
-    raise UserError(f'--{flag}={path} cannot be written: {error.strerror}.') from error
 
 
 def load(path: str, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:

@@ -6,8 +6,6 @@ independent. All checkpoints are judged on the same draws, so differences are pa
 Legend: R resamples, N documents, C columns of sums.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 
 
@@ -16,15 +14,10 @@ def totals(sums_NC: np.ndarray, resamples: int, seed: int, name: str) -> np.ndar
 
   The draws of a domain depend on the seed and its name, not on what other domains there are.
   """
-  return np.stack([counts @ sums_NC for counts in draws(len(sums_NC), resamples, seed, name)])
-
-
-def draws(documents: int, resamples: int, seed: int, name: str) -> Iterator[np.ndarray]:
-  """How often each resample has each document, float64 (N,)."""
-  rng = np.random.default_rng([seed, *name.encode()])
-  for _ in range(resamples):
-    chosen = rng.integers(documents, size=documents)
-    yield np.bincount(chosen, minlength=documents).astype(np.float64)
+  rng, size = np.random.default_rng([seed, *name.encode()]), len(sums_NC)
+  draws = (rng.integers(size, size=size) for _ in range(resamples))
+  counts = (np.bincount(chosen, minlength=size).astype(np.float64) for chosen in draws)
+  return np.stack([count_N @ sums_NC for count_N in counts])
 
 
 def interval(values_R: np.ndarray, confidence: float) -> tuple[float, float]:

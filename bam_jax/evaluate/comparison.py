@@ -99,7 +99,8 @@ def score(
       owners += [number] * len(cut)
     record, nll = routing.Record(), np.zeros(len(pieces))
     task = bar.add_task(markup.escape(f'{entry.label}: {domain.name}'), total=len(pieces))
-    for number, scored in scorer.score(pieces, routers, functools.partial(bar.advance, task)):
+    for number, scored in scorer.score(pieces, routers):
+      bar.advance(task)
       # Summed by window first and by document later, in an order that nothing else has a part in.
       nll[number] = scored.nll.sum(dtype=np.float64)
       record.add(owners[number], number, scored.routing)

@@ -19,11 +19,10 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from bam_jax import checkpoint, config
+from bam_jax.config.strict import require
 from bam_jax.data.tokenizer import Tokenizer
-from bam_jax.errors import UserError
 from bam_jax.generate.decode import ROWS, Cache, Decoder
 from bam_jax.generate.sampling import SamplingParams, sample
-from bam_jax.model import arithmetic
 from bam_jax.parallel import memory
 
 MAX_STEPS = 16  # of one call of `decode`
@@ -259,19 +258,14 @@ class Generator:
     return State(cache, *map(put, rest, REST)), np.split(tokens_BT, length // piece, axis=1)
 
   def _check_room(self, batch: int, slots: int) -> None:
-    layout, model = self.decoder.layout, self.decoder.model
-    parts = layout.sizes['tensor'] * layout.row_shards
-    if model.attention_experts and not model.attention_experts.shared_kv:
-      parts *= layout.sizes['expert']
+    layout, free = self.decoder.layout, memory.free_bytes()
     # All fake devices of a CPU share one memory.
-    here = parts if layout.platform == 'cpu' else 1
-    of_token = arithmetic.cache_bytes(model, self.decoder.dtype)
-    needed, free = batch * slots * of_token * here // parts, memory.free_bytes()
-    if free is not None and needed > free:
-      raise UserError(
-        f'Keys and values of {batch} x {slots:,} tokens require {needed / 1e9:,.1f} GB, but '
-        f'{free / 1e9:,.1f} GB are free: lower --batch_size or --max_new_tokens.'
-      )
+    here = layout.mesh.size if layout.mesh and layout.platform == 'cpu' else 1
+    needed = here * memory.device_bytes(self.decoder.abstract_cache(batch, slots))
+    wrong = f'Keys and values of {batch} x {slots:,} tokens require {needed / 1e9:,.1f} GB, but'
+    fix = 'lower --batch_size or --max_new_tokens.'
+    enough = free is None or needed <= free
+    require(enough, f'{wrong} {(free or 0) / 1e9:,.1f} GB are free: {fix}')
 
 
 class Loaded(NamedTuple):
