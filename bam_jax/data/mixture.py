@@ -95,18 +95,16 @@ def batches(
 
   Returns:
     A random-access dataset. Its item `n` is this process's part of the batch of step `n`: the
-    arrays of `PackedSequences`, [B / parts, T], and `domains`, int32 [B / parts], the place of each
-    sequence's domain in `sorted(weights)`. The parts, joined in their order, are the same batch
-    whatever their number.
+    arrays of `PackedSequences`, [B / parts, T]. The parts, joined in their order, are the same
+    batch whatever their number.
   """
   sequences = []
-  for index, name in enumerate(sorted(weights)):
+  for name in sorted(weights):
     seeds = np.random.SeedSequence([seed, *name.encode()]).generate_state(2)
     document_seed, sequence_seed = seeds.tolist()
     packed = PackedSequences(documents[name], sequence_length, document_seed)
     require(len(packed), f'The domain {name!r} has no text to train on: prepare it again.')
-    label = lambda sequence, index=index: sequence | {'domains': np.int32(index)}
-    sequences.append(grain.MapDataset.source(packed).map(label).shuffle(sequence_seed).repeat())
+    sequences.append(grain.MapDataset.source(packed).shuffle(sequence_seed).repeat())
 
   # Grain scales the smallest weight to 100 and truncates the others: round them before it does.
   shares = [round(100 * weights[name] / min(weights.values())) for name in sorted(weights)]
@@ -125,11 +123,6 @@ def iterate(batches: grain.MapDataset[Batch], prefetch: int) -> grain.DatasetIte
   # One thread: more of them only fight for the interpreter's lock, and are slower.
   options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
   return iter(batches.to_iter_dataset(options))
-
-
-def model_inputs(batch: Batch) -> Batch:
-  """A batch without what only the host wants to know of it."""
-  return {name: array for name, array in batch.items() if name != 'domains'}
 
 
 def heldout(

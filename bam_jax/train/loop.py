@@ -94,7 +94,7 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
     stack.enter_context(goodput.spend('step'))
     for step in range(first_step + 1, total_steps + 1):
       with goodput.spend('data'):
-        batch = sharding.put_batch(mixture.model_inputs(next(batches)), mesh)
+        batch = sharding.put_batch(next(batches), mesh)
       rates = optimizer.learning_rates(recipe, name, step)
       rates = jax.make_array_from_process_local_data(replicated, rates)
       compiles = step == first_step + 1  # and compiling may transfer constants
