@@ -33,9 +33,7 @@ from bam_jax.account import accounting
 _CONFIG = cli.define_recipe()
 _RUN = flags.DEFINE_string('run', None, 'The run to count; default: every run.')
 _AGAINST = flags.DEFINE_string('against', None, 'A run whose training FLOPs to match.')
-_CONTEXT = flags.DEFINE_integer(
-  'context', None, "Tokens of a sequence; default: the data's sequence_length.", lower_bound=1
-)
+_CONTEXT = flags.DEFINE_integer('context', None, 'Tokens; default: the sequence_length.', 1)
 
 
 def main() -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Network:
   def seconds(self, collective: Collective) -> tuple[float, float]:
     """Seconds within slices, and between them; of the slowest group."""
     inside = between = 0.0
-    for members in map(np.array, collective.groups):
+    for members in collective.groups:
       slices, counts = np.unique(self.slices[members], return_counts=True)
       local, remote = _split(collective, int(counts[0]), len(slices))
       if local:

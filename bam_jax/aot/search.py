@@ -80,10 +80,8 @@ def search(
 
 def _rank(facts: dict[str, Any]) -> list[float]:
   """Seconds a token, the least first; infinite for a layout that does not fit."""
-  if not facts['fits']:
-    return [math.inf]
   tokens = facts['batch_size'] * facts['sequence_length']
-  return [facts['seconds'][name] / tokens for name in BOUNDS[:2]]
+  return [facts['seconds'][k] / tokens for k in BOUNDS[:2]] if facts['fits'] else [math.inf]
 
 
 def layouts(job: Job, topology: Topology, sequences_per_chip: int | None) -> Iterator[Job]:

@@ -50,6 +50,11 @@ class Entry:
   records: dict[str, routing.Record] = dataclasses.field(default_factory=dict)  # if asked for
 
 
+def identity(meta: checkpoint.Meta) -> dict[str, Any]:
+  """Which checkpoint it is, as in `--json`."""
+  return {key: getattr(meta, key) for key in ('run', 'step', 'method', 'tokenizer_hash')}
+
+
 def open_checkpoints(
   paths: Sequence[str], mesh: config.Mesh
 ) -> list[tuple[checkpoint.Meta, Tokenizer]]:
@@ -84,12 +89,11 @@ def score(
   entry: Entry,
   domains: Sequence[corpus.Domain],
   options: Options,
-  routers: bool = False,
-  bar: progress.Progress | None = None,
+  routers: bool,
+  bar: progress.Progress,
 ) -> None:
   """Scores every document under one checkpoint, and records what its `routers` do if asked."""
   scorer = Scorer(entry.path, options.dtype, options.mesh, options.batch_size, entry.window)
-  bar = bar or progress.Progress(disable=True)
   for domain in domains:
     documents = domain.documents(entry.tokenizer)
     pieces, owners = [], []
@@ -140,7 +144,7 @@ def compare(
       {
         'label': entry.label,
         'checkpoint': entry.path,
-        **{key: getattr(entry.meta, key) for key in ('run', 'step', 'method', 'tokenizer_hash')},
+        **identity(entry.meta),
         'window': entry.window,
         'stride': entry.stride,
         'domains': {name: facts(len(x), whole[name], drawn.get(name)) for name, x in sums.items()},

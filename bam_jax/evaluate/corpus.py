@@ -35,7 +35,6 @@ class Prepared:
 
   def documents(self, tokenizer: Tokenizer) -> Sequence[np.ndarray]:
     """The tokens of each document, in order."""
-    del tokenizer
     return [self._documents[number] for number in range(len(self.byte_counts))]
 
 

@@ -69,7 +69,7 @@ def _draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
       loads = {domain: facts['load'] for domain, facts in by_domain.items()}
       shown = row | {'experts': row['experts'][router], 'routing': {router: loads}}
       figures.routing(path, shown)
-      yield _picture(path, f'{row["label"]}: {figures.router_name(router)}')
+      yield _picture(path, f'{row["label"]}: {figures.NAMES[router]}')
 
 
 def _picture(path: Path, title: str) -> str:

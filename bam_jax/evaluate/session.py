@@ -22,8 +22,8 @@ def run(
 ) -> dict[str, Any]:
   """Compares checkpoints, prints what came out, and returns the facts of `--json`.
 
-  The page of the routers and its pictures go to `folder`, if it is given. UserError when a
-  checkpoint cannot be compared, or the folder cannot be written.
+  The page of the routers and its pictures go to `folder`, if given. UserError as in `enter`, and
+  when the folder cannot be written.
   """
   entries = comparison.enter(checkpoints, domains, options)
   if folder is not None:

@@ -41,11 +41,10 @@ class Options(NamedTuple):
 
 
 def run(checkpoints: Sequence[str], tasks: Sequence[str], options: Options) -> dict[str, Any]:
-  """Evaluates the checkpoints one after another, and prints a table.
+  """Evaluates the checkpoints one after another; prints a table, and returns it as `--json` has it.
 
   `tasks` are names of lm-eval's tasks and groups, `bam_paper`, .yaml files of lm-eval, and files of
-  questions. Returns the object that `python -m bam_jax.evaluate --help` describes for tasks;
-  UserError when a checkpoint or a task is not found, or lm-eval is not installed.
+  questions. UserError when one or a checkpoint is not found, or lm-eval is not installed.
   """
   comparison.open_checkpoints(checkpoints, options.mesh)  # what is wrong with one is told first
   is_file = lambda task: task.endswith(questions_lib.SUFFIXES)
@@ -73,8 +72,7 @@ def run(checkpoints: Sequence[str], tasks: Sequence[str], options: Options) -> d
 def load(tasks: Sequence[str | questions_lib.Questions]) -> tuple[Any, list[Any], dict[str, Any]]:
   """Finds tasks and their data; UserError for a task that is unknown or cannot be loaded.
 
-  Returns lm-eval's TaskManager, what lm-eval is asked for, and its tasks by name, those of groups
-  included.
+  Returns lm-eval's TaskManager, what it is asked for, and all tasks by name, of groups too.
   """
   from lm_eval.tasks import TaskManager
 
@@ -143,7 +141,7 @@ def _score(path, manager, specs, tasks, options: Options) -> tuple[dict[str, Any
   )
   row = {
     'checkpoint': path,
-    **model.identity(),
+    **comparison.identity(model.meta),
     'window': model.max_length,
     'tasks': {
       name: {
@@ -173,9 +171,7 @@ def _metrics(facts: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
 def add_differences(tasks: Mapping[str, Any], samples: Samples, first: Samples) -> None:
   """Adds `difference` from the first checkpoint, and `difference_stderr`, to a row's metrics.
 
-  Differences are taken question by question: that some questions are harder than others cancels,
-  so the error is smaller than those of the two scores suggest. Both are None for a metric that is
-  not a mean over questions.
+  They are taken question by question, and None for a metric that is not a mean over questions.
   """
   for name, facts in tasks.items():
     for metric, measure in facts['metrics'].items():

@@ -80,4 +80,4 @@ def test_a_checkpoint_of_another_shape(tmp_path):
   other = folders.make_model('btx', ffn_dim=25)
   path = folders.write_checkpoint(tmp_path / 'run', other, values)
   with pytest.raises(UserError, match=r'has blocks/ffn/\w+ of shape .* is expected: it is damaged'):
-    generator.load(str(path), 'float32')
+    generator.load(str(path), other, folders.make_tokenizer(), 'float32', None)

@@ -171,7 +171,9 @@ def test_a_device_has_its_hidden_columns_of_every_expert(models, platform):
   tree = transformer.Network(models['btx'], config.Compute()).abstract()
   params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), tree)
   mesh = sharding.make_mesh(config.Mesh(1, 1, 2, 2))
-  placed = decode.Decoder(models['btx'], 'float32', mesh, platform).place(reader(params))
+  decoder = decode.Decoder(models['btx'], 'float32', mesh)
+  decoder.layout.platform = platform
+  placed = decoder.place(reader(params))
   for layer in range(2):
     for name in ('gate', 'up', 'down'):
       whole = params['blocks']['ffn'][name][layer]  # EDF, or EFD
