@@ -50,10 +50,7 @@ class Column(NamedTuple):
   def read(self, start: int, stop: int) -> np.ndarray:
     """The values from `start` to `stop`, exclusive; UserError when the file has become shorter."""
     count, offset = stop - start, self.offset + start * self.dtype.itemsize
-    try:
-      values = np.fromfile(self.path, self.dtype, count, offset=offset)
-    except OSError as error:
-      raise UserError(f'{self.path} cannot be read: {error.strerror}.') from error
+    values = np.fromfile(self.path, self.dtype, count, offset=offset)
     if len(values) < count:
       raise UserError(f'{self.path} has been cut short since it was opened: {FIX}.')
     return values

@@ -47,8 +47,7 @@ def mean_inputs(
   for source in batches:
     total_LD, tokens = 0.0, 0
     for batch in source:
-      inputs = {key: batch[key] for key in keys}
-      part_LD, part = sums(params, sharding.put_batch(inputs, mesh))
+      part_LD, part = sums(params, sharding.put_batch(batch, mesh))
       total_LD, tokens = total_LD + np.asarray(part_LD, np.float64), tokens + int(part)
     means_SLD.append(total_LD / tokens)
   return np.stack(means_SLD)

@@ -51,8 +51,6 @@ def regions(
   UserError when a value is NaN or infinite, or reading fails.
   """
   sources, upcycle, key, _ = merge
-  if len(sources) != len(upcycle.sources):
-    raise ValueError(f'{len(upcycle.sources)} sources are named and {len(sources)} are given.')
   table = rules.rules(rules.mixture_model(sources[0].meta.model, upcycle))
   if odd := {rule.target for rule in table} ^ set(wanted):
     raise ValueError(f'The rule table and the mixture differ in {sorted(odd)}.')

@@ -4,7 +4,6 @@ import concurrent.futures
 import dataclasses
 import itertools
 import operator
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -96,9 +95,6 @@ def to_checkpoint(
     raise UserError(f"router_init='centroids' requires the sources' training data: {fix}")
   merge = merge_lib.Merge(open_sources(upcycle.sources), upcycle, merge_lib.run_key(seed, name))
   first = merge.sources[0]
-  for source in merge.sources:
-    if epath.Path(os.path.realpath(source.folder)) in epath.Path(os.path.realpath(output)).parents:
-      raise UserError(f'{output} is inside the source {source.path}: choose another folder.')
   tokenizer = checkpoint.find_tokenizer(first.folder)
   mixture = rules.mixture_model(first.meta.model, upcycle)
   wanted = specs(transformer.Network(mixture, config.Compute()).abstract(), jnp.dtype(dtype))
@@ -126,7 +122,7 @@ def _write(merge, writer: arrays.Writer, progress) -> tuple[manifest.Source, ...
   """Writes the mixture's arrays; returns their sources, with hashes."""
   readers = [source.reader for source in merge.sources]
   total = sum(spec.nbytes for one in (*readers, writer) for spec in one.specs.values())
-  hashes = [{path: manifest.Hash(s.shape) for path, s in one.specs.items()} for one in readers]
+  hashes = [{path: manifest.Hash() for path in one.specs} for one in readers]
   pending: list[concurrent.futures.Future] = []
   done = 0
 
