@@ -28,11 +28,6 @@ def publish(source: epath.Path, prepare: Callable[[Path], Any]) -> None:
     prepare(folder)
     buckets.send(folder, source, list(shards.checksums(shards.read_manifest(folder))))
     buckets.send(folder, source, [shards.MANIFEST])
-    # This saves downloading what was just uploaded.
-    copy = _cache((folder / shards.MANIFEST).read_bytes())
-    with FileLock(f'{copy}.lock'), folders.writing(copy):
-      if not copy.exists():
-        folder.rename(copy)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -172,12 +172,9 @@ def read_manifest(folder: Path | epath.Path) -> dict[str, Any]:
     ) from error
   except (OSError, ValueError) as error:
     raise UserError(f'{path} cannot be read ({error}): {FIX}.') from error
-  version = manifest.get('format') if isinstance(manifest, dict) else None
-  if not isinstance(version, int):
-    raise UserError(f'{path} is not the manifest of a prepared dataset: {FIX}.')
-  if version > FORMAT:
-    raise UserError(f'{path} has format {version}, newer than {FORMAT}: upgrade bam_jax.')
   try:
+    if (version := manifest['format']) > FORMAT:
+      raise UserError(f'{path} has format {version}, newer than {FORMAT}: upgrade bam_jax.')
     _check_manifest(manifest)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise UserError(f'{path} is damaged ({error!r}): {FIX}.') from error
