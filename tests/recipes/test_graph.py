@@ -193,11 +193,8 @@ def test_the_least_memory_by_hand(recipe_dict, dataset, monkeypatch, sizes, key,
   )
   recipe_dict['model'] |= {'d_model': 24, 'num_layers': 2}
   run = recipe_dict['runs']['seed']
-  run['tokens'] = 10**9
+  run |= {'tokens': 10**9, 'batch_size': sizes.get('batch_size', run['batch_size'])}
   run['compute'] = {'dtype': 'bfloat16', 'loss_chunk': sizes.get('loss_chunk', 0)}
-  run |= {
-    name: size for name, size in sizes.items() if name in ('batch_size', 'grad_accum_steps', 'mesh')
-  }
   recipe_dict['evaluation']['batch_size'] = sizes.get('evaluation', 8)
   monkeypatch.setattr(memory, 'free_bytes', lambda: least)
   check(recipe_dict, dataset)
