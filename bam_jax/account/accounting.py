@@ -15,7 +15,7 @@ from bam_jax.parallel import memory, sharding
 from bam_jax.recipes import graph
 from bam_jax.train import step
 
-PARTS = ('embeddings', 'norms', 'attention', 'ffn', 'routers')
+PARTS = ('embeddings', 'norms', 'attention', 'ffn', 'routers')  # the last three are of each layer
 
 
 def account(
@@ -40,8 +40,7 @@ def account(
 
 def find_run(nodes: Mapping[str, graph.Node], flag: str, name: str) -> graph.Node:
   """The run that a flag names; UserError when the recipe does not have it."""
-  wrong = f'--{flag}={name} is not in the recipe, which has {", ".join(nodes)}.'
-  require(name in nodes, wrong)
+  require(name in nodes, f'--{flag}={name} is not in the recipe, which has {", ".join(nodes)}.')
   return nodes[name]
 
 
@@ -75,9 +74,7 @@ def _row(recipe: config.Recipe, node: graph.Node, context: int) -> dict[str, Any
     'active_parameters': with_total(arithmetic.active_parts(model)),
     'forward_flops': with_total(forward),
     'training_flops': with_total(arithmetic.training_parts(model, context)),
-    'layer_forward_flops': {
-      part: getattr(forward, part) // model.num_layers for part in ('attention', 'ffn', 'routers')
-    },
+    'layer_forward_flops': {x: getattr(forward, x) // model.num_layers for x in PARTS[2:]},
     'cache_bytes': arithmetic.cache_bytes(model, run.compute.dtype),
     'cache_dtype': run.compute.dtype,
     'mesh': config.to_dict(run.mesh),
@@ -103,7 +100,7 @@ def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
     states.append([run, mesh_text(row['mesh']), row['devices'], *held, row['cache_bytes']])
     budgets.append([run, *(row[name] for name in counts), f'{row["budget_flops"]:.3e}'])
   title = f'FLOPs a token, context {facts["context"]:,}: of one layer forward, and of the model'
-  of_flops = ['attention', 'ffn', 'routers', 'logits', 'forward', 'training']
+  of_flops = [*PARTS[2:], 'logits', 'forward', 'training']
   of_memory = ['devices', 'parameters', 'gradients', 'optimizer', 'total', 'cache']
   against = f'; matched: for the training FLOPs of {facts["against"]}' if facts['against'] else ''
   of_budgets = [*(name.replace('_', ' ') for name in counts), 'training FLOPs']

@@ -77,10 +77,10 @@ def main() -> dict[str, Any]:
   for flag in unread:
     wrong = f'--{flag.name} requires --phase={other}: remove it, or set that phase.'
     require(not flag.present, wrong)
-  console, devices = cli.console(), target.devices()
+  devices = target.devices()
   if _SEARCH.value:
     limits = _SEQUENCES.value, _SEARCH_SECONDS.value
-    compiled, facts = search.search(job, target, devices, *limits, console)
+    compiled, facts = search.search(job, target, devices, *limits)
   elif _PHASE.value == 'train':
     job = job.with_sequences(_SEQUENCES.value) if _SEQUENCES.value else job
     mesh = program.make_mesh(job, devices, target)
@@ -94,7 +94,7 @@ def main() -> dict[str, Any]:
     compiled = program.compile_decode(decoder, decode, mesh)
     facts = report.decode_facts(job, decode, target, mesh, decoder, compiled)
   for table in report.tables(facts):
-    console.print(table, '')
+    cli.console().print(table, '')
   for flag in (_SAVE, _HLO):
     if flag.value:
       program.save(compiled, flag.value, flag.name)

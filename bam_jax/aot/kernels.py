@@ -69,9 +69,8 @@ def read(call: Instruction, even_rows: float | None) -> Kernel:
     return Kernel(GROUPED, 0, 0)  # the groups' bookkeeping, a loop over scalars
   grid, windows = _body(call)
   arrays = [*operands[len(call.arrays) - len(windows) :], *call.arrays]
-  rows, share = arrays[0].dims[0], 1.0
-  if even_rows and DYNAMIC in grid:
-    share = min(1.0, even_rows / rows)
+  rows = arrays[0].dims[0]
+  share = min(1.0, even_rows / rows) if even_rows and DYNAMIC in grid else 1.0
   tiles = math.ceil(rows * share / windows[0].shape[0])
   bounds = [tiles if bound == DYNAMIC else bound for bound in grid]
   fetched = [window.bytes(array, bounds) for window, array in zip(windows, arrays)]

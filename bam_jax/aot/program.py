@@ -110,9 +110,8 @@ def compile_train(job: Job, mesh: jax.sharding.Mesh) -> Compiled:
   run, model = job.run, job.model
   sharding.check(transformer.Network(model, run.compute).abstract(), run.mesh, job.key)
   factors = optimizer.factors_of(run)
-  step = step_lib.train_step(
-    model, run.compute, run.loss, run.optimizer, run.grad_accum_steps, mesh, factors
-  )
+  how = run.compute, run.loss, run.optimizer, run.grad_accum_steps
+  step = step_lib.train_step(model, *how, mesh, factors)
   state = step_lib.abstract_state(model, run.compute, run.optimizer, mesh)
   dtypes = dict.fromkeys(('tokens', 'targets', 'segments', 'positions'), jnp.int32)
   dtypes['weights'] = jnp.float32
@@ -129,21 +128,18 @@ def make_decoder(job: Job, decode: Decode, mesh: jax.sharding.Mesh) -> Decoder:
   decoder = Decoder(job.model, decode.dtype, mesh)
   decoder.check(f'{job.key}.mesh')
   batch_size, parts = decode.batch_size, decoder.layout.row_shards
-  by = f'{job.key}.mesh.data and .fsdp split it into: change one of them.'
-  wrong = f'--{batch_size=} is not a multiple of the {parts} parts that {by}'
-  require(batch_size % parts == 0, wrong)
+  wrong = f'--{batch_size=} is not a multiple of the {parts} parts that {job.key}.mesh.data and'
+  require(batch_size % parts == 0, f'{wrong} .fsdp split it into: change one of them.')
   return decoder
 
 
 def compile_decode(decoder: Decoder, decode: Decode, mesh: jax.sharding.Mesh) -> Compiled:
   """Compiles the program with which `bam_jax.generate` decodes MAX_STEPS tokens of each row."""
   program = generator.Program(decoder.model, decode.dtype, mesh)
-  arguments = generator.abstract_arguments(decoder, decode.batch_size, decode.slots)
   here = NamedSharding(mesh, P())  # of a single device, where arguments have no sharding
-  arguments = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), arguments
-  )
-  return _compile(lambda: generator.decode.lower(program, *arguments))
+  placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here)
+  arguments = generator.abstract_arguments(decoder, decode.batch_size, decode.slots)
+  return _compile(lambda: generator.decode.lower(program, *jax.tree.map(placed, arguments)))
 
 
 def needed_bytes(decoder: Decoder, decode: Decode) -> dict[str, int]:
@@ -204,7 +200,5 @@ def load(path: str, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
 
   `mesh` is like the one that the step was compiled for, of devices that are there.
   """
-  serialized, in_tree, out_tree = pickle.loads(Path(path).read_bytes())
-  return serialize_executable.deserialize_and_load(
-    serialized, in_tree, out_tree, execution_devices=list(mesh.devices.flat)
-  )
+  saved, devices = pickle.loads(Path(path).read_bytes()), list(mesh.devices.flat)
+  return serialize_executable.deserialize_and_load(*saved, execution_devices=devices)

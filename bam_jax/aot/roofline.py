@@ -22,8 +22,7 @@ class Network:
 
   def __init__(self, topology: Topology, devices: Sequence[Any]):
     """Takes the mesh's devices in its order, each with `coords`, and `slice_index` if several."""
-    self.topology = topology
-    dimensions = topology.chip.dimensions
+    self.topology, dimensions = topology, topology.chip.dimensions
     self.coords = np.array([device.coords[:dimensions] for device in devices])
     self.slices = np.array([getattr(device, 'slice_index', None) or 0 for device in devices])
 

@@ -1,5 +1,9 @@
 """Checkpoints side by side on the same documents: their scores, intervals and differences.
 
+Confidence intervals are by the bootstrap over documents; Efron and Tibshirani, 1993, chapter 13.
+Documents of each domain are drawn with replacement, as many as there are: the tokens of one are not
+independent. All checkpoints are judged on the same draws, so differences are paired.
+
 Legend: N documents of a domain, R resamples, C columns of sums.
 """
 
@@ -16,7 +20,7 @@ from bam_jax import checkpoint, config
 from bam_jax.config.strict import require
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
-from bam_jax.evaluate import bootstrap, corpus, routing, windows
+from bam_jax.evaluate import corpus, routing, windows
 from bam_jax.evaluate.scorer import Scorer, rows_mesh
 from bam_jax.parallel import sharding
 from bam_jax.reports import scores
@@ -130,7 +134,7 @@ def compare(
     columns = [column for e in entries for column in (e.nll[name], e.tokens[name])]
     sums[name] = np.stack([domain.byte_counts, *columns], axis=1).astype(np.float64)
     if len(sums[name]) > 1:  # a single document says nothing of others: no interval
-      drawn[name] = bootstrap.totals(sums[name], options.resamples, options.seed, name)
+      drawn[name] = resampled(sums[name], options.resamples, options.seed, name)
   whole = {name: x.sum(0) for name, x in sums.items()}
   everything = sum(drawn.values()) if len(drawn) == len(sums) else None
   rows = []
@@ -156,6 +160,17 @@ def compare(
   return rows
 
 
+def resampled(sums_NC: np.ndarray, resamples: int, seed: int, name: str) -> np.ndarray:
+  """Column sums over the documents of each resample, float64 (R, C).
+
+  The draws of a domain depend on the seed and its name, not on what other domains there are.
+  """
+  rng, size = np.random.default_rng([seed, *name.encode()]), len(sums_NC)
+  draws = (rng.integers(size, size=size) for _ in range(resamples))
+  counts = (np.bincount(chosen, minlength=size).astype(np.float64) for chosen in draws)
+  return np.stack([count_N @ sums_NC for count_N in counts])
+
+
 def _facts(
   documents: int,
   total_C: np.ndarray,
@@ -169,8 +184,8 @@ def _facts(
   sums_NC = total_C[None] if drawn_RC is None else np.concatenate([total_C[None], drawn_RC])
 
   def measure(values_N: np.ndarray) -> dict[str, float | None]:
-    certain = drawn_RC is None
-    low, high = (None, None) if certain else bootstrap.interval(values_N[1:], confidence)
+    tails = [(1 - confidence) / 2, 1 - (1 - confidence) / 2]
+    low, high = (None, None) if drawn_RC is None else np.quantile(values_N[1:], tails).tolist()
     return {'value': float(values_N[0]), 'low': low, 'high': high}
 
   here, first = _measures(sums_NC, place), _measures(sums_NC, 0)

@@ -105,11 +105,10 @@ class Scorer:
     batch_size: int = 16,
     length: int | None = None,
   ):
-    """Loads the checkpoint at or below `path`.
+    """Loads the checkpoint at or below `path`; UserError when it is damaged or does not fit.
 
-    UserError when it is not a complete checkpoint, or does not fit the mesh, whose devices are used
-    as `rows_mesh` has them. `batch_size` windows are on the devices at once, or one group per
-    device, if that is more. `length` is in tokens, by default what the model was trained at.
+    Devices are used as `rows_mesh` has them, with `batch_size` windows on them at once, or one
+    group each, if that is more. `length` is in tokens, by default what the model was trained at.
     """
     self.meta = checkpoint.read_meta(path)
     self.tokenizer = checkpoint.open_tokenizer(path, self.meta)

@@ -62,7 +62,8 @@ def main() -> dict[str, Any]:
   model = generator.load(path, meta.model, tokenizer, dtype, sharding.make_mesh(sizes))
   for signum in (signal.SIGPIPE, signal.SIGINT):
     signal.signal(signum, signal.SIG_DFL)  # a reader that has seen enough: no traceback
-  ids, most = text.prompt_tokens(tokenizer, prompts), _MAX_NEW_TOKENS.value
+  most = _MAX_NEW_TOKENS.value
+  ids = [[tokenizer.bos_id, *tokens] for tokens in tokenizer.encode_batch(prompts)]
   longest, trained = max(map(len, ids)), meta.sequence_length
   if longest + most > trained:
     given = f'WARNING: the longest prompt has {longest:,} tokens plus up to {most:,} new ones; the'

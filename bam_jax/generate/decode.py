@@ -126,9 +126,8 @@ class Decoder:
     for weights, caches in zip(params['blocks'], cache):
       x_BTD, _, caches = nnx.merge(self._graph, weights)(x_BTD, here, here, caches)
       updated.append(caches)
-    scale = params['final_norm']['scale']
-    hidden_BD = norm.layer_norm(x_BTD[:, -1], scale, self.model.norm_epsilon)
-    logits_BW = self.network.logits(params, hidden_BD)
+    scale, epsilon = params['final_norm']['scale'], self.model.norm_epsilon
+    logits_BW = self.network.logits(params, norm.layer_norm(x_BTD[:, -1], scale, epsilon))
     return self.layout.concatenate(logits_BW, 'tensor', 'expert', dimension=1), updated
 
   def check(self, where: str) -> None:
@@ -136,10 +135,10 @@ class Decoder:
     sharding.check_divides(self.abstract, self.layout.sizes, where, _spec)
 
   def place(self, read: Read) -> dict[str, Any]:
-    """Parameters on the devices, a layer and an expert at a time.
+    """Parameters on the devices, a layer and an expert at a time; UserError as in `check`.
 
     Norms and routers stay float32. `blocks` becomes a list with a tree for each layer, in which
-    arrays of experts are `Apart`. UserError as in `check`.
+    arrays of experts are `Apart`.
     """
     self.check('--mesh')
 

@@ -127,25 +127,16 @@ def abstract_arguments(decoder: Decoder, batch: int, slots: int) -> tuple:
   abstract = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=decoder.sharding(spec))
   first_B, noise_B2 = np.zeros(batch, np.int32), np.zeros((batch, 2), np.uint32)
   rest = map(abstract, _rest(first_B, noise_B2, SamplingParams(), ()), REST)
-  return (
-    decoder.abstract_params(),
-    State(decoder.abstract_cache(batch, slots), *rest),
-    abstract(np.zeros(batch, bool), ROWS),
-    abstract(np.int32(0), P()),
-  )
+  state = State(decoder.abstract_cache(batch, slots), *rest)
+  more = abstract(np.zeros(batch, bool), ROWS), abstract(np.int32(0), P())
+  return decoder.abstract_params(), state, *more
 
 
 def _rest(first_B, noise_B2, params: SamplingParams, stops: Sequence[int]) -> tuple:
   """The state before anything is read, but for its cache."""
-  return (
-    first_B,
-    np.int32(0),
-    np.full_like(first_B, NO_TOKEN),
-    noise_B2,
-    np.float32(params.temperature or 1.0),
-    np.float32(params.top_p),
-    np.asarray(stops or (NO_TOKEN,), np.int32),
-  )
+  numbers = np.float32(params.temperature or 1.0), np.float32(params.top_p)
+  tokens, stops = np.full_like(first_B, NO_TOKEN), np.asarray(stops or (NO_TOKEN,), np.int32)
+  return first_B, np.int32(0), tokens, noise_B2, *numbers, stops
 
 
 class Row(NamedTuple):
@@ -252,10 +243,10 @@ class Generator:
     # All fake devices of a CPU share one memory.
     here = layout.mesh.size if layout.mesh and layout.platform == 'cpu' else 1
     needed = here * memory.device_bytes(self.decoder.abstract_cache(batch, slots))
+    free = needed if free is None else free
     wrong = f'Keys and values of {batch} x {slots:,} tokens require {needed / 1e9:,.1f} GB, but'
-    fix = 'lower --batch_size or --max_new_tokens.'
-    enough = free is None or needed <= free
-    require(enough, f'{wrong} {(free or 0) / 1e9:,.1f} GB are free: {fix}')
+    fix = f'{free / 1e9:,.1f} GB are free: lower --batch_size or --max_new_tokens.'
+    require(needed <= free, f'{wrong} {fix}')
 
 
 def load(

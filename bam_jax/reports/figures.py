@@ -144,10 +144,9 @@ def routers_by_layer(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
       pair[0].set_ylabel(title)
       pair[0].set_ylim(bottom=0)  # of both, when all lines are there
-    for router, axis in zip(routers, axes[0]):
-      axis.set_title(NAMES[router])
-    for axis in axes[1]:
-      axis.set_xlabel('layer')
+    for router, above, below in zip(routers, *axes):
+      above.set_title(NAMES[router])
+      below.set_xlabel('layer')
     handles, labels = [lines[i] for i in range(len(rows))], [row['label'] for row in rows]
     figure.legend(handles, labels, loc='outside lower center', ncols=min(3, len(labels)))
     _save(figure, path)

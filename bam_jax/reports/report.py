@@ -93,7 +93,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     devices = [recipe['devices']] if 'devices' in recipe else []
     parts.append(', '.join([f'Seed {recipe["seed"]}', *devices, *versions]) + '.')
   if not report['rows']:
-    return '\n\n'.join([*parts, 'No run is finished.']) + '\n'
+    return '\n\n'.join([*parts, 'No run is finished.\n'])
   parts += [
     '## Perplexity',
     _score_table(report, 'perplexity'),
@@ -154,8 +154,7 @@ def _row(result: Mapping[str, Any], domains: Sequence[str]) -> Row:
 
 def _average(values: Mapping[str, float], domains: Sequence[str]) -> float | None:
   """None where a domain is missing, as the mean of fewer domains compares with no other."""
-  scored = [values[domain] for domain in domains if domain in values]
-  return sum(scored) / len(domains) if len(scored) == len(domains) else None
+  return sum(map(values.get, domains)) / len(domains) if len(values) == len(domains) else None
 
 
 def _draw(workdir: Path | epath.Path, folder: Path, rows: Sequence[Row]) -> list[str]:

@@ -139,11 +139,7 @@ class Model(TemplateLM):
   def loglikelihood_rolling(
     self, requests: Sequence[Instance], disable_tqdm: bool = False
   ) -> list[float]:
-    """Log-likelihood of each whole text in nats, without an EOS token.
-
-    The windows are lm-eval's: each token is scored once; the last window of a long text reaches
-    back as far as the model reads, where those of `evaluate --data` start a stride apart.
-    """
+    """Log-likelihood of each whole text in nats, without an EOS token, in lm-eval's windows."""
     pairs, owners = [], []
     for number, request in enumerate(requests):
       tokens = self._tokenizer.encode(request.args[0])

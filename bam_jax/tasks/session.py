@@ -59,14 +59,8 @@ def run(checkpoints: Sequence[str], tasks: Sequence[str], options: Options) -> d
   for row, samples in scores[1:]:
     add_differences(row['tasks'], samples, scores[0][1])
   cli.console().print(_table(rows))
-  return {
-    'tasks': list(tasks),
-    'dtype': options.dtype,
-    'mesh': config.to_dict(options.mesh),
-    'few_shot': options.few_shot,
-    'max_documents': options.max_documents,
-    'rows': rows,
-  }
+  said = {key: getattr(options, key) for key in ('dtype', 'few_shot', 'max_documents')}
+  return {'tasks': list(tasks), 'mesh': config.to_dict(options.mesh), **said, 'rows': rows}
 
 
 def load(tasks: Sequence[str | questions_lib.Questions]) -> tuple[Any, list[Any], dict[str, Any]]:
@@ -81,8 +75,8 @@ def load(tasks: Sequence[str | questions_lib.Questions]) -> tuple[Any, list[Any]
   # lm-eval bootstraps some errors in forked processes, which JAX's threads do not survive.
   os.environ['DISABLE_MULTIPROC'] = '1'
   names = [task if isinstance(task, str) else task.name for task in tasks]
-  twice = next((name for name in names if names.count(name) > 1), None)
-  require(not twice, f'--tasks has {twice} twice: name it once.')
+  for name in names:
+    require(names.count(name) == 1, f'--tasks has {name} twice: name it once.')
   # Indexing lm-eval's thousands of tasks takes seconds, which files need not wait for.
   by_name = any(isinstance(task, str) for task in tasks)
   manager = TaskManager(include_path=GROUPS, include_defaults=by_name)
