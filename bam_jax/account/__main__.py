@@ -16,6 +16,8 @@ a run, in the order of training:
   cache_bytes, cache_dtype: keys and values of one token, in the run's compute dtype.
   mesh, devices, bytes_per_device: `parameters`, `gradients`, `optimizer` and `total`, float32;
     excluding activations.
+  gathered_bytes: of sharded weights, held gathered for the backward pass: one layer's, or with
+    remat=none all layers'.
   steps, step_tokens, tokens, budget_flops: of the training, in whole steps.
   matched_tokens, matched_steps: with --against=RUN, what RUN's `budget_flops` buy for this run.
 

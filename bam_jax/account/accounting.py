@@ -80,6 +80,7 @@ def _row(recipe: config.Recipe, node: graph.Node, context: int) -> dict[str, Any
     'mesh': config.to_dict(run.mesh),
     'devices': run.mesh.size,
     'bytes_per_device': state_bytes(model, run.compute, run.optimizer, run.mesh),
+    'gathered_bytes': arithmetic.gathered_bytes(model, run.compute, run.mesh),
     'steps': steps,
     'step_tokens': step_tokens,
     'tokens': steps * step_tokens,
@@ -96,15 +97,18 @@ def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
     parameters.append([run, *row['parameters'].values(), row['active_parameters']['total']])
     layer = row['layer_forward_flops'].values()
     flops.append([run, *layer, forward['embeddings'], forward['total'], training['total']])
-    held = [filesize.decimal(size, precision=2) for size in row['bytes_per_device'].values()]
+    sizes = *row['bytes_per_device'].values(), row['gathered_bytes']
+    held = [filesize.decimal(size, precision=2) for size in sizes]
     states.append([run, mesh_text(row['mesh']), row['devices'], *held, row['cache_bytes']])
     budgets.append([run, *(row[name] for name in counts), f'{row["budget_flops"]:.3e}'])
   title = f'FLOPs a token, context {facts["context"]:,}: of one layer forward, and of the model'
   of_flops = [*PARTS[2:], 'logits', 'forward', 'training']
-  of_memory = ['devices', 'parameters', 'gradients', 'optimizer', 'total', 'cache']
+  of_memory = ['devices', 'parameters', 'gradients', 'optimizer', 'total', 'gathered', 'cache']
   against = f'; matched: for the training FLOPs of {facts["against"]}' if facts['against'] else ''
   of_budgets = [*(name.replace('_', ' ') for name in counts), 'training FLOPs']
-  title_of_memory = 'Bytes a device, without activations, and of the KV cache a token'
+  title_of_memory = (
+    'Bytes a device, without activations; of gathered weights; of the KV cache a token'
+  )
   return [
     cli.table('Parameters', ['run'], [*PARTS, 'total', 'active'], parameters),
     cli.table(title, ['run'], of_flops, flops),

@@ -113,10 +113,9 @@ def guess(job: Job, chip: Chip) -> tuple[float, float]:
   """Seconds a token and bytes of memory of a layout, from the sizes of its arrays."""
   model, run, mesh = job.model, job.run, job.run.mesh
   attention, ffn, L = model.attention_experts, model.ffn_experts, model.num_layers
-  itemsize, parts = jnp.dtype(run.compute.dtype).itemsize, arithmetic.total_parts(model)
-  weights = parts.attention / (mesh.expert if attention else 1)
-  weights += parts.ffn / (mesh.expert if ffn else 1)
-  weights *= itemsize / L / mesh.tensor  # that a layer uses, gathered
+  itemsize = jnp.dtype(run.compute.dtype).itemsize
+  compute = dataclasses.replace(run.compute, remat='full')
+  weights = arithmetic.gathered_bytes(model, compute, mesh)  # of a layer
   tokens = job.sequences_per_chip * job.sequence_length
   residual = itemsize * tokens * model.d_model
 
@@ -137,7 +136,6 @@ def guess(job: Job, chip: Chip) -> tuple[float, float]:
   }[run.compute.remat]
 
   keeps = run.compute.remat == 'none' and is_cut  # gathered weights for the backward pass
-  compute = dataclasses.replace(run.compute, remat='full')  # which changes no bytes: cached
   state = _state_bytes(model, compute, run.optimizer, mesh)['total']
   logits = 4 * min(run.compute.loss_chunk or tokens, tokens) * model.vocab_size / mesh.tensor
   peak = state + L * (residual + saved) + (3 + keeps * L) * weights + logits

@@ -116,6 +116,25 @@ def cache_bytes(model: config.Model, dtype: str) -> int:
   return model.num_layers * _key_values(model) * numbers
 
 
+def gathered_bytes(model: config.Model, compute: config.Compute, mesh: config.Mesh) -> int:
+  """Bytes of weights that a device of a mesh holds gathered while it computes gradients.
+
+  They are one layer's, or with remat='none' those of all layers, in the compute dtype, except for
+  experts on other devices; 0 where no weights are sharded.
+  """
+  if mesh.fsdp * mesh.expert == 1:
+    return 0
+  parts, attention, ffn = total_parts(model), model.attention_experts, model.ffn_experts
+  shared = parts.attention  # by all experts, and so not on other devices
+  if attention:
+    keys_and_values = model.num_layers * 2 * model.d_model * model.num_kv_heads * model.head_dim
+    shared = keys_and_values if attention.shared_kv else 0
+  numbers = shared + (parts.attention - shared) // mesh.expert
+  numbers += parts.ffn // (mesh.expert if ffn else 1)
+  layers = 1 if compute.remat == 'none' else model.num_layers
+  return numbers // layers // mesh.tensor * jnp.dtype(compute.dtype).itemsize
+
+
 def _queries_met(model: config.Model) -> int:
   """Attention experts that one token visits."""
   experts = model.attention_experts

@@ -1,6 +1,7 @@
 """The command's numbers: the paper's to the last one, states as they lie on devices, mistakes."""
 
 import collections
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from bam_jax import config
 from bam_jax.account import accounting
+from bam_jax.model import arithmetic, transformer
 from bam_jax.parallel import sharding
 from bam_jax.train import step
 
@@ -120,6 +122,22 @@ def test_bytes_per_device_are_those_of_a_state_on_the_devices(model, sizes):
     assert len(held) == mesh.size and set(held.values()) == {expected[part]}
   assert expected['gradients'] == expected['parameters']
   assert expected['total'] == sum(v for k, v in expected.items() if k != 'total')
+
+
+def test_gathered_weights_are_counted_from_the_arrays(model):
+  """Whole but for what `tensor` cuts, and experts on other devices; one layer's, or all."""
+  mesh, compute = config.Mesh(1, 2, 2, 2), config.Compute(dtype='bfloat16')
+  abstract = transformer.Network(model, compute).abstract()['blocks']
+  total = 0
+  for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+    path = f'blocks/{sharding.path_of(key_path)}'
+    if not path.endswith(('scale', 'router')):
+      cut = 2 * (2 if sharding.has_experts(path, leaf.ndim) else 1)  # tensor, expert
+      total += 2 * leaf.size // cut
+  none = dataclasses.replace(compute, remat='none')
+  assert arithmetic.gathered_bytes(model, none, mesh) == total
+  assert arithmetic.gathered_bytes(model, compute, mesh) == total // model.num_layers
+  assert arithmetic.gathered_bytes(model, none, config.Mesh(data=2, tensor=2)) == 0
 
 
 def test_moments_on_the_host_take_no_room_on_a_device(models):
