@@ -25,16 +25,12 @@ The paper's results: average perplexity, Table 6: BTX 10.72, soft 10.47, top-2 1
     BAM, KV experts, cm     24.84   3.53   6.21   5.43
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
+import paper
 from bam_jax import config
 from bam_jax.errors import UserError
-from bam_jax.recipes import paper
-
-SCALE = runpy.run_path(str(Path(__file__).with_name('small_590m.py')))['SCALE']
+from small_590m import SCALE
 
 
 def more_btx(num_experts: int) -> dict:

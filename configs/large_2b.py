@@ -18,9 +18,9 @@ experts should beat BTX in every domain at equal tokens.
 
 from ml_collections import ConfigDict
 
+import paper
 from bam_jax import config
 from bam_jax.errors import UserError
-from bam_jax.recipes import paper
 
 SCALE = paper.Scale(
   model=dict(

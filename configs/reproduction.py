@@ -20,9 +20,9 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+import paper
 from bam_jax import config
 from bam_jax.errors import UserError
-from bam_jax.recipes import paper
 
 SCALE = paper.Scale(
   model=dict(

@@ -26,9 +26,9 @@ The paper's results on its own data, held-out perplexity, Table 1:
 
 from ml_collections import ConfigDict
 
+import paper
 from bam_jax import config
 from bam_jax.errors import UserError
-from bam_jax.recipes import paper
 
 SCALE = paper.Scale(
   model=dict(

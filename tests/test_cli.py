@@ -13,16 +13,10 @@ from bam_jax.errors import UserError
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(
-  'name, reason',
-  [
-    ('', 'Is a directory'),
-    ('file/b.json', 'Not a directory'),
-    ('x' * 300, 'File name too long'),
-    ('link', 'No such file or directory'),
-    ('loop', 'Too many levels of symbolic links'),
-  ],
-)
+@pytest.mark.parametrize('name, reason', [
+  ('', 'Is a directory'), ('file/b.json', 'Not a directory'), ('x' * 300, 'File name too long'),
+  ('link', 'No such file or directory'), ('loop', 'Too many levels of symbolic links'),
+])  # fmt: skip
 def test_what_cannot_be_written_is_said_at_once(tmp_path, name, reason):
   (tmp_path / 'file').write_text('')
   (tmp_path / 'link').symlink_to(tmp_path / 'nowhere' / 'file')
@@ -31,14 +25,11 @@ def test_what_cannot_be_written_is_said_at_once(tmp_path, name, reason):
     cli.check_json(os.path.join(tmp_path, name))
 
 
-def test_a_run_is_refused_before_it_begins(tmp_path):
-  done = subprocess.run(
-    [sys.executable, '-m', 'bam_jax.main', '--config=configs/quickstart.py:smoke',
-     f'--workdir={tmp_path}/w', f'--json={tmp_path}'],
-    cwd=ROOT, capture_output=True, text=True,
-  )  # fmt: skip
-  assert (done.returncode, done.stdout) == (2, '')
-  assert done.stderr == f'bam_jax.main: --json={tmp_path} cannot be written: Is a directory.\n'
+def test_a_run_is_refused_before_it_begins(server, tmp_path):
+  flags = '--config=configs/quickstart.py:smoke', f'--workdir={tmp_path}/w', f'--json={tmp_path}'
+  server.run('main', *flags, folder=ROOT).refused(
+    f'bam_jax.main: --json={tmp_path} cannot be written: Is a directory.\n'
+  )
   assert not (tmp_path / 'w').exists()
 
 

@@ -16,6 +16,8 @@ a run, in the order of training:
   cache_bytes, cache_dtype: keys and values of one token, in the run's compute dtype.
   mesh, devices, bytes_per_device: `parameters`, `gradients`, `optimizer` and `total`, float32;
     excluding activations.
+  gathered_bytes: of sharded weights, held gathered for the backward pass: one layer's, or with
+    remat=none all layers'.
   steps, step_tokens, tokens, budget_flops: of the training, in whole steps.
   matched_tokens, matched_steps: with --against=RUN, what RUN's `budget_flops` buy for this run.
 
@@ -33,9 +35,7 @@ from bam_jax.account import accounting
 _CONFIG = cli.define_recipe()
 _RUN = flags.DEFINE_string('run', None, 'The run to count; default: every run.')
 _AGAINST = flags.DEFINE_string('against', None, 'A run whose training FLOPs to match.')
-_CONTEXT = flags.DEFINE_integer(
-  'context', None, "Tokens of a sequence; default: the data's sequence_length.", lower_bound=1
-)
+_CONTEXT = flags.DEFINE_integer('context', None, 'Tokens; default: the sequence_length.', 1)
 
 
 def main() -> dict[str, Any]:

@@ -1,39 +1,31 @@
 """What the runs of a recipe hold and cost, known before anything is trained."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import rich.table
+from rich import filesize
 
 from bam_jax import cli, config
 from bam_jax.config.strict import require
 from bam_jax.model import arithmetic, transformer
-from bam_jax.parallel import sharding
+from bam_jax.parallel import memory, sharding
 from bam_jax.recipes import graph
 from bam_jax.train import step
 
-PARTS = ('embeddings', 'norms', 'attention', 'ffn', 'routers')
+PARTS = ('embeddings', 'norms', 'attention', 'ffn', 'routers')  # the last three are of each layer
 
 
 def account(
   recipe: config.Recipe, run: str = '', context: int = 0, against: str = ''
 ) -> dict[str, Any]:
-  """The facts of a recipe's runs.
+  """The facts of a recipe's runs, or of one: the object that `bam_jax.account --help` describes.
 
-  Args:
-    recipe: any; its data need not exist, nor the devices of its meshes.
-    run: the only one; empty is all.
-    context: T of the attention's scores and of the budgets; 0 is the data's sequence length.
-    against: a run whose training FLOPs the others are to match; empty is none.
-
-  Returns:
-    The object that `python -m bam_jax.account --help` describes.
-
-  Raises:
-    UserError: a run that is not in the recipe, or a mesh that does not divide a run's parameters.
+  `context` is T of the attention's scores and of the budgets, 0 the data's sequence length;
+  `against` is a run whose training FLOPs the others are to match. UserError for a run that is not
+  in the recipe, or a mesh that does not divide a run's parameters.
   """
   nodes, context = graph.resolve(recipe), context or recipe.data.sequence_length
   asked = [find_run(nodes, 'run', run)] if run else nodes.values()
@@ -48,8 +40,7 @@ def account(
 
 def find_run(nodes: Mapping[str, graph.Node], flag: str, name: str) -> graph.Node:
   """The run that a flag names; UserError when the recipe does not have it."""
-  wrong = f'--{flag}={name} is not in the recipe, which has {", ".join(nodes)}.'
-  require(name in nodes, wrong)
+  require(name in nodes, f'--{flag}={name} is not in the recipe, which has {", ".join(nodes)}.')
   return nodes[name]
 
 
@@ -62,23 +53,9 @@ def state_bytes(
   """
   abstract_mesh = jax.sharding.AbstractMesh(dataclasses.astuple(mesh), sharding.AXES)
   state = step.abstract_state(model, compute, optimizer, abstract_mesh)
-  params, opt_state = device_bytes(state.params), device_bytes(state.opt_state)
+  params, opt_state = map(memory.device_bytes, (state.params, state.opt_state))
   total = 2 * params + opt_state
   return {'parameters': params, 'gradients': params, 'optimizer': opt_state, 'total': total}
-
-
-def device_bytes(tree: Any) -> int:
-  """Bytes of one device's parts of arrays, given their shapes; what its host holds is not counted.
-
-  Arrays without a sharding are whole.
-  """
-
-  def size(x: jax.ShapeDtypeStruct) -> int:
-    shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-    on_host = x.sharding and x.sharding.memory_kind == sharding.HOST
-    return 0 if on_host else math.prod(shape) * x.dtype.itemsize
-
-  return sum(map(size, jax.tree.leaves(tree)))
 
 
 def _row(recipe: config.Recipe, node: graph.Node, context: int) -> dict[str, Any]:
@@ -97,14 +74,13 @@ def _row(recipe: config.Recipe, node: graph.Node, context: int) -> dict[str, Any
     'active_parameters': with_total(arithmetic.active_parts(model)),
     'forward_flops': with_total(forward),
     'training_flops': with_total(arithmetic.training_parts(model, context)),
-    'layer_forward_flops': {
-      part: getattr(forward, part) // model.num_layers for part in ('attention', 'ffn', 'routers')
-    },
+    'layer_forward_flops': {x: getattr(forward, x) // model.num_layers for x in PARTS[2:]},
     'cache_bytes': arithmetic.cache_bytes(model, run.compute.dtype),
     'cache_dtype': run.compute.dtype,
     'mesh': config.to_dict(run.mesh),
     'devices': run.mesh.size,
     'bytes_per_device': state_bytes(model, run.compute, run.optimizer, run.mesh),
+    'gathered_bytes': arithmetic.gathered_bytes(model, run.compute, run.mesh),
     'steps': steps,
     'step_tokens': step_tokens,
     'tokens': steps * step_tokens,
@@ -114,26 +90,29 @@ def _row(recipe: config.Recipe, node: graph.Node, context: int) -> dict[str, Any
 
 def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
   """What `account` returns, for a terminal."""
-  parameters, flops, memory, budgets = [], [], [], []
+  parameters, flops, states, budgets = [], [], [], []
   counts = ['steps', 'tokens', *(['matched_steps', 'matched_tokens'] if facts['against'] else [])]
   for row in facts['rows']:
     run, forward, training = row['run'], row['forward_flops'], row['training_flops']
     parameters.append([run, *row['parameters'].values(), row['active_parameters']['total']])
     layer = row['layer_forward_flops'].values()
     flops.append([run, *layer, forward['embeddings'], forward['total'], training['total']])
-    held = [_size(size) for size in row['bytes_per_device'].values()]
-    memory.append([run, mesh_text(row['mesh']), row['devices'], *held, row['cache_bytes']])
+    sizes = *row['bytes_per_device'].values(), row['gathered_bytes']
+    held = [filesize.decimal(size, precision=2) for size in sizes]
+    states.append([run, mesh_text(row['mesh']), row['devices'], *held, row['cache_bytes']])
     budgets.append([run, *(row[name] for name in counts), f'{row["budget_flops"]:.3e}'])
   title = f'FLOPs a token, context {facts["context"]:,}: of one layer forward, and of the model'
-  of_flops = ['attention', 'ffn', 'routers', 'logits', 'forward', 'training']
-  of_memory = ['devices', 'parameters', 'gradients', 'optimizer', 'total', 'cache']
+  of_flops = [*PARTS[2:], 'logits', 'forward', 'training']
+  of_memory = ['devices', 'parameters', 'gradients', 'optimizer', 'total', 'gathered', 'cache']
   against = f'; matched: for the training FLOPs of {facts["against"]}' if facts['against'] else ''
   of_budgets = [*(name.replace('_', ' ') for name in counts), 'training FLOPs']
-  title_of_memory = 'Bytes a device, without activations, and of the KV cache a token'
+  title_of_memory = (
+    'Bytes a device, without activations; of gathered weights; of the KV cache a token'
+  )
   return [
     cli.table('Parameters', ['run'], [*PARTS, 'total', 'active'], parameters),
     cli.table(title, ['run'], of_flops, flops),
-    cli.table(title_of_memory, ['run', 'mesh'], of_memory, memory),
+    cli.table(title_of_memory, ['run', 'mesh'], of_memory, states),
     cli.table(f'Budgets{against}', ['run'], of_budgets, budgets),
   ]
 
@@ -141,7 +120,3 @@ def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
 def mesh_text(mesh: Mapping[str, int]) -> str:
   """The axes of more than one device."""
   return ' '.join(f'{axis}={size}' for axis, size in mesh.items() if size > 1) or 'one device'
-
-
-def _size(number: int) -> str:
-  return f'{number / 1e9:.2f} GB' if number >= 1e9 else f'{number / 1e6:.1f} MB'

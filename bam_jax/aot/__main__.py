@@ -50,21 +50,15 @@ _RUN = flags.DEFINE_string('run', None, 'The run whose step to compile.')
 _PHASE = flags.DEFINE_enum('phase', 'train', ['train', 'decode'], 'Which step to compile.')
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'For example v5e:4x4 or v5p:4x4x4.')
 _SLICES = flags.DEFINE_integer('slices', 1, 'Number of slices of that topology.', lower_bound=1)
-_SEQUENCES = flags.DEFINE_integer(
-  'sequences_per_chip', None, 'For a step without accumulation; default: from the run.', 1
-)
+_SEQUENCES = flags.DEFINE_integer('sequences_per_chip', None, 'In a step without accumulation.', 1)
 _BATCH = flags.DEFINE_integer('batch_size', 1, 'Decode: number of rows.', lower_bound=1)
-_CONTEXT = flags.DEFINE_integer(
-  'context', None, "Decode: a row's prompt and new tokens; default: the recipe's.", lower_bound=1
-)
-_DTYPE = flags.DEFINE_enum(
-  'dtype', 'bfloat16', ['float32', 'bfloat16'], 'Decode: dtype of weights, activations and cache.'
-)
+_CONTEXT = flags.DEFINE_integer('context', None, "Decode: tokens a row; default: the recipe's.", 1)
+_DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['float32', 'bfloat16'], 'Decode: of all arrays.')
 _SAVE = flags.DEFINE_string('save', None, 'File for the serialised executable.')
 _HLO = flags.DEFINE_string('hlo', None, "File for the optimized program's text.")
 _SEARCH = flags.DEFINE_bool('search', False, 'Search for mesh, remat and sequences a chip.')
 _SEARCH_SECONDS = flags.DEFINE_integer(
-  'search_seconds', 900, 'Time limit; a compilation in progress is finished.', lower_bound=1
+  'search_seconds', 900, 'When no compilation begins any more.', 1
 )
 _TRAIN, _DECODE = (_SEQUENCES, _SEARCH, _SEARCH_SECONDS), (_BATCH, _CONTEXT, _DTYPE)
 
@@ -83,10 +77,10 @@ def main() -> dict[str, Any]:
   for flag in unread:
     wrong = f'--{flag.name} requires --phase={other}: remove it, or set that phase.'
     require(not flag.present, wrong)
-  console, devices = cli.console(), target.devices()
+  devices = target.devices()
   if _SEARCH.value:
     limits = _SEQUENCES.value, _SEARCH_SECONDS.value
-    compiled, facts = search.search(job, target, devices, *limits, console)
+    compiled, facts = search.search(job, target, devices, *limits)
   elif _PHASE.value == 'train':
     job = job.with_sequences(_SEQUENCES.value) if _SEQUENCES.value else job
     mesh = program.make_mesh(job, devices, target)
@@ -100,7 +94,7 @@ def main() -> dict[str, Any]:
     compiled = program.compile_decode(decoder, decode, mesh)
     facts = report.decode_facts(job, decode, target, mesh, decoder, compiled)
   for table in report.tables(facts):
-    console.print(table, '')
+    cli.console().print(table, '')
   for flag in (_SAVE, _HLO):
     if flag.value:
       program.save(compiled, flag.value, flag.name)

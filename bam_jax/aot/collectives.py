@@ -25,22 +25,22 @@ _IOTA = re.compile(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
 _MESH = re.compile(r'mesh\[([^\]]*)\] \{([^}:]*)\}')
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Collective:
   """One collective."""
 
   kind: str
   operand_bytes: int  # of one device
-  groups: tuple[tuple[int, ...], ...]  # of devices; pairs, of a permute
+  groups: np.ndarray  # of devices, one a row; pairs, of a permute
 
   @property
   def wire_bytes(self) -> float:
     """What one device sends."""
-    return self.operand_bytes * sends(self.kind, len(self.groups[0]))
+    return self.operand_bytes * sends(self.kind, self.groups.shape[1])
 
   def axes(self, sizes: dict[str, int]) -> str:
     """The axes of a mesh of these sizes along which a group's devices differ, joined by "+"."""
-    places = np.stack(np.unravel_index(np.array(self.groups), tuple(sizes.values())))
+    places = np.stack(np.unravel_index(self.groups, tuple(sizes.values())))
     differ = np.any(places != places[:, :, :1], axis=(1, 2))
     return '+'.join(name for name, is_along in zip(sizes, differ) if is_along)
 
@@ -55,12 +55,10 @@ def sends(kind: str, n: int) -> float:
 def read(instruction: Instruction, devices: int) -> Collective | None:
   """The collective that an instruction is or starts, of a program for so many devices."""
   opcode = instruction.opcode.removesuffix('-start')
-  if opcode == 'send':
-    return _between_slices(instruction, devices)
   if opcode not in KINDS:
-    return None
+    return _between_slices(instruction, devices) if opcode == 'send' else None
   groups = _groups(instruction, devices)
-  if not groups or len(groups[0]) == 1:
+  if not len(groups) or groups.shape[1] == 1:
     return None
   kind = 'reduce-scatter' if opcode == 'all-reduce' and _is_scattered(instruction) else opcode
   operands = instruction.operands[: 1 if kind == 'collective-permute' else None]
@@ -75,7 +73,7 @@ def _between_slices(send: Instruction, devices: int) -> Collective | None:
   slices = len(send.attribute(r'_xla_megascale_target="\{([\d,]+)\}').split(','))
   groups = np.arange(devices).reshape(slices, -1).T  # slices are outermost in the mesh
   kind = kind if kind in KINDS else 'collective-permute'
-  return Collective(kind, send.operands[0].bytes, _rows(groups))
+  return Collective(kind, send.operands[0].bytes, groups)
 
 
 def _is_scattered(all_reduce: Instruction) -> bool:
@@ -87,30 +85,27 @@ def _is_scattered(all_reduce: Instruction) -> bool:
   return any(user.opcode == 'dynamic-slice' and is_result(user) for user in all_reduce.users)
 
 
-def _groups(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
+def _groups(instruction: Instruction, devices: int) -> np.ndarray:
   """Groups of devices, in any of the forms of HLO."""
-  if pairs := instruction.attribute(r'source_target_pairs=(\{.*?\}\})'):
-    return tuple(pair for pair in _lists(pairs) if pair[0] != pair[1])
+  if text := instruction.attribute(r'source_target_pairs=(\{.*?\}\})'):
+    pairs = _lists(text)
+    return pairs[pairs[:, 0] != pairs[:, 1]]
   text = instruction.attribute(r'replica_groups=(.*)')
   if text.startswith('{}'):
-    return (tuple(range(devices)),)
+    return np.arange(devices)[None]
   if found := _LISTS.match(text):
     return _lists(found[0])
   if found := _IOTA.match(text):  # `[2,4]<=[4,2]T(1,0)`: in order as [4,2], transposed, as [2,4]
     shape, source, order = ([int(n) for n in x.split(',')] if x else None for x in found.groups())
-    return _rows(np.arange(math.prod(source)).reshape(source).transpose(order).reshape(shape))
+    return np.arange(math.prod(source)).reshape(source).transpose(order).reshape(shape)
   if found := _MESH.match(text):  # `mesh['a'=2,'b'=4] {'b'}`: along the named axes
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
     ids = np.arange(devices).reshape([int(size) for size in sizes.values()])
     along = [place for place, axis in enumerate(sizes) if f"'{axis}'" in found[2]]
     ids = np.moveaxis(ids, along, range(-len(along), 0))
-    return _rows(ids.reshape(-1, math.prod(ids.shape[-len(along) :])))
+    return ids.reshape(-1, math.prod(ids.shape[-len(along) :]))
   raise ValueError(f'Replica groups of an unknown form: {text[:80]!r}.')
 
 
-def _lists(text: str) -> tuple[tuple[int, ...], ...]:
-  return tuple(tuple(map(int, row.split(','))) for row in re.findall(r'\{([\d,]+)\}', text))
-
-
-def _rows(ids: np.ndarray) -> tuple[tuple[int, ...], ...]:
-  return tuple(map(tuple, ids.tolist()))
+def _lists(text: str) -> np.ndarray:
+  return np.array([row.split(',') for row in re.findall(r'\{([\d,]+)\}', text)], int)

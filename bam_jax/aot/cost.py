@@ -126,11 +126,10 @@ class _Reader:
       for key in ('branch_computations', 'true_computation', 'false_computation')
       for computation in conditional.calls.get(key, ())
     ]
-    flops = lambda events: sum(event.flops for event in events)
-    size = lambda events: sum(event.hbm_bytes for event in events)
+    total = lambda events, key: sum(getattr(event, key) for event in events)
     if all(any(event.kind == kernels.GROUPED for event in events) for events in branches):
-      return min(branches, key=size)
-    return max(branches, key=lambda events: (flops(events), size(events)))
+      return min(branches, key=lambda events: total(events, 'hbm_bytes'))
+    return max(branches, key=lambda x: (total(x, 'flops'), total(x, 'hbm_bytes')))
 
   def kernel(self, x: Instruction, times: int) -> Event:
     kernel = kernels.read(x, self.even_rows)

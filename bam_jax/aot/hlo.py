@@ -130,12 +130,11 @@ def _instruction(
 
 def _closing(text: str, start: int) -> int:
   """The position of the parenthesis that closes the one before `start`."""
-  depth = 1
-  for found in re.finditer('[()]', text[start:]):
+  depth, parentheses = 1, re.compile('[()]').finditer(text, start)
+  while depth:
+    found = next(parentheses)
     depth += 1 if found[0] == '(' else -1
-    if not depth:
-      return start + found.start()
-  raise ValueError(f'Unbalanced parentheses in {text[:80]!r}.')
+  return found.start()
 
 
 def trip_count(loop: Instruction) -> int | None:

@@ -69,9 +69,8 @@ def read(call: Instruction, even_rows: float | None) -> Kernel:
     return Kernel(GROUPED, 0, 0)  # the groups' bookkeeping, a loop over scalars
   grid, windows = _body(call)
   arrays = [*operands[len(call.arrays) - len(windows) :], *call.arrays]
-  rows, share = arrays[0].dims[0], 1.0
-  if even_rows and DYNAMIC in grid:
-    share = min(1.0, even_rows / rows)
+  rows = arrays[0].dims[0]
+  share = min(1.0, even_rows / rows) if even_rows and DYNAMIC in grid else 1.0
   tiles = math.ceil(rows * share / windows[0].shape[0])
   bounds = [tiles if bound == DYNAMIC else bound for bound in grid]
   fetched = [window.bytes(array, bounds) for window, array in zip(windows, arrays)]
@@ -119,10 +118,8 @@ def _depends(text: str, name: str, dimensions: int) -> tuple[frozenset[int], ...
   """The grid's dimensions from which each coordinate of a window is computed."""
   function = re.search(rf'func\.func @{name}\(.*?\n  \}}', text, re.DOTALL)[0]
   depends = {f'%arg{number}': frozenset([number]) for number in range(dimensions)}
-  for line in function.splitlines()[1:]:
+  for line in function.splitlines()[1:-1]:  # the last of them returns the coordinates
     result, _, expression = line.strip().rpartition(' = ')
     used = [depends.get(value, frozenset()) for value in re.findall(r'%\w+', expression)]
-    if expression.startswith('return'):
-      return tuple(used)
     depends[result] = frozenset().union(*used)
-  raise ValueError(f'{name} of a kernel returns nothing.')
+  return tuple(used)

@@ -19,11 +19,11 @@ from bam_jax import config
 from bam_jax.account import accounting
 from bam_jax.aot.topology import Topology
 from bam_jax.config.strict import require
-from bam_jax.errors import UserError
+from bam_jax.files import folders
 from bam_jax.generate import generator
 from bam_jax.generate.decode import Decoder
 from bam_jax.model import transformer
-from bam_jax.parallel import sharding
+from bam_jax.parallel import memory, sharding
 from bam_jax.recipes import graph
 from bam_jax.train import optimizer
 from bam_jax.train import step as step_lib
@@ -110,9 +110,8 @@ def compile_train(job: Job, mesh: jax.sharding.Mesh) -> Compiled:
   run, model = job.run, job.model
   sharding.check(transformer.Network(model, run.compute).abstract(), run.mesh, job.key)
   factors = optimizer.factors_of(run)
-  step = step_lib.train_step(
-    model, run.compute, run.loss, run.optimizer, run.grad_accum_steps, mesh, factors
-  )
+  how = run.compute, run.loss, run.optimizer, run.grad_accum_steps
+  step = step_lib.train_step(model, *how, mesh, factors)
   state = step_lib.abstract_state(model, run.compute, run.optimizer, mesh)
   dtypes = dict.fromkeys(('tokens', 'targets', 'segments', 'positions'), jnp.int32)
   dtypes['weights'] = jnp.float32
@@ -129,21 +128,18 @@ def make_decoder(job: Job, decode: Decode, mesh: jax.sharding.Mesh) -> Decoder:
   decoder = Decoder(job.model, decode.dtype, mesh)
   decoder.check(f'{job.key}.mesh')
   batch_size, parts = decode.batch_size, decoder.layout.row_shards
-  by = f'{job.key}.mesh.data and .fsdp split it into: change one of them.'
-  wrong = f'--{batch_size=} is not a multiple of the {parts} parts that {by}'
-  require(batch_size % parts == 0, wrong)
+  wrong = f'--{batch_size=} is not a multiple of the {parts} parts that {job.key}.mesh.data and'
+  require(batch_size % parts == 0, f'{wrong} .fsdp split it into: change one of them.')
   return decoder
 
 
 def compile_decode(decoder: Decoder, decode: Decode, mesh: jax.sharding.Mesh) -> Compiled:
   """Compiles the program with which `bam_jax.generate` decodes MAX_STEPS tokens of each row."""
   program = generator.Program(decoder.model, decode.dtype, mesh)
-  arguments = generator.abstract_arguments(decoder, decode.batch_size, decode.slots)
   here = NamedSharding(mesh, P())  # of a single device, where arguments have no sharding
-  arguments = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), arguments
-  )
-  return _compile(lambda: generator.decode.lower(program, *arguments))
+  placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here)
+  arguments = generator.abstract_arguments(decoder, decode.batch_size, decode.slots)
+  return _compile(lambda: generator.decode.lower(program, *jax.tree.map(placed, arguments)))
 
 
 def needed_bytes(decoder: Decoder, decode: Decode) -> dict[str, int]:
@@ -160,10 +156,10 @@ def needed_bytes(decoder: Decoder, decode: Decode) -> dict[str, int]:
   parts |= {} if model.tied_embeddings else {'embed/table': 0}
   params, state, *_ = generator.abstract_arguments(decoder, decode.batch_size, decode.slots)
   weights = sum(
-    parts.get(sharding.path_of(key_path), 1) * accounting.device_bytes(x)
+    parts.get(sharding.path_of(key_path), 1) * memory.device_bytes(x)
     for key_path, x in jax.tree_util.tree_leaves_with_path(params)
   )
-  return {'weights': int(weights), 'cache': accounting.device_bytes(state.cache)}
+  return {'weights': int(weights), 'cache': memory.device_bytes(state.cache)}
 
 
 def _compile(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
@@ -195,10 +191,8 @@ def save(compiled: Compiled, path: str, flag: str) -> None:
     content = compiled.executable.as_text().encode()
   else:
     content = pickle.dumps(serialize_executable.serialize(compiled.executable))
-  try:
+  with folders.writing(f'--{flag}={path}'):
     Path(path).write_bytes(content)
-  except OSError as error:
-    raise UserError(f'--{flag}={path} cannot be written: {error.strerror}.') from error
 
 
 def load(path: str, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
@@ -206,7 +200,5 @@ def load(path: str, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
 
   `mesh` is like the one that the step was compiled for, of devices that are there.
   """
-  serialized, in_tree, out_tree = pickle.loads(Path(path).read_bytes())
-  return serialize_executable.deserialize_and_load(
-    serialized, in_tree, out_tree, execution_devices=list(mesh.devices.flat)
-  )
+  saved, devices = pickle.loads(Path(path).read_bytes()), list(mesh.devices.flat)
+  return serialize_executable.deserialize_and_load(*saved, execution_devices=devices)

@@ -17,6 +17,7 @@ from bam_jax.generate.decode import Decoder
 from bam_jax.model import arithmetic
 
 LIBRARIES = ('jax', 'jaxlib', 'libtpu')
+SIZES = dict(arguments='argument', temporaries='temp', outputs='output', aliased='alias')  # XLA's
 
 
 def train_facts(
@@ -36,8 +37,7 @@ def train_facts(
     step = cost.read(compiled.executable.as_text(), topology.size, job.even_rows)
     model_flops = arithmetic.training_flops(job.model, job.sequence_length) * tokens
     facts |= _costs(topology, mesh, step, model_flops)
-    seconds = facts['seconds']
-    speeds = {name: tokens / topology.size / seconds[name] for name in BOUNDS}
+    speeds = {name: tokens / topology.size / facts['seconds'][name] for name in BOUNDS}
     facts['tokens_per_second_per_chip'] = speeds
   return facts
 
@@ -61,8 +61,8 @@ def decode_facts(
     model_flops = decode.batch_size * arithmetic.forward_flops(job.model, 2 * decode.slots)
     facts |= _costs(topology, mesh, call.part(generator.MAX_STEPS), model_flops)
     facts['hbm_ratio'] = facts['hbm_bytes'] / sum(needed.values())
-    seconds = facts['seconds']
-    facts['tokens_per_second'] = {name: decode.batch_size / seconds[name] for name in BOUNDS}
+    speeds = {name: decode.batch_size / facts['seconds'][name] for name in BOUNDS}
+    facts['tokens_per_second'] = speeds
   return facts
 
 
@@ -73,12 +73,7 @@ def _common_facts(
   peak, limit = compiled.needed_bytes, topology.chip.hbm_bytes
   if compiled.executable:
     stats = compiled.executable.memory_analysis()
-    memory = {
-      'arguments': stats.argument_size_in_bytes,
-      'temporaries': stats.temp_size_in_bytes,
-      'outputs': stats.output_size_in_bytes,
-      'aliased': stats.alias_size_in_bytes,
-    }
+    memory = {key: getattr(stats, f'{name}_size_in_bytes') for key, name in SIZES.items()}
     *held, aliased = memory.values()
     peak = sum(held) - aliased
     more = {'memory': memory, 'lower_seconds': compiled.lower_seconds}
@@ -148,11 +143,9 @@ def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
   summary = cli.table(f'{facts["run"]} {fits} {slices}{facts["topology"]}', ('', ''), (), rows)
   summary.show_header = False
   columns = ('count', 'asynchronous', 'wire_bytes', 'seconds')
-  cells = [
-    (row['kind'], row['axes'], *(text(name, row[name]) for name in columns))
-    for row in facts.get('collectives', ())
-  ]
-  return [summary, *([cli.table(None, ('collective', 'axes'), columns, cells)] if cells else [])]
+  cells = lambda row: (row['kind'], row['axes'], *(text(name, row[name]) for name in columns))
+  sent = [cells(row) for row in facts.get('collectives', ())]
+  return [summary, *([cli.table(None, ('collective', 'axes'), columns, sent)] if sent else [])]
 
 
 def text(key: str, value: Any) -> str:

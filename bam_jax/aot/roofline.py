@@ -22,15 +22,14 @@ class Network:
 
   def __init__(self, topology: Topology, devices: Sequence[Any]):
     """Takes the mesh's devices in its order, each with `coords`, and `slice_index` if several."""
-    self.topology = topology
-    dimensions = topology.chip.dimensions
+    self.topology, dimensions = topology, topology.chip.dimensions
     self.coords = np.array([device.coords[:dimensions] for device in devices])
     self.slices = np.array([getattr(device, 'slice_index', None) or 0 for device in devices])
 
   def seconds(self, collective: Collective) -> tuple[float, float]:
     """Seconds within slices, and between them; of the slowest group."""
     inside = between = 0.0
-    for members in map(np.array, collective.groups):
+    for members in collective.groups:
       slices, counts = np.unique(self.slices[members], return_counts=True)
       local, remote = _split(collective, int(counts[0]), len(slices))
       if local:

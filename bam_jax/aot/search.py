@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import rich.console
 
 from bam_jax import cli, config
 from bam_jax.account import accounting
@@ -34,18 +33,13 @@ _state_bytes = functools.cache(accounting.state_bytes)
 
 
 def search(
-  job: Job,
-  topology: Topology,
-  devices: Sequence[Any],
-  sequences_per_chip: int | None,
-  seconds: int,
-  console: rich.console.Console,
+  job: Job, topology: Topology, devices: Sequence[Any], sequences_per_chip: int | None, seconds: int
 ) -> tuple[program.Compiled, dict[str, Any]]:
   """The layout with the least roofline time a token of those compiled in time, and its facts.
 
   They have `candidates` and `flags`. UserError when no layout is legal, or no compiled one fits.
   """
-  start, chip = time.monotonic(), topology.chip
+  start, chip, console = time.monotonic(), topology.chip, cli.console()
   possible = [(*guess(x, chip), x) for x in layouts(job, topology, sequences_per_chip)]
   wrong = f'No mesh of {topology.size} chips divides the model and batch_size={job.run.batch_size}'
   fix = 'change --topology, or set --sequences_per_chip.'
@@ -64,8 +58,10 @@ def search(
     compiled = program.compile_train(layout, mesh)
     longest = max(longest, compiled.compile_seconds)
     facts = report.train_facts(layout, topology, mesh, compiled)
-    done.append((_rank(facts), layout, compiled, facts))
-  done.sort(key=lambda x: x[0])
+    tokens = layout.run.batch_size * layout.sequence_length
+    rank = [facts['seconds'][k] / tokens for k in BOUNDS[:2]] if facts['fits'] else [math.inf]
+    done.append((rank, layout, compiled, facts))
+  done.sort(key=lambda x: x[0])  # by seconds a token
   rows = [_row(facts) for *_, facts in done]
   console.print(_table(rows), '')
   _, best, compiled, facts = done[0]
@@ -76,14 +72,6 @@ def search(
   flags = [f'--{job.key}.{key}={new}' for key, new in after.items() if new != before[key]]
   console.print('The best of them:', *flags, sep='\n  ', end='\n\n')
   return compiled, facts | {'candidates': rows, 'flags': flags}
-
-
-def _rank(facts: dict[str, Any]) -> list[float]:
-  """Seconds a token, the least first; infinite for a layout that does not fit."""
-  if not facts['fits']:
-    return [math.inf]
-  tokens = facts['batch_size'] * facts['sequence_length']
-  return [facts['seconds'][name] / tokens for name in BOUNDS[:2]]
 
 
 def layouts(job: Job, topology: Topology, sequences_per_chip: int | None) -> Iterator[Job]:
@@ -125,10 +113,9 @@ def guess(job: Job, chip: Chip) -> tuple[float, float]:
   """Seconds a token and bytes of memory of a layout, from the sizes of its arrays."""
   model, run, mesh = job.model, job.run, job.run.mesh
   attention, ffn, L = model.attention_experts, model.ffn_experts, model.num_layers
-  itemsize, parts = jnp.dtype(run.compute.dtype).itemsize, arithmetic.total_parts(model)
-  weights = parts.attention / (mesh.expert if attention else 1)
-  weights += parts.ffn / (mesh.expert if ffn else 1)
-  weights *= itemsize / L / mesh.tensor  # that a layer uses, gathered
+  itemsize = jnp.dtype(run.compute.dtype).itemsize
+  compute = dataclasses.replace(run.compute, remat='full')
+  weights = arithmetic.gathered_bytes(model, compute, mesh)  # of a layer
   tokens = job.sequences_per_chip * job.sequence_length
   residual = itemsize * tokens * model.d_model
 
@@ -149,7 +136,6 @@ def guess(job: Job, chip: Chip) -> tuple[float, float]:
   }[run.compute.remat]
 
   keeps = run.compute.remat == 'none' and is_cut  # gathered weights for the backward pass
-  compute = dataclasses.replace(run.compute, remat='full')  # which changes no bytes: cached
   state = _state_bytes(model, compute, run.optimizer, mesh)['total']
   logits = 4 * min(run.compute.loss_chunk or tokens, tokens) * model.vocab_size / mesh.tensor
   peak = state + L * (residual + saved) + (3 + keeps * L) * weights + logits
@@ -180,9 +166,8 @@ def _overrides(run: config.Run) -> dict[str, Any]:
 def _row(facts: dict[str, Any]) -> dict[str, Any]:
   keys = ('mesh', 'grad_accum_steps', 'sequences_per_chip', 'fits', 'peak_bytes')
   row = {key: facts[key] for key in keys} | {'remat': facts['compute']['remat']}
-  if facts['fits']:
-    row |= {'seconds': {name: facts['seconds'][name] for name in BOUNDS}, 'mfu': facts['mfu']}
-  return row
+  seconds = {name: facts['seconds'][name] for name in BOUNDS} if facts['fits'] else {}
+  return row | ({'seconds': seconds, 'mfu': facts['mfu']} if seconds else {})
 
 
 def _table(rows: Sequence[dict[str, Any]]):

@@ -97,10 +97,9 @@ class Topology:
 
 def parse(name: str, slices: int = 1) -> Topology:
   """The topology of a name such as v5e:4x4 or v5p:4x4x4; UserError for any other."""
-  found = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)', name)
+  found = re.fullmatch(rf'({"|".join(CHIPS)}):(\d+(?:x\d+)*)', name)
   wrong = f'--topology={name} is not CHIP:SIZES with CHIP one of {", ".join(CHIPS)}'
-  known = found and found[1] in CHIPS
-  require(known, f'{wrong}: for example v5e:4x4 or v5p:4x4x4.')
+  require(found, f'{wrong}: for example v5e:4x4 or v5p:4x4x4.')
   chip, shape = CHIPS[found[1]], tuple(int(size) for size in found[2].split('x'))
   wrong = f'--topology={name} has {len(shape)} sizes; {chip.name} chips form a grid of'
   fits = len(shape) == chip.dimensions and 0 not in shape

@@ -1,9 +1,10 @@
 """How a checkpoint was made: from what, by which rule each of its arrays, with which command."""
 
+import collections
 import dataclasses
 import datetime
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -54,33 +55,25 @@ class Hash:
   mesh that wrote the array or the chunks that it lies in:
 
       sha256(b''.join(sha256(part.tobytes()).digest() for part in array)).hexdigest()
-
-  `shape` is the array's; it is not needed where no slice is added in parts.
   """
 
-  def __init__(self, shape: Sequence[int] | None = None):
-    self._shape = None if shape is None else tuple(shape)
-    self._done: dict[int, bytes] = {}
-    self._begun: dict[int, Any] = {}
+  def __init__(self):
+    self._slices: dict[int, Any] = collections.defaultdict(hashlib.sha256)
 
   def update(self, array: np.ndarray, index: tuple[int | slice, ...] = (slice(0, None),)) -> None:
     """Adds a region; those of one slice of the first axis come in the order of its values."""
     first = index[0]
     start = first if isinstance(first, int) else first.start
     parts = array[None] if isinstance(first, int) else array
-    whole = self._shape is None or parts.shape[1:] == self._shape[1:]
     # Bytes, since hashlib takes no dtypes such as bfloat16.
     rows = np.ascontiguousarray(parts).reshape(len(parts), -1).view(np.uint8)
     for number, row in enumerate(rows, start):
-      if whole:
-        self._done[number] = hashlib.sha256(row).digest()
-      else:
-        self._begun.setdefault(number, hashlib.sha256()).update(row)
+      self._slices[number].update(row)
 
   def hexdigest(self) -> str:
     """The hash, once every value was added."""
-    digests = self._done | {number: one.digest() for number, one in self._begun.items()}
-    return hashlib.sha256(b''.join(digests[n] for n in range(len(digests)))).hexdigest()
+    digests = (self._slices[number].digest() for number in range(len(self._slices)))
+    return hashlib.sha256(b''.join(digests)).hexdigest()
 
 
 def content_hash(array_hashes: Mapping[str, str]) -> str:

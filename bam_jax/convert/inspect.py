@@ -163,8 +163,7 @@ def _table(title: str, left: list[str], right: list[str], rows: Iterable) -> ric
 def _cell(value: Any) -> Any:
   if isinstance(value, dict):
     return ', '.join(f'{key}={x}' for key, x in value.items() if x not in (None, [], ''))
-  if isinstance(value, list):
-    return ' '.join(map(str, value))
   if value is None or isinstance(value, bool):
     return {None: '-', True: 'yes', False: 'no'}[value]
+  value = ' '.join(map(str, value)) if isinstance(value, list) else value
   return f'{value:.6g}' if isinstance(value, float) else value

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 
 import grain
 import numpy as np
-from grain.experimental import set_next_index
 
 from bam_jax.config.strict import require
 from bam_jax.data.shards import Documents
@@ -80,8 +79,7 @@ def batches(
   sequence_length: int,
   batch_size: int,
   seed: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  share: tuple[int, int] = (0, 1),
 ) -> grain.MapDataset[Batch]:
   """The endless training batches of a mixture of domains, by step.
 
@@ -93,68 +91,54 @@ def batches(
     weights: the positive share of the tokens of each domain, in any unit.
     batch_size: B, over all processes; a multiple of their number.
     seed: a domain's order depends on it and on the domain's name alone.
+    share: which part of every batch this process reads, and how many parts there are.
 
   Returns:
     A random-access dataset. Its item `n` is this process's part of the batch of step `n`: the
-    arrays of `PackedSequences`, [B / process_count, T], and `domains`, int32 [B / process_count],
-    the place of each sequence's domain in `sorted(weights)`. The parts, joined in the order of the
-    processes, are the same batch whatever their number.
+    arrays of `PackedSequences`, [B / parts, T]. The parts, joined in their order, are the same
+    batch whatever their number.
   """
   sequences = []
-  for index, name in enumerate(sorted(weights)):
+  for name in sorted(weights):
     seeds = np.random.SeedSequence([seed, *name.encode()]).generate_state(2)
     document_seed, sequence_seed = seeds.tolist()
     packed = PackedSequences(documents[name], sequence_length, document_seed)
     require(len(packed), f'The domain {name!r} has no text to train on: prepare it again.')
-    label = lambda sequence, index=index: sequence | {'domains': np.int32(index)}
-    sequences.append(grain.MapDataset.source(packed).map(label).shuffle(sequence_seed).repeat())
+    sequences.append(grain.MapDataset.source(packed).shuffle(sequence_seed).repeat())
 
   # Grain scales the smallest weight to 100 and truncates the others: round them before it does.
   shares = [round(100 * weights[name] / min(weights.values())) for name in sorted(weights)]
   mixed = grain.MapDataset.mix(sequences, shares)
   # Sliced after batching, a process holds consecutive rows of each global batch; it reads no more
   # than those, because items are made only when asked for.
-  local = mixed.batch(batch_size // process_count, drop_remainder=True)
-  return local[process_index::process_count]
+  part, parts = share
+  return mixed.batch(batch_size // parts, drop_remainder=True)[part::parts]
 
 
-def iterate(
-  batches: grain.MapDataset[Batch], start_step: int, prefetch: int
-) -> grain.DatasetIterator[Batch]:
-  """Iterates from `start_step`, with `prefetch` batches made ahead in a thread (0: none).
+def iterate(batches: grain.MapDataset[Batch], prefetch: int) -> grain.DatasetIterator[Batch]:
+  """Iterates over batches, with `prefetch` of them made ahead in a thread (0: none).
 
   `get_state()` and `set_state()` of the iterator resume exactly, on any number of processes.
   """
   # One thread: more of them only fight for the interpreter's lock, and are slower.
   options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
-  iterator = iter(batches.to_iter_dataset(options))
-  set_next_index(iterator, start_step)
-  return iterator
-
-
-def model_inputs(batch: Batch) -> Batch:
-  """A batch without what only the host wants to know of it."""
-  return {name: array for name, array in batch.items() if name != 'domains'}
+  return iter(batches.to_iter_dataset(options))
 
 
 def heldout(
-  documents: Documents,
-  *,
-  sequence_length: int,
-  batch_size: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  documents: Documents, sequence_length: int, batch_size: int, share: tuple[int, int] = (0, 1)
 ) -> Iterator[Batch]:
-  """One pass over one domain's held-out documents, in order.
+  """One pass over one domain's held-out documents, in order; arguments as for `batches`.
 
-  Yields this process's rows of each batch: the arrays of `PackedSequences`, [B / process_count, T].
+  Yields this process's rows of each batch: the arrays of `PackedSequences`, [B / parts, T].
   The last batch is filled up with padding, so that all have one shape and every process has as
   many. The weights add up to the number of targets: that of all tokens less one a document.
   """
-  local_size = batch_size // process_count
+  part, parts = share
+  local_size = batch_size // parts
   packed = PackedSequences(documents, sequence_length, None)
   for start in range(0, len(packed), batch_size):
-    start += process_index * local_size
+    start += part * local_size
     rows = [packed[i] for i in range(start, min(start + local_size, len(packed)))]
     rows = rows or [{key: np.zeros_like(value) for key, value in packed[0].items()}]
     fill = ((0, local_size - len(rows)), (0, 0))

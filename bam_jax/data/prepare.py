@@ -154,27 +154,27 @@ def _decoded_share(tokenizer: Tokenizer, texts: list[str]) -> float:
   return kept / total if total else 1.0
 
 
-def check_same(
-  dataset: str | os.PathLike,
+def changed_since(
   manifest: Mapping[str, Any],
   inputs: Mapping[str, str | os.PathLike],
   tokenizer: Tokenizer | None,
   train_tokenizer: int | None,
-) -> None:
-  """UserError if a dataset's inputs or tokenizer are others now, by the files' names and sizes."""
+) -> str:
+  """What differs from the inputs and the tokenizer that a dataset was prepared from; '' if nothing.
+
+  Files are compared by name and size.
+  """
   read = dict(text_field=manifest['text_field'], valid_fraction=0.0, skip_unknown=True)
   now = set()
   for domain in [Domain.find(name, Path(path), **read) for name, path in inputs.items()]:
     for file, _ in domain.files:
       now.add((f'{domain.name}/{file.relative_to(domain.root).as_posix()}', file.stat().st_size))
   then = {(source['path'], source['bytes']) for source in manifest['sources']}
+  if now != then:
+    return f'the file {min(now ^ then)[0]}'
   made = manifest['tokenizer_from']
   same = tokenizer.hash == made.get('hash') if tokenizer else train_tokenizer == made['vocab_size']
-  changed = sorted(path for path, _ in now ^ then)
-  what = f'its file {changed[0]} differs' if changed else 'its tokenizer differs'
-  fix = 'choose another data.path, delete it, or undo the change'
-  wrong = f'{dataset} was prepared from other text than data.prepare names now ({what}): {fix}.'
-  require(same and not changed, wrong)
+  return '' if same else 'the tokenizer'
 
 
 def warnings(manifest: Mapping[str, Any], switched_off: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer, read_file
 from bam_jax.errors import UserError
@@ -49,10 +50,7 @@ class Column(NamedTuple):
   def read(self, start: int, stop: int) -> np.ndarray:
     """The values from `start` to `stop`, exclusive; UserError when the file has become shorter."""
     count, offset = stop - start, self.offset + start * self.dtype.itemsize
-    try:
-      values = np.fromfile(self.path, self.dtype, count, offset=offset)
-    except OSError as error:
-      raise UserError(f'{self.path} cannot be read: {error.strerror}.') from error
+    values = np.fromfile(self.path, self.dtype, count, offset=offset)
     if len(values) < count:
       raise UserError(f'{self.path} has been cut short since it was opened: {FIX}.')
     return values
@@ -163,7 +161,7 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
   return dataset
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path | epath.Path) -> dict[str, Any]:
   """Parses DIR/manifest.json; UserError when it is damaged or names files outside DIR."""
   path = folder / MANIFEST
   try:
@@ -174,12 +172,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     ) from error
   except (OSError, ValueError) as error:
     raise UserError(f'{path} cannot be read ({error}): {FIX}.') from error
-  version = manifest.get('format') if isinstance(manifest, dict) else None
-  if not isinstance(version, int):
-    raise UserError(f'{path} is not the manifest of a prepared dataset: {FIX}.')
-  if version > FORMAT:
-    raise UserError(f'{path} has format {version}, newer than {FORMAT}: upgrade bam_jax.')
   try:
+    if (version := manifest['format']) > FORMAT:
+      raise UserError(f'{path} has format {version}, newer than {FORMAT}: upgrade bam_jax.')
     _check_manifest(manifest)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise UserError(f'{path} is damaged ({error!r}): {FIX}.') from error

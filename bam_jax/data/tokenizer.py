@@ -1,15 +1,13 @@
 """One small interface over Hugging Face `tokenizer.json` and SentencePiece `.model` files."""
 
-import concurrent.futures
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -127,11 +125,10 @@ class Tokenizer:
     )
     texts = list(texts)  # here: the library's thread must not run our code while Python exits
     # In a thread, for the library does not notice Ctrl-C; Python's exit does not wait for it.
-    work = functools.partial(tokenizer.train_from_iterator, texts, trainer)
-    future = concurrent.futures.Future()
-    run = lambda: _settle(future, work)
-    threading.Thread(target=run, daemon=True).start()
-    future.result()
+    arguments, work = (texts, trainer), tokenizer.train_from_iterator
+    thread = threading.Thread(target=work, args=arguments, daemon=True)
+    thread.start()
+    thread.join()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
     return cls(tokenizer.to_str(pretty=True).encode(), HUGGING_FACE_FILE)
 
@@ -275,13 +272,6 @@ def batches(texts: Iterable[str], max_bytes: int = BATCH_BYTES) -> Iterator[list
     total += size
   if batch:
     yield batch
-
-
-def _settle(future: concurrent.futures.Future, work: Callable[[], None]) -> None:
-  try:
-    future.set_result(work())
-  except BaseException as error:
-    future.set_exception(error)
 
 
 @contextlib.contextmanager

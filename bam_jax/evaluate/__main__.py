@@ -40,27 +40,15 @@ from bam_jax.config.strict import require
 from bam_jax.evaluate import comparison, corpus, session
 from bam_jax.tasks import session as tasks_session
 
-_CHECKPOINT = flags.DEFINE_multi_string(
-  'checkpoint', [], 'A run, a step, or an output of convert; may be repeated.'
-)
-_DATA = flags.DEFINE_multi_string(
-  'data', [], 'A prepared dataset, or DOMAIN=PATH of text, jsonl or parquet; may be repeated.'
-)
+_CHECKPOINT = flags.DEFINE_multi_string('checkpoint', [], 'A run, step, or output of convert.')
+_DATA = flags.DEFINE_multi_string('data', [], 'A prepared dataset, or DOMAIN=PATH of text.')
 _SPLIT = flags.DEFINE_string('split', 'valid', 'Split of prepared datasets and of files so named.')
 _TEXT_FIELD = flags.DEFINE_string('text_field', 'text', 'JSON field or Parquet column of the text.')
-_MAX_DOCUMENTS = flags.DEFINE_integer(
-  'max_documents', None, 'Maximum documents of each domain or task.', lower_bound=1
-)
-_WINDOW = flags.DEFINE_integer(
-  'window', None, 'Tokens read at once; default: the training length.', lower_bound=1
-)
-_STRIDE = flags.DEFINE_integer(
-  'stride', None, "Tokens from one window's start to the next; default: the window.", lower_bound=1
-)
+_MAX_DOCUMENTS = flags.DEFINE_integer('max_documents', None, 'Maximum of each domain or task.', 1)
+_WINDOW = flags.DEFINE_integer('window', None, 'Tokens at once; default: the training length.', 1)
+_STRIDE = flags.DEFINE_integer('stride', None, 'From window to window; default: the window.', 1)
 _BATCH = flags.DEFINE_integer('batch_size', 16, 'Windows on the devices at once.', lower_bound=1)
-_DTYPE = flags.DEFINE_enum(
-  'dtype', None, ['float32', 'bfloat16'], 'Default: float32 on CPU, bfloat16 elsewhere.'
-)
+_DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Default: float32 only on CPU.')
 _MESH = flags.DEFINE_list('mesh', [], 'Devices along each axis: data=2,fsdp=4.')
 _RESAMPLES = flags.DEFINE_integer('resamples', 1000, 'Resamples of the bootstrap.', 1, 10**6)
 _CONFIDENCE = flags.DEFINE_float('confidence', 0.95, 'Level of the intervals.', 0.0, 1.0)
@@ -68,12 +56,8 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the bootstrap, or of sampling.'
 _ROUTING = flags.DEFINE_string('routing', None, 'Folder for figures and a page about the routers.')
 
 _TASKS = flags.DEFINE_list('tasks', [], 'Instead of --data: tasks of lm-eval, .jsonl files.')
-_FEW_SHOT = flags.DEFINE_integer(
-  'few_shot', None, 'Solved examples before each question; default: from each task.', 0, 1000
-)
-_ALLOW = flags.DEFINE_bool(
-  'allow_generated_code', False, 'Allow tasks to run programs written by the model, within limits.'
-)
+_FEW_SHOT = flags.DEFINE_integer('few_shot', None, "Solved examples; default: the task's.", 0, 1000)
+_ALLOW = flags.DEFINE_bool('allow_generated_code', False, 'Allow programs written by the model.')
 
 
 def main() -> dict[str, Any]:

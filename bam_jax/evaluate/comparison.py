@@ -1,5 +1,9 @@
 """Checkpoints side by side on the same documents: their scores, intervals and differences.
 
+Confidence intervals are by the bootstrap over documents; Efron and Tibshirani, 1993, chapter 13.
+Documents of each domain are drawn with replacement, as many as there are: the tokens of one are not
+independent. All checkpoints are judged on the same draws, so differences are paired.
+
 Legend: N documents of a domain, R resamples, C columns of sums.
 """
 
@@ -16,7 +20,7 @@ from bam_jax import checkpoint, config
 from bam_jax.config.strict import require
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
-from bam_jax.evaluate import bootstrap, corpus, routing, windows
+from bam_jax.evaluate import corpus, routing, windows
 from bam_jax.evaluate.scorer import Scorer, rows_mesh
 from bam_jax.parallel import sharding
 from bam_jax.reports import scores
@@ -50,21 +54,30 @@ class Entry:
   records: dict[str, routing.Record] = dataclasses.field(default_factory=dict)  # if asked for
 
 
-def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Options) -> list[Entry]:
-  """The checkpoints, all checked before the first is scored.
+def identity(meta: checkpoint.Meta) -> dict[str, Any]:
+  """Which checkpoint it is, as in `--json`."""
+  return {key: getattr(meta, key) for key in ('run', 'step', 'method', 'tokenizer_hash')}
 
-  UserError for one that is given twice, or does not go with the data or the options.
-  """
+
+def open_checkpoints(
+  paths: Sequence[str], mesh: config.Mesh
+) -> list[tuple[checkpoint.Meta, Tokenizer]]:
+  """What is small of each checkpoint; UserError for one that is given twice, or lacks devices."""
   require(paths, '--checkpoint=DIR is required; it may be repeated.')
-  sharding.make_mesh(rows_mesh(options.mesh))
+  sharding.make_mesh(rows_mesh(mesh))
   folders = [str(checkpoint.find(path)) for path in paths]
   for path, folder in zip(paths, folders):
     twice = f'--checkpoint={path} is given twice: name each checkpoint once.'
     require(folders.count(folder) == 1, twice)
   metas = [checkpoint.read_meta(path) for path in paths]
-  runs, entries = [meta.run for meta in metas], []
-  for path, meta in zip(paths, metas):
-    tokenizer = checkpoint.open_tokenizer(path, meta)
+  return [(meta, checkpoint.open_tokenizer(path, meta)) for path, meta in zip(paths, metas)]
+
+
+def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Options) -> list[Entry]:
+  """The checkpoints; UserError for one that does not go with the data or the options."""
+  opened, entries = open_checkpoints(paths, options.mesh), []
+  runs = [meta.run for meta, _ in opened]
+  for path, (meta, tokenizer) in zip(paths, opened):
     for domain in domains:
       domain.check(tokenizer, path)
     window = options.window or meta.sequence_length
@@ -80,12 +93,11 @@ def score(
   entry: Entry,
   domains: Sequence[corpus.Domain],
   options: Options,
-  routers: bool = False,
-  bar: progress.Progress | None = None,
+  routers: bool,
+  bar: progress.Progress,
 ) -> None:
   """Scores every document under one checkpoint, and records what its `routers` do if asked."""
   scorer = Scorer(entry.path, options.dtype, options.mesh, options.batch_size, entry.window)
-  bar = bar or progress.Progress(disable=True)
   for domain in domains:
     documents = domain.documents(entry.tokenizer)
     pieces, owners = [], []
@@ -95,7 +107,8 @@ def score(
       owners += [number] * len(cut)
     record, nll = routing.Record(), np.zeros(len(pieces))
     task = bar.add_task(markup.escape(f'{entry.label}: {domain.name}'), total=len(pieces))
-    for number, scored in scorer.score(pieces, routers, functools.partial(bar.advance, task)):
+    for number, scored in scorer.score(pieces, routers):
+      bar.advance(task)
       # Summed by window first and by document later, in an order that nothing else has a part in.
       nll[number] = scored.nll.sum(dtype=np.float64)
       record.add(owners[number], number, scored.routing)
@@ -121,7 +134,7 @@ def compare(
     columns = [column for e in entries for column in (e.nll[name], e.tokens[name])]
     sums[name] = np.stack([domain.byte_counts, *columns], axis=1).astype(np.float64)
     if len(sums[name]) > 1:  # a single document says nothing of others: no interval
-      drawn[name] = bootstrap.totals(sums[name], options.resamples, options.seed, name)
+      drawn[name] = resampled(sums[name], options.resamples, options.seed, name)
   whole = {name: x.sum(0) for name, x in sums.items()}
   everything = sum(drawn.values()) if len(drawn) == len(sums) else None
   rows = []
@@ -135,7 +148,7 @@ def compare(
       {
         'label': entry.label,
         'checkpoint': entry.path,
-        **{key: getattr(entry.meta, key) for key in ('run', 'step', 'method', 'tokenizer_hash')},
+        **identity(entry.meta),
         'window': entry.window,
         'stride': entry.stride,
         'domains': {name: facts(len(x), whole[name], drawn.get(name)) for name, x in sums.items()},
@@ -145,6 +158,17 @@ def compare(
       }
     )
   return rows
+
+
+def resampled(sums_NC: np.ndarray, resamples: int, seed: int, name: str) -> np.ndarray:
+  """Column sums over the documents of each resample, float64 (R, C).
+
+  The draws of a domain depend on the seed and its name, not on what other domains there are.
+  """
+  rng, size = np.random.default_rng([seed, *name.encode()]), len(sums_NC)
+  draws = (rng.integers(size, size=size) for _ in range(resamples))
+  counts = (np.bincount(chosen, minlength=size).astype(np.float64) for chosen in draws)
+  return np.stack([count_N @ sums_NC for count_N in counts])
 
 
 def _facts(
@@ -160,8 +184,8 @@ def _facts(
   sums_NC = total_C[None] if drawn_RC is None else np.concatenate([total_C[None], drawn_RC])
 
   def measure(values_N: np.ndarray) -> dict[str, float | None]:
-    certain = drawn_RC is None
-    low, high = (None, None) if certain else bootstrap.interval(values_N[1:], confidence)
+    tails = [(1 - confidence) / 2, 1 - (1 - confidence) / 2]
+    low, high = (None, None) if drawn_RC is None else np.quantile(values_N[1:], tails).tolist()
     return {'value': float(values_N[0]), 'low': low, 'high': high}
 
   here, first = _measures(sums_NC, place), _measures(sums_NC, 0)

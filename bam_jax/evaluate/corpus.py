@@ -18,10 +18,9 @@ ENCODED_AT_ONCE = 1000  # texts
 
 
 class Prepared:
-  """A split of a domain of a prepared dataset, tokens of one tokenizer."""
+  """The first documents of a split of a prepared domain, tokens of one tokenizer."""
 
   def __init__(self, name: str, dataset: shards.Dataset, split: str, max_documents: int | None):
-    """Takes the first documents; UserError without such a split."""
     self.name, self._dataset = name, dataset
     self._documents = dataset.documents(name, split)
     self.byte_counts = self._documents.byte_counts[:max_documents]  # int64, of each text
@@ -35,15 +34,13 @@ class Prepared:
 
   def documents(self, tokenizer: Tokenizer) -> Sequence[np.ndarray]:
     """The tokens of each document, in order."""
-    del tokenizer
     return [self._documents[number] for number in range(len(self.byte_counts))]
 
 
 class Text:
-  """A domain's texts, to be encoded by each tokenizer."""
+  """A domain's texts, one a document, to be encoded by each tokenizer."""
 
   def __init__(self, name: str, texts: Sequence[str]):
-    """Takes one text for each document."""
     self.name, self._texts = name, texts
     self.byte_counts = np.array([len(text.encode()) for text in texts], np.int64)
     self._encoded: dict[tuple, list[np.ndarray]] = {}  # by tokenizer

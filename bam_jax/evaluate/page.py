@@ -69,7 +69,7 @@ def _draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
       loads = {domain: facts['load'] for domain, facts in by_domain.items()}
       shown = row | {'experts': row['experts'][router], 'routing': {router: loads}}
       figures.routing(path, shown)
-      yield _picture(path, f'{row["label"]}: {figures.router_name(router)}')
+      yield _picture(path, f'{row["label"]}: {figures.NAMES[router]}')
 
 
 def _picture(path: Path, title: str) -> str:
@@ -89,11 +89,9 @@ def _shares(domains: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _legend(row: Mapping[str, Any], number: int) -> str:
-  experts = max(row['experts'].values(), key=len)
-  shown = ''.join(
-    f'<span style="background: {colour}88">{html.escape(name)}</span>'
-    for name, colour in zip(experts, itertools.cycle(figures.COLOURS))
-  )
+  span = '<span style="background: {}88">{}</span>'.format
+  names = map(html.escape, max(row['experts'].values(), key=len))
+  shown = ''.join(map(span, itertools.cycle(figures.COLOURS), names))
   return f'<p class="legend">{html.escape(row["label"])}, document {number + 1} {shown}</p>'
 
 

@@ -105,11 +105,10 @@ class Scorer:
     batch_size: int = 16,
     length: int | None = None,
   ):
-    """Loads the checkpoint at or below `path`, a part of an array at a time.
+    """Loads the checkpoint at or below `path`; UserError when it is damaged or does not fit.
 
-    UserError when it is not a complete checkpoint, or does not fit the mesh, whose devices are used
-    as `rows_mesh` has them. `batch_size` windows are on the devices at once, or one group per
-    device, if that is more. `length` is in tokens, by default what the model was trained at.
+    Devices are used as `rows_mesh` has them, with `batch_size` windows on them at once, or one
+    group each, if that is more. `length` is in tokens, by default what the model was trained at.
     """
     self.meta = checkpoint.read_meta(path)
     self.tokenizer = checkpoint.open_tokenizer(path, self.meta)
@@ -127,7 +126,7 @@ class Scorer:
     """Log-likelihood (natural) of each continuation, and whether greedy decoding would give it.
 
     Requests are tokens of context and continuation, at least one of each. A context that leaves no
-    room is cut from the left. `progress` is called with how many more windows are done.
+    room is cut from the left. `progress` is called with how many more of their windows are done.
     """
     pieces, owners = [], []
     for number, (context, continuation) in enumerate(requests):
@@ -138,37 +137,32 @@ class Scorer:
       pieces += cut
       owners += [number] * len(cut)
     totals, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
-    for number, scored in self.score(pieces, progress=progress):
+    for number, scored in self.score(pieces):
+      progress(1)
       totals[owners[number]] -= scored.nll.sum(dtype=np.float64)
       greedy[owners[number]] &= scored.greedy.all()
     return list(zip(totals.tolist(), greedy.tolist()))
 
-  def score(
-    self,
-    windows: Sequence[Window],
-    routing: bool = False,
-    progress: Callable[[int], None] = lambda done: None,
-  ) -> Iterator[tuple[int, Scored]]:
+  def score(self, windows: Sequence[Window], routing: bool = False) -> Iterator[tuple[int, Scored]]:
     """Scores windows of at most `length + 1` tokens; results come with their numbers, in any order.
 
-    They have what the routers did if `routing` asks for it. `progress` is called with how many more
-    windows are done.
+    They have what the routers did if `routing` asks for it.
     """
     running: collections.deque[tuple[Batch, Scored]] = collections.deque()
     for batch in windows_lib.batches(windows, self.length, self._platform, self._mesh.size):
       rows = sum(len(other.length_B) for other, _ in running) + len(batch.length_B)
       while running and rows > self._batch_size:
         rows -= len(running[0][0].length_B)
-        yield from _finish(windows, *running.popleft(), progress)
+        yield from _finish(windows, *running.popleft())
       arrays = jax.device_put((batch.tokens_BS, batch.length_B), sharding.batch(self._mesh))
       scores = score(self._params, *arrays, **self._compute)
       running.append((batch, scores if routing else scores._replace(routing={})))
     while running:
-      yield from _finish(windows, *running.popleft(), progress)
+      yield from _finish(windows, *running.popleft())
 
 
 def _finish(
-  windows: Sequence[Window], batch: Batch, scores: Scored, progress: Callable[[int], None]
+  windows: Sequence[Window], batch: Batch, scores: Scored
 ) -> Iterator[tuple[int, Scored]]:
   """Waits for the scores of a batch."""
   scores = jax.device_get(scores)
@@ -177,21 +171,17 @@ def _finish(
     scored = slice(window.first - 1, len(window.tokens) - 1)
     routing = {k: Routed(*(x[:, row, scored] for x in pair)) for k, pair in scores.routing.items()}
     yield number, Scored(scores.nll[row, scored], scores.greedy[row, scored], routing)
-  progress(len(batch.numbers))
 
 
 def _load(path: str, model: config.Model, dtype: str, mesh: jax.sharding.Mesh):
   """Parameters on the mesh, matrices in the dtype in which they are used."""
-  reader = checkpoint.open_params(path, model)
-  wanted = transformer.Network(model, config.Compute()).abstract()
-  sharding.check_divides(wanted, mesh.shape, f'{path}: --mesh', sharding.spec_of)
+  abstract = transformer.Network(model, config.Compute()).abstract()
+  sharding.check_divides(abstract, mesh.shape, f'{path}: --mesh', sharding.spec_of)
 
-  def place(key_path, leaf, sharded):
-    @functools.cache  # devices that have the same region read it once
-    def read(index):
-      region = reader.read(sharding.path_of(key_path), index)
-      return region.astype(parameters.dtype_of(key_path[-1].key, dtype))
+  def used(key_path, leaf, sharded):
+    there = parameters.dtype_of(key_path[-1].key, dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, there, sharding=sharded)
 
-    return jax.make_array_from_callback(leaf.shape, sharded, read)
-
-  return jax.tree_util.tree_map_with_path(place, wanted, sharding.tree(wanted, mesh))
+  shardings = sharding.tree(abstract, mesh)
+  wanted = jax.tree_util.tree_map_with_path(used, abstract, shardings)
+  return checkpoint.restore_params(path, wanted)

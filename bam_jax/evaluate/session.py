@@ -22,8 +22,8 @@ def run(
 ) -> dict[str, Any]:
   """Compares checkpoints, prints what came out, and returns the facts of `--json`.
 
-  The page of the routers and its pictures go to `folder`, if it is given. UserError when a
-  checkpoint cannot be compared, or the folder cannot be written.
+  The page of the routers and its pictures go to `folder`, if given. UserError as in `enter`, and
+  when the folder cannot be written.
   """
   entries = comparison.enter(checkpoints, domains, options)
   if folder is not None:
@@ -64,12 +64,10 @@ def tables(facts: Mapping[str, Any]) -> list[rich.table.Table]:
     return cli.table(title, ['checkpoint'], [*domains, 'overall'], lines)
 
   perplexity = lambda score: _cell(score['perplexity'], scores.number)
-  bits_per_byte = lambda score: _cell(score['bits_per_byte'], '{:.4f}'.format)
+  bits = lambda score: _cell(score['bits_per_byte'], '{:.4f}'.format)
   difference = lambda score: _cell(score['difference']['bits_per_byte'], '{:+.4f}'.format, '*')
-  made = [
-    by_domain(f'Perplexity, and its {share} interval', rows, perplexity),
-    by_domain(f'Bits per byte, and its {share} interval', rows, bits_per_byte),
-  ]
+  made = [by_domain(f'Perplexity, and its {share} interval', rows, perplexity)]
+  made += [by_domain(f'Bits per byte, and its {share} interval', rows, bits)]
   if len(rows) > 1:
     title = f'Bits per byte minus those of {rows[0]["label"]}; *: the {share} interval excludes 0'
     made.append(by_domain(title, rows[1:], difference))

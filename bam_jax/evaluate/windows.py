@@ -53,11 +53,12 @@ def cut(tokens: np.ndarray, length: int, stride: int, first: int = 1) -> Iterato
 def batches(windows: Sequence[Window], length: int, platform: str, devices: int) -> Iterator[Batch]:
   """All windows, at most `length + 1` tokens each, with others of similar length, longest first.
 
-  `devices` of `platform` compute a batch.
+  Rows are padded to a power of two, at most `length`. `devices` of `platform` compute a batch.
   """
   buckets: dict[int, list[int]] = {}
   for number, window in enumerate(windows):
-    buckets.setdefault(bucket(len(window.tokens) - 1, length), []).append(number)
+    power = 1 << (len(window.tokens) - 2).bit_length()
+    buckets.setdefault(min(max(MIN_LENGTH, power), length), []).append(number)
   for size in sorted(buckets, reverse=True):
     rows = devices * (1 if platform == 'cpu' else max(1, GROUP_TOKENS // size))
     for numbers in itertools.batched(buckets[size], rows):
@@ -67,8 +68,3 @@ def batches(windows: Sequence[Window], length: int, platform: str, devices: int)
         tokens_BS[row, : len(tokens)] = tokens
         length_B[row] = len(tokens) - 1
       yield Batch(numbers, tokens_BS, length_B)
-
-
-def bucket(tokens: int, length: int) -> int:
-  """What a row of so many tokens is padded to: a power of two, at most `length`."""
-  return min(max(MIN_LENGTH, 1 << (tokens - 1).bit_length()), length)

@@ -71,7 +71,7 @@ def send(folder: Path, target: epath.Path, names: Sequence[str]) -> None:
     _client().put(local, remote, batch_size=FILES_AT_ONCE)
 
 
-def fetch(source: epath.Path, folder: Path, names: Sequence[str]) -> None:
+def fetch(source: epath.Path, folder: Path | epath.Path, names: Sequence[str]) -> None:
   """Downloads files of a folder in a bucket; UserError if that fails."""
   with folders.writing(folder):
     remote, local = ([str(root / name) for name in names] for root in (source, folder))

@@ -21,13 +21,12 @@ import functools
 import itertools
 import signal
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 from absl import flags
 
-from bam_jax import cli, config
+from bam_jax import checkpoint, cli, config
 from bam_jax.config.strict import require
 from bam_jax.generate import generator, text
 from bam_jax.generate.sampling import SamplingParams
@@ -36,9 +35,7 @@ from bam_jax.parallel import sharding
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A run, a step, or an output of convert.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be repeated.')
 _PROMPTS = flags.DEFINE_string('prompts', None, '.txt, one prompt a line; or .jsonl with `prompt`.')
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-  'max_new_tokens', 128, 'Maximum tokens of a continuation.', lower_bound=1
-)
+_MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'Maximum of a continuation.', 1)
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 selects the most probable token.')
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'Sample from the k most probable tokens; 0: all.')
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Sample from the top tokens with this probability mass.')
@@ -46,14 +43,12 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the sampling.')
 _SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Continuations of each prompt.', lower_bound=1)
 _STOP = flags.DEFINE_multi_string('stop', [], 'Text that ends a continuation; may be repeated.')
 _BATCH = flags.DEFINE_integer('batch_size', 8, 'Maximum continuations at once.', lower_bound=1)
-_DTYPE = flags.DEFINE_enum(
-  'dtype', None, ['float32', 'bfloat16'], 'Default: float32 on CPU, bfloat16 elsewhere.'
-)
+_DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Default: float32 only on CPU.')
 _MESH = flags.DEFINE_list('mesh', [], 'Devices along each axis: data=2,expert=4.')
 
 
 def main() -> dict[str, Any]:
-  """Continues the prompts that the flags name, and prints the text."""
+  """Continues the prompts that the flags name: streams a single one, prints several at the end."""
   require(_CHECKPOINT.value, '--checkpoint=DIR is required.')
   params = SamplingParams(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
   drawn = _SAMPLES.value == 1 or params.temperature
@@ -61,34 +56,25 @@ def main() -> dict[str, Any]:
   prompts = [*_PROMPT.value, *(text.read_prompts(_PROMPTS.value) if _PROMPTS.value else [])]
   require(prompts, "--prompt='...' or --prompts=FILE is required.")
   dtype = _DTYPE.value or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
-  sizes = cli.parse_mesh(_MESH.value)
-  loaded = generator.load(_CHECKPOINT.value, dtype, sharding.make_mesh(sizes))
+  path, sizes = _CHECKPOINT.value, cli.parse_mesh(_MESH.value)
+  meta = checkpoint.read_meta(path)
+  tokenizer = checkpoint.open_tokenizer(path, meta)
+  model = generator.load(path, meta.model, tokenizer, dtype, sharding.make_mesh(sizes))
   for signum in (signal.SIGPIPE, signal.SIGINT):
     signal.signal(signum, signal.SIG_DFL)  # a reader that has seen enough: no traceback
-  rows = _continue(loaded, prompts, params)
-  mesh = config.to_dict(sizes)
-  return {'checkpoint': _CHECKPOINT.value, 'dtype': dtype, 'mesh': mesh, 'rows': rows}
-
-
-def _continue(
-  loaded: generator.Loaded, prompts: Sequence[str], params: SamplingParams
-) -> list[dict[str, Any]]:
-  """The rows of `--json`; streams a single continuation, prints several at the end."""
-  tokenizer, most, samples = loaded.tokenizer, _MAX_NEW_TOKENS.value, range(_SAMPLES.value)
-  ids = text.prompt_tokens(tokenizer, prompts)
-  longest, trained = max(map(len, ids)), loaded.meta.sequence_length
+  most = _MAX_NEW_TOKENS.value
+  ids = [[tokenizer.bos_id, *tokens] for tokens in tokenizer.encode_batch(prompts)]
+  longest, trained = max(map(len, ids)), meta.sequence_length
   if longest + most > trained:
-    print(
-      f'WARNING: the longest prompt has {longest:,} tokens plus up to {most:,} new ones; the model '
-      f'was trained on sequences of {trained:,}, and text beyond that may be poor.',
-      file=sys.stderr,
-    )
+    given = f'WARNING: the longest prompt has {longest:,} tokens plus up to {most:,} new ones; the'
+    beyond = f'model was trained on sequences of {trained:,}, and text beyond that may be poor.'
+    print(given, beyond, file=sys.stderr)
+  samples = range(_SAMPLES.value)
   rows = [generator.Row(tokens, sample) for tokens in ids for sample in samples]
   made = [text.Continuation(tokenizer, row.prompt, _STOP.value) for row in rows]
   stream = len(rows) == 1
-  show = functools.partial(
-    print, end='', file=sys.stderr if flags.FLAGS.json == '-' else sys.stdout, flush=True
-  )
+  file = sys.stderr if flags.FLAGS.json == '-' else sys.stdout
+  show = functools.partial(print, end='', file=file, flush=True)
   if stream:
     show(prompts[0])
 
@@ -98,15 +84,8 @@ def _continue(
       show(shown)
     return made[number].stopped
 
-  loaded.generator.generate(
-    rows,
-    most,
-    params,
-    seed=_SEED.value,
-    batch_size=_BATCH.value,
-    every=1 if stream else generator.MAX_STEPS,
-    watch=watch,
-  )
+  every, how = 1 if stream else generator.MAX_STEPS, dict(seed=_SEED.value, watch=watch)
+  model.generate(rows, most, params, batch_size=_BATCH.value, every=every, **how)
   facts = []
   for (prompt, sample), one in zip(itertools.product(prompts, samples), made):
     rest = one.finish()
@@ -120,7 +99,7 @@ def _continue(
     reason = 'stop' if one.stopped else 'length' if len(one.tokens) == most else 'end'
     fact = {'prompt': prompt, 'sample': sample, 'text': one.text, 'tokens': one.tokens}
     facts.append(fact | {'reason': reason})
-  return facts
+  return {'checkpoint': path, 'dtype': dtype, 'mesh': config.to_dict(sizes), 'rows': facts}
 
 
 if __name__ == '__main__':

@@ -44,8 +44,8 @@ Read = Callable[[str, Any], Any]  # (path, index) -> that region of a parameter
 class DecodeLayout(Layout):
   """The collectives of generation, under the names that the model calls."""
 
-  def __init__(self, mesh: jax.sharding.Mesh | None = None, platform: str = ''):
-    super().__init__(mesh, platform)
+  def __init__(self, mesh: jax.sharding.Mesh | None):
+    super().__init__(mesh)
     self.row_shards = self.sizes['data'] * self.sizes['fsdp']
     self.sizes = self.sizes | {'fsdp': 1}  # to the model it is more `data`
 
@@ -96,16 +96,11 @@ class Decoder:
   On a mesh `read` is one device's part, to be called inside `layout.spread`.
   """
 
-  def __init__(
-    self, model: config.Model, dtype: str, mesh: jax.sharding.Mesh | None = None, platform: str = ''
-  ):
-    """`model` is any variant, and drops no tokens; `dtype` is of weights, activations and cache.
-
-    `platform` says whose kernels run, by default the mesh's.
-    """
+  def __init__(self, model: config.Model, dtype: str, mesh: jax.sharding.Mesh | None):
+    """`model` is any variant, and drops no tokens; `dtype` is of weights, activations and cache."""
     model = model.dropless()
     self.model, self.dtype = model, dtype
-    self.layout = DecodeLayout(mesh, platform)
+    self.layout = DecodeLayout(mesh)
     self.network = transformer.Network(model, config.Compute(dtype=dtype))
     self.abstract = self.network.abstract()
     make = lambda: Block(model, self.layout, decoding=True, rngs=nnx.Rngs(params=0))
@@ -114,16 +109,11 @@ class Decoder:
   def read(
     self, params: dict, cache: Cache, tokens_BT: jax.Array, first_B: jax.Array, start
   ) -> tuple[jax.Array, Cache]:
-    """Reads new tokens, which take the slots from `start` on.
+    """Reads new tokens, which take the slots from `start` on, and adds them to the cache.
 
-    Args:
-      params: what `place` returned.
-      cache: of all tokens before.
-      tokens_BT: int32, as are `first_B` and `start`.
-      first_B: the slot of each row's first token; what stands before it is padding.
-
-    Returns scores of the token that follows the last one (B, V), float32, the same on all devices
-    of a row, and the cache with the new tokens.
+    `params` is what `place` returned; `tokens_BT`, `start` and `first_B` are int32. What stands
+    before slot `first_B` of a row is padding. Returns the cache, and scores of the token that
+    follows the last one (B, V), float32, the same on all devices of a row.
     """
     positions_BT = start + jnp.arange(tokens_BT.shape[1]) - first_B[:, None]
     segments_BT = (positions_BT >= 0).astype(jnp.int32)
@@ -149,10 +139,10 @@ class Decoder:
     sharding.check_divides(self.abstract, self.layout.sizes, where, _spec)
 
   def place(self, read: Read) -> dict[str, Any]:
-    """Parameters on the devices, a layer and an expert at a time.
+    """Parameters on the devices, a layer and an expert at a time; UserError as in `check`.
 
     Norms and routers stay float32. `blocks` becomes a list with a tree for each layer, in which
-    arrays of experts are `Apart`. UserError as in `check`.
+    arrays of experts are `Apart`.
     """
     self.check('--mesh')
 

@@ -19,11 +19,10 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from bam_jax import checkpoint, config
+from bam_jax.config.strict import require
 from bam_jax.data.tokenizer import Tokenizer
-from bam_jax.errors import UserError
 from bam_jax.generate.decode import ROWS, Cache, Decoder
 from bam_jax.generate.sampling import SamplingParams, sample
-from bam_jax.model import arithmetic
 from bam_jax.parallel import memory
 
 MAX_STEPS = 16  # of one call of `decode`
@@ -50,7 +49,7 @@ class State(NamedTuple):
   first_B: jax.Array  # int32, slots of padding in front of each row
   filled: jax.Array  # int32, slots in use
   token_B: jax.Array  # int32, chosen and not read yet; NO_TOKEN if finished
-  noise_B2: jax.Array  # uint32, what each row's draws depend on
+  noise_B2: jax.Array  # uint32, a hash of what each row's draws depend on: seed, prompt, sample
   temperature: jax.Array
   top_p: jax.Array
   stops: jax.Array  # int32, tokens that finish a row
@@ -67,8 +66,10 @@ def prefill(program: Program, params: Any, state: State, tokens_BT: jax.Array) -
   def run(params, state, tokens_BT):
     return _advance(decoder, program, params, state, tokens_BT, state.first_B)
 
-  specs = _specs(decoder)
-  return decoder.layout.spread(run, (*specs, ROWS), specs[1])(params, state, tokens_BT)
+  of_params, of_cache = decoder.specs()
+  of_state = State(of_cache, *REST)
+  spread = decoder.layout.spread(run, (of_params, of_state, ROWS), of_state)
+  return spread(params, state, tokens_BT)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -98,8 +99,9 @@ def decode(
     with jax.named_scope(DECODE_LOOP):
       return jax.lax.fori_loop(0, steps, step, (state, new_BN))
 
-  specs, rows = _specs(decoder), ROWS
-  spread = decoder.layout.spread(run, (*specs, rows, P()), (specs[1], rows))
+  of_params, of_cache = decoder.specs()
+  of_state = State(of_cache, *REST)
+  spread = decoder.layout.spread(run, (of_params, of_state, ROWS, P()), (of_state, ROWS))
   return spread(params, state, finished_B, steps)
 
 
@@ -120,36 +122,21 @@ def _key(noise_2, number):
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(noise_2[0]), noise_2[1]), number)
 
 
-def _specs(decoder: Decoder) -> tuple[Any, State]:
-  """PartitionSpecs of parameters and state."""
-  params, cache = decoder.specs()
-  return params, State(cache, *REST)
-
-
 def abstract_arguments(decoder: Decoder, batch: int, slots: int) -> tuple:
   """Shapes and shardings of the arguments of `decode`, to compile it for any devices."""
   abstract = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=decoder.sharding(spec))
   first_B, noise_B2 = np.zeros(batch, np.int32), np.zeros((batch, 2), np.uint32)
   rest = map(abstract, _rest(first_B, noise_B2, SamplingParams(), ()), REST)
-  return (
-    decoder.abstract_params(),
-    State(decoder.abstract_cache(batch, slots), *rest),
-    abstract(np.zeros(batch, bool), ROWS),
-    abstract(np.int32(0), P()),
-  )
+  state = State(decoder.abstract_cache(batch, slots), *rest)
+  more = abstract(np.zeros(batch, bool), ROWS), abstract(np.int32(0), P())
+  return decoder.abstract_params(), state, *more
 
 
 def _rest(first_B, noise_B2, params: SamplingParams, stops: Sequence[int]) -> tuple:
   """The state before anything is read, but for its cache."""
-  return (
-    first_B,
-    np.int32(0),
-    np.full_like(first_B, NO_TOKEN),
-    noise_B2,
-    np.float32(params.temperature or 1.0),
-    np.float32(params.top_p),
-    np.asarray(stops or (NO_TOKEN,), np.int32),
-  )
+  numbers = np.float32(params.temperature or 1.0), np.float32(params.top_p)
+  tokens, stops = np.full_like(first_B, NO_TOKEN), np.asarray(stops or (NO_TOKEN,), np.int32)
+  return first_B, np.int32(0), tokens, noise_B2, *numbers, stops
 
 
 class Row(NamedTuple):
@@ -174,11 +161,8 @@ class Generator:
   ):
     """Puts the parameters on the devices, by default one.
 
-    Args:
-      read: (path, index) -> that region of a parameter.
-      stops: tokens that finish a row.
-
-    The others are those of `Program`.
+    `read` is (path, index) -> that region of a parameter; tokens in `stops` finish a row; the
+    others are those of `Program`.
     """
     self.decoder = Decoder(model, dtype, mesh)
     self.params = self.decoder.place(read)
@@ -198,14 +182,9 @@ class Generator:
   ) -> list[list[int]]:
     """The continuations of all rows, in their order, without what finished them.
 
-    Args:
-      max_new_tokens: of each row.
-      seed: of all draws; a row's depend on it, on its prompt and on its sample alone.
-      batch_size: rows at once, at most.
-      every: tokens of a row between two calls of `watch`, after the first, at most MAX_STEPS.
-      watch: called with a row's index and its new tokens; true finishes the row.
-
-    UserError when keys and values of a batch do not fit into memory.
+    A row's draws depend on `seed`, its prompt and its sample alone. `watch` is called with a row's
+    index and its new tokens, the first and then at most `every` (up to MAX_STEPS); true finishes
+    the row. UserError when keys and values of a batch do not fit into memory.
     """
     made: list[list[int]] = [[] for _ in rows]
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].prompt))
@@ -252,47 +231,31 @@ class Generator:
     for number, row in enumerate(rows):
       first_B[number] = length - len(row.prompt)
       tokens_BT[number, first_B[number] :] = row.prompt
-      noise_B2[number] = _noise(seed, row)
+      content = np.asarray([seed, row.sample, *row.prompt], np.int64).tobytes()
+      noise_B2[number] = np.frombuffer(hashlib.sha256(content).digest()[:8], np.uint32)
     cache = self.decoder.empty_cache(batch, slots)
     rest = _rest(first_B, noise_B2, params, self._stops)
     put = lambda x, spec: jax.device_put(x, self.decoder.sharding(spec))
     return State(cache, *map(put, rest, REST)), np.split(tokens_BT, length // piece, axis=1)
 
   def _check_room(self, batch: int, slots: int) -> None:
-    layout, model = self.decoder.layout, self.decoder.model
-    parts = layout.sizes['tensor'] * layout.row_shards
-    if model.attention_experts and not model.attention_experts.shared_kv:
-      parts *= layout.sizes['expert']
+    layout, free = self.decoder.layout, memory.free_bytes()
     # All fake devices of a CPU share one memory.
-    here = parts if layout.platform == 'cpu' else 1
-    of_token = arithmetic.cache_bytes(model, self.decoder.dtype)
-    needed, free = batch * slots * of_token * here // parts, memory.free_bytes()
-    if free is not None and needed > free:
-      raise UserError(
-        f'Keys and values of {batch} x {slots:,} tokens require {needed / 1e9:,.1f} GB, but '
-        f'{free / 1e9:,.1f} GB are free: lower --batch_size or --max_new_tokens.'
-      )
+    here = layout.mesh.size if layout.mesh and layout.platform == 'cpu' else 1
+    needed = here * memory.device_bytes(self.decoder.abstract_cache(batch, slots))
+    free = needed if free is None else free
+    wrong = f'Keys and values of {batch} x {slots:,} tokens require {needed / 1e9:,.1f} GB, but'
+    fix = f'{free / 1e9:,.1f} GB are free: lower --batch_size or --max_new_tokens.'
+    require(needed <= free, f'{wrong} {fix}')
 
 
-class Loaded(NamedTuple):
-  """A checkpoint that is ready to continue text."""
-
-  meta: checkpoint.Meta
-  tokenizer: Tokenizer
-  generator: Generator
-
-
-def load(path: str, dtype: str, mesh: jax.sharding.Mesh | None = None) -> Loaded:
-  """Loads the checkpoint at or below `path`, an array at a time; by default onto one device.
-
-  UserError when it is not a complete checkpoint, or does not fit the mesh.
-  """
-  meta = checkpoint.read_meta(path)
-  tokenizer = checkpoint.open_tokenizer(path, meta)
-  read, stops = checkpoint.open_params(path, meta.model).read, [tokenizer.eos_id]
-  words = tokenizer.vocab_size
-  made = Generator(meta.model, read, dtype=dtype, mesh=mesh, stops=stops, num_words=words)
-  return Loaded(meta, tokenizer, made)
+def load(
+  path: str, model: config.Model, tokenizer: Tokenizer, dtype: str, mesh: jax.sharding.Mesh
+) -> Generator:
+  """The checkpoint at or below `path`, read an array at a time; UserError as in `open_params`."""
+  read, words = checkpoint.open_params(path, model).read, tokenizer.vocab_size
+  stops = [tokenizer.eos_id]
+  return Generator(model, read, dtype=dtype, mesh=mesh, stops=stops, num_words=words)
 
 
 def padded_shape(longest: int, max_new_tokens: int) -> tuple[int, int, int]:
@@ -305,9 +268,3 @@ def bucket(tokens: int) -> int:
   """The next multiple of BUCKET, from 256 on of 32, 64, 128 and so on: at most a quarter larger."""
   step = max(BUCKET, 2 ** (math.ceil(math.log2(max(tokens, 1))) - 3))
   return -(-tokens // step) * step
-
-
-def _noise(seed: int, row: Row) -> np.ndarray:
-  """Two numbers for a row's draws, of seed, prompt and sample alone."""
-  content = np.asarray([seed, row.sample, *row.prompt], np.int64).tobytes()
-  return np.frombuffer(hashlib.sha256(content).digest()[:8], np.uint32)

@@ -45,10 +45,9 @@ def sample(
   temperature: jax.Array,
   top_p: jax.Array,
 ) -> jax.Array:
-  """One word for each row, int32 (B,).
+  """One word for each row, int32 (B,); `static` is that of `SamplingParams`.
 
-  Logits are float32, minus infinity for words that are not to be chosen; `static` is that of
-  `SamplingParams`. Greedy decoding reads neither keys nor `temperature`, which is above 0.
+  Logits are float32, minus infinity for words that are not to be chosen; `temperature` is above 0.
   """
   draws, top_k, use_top_p = static
   if not draws:
@@ -81,10 +80,7 @@ def mask_top_p(logits_BN: jax.Array, top_p: jax.Array) -> jax.Array:
 
 
 def _draw(logits_N: jax.Array, key: jax.Array) -> jax.Array:
-  """A candidate with its softmax probability: first a block of candidates, then one of the block.
-
-  A row then needs noise for a block and for the blocks, not for every candidate.
-  """
+  """A candidate with its softmax probability: first a block, then one of it, to need less noise."""
   size = min(BLOCK, logits_N.shape[0])
   padded = jnp.pad(logits_N, (0, -logits_N.shape[0] % size), constant_values=-jnp.inf)
   logits_CN = padded.reshape(-1, size)

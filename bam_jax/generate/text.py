@@ -1,4 +1,4 @@
-"""Text around the model: prompts to tokens, and tokens to text as they come."""
+"""Text around the model: prompts out of files, and tokens to text as they come."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +11,6 @@ from bam_jax.errors import UserError
 CONTEXT = 8  # tokens before new ones that decide how they are spelled: whether a space comes first
 REPLACEMENT = '\ufffd'  # what a tokenizer makes of bytes that are not a character, or half of one
 MAX_HALF = 3  # bytes of half a character
-
-
-def prompt_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-  """BOS and the tokens of each text, as documents begin in training."""
-  return [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(list(texts))]
 
 
 def read_prompts(path: str) -> list[str]:
@@ -37,19 +32,13 @@ def read_prompts(path: str) -> list[str]:
 
 
 class Continuation:
-  """The text of one row, as its tokens come.
-
-  Attributes:
-    text: what is certain of it so far: no half character, nothing that may begin a stop.
-    tokens: all of them, to the one that completes a stop.
-    stopped: whether a stop was found, where `text` ends.
-  """
+  """The text of one row, as its tokens come."""
 
   def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()):
     """Takes the prompt's tokens, and texts at the first of which the continuation ends."""
-    self.text = ''
-    self.tokens: list[int] = []
-    self.stopped = False
+    self.text = ''  # what is certain so far: no half character, nothing that may begin a stop
+    self.tokens: list[int] = []  # all of them, to the one that completes a stop
+    self.stopped = False  # whether a stop was found, where `text` ends
     self._tokenizer = tokenizer
     self._stops = [stop for stop in stops if stop]
     self._spelled = ''  # all that is spelled, stops or not

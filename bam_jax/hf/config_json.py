@@ -49,9 +49,8 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
 
 def tensors(model: config.Model, config_json: Mapping[str, Any]) -> tuple[names.Table, dict]:
   """The tensors of a folder by our paths, and the shapes, by name, of others, which are zeros."""
-  for mixture in MIXTURES:
-    if config_json['architectures'] == [mixture.architecture]:
-      return mixtures.tensors(mixture, model)
+  if mixture := [one for one in MIXTURES if [one.architecture] == config_json['architectures']]:
+    return mixtures.tensors(mixture[0], model)
   return names.tensors(model, fused=config_json.get('model_type') == 'phi3'), {}
 
 

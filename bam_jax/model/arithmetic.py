@@ -129,6 +129,26 @@ def cache_bytes(model: config.Model, dtype: str) -> int:
   return model.num_layers * _key_values(model) * numbers
 
 
+def gathered_bytes(model: config.Model, compute: config.Compute, mesh: config.Mesh) -> int:
+  """Bytes of weights that a device of a mesh holds gathered while it computes gradients.
+
+  They are one layer's, or with remat='none' those of all layers, in the compute dtype, except for
+  experts on other devices; 0 where no weights are sharded.
+  """
+  if mesh.fsdp * mesh.expert == 1:
+    return 0
+  attention, ffn = model.attention_experts, model.ffn_experts
+  matrices = _attention_matrices(model, attention.num_experts if attention else 1)
+  shared = matrices  # by all experts, and so not on other devices
+  if attention:
+    keys_and_values = model.num_layers * 2 * model.d_model * model.num_kv_heads * model.head_dim
+    shared = keys_and_values if attention.shared_kv else 0
+  numbers = shared + (matrices - shared) // mesh.expert
+  numbers += total_parts(model).ffn // (mesh.expert if ffn else 1)
+  layers = 1 if compute.remat == 'none' else model.num_layers
+  return numbers // layers // mesh.tensor * jnp.dtype(compute.dtype).itemsize
+
+
 def _windows(model: config.Model) -> list[int]:
   return [kind.window for kind in model.layer_kinds()]
 

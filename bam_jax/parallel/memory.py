@@ -1,9 +1,13 @@
 """Available memory, so that what cannot fit is refused before it is allocated."""
 
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
+
+from bam_jax.parallel import sharding
 
 
 def free_bytes() -> int | None:
@@ -18,3 +22,17 @@ def free_bytes() -> int | None:
   except OSError:  # not Linux
     return None
   return 1024 * int(found[1]) if found else None
+
+
+def device_bytes(tree: Any) -> int:
+  """Bytes of one device's parts of arrays, given their shapes; what its host holds is not counted.
+
+  Arrays without a sharding are whole.
+  """
+
+  def size(x: jax.ShapeDtypeStruct) -> int:
+    shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+    on_host = x.sharding and x.sharding.memory_kind == sharding.HOST
+    return 0 if on_host else math.prod(shape) * x.dtype.itemsize
+
+  return sum(map(size, jax.tree.leaves(tree)))

@@ -119,15 +119,6 @@ def share_of_batch(mesh: jax.sharding.Mesh, where: str = 'the run') -> tuple[int
   return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
-def put(tree: Any, shardings: Any) -> Any:
-  """Shards arrays that every process holds completely; each process keeps its shards."""
-
-  def one(array, sharding):
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-  return jax.tree.map(one, tree, shardings)
-
-
 def highest(value: int) -> jax.Array:
   """The maximum of all processes' numbers, on the devices; returns without waiting for it."""
   return _max()(_on_devices(value))

@@ -31,7 +31,10 @@ def _prepare_missing(data: config.Data) -> None:
   tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
   size = options.train_tokenizer or None
   if exists:
-    prepare.check_same(path, shards.read_manifest(path), domains, tokenizer, size)
+    changed = prepare.changed_since(shards.read_manifest(path), domains, tokenizer, size)
+    if changed:
+      what = f'{path} was prepared from other data than data.prepare describes ({changed} differs)'
+      print(f'WARNING: {what}; it is used as it is.', file=sys.stderr)
     return
   print(f'Preparing {path} from {options.input}.', file=sys.stderr)
 

@@ -19,11 +19,10 @@ from matplotlib.ticker import MaxNLocator
 INK = '#2b2f36'
 # Okabe and Ito's palette, safe for the colour-blind, without its yellow, too pale for a line.
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#5b5b5b')
-SHARE = LinearSegmentedColormap.from_list(
-  'share', ['#fbfbf9', '#cfe3ee', '#7fb4d6', '#2a7fb5', '#083d66']
-)
+SHARES = ['#fbfbf9', '#cfe3ee', '#7fb4d6', '#2a7fb5', '#083d66']  # from none to all of the tokens
 MARKERS = 'osD^vPX'  # tell lines apart without colours
 PANELS = {'seed': 'Seed', 'specialist': 'Specialists', 'mixture': 'Mixtures'}
+NAMES = {'attention': 'attention router', 'ffn': 'FFN router'}
 ROUTERS = {'attention': 'Attention router: mean gate', 'ffn': 'FFN router: share of the tokens'}
 
 
@@ -37,8 +36,7 @@ def loss_curves(
 ) -> None:
   """Draws the negative log-likelihood of each run in training, and its held-out loss as dots.
 
-  The routers' auxiliary losses are left out, as dense models have none. `metrics` are the lines of
-  each run, in order of steps.
+  `metrics` are the lines of each run, in order of steps.
   """
   kinds = [kind for kind in PANELS if any(row['kind'] == kind for row in rows)]
   with style():
@@ -97,8 +95,7 @@ def routing(path: Path, row: Mapping[str, Any]) -> None:
   with style():
     num_domains, num_layers, num_experts = next(iter(loads.values())).shape
     columns = min(num_layers, 4 if len(loads) == 1 else 2)
-    lines = math.ceil(num_layers / columns)
-    cell = 0.42
+    lines, cell = math.ceil(num_layers / columns), 0.42
     width = len(loads) * (1.0 + columns * (num_experts * cell + 0.25)) + 0.6
     height = 1.25 + lines * (num_domains * cell + 0.32)
     figure = Figure(figsize=(width, height), layout='constrained')
@@ -147,22 +144,17 @@ def routers_by_layer(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
       pair[0].set_ylabel(title)
       pair[0].set_ylim(bottom=0)  # of both, when all lines are there
-    for router, axis in zip(routers, axes[0]):
-      axis.set_title(router_name(router))
-    for axis in axes[1]:
-      axis.set_xlabel('layer')
+    for router, above, below in zip(routers, *axes):
+      above.set_title(NAMES[router])
+      below.set_xlabel('layer')
     handles, labels = [lines[i] for i in range(len(rows))], [row['label'] for row in rows]
     figure.legend(handles, labels, loc='outside lower center', ncols=min(3, len(labels)))
     _save(figure, path)
 
 
-def router_name(router: str) -> str:
-  """As titles have it."""
-  return {'ffn': 'FFN router'}.get(router, f'{router} router')
-
-
 def _heat_map(axis: Axes, load: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:
-  axis.imshow(load, cmap=SHARE, vmin=0.0, vmax=1.0, aspect='auto')
+  shades = LinearSegmentedColormap.from_list('share', SHARES)
+  axis.imshow(load, cmap=shades, vmin=0.0, vmax=1.0, aspect='auto')
   for i, j in np.ndindex(load.shape):
     colour = 'white' if load[i, j] > 0.55 else INK
     axis.text(j, i, f'{load[i, j]:.2f}', ha='center', va='center', color=colour, fontsize=6.5)

@@ -23,7 +23,6 @@ from bam_jax.train import log
 from bam_jax.train.log import duration
 
 Row = dict[str, Any]
-
 COPIED = (
   'label', 'kind', 'method', 'sources', 'step', 'tokens', 'wall_seconds', 'parameters',
   'active_parameters', 'flops_per_token',
@@ -32,27 +31,16 @@ BEST = '★'
 
 
 def write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
-  """Writes the report of the runs of a recipe.
+  """Writes the report of the runs of a recipe, in order; returns what `report.json` holds.
 
-  Args:
-    workdir: holds `<run>/result.json` and `<run>/metrics.jsonl` of each finished run, and
-      `recipe.json` with the name, command, seed, devices and versions, where there is one.
-    runs: the rows, in order. A run without a result is listed as not finished.
+  `workdir` has `<run>/result.json` and `<run>/metrics.jsonl` of each finished run, and, if it is a
+  recipe's, `recipe.json`. UserError when a result cannot be read, or the report not written.
 
-  Returns:
-    What `report.json` holds:
-      name: of the recipe.
-      recipe: `recipe.json`, or None.
-      domains: the columns.
-      rows: one object a finished run: facts copied from its result, `training_flops`,
-        `perplexity` (at most exp(690)) and `bits_per_byte` by domain, `average_perplexity` and
-        `average_bits_per_byte` (arithmetic means over the domains), `experts` (their names) and
-        `routing` (router -> domain -> load [L][E]).
-      not_finished: names of runs.
-      pictures: file names.
-
-  Raises:
-    UserError: a result cannot be read, or the report cannot be written.
+    name, recipe, domains, not_finished, pictures: `recipe` is `recipe.json`, or None.
+    rows: of each finished run facts copied from its result, `training_flops`, `perplexity` (at most
+      exp(690)) and `bits_per_byte` by domain, `average_perplexity` and `average_bits_per_byte`
+      (arithmetic means over the domains), `experts` (their names) and `routing` (router -> domain
+      -> load [L][E]).
   """
   workdir = folders.at(workdir)
   while True:
@@ -80,13 +68,11 @@ def _write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
     'domains': domains,
     'rows': rows,
     'not_finished': [run for run in runs if run not in finished],
-    'pictures': [],
   }
   folder = workdir / 'report'
   # Each file appears whole: jobs that train other runs of the workdir write the report too.
   with folders.writing(folder), buckets.drafts(folder) as drafts:
-    if rows:
-      report['pictures'] = _draw(workdir, drafts, rows)
+    report['pictures'] = _draw(workdir, drafts, rows) if rows else []
   folders.write_file(folder / 'report.json', json.dumps(report, indent=1) + '\n')
   folders.write_file(folder / 'report.md', markdown(report))
   return report
@@ -101,14 +87,13 @@ def table(report: Mapping[str, Any]) -> RenderableType:
 def markdown(report: Mapping[str, Any]) -> str:
   """The report as a page of Markdown, given what `write` returns."""
   parts = [f'# {report["name"]}']
-  recipe = report['recipe']
-  if recipe:
+  if recipe := report['recipe']:
     parts.append(f'```\n{recipe["command"]}\n```')
     versions = [f'{name} {version}' for name, version in recipe.get('versions', {}).items()]
     devices = [recipe['devices']] if 'devices' in recipe else []
     parts.append(', '.join([f'Seed {recipe["seed"]}', *devices, *versions]) + '.')
   if not report['rows']:
-    return '\n\n'.join([*parts, 'No run is finished.']) + '\n'
+    return '\n\n'.join([*parts, 'No run is finished.\n'])
   parts += [
     '## Perplexity',
     _score_table(report, 'perplexity'),
@@ -152,10 +137,9 @@ def _row(result: Mapping[str, Any], domains: Sequence[str]) -> Row:
     for router, statistics in facts['routing'].items():
       routing.setdefault(router, {})[domain] = statistics['load']
   experts = []
-  for by_domain in routing.values():
-    num_experts = len(next(iter(by_domain.values()))[0])
-    known = len(result['sources']) == num_experts
-    experts = result['sources'] if known else [str(i) for i in range(num_experts)]
+  for load in (load for by_domain in routing.values() for load in by_domain.values()):
+    known = len(result['sources']) == len(load[0])
+    experts = result['sources'] if known else [str(i) for i in range(len(load[0]))]
   return {
     **{key: result[key] for key in COPIED},
     'training_flops': result['flops_per_token'] * result['tokens'],
@@ -170,8 +154,7 @@ def _row(result: Mapping[str, Any], domains: Sequence[str]) -> Row:
 
 def _average(values: Mapping[str, float], domains: Sequence[str]) -> float | None:
   """None where a domain is missing, as the mean of fewer domains compares with no other."""
-  scored = [values[domain] for domain in domains if domain in values]
-  return sum(scored) / len(domains) if len(scored) == len(domains) else None
+  return sum(map(values.get, domains)) / len(domains) if len(values) == len(domains) else None
 
 
 def _draw(workdir: Path | epath.Path, folder: Path, rows: Sequence[Row]) -> list[str]:

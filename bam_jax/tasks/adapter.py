@@ -24,6 +24,7 @@ from bam_jax import checkpoint as checkpoint_lib
 from bam_jax import config
 from bam_jax.config.strict import require
 from bam_jax.errors import UserError
+from bam_jax.evaluate import comparison
 from bam_jax.evaluate.scorer import Scorer
 from bam_jax.generate import generator, text
 from bam_jax.generate.sampling import SamplingParams
@@ -54,15 +55,10 @@ class Model(TemplateLM):
   ):
     """Reads what the checkpoint is; its parameters are loaded by the first request.
 
-    Args:
-      dtype: 'float32' or 'bfloat16'; default: float32 on CPU, bfloat16 elsewhere.
-      batch_size: rows on the devices at once; default, and 'auto': 16.
-      max_length: tokens read at once; default: the length that the model was trained at.
-      seed: of sampling.
-      max_batch_size, device: ignored; lm-eval's command line passes them.
-      **axes: of the mesh: data=2, fsdp=4.
-
-    UserError when there is no such checkpoint, or an argument is not valid.
+    `dtype` is by default float32 on CPU, bfloat16 elsewhere; `batch_size`, by default and as 'auto'
+    16, rows on the devices at once; `max_length` tokens read at once, by default the length trained
+    at; `seed` of sampling; `axes` of the mesh: data=2, fsdp=4. What else lm-eval's command line
+    passes is ignored. UserError when there is no such checkpoint, or an argument is not valid.
     """
     super().__init__()
     self._path, self._seed = checkpoint, seed
@@ -85,14 +81,10 @@ class Model(TemplateLM):
   eot_token_id = property(lambda self: self._tokenizer.eos_id)
   tokenizer_name = property(lambda self: self._tokenizer.hash)
 
-  def identity(self) -> dict[str, Any]:
-    """Which checkpoint it is."""
-    return {key: getattr(self.meta, key) for key in ('run', 'step', 'method', 'tokenizer_hash')}
-
   def get_model_info(self) -> dict[str, Any]:
     """What lm-eval writes beside its results."""
     how = {'model_dtype': self._dtype, 'mesh': config.to_dict(self._mesh)}
-    return self.identity() | how | {'max_length': self.max_length}
+    return comparison.identity(self.meta) | how | {'max_length': self.max_length}
 
   def tok_encode(
     self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -100,6 +92,28 @@ class Model(TemplateLM):
     """The tokens of a text, after BOS unless `add_special_tokens` is False."""
     bos = [] if add_special_tokens is False else [self.prefix_token_id]
     return bos + self._tokenizer.encode(string)
+
+  def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Tokens of a context and of its continuation, to which the spaces between them belong.
+
+    Those of the whole text, unless one spans the join: then each is encoded on its own, as in
+    lm-eval's pull request 4055, for the tokens of the whole are not those of the context.
+    """
+    start = context.rstrip()
+    rest = context[len(start) :] + continuation
+    before, whole = self.tok_encode(start), self.tok_encode(start + rest)
+    tokens = whole[len(before) :] if whole[: len(before)] == before else []
+    tokens = tokens or self._tokenizer.encode(rest)
+    wrong = f'The tokenizer of {self._path} has no token for {continuation!r}'
+    require(tokens or not continuation, f'{wrong}, which cannot be scored: remove the task.')
+    return before, tokens
+
+  def loglikelihood(
+    self, requests: Sequence[Instance], disable_tqdm: bool = False
+  ) -> list[tuple[float, bool]]:
+    """As `_loglikelihood_tokens`, of texts; lm-eval's own fails where both are empty."""
+    pairs = [(request.args, *self._encode_pair(*request.args)) for request in requests]
+    return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
 
   def _loglikelihood_tokens(
     self, requests: Sequence[Pair], disable_tqdm: bool = False, **kwargs: Any
@@ -115,9 +129,8 @@ class Model(TemplateLM):
       with _progress(len(pairs), disable_tqdm) as progress:
         if not isinstance(self._loaded, Scorer):
           self._loaded = None  # frees the generator's memory first
-          self._loaded = Scorer(
-            self._path, self._dtype, self._mesh, self.batch_size, self.max_length
-          )
+          how = self._dtype, self._mesh, self.batch_size, self.max_length
+          self._loaded = Scorer(self._path, *how)
         answers.update(zip(pairs, self._loaded.loglikelihoods(pairs, progress.update)))
     wrong = f'{self._path} gives a log-likelihood that is not finite: its training diverged.'
     require(all(math.isfinite(value) for value, _ in answers.values()), wrong)
@@ -126,11 +139,7 @@ class Model(TemplateLM):
   def loglikelihood_rolling(
     self, requests: Sequence[Instance], disable_tqdm: bool = False
   ) -> list[float]:
-    """Log-likelihood of each whole text in nats, without an EOS token.
-
-    The windows are lm-eval's: each token is scored once; the last window of a long text reaches
-    back as far as the model reads, where those of `evaluate --data` start a stride apart.
-    """
+    """Log-likelihood of each whole text in nats, without an EOS token, in lm-eval's windows."""
     pairs, owners = [], []
     for number, request in enumerate(requests):
       tokens = self._tokenizer.encode(request.args[0])
@@ -166,34 +175,24 @@ class Model(TemplateLM):
       # A prompt that is repeated gets other draws.
       batches[how].append((generator.Row(prompt, seen[how, prompt]), made[-1]))
       seen[how, prompt] += 1
+    if made and not isinstance(self._loaded, generator.Generator):
+      self._loaded = None  # frees the scorer's memory first
+      how = self.meta.model, self._tokenizer, self._dtype, sharding.make_mesh(self._mesh)
+      self._loaded = generator.load(self._path, *how)
     with _progress(len(requests), disable_tqdm) as progress:
       for how, batch in batches.items():
-        self._generate(batch, *how)
+        rows, started = zip(*batch)
+
+        def watch(number: int, tokens: list[int], started=started) -> bool:
+          started[number].add(tokens)
+          return started[number].stopped
+
+        options = dict(seed=self._seed, batch_size=self.batch_size, watch=watch)
+        self._loaded.generate(rows, *how, **options)
         progress.update(len(batch))
-    return [continuation.text for continuation in made]
-
-  def _generate(
-    self,
-    batch: Sequence[tuple[generator.Row, text.Continuation]],
-    max_new_tokens: int,
-    params: SamplingParams,
-  ) -> None:
-    """Makes the continuations of rows, up to their stops."""
-    rows, made = zip(*batch)
-
-    def watch(number: int, tokens: list[int]) -> bool:
-      made[number].add(tokens)
-      return made[number].stopped
-
-    if not isinstance(self._loaded, generator.Generator):
-      self._loaded = None  # frees the scorer's memory first
-      mesh = sharding.make_mesh(self._mesh)
-      self._loaded = generator.load(self._path, self._dtype, mesh).generator
-    self._loaded.generate(
-      rows, max_new_tokens, params, seed=self._seed, batch_size=self.batch_size, watch=watch
-    )
     for continuation in made:
       continuation.finish()
+    return [continuation.text for continuation in made]
 
   def _warn_once(self, sentence: str) -> None:
     if sentence not in self._warned:

@@ -67,8 +67,7 @@ def _majority(references: Sequence[str]) -> list[str]:
 def quac_f1(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
   """Word F1 as in section 5.1 of QuAC's paper, questions on which people disagree included.
 
-  With several references it is the mean, over leaving each of them out, of the best F1 with one of
-  the others, as people were scored.
+  Of several references: the mean over leaving each out of the best F1 with one of the others.
   """
   scores = [_f1(results[0].strip(), reference) for reference in doc['references']]
   if len(scores) == 1:

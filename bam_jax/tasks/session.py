@@ -3,6 +3,7 @@
 lm-eval is an optional dependency, so it is imported where it is used.
 """
 
+import collections
 import importlib.util
 import logging
 import math
@@ -14,11 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import rich.table
 
-from bam_jax import checkpoint, cli, config
+from bam_jax import cli, config
 from bam_jax.config.strict import require
 from bam_jax.errors import UserError
-from bam_jax.evaluate.scorer import rows_mesh
-from bam_jax.parallel import sharding
+from bam_jax.evaluate import comparison
 from bam_jax.tasks import questions as questions_lib
 from bam_jax.tasks import sandbox, scoring
 
@@ -41,44 +41,32 @@ class Options(NamedTuple):
 
 
 def run(checkpoints: Sequence[str], tasks: Sequence[str], options: Options) -> dict[str, Any]:
-  """Evaluates the checkpoints one after another, and prints a table.
+  """Evaluates the checkpoints one after another; prints a table, and returns it as `--json` has it.
 
   `tasks` are names of lm-eval's tasks and groups, `bam_paper`, .yaml files of lm-eval, and files of
-  questions. Returns the object that `python -m bam_jax.evaluate --help` describes for tasks;
-  UserError when a checkpoint or a task is not found, or lm-eval is not installed.
+  questions. UserError when one or a checkpoint is not found, or lm-eval is not installed.
   """
-  require(checkpoints, '--checkpoint=DIR is required; it may be repeated.')
-  distinct = len({str(checkpoint.find(path)) for path in checkpoints}) == len(checkpoints)
-  require(distinct, 'A --checkpoint is given twice: name each checkpoint once.')
-  sharding.make_mesh(rows_mesh(options.mesh))
-  for path in checkpoints:
-    checkpoint.open_tokenizer(path, checkpoint.read_meta(path))
+  comparison.open_checkpoints(checkpoints, options.mesh)  # what is wrong with one is told first
   is_file = lambda task: task.endswith(questions_lib.SUFFIXES)
   asked = [questions_lib.read(task) if is_file(task) else task for task in tasks]
   installed = importlib.util.find_spec('lm_eval')
   require(installed, f'--tasks requires lm-eval, which is not installed: {INSTALL}.')
   manager, specs, found = load(asked)
   check_code(found, options.allow_generated_code)
+  check_examples(found, options.few_shot)
   scores = [_score(path, manager, specs, found, options) for path in checkpoints]
   rows = [row for row, _ in scores]
   for row, samples in scores[1:]:
     add_differences(row['tasks'], samples, scores[0][1])
   cli.console().print(_table(rows))
-  return {
-    'tasks': list(tasks),
-    'dtype': options.dtype,
-    'mesh': config.to_dict(options.mesh),
-    'few_shot': options.few_shot,
-    'max_documents': options.max_documents,
-    'rows': rows,
-  }
+  said = {key: getattr(options, key) for key in ('dtype', 'few_shot', 'max_documents')}
+  return {'tasks': list(tasks), 'mesh': config.to_dict(options.mesh), **said, 'rows': rows}
 
 
 def load(tasks: Sequence[str | questions_lib.Questions]) -> tuple[Any, list[Any], dict[str, Any]]:
   """Finds tasks and their data; UserError for a task that is unknown or cannot be loaded.
 
-  Returns lm-eval's TaskManager, what lm-eval is asked for, and its tasks by name, those of groups
-  included.
+  Returns lm-eval's TaskManager, what it is asked for, and all tasks by name, of groups too.
   """
   from lm_eval.tasks import TaskManager
 
@@ -87,8 +75,8 @@ def load(tasks: Sequence[str | questions_lib.Questions]) -> tuple[Any, list[Any]
   # lm-eval bootstraps some errors in forked processes, which JAX's threads do not survive.
   os.environ['DISABLE_MULTIPROC'] = '1'
   names = [task if isinstance(task, str) else task.name for task in tasks]
-  twice = next((name for name in names if names.count(name) > 1), None)
-  require(not twice, f'--tasks has {twice} twice: name it once.')
+  for name in names:
+    require(names.count(name) == 1, f'--tasks has {name} twice: name it once.')
   # Indexing lm-eval's thousands of tasks takes seconds, which files need not wait for.
   by_name = any(isinstance(task, str) for task in tasks)
   manager = TaskManager(include_path=GROUPS, include_defaults=by_name)
@@ -114,6 +102,21 @@ def check_code(tasks: Mapping[str, Any], allowed: bool) -> None:
     sandbox.require()
 
 
+def check_examples(tasks: Mapping[str, Any], few_shot: int | None) -> None:
+  """UserError when a task has fewer solved examples than each question is to follow."""
+  for name, task in tasks.items():
+    own = task.config.num_fewshot
+    wanted = own if few_shot is None or own == 0 else few_shot  # as in lm-eval
+    if wanted:
+      pool = task.sampler.df
+      # Where examples are the questions, a question is not its own, nor are its copies.
+      is_shared = task.fewshot_cfg.split == task.config.test_split
+      copies = collections.Counter(map(repr, pool)).values() if is_shared else ()
+      most = len(pool) - max(copies, default=0)
+      wrong = f'--tasks: {name} has at most {most} solved examples for a question'
+      require(wanted <= most, f'{wrong}, and {wanted} are asked for: lower --few_shot.')
+
+
 def _score(path, manager, specs, tasks, options: Options) -> tuple[dict[str, Any], Samples]:
   """A row of `--json`, and lm-eval's samples; in between are the results of `load`."""
   import lm_eval
@@ -132,7 +135,7 @@ def _score(path, manager, specs, tasks, options: Options) -> tuple[dict[str, Any
   )
   row = {
     'checkpoint': path,
-    **model.identity(),
+    **comparison.identity(model.meta),
     'window': model.max_length,
     'tasks': {
       name: {
@@ -162,9 +165,7 @@ def _metrics(facts: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
 def add_differences(tasks: Mapping[str, Any], samples: Samples, first: Samples) -> None:
   """Adds `difference` from the first checkpoint, and `difference_stderr`, to a row's metrics.
 
-  Differences are taken question by question: that some questions are harder than others cancels,
-  so the error is smaller than those of the two scores suggest. Both are None for a metric that is
-  not a mean over questions.
+  They are taken question by question, and None for a metric that is not a mean over questions.
   """
   for name, facts in tasks.items():
     for metric, measure in facts['metrics'].items():

@@ -26,15 +26,13 @@ def evaluate(
   """
   mesh = sharding.make_mesh(job.run.mesh)
   step = step_lib.evaluation_step(job.model, job.run.compute, mesh)
-  part, parts = processes.share_of_batch(mesh)
+  share = processes.share_of_batch(mesh)
   length, batch_size = job.recipe.data.sequence_length, job.recipe.evaluation.batch_size
   num_batches = None if tokens is None else -(-tokens // (batch_size * length))
   results = {}
   for domain in job.domains:
     documents = job.dataset.documents(domain, 'valid')
-    where = dict(process_index=part, process_count=parts)
-    batches = mixture.heldout(documents, sequence_length=length, batch_size=batch_size, **where)
-    total = None
+    batches, total = mixture.heldout(documents, length, batch_size, share), None
     for batch in itertools.islice(batches, num_batches):
       sums = jax.device_get(step(params, sharding.put_batch(batch, mesh)))
       # Float32 holds the sum of a device's rows to rounding; many of them need float64, and one

@@ -44,7 +44,7 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
       log.note(sentence)
     checkpoints = checkpoint.Checkpoints(job.folder / 'checkpoints', run.intervals.keep)
     stack.push(lambda kind, error, trace: _close(checkpoints, error))
-    batches = mixture.iterate(batches_of(run, recipe, job.dataset), 0, prefetch=4)
+    batches = mixture.iterate(batches_of(run, recipe, job.dataset), prefetch=4)
     first_step, state, saved = _start(job, mesh, checkpoints, batches)
     writer = stack.enter_context(log.Writer(job.folder, first_step))
     goodput.resume(saved.get('spent', {}), writer.dropped)
@@ -94,7 +94,7 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
     stack.enter_context(goodput.spend('step'))
     for step in range(first_step + 1, total_steps + 1):
       with goodput.spend('data'):
-        batch = sharding.put_batch(mixture.model_inputs(next(batches)), mesh)
+        batch = sharding.put_batch(next(batches), mesh)
       rates = optimizer.learning_rates(recipe, name, step)
       rates = jax.make_array_from_process_local_data(replicated, rates)
       compiles = step == first_step + 1  # and compiling may transfer constants
@@ -153,7 +153,7 @@ def _start(
     params, opt_state, saved = checkpoints.restore(first_step, abstract.params, abstract.opt_state)
     batches.set_state(saved['iterator'])
   history = guard.history(job.run.guard, saved.get('history'))
-  history = processes.put(history, jax.tree.map(lambda _: NamedSharding(mesh, P()), history))
+  history = jax.device_put(history, NamedSharding(mesh, P()))
   return first_step, step_lib.State(params, opt_state, history), saved
 
 
@@ -161,7 +161,6 @@ def batches_of(
   run: config.Run, recipe: config.Recipe, dataset: shards.Dataset
 ) -> grain.MapDataset[mixture.Batch]:
   """The training batches of a run, by step; this process's rows of each."""
-  part, parts = processes.share_of_batch(sharding.make_mesh(run.mesh))
   return mixture.batches(
     {domain: dataset.documents(domain, 'train') for domain in run.data},
     run.data,
@@ -169,6 +168,5 @@ def batches_of(
     batch_size=run.batch_size,
     # One number from both: runs of one recipe with one data seed read alike.
     seed=recipe.seed * 1_000_003 + run.data_seed,
-    process_index=part,
-    process_count=parts,
+    share=processes.share_of_batch(sharding.make_mesh(run.mesh)),
   )

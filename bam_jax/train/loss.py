@@ -28,18 +28,10 @@ def nll(network: transformer.Network, params: transformer.Params, batch: dict) -
   return Metrics(total, batch['weights'].sum(), routing)
 
 
-class Totals(NamedTuple):
-  """What a step's micro-batches hold together."""
-
-  targets: jax.Array  # that count, weighted
-  tokens: jax.Array  # int32, real ones
-
-
-def totals(network: transformer.Network, batch: dict) -> Totals:
-  """Those of a batch, over all devices."""
-  return network.layout.total(
-    Totals(batch['weights'].sum(), jnp.sum(batch['segments'] > 0, dtype=jnp.int32))
-  )
+def totals(network: transformer.Network, batch: dict) -> tuple[jax.Array, jax.Array]:
+  """A batch's targets that count, weighted, and its real tokens, int32, over all devices."""
+  tokens = jnp.sum(batch['segments'] > 0, dtype=jnp.int32)
+  return network.layout.total((batch['weights'].sum(), tokens))
 
 
 def objective(
@@ -47,7 +39,7 @@ def objective(
   loss: config.Loss,
   params: transformer.Params,
   batch: dict,
-  step: Totals | None = None,
+  step: tuple[jax.Array, jax.Array] | None = None,
   whole: block.Routing | None = None,
 ) -> tuple[jax.Array, Metrics]:
   """The loss and the metrics of a batch, or of a micro-batch.
@@ -59,14 +51,14 @@ def objective(
   layout = network.layout
   metrics = nll(network, params, batch)
   here = totals(network, batch)
-  step = here if step is None else step
+  step_targets, step_tokens = step or here
   if whole is None:  # means over this micro-batch's tokens, weighted by its share of the step's
     over = layout.total(jax.lax.stop_gradient(metrics.routing))
     routers = router_loss(network.model, loss, metrics.routing, over)
-    routers *= here.tokens / jnp.maximum(step.tokens, 1)
+    routers *= here[1] / jnp.maximum(step_tokens, 1)
   else:
     routers = router_loss(network.model, loss, metrics.routing, whole)
-  value = metrics.nll / jnp.maximum(step.targets, 1) + routers
+  value = metrics.nll / jnp.maximum(step_targets, 1) + routers
   return value / layout.copies, metrics
 
 

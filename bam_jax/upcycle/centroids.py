@@ -48,8 +48,7 @@ def mean_inputs(
   for source in batches:
     total_2LD, tokens = 0.0, 0
     for batch in source:
-      inputs = {key: batch[key] for key in keys}
-      part_2LD, part = sums(params, sharding.put_batch(inputs, mesh))
+      part_2LD, part = sums(params, sharding.put_batch(batch, mesh))
       total_2LD, tokens = total_2LD + np.asarray(part_2LD, np.float64), tokens + int(part)
     means.append(total_2LD / tokens)
   return block.Routing(*np.stack(means, axis=1))

@@ -21,6 +21,7 @@ from bam_jax.upcycle import options, rules
 from bam_jax.upcycle.sources import Source
 
 Box = tuple[tuple[int, int], ...]  # start and stop on every axis of an array
+Region = tuple[str, arrays.Index, np.ndarray]  # a part of an array: its path, where, and values
 
 
 class Merge(NamedTuple):
@@ -30,14 +31,6 @@ class Merge(NamedTuple):
   upcycle: config.Upcycle
   key: jax.Array  # of the random draws
   routers: Mapping[str, np.ndarray] = {}  # LDE by path, for `router_init='centroids'`
-
-
-class Region(NamedTuple):
-  """A part of one of the mixture's arrays."""
-
-  path: str
-  index: arrays.Index
-  array: np.ndarray
 
 
 def run_key(seed: int, name: str) -> jax.Array:
@@ -58,8 +51,6 @@ def regions(
   UserError when a value is NaN or infinite, or reading fails.
   """
   sources, upcycle, key, _ = merge
-  if len(sources) != len(upcycle.sources):
-    raise ValueError(f'{len(upcycle.sources)} sources are named and {len(sources)} are given.')
   table = rules.rules(rules.mixture_model(sources[0].meta.model, upcycle))
   if odd := {rule.target for rule in table} ^ set(wanted):
     raise ValueError(f'The rule table and the mixture differ in {sorted(odd)}.')
@@ -67,7 +58,7 @@ def regions(
   for rule in table:
     if not rule.source:
       array = drawn(merge, rule, wanted[rule.target].shape)
-      yield Region(rule.target, (), array.astype(wanted[rule.target].dtype))
+      yield rule.target, (), array.astype(wanted[rule.target].dtype)
 
   jobs = list(_jobs(merge, table, wanted, parts))
   reads = arrays.read_ahead((sources[n].reader, rule.source, index) for rule, n, index, _ in jobs)
@@ -79,12 +70,12 @@ def regions(
     for expert in experts:
       layer, *rest = index
       made = options.expert(rule.target, array, layer, expert, upcycle, key)
-      yield Region(rule.target, (layer, expert, *rest), made.astype(dtype, copy=False))
+      yield rule.target, (layer, expert, *rest), made.astype(dtype, copy=False)
     if rule.how == 'mean':
       held.append(array)
       if len(held) == len(sources):
         mean = options.average(held, upcycle)
-        yield Region(rule.target, index, mean.astype(dtype, copy=False))
+        yield rule.target, index, mean.astype(dtype, copy=False)
         held = []
 
 

@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import itertools
-import os
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -45,7 +45,7 @@ def to_mesh(merge: merge_lib.Merge, abstract: Any, shardings: Any) -> Any:
   made, message = {}, ''
   try:
     regions = merge_lib.regions(merge, wanted, parts)
-    for path, of_path in itertools.groupby(regions, lambda region: region.path):
+    for path, of_path in itertools.groupby(regions, operator.itemgetter(0)):
       made[path] = _assemble(wanted[path], shardings[path], parts[path], of_path)
   except UserError as error:  # other processes may not have seen it
     message = str(error)
@@ -97,9 +97,6 @@ def to_checkpoint(
   check_alike(sources, upcycle.method)
   merge = merge_lib.Merge(fit_rows(sources), upcycle, merge_lib.run_key(seed, name))
   first = merge.sources[0]
-  for source in merge.sources:
-    if epath.Path(os.path.realpath(source.folder)) in epath.Path(os.path.realpath(output)).parents:
-      raise UserError(f'{output} is inside the source {source.path}: choose another folder.')
   tokenizer = first.tokenizer()
   mixture = rules.mixture_model(first.meta.model, upcycle, ropes(merge.sources))
   wanted = specs(transformer.Network(mixture, config.Compute()).abstract(), jnp.dtype(dtype))
@@ -128,7 +125,7 @@ def _write(merge, writer: arrays.Writer, progress) -> tuple[manifest.Source, ...
   """Writes the mixture's arrays; returns their sources, with hashes."""
   readers = [source.reader for source in merge.sources]
   total = sum(spec.nbytes for one in (*readers, writer) for spec in one.specs.values())
-  hashes = [{path: manifest.Hash(s.shape) for path, s in one.specs.items()} for one in readers]
+  hashes = [{path: manifest.Hash() for path in one.specs} for one in readers]
   pending: list[concurrent.futures.Future] = []
   done = 0
 

@@ -16,14 +16,10 @@ from bam_jax.parallel import sharding
 sizes = st.integers(1, 7)
 
 
-@st.composite
-def experts(draw, kind, **more):
-  """A config of experts, or None."""
-  number = draw(st.integers(0, 5))
-  least = 0 if kind is config.AttentionExperts else 1  # 0 is soft
-  if not number:
-    return None
-  return kind(number, draw(st.integers(least, number)), **{k: draw(v) for k, v in more.items()})
+def experts(kind, least, **more):
+  """A config of up to five experts, at least `least` for a token (0 is soft), or None."""
+  of = lambda number: st.builds(kind, st.just(number), st.integers(least, number), **more)
+  return st.none() | st.integers(1, 5).flatmap(of)
 
 
 @st.composite
@@ -45,8 +41,8 @@ def models(draw):
     norm_place=norm_place,
     biases=draw(st.sampled_from(['none', 'qkv', 'attention'])),
     qk_norm=draw(st.sampled_from(['none', 'head_layernorm', 'head_rms', 'all_rms'])),
-    attention_experts=draw(experts(config.AttentionExperts, shared_kv=st.booleans())),
-    ffn_experts=draw(experts(config.FFNExperts)),
+    attention_experts=draw(experts(config.AttentionExperts, 0, shared_kv=st.booleans())),
+    ffn_experts=draw(experts(config.FFNExperts, 1)),
   )
 
 

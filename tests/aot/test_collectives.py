@@ -5,10 +5,10 @@ import pytest
 from bam_jax.aot import collectives, hlo
 
 SIZES = dict(data=1, fsdp=4, expert=2, tensor=1)
-ALL = (tuple(range(8)),)
-EVERY_SECOND = ((0, 2, 4, 6), (1, 3, 5, 7))
-PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7))
-FAR = ((0, 4), (1, 5), (2, 6), (3, 7))
+ALL = [[*range(8)]]
+EVERY_SECOND = [[0, 2, 4, 6], [1, 3, 5, 7]]
+PAIRS = [[0, 1], [2, 3], [4, 5], [6, 7]]
+FAR = [[0, 4], [1, 5], [2, 6], [3, 7]]
 MESH = "mesh['data'=1,'fsdp'=4,'expert'=2,'tensor'=1]"
 FORMS = {
   'replica_groups={}': (ALL, 'fsdp+expert'),
@@ -33,13 +33,13 @@ def read(opcode: str, attributes: str) -> collectives.Collective | None:
 def test_forms(text):
   groups, axes = FORMS[text]
   found = read('all-reduce', text)
-  assert {frozenset(group) for group in found.groups} == {frozenset(group) for group in groups}
+  assert sorted(map(sorted, found.groups.tolist())) == groups
   assert found.axes(SIZES) == axes
 
 
 def test_pairs():
   found = read('collective-permute', 'source_target_pairs={{0,2},{2,4},{1,1},{4,0}}')
-  assert found.groups == ((0, 2), (2, 4), (4, 0))
+  assert found.groups.tolist() == [[0, 2], [2, 4], [4, 0]]
   assert found.axes(SIZES) == 'fsdp'
   assert found.wire_bytes == 8 * 24 * 4
 
@@ -67,7 +67,7 @@ _xla_megascale_transfer_type="ALL_REDUCE"}
 
 def test_slices_send_through_their_hosts():
   found = collectives.read(hlo.parse(SEND)['send'], 8)
-  assert found.kind == 'all-reduce' and found.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+  assert found.kind == 'all-reduce' and found.groups.tolist() == FAR
   assert found.axes(dict(data=2, fsdp=4)) == 'data'
   assert found.wire_bytes == 8 * 24 * 4
   other = hlo.parse(SEND.replace('_xla_megascale_transfer_type="ALL_REDUCE"', 'x="y"'))

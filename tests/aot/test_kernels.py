@@ -70,12 +70,9 @@ def grouped(tile: tuple[int, int, int], bounds: str, **estimate):
 def moved(tile: tuple[int, int, int], row_tiles: int) -> int:
   """Bytes that the three windows move, by walking the grid; experts have equal rows."""
   rows, inner, columns = tile
-  grid = itertools.product(
-    range(-(-COLUMNS // columns)), range(row_tiles), range(-(-INNER // inner))
-  )
-  indices = [
-    ((r, k), (r * EXPERTS // row_tiles, k, n), (r, n)) for n, r, k in grid
-  ]  # fmt: skip
+  sizes = -(-COLUMNS // columns), row_tiles, -(-INNER // inner)
+  grid = itertools.product(*map(range, sizes))
+  indices = [((r, k), (r * EXPERTS // row_tiles, k, n), (r, n)) for n, r, k in grid]
   clip = lambda index, part, size: min(part, size - index * part)
   total, before = 0, (None, None, None)
   for now in indices:
@@ -87,9 +84,10 @@ def moved(tile: tuple[int, int, int], row_tiles: int) -> int:
   return total
 
 
-@pytest.mark.parametrize(
-  'tile', [(128, 512, 256), (128, 512, 768), (256, 256, 128), (128, 384, 256)]
-)
+TILES = [(128, 512, 256), (128, 512, 768), (256, 256, 128), (128, 384, 256)]
+
+
+@pytest.mark.parametrize('tile', TILES)
 @pytest.mark.parametrize('share', [1.0, 0.5])
 def test_a_grouped_product_at_even_load(tile, share):
   bounds = f'{-(-COLUMNS // tile[2])}, {kernels.DYNAMIC}, {-(-INNER // tile[1])}'

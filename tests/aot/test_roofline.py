@@ -3,6 +3,7 @@
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
@@ -25,7 +26,7 @@ def grid(name: str, slices: int = 1) -> roofline.Network:
 
 
 def seconds(net: roofline.Network, kind: str, *groups: tuple[int, ...], size: int = GB):
-  return net.seconds(Collective(kind, size, groups))
+  return net.seconds(Collective(kind, size, np.array(groups)))
 
 
 LINK = 50e9  # of v5e, each way

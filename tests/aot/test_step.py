@@ -45,9 +45,8 @@ def make_job(models):
 def as_tpus(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> SimpleNamespace:
   """The mesh with chips of a grid in place of its devices."""
   chips = [SimpleNamespace(coords=(*place, 0)) for place in itertools.product(*map(range, shape))]
-  return SimpleNamespace(
-    devices=np.array(chips[: mesh.size]).reshape(mesh.devices.shape), shape=mesh.shape
-  )
+  devices = np.array(chips[: mesh.size]).reshape(mesh.devices.shape)
+  return SimpleNamespace(devices=devices, shape=mesh.shape)
 
 
 def decoded(job: program.Job) -> dict:
@@ -124,9 +123,8 @@ def test_what_is_loaded_computes_the_same(trained, make_batch, tmp_path):
 
   def outcome(function):
     abstract = step.abstract_state(job.model, job.run.compute, job.run.optimizer, mesh)
-    state = jax.tree.map(
-      lambda x: jax.device_put(jnp.full(x.shape, 0.01, x.dtype), x.sharding), abstract
-    )
+    full = lambda x: jax.device_put(jnp.full(x.shape, 0.01, x.dtype), x.sharding)
+    state = jax.tree.map(full, abstract)
     return function(state, sharding.put_batch(make_batch(8, 16), mesh), np.full(2, 0.5, np.float32))
 
   for a, b in zip(jax.tree.leaves(outcome(loaded)), jax.tree.leaves(outcome(compiled.executable))):
@@ -212,18 +210,12 @@ def test_what_must_be_read(make_job):
   assert needed('untied')['weights'] == needed('dense')['weights']
 
 
-MISTAKES = {
-  'size': ({'expert': 2}, 2, r'config.runs.btx.mesh has 2 devices, but --topology=v5e:2x2 has 4'),
-  'rows': (
-    {'data': 4}, 2, r'--batch_size=2 is not a multiple of the 4 parts .* config.runs.btx.mesh'
-  ),
-  'model': ({'tensor': 4}, 4, r'config.runs.btx.mesh splits blocks/attention/key of shape'),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize('name', MISTAKES)
-def test_mistakes(make_job, name):
-  mesh, batch, sentence = MISTAKES[name]
+@pytest.mark.parametrize('mesh, batch, sentence', [
+  ({'expert': 2}, 2, r'config.runs.btx.mesh has 2 devices, but --topology=v5e:2x2 has 4'),
+  ({'data': 4}, 2, r'--batch_size=2 is not a multiple of the 4 parts .* config.runs.btx.mesh'),
+  ({'tensor': 4}, 4, r'config.runs.btx.mesh splits blocks/attention/key of shape'),
+])  # fmt: skip
+def test_mistakes(make_job, mesh, batch, sentence):
   job, decode = make_job('btx', **mesh), dataclasses.replace(DECODE, batch_size=batch)
   with pytest.raises(UserError, match=sentence):
     made = program.make_mesh(job, jax.devices()[:4], SQUARE)

@@ -134,11 +134,10 @@ def test_checkpoints_of_training_are_read(tmp_path, models, monkeypatch, shape, 
 
 def test_what_was_never_written_is_an_error(small_chunks, tmp_path):
   values = draw()[UP]
-  writer = arrays.Writer(tmp_path / 'params', {UP: SPECS[UP]})
-  for layer in (0, 2):
-    writer.write(UP, (layer,), values[layer])
   with pytest.raises(ValueError, match='not written whole'):
-    writer.finish()
+    with arrays.Writer(tmp_path / 'params', {UP: SPECS[UP]}) as writer:
+      for layer in (0, 2):
+        writer.write(UP, (layer,), values[layer])
   reader = arrays.Reader(tmp_path / 'params')
   np.testing.assert_array_equal(reader.read(UP, (2,)), values[2])
   with pytest.raises(UserError, match=f'{UP}.*damaged'):  # and no zeros

@@ -121,16 +121,14 @@ def assert_sentence(status: int, stderr: str, words: list[str]) -> None:
 
 
 MIX = 'upcycle', '--from=x', '--from=z', '--method=btx', '--output=y'
-MISUSED = {
-  'no subcommand': ([], ['upcycle', 'inspect', '--help']),
-  'unknown subcommand': (['upcylce'], ['upcylce', 'upcycle']),
-  'no method': (['upcycle', '--method=bam'], ['--method', 'bam_kv_experts']),
-  'a key by its flag': ([*MIX, '--experts=1'], ['--experts=1', "--from=['x', 'z']"]),
-  'no checkpoint': ([*MIX, '--noise=0'], ['x holds no checkpoint']),
-}
 
 
-@pytest.mark.parametrize('arguments, words', MISUSED.values(), ids=MISUSED)
+@pytest.mark.parametrize('arguments, words', [
+  ([], ['upcycle', 'inspect', '--help']), (['upcylce'], ['upcylce', 'upcycle']),
+  (['upcycle', '--method=bam'], ['--method', 'bam_kv_experts']),
+  ([*MIX, '--experts=1'], ['--experts=1', "--from=['x', 'z']"]),
+  ([*MIX, '--noise=0'], ['x holds no checkpoint']),
+])  # fmt: skip
 def test_misuse_is_answered_in_a_sentence(server, arguments, words):
   done = server.run('convert', *arguments)
   assert_sentence(done.status, done.stderr, words)

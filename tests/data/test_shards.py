@@ -133,14 +133,14 @@ def shard(manifest):
 
 
 @pytest.mark.parametrize(
-  'change, sentence',
+  'change',
   [
-    (lambda m: m.pop('format'), 'is not the manifest'),
-    (lambda m: m['tokenizer'].update(vocab_size='270'), 'is damaged'),
-    (lambda m: shard(m).pop('tokens'), 'is damaged'),
+    lambda m: m.pop('format'),
+    lambda m: m['tokenizer'].update(vocab_size='270'),
+    lambda m: shard(m).pop('tokens'),
   ],
 )
-def test_damaged_manifest(copy, change, sentence):
+def test_damaged_manifest(copy, change):
   edit_manifest(copy, change)
-  with pytest.raises(UserError, match=f'manifest.json {sentence}'):
+  with pytest.raises(UserError, match='manifest.json is damaged'):
     open_dataset(copy)

@@ -1,6 +1,6 @@
 """`bam_jax.main`, writing down what it trains on: FILE, then the flags of main.
 
-A line of FILE for every batch that a step took: the rows of this process.
+A line of FILE for every batch that a step took: the tokens of this process.
 """
 
 import json
@@ -9,16 +9,24 @@ import sys
 from bam_jax import cli, main
 from bam_jax.data import mixture
 
-model_inputs = mixture.model_inputs
+iterate = mixture.iterate
 
 
-def recorded(batch: mixture.Batch) -> mixture.Batch:
-  with open(FILE, 'a') as file:
-    file.write(json.dumps([batch['tokens'].tolist(), batch['domains'].tolist()]) + '\n')
-  return model_inputs(batch)
+class Recorded:
+  """An iterator over batches that writes each one down."""
+
+  def __init__(self, *arguments, **options):
+    self._batches = iterate(*arguments, **options)
+    self.get_state, self.set_state = self._batches.get_state, self._batches.set_state
+
+  def __next__(self) -> mixture.Batch:
+    batch = next(self._batches)
+    with open(FILE, 'a') as file:
+      file.write(json.dumps([batch['tokens'].tolist()]) + '\n')
+    return batch
 
 
 if __name__ == '__main__':
   FILE = sys.argv.pop(1)
-  mixture.model_inputs = recorded
+  mixture.iterate = Recorded
   cli.run(main.main)

@@ -15,7 +15,7 @@ import pytest
 from bam_jax import config
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
-from bam_jax.evaluate import bootstrap, comparison, corpus, session, windows
+from bam_jax.evaluate import comparison, corpus, session, windows
 from bam_jax.evaluate.scorer import Scorer
 from tests.evaluate.folders import LENGTH, write_checkpoint
 
@@ -41,10 +41,9 @@ def test_two_checkpoints_on_any_mesh(runs, dataset, server, tmp_path, command_do
   facts = json.loads(one.stdout)  # and nothing else is there
   assert facts['routing_page'] == f'{page}/routing.html' and Path(facts['routing_page']).is_file()
   flags += ['--mesh=data=2,fsdp=2,expert=2', '--batch_size=3']
-  eight = subprocess.run(
-    [sys.executable, '-m', 'bam_jax.evaluate', *flags], cwd=ROOT, capture_output=True,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '8'},
-  )  # fmt: skip
+  line = [sys.executable, '-m', 'bam_jax.evaluate', *flags]
+  devices = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '8'}
+  eight = subprocess.run(line, cwd=ROOT, capture_output=True, env=devices)
   assert eight.returncode == 0, eight.stderr
   again = json.loads(eight.stdout)
   assert again['mesh'] == {'data': 2, 'fsdp': 2, 'expert': 2, 'tensor': 1}
@@ -85,7 +84,7 @@ def test_every_number(runs, texts, command_doc):
   facts = ask(runs, runs, texts, stride=11, resamples=40, confidence=0.8, seed=3)
   assert json.loads(json.dumps(facts)) == facts
   words = set(re.findall(r'\w+', command_doc('evaluate')))
-  counts = {d.name: list(bootstrap.draws(len(d.byte_counts), 40, 3, d.name)) for d in texts}
+  counts = {d.name: comparison.resampled(np.eye(len(d.byte_counts)), 40, 3, d.name) for d in texts}
   sums = {run: {d.name: by_hand(runs[run], d, 11) for d in texts} for run in runs}
   nbytes = {d.name: d.byte_counts for d in texts}
 
@@ -130,24 +129,19 @@ def check(fact, value, drawn, certain):
     np.testing.assert_allclose([fact['low'], fact['high']], interval, rtol=1e-9, atol=1e-12)
 
 
-MISTAKES = {
-  'no checkpoint': ([], {}, '--checkpoint=DIR is required'),
-  'not a checkpoint': (['/nowhere'], {}, '/nowhere holds no checkpoint'),
-  'twice': (['{dense}', '{dense}/checkpoints/1'], {}, 'is given twice'),
-  'stride': (['{dense}'], dict(window=8, stride=9), '--stride=9 is above the window of 8 tokens'),
-  'too many devices': (['{dense}'], dict(mesh=config.Mesh(data=64)), 'make mesh smaller'),
-  'no router': (['{dense}'], dict(folder='.'), '--routing requires a checkpoint with routers'),
-  'a file': (['{bam}'], dict(folder=f'{__file__}/x'), 'cannot be written: Not a directory'),
-}
-
-
-@pytest.mark.parametrize('name', MISTAKES)
-def test_mistakes(runs, texts, name):
-  paths, options, sentence = MISTAKES[name]
-  folder = options.get('folder')
-  options = comparison.Options(**{k: v for k, v in options.items() if k != 'folder'})
+@pytest.mark.parametrize('paths, options, folder, sentence', [
+  ([], {}, None, '--checkpoint=DIR is required'),
+  (['/nowhere'], {}, None, '/nowhere holds no checkpoint'),
+  (['{dense}', '{dense}/checkpoints/1'], {}, None, 'is given twice'),
+  (['{dense}'], dict(window=8, stride=9), None, '--stride=9 is above the window of 8 tokens'),
+  (['{dense}'], dict(mesh=config.Mesh(data=64)), None, 'make mesh smaller'),
+  (['{dense}'], {}, '.', '--routing requires a checkpoint with routers'),
+  (['{bam}'], {}, f'{__file__}/x', 'cannot be written: Not a directory'),
+])  # fmt: skip
+def test_mistakes(runs, texts, paths, options, folder, sentence):
+  paths = [path.format(**runs) for path in paths]
   with pytest.raises(UserError, match=re.escape(sentence)):
-    session.run([path.format(**runs) for path in paths], texts, options, folder)
+    session.run(paths, texts, comparison.Options(**options), folder)
 
 
 def test_checkpoints_that_cannot_score(runs, models, start, dataset, texts, tmp_path):

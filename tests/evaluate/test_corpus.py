@@ -63,27 +63,21 @@ def test_options(files, dataset):
   assert all(len(d.byte_counts) == len(d.documents(dataset.tokenizer())) == 3 for d in prepared)
 
 
-MISTAKES = {
-  'nothing': ([], '--data=PREPARED_FOLDER or --data=DOMAIN=FILE is required'),
-  'no domain': (['{}/law.jsonl'], 'write --data=DOMAIN={}/law.jsonl'),
-  'no name': (['a/b={}/law.jsonl'], 'a domain name has'),
-  'not there': (['law={}/no.jsonl'], 'does not exist'),
-  'unknown file type': (['law={}/law.bin'], 'unknown file type'),
-  'twice': (['law={}/law.jsonl', 'law={}/code'], 'the domain law is given twice'),
-  'no document': (['law={}/empty.jsonl'], 'holds no document of the domain law'),
-  'damaged': (['law={}/bad.jsonl'], 'line 1 is not JSON'),
-  'no split': (['code={}/split'], "no file of split 'valid': set --split to one of test"),
-}
-
-
-@pytest.mark.parametrize('name', MISTAKES)
-def test_mistakes(files, dataset, name):
+@pytest.mark.parametrize('given, sentence', [
+  ([], '--data=PREPARED_FOLDER or --data=DOMAIN=FILE is required'),
+  (['{}/law.jsonl'], 'write --data=DOMAIN={}/law.jsonl'),
+  (['a/b={}/law.jsonl'], 'a domain name has'), (['law={}/no.jsonl'], 'does not exist'),
+  (['law={}/law.bin'], 'unknown file type'), (['law={}/bad.jsonl'], 'line 1 is not JSON'),
+  (['law={}/law.jsonl', 'law={}/code'], 'the domain law is given twice'),
+  (['law={}/empty.jsonl'], 'holds no document of the domain law'),
+  (['code={}/split'], "no file of split 'valid': set --split to one of test"),
+])  # fmt: skip
+def test_mistakes(files, dataset, given, sentence):
   (files / 'empty.jsonl').write_text('{"text": ""}\n', encoding='utf-8')
   (files / 'bad.jsonl').write_text('{"text": "\n', encoding='utf-8')
   (files / 'law.bin').write_bytes(b'x')
   (files / 'split').mkdir()
   (files / 'split/test.txt').write_text('x', encoding='utf-8')
-  given, sentence = MISTAKES[name]
   with pytest.raises(UserError) as caught:
     corpus.read([item.format(files) for item in given], 'valid', 'text', None)
   assert sentence.format(files) in str(caught.value)

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from rich import progress
 
 from bam_jax.evaluate import comparison, corpus, page, routing, windows
 from bam_jax.evaluate.scorer import Routed, Scorer
@@ -53,7 +54,7 @@ def shown(saved, tmp_path_factory):
   paths = [saved(name) for name in ('dense', 'btx', 'bam_kv_experts')]
   entries = comparison.enter(paths, domains, options)
   for entry in entries:
-    comparison.score(entry, domains, options, routers=True)
+    comparison.score(entry, domains, options, True, progress.Progress(disable=True))
   facts = {'domains': ['law', 'code'], 'rows': comparison.compare(entries, domains, options)}
   return page.write(folder, facts, entries, domains), facts, nasty
 

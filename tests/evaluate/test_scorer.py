@@ -20,7 +20,7 @@ from tests.model import oracle
 MESHES = {'data': (8, 1, 1, 1), 'all': (2, 2, 2, 1), 'fsdp': (1, 4, 1, 1), 'tensor': (1, 1, 2, 4)}
 FAST = 'untied', 'bam_kv_experts'  # all parts of the model
 OTHERS = 'dense', 'btx', 'bam_shared_kv', 'routed_attention'
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('tensor', 'fsdp')]
+slow = lambda names: [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def of_oracle(model, params, tokens):
@@ -30,15 +30,12 @@ def of_oracle(model, params, tokens):
   logits, routes = oracle.forward(
     double, model, read, np.ones_like(read), np.arange(read.shape[1])[None]
   )
-  logits = logits[0]
-  target = np.asarray(tokens[1:], int)
+  logits, target = logits[0], np.asarray(tokens[1:], int)
   picked = logits[np.arange(len(target)), target]
   return picked - oracle.logsumexp(logits), logits.argmax(-1) == target, routes
 
 
-@pytest.mark.parametrize(
-  'name', [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
-)
+@pytest.mark.parametrize('name', [*FAST, *slow(OTHERS)])
 def test_windows_are_scored_as_the_oracle_has_them(name, models, saved, start, pieces):
   model, scorer = models[name], Scorer(saved(name))
   some = pieces[:4]
@@ -83,7 +80,7 @@ def alone(saved, pieces):
   return make
 
 
-@pytest.mark.parametrize('shape', ['data', 'all', *SLOW])
+@pytest.mark.parametrize('shape', ['data', 'all', *slow(['tensor', 'fsdp'])])
 def test_no_mesh_and_no_batch_changes_a_bit(saved, pieces, alone, shape):
   mesh = config.Mesh(*MESHES[shape])
   want = alone('bam_kv_experts')

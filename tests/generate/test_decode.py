@@ -1,6 +1,5 @@
 """Reading with a cache is the uncached forward pass, for every variant, on every mesh."""
 
-import dataclasses
 import functools
 
 import jax
@@ -40,11 +39,7 @@ def uncached(named, start, rows):
 
   @functools.cache
   def run(name: str) -> np.ndarray:
-    model = named(name)
-    if model.ffn_experts:  # generation drops no token
-      dropless = dataclasses.replace(model.ffn_experts, capacity_factor=0.0)
-      model = dataclasses.replace(model, ffn_experts=dropless)
-    network = transformer.Network(model, config.Compute())
+    network = transformer.Network(named(name).dropless(), config.Compute())
     slots = np.arange(LENGTH)
     segments = (slots >= FIRST[:, None]).astype(np.int32)
     positions = np.maximum(slots - FIRST[:, None], 0).astype(np.int32)
@@ -114,10 +109,6 @@ def test_account_counts_the_arrays(model, shape):
     arrays = jax.tree.leaves(decoder.empty_cache(batch, slots))
     counted = arithmetic.cache_bytes(model, dtype)
     assert sum(x.nbytes for x in arrays) == batch * slots * counted
-    abstract = jax.tree.leaves(decoder.abstract_cache(batch, slots))
-    assert [(x.shape, x.dtype, x.sharding) for x in abstract] == [
-      (x.shape, x.dtype, x.sharding) for x in arrays
-    ] or decoder.layout.mesh is None
 
 
 def bytes_by_device(arrays) -> list[int]:
@@ -155,12 +146,10 @@ def test_parameters_are_placed_in_their_precisions(named, start):
     assert part.dtype == jnp.float32
 
 
-@pytest.mark.parametrize(
-  'shape, key', [((1, 1, 8, 1), 'blocks/attention/key'), ((1, 1, 1, 3), 'blocks/attention/key')]
-)
-def test_a_mesh_that_does_not_divide_the_model(named, shape, key):
+@pytest.mark.parametrize('shape', [(1, 1, 8, 1), (1, 1, 1, 3)])
+def test_a_mesh_that_does_not_divide_the_model(named, shape):
   mesh = sharding.make_mesh(config.Mesh(*shape))
-  with pytest.raises(UserError, match=f'--mesh splits {key}'):
+  with pytest.raises(UserError, match='--mesh splits blocks/attention/key'):
     decode.Decoder(named('bam_kv_experts'), 'float32', mesh).check('--mesh')
 
 
@@ -171,7 +160,9 @@ def test_a_device_has_its_hidden_columns_of_every_expert(models, platform):
   tree = transformer.Network(models['btx'], config.Compute()).abstract()
   params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), tree)
   mesh = sharding.make_mesh(config.Mesh(1, 1, 2, 2))
-  placed = decode.Decoder(models['btx'], 'float32', mesh, platform).place(reader(params))
+  decoder = decode.Decoder(models['btx'], 'float32', mesh)
+  decoder.layout.platform = platform
+  placed = decoder.place(reader(params))
   for layer in range(2):
     for name in ('gate', 'up', 'down'):
       whole = params['blocks']['ffn'][name][layer]  # EDF, or EFD

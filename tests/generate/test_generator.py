@@ -190,8 +190,7 @@ def test_buckets_are_few_and_near():
     assert length >= longest and length % piece == 0 and slots >= length + 20
 
 
-def written(model: Generator, batch: int, slots: int):
-  """The compiled program that writes."""
+def written(model: Generator, batch: int, slots: int) -> jax.stages.Compiled:
   arguments = generator_lib.abstract_arguments(model.decoder, batch, slots)
   return generator_lib.decode.lower(model._program, *arguments).compile()
 

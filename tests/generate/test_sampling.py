@@ -25,9 +25,13 @@ def expected(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
   weights = np.where(kept, np.exp(scaled - scaled.max()), 0)
   weights /= weights.sum()
   if params.top_p < 1:
-    before = np.array([weights[weights > w].sum() for w in weights])
-    weights = np.where(before < params.top_p, weights, 0)
+    weights = np.where(before(weights) < params.top_p, weights, 0)
   return weights / weights.sum()
+
+
+def before(weights: np.ndarray) -> np.ndarray:
+  """The mass of what is more probable than each word."""
+  return np.array([weights[weights > w].sum() for w in weights])
 
 
 def drawn(logits: np.ndarray, params: SamplingParams, draws: int = DRAWS) -> np.ndarray:
@@ -40,17 +44,11 @@ def drawn(logits: np.ndarray, params: SamplingParams, draws: int = DRAWS) -> np.
   return np.bincount(np.asarray(words), minlength=len(logits)) / draws
 
 
-@pytest.mark.parametrize(
-  'params, block',
-  [
-    (SamplingParams(1.0, top_k=5), 512),
-    (SamplingParams(1.0, top_k=100), 512),  # more than there are words
-    (SamplingParams(1.0, top_p=0.7), 512),
-    (SamplingParams(1.3, top_k=20, top_p=0.6), 512),
-    (SamplingParams(1.0), 8),  # several blocks, the last of them not full, one all masked
-  ],
-  ids=str,
-)
+@pytest.mark.parametrize('params, block', [
+  (SamplingParams(1.0, top_k=5), 512), (SamplingParams(1.0, top_k=100), 512),  # of 70 words
+  (SamplingParams(1.0, top_p=0.7), 512), (SamplingParams(1.3, top_k=20, top_p=0.6), 512),
+  (SamplingParams(1.0), 8),  # several blocks, the last of them not full, one all masked
+], ids=str)  # fmt: skip
 def test_draws_have_their_probabilities(params, block, monkeypatch):
   monkeypatch.setattr(sampling, 'BLOCK', block)
   logits = scores(70)
@@ -70,21 +68,16 @@ def test_the_words_that_top_p_keeps(top_p):
   for row, mask in zip(rows, kept):
     weights = np.exp(row.astype(np.float64) - row.max())
     weights /= weights.sum()
-    before = np.array([weights[weights > w].sum() for w in weights])
-    sure = np.abs(before - top_p) > 1e-6  # float32 sums
-    np.testing.assert_array_equal(mask[sure], (before < top_p)[sure])
+    mass = before(weights)
+    sure = np.abs(mass - top_p) > 1e-6  # float32 sums
+    np.testing.assert_array_equal(mask[sure], (mass < top_p)[sure])
     assert mask[row.argmax()]
 
 
-@pytest.mark.parametrize(
-  'params, flag',
-  [
-    (dict(temperature=-1), '--temperature=-1'),
-    (dict(temperature=1, top_k=-2), '--top_k=-2'),
-    (dict(temperature=1, top_p=0), '--top_p=0'),
-    (dict(top_k=5), '--temperature=1'),
-  ],
-)
+@pytest.mark.parametrize('params, flag', [
+  (dict(temperature=-1), '--temperature=-1'), (dict(temperature=1, top_k=-2), '--top_k=-2'),
+  (dict(temperature=1, top_p=0), '--top_p=0'), (dict(top_k=5), '--temperature=1'),
+])  # fmt: skip
 def test_what_makes_no_sense(params, flag):
   with pytest.raises(UserError, match=flag):
     SamplingParams(**params)

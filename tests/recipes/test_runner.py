@@ -9,7 +9,6 @@ import pytest
 
 from bam_jax import checkpoint, config
 from bam_jax.data import mixture
-from bam_jax.errors import UserError
 from bam_jax.recipes import datasets, runner
 from bam_jax.reports import report
 from bam_jax.train import stop
@@ -19,8 +18,8 @@ from bam_jax.upcycle import rules
 def test_checkpoints_say_what_they_were_made_from(tmp_path, dataset, recipe_dict, capsys):
   runs = recipe_dict['runs']
   recipe_dict['runs'] = {name: runs[name] for name in ('seed', 'code', 'btx')}
-  runs['btx']['init']['upcycle'] |= {'from': ['seed', 'code'], 'num_experts': 3, 'noise': 0.1}
-  runs['btx']['init']['upcycle'] |= {'renormalize': True}
+  changes = {'from': ['seed', 'code'], 'num_experts': 3, 'noise': 0.1, 'renormalize': True}
+  runs['btx']['init']['upcycle'] |= changes
   for run in runs.values():
     run |= {'tokens': 0, 'schedule': run['schedule'] | {'warmup_steps': 0}}
   runs['code']['tokens'] = 8 * 16  # one step: equal sources are refused
@@ -47,7 +46,6 @@ def test_checkpoints_say_what_they_were_made_from(tmp_path, dataset, recipe_dict
   facts = report.write(tmp_path, [*recipe_dict['runs']])
   assert [row['run'] for row in facts['rows']] == ['seed', 'code', 'btx']
   assert all(row['perplexity']['law'] > 1 for row in facts['rows'])
-  assert 'seed' in report.markdown(facts)
   runner.execute(parsed, tmp_path, dataset)
   assert capsys.readouterr().err.count('already finished') == 3
 
@@ -86,18 +84,20 @@ def test_the_last_evaluation_may_be_stopped(tmp_path, execute, monkeypatch):
   assert domains('stopped') == domains('undisturbed')
 
 
-def test_a_dataset_of_other_text_is_not_taken_for_the_recipes(tmp_path, text):
-  """The names and sizes of the files, and the tokenizer, are those that it was prepared from."""
+def test_a_dataset_of_other_text_is_said_to_be(tmp_path, text, capsys):
   mine, path = tmp_path / 'mine', str(tmp_path / 'data')
   shutil.copytree(text, mine)
-  data = lambda **how: config.Data(path, 16, config.Prepare(**{'input': str(mine), **how}))
-  first = datasets.open_dataset(data(train_tokenizer=300))
-  assert datasets.open_dataset(data(train_tokenizer=300)).manifest == first.manifest
-  with pytest.raises(UserError, match='its tokenizer differs.*another data.path'):
-    datasets.open_dataset(data(train_tokenizer=310))
+
+  def said(**how) -> str:
+    data = config.Data(path, 16, config.Prepare(**{'input': str(mine), **how}))
+    capsys.readouterr()
+    assert datasets.open_dataset(data).manifest['tokenizer_from']['vocab_size'] == 300
+    return capsys.readouterr().err
+
+  assert 'WARNING' not in said(train_tokenizer=300) + said(train_tokenizer=300)
+  assert '(the tokenizer differs); it is used as it is' in said(train_tokenizer=310)
   with open(mine / 'code' / 'train.jsonl', 'a') as file:
     file.write('{"text": "more"}\n')
-  with pytest.raises(UserError, match='its file code/train.jsonl differs'):
-    datasets.open_dataset(data(train_tokenizer=300))
+  assert '(the file code/train.jsonl differs)' in said(train_tokenizer=300)
   shutil.rmtree(mine)  # the dataset alone is enough
-  assert datasets.open_dataset(data(train_tokenizer=300)).manifest == first.manifest
+  assert said(train_tokenizer=300) == ''

@@ -101,22 +101,17 @@ DOC = {
 MBPP = {'test_setup_code': 'z = 1', 'test_list': ['assert f(z) == 2', 'assert f(2) == 3']}
 
 
-@pytest.mark.parametrize('text, passed', [
-  ('  return a + b', 1.0), ('  return a - b', 0.0), ('', 0.0), ('  raise SystemExit(0)', 0.0),
+@pytest.mark.parametrize('score, doc, text, passed', [
+  (scoring.human_eval, DOC, '  return a + b', 1.0), (scoring.human_eval, DOC, '', 0.0),
+  (scoring.human_eval, DOC, '  return a - b', 0.0),
+  (scoring.human_eval, DOC, '  raise SystemExit(0)', 0.0),
+  (scoring.mbpp, MBPP, 'def f(x):\r\n  return x + 1', 1.0),
+  (scoring.mbpp, MBPP, 'def f(x): return 2', 0.0),
+  (scoring.mbpp, MBPP, 'import os\nf = os._exit', 0.0),
+  (scoring.mbpp, {'test_setup_code': None, 'test_list': []}, 'import os', 1.0),
 ])  # fmt: skip
-def test_human_eval(text, passed):
-  assert scoring.human_eval(DOC, [text]) == {'pass_at_1': passed}
-
-
-@pytest.mark.parametrize('text, passed', [
-  ('def f(x):\r\n  return x + 1', 1.0),
-  ('def f(x): return 2', 0.0),
-  ('import os\nf = os._exit', 0.0),
-])  # fmt: skip
-def test_mbpp(text, passed):
-  assert scoring.mbpp(MBPP, [text]) == {'pass_at_1': passed}
-  empty = {'test_setup_code': None, 'test_list': []}
-  assert scoring.mbpp(empty, [text])['pass_at_1'] == 1.0
+def test_pass_at_1(score, doc, text, passed):
+  assert score(doc, [text]) == {'pass_at_1': passed}
 
 
 @pytest.mark.parametrize('answer, references, value', [

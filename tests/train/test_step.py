@@ -150,14 +150,13 @@ def test_micro_batches_are_the_batch(run, make_batch, variant, shape, grad_accum
 
 def test_every_micro_batch_has_all_domains_and_the_same_rows_on_a_mesh():
   """Domains take turns from row to row; a fourth of the batch must not be one of them."""
-  rows = np.arange(64, dtype=np.int32)
-  split = functools.partial(step.micro_batches, count=4)
+  rows, split = np.arange(64, dtype=np.int32), functools.partial(step.micro_batches, count=4)
   one = np.asarray(split(Layout(None), {'tokens': rows})['tokens'])
   assert sorted(one.ravel()) == rows.tolist()
   assert all(set(part % 4) == {0, 1, 2, 3} for part in one)
   layout = Layout(sharding.make_mesh(config.Mesh(1, 2, 2, 2)))
-  local = lambda rows: split(layout, {'tokens': rows})['tokens']
-  spread = layout.spread(local, (sharding.BATCH,), P(None, *sharding.BATCH))
+  local, specs = lambda rows: split(layout, {'tokens': rows})['tokens'], (sharding.BATCH,)
+  spread = layout.spread(local, specs, P(None, *sharding.BATCH))
   np.testing.assert_array_equal(np.sort(jax.jit(spread)(rows)), np.sort(one))
 
 

@@ -100,7 +100,7 @@ def test_only_what_is_needed_is_read_and_made(models):
   )
   up = [(source, x.shape) for source, path, _, x in read if path == 'blocks/ffn/up']
   assert up == [(0, (8, 48)), (2, (8, 48))] * 2
-  assert {r.index for r in made if r.path == 'blocks/ffn/up'} == {
+  assert {index for path, index, _ in made if path == 'blocks/ffn/up'} == {
     (layer, expert, slice(8, 16), slice(0, 48)) for layer in range(2) for expert in (2, 3)
   }
   assert {x.shape for _, path, _, x in read if path == 'embed/table'} == {(160, 16)}

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bam_jax.recipes.paper import DOMAINS
 from tools.reproduction.facts import Run
+from tools.reproduction.recipe import paper as recipes
 
 AVERAGE = 'average'
-COLUMNS = (*DOMAINS, AVERAGE)
+COLUMNS = (*recipes.DOMAINS, AVERAGE)
 
 Seeds = Sequence[Mapping[str, Any]]  # facts of each seed
 Printed = Mapping[str, Mapping[str, float]]  # perplexities of the paper, by run and domain
@@ -48,7 +48,7 @@ def perplexity(run: Run | None, column: str) -> float | None:
   if run is None:
     return None
   if column == AVERAGE:
-    return _average(perplexity(run, domain) for domain in DOMAINS)
+    return _average(perplexity(run, domain) for domain in recipes.DOMAINS)
   score = run['domains'].get(column)
   return math.exp(score['nll'] / score['tokens']) if score and score['tokens'] else None
 
@@ -73,7 +73,7 @@ def printed_change(table: Printed, name: str, base: str, column: str) -> float |
   def value(run: str) -> float | None:
     domains = table.get(run, {})
     return (
-      _average(domains.get(domain) for domain in DOMAINS)
+      _average(domains.get(domain) for domain in recipes.DOMAINS)
       if column == AVERAGE
       else domains.get(column)
     )

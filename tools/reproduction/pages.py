@@ -6,13 +6,13 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bam_jax.errors import UserError
-from bam_jax.recipes import paper as recipes
 from bam_jax.reports import scores
 from bam_jax.train.log import duration
-from configs import reproduction
 from tools.reproduction import compare, paper
 from tools.reproduction.compare import AVERAGE, COLUMNS, Printed, Seeds, Spread, spread
 from tools.reproduction.facts import Run
+from tools.reproduction.recipe import paper as recipes
+from tools.reproduction.recipe import reproduction
 
 MISSING = 'missing'  # a run that no seed has finished
 ABSENT = '–'  # what the paper did not print

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bam_jax.reports import figures
-from configs import reproduction
 from tools.reproduction import compare, pages, paper
 from tools.reproduction.compare import COLUMNS, Seeds
+from tools.reproduction.recipe import reproduction
 
 CURVES = ('seed', 'code', 'law', 'math', 'btx', 'btx_6_top3', *pages.BAMS, 'dense')
 SAME_BATCHES = ('bam_kv', 'bam_shared_kv', 'btx_6_top3', 'average', 'sparse', 'dense')  # as BTX

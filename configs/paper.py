@@ -1,4 +1,4 @@
-"""The paper's graph of runs as a function of scale, shared by the recipes of the paper.
+"""The paper's graph of runs as a function of scale, shared by the recipes beside this file.
 
 All functions return the plain dictionaries that `config.complete` reads, which recipes may change.
 """

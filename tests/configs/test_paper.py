@@ -14,6 +14,7 @@ import pytest
 
 from bam_jax import config
 from bam_jax.account import accounting
+from bam_jax.cli import recipe_file
 from bam_jax.recipes import graph
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,9 @@ ALL_DOMAINS = dict.fromkeys(('general', 'code', 'law', 'math'), 0.25)
 
 @functools.cache
 def get_config(file: str):
-  return runpy.run_path(str(ROOT / 'configs' / f'{file}.py'))['get_config']
+  path = str(ROOT / 'configs' / f'{file}.py')
+  with recipe_file.importable([f'--config={path}']):
+    return runpy.run_path(path)['get_config']
 
 
 @functools.cache

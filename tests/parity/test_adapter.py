@@ -1,0 +1,81 @@
+"""What lm-eval asks of an adapter: texts whose tokens join, texts of nothing, and examples."""
+
+import json
+
+import pytest
+
+from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.errors import UserError
+from tests.evaluate.folders import write_checkpoint
+from tests.hf.folders import make_model
+from tests.upcycle import memory
+
+pytest.importorskip('lm_eval', reason='lm-eval is an extra: make test-parity installs it')
+
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from bam_jax.tasks import adapter, questions, session  # noqa: E402
+
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory) -> str:
+  """A model whose tokenizer has whole words, so that half a word and its rest are other tokens."""
+  tokenizer = Tokenizer.train(['the answer hello world until whale captain'] * 50, 400)
+  model = make_model(vocab_size=400)
+  folder = tmp_path_factory.mktemp('runs') / 'run'
+  return str(write_checkpoint(folder, model, memory.draw(model, 0), tokenizer))
+
+
+def scores(model: adapter.Model, *pairs: tuple[str, str]) -> list[tuple[float, bool]]:
+  requests = [Instance('loglikelihood', {}, pair, n) for n, pair in enumerate(pairs)]
+  return model.loglikelihood(requests, disable_tqdm=True)
+
+
+@pytest.mark.parametrize('context, continuation', [
+  ('the ans', 'wer'), ('hello wor', 'ld'), ('until wha', 'le captain'),
+])  # fmt: skip
+def test_a_token_that_spans_the_join_loses_nothing_of_the_continuation(path, context, continuation):
+  model = adapter.Model(path)
+  whole, alone = model.tok_encode(context + continuation), model.tok_encode(continuation, False)
+  before, tokens = model._encode_pair(context, continuation)
+  assert whole[: len(before)] != before == model.tok_encode(context) and tokens == alone
+  (joined,), (of_tokens,) = (
+    scores(model, (context, continuation)),
+    model._loglikelihood_tokens([(None, before, alone)]),
+  )
+  assert joined == of_tokens and joined[0] < 0
+
+
+def test_other_pairs_are_cut_as_lm_eval_cuts_them(path):
+  model = adapter.Model(path)
+  for pair in (('the answer', ' world'), ('the  ', 'world'), (' ', 'world'), ('the ', '')):
+    assert model._encode_pair(*pair) == super(adapter.Model, model)._encode_pair(*pair)
+  (alone, after_nothing, nothing, empty) = scores(
+    model, ('', 'world'), (' ', 'world'), ('', ''), ('the', '')
+  )
+  assert alone[0] < 0 and after_nothing[0] < 0 and alone != after_nothing
+  assert nothing == empty == (0.0, True)
+
+
+def test_a_text_without_a_token_is_refused(path, monkeypatch):
+  model = adapter.Model(path)
+  monkeypatch.setattr(model._tokenizer, 'encode', lambda text: [5] if 'the' in text else [])
+  with pytest.raises(UserError, match="has no token for '🙂', which cannot be scored"):
+    scores(model, ('the', '🙂'))
+
+
+@pytest.mark.parametrize('copies, most', [(1, 3), (2, 2)])
+def test_more_examples_than_a_task_has(path, tmp_path, copies, most):
+  names = ['world', 'whale', 'captain', *['answer'] * copies][-4:]
+  rows = [{'context': f'{name}, the', 'choices': ['a', 'b'], 'answer': 0} for name in names]
+  file = tmp_path / 'mine.jsonl'
+  file.write_text('\n'.join(map(json.dumps, rows)))
+  options = session.Options('float32')
+  with pytest.raises(UserError, match=f'mine has at most {most} .* {most + 1} are asked for'):
+    session.run([path], [str(file)], options._replace(few_shot=most + 1))
+  facts = session.run([path], [str(file)], options._replace(few_shot=most))
+  assert facts['rows'][0]['tasks']['mine']['few_shot'] == most
+  # A task that says 0 has none, whatever is asked for.
+  none = questions.lm_eval_task(questions.read(str(file))) | {'num_fewshot': 0}
+  session.check_examples(TaskManager(include_defaults=False).load([none])['tasks'], 99)
