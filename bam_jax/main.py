@@ -30,7 +30,8 @@ from bam_jax import cli
 from bam_jax.errors import UserError
 from bam_jax.files import folders
 from bam_jax.parallel import distributed, processes
-from bam_jax.recipes import datasets, graph, runner
+from bam_jax.prepare import recipe_data
+from bam_jax.recipes import graph, runner
 from bam_jax.reports import report
 from bam_jax.train import stop
 
@@ -56,7 +57,7 @@ def main() -> dict[str, Any] | None:
   data_path = recipe.data.path.replace('{workdir}', str(workdir))
   recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=data_path))
   nodes = graph.resolve(recipe)
-  dataset = datasets.open_dataset(recipe.data)
+  dataset = recipe_data.open_dataset(recipe.data)
   try:
     runner.execute(recipe, workdir, dataset, _RUNS.value)
   except stop.Stopped as stopped:

@@ -21,8 +21,9 @@ from etils import epath
 
 import bam_jax
 from bam_jax import config
-from bam_jax.data import prepare, shards
+from bam_jax.data import shards
 from bam_jax.files import folders
+from bam_jax.prepare import dataset as prepare_lib
 from tests.commands import Server
 from tests.gcs.service import serve
 
@@ -207,7 +208,7 @@ def dataset(tmp_path_factory) -> shards.Dataset:
       path = folder / 'text' / domain / f'{split}.jsonl'
       path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
   inputs = {domain: folder / 'text' / domain for domain in WORDS}
-  prepare.prepare(inputs, folder / 'tokens', train_tokenizer=SIZES['vocab_size'])
+  prepare_lib.prepare(inputs, folder / 'tokens', train_tokenizer=SIZES['vocab_size'])
   return shards.open_dataset(folder / 'tokens')
 
 

@@ -1,6 +1,6 @@
-"""Builds the sample text of the quick start, `bam_jax/data/sample`, from a larger corpus.
+"""Builds the sample text of the quick start, `bam_jax/prepare/sample`, from a larger corpus.
 
-    python tools/build_sample.py --corpus=DIR --output=bam_jax/data/sample
+    python tools/build_sample.py --corpus=DIR --output=bam_jax/prepare/sample
 
 The corpus holds `<domain>/{train,valid}.jsonl.gz`, each line `{"id", "source", "text"}`, the ids of
 the pieces of one work being `name#0`, `name#1` and so on, the lines in a fixed random order. The

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from bam_jax.config.strict import require
-from bam_jax.data import documents as documents_lib
-from bam_jax.data import shards, sources
+from bam_jax.data import shards
 from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.prepare import documents as documents_lib
+from bam_jax.prepare import sources
 
 ENCODED_AT_ONCE = 1000  # texts
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bam_jax.config.strict import require
-from bam_jax.data import documents
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
+from bam_jax.prepare import documents
 
 CONTEXT = 8  # tokens before new ones that decide how they are spelled: whether a space comes first
 REPLACEMENT = '\ufffd'  # what a tokenizer makes of bytes that are not a character, or half of one

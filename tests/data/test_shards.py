@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from bam_jax.data import shards
-from bam_jax.data.prepare import prepare
 from bam_jax.data.shards import open_dataset
 from bam_jax.errors import UserError
+from bam_jax.prepare.dataset import prepare
 
 TEXTS = [f'Document {i} of the law: {"word " * (i % 7)}é' for i in range(60)]
 

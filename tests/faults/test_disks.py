@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from bam_jax.data import prepare, shards
+from bam_jax.data import shards
 from bam_jax.errors import UserError
+from bam_jax.prepare import dataset as prepare
 from bam_jax.reports import report
 from tests.faults.conftest import SEED, assert_sentence, remount
 from tests.test_main import assert_same_end, run, start, wait_for_step

@@ -7,7 +7,7 @@ from bam_jax import config
 from bam_jax.data import remote, shards
 from bam_jax.errors import UserError
 from bam_jax.files import buckets
-from bam_jax.recipes import datasets
+from bam_jax.prepare import recipe_data
 from tests.gcs.conftest import files
 
 pytestmark = pytest.mark.slow
@@ -58,7 +58,7 @@ def test_what_cannot_be_copied_is_one_sentence(cache, published, what):
 def test_a_recipe_prepares_into_a_bucket_the_same_bytes(cache, folder, text, tmp_path):
   def opened(path):
     how = config.Prepare(input=str(text), train_tokenizer=300)
-    return datasets.open_dataset(config.Data(path=str(path), sequence_length=16, prepare=how))
+    return recipe_data.open_dataset(config.Data(path=str(path), sequence_length=16, prepare=how))
 
   local, mine = opened(tmp_path / 'data'), opened(folder / 'data')
   assert mine.manifest == local.manifest and mine.path.is_relative_to(cache)

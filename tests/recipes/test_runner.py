@@ -9,7 +9,8 @@ import pytest
 
 from bam_jax import checkpoint, config
 from bam_jax.data import mixture
-from bam_jax.recipes import datasets, runner
+from bam_jax.prepare import recipe_data
+from bam_jax.recipes import runner
 from bam_jax.reports import report
 from bam_jax.train import stop
 from bam_jax.upcycle import rules
@@ -91,7 +92,7 @@ def test_a_dataset_of_other_text_is_said_to_be(tmp_path, text, capsys):
   def said(**how) -> str:
     data = config.Data(path, 16, config.Prepare(**{'input': str(mine), **how}))
     capsys.readouterr()
-    assert datasets.open_dataset(data).manifest['tokenizer_from']['vocab_size'] == 300
+    assert recipe_data.open_dataset(data).manifest['tokenizer_from']['vocab_size'] == 300
     return capsys.readouterr().err
 
   assert 'WARNING' not in said(train_tokenizer=300) + said(train_tokenizer=300)

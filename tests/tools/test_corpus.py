@@ -11,8 +11,8 @@ import zipfile
 
 import pytest
 
-from bam_jax.data import sources as data_sources
 from bam_jax.errors import UserError
+from bam_jax.prepare import sources as data_sources
 from tools.corpus import archives, build, splits
 from tools.corpus.sources import SOURCES
 

@@ -1,0 +1,88 @@
+"""Turns text into token shards: JSON lines, Parquet or plain text in, a prepared dataset out.
+
+    python -m bam_jax.prepare --input=my_text/ --output=data/mine --train_tokenizer=8192
+    python -m bam_jax.prepare --input=law=acts/ --input=code=py.parquet --output=data/mine \\
+      --tokenizer=tokenizer.json
+
+An interrupted run resumes; a finished dataset is left unchanged. "decoded" is the share of a
+sample's characters that survive encoding and decoding. `--json` writes the manifest:
+`domains.<domain>.<split>.{documents, tokens, bytes, skipped, shards}`, `decoded.<domain>`,
+`tokenizer`, `sources`, `left_out`, the options, and `output`, `seconds` and `already_prepared`.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from bam_jax import cli
+from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.errors import UserError
+from bam_jax.prepare import dataset
+from bam_jax.prepare.sources import find_domains
+
+OPTIONS = (
+  'train_tokenizer', 'tokenizer_bytes', 'valid_fraction', 'text_field', 'skip_unknown',
+  'shard_tokens', 'min_decoded', 'workers',
+)  # fmt: skip
+
+_INPUT = flags.DEFINE_multi_string(
+  'input', [], 'DOMAIN=PATH, once for each domain, or one FOLDER with an entry for each domain.'
+)
+_OUTPUT = flags.DEFINE_string('output', None, 'Folder to create; until complete, OUTPUT.partial.')
+_TOKENIZER = flags.DEFINE_string(
+  'tokenizer', None, 'A tokenizer.json, a SentencePiece .model, or a folder that holds one.'
+)
+_BOS = flags.DEFINE_string('bos_token', None, 'Begins documents; default: a well-known token.')
+_EOS = flags.DEFINE_string('eos_token', None, 'Ends documents; default: a well-known token.')
+flags.DEFINE_integer('train_tokenizer', None, 'Train byte-level BPE with this vocabulary size.')
+flags.DEFINE_integer('tokenizer_bytes', dataset.TOKENIZER_BYTES, 'Bytes a domain to train it on.')
+flags.DEFINE_float('valid_fraction', dataset.VALID_FRACTION, 'Held out if no file is named valid*.')
+flags.DEFINE_string('text_field', 'text', 'JSON field or Parquet column of the text.')
+flags.DEFINE_bool('skip_unknown', False, 'Leave out files of a kind that cannot be read.')
+flags.DEFINE_integer('shard_tokens', dataset.SHARD_TOKENS, 'Maximum tokens of a shard.')
+flags.DEFINE_float('min_decoded', dataset.MIN_DECODED, 'Minimum share of characters that survive.')
+flags.DEFINE_integer('workers', 1, 'Worker processes; 1 uses threads of this process.')
+
+
+def main() -> dict[str, Any]:
+  """Prepares the dataset that the flags describe, and prints its contents."""
+  if not _OUTPUT.value:
+    raise UserError('--output is required: give --output=FOLDER.')
+  start, domains, tokenizer = time.monotonic(), find_domains(_INPUT.value), None
+  if _TOKENIZER.value:
+    tokenizer = Tokenizer.load(_TOKENIZER.value, _BOS.value, _EOS.value)
+  elif _BOS.value or _EOS.value:
+    raise UserError('--bos_token and --eos_token require --tokenizer=PATH.')
+  already = Path(_OUTPUT.value, 'manifest.json').exists()
+  options = {name: flags.FLAGS[name].value for name in OPTIONS}
+  with cli.bytes_bar('Reading') as progress:
+    options |= dict(tokenizer=tokenizer, progress=progress)
+    facts = dataset.prepare(domains, _OUTPUT.value, **options)
+  facts |= dict(output=_OUTPUT.value, seconds=time.monotonic() - start, already_prepared=already)
+  _print(facts, tokenizer.switched_off if tokenizer else ())
+  return facts
+
+
+def _print(facts: dict[str, Any], switched_off: Sequence[str]) -> None:
+  console, rows, decoded = cli.console(), [], facts.get('decoded', {})
+  for domain, splits in facts['domains'].items():
+    for split, entry in splits.items():
+      ratio, skipped = f'{entry["bytes"] / entry["tokens"]:.2f}', sum(entry['skipped'].values())
+      share = f'{decoded[domain]:.2%}' if domain in decoded else '-'
+      rows.append([domain, split, entry['documents'], entry['tokens'], ratio, skipped, share])
+  title = f'{facts["output"]}, vocabulary {facts["tokenizer"]["vocab_size"]:,}'
+  columns = 'documents', 'tokens', 'bytes/token', 'skipped', 'decoded'
+  console.print(cli.table(title, ('domain', 'split'), columns, rows))
+  for warning in dataset.warnings(facts, switched_off):
+    console.print(warning)
+  if facts['left_out']:
+    console.print('Left out (test split or unknown file type):', ', '.join(facts['left_out']))
+  already = facts['already_prepared']
+  console.print('Already prepared.' if already else f'Prepared in {facts["seconds"]:.1f} s.')
+
+
+if __name__ == '__main__':
+  cli.run(main)

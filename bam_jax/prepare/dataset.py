@@ -1,0 +1,340 @@
+"""Documents to token shards: parallel, restartable, and the same bytes whatever the workers.
+
+One process reads the sources and cuts them into chunks of about `CHUNK_BYTES` of text; workers
+encode each into a file of `DIR.partial`. A rerun skips the chunks that are there. When all are,
+they are packed into shards, and one rename makes `DIR` appear, whole.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+import bam_jax.data.shards as shards_lib
+from bam_jax.config.strict import require
+from bam_jax.data.tokenizer import HUGGING_FACE_FILE, Tokenizer
+from bam_jax.errors import UserError
+from bam_jax.files import folders
+from bam_jax.prepare.sources import TRAIN, VALID, Domain, hold_out
+
+CHUNK_BYTES = 2**21
+VALID_FRACTION = 0.02
+SHARD_TOKENS = 2**27
+TOKENIZER_BYTES = 2**23
+LOSSLESS = 0.999  # share of the text that must come back, or `warnings` says so
+DECODED_BYTES = 2**16  # of each domain, encoded and decoded to see what the tokenizer loses
+MIN_DECODED = 0.9
+MAX_WORKERS = 1024
+
+
+def prepare(
+  inputs: Mapping[str, str | os.PathLike],
+  output: str | os.PathLike,
+  *,
+  tokenizer: Tokenizer | None = None,
+  train_tokenizer: int | None = None,
+  valid_fraction: float = VALID_FRACTION,
+  text_field: str = 'text',
+  skip_unknown: bool = False,
+  shard_tokens: int = SHARD_TOKENS,
+  tokenizer_bytes: int = TOKENIZER_BYTES,
+  min_decoded: float = MIN_DECODED,
+  workers: int = 1,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+  """Prepares a dataset, or returns at once when `output` already holds it; returns the manifest.
+
+  Files marked train, valid (validation, heldout) or test by name go to that split, test files are
+  left out. Where a domain has no valid file, a document goes to valid by a hash of its text, so
+  that copies of it never lie on both sides. A train document whose exact text is also in a valid
+  file of any domain is dropped and counted; copies within train are kept.
+
+  Args:
+    inputs: the file or folder of each domain, by name.
+    output: the folder to make; `output`.partial holds unfinished work.
+    tokenizer: the one to use; or None, and `train_tokenizer` is the vocabulary size of a new one.
+    valid_fraction: share of documents held out where no file is; 0 holds none out.
+    tokenizer_bytes: of each domain's train split, for a new tokenizer.
+    skip_unknown: leave out files of a kind that cannot be read.
+    min_decoded: share of a domain's characters that must come back from their tokens.
+    progress: called with the bytes of the sources read so far, and all of them.
+
+  UserError when the inputs or options are unfit, or the disk takes no more: `output` is then not
+  there, and another attempt goes on from what `output`.partial holds.
+  """
+  output, inputs = Path(output), {name: Path(path) for name, path in inputs.items()}
+  wrong = 'Exactly one of --tokenizer=PATH and --train_tokenizer=SIZE is required.'
+  require((tokenizer is None) != (train_tokenizer is None), wrong)
+  wrong = f'--valid_fraction={valid_fraction:g} must be at least 0 and less than 1.'
+  require(0 <= valid_fraction < 1, wrong)
+  sizes = dict(shard_tokens=shard_tokens, tokenizer_bytes=tokenizer_bytes, workers=workers)
+  for flag, value in sizes.items():
+    require(value >= 1, f'--{flag}={value} must be at least 1.')
+  require(workers <= MAX_WORKERS, f'--workers={workers} must be at most {MAX_WORKERS}.')
+  for path in inputs.values():
+    wrong = f'--output={output} is inside the input {path}: choose another folder.'
+    require(not output.resolve().is_relative_to(path.resolve()), wrong)
+
+  read = dict(text_field=text_field, valid_fraction=valid_fraction)
+  domains = [
+    Domain.find(name, path, **read, skip_unknown=skip_unknown)
+    for name, path in sorted(inputs.items())
+  ]
+  plan = {
+    'format': shards_lib.FORMAT,
+    'sources': [source for domain in domains for source in domain.sources()],
+    'left_out': [path for domain in domains for path in domain.left_out],
+    **read,
+    'shard_tokens': shard_tokens,
+    'tokenizer_from': {'vocab_size': train_tokenizer, 'bytes_per_domain': tokenizer_bytes},
+  }
+  if tokenizer:
+    plan['tokenizer_from'] = _tokenizer_facts(tokenizer)
+  partial = Path(f'{os.path.abspath(output)}.partial')  # of "." too
+  if (output / shards_lib.MANIFEST).is_file():
+    manifest = shards_lib.open_dataset(output).manifest
+    wrong = f'{output} was prepared from other inputs or options: choose another --output.'
+    require(manifest == manifest | plan, wrong)
+    shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+  wrong = f'{output} exists and is not a prepared dataset: choose another --output.'
+  require(not output.exists() or output.is_dir() and not any(output.iterdir()), wrong)
+
+  # The readers report what is wrong with an input; what is left is a disk that takes no more.
+  domains = hold_out(domains)
+  with folders.writing(partial), _workplace(partial, plan):
+    if tokenizer is None:
+      trained = partial / 'tokenizer'
+      if not (trained / HUGGING_FACE_FILE).exists():
+        texts = (text for domain in domains for text in _head(domain, tokenizer_bytes, TRAIN))
+        trained.mkdir(exist_ok=True)
+        Tokenizer.train(texts, train_tokenizer).save(trained)
+      tokenizer = Tokenizer.load(trained)
+    plan['decoded'] = {}
+    for domain in domains:
+      texts = list(_head(domain, DECODED_BYTES, TRAIN, VALID))
+      plan['decoded'][domain.name] = share = _decoded_share(tokenizer, texts)
+      wrong = f'The tokenizer reproduces {share:.1%} of the text of {domain.name}: choose another'
+      require(share >= min_decoded, f'{wrong} one, or lower --min_decoded={min_decoded:g}.')
+    _encode_all(tokenizer, _missing_chunks(partial / 'chunks', domains, progress), workers)
+    manifest = _assemble(partial, plan, domains, tokenizer)
+    folders.sync(partial / 'dataset')  # a dataset that exists is whole, even after a power cut
+    (partial / 'dataset').rename(output)
+    shutil.rmtree(partial)
+  return manifest
+
+
+def _head(domain: Domain, size: int, *splits: str) -> Iterator[str]:
+  """The first `size` bytes of a domain's text in some splits."""
+  for split, text in domain.read():
+    if split in splits:
+      yield text[:size]
+      size -= len(text.encode())
+      if size <= 0:
+        return
+
+
+def _decoded_share(tokenizer: Tokenizer, texts: list[str]) -> float:
+  """Share of the characters of some texts that are there again after encoding and decoding."""
+  kept, total = 0, sum(map(len, texts))
+  for text, ids in zip(texts, tokenizer.encode_batch(texts)):
+    kept += (collections.Counter(text) & collections.Counter(tokenizer.decode(ids))).total()
+  return kept / total if total else 1.0
+
+
+def changed_since(
+  manifest: Mapping[str, Any],
+  inputs: Mapping[str, str | os.PathLike],
+  tokenizer: Tokenizer | None,
+  train_tokenizer: int | None,
+) -> str:
+  """What differs from the inputs and the tokenizer that a dataset was prepared from; '' if nothing.
+
+  Files are compared by name and size.
+  """
+  read = dict(text_field=manifest['text_field'], valid_fraction=0.0, skip_unknown=True)
+  now = set()
+  for domain in [Domain.find(name, Path(path), **read) for name, path in inputs.items()]:
+    for file, _ in domain.files:
+      now.add((f'{domain.name}/{file.relative_to(domain.root).as_posix()}', file.stat().st_size))
+  then = {(source['path'], source['bytes']) for source in manifest['sources']}
+  if now != then:
+    return f'the file {min(now ^ then)[0]}'
+  made = manifest['tokenizer_from']
+  same = tokenizer.hash == made.get('hash') if tokenizer else train_tokenizer == made['vocab_size']
+  return '' if same else 'the tokenizer'
+
+
+def warnings(manifest: Mapping[str, Any], switched_off: Sequence[str]) -> list[str]:
+  """What a person should know of a prepared dataset, a line each."""
+  found = []
+  decoded = manifest.get('decoded', {}).items()
+  if lossy := [f'{domain} ({share:.2%})' for domain, share in decoded if share < LOSSLESS]:
+    found.append(f'WARNING: the tokenizer reproduces only a part of the text in {", ".join(lossy)}')
+  if switched_off:
+    found.append(f'Switched off in the tokenizer: {", ".join(switched_off)}')
+  return found
+
+
+def _missing_chunks(
+  folder: Path, domains: list[Domain], progress: Callable[[int, int], None]
+) -> Iterator[tuple[Path, list[str]]]:
+  """Reads all domains; yields the files of chunks that are not there yet, with their texts."""
+  before, total = 0, sum(domain.size for domain in domains)
+  for domain in domains:
+    (folder / domain.name).mkdir(parents=True, exist_ok=True)
+    report = lambda done, before=before: progress(before + done, total)
+    for name, texts in _chunks(domain.read(report)):
+      if not (path := folder / domain.name / name).exists():
+        yield path, texts
+    before += domain.size
+  progress(total, total)
+
+
+def _chunks(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
+  """Cuts each split's texts into chunks, and names their files."""
+  held = collections.defaultdict(list)
+  sizes, counts = collections.Counter(), collections.Counter()
+  for split, text in documents:
+    held[split].append(text)
+    sizes[split] += len(text)
+    if sizes[split] >= CHUNK_BYTES:
+      yield f'{split}-{counts[split]:06}.npz', held.pop(split)
+      counts[split] += 1
+      sizes[split] = 0
+  for split, texts in held.items():
+    yield f'{split}-{counts[split]:06}.npz', texts
+
+
+def _encode_all(
+  tokenizer: Tokenizer, chunks: Iterable[tuple[Path, list[str]]], workers: int
+) -> None:
+  """Encodes texts into files, in this process or in several; UserError when one of them dies."""
+  if workers == 1:
+    for path, texts in chunks:
+      _encode_chunk(tokenizer, path, texts)
+    return
+  # Spawned, not forked: JAX and the tokenizers library hold threads that a fork would break.
+  context = multiprocessing.get_context('spawn')
+  pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (tokenizer,))
+  pending = collections.deque()
+  try:
+    for path, texts in chunks:
+      pending.append(pool.submit(_encode_in_worker, path, texts))
+      if len(pending) > 2 * workers:  # bounds the texts in memory
+        pending.popleft().result()
+    for future in pending:
+      future.result()
+  except concurrent.futures.BrokenExecutor as error:
+    wrong = 'A worker process died, perhaps for lack of memory'
+    raise UserError(f'{wrong}: lower --workers={workers}.') from error
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(tokenizer: Tokenizer) -> None:
+  global _worker_tokenizer
+  _worker_tokenizer = tokenizer
+  os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the processes are the parallelism
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers it
+  threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+  # A worker holds both ends of its queue, so a killed parent would leave it waiting for ever.
+  multiprocessing.parent_process().join()
+  os._exit(1)
+
+
+def _encode_in_worker(path: Path, texts: list[str]) -> None:
+  _encode_chunk(_worker_tokenizer, path, texts)
+
+
+def _encode_chunk(tokenizer: Tokenizer, path: Path, texts: list[str]) -> None:
+  documents = [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+  dtype = shards_lib.token_dtype(tokenizer.vocab_size)
+  np.savez(
+    content := io.BytesIO(),
+    tokens=np.concatenate([np.asarray(ids, dtype) for ids in documents]),
+    lengths=np.array([len(ids) for ids in documents], np.int64),
+    byte_counts=np.array([len(text.encode()) for text in texts], np.int64),
+  )
+  folders.write_file(path, content.getvalue())  # a chunk that exists is whole
+
+
+def _read_chunk(path: Path) -> shards_lib.Encoded:
+  try:
+    with np.load(path, allow_pickle=False) as arrays:
+      return shards_lib.Encoded(**arrays)
+  except Exception as error:  # of many types
+    fix = 'delete it, and the same command writes it again.'
+    raise UserError(f'{path} is damaged ({error}): {fix}') from error
+
+
+def _assemble(
+  partial: Path, plan: dict[str, Any], domains: list[Domain], tokenizer: Tokenizer
+) -> dict[str, Any]:
+  """Packs the chunks into shards in `partial`/dataset, and writes the manifest."""
+  dataset = partial / 'dataset'
+  shutil.rmtree(dataset, ignore_errors=True)
+  dtype, entries = shards_lib.token_dtype(tokenizer.vocab_size), {}
+  for domain in domains:
+    (folder := dataset / domain.name).mkdir(parents=True)
+    splits = entries[domain.name] = {}
+    for split in (TRAIN, VALID):
+      if chunks := sorted((partial / 'chunks' / domain.name).glob(f'{split}-*.npz')):
+        pieces = map(_read_chunk, chunks)
+        shards = shards_lib.write_split(folder, split, pieces, dtype, plan['shard_tokens'])
+        splits[split] = {
+          **{key: sum(s[key] for s in shards) for key in ('documents', 'tokens', 'bytes')},
+          'skipped': {why: domain.skipped[split, why] for why in ('empty', 'in_valid')},
+          'shards': shards,
+        }
+    marked, wrong = {mark for _, mark in domain.files}, f'The domain {domain.name} has no document'
+    require(TRAIN in splits or marked == {VALID}, f'{wrong} left for train: add more text.')
+    fix = f'raise --valid_fraction={domain.valid_fraction:g} (0 holds nothing out).'
+    wanted = VALID in marked or domain.valid_fraction > 0
+    require(VALID in splits or not wanted, f'{wrong} for valid: add a valid file, or {fix}')
+  tokenizer.save(dataset)
+  manifest = {
+    **plan,
+    'created_by': f'bam_jax.prepare, tokenizers {tokenizers.__version__}',
+    'tokenizer': _tokenizer_facts(tokenizer),
+    'domains': entries,
+  }
+  text = json.dumps(manifest, indent=1) + '\n'
+  (dataset / shards_lib.MANIFEST).write_text(text, encoding='utf-8')
+  return manifest
+
+
+@contextlib.contextmanager
+def _workplace(partial: Path, plan: dict[str, Any]) -> Iterator[None]:
+  """Locks `partial`, and empties it unless it holds unfinished work of this very plan."""
+  partial.mkdir(parents=True, exist_ok=True)
+  with folders.locked(partial) as free:
+    wrong = f'Another prepare is running in {partial}, or its file system has no locks'
+    require(free, f'{wrong}: wait for it to end, or choose another --output.')
+    wanted = json.dumps({**plan, 'chunk_bytes': CHUNK_BYTES}, indent=1)
+    file = partial / 'plan.json'
+    if not file.exists() or file.read_bytes() != wanted.encode():
+      for folder in partial.glob('*/'):
+        shutil.rmtree(folder)
+      file.write_text(wanted, encoding='utf-8')
+    yield
+
+
+def _tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
+  keys = ('hash', 'vocab_size', 'bos_token', 'bos_id', 'eos_token', 'eos_id')
+  return {'file': tokenizer.file_name, **{key: getattr(tokenizer, key) for key in keys}}
