@@ -8,7 +8,6 @@ class BamConfig(CohereConfig):
 
   model_type = 'bam'
   base_model_tp_plan = None  # Cohere's does not know experts
-
   head_dim: int = 128
   block: str = 'parallel'  # or 'sequential': the FFN reads the stream after attention
   norm: str = 'layernorm'  # or 'rmsnorm'

@@ -19,7 +19,6 @@ from bam_jax.hf.files import Progress
 DTYPES = ('float32', 'bfloat16')
 # The code that transformers runs for a mixture; it does not import bam_jax.
 CODE = ('configuration_bam.py', 'modeling_bam.py')
-_BIAS = 'blocks/ffn/expert_bias'
 
 
 def convert(
@@ -50,7 +49,7 @@ def convert(
   tokenizer = checkpoint.open_tokenizer(source, meta)
   origin = meta.sequence_length, meta.method, meta.sources
   reader = checkpoint.open_params(source, meta.model)
-  biased = _BIAS in reader.specs and bool(np.any(reader.read(_BIAS)))
+  biased = any(np.any(reader.read(path)) for path in reader.specs if path.endswith('expert_bias'))
   facts = config_json.from_model(meta.model, *origin, architecture, biased)
   table, zeros = config_json.tensors(meta.model, facts)
   specs = _specs(reader, table, dtype)

@@ -25,8 +25,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_bam import BamConfig
 
-SLIDING = 'sliding_attention'
-
 
 class BamLayerNorm(nn.Module):
   """LayerNorm without a bias, or RMSNorm, of each of the groups of channels that a scale is for."""
@@ -70,7 +68,7 @@ class BamRouter(nn.Linear):
 def rotations(config: BamConfig, layer_type: str, positions_BT: torch.Tensor) -> torch.Tensor:
   """Cosine and sine (2, B, T, E, 1, R) for layers of a type; E is 1 if experts share them."""
   ropes, scaled = config.attention_expert_ropes or [config.rope_parameters], copy.copy(config)
-  if layer_type == SLIDING and config.window_rope_theta:
+  if layer_type == 'sliding_attention' and config.window_rope_theta:
     ropes = [{'rope_type': 'default', 'rope_theta': config.window_rope_theta}]
   scaled.head_dim, turned = config.rotary_dim or config.head_dim, []
   for rope in ropes:
@@ -125,7 +123,7 @@ class BamAttention(BamProjections):
     super().__init__(config, query_output=not E, key_value=not E or shared_kv)
     self.config, self.layer_idx, self.is_causal = config, layer_idx, True
     self.rotates = layer_idx not in config.nope_layers
-    slides = config.layer_types[layer_idx] == SLIDING
+    slides = config.layer_types[layer_idx] == 'sliding_attention'
     self.sliding_window = config.sliding_window if slides else None
     self.scaling = config.attention_scale or config.head_dim**-0.5
     readers = config.num_attention_heads * (E if E and shared_kv else 1)
