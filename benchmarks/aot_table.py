@@ -23,6 +23,10 @@ from absl import app, flags
 ROOT = Path(__file__).parent.parent
 START, END = '<!-- {} made by benchmarks/aot_table.py -->', '<!-- end -->'
 GIB = 2**30
+SEVEN_B = dict(
+  vocab_size=32_000, d_model=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
+  ffn_dim=11_008, tied_embeddings=False, norm='rmsnorm', rotary_layout='half',
+)  # fmt: skip
 RUNS = ('seed', 'btx', 'bam_shared_kv', 'bam_kv')
 
 
@@ -36,6 +40,7 @@ class Step:
   fsdp: int
   expert: int
   remat: str = 'full'
+  block: str = ''  # of a model of Llama 2 7B's shape, instead of the recipe's own model
 
   columns: ClassVar = (
     'run', 'topology', 'fsdp x expert', 'sequences a chip', 'remat', 'peak GiB', 'compiled / model',
@@ -50,13 +55,20 @@ class Step:
       '--config=configs/large_2b.py', f'--run={self.run}', f'--topology={self.topology}',
       f'--sequences_per_chip={self.sequences}', f'{key}.mesh.fsdp={self.fsdp}',
       f'{key}.mesh.expert={self.expert}', f'{key}.compute.remat={self.remat}',
+      *self.shape(),
     ]  # fmt: skip
+
+  def shape(self) -> list[str]:
+    """Flags of the model's shape."""
+    changes = SEVEN_B | {'block': self.block} if self.block else {}
+    return [f'--config.model.{key}={value}' for key, value in changes.items()]
 
   def cells(self, facts: dict[str, Any], btx: dict[str, Any] | None) -> list[str]:
     """A row of Markdown."""
     peak = facts['peak_bytes']
     what = [
-      self.run, self.topology, f'{self.fsdp} x {self.expert}', str(self.sequences), self.remat,
+      f'{self.run}, {self.block} block' if self.block else self.run, self.topology,
+      f'{self.fsdp} x {self.expert}', str(self.sequences), self.remat,
       '-' if peak is None else f'{peak / GIB:.1f}',
     ]  # fmt: skip
     if not facts['fits']:
@@ -146,6 +158,14 @@ TABLES = {
     [
       *(Step(run, 'v5p:4x4x4', 4, 16, 4, 'matmuls') for run in RUNS[1:]),
       *(Step(run, 'v5p:4x4x4', 4, 16, 4, 'none') for run in RUNS[1:]),
+    ],
+  ),
+  'blocks': (
+    "What the parallel block saves: four experts of Llama 2 7B's shape, and the same in turn",
+    [
+      Step('bam_kv', topology, 1, chips // 4, 4, block=block)
+      for topology, chips in (('v5p:4x4x4', 64), ('v5e:16x16', 256))
+      for block in ('sequential', 'parallel')
     ],
   ),
   'decode': (

@@ -102,7 +102,7 @@ class Block(nnx.Module):
       attended_BTD, attention_choices, caches = self.attention(y_BTD, group, caches)
       fed_BTD, ffn_choices = self.ffn(self.norm(x_BTD), tokens)
       added_BTD = fed_BTD + reduce(attended_BTD)
-    x_BTD = x_BTD + self.layout.sum(added_BTD, 'tensor')
+    x_BTD = x_BTD + self.scaled(self.layout.sum(added_BTD, 'tensor'))
     return x_BTD, Routing(attention_choices, ffn_choices), caches
 
   def sequential(self, x_BTD, tokens: Tokens, group: Tokens, caches: list | None, keep_inputs):
@@ -129,4 +129,8 @@ class Block(nnx.Module):
     y_BTD = self.layout.reduce_tokens(y_BTD) if experts else y_BTD
     y_BTD = self.layout.sum(y_BTD, 'tensor')
     y_BTD = norm(y_BTD).astype(y_BTD.dtype) if norm else y_BTD  # of the experts' sum
+    return self.scaled(y_BTD)
+
+  def scaled(self, y_BTD: jax.Array) -> jax.Array:
+    """An output, times the factor of all parts."""
     return y_BTD * jnp.asarray(self.model.residual_scale, y_BTD.dtype)

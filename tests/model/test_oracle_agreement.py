@@ -142,7 +142,9 @@ CASES = {
   'norms_of_sums': Case(
     model(**SEQUENTIAL, **MHA, norm_place='post', qk_norm='all_rms', **attention(2), **ffn(2))
   ),
-  'windows': Case(model(**GQA, **WINDOWS, nope_layers=(1,), **attention(2), **ffn(2)), 'long'),
+  'windows': Case(
+    model(**GQA, **WINDOWS, nope_layers=(1,), residual_scale=0.7, **attention(2), **ffn(2)), 'long'
+  ),
   'thetas_of_windows': Case(
     model(**SEQUENTIAL, **WINDOWS, head_dim=8, window_rope_theta=5.0, rope_scaling=YARN), 'long'
   ),
