@@ -70,17 +70,10 @@ def main() -> dict[str, Any]:
       weights=weights,
       **{flag.name: flag.value for flag in _KEYS},
     )
+    sources = [hf_source.open_any(path) for path in upcycle.sources]
+    how = upcycle, _SEED.value, _NAME.value, _DTYPE.value, cli.command()
     with cli.bytes_bar('Mixing') as progress:
-      meta = outputs.to_checkpoint(
-        output,
-        [hf_source.open_any(path) for path in upcycle.sources],
-        upcycle,
-        _SEED.value,
-        _NAME.value,
-        _DTYPE.value,
-        cli.command(),
-        progress,
-      )
+      meta = outputs.to_checkpoint(output, sources, *how, progress)
   except UserError as error:
     raise UserError(_by_flags(str(error))) from None
   seconds = time.monotonic() - start

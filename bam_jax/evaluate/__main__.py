@@ -45,14 +45,14 @@ _DATA = flags.DEFINE_multi_string('data', [], 'A prepared dataset, or DOMAIN=PAT
 _SPLIT = flags.DEFINE_string('split', 'valid', 'Split of prepared datasets and of files so named.')
 _TEXT_FIELD = flags.DEFINE_string('text_field', 'text', 'JSON field or Parquet column of the text.')
 _MAX_DOCUMENTS = flags.DEFINE_integer('max_documents', None, 'Maximum of each domain or task.', 1)
-_WINDOW = flags.DEFINE_integer('window', None, 'Tokens at once; default: the training length.', 1)
+flags.DEFINE_integer('window', None, 'Tokens at once; default: the training length.', 1)
 _STRIDE = flags.DEFINE_integer('stride', None, 'From window to window; default: the window.', 1)
-_BATCH = flags.DEFINE_integer('batch_size', 16, 'Windows on the devices at once.', lower_bound=1)
+flags.DEFINE_integer('batch_size', 16, 'Windows on the devices at once.', lower_bound=1)
 _DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Default: float32 only on CPU.')
 _MESH = flags.DEFINE_list('mesh', [], 'Devices along each axis: data=2,fsdp=4.')
 _RESAMPLES = flags.DEFINE_integer('resamples', 1000, 'Resamples of the bootstrap.', 1, 10**6)
 _CONFIDENCE = flags.DEFINE_float('confidence', 0.95, 'Level of the intervals.', 0.0, 1.0)
-_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the bootstrap, or of sampling.', lower_bound=0)
+flags.DEFINE_integer('seed', 0, 'Seed of the bootstrap, or of sampling.', lower_bound=0)
 _ROUTING = flags.DEFINE_string('routing', None, 'Folder for figures and a page about the routers.')
 
 _TASKS = flags.DEFINE_list('tasks', [], 'Instead of --data: tasks of lm-eval, .jsonl files.')
@@ -62,25 +62,22 @@ _ALLOW = flags.DEFINE_bool('allow_generated_code', False, 'Allow programs writte
 
 def main() -> dict[str, Any]:
   """Compares the checkpoints that the flags name, and prints the tables."""
-  shared = {
-    'dtype': _DTYPE.value or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16'),
-    'mesh': cli.parse_mesh(_MESH.value),
-    'batch_size': _BATCH.value,
-    'window': _WINDOW.value,
-    'seed': _SEED.value,
-  }
   if _TASKS.value:
     _refuse('with --tasks', _DATA, _SPLIT, _TEXT_FIELD, _STRIDE, _RESAMPLES, _CONFIDENCE, _ROUTING)
-    limits = {'few_shot': _FEW_SHOT.value, 'max_documents': _MAX_DOCUMENTS.value}
-    options = tasks_session.Options(**shared, **limits, allow_generated_code=_ALLOW.value)
-    return tasks_session.run(_CHECKPOINT.value, _TASKS.value, options)
+    return tasks_session.run(_CHECKPOINT.value, _TASKS.value, _options(tasks_session.Options))
   _refuse('without --tasks', _FEW_SHOT, _ALLOW)
   domains = corpus.read(_DATA.value, _SPLIT.value, _TEXT_FIELD.value, _MAX_DOCUMENTS.value)
-  options = comparison.Options(
-    **shared, stride=_STRIDE.value, resamples=_RESAMPLES.value, confidence=_CONFIDENCE.value
-  )
+  options = _options(comparison.Options)
   facts = session.run(_CHECKPOINT.value, domains, options, _ROUTING.value)
   return {'data': _DATA.value, 'split': _SPLIT.value} | facts
+
+
+def _options[T: tuple](kind: type[T]) -> T:
+  """The NamedTuple of the flags that have the names of its fields."""
+  options = {name: flags.FLAGS[name].value for name in kind._fields}
+  default = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  options |= {'dtype': _DTYPE.value or default, 'mesh': cli.parse_mesh(_MESH.value)}
+  return kind(**options)
 
 
 def _refuse(where: str, *unread: flags.FlagHolder) -> None:

@@ -184,14 +184,11 @@ def _facts(seen: Any) -> dict[str, Any]:
 
 def _is_gone(facts: dict[str, Any]) -> bool:
   """Whether the holder was a process of this machine that no longer exists."""
-  here = facts.get('kernel') and facts['kernel'] == _kernel()
-  try:
-    if here:
+  if facts.get('kernel') and facts['kernel'] == _kernel():
+    try:
       os.kill(facts['pid'], 0)
-  except ProcessLookupError:
-    return True
-  except PermissionError:  # another user's
-    pass
+    except OSError as error:  # EPERM: another user's
+      return error.errno == errno.ESRCH
   return False
 
 

@@ -94,35 +94,28 @@ def write_file(path: epath.PathLike, content: str | bytes) -> None:
       return
     beside = Path(f'{path}{BESIDE}{secrets.token_hex(4)}')
     try:
-      with beside.open('wb') as file:
-        file.write(content)
-        file.flush()
-        fsync(file.fileno())
+      beside.write_bytes(content)
+      _sync(beside)
       beside.replace(path)
     finally:
       beside.unlink(missing_ok=True)
-
-
-def fsync(descriptor: int) -> None:
-  """Returns when a file is on disk, as far as its file system can guarantee it."""
-  try:
-    os.fsync(descriptor)
-  except OSError as error:
-    if error.errno not in UNSYNCED:
-      raise
 
 
 def sync(folder: epath.PathLike) -> None:
   """Returns when all contents of a folder on a disk would survive a power failure."""
   for parent, _, names in os.walk(folder):
     for name in (*names, ''):
-      _sync_path(os.path.join(parent, name))
+      _sync(os.path.join(parent, name))
 
 
-def _sync_path(path: epath.PathLike) -> None:
+def _sync(path: epath.PathLike) -> None:
+  """Returns when a file is on disk, as far as its file system can guarantee it."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
-    fsync(descriptor)
+    os.fsync(descriptor)
+  except OSError as error:
+    if error.errno not in UNSYNCED:
+      raise
   finally:
     os.close(descriptor)
 
@@ -146,7 +139,7 @@ def new_folder(path: epath.PathLike, nbytes: int = 0) -> Iterator[epath.Path]:
       if not remote:
         sync(beside)
         os.rename(beside, path)
-        _sync_path(path.parent)
+        _sync(path.parent)
     except BaseException:
       beside.rmtree(missing_ok=True) if remote else shutil.rmtree(beside, ignore_errors=True)
       raise

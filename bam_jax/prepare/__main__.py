@@ -11,7 +11,6 @@ sample's characters that survive encoding and decoding. `--json` writes the mani
 """
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +61,11 @@ def main() -> dict[str, Any]:
     options |= dict(tokenizer=tokenizer, progress=progress)
     facts = dataset.prepare(domains, _OUTPUT.value, **options)
   facts |= dict(output=_OUTPUT.value, seconds=time.monotonic() - start, already_prepared=already)
-  _print(facts, tokenizer.switched_off if tokenizer else ())
+  _print(facts, tokenizer)
   return facts
 
 
-def _print(facts: dict[str, Any], switched_off: Sequence[str]) -> None:
+def _print(facts: dict[str, Any], tokenizer: Tokenizer | None) -> None:
   console, rows, decoded = cli.console(), [], facts.get('decoded', {})
   for domain, splits in facts['domains'].items():
     for split, entry in splits.items():
@@ -76,7 +75,7 @@ def _print(facts: dict[str, Any], switched_off: Sequence[str]) -> None:
   title = f'{facts["output"]}, vocabulary {facts["tokenizer"]["vocab_size"]:,}'
   columns = 'documents', 'tokens', 'bytes/token', 'skipped', 'decoded'
   console.print(cli.table(title, ('domain', 'split'), columns, rows))
-  for warning in dataset.warnings(facts, switched_off):
+  for warning in dataset.warnings(facts, tokenizer):
     console.print(warning)
   if facts['left_out']:
     console.print('Left out (test split or unknown file type):', ', '.join(facts['left_out']))

@@ -15,7 +15,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,11 +165,9 @@ def changed_since(
   Files are compared by name and size.
   """
   read = dict(text_field=manifest['text_field'], valid_fraction=0.0, skip_unknown=True)
-  now = set()
-  for domain in [Domain.find(name, Path(path), **read) for name, path in inputs.items()]:
-    for file, _ in domain.files:
-      now.add((f'{domain.name}/{file.relative_to(domain.root).as_posix()}', file.stat().st_size))
-  then = {(source['path'], source['bytes']) for source in manifest['sources']}
+  domains = [Domain.find(name, Path(path), **read) for name, path in inputs.items()]
+  listed = [entry for domain in domains for entry in domain.listing()]
+  now, then = ({(x['path'], x['bytes']) for x in some} for some in (listed, manifest['sources']))
   if now != then:
     return f'the file {min(now ^ then)[0]}'
   made = manifest['tokenizer_from']
@@ -177,14 +175,14 @@ def changed_since(
   return '' if same else 'the tokenizer'
 
 
-def warnings(manifest: Mapping[str, Any], switched_off: Sequence[str]) -> list[str]:
+def warnings(manifest: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[str]:
   """What a person should know of a prepared dataset, a line each."""
   found = []
   decoded = manifest.get('decoded', {}).items()
   if lossy := [f'{domain} ({share:.2%})' for domain, share in decoded if share < LOSSLESS]:
     found.append(f'WARNING: the tokenizer reproduces only a part of the text in {", ".join(lossy)}')
-  if switched_off:
-    found.append(f'Switched off in the tokenizer: {", ".join(switched_off)}')
+  if tokenizer and tokenizer.switched_off:
+    found.append(f'Switched off in the tokenizer: {", ".join(tokenizer.switched_off)}')
   return found
 
 

@@ -122,7 +122,5 @@ def _checked(text: object, text_field: str, where: str) -> str:
 
 
 def _check_size(size: int, where: str) -> None:
-  limit = f'{DOCUMENT_BYTES >> 20} MiB'
-  require(
-    size <= DOCUMENT_BYTES, f'{where} is larger than {limit}: split it into several documents.'
-  )
+  wrong = f'{where} is larger than {DOCUMENT_BYTES >> 20} MiB: split it into several documents.'
+  require(size <= DOCUMENT_BYTES, wrong)

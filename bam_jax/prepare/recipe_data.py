@@ -40,14 +40,8 @@ def _prepare_missing(data: config.Data) -> None:
   print(f'Preparing {path} from {options.input}.', file=sys.stderr)
 
   def prepare_in(folder: Path) -> None:
-    facts = dataset.prepare(
-      domains,
-      folder,
-      tokenizer=tokenizer,
-      train_tokenizer=size,
-      skip_unknown=options.skip_unknown,
-    )
-    for warning in dataset.warnings(facts, tokenizer.switched_off if tokenizer else ()):
+    how = dict(tokenizer=tokenizer, train_tokenizer=size, skip_unknown=options.skip_unknown)
+    for warning in dataset.warnings(dataset.prepare(domains, folder, **how), tokenizer):
       print(warning, file=sys.stderr)
 
   remote.publish(path, prepare_in) if folders.in_bucket(path) else prepare_in(path)

@@ -19,7 +19,7 @@ from bam_jax.files import claims, folders, json_file
 from bam_jax.model import arithmetic
 from bam_jax.parallel import processes
 from bam_jax.recipes import graph, start
-from bam_jax.train import log, loop, stop, timing
+from bam_jax.train import log, loop, stop
 from bam_jax.upcycle import rules
 
 
@@ -32,7 +32,7 @@ def execute(
   trained, if a recipe cannot run here or does not match the workdir; during training, for a NaN
   loss. stop.Stopped after a signal, with the run's state saved.
   """
-  began = timing.process_began()
+  began = time.monotonic()
   nodes = graph.resolve(recipe, graph.digest(dataset.manifest['domains']))
   identities = {name: node.identity for name, node in nodes.items()}
   everything = graph.digest([config.to_dict(recipe), identities, list(only)])

@@ -50,18 +50,12 @@ def run(program: str) -> Result:
     cwd.mkdir()
     source.write_text(program, encoding='utf-8', errors='surrogatepass')
     read_end, write_end = os.pipe()
+    line = [sys.executable, '-I', '-S', '-B', LAUNCHER, *limits, secret, str(write_end), source]
     with output.open('wb') as stderr, open(read_end, 'rb') as reader:
+      streams = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr)
+      options = dict(cwd=cwd, env={}, pass_fds=(write_end,), start_new_session=True)
       try:
-        process = subprocess.Popen(
-          [sys.executable, '-I', '-S', '-B', LAUNCHER, *limits, secret, str(write_end), source],
-          cwd=cwd,
-          env={},
-          stdin=subprocess.DEVNULL,
-          stdout=subprocess.DEVNULL,
-          stderr=stderr,
-          pass_fds=(write_end,),
-          start_new_session=True,
-        )
+        process = subprocess.Popen(line, **streams, **options)
       finally:
         os.close(write_end)
       try:

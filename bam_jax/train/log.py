@@ -17,7 +17,7 @@ from etils import epath
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from bam_jax.files import buckets, folders, json_file
-from bam_jax.model import arithmetic, block, router
+from bam_jax.model import arithmetic, block
 from bam_jax.train import optimizer, timing
 from bam_jax.train import step as step_lib
 from bam_jax.train.job import Job
@@ -47,24 +47,17 @@ def of_step(metrics: step_lib.StepMetrics) -> dict[str, Any]:
 
 
 def of_routers(routing: block.Routing) -> dict[str, Any]:
-  """What `of_router` returns, for those routers that the model has."""
-  return {k: of_router(stats) for k, stats in routing._asdict().items() if stats is not None}
-
-
-def of_router(stats: router.Statistics) -> dict[str, Any]:
-  """By layer the experts' shares of the assignments, and means over tokens; `entropy` in nats."""
-  load, tokens = np.asarray(stats.load, np.float64), np.maximum(stats.tokens, 1.0)
-  return {
-    'load': (load / np.maximum(load.sum(-1, keepdims=True), 1)).tolist(),
-    'entropy': (np.asarray(stats.entropy) / tokens).tolist(),
-    'dropped': (np.asarray(stats.dropped) / tokens).tolist(),
-  }
-
-
-def mfu(flops_per_second: float, num_devices: int) -> float | None:
-  """Model FLOPs utilisation, or None on a device whose peak is not known."""
-  peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-  return flops_per_second / (peak * num_devices) if peak else None
+  """By router and layer the experts' shares of the assignments; means over tokens, nats."""
+  facts = {}
+  for name, stats in routing._asdict().items():
+    if stats is not None:
+      load, tokens = np.asarray(stats.load, np.float64), np.maximum(stats.tokens, 1.0)
+      facts[name] = {
+        'load': (load / np.maximum(load.sum(-1, keepdims=True), 1)).tolist(),
+        'entropy': (np.asarray(stats.entropy) / tokens).tolist(),
+        'dropped': (np.asarray(stats.dropped) / tokens).tolist(),
+      }
+  return facts
 
 
 class Writer(contextlib.ExitStack):
@@ -102,7 +95,9 @@ class Writer(contextlib.ExitStack):
     if not self._file:
       return
     line = (json.dumps({'step': step, **facts}) + '\n').encode()
-    values = [summary_pb2.Summary.Value(tag=tag, simple_value=x) for tag, x in _flatten(facts)]
+    tag = lambda path: jax.tree_util.keystr(path, simple=True, separator='/')
+    leaves = jax.tree_util.tree_leaves_with_path(facts)
+    values = [summary_pb2.Summary.Value(tag=tag(path), simple_value=x) for path, x in leaves]
     with folders.writing(self._path):
       self._write_event(step=step, summary=summary_pb2.Summary(value=values))
       if self._file.write(line) < len(line):  # half a line is dropped when the run resumes
@@ -138,14 +133,6 @@ def read_lines(path: Path | epath.Path) -> list[tuple[str, dict[str, Any]]]:
   return lines
 
 
-def _flatten(value: Any, tag: str = '') -> list[tuple[str, float]]:
-  if isinstance(value, dict | list):
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    prefix = f'{tag}/' if tag else ''
-    return [item for key, inner in pairs for item in _flatten(inner, f'{prefix}{key}')]
-  return [] if value is None else [(tag, value)]
-
-
 class Log:
   """Writes and prints a run's steps: a context manager, and a hook that follows `guard.Skips`."""
 
@@ -156,6 +143,8 @@ class Log:
     self._step_tokens = job.recipe.step_tokens(job.name)
     flops = arithmetic.training_flops(job.model, job.recipe.data.sequence_length)
     self._step_flops = flops * self._step_tokens
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    self._peak_flops = peak and peak * job.run.mesh.size  # None: not known
     self._speed, self._mark = 0.0, (first_step, 0.0)  # steps a second; step and time it counts from
     self._loss, self._printed = None, time.monotonic()
 
@@ -201,7 +190,7 @@ class Log:
         'learning_rate': float(optimizer.learning_rates(self._job.recipe, name, step)[0]),
         'tokens': step * self._step_tokens,
         'tokens_per_second': speed,
-        'mfu': mfu(self._speed * self._step_flops, run.mesh.size),
+        'mfu': self._peak_flops and self._speed * self._step_flops / self._peak_flops,
       }
       self._writer.write(step, facts)
 

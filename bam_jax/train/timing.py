@@ -1,13 +1,11 @@
 """Where a run's wall time goes, over all of its attempts; a thread that reports stalled steps."""
 
 import contextlib
-import os
 import statistics
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Self
 
 KINDS = {  # of time, and what a run waits for while it is spent
@@ -71,17 +69,6 @@ class Goodput:
     now = self._clock()
     self._spent[self.kind] += now - self._since
     self.kind, self._since = kind, now
-
-
-def process_began() -> float:
-  """When this process began, by `time.monotonic`; on systems without /proc, now."""
-  try:
-    # Field 22 of a line whose second field, a name in brackets, may hold spaces.
-    ticks = int(Path('/proc/self/stat').read_text().rpartition(')')[2].split()[19])
-  except OSError:
-    return time.monotonic()
-  age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK')
-  return time.monotonic() - age
 
 
 class StallWatch:
