@@ -37,13 +37,13 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
   require(architecture in known, f'{wrong}: only {", ".join(known)} can be imported.')
   if known[architecture] != BAM:
     return families.read(known[architecture], config_json)
-  facts = dict(config_json)
-  groups = [Facts({'rope_parameters': group}) for group in Facts(facts).take(_ROPES, list, ())]
+  facts = Facts(config_json)
+  groups = [Facts(rope_parameters=group) for group in facts.take(_ROPES, list, ())]
   ropes = tuple(config.Rope(*families.rope(group, None).values()) for group in groups)
   attention = _experts(facts, config.AttentionExperts, _ATTENTION_EXPERTS)
   attention = attention and dataclasses.replace(attention, ropes=ropes)
   ffn = _experts(facts, config.FFNExperts, _FFN_EXPERTS)
-  dense = families.read(BAM, facts | {_ROPES: None})
+  dense = families.read(BAM, facts)
   return dataclasses.replace(dense, attention_experts=attention, ffn_experts=ffn)
 
 

@@ -5,7 +5,8 @@ describe. Keys that a file omits have the values that transformers 5.24 gives th
 """
 
 import sys
-from collections.abc import Callable, Mapping
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bam_jax import config
@@ -24,18 +25,16 @@ _IRRELEVANT = frozenset(
   """.split()
 )
 _KINDS = {int: 'a positive whole number', float: 'a positive number', bool: 'true or false'}
+_TYPES = typing.get_type_hints(config.Model)
 _NEEDED = object()
 
 
-class Facts:
+class Facts(dict[str, Any]):
   """A config.json whose keys are taken one by one, so that what is left over is known."""
-
-  def __init__(self, facts: Mapping[str, Any]):
-    self._facts = dict(facts)
 
   def take(self, key: str, kind: type, default: Any = _NEEDED) -> Any:
     """A value of a type; if it is absent or null, the default. UserError if there is none."""
-    value = self._facts.pop(key, None)
+    value = self.pop(key, None)
     if value is None:
       require(default is not _NEEDED, f'{key} is missing.')
       return default
@@ -45,21 +44,12 @@ class Facts:
     require(fits and in_range, f'{key}={value!r} is not {what}.')
     return kind(value)
 
-  def has(self, key: str) -> bool:
-    """Whether a key has a value other than null."""
-    return self._facts.get(key) is not None
 
-  def only(self, key: str, value: Any) -> None:
-    """UserError unless a key is absent, null or has this value."""
-    found = self._facts.pop(key, None)
-    fits = found is None or found == value
-    require(fits, f'{key}={found!r} is not {value!r}: our model does not support it.')
+class Part(NamedTuple):
+  """Keys of config.json that do not say a field as it is."""
 
-  def check_rest(self) -> None:
-    """UserError if a key is left that is neither known to be harmless nor turned off."""
-    for key, value in self._facts.items():
-      harmless = key in _IRRELEVANT or value in (None, False, [], {})
-      require(harmless, f'{key}={value!r} is an unsupported key: the imported model might differ.')
+  read: Callable[[Facts, dict[str, Any]], dict[str, Any]]  # takes keys; the fields so far -> more
+  write: Callable[[config.Model], dict[str, Any]]
 
 
 class Family(NamedTuple):
@@ -67,34 +57,43 @@ class Family(NamedTuple):
 
   architecture: str
   model_type: str
-  read: Callable[[Facts], dict[str, Any]]  # fields of config.Model
-  write: Callable[[config.Model], dict[str, Any]]  # keys of config.json beside `_sizes`
+  keys: dict[str, str]  # fields of config.Model, and the keys that say them as they are
+  fields: dict[str, Any]  # values of fields that no key says, or if a file omits their key
+  parts: Sequence[Part]
+  allowed: dict[str, Sequence] = {'hidden_act': ['silu']}  # other keys: values that change nothing
 
 
 def read(family: Family, config_json: Mapping[str, Any]) -> config.Model:
   """The model that a config.json describes; UserError names the key that does not fit."""
   facts = Facts(config_json)
-  fields = family.read(facts)
-  facts.check_rest()
+  fields = {'num_kv_heads': None, 'head_dim': None, **family.fields}
+  for field, key in family.keys.items():
+    fields[field] = facts.take(key, _TYPES[field], fields.get(field, _NEEDED))
+  width, heads = fields['d_model'], fields['num_heads']
+  wrong = f'hidden_size={width} is not a multiple of num_attention_heads={heads}'
+  require(fields['head_dim'] or width % heads == 0, f'{wrong}: head_dim is required.')
+  fields['num_kv_heads'] = fields['num_kv_heads'] or heads
+  fields['head_dim'] = fields['head_dim'] or width // heads
+  for part in family.parts:
+    fields |= part.read(facts, fields)
+  for key, value in facts.items():
+    harmless = (None, *family.allowed.get(key, (False, [], {})))
+    wrong = f'{key}={value!r} is not supported: the imported model might differ.'
+    require(key in _IRRELEVANT or value in harmless, wrong)
   return config.Model(**fields)
 
 
 def write(family: Family, model: config.Model) -> dict[str, Any]:
   """The config.json of a dense model, but for tokens and dtype; `read` gives the model back."""
-  sizes = {
-    'vocab_size': model.vocab_size,
-    'hidden_size': model.d_model,
-    'num_hidden_layers': model.num_layers,
-    'num_attention_heads': model.num_heads,
-    'num_key_value_heads': model.num_kv_heads,
-    'intermediate_size': model.ffn_dim,
-    'tie_word_embeddings': model.tied_embeddings,
+  facts = {key: getattr(model, field) for field, key in family.keys.items()}
+  for part in family.parts:
+    facts |= part.write(model)
+  return facts | {
     'hidden_act': 'silu',
     'attention_dropout': 0.0,
     'architectures': [family.architecture],
     'model_type': family.model_type,
   }
-  return sizes | family.write(model)
 
 
 def describes(family: Family, model: config.Model) -> bool:
@@ -103,31 +102,6 @@ def describes(family: Family, model: config.Model) -> bool:
     return read(family, write(family, model)) == model
   except UserError:
     return False
-
-
-SEQUENTIAL = dict(block='sequential', norm='rmsnorm', rotary_layout='half')
-
-
-def _sizes(
-  facts: Facts, *, eps: float, eps_key: str = 'rms_norm_eps', tied: bool = False,
-  kv_heads: int | None = None, head_dim: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
-  facts.only('hidden_act', 'silu')
-  width, heads = facts.take('hidden_size', int), facts.take('num_attention_heads', int)
-  whole = head_dim or not width % heads or facts.has('head_dim')
-  wrong = f'hidden_size={width} is not a multiple of num_attention_heads={heads}'
-  require(whole, f'{wrong}: head_dim is required.')
-  return dict(
-    vocab_size=facts.take('vocab_size', int),
-    d_model=width,
-    num_layers=facts.take('num_hidden_layers', int),
-    num_heads=heads,
-    num_kv_heads=facts.take('num_key_value_heads', int, kv_heads or heads),
-    head_dim=facts.take('head_dim', int, head_dim or width // heads),
-    ffn_dim=facts.take('intermediate_size', int),
-    tied_embeddings=facts.take('tie_word_embeddings', bool, tied),
-    norm_epsilon=facts.take(eps_key, float, eps),
-  )
 
 
 # RoPE: old files have rope_theta and rope_scaling, new ones rope_parameters.
@@ -197,16 +171,60 @@ def rope_json(theta: float, scaling: config.RopeScaling | None, **more) -> dict[
   return {'rope_theta': theta, 'rope_parameters': group, 'rope_scaling': group if scaling else None}
 
 
+def _rope_json(model: config.Model) -> dict[str, Any]:
+  return rope_json(model.rope_theta, model.rope_scaling)
+
+
+_ROPE = Part(lambda facts, fields: rope(facts, fields.get('rope_theta')), _rope_json)
+
+
+def _read_olmo3_rope(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
+  nested = facts.take('rope_parameters', dict, None)
+  if nested is None:  # of old files transformers rotates sliding layers by this base, unscaled
+    found, sliding = rope(facts, 5e5), 5e5
+  else:
+    facts.take('rope_theta', float, None), facts.take('rope_scaling', dict, None)
+    full = nested.get('full_attention', nested)
+    slid = nested.get('sliding_attention', full)
+    found = rope(Facts(rope_parameters=full), 5e5)
+    scaled = slid.get('rope_type', 'default') != 'default'
+    require(not scaled, 'rope_parameters scales sliding layers, which our model does not support.')
+    sliding = _theta(slid) or 5e5
+  if 'layer_types' in fields and (found.get('rope_scaling') or sliding != found['rope_theta']):
+    found['window_rope_theta'] = sliding
+  return found
+
+
+def _write_olmo3_rope(model: config.Model) -> dict[str, Any]:
+  facts = _rope_json(model)
+  sliding = {'rope_type': 'default', 'rope_theta': model.window_rope_theta or model.rope_theta}
+  nested = {'full_attention': facts['rope_parameters'], 'sliding_attention': sliding}
+  return {'rope_theta': model.rope_theta, 'rope_parameters': nested}
+
+
+def _read_phi3_rope(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
+  facts.pop('original_max_position_embeddings', None)
+  part = facts.take('partial_rotary_factor', float, None)
+  for group in ('rope_parameters', 'rope_scaling'):
+    part = part or (facts.get(group) or {}).get('partial_rotary_factor')
+  partial = dict(rotary_dim=int(fields['head_dim'] * part)) if part and part != 1 else {}
+  return partial | rope(facts, 1e4)
+
+
+def _write_phi3_rope(model: config.Model) -> dict[str, Any]:
+  part = {'partial_rotary_factor': (model.rotary_dim or model.head_dim) / model.head_dim}
+  return part | rope_json(model.rope_theta, model.rope_scaling, **part)
+
+
 # Sliding windows.
 
 
-def _windows(facts: Facts, fields: dict[str, Any], default: Callable[[int], bool], window) -> dict:
-  """`layer_types` and `window`; `default` says of a layer's number whether it slides."""
+def _read_windows(facts: Facts, fields: dict[str, Any], slides=lambda number: False, window=None):
+  """`layer_types` and `window`; without layer_types, `slides` says of a layer's number."""
   count = fields['num_layers']
   size = facts.take('sliding_window', int, window)
-  layers = facts.take('layer_types', list, None)
-  if layers is None:
-    layers = ['sliding_attention' if default(n) else 'full_attention' for n in range(count)]
+  default = [('sliding' if slides(n) else 'full') + '_attention' for n in range(count)]
+  layers = facts.take('layer_types', list, default)
   known = len(layers) == count and set(layers) <= {'sliding_attention', 'full_attention'}
   require(known, f'layer_types={layers!r} does not list num_hidden_layers={count} layers.')
   if 'sliding_attention' not in layers:
@@ -215,212 +233,82 @@ def _windows(facts: Facts, fields: dict[str, Any], default: Callable[[int], bool
   return dict(layer_types=tuple(name.removesuffix('_attention') for name in layers), window=size)
 
 
-def _windows_json(model: config.Model) -> dict[str, Any]:
+def _write_windows(model: config.Model) -> dict[str, Any]:
   layers = model.layer_types or ('full',) * model.num_layers
   window = model.window or None
   return {'layer_types': [f'{kind}_attention' for kind in layers], 'sliding_window': window}
 
 
-def _biases(facts: Facts) -> dict[str, Any]:
-  facts.only('mlp_bias', False)
-  return dict(biases='attention') if facts.take('attention_bias', bool, False) else {}
+def _read_olmo3_windows(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
+  return _read_windows(facts, fields, lambda number: (number + 1) % 4 != 0, 4096)
 
 
-def _llama(facts: Facts, **sizes) -> dict[str, Any]:
-  fields = _sizes(facts, **{'eps': 1e-6, **sizes})
-  return fields | SEQUENTIAL | rope(facts, 1e4) | _biases(facts)
+def _read_cohere2_windows(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
+  every = facts.take('sliding_window_pattern', int, 4)
+  found = _read_windows(facts, fields, lambda number: (number + 1) % every != 0, 4096)
+  layers = found.get('layer_types', ('full',) * fields['num_layers'])
+  found['nope_layers'] = tuple(n for n, kind in enumerate(layers) if kind == 'full')
+  # transformers ignores the key.
+  return found | dict(head_dim=fields['d_model'] // fields['num_heads'])
 
 
-def _llama_json(model: config.Model) -> dict[str, Any]:
-  return {
-    'head_dim': model.head_dim,
-    'rms_norm_eps': model.norm_epsilon,
-    'attention_bias': model.biases == 'attention',
-    **rope_json(model.rope_theta, model.rope_scaling),
-  }
-
-
-def _mistral(facts: Facts) -> dict[str, Any]:
-  # An absent window is 4,096 tokens, null is none.
-  given = 'sliding_window' in facts._facts
-  window = facts.take('sliding_window', int, None if given else 4096)
-  fields = _llama(facts, kv_heads=8)
-  if not window:
-    return fields
-  return fields | dict(layer_types=('sliding',) * fields['num_layers'], window=window)
-
-
-def _mistral_json(model: config.Model) -> dict[str, Any]:
-  require(len(set(model.layer_types)) < 2, 'Mistral has one kind of layer.')
-  facts = {k: v for k, v in _llama_json(model).items() if k != 'attention_bias'}
-  return facts | {'sliding_window': model.window or None}
-
-
-def _qwen_windows(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
+def _read_qwen_windows(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
   first = facts.take('max_window_layers', int, 28)
-  if not facts.take('use_sliding_window', bool, False):
-    facts.take('sliding_window', int, None)
-    return _windows(facts, fields, lambda number: False, None)
-  return _windows(facts, fields, lambda number: number >= first, 4096)
+  if facts.take('use_sliding_window', bool, False):
+    return _read_windows(facts, fields, lambda number: number >= first, 4096)
+  facts.take('sliding_window', int, None)
+  return _read_windows(facts, fields)
 
 
-def _qwen_windows_json(model: config.Model) -> dict[str, Any]:
-  return _windows_json(model) | {'use_sliding_window': bool(model.window), 'max_window_layers': 28}
+def _write_qwen_windows(model: config.Model) -> dict[str, Any]:
+  used = {'use_sliding_window': bool(model.window), 'max_window_layers': 28}
+  return _write_windows(model) | used
 
 
-def _qwen2(facts: Facts) -> dict[str, Any]:
-  facts.only('use_mrope', False)
-  fields = _llama(facts) | dict(biases='qkv')
-  return fields | _qwen_windows(facts, fields)
+def _all_windows(default: int | None) -> Part:
+  """A window of all layers or of none; `default` if the key is absent, while null is none."""
+
+  def read_window(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
+    window = facts.take('sliding_window', int, facts.get('sliding_window', default))
+    return dict(layer_types=('sliding',) * fields['num_layers'], window=window) if window else {}
+
+  return Part(read_window, lambda model: {'sliding_window': model.window or None})
 
 
-def _qwen2_json(model: config.Model) -> dict[str, Any]:
-  facts = _llama_json(model) | _qwen_windows_json(model)
-  return {key: value for key, value in facts.items() if key != 'attention_bias'}
+_QWEN_WINDOWS = Part(_read_qwen_windows, _write_qwen_windows)
 
 
-def _qwen3(facts: Facts) -> dict[str, Any]:
-  fields = _llama(facts, head_dim=128) | dict(qk_norm='head_rms')
-  return fields | _qwen_windows(facts, fields)
+# Other keys.
 
 
-def _qwen3_json(model: config.Model) -> dict[str, Any]:
-  return _llama_json(model) | _qwen_windows_json(model)
+def _flag(key: str, field: str, value: str) -> Part:
+  """A key that is true if a field has a value."""
+
+  def read_flag(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
+    return {field: value} if facts.take(key, bool, False) else {}
+
+  return Part(read_flag, lambda model: {key: getattr(model, field) == value})
 
 
-def _smollm3(facts: Facts) -> dict[str, Any]:
-  fields = _sizes(facts, eps=1e-6, tied=True, kv_heads=4) | SEQUENTIAL | rope(facts, 2e6)
-  fields |= _biases(facts) | _qwen_windows(facts, fields)
+def _read_nope_layers(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
   every, count = facts.take('no_rope_layer_interval', int, 4), fields['num_layers']
   default = [int((n + 1) % every != 0) for n in range(count)]  # 1: this layer rotates
   turns = facts.take('no_rope_layers', list, default)
   wrong = f'no_rope_layers={turns!r} does not list num_hidden_layers={count} layers.'
   require(len(turns) == count, wrong)
-  return fields | dict(nope_layers=tuple(n for n, turn in enumerate(turns) if not turn))
+  return dict(nope_layers=tuple(n for n, turn in enumerate(turns) if not turn))
 
 
-def _smollm3_json(model: config.Model) -> dict[str, Any]:
+def _write_nope_layers(model: config.Model) -> dict[str, Any]:
   turns = [int(n not in model.nope_layers) for n in range(model.num_layers)]
-  facts = _llama_json(model) | _qwen_windows_json(model)
-  return facts | {'no_rope_layers': turns, 'no_rope_layer_interval': 4}
+  return {'no_rope_layers': turns, 'no_rope_layer_interval': 4}
 
 
-def _olmo2(facts: Facts) -> dict[str, Any]:
-  facts.only('clip_qkv', None)
-  fields = _llama(facts, eps=1e-5)
-  return fields | dict(norm_place='post', qk_norm='all_rms')
-
-
-def _olmo3(facts: Facts) -> dict[str, Any]:
-  nested = facts.take('rope_parameters', dict, None)
-  sizes = dict(eps=1e-5, kv_heads=None)
-  fields = _sizes(facts, **sizes) | SEQUENTIAL | dict(norm_place='post', qk_norm='all_rms')
-  fields |= _biases(facts) | _windows(facts, fields, lambda n: (n + 1) % 4 != 0, 4096)
-  if nested is None:  # of old files transformers rotates sliding layers by this base, unscaled
-    fields |= rope(facts, 5e5)
-    sliding = 5e5
-  else:
-    is_nested = 'full_attention' in nested
-    full = nested['full_attention'] if is_nested else nested
-    slid = nested.get('sliding_attention', full) if is_nested else nested
-    facts.take('rope_theta', float, None), facts.take('rope_scaling', dict, None)
-    fields |= rope(Facts({'rope_parameters': full}), 5e5)
-    scaled = slid.get('rope_type', 'default') != 'default'
-    require(not scaled, 'rope_parameters scales sliding layers, which our model does not support.')
-    sliding = _theta(slid) or 5e5
-  if 'layer_types' in fields and (fields.get('rope_scaling') or sliding != fields['rope_theta']):
-    fields['window_rope_theta'] = sliding
-  return fields
-
-
-def _olmo3_json(model: config.Model) -> dict[str, Any]:
-  facts = _llama_json(model) | _windows_json(model)
-  group = facts['rope_parameters']
-  sliding = {'rope_type': 'default', 'rope_theta': model.window_rope_theta or model.rope_theta}
-  nested = {'full_attention': group, 'sliding_attention': sliding}
-  return {k: v for k, v in facts.items() if k != 'rope_scaling'} | {'rope_parameters': nested}
-
-
-def _phi3(facts: Facts) -> dict[str, Any]:
-  part = facts.take('partial_rotary_factor', float, None)
-  for group in ('rope_parameters', 'rope_scaling'):
-    part = part or (facts._facts.get(group) or {}).get('partial_rotary_factor')
-  facts.take('original_max_position_embeddings', int, None)
-  window = facts.take('sliding_window', int, None)
-  fields = _sizes(facts, eps=1e-5) | SEQUENTIAL | rope(facts, 1e4)
-  if part and part != 1:
-    fields['rotary_dim'] = int(fields['head_dim'] * part)
-  if window:
-    fields |= dict(layer_types=('sliding',) * fields['num_layers'], window=window)
-  return fields
-
-
-def _phi3_json(model: config.Model) -> dict[str, Any]:
-  require(len(set(model.layer_types)) < 2, 'Phi-3 has one kind of layer.')
-  part = (model.rotary_dim or model.head_dim) / model.head_dim
-  facts = _llama_json(model) | {'partial_rotary_factor': part}
-  facts |= rope_json(model.rope_theta, model.rope_scaling, partial_rotary_factor=part)
-  unused = ('attention_bias', 'head_dim')
-  facts = {key: value for key, value in facts.items() if key not in unused}
-  return facts | {'sliding_window': model.window or None}
-
-
-_GRANITE = {
-  'embedding_scale': 'embedding_multiplier', 'residual_scale': 'residual_multiplier',
-  'attention_scale': 'attention_multiplier',
-}  # fmt: skip
-
-
-def _granite(facts: Facts) -> dict[str, Any]:
-  scales = {ours: facts.take(key, float, 1.0) for ours, key in _GRANITE.items()}
-  return _llama(facts) | scales | dict(logit_scale=1 / facts.take('logits_scaling', float, 1.0))
-
-
-def _granite_json(model: config.Model) -> dict[str, Any]:
-  scales = {key: getattr(model, ours) for ours, key in _GRANITE.items()}
-  scales['attention_multiplier'] = model.attention_scale or model.head_dim**-0.5
-  return _llama_json(model) | scales | {'logits_scaling': 1 / model.logit_scale}
-
-
-def _cohere(facts: Facts) -> dict[str, Any]:
-  for key, value in {
-    'attention_bias': False, 'position_embedding_type': 'rope_gptj', 'rotary_pct': 1.0,
-    'use_embedding_sharing': True, 'use_gated_activation': True, 'use_parallel_block': True,
-  }.items():  # fmt: skip
-    facts.only(key, value)
-  fields = _sizes(facts, eps=1e-5, eps_key='layer_norm_eps', tied=True)
-  fields['logit_scale'] = facts.take('logit_scale', float, 0.0625)
-  fields |= rope(facts, None)  # its default changed from one release to the next
-  normed = facts.take('use_qk_norm', bool, False)
-  return fields | (dict(qk_norm='head_layernorm') if normed else {})
-
-
-def _cohere_json(model: config.Model) -> dict[str, Any]:
-  return {
-    'head_dim': model.head_dim,
-    'layer_norm_eps': model.norm_epsilon,
-    'logit_scale': model.logit_scale,
-    'use_qk_norm': model.qk_norm == 'head_layernorm',
-    'attention_bias': False,
-    **rope_json(model.rope_theta, model.rope_scaling),
-  }
-
-
-def _cohere2(facts: Facts) -> dict[str, Any]:
-  facts.take('head_dim', int, None)  # which transformers ignores
-  every = facts.take('sliding_window_pattern', int, 4)
-  facts.only('use_qk_norm', False)
-  if not any(facts.has(key) for key in ('rope_theta', 'rope_parameters')):
-    facts._facts['rope_theta'] = 1e4
-  fields = _cohere(facts)
-  fields |= _windows(facts, fields, lambda number: (number + 1) % every != 0, 4096)
-  layers = fields.get('layer_types', ('full',) * fields['num_layers'])
-  return fields | dict(nope_layers=tuple(n for n, kind in enumerate(layers) if kind == 'full'))
-
-
-def _cohere2_json(model: config.Model) -> dict[str, Any]:
-  facts = _cohere_json(model) | _windows_json(model)
-  return {k: v for k, v in facts.items() if k not in ('use_qk_norm', 'head_dim')}
+_BIASES = _flag('attention_bias', 'biases', 'attention')
+_LOGITS_SCALING = Part(
+  lambda facts, fields: dict(logit_scale=1 / facts.take('logits_scaling', float, 1.0)),
+  lambda model: {'logits_scaling': 1 / model.logit_scale},
+)
 
 
 # Fields under our own names where transformers has none.
@@ -430,38 +318,88 @@ _OWN = (
 )  # fmt: skip
 
 
-def _bam(facts: Facts) -> dict[str, Any]:
-  fields = _sizes(facts, eps=1e-5, eps_key='layer_norm_eps', tied=True)
-  own = {name: facts._facts.pop(name) for name in _OWN if facts.has(name)}
+def _read_own(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
+  own = {name: facts.pop(name) for name in _OWN if facts.get(name) is not None}
   if facts.take('use_qk_norm', bool, False):  # of files from before there were several kinds
     own['qk_norm'] = 'head_layernorm'
   fields = vars(strict.from_dict(config.Model, fields | own, 'config.json'))
-  return fields | rope(facts, None) | _windows(facts, fields, lambda number: False, None)
+  return fields | rope(facts, None)
 
 
-def _bam_json(model: config.Model) -> dict[str, Any]:
-  return {
-    'head_dim': model.head_dim,
-    'layer_norm_eps': model.norm_epsilon,
-    'rope_parameters': rope_json(model.rope_theta, model.rope_scaling)['rope_parameters'],
-    **_windows_json(model),
-    **{name: getattr(model, name) for name in _OWN},
-  }
+def _write_own(model: config.Model) -> dict[str, Any]:
+  rotation = _rope_json(model)['rope_parameters']
+  return {'rope_parameters': rotation, **{name: getattr(model, name) for name in _OWN}}
 
+
+_SIZES = dict(
+  vocab_size='vocab_size', d_model='hidden_size', num_layers='num_hidden_layers',
+  num_heads='num_attention_heads', num_kv_heads='num_key_value_heads', head_dim='head_dim',
+  ffn_dim='intermediate_size', tied_embeddings='tie_word_embeddings',
+)  # fmt: skip
+_LAYERNORM = _SIZES | dict(norm_epsilon='layer_norm_eps')
+_COHERE_KEYS = _LAYERNORM | dict(logit_scale='logit_scale')
+# Without rope_theta, whose default changed from one release to the next.
+_COHERE = dict(tied_embeddings=True, norm_epsilon=1e-5, logit_scale=0.0625)
+_COHERE_ALLOWED = dict(
+  hidden_act=['silu'], position_embedding_type=['rope_gptj'], rotary_pct=[1.0],
+  use_embedding_sharing=[True], use_gated_activation=[True], use_parallel_block=[True],
+)  # fmt: skip
+_RMSNORM = _SIZES | dict(norm_epsilon='rms_norm_eps')
+_LLAMA = dict(
+  block='sequential', norm='rmsnorm', rotary_layout='half', tied_embeddings=False,
+  norm_epsilon=1e-6, rope_theta=1e4,
+)  # fmt: skip
+_OLMO = _LLAMA | dict(norm_epsilon=1e-5, norm_place='post', qk_norm='all_rms')
+_GRANITE_KEYS = _RMSNORM | dict(
+  embedding_scale='embedding_multiplier', residual_scale='residual_multiplier',
+  attention_scale='attention_multiplier',
+)  # fmt: skip
 
 # A model of any family, computed by our own code, which adds experts.
-BAM = Family('BamForCausalLM', 'bam', _bam, _bam_json)
+BAM = Family(
+  'BamForCausalLM', 'bam', _LAYERNORM, dict(norm_epsilon=1e-5, tied_embeddings=True),
+  [Part(_read_own, _write_own), Part(_read_windows, _write_windows)],
+)  # fmt: skip
 # In the order in which a model's own class is looked for.
 FAMILIES = [
-  Family('CohereForCausalLM', 'cohere', _cohere, _cohere_json),
-  Family('Cohere2ForCausalLM', 'cohere2', _cohere2, _cohere2_json),
-  Family('LlamaForCausalLM', 'llama', _llama, _llama_json),
-  Family('MistralForCausalLM', 'mistral', _mistral, _mistral_json),
-  Family('Qwen2ForCausalLM', 'qwen2', _qwen2, _qwen2_json),
-  Family('Qwen3ForCausalLM', 'qwen3', _qwen3, _qwen3_json),
-  Family('SmolLM3ForCausalLM', 'smollm3', _smollm3, _smollm3_json),
-  Family('Olmo2ForCausalLM', 'olmo2', _olmo2, _llama_json),
-  Family('Olmo3ForCausalLM', 'olmo3', _olmo3, _olmo3_json),
-  Family('Phi3ForCausalLM', 'phi3', _phi3, _phi3_json),
-  Family('GraniteForCausalLM', 'granite', _granite, _granite_json),
-]
+  Family(
+    'CohereForCausalLM', 'cohere', _COHERE_KEYS, _COHERE,
+    [_ROPE, _flag('use_qk_norm', 'qk_norm', 'head_layernorm')], _COHERE_ALLOWED,
+  ),
+  Family(
+    'Cohere2ForCausalLM', 'cohere2', _COHERE_KEYS, _COHERE | dict(rope_theta=1e4),
+    [_ROPE, Part(_read_cohere2_windows, _write_windows)], _COHERE_ALLOWED,
+  ),
+  Family('LlamaForCausalLM', 'llama', _RMSNORM, _LLAMA, [_ROPE, _BIASES]),
+  Family(
+    'MistralForCausalLM', 'mistral', _RMSNORM, _LLAMA | dict(num_kv_heads=8),
+    [_ROPE, _all_windows(4096)],
+  ),
+  Family(
+    'Qwen2ForCausalLM', 'qwen2', _RMSNORM, _LLAMA | dict(biases='qkv'), [_ROPE, _QWEN_WINDOWS],
+    dict(hidden_act=['silu'], attention_bias=[False, True]),  # which transformers ignores
+  ),
+  Family(
+    'Qwen3ForCausalLM', 'qwen3', _RMSNORM, _LLAMA | dict(head_dim=128, qk_norm='head_rms'),
+    [_ROPE, _BIASES, _QWEN_WINDOWS],
+  ),
+  Family(
+    'SmolLM3ForCausalLM', 'smollm3', _RMSNORM,
+    _LLAMA | dict(tied_embeddings=True, num_kv_heads=4, rope_theta=2e6),
+    [_ROPE, _BIASES, _QWEN_WINDOWS, Part(_read_nope_layers, _write_nope_layers)],
+  ),
+  Family('Olmo2ForCausalLM', 'olmo2', _RMSNORM, _OLMO, [_ROPE, _BIASES]),
+  Family(
+    'Olmo3ForCausalLM', 'olmo3', _RMSNORM, _OLMO,
+    [_BIASES, Part(_read_olmo3_windows, _write_windows), Part(_read_olmo3_rope, _write_olmo3_rope)],
+  ),
+  Family(
+    'Phi3ForCausalLM', 'phi3', _RMSNORM, _LLAMA | dict(norm_epsilon=1e-5),
+    [Part(_read_phi3_rope, _write_phi3_rope), _all_windows(None)],
+  ),
+  Family(
+    'GraniteForCausalLM', 'granite', _GRANITE_KEYS,
+    _LLAMA | dict(embedding_scale=1.0, residual_scale=1.0, attention_scale=1.0),
+    [_ROPE, _BIASES, _LOGITS_SCALING],
+  ),
+]  # fmt: skip
