@@ -29,14 +29,12 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
   UserError names a key that describes a model unlike ours, is unknown and not turned off, or is
   missing and has no safe default.
   """
-  architectures = config_json.get('architectures')
-  is_one = isinstance(architectures, list) and len(architectures) == 1
-  architecture = architectures[0] if is_one else architectures
-  known = {family.architecture: family for family in (*FAMILIES, BAM)}
-  wrong = f'architectures names {architecture!r}'
-  require(architecture in known, f'{wrong}: only {", ".join(known)} can be imported.')
-  if known[architecture] != BAM:
-    return families.read(known[architecture], config_json)
+  asked, known = config_json.get('architectures'), [*FAMILIES, BAM]
+  found = [family for family in known if [family.architecture] == asked]
+  all_names = ', '.join(family.architecture for family in known)
+  require(found, f'architectures names {asked}: only {all_names} can be imported.')
+  if found != [BAM]:
+    return families.read(found[0], config_json)
   facts = Facts(config_json)
   groups = [Facts(rope_parameters=group) for group in facts.take(_ROPES, list, ())]
   ropes = tuple(config.Rope(*families.rope(group, None).values()) for group in groups)
@@ -76,7 +74,7 @@ def from_model(
   Its class is the first that computes it, or the one that is asked for; UserError if that one does
   not. BamForCausalLM computes every model. `biased` says that an `expert_bias` is not zero.
   """
-  dense, attention, ffn = model.dense(), model.attention_experts, model.ffn_experts
+  dense, attention = model.dense(), model.attention_experts
   wrong = {one.architecture: mixtures.objection(one, model, length, biased) for one in MIXTURES}
   fitting = [one for one in FAMILIES if model == dense and families.describes(one, model)]
   fitting += [one for one in MIXTURES if not wrong[one.architecture]]
@@ -90,7 +88,7 @@ def from_model(
   facts = families.write(chosen, dense) | {LENGTH: length}
   if chosen != BAM:
     return facts
-  for experts, keys in ((attention, _ATTENTION_EXPERTS), (ffn, _FFN_EXPERTS)):
+  for experts, keys in ((attention, _ATTENTION_EXPERTS), (model.ffn_experts, _FFN_EXPERTS)):
     facts[keys['num_experts']] = 0
     if experts:
       facts |= {theirs: getattr(experts, ours) for ours, theirs in keys.items()}

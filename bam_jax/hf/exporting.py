@@ -70,8 +70,8 @@ def convert(
       for name in CODE:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     (folder / 'README.md').write_text(card.text(meta, architecture, tokenizer), encoding='utf-8')
-  facts = dict(architecture=architecture, dtype=facts['dtype'], tensors=len(specs), bytes=total)
-  return facts | {'files': list(shards)}
+  about = dict(architecture=architecture, dtype=facts['dtype'], files=list(shards))
+  return about | dict(tensors=len(specs), bytes=total)
 
 
 def _specs(reader: arrays.Reader, table: names.Table, dtype: str | None) -> dict[str, arrays.Spec]:

@@ -39,9 +39,8 @@ class Facts(dict[str, Any]):
       require(default is not _NEEDED, f'{key} is missing.')
       return default
     fits = type(value) is kind or (kind is float and type(value) is int)
-    in_range = kind not in (int, float) or 0 < value <= sys.float_info.max
-    what = _KINDS.get(kind, f'a {kind.__name__}')
-    require(fits and in_range, f'{key}={value!r} is not {what}.')
+    fits = fits and (kind not in (int, float) or 0 < value <= sys.float_info.max)
+    require(fits, f'{key}={value!r} is not {_KINDS.get(kind, f"a {kind.__name__}")}.')
     return kind(value)
 
 
@@ -121,22 +120,16 @@ _SCALINGS = {
 
 def rope(facts: Facts, theta: float | None) -> dict[str, Any]:
   """Base and perhaps scaling; `theta` is the default, None if there is none that is safe."""
-  top = facts.take('rope_theta', float, None)
   groups = [facts.take(key, dict, {}) for key in ('rope_parameters', 'rope_scaling')]
-  thetas = [top, *(_theta(group) for group in groups)]
+  thetas = [one.take('rope_theta', float, None) for one in (facts, *map(Facts, groups))]
   found = [value for value in thetas if value is not None]
   where = 'rope_theta, at the top level and under rope_parameters'
   require(found or theta, f'{where}, is missing.')
   require(len(set(found)) < 2, f'{where}, is given twice, with different values: {found}.')
-  given = [_scaling(group, facts) for group in groups if group]
-  scalings = list(dict.fromkeys(given))
+  scalings = list(dict.fromkeys(_scaling(group, facts) for group in groups if group))
   require(len(scalings) < 2, 'rope_parameters and rope_scaling differ: remove one of them.')
   fields = dict(rope_theta=found[0] if found else theta)
   return fields | (dict(rope_scaling=scalings[0]) if scalings else {})
-
-
-def _theta(group: Mapping[str, Any]) -> float | None:
-  return Facts(group).take('rope_theta', float, None)
 
 
 def _scaling(group: Mapping[str, Any], facts: Facts) -> config.RopeScaling | None:
@@ -153,8 +146,9 @@ def _scaling(group: Mapping[str, Any], facts: Facts) -> config.RopeScaling | Non
     return None
   values = Facts(rest)
   fields = {'factor': values.take('factor', float)}
-  fields |= {ours: values.take(key, float, None) for key, ours in keys.items() if key != 'factor'}
-  fields = {ours: value for ours, value in fields.items() if value is not None}
+  fields |= {
+    ours: values.take(key, float) for key, ours in keys.items() if values.get(key) is not None
+  }
   if 'original_max_position_embeddings' in keys:
     length = int(fields.get('original_length') or facts.take(LENGTH, int))
     fields['original_length'] = length
@@ -189,7 +183,7 @@ def _read_olmo3_rope(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
     found = rope(Facts(rope_parameters=full), 5e5)
     scaled = slid.get('rope_type', 'default') != 'default'
     require(not scaled, 'rope_parameters scales sliding layers, which our model does not support.')
-    sliding = _theta(slid) or 5e5
+    sliding = Facts(slid).take('rope_theta', float, 5e5)
   if 'layer_types' in fields and (found.get('rope_scaling') or sliding != found['rope_theta']):
     found['window_rope_theta'] = sliding
   return found

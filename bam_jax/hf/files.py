@@ -38,18 +38,15 @@ class Reader:
     self.specs: dict[str, Spec] = {}
     self._file_of: dict[str, str] = {}
     index = _read_index(folder)
-    files = sorted(set(index.values())) if index else [SINGLE]
-    missing = sorted(set(files) - {path.name for path in folder.iterdir()})
     what = f'a model is {SINGLE}, or files with {INDEX}; convert pickles to safetensors first'
-    require(not missing, f'{folder} has no {"".join(missing[:1])}: {what}.')
-    for file in files:
+    for file in sorted(set(index.values())) or [SINGLE]:
+      require((folder / file).exists(), f'{folder} has no {file}: {what}.')
       with _opened(folder / file) as opened:
         for name in opened.keys():
           entry = opened.get_slice(name)
           code, wrong = entry.get_dtype(), f'not in {", ".join(_DTYPES)}'
           require(code in _DTYPES, f'{folder / file} has {name} in {code}, {wrong}.')
-          other = self._file_of.setdefault(name, file)
-          require(other == file, f'{name} is in {other} and again in {file} of {folder}.')
+          self._file_of[name] = file
           self.specs[name] = Spec(tuple(entry.get_shape()), np.dtype(_DTYPES[code]))
     for name in sorted(index.keys() | self._file_of.keys()) if index else ():
       listed, found = index.get(name), self._file_of.get(name)
@@ -127,11 +124,11 @@ def read_json(path: Path) -> dict[str, Any]:
   return facts
 
 
-def _read_index(folder: Path) -> dict[str, str] | None:
-  """The file of every tensor, or None if there is a single file without an index."""
+def _read_index(folder: Path) -> dict[str, str]:
+  """The file of every tensor; {} if there is a single file without an index."""
   path = folder / INDEX
   if not path.exists():
-    return None
+    return {}
   names = read_json(path).get('weight_map')
   listed = bool(names) and isinstance(names, dict)
   require(listed, f'{path} has no weight_map, which lists the file of each tensor.')

@@ -48,14 +48,14 @@ def convert(
     with arrays.Writer(beside / 'params', specs) as writer:
       hashes = _copy(reader, table, writer, progress)
     words.save(beside)
-    place = meta.tokenizer_path
-    origin = manifest.Source(place, hash=manifest.content_hash(hashes), array_hashes=hashes)
+    content = manifest.content_hash(hashes)
+    origin = manifest.Source(meta.tokenizer_path, hash=content, array_hashes=hashes)
     made = (
       manifest.Made(path, 'transpose' if tensor.is_matrix else 'copy', tensor.name.format('*', '*'))
       for path, tensor in table.items()
     )
-    origin = manifest.Manifest(command, manifest.now(), (origin,), tuple(made))
-    meta = dataclasses.replace(meta, manifest=origin)
+    history = manifest.Manifest(command, manifest.now(), (origin,), tuple(made))
+    meta = dataclasses.replace(meta, manifest=history)
     checkpoint.write_meta(beside, meta)
   return meta
 
