@@ -44,12 +44,12 @@ _CHECKPOINT = flags.DEFINE_multi_string('checkpoint', [], 'A run, step, or outpu
 _DATA = flags.DEFINE_multi_string('data', [], 'A prepared dataset, or DOMAIN=PATH of text.')
 _SPLIT = flags.DEFINE_string('split', 'valid', 'Split of prepared datasets and of files so named.')
 _TEXT_FIELD = flags.DEFINE_string('text_field', 'text', 'JSON field or Parquet column of the text.')
-_MAX_DOCUMENTS = flags.DEFINE_integer('max_documents', None, 'Maximum of each domain or task.', 1)
+flags.DEFINE_integer('max_documents', None, 'Maximum of each domain or task.', 1)
 flags.DEFINE_integer('window', None, 'Tokens at once; default: the training length.', 1)
 _STRIDE = flags.DEFINE_integer('stride', None, 'From window to window; default: the window.', 1)
 flags.DEFINE_integer('batch_size', 16, 'Windows on the devices at once.', lower_bound=1)
-_DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Default: float32 only on CPU.')
-_MESH = flags.DEFINE_list('mesh', [], 'Devices along each axis: data=2,fsdp=4.')
+flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Default: float32 only on CPU.')
+flags.DEFINE_list('mesh', [], 'Devices along each axis: data=2,fsdp=4.')
 _RESAMPLES = flags.DEFINE_integer('resamples', 1000, 'Resamples of the bootstrap.', 1, 10**6)
 _CONFIDENCE = flags.DEFINE_float('confidence', 0.95, 'Level of the intervals.', 0.0, 1.0)
 flags.DEFINE_integer('seed', 0, 'Seed of the bootstrap, or of sampling.', lower_bound=0)
@@ -62,22 +62,17 @@ _ALLOW = flags.DEFINE_bool('allow_generated_code', False, 'Allow programs writte
 
 def main() -> dict[str, Any]:
   """Compares the checkpoints that the flags name, and prints the tables."""
+  values = {name: flags.FLAGS[name].value for name in comparison.Options._fields}
+  default = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  values |= {'dtype': values['dtype'] or default, 'mesh': cli.parse_mesh(values['mesh'])}
+  options = comparison.Options(**values)
   if _TASKS.value:
     _refuse('with --tasks', _DATA, _SPLIT, _TEXT_FIELD, _STRIDE, _RESAMPLES, _CONFIDENCE, _ROUTING)
-    return tasks_session.run(_CHECKPOINT.value, _TASKS.value, _options(tasks_session.Options))
+    return tasks_session.run(_CHECKPOINT.value, _TASKS.value, options)
   _refuse('without --tasks', _FEW_SHOT, _ALLOW)
-  domains = corpus.read(_DATA.value, _SPLIT.value, _TEXT_FIELD.value, _MAX_DOCUMENTS.value)
-  options = _options(comparison.Options)
+  domains = corpus.read(_DATA.value, _SPLIT.value, _TEXT_FIELD.value, options.max_documents)
   facts = session.run(_CHECKPOINT.value, domains, options, _ROUTING.value)
   return {'data': _DATA.value, 'split': _SPLIT.value} | facts
-
-
-def _options[T: tuple](kind: type[T]) -> T:
-  """The NamedTuple of the flags that have the names of its fields."""
-  options = {name: flags.FLAGS[name].value for name in kind._fields}
-  default = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-  options |= {'dtype': _DTYPE.value or default, 'mesh': cli.parse_mesh(_MESH.value)}
-  return kind(**options)
 
 
 def _refuse(where: str, *unread: flags.FlagHolder) -> None:

@@ -27,16 +27,21 @@ from bam_jax.reports import scores
 
 
 class Options(NamedTuple):
-  """How documents are scored, and with which intervals."""
+  """How checkpoints are evaluated, on documents or in tasks."""
 
   dtype: str = 'float32'
   mesh: config.Mesh = config.Mesh()
   batch_size: int = 16
   window: int | None = None  # tokens that are read at once; None: what each was trained at
+  seed: int = 0  # of the resamples, or of sampling
+  max_documents: int | None = None  # of a domain or task; None: all
+  # Of documents.
   stride: int | None = None  # tokens from one window to the next; None: the window's
   resamples: int = 1000
   confidence: float = 0.95
-  seed: int = 0  # of the resamples
+  # Of tasks.
+  few_shot: int | None = None  # examples before each question; None: as each task says
+  allow_generated_code: bool = False
 
 
 @dataclasses.dataclass

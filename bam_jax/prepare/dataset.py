@@ -61,15 +61,10 @@ def prepare(
   that copies of it never lie on both sides. A train document whose exact text is also in a valid
   file of any domain is dropped and counted; copies within train are kept.
 
-  Args:
-    inputs: the file or folder of each domain, by name.
-    output: the folder to make; `output`.partial holds unfinished work.
-    tokenizer: the one to use; or None, and `train_tokenizer` is the vocabulary size of a new one.
-    valid_fraction: share of documents held out where no file is; 0 holds none out.
-    tokenizer_bytes: of each domain's train split, for a new tokenizer.
-    skip_unknown: leave out files of a kind that cannot be read.
-    min_decoded: share of a domain's characters that must come back from their tokens.
-    progress: called with the bytes of the sources read so far, and all of them.
+  `inputs` are the file or folder of each domain, by name. Without a `tokenizer` a new one of
+  `train_tokenizer` tokens is made, of `tokenizer_bytes` of each domain's train split. `progress` is
+  called with the bytes of the sources read so far, and all of them; `python -m bam_jax.prepare
+  --help` has the other options.
 
   UserError when the inputs or options are unfit, or the disk takes no more: `output` is then not
   there, and another attempt goes on from what `output`.partial holds.

@@ -163,9 +163,16 @@ def find_split(relative: Path) -> str | None:
 def find_domains(inputs: Sequence[str]) -> dict[str, Path]:
   """Reads `--input`: either some `domain=path`, or one folder whose entries are the domains."""
   require(inputs, '--input is required: give --input=DOMAIN=PATH or --input=FOLDER.')
-  folder = Path(inputs[0])
+  folder, named = Path(inputs[0]), []
   if len(inputs) == 1 and folder.is_dir():
-    named = list(_entries(folder))
+    for path in sorted(folder.iterdir()):
+      if path.name.startswith('.') or path.is_file() and _is_about(path):
+        continue
+      kind = path.is_file() and extension(path) or ''
+      name = path.name[: len(path.name) - len(kind)]
+      wrong = f'{path} is a split, not a domain: give --input=DOMAIN={folder}.'
+      require(not find_split(Path(name)), wrong)
+      named.append((str(path), name, path))
     require(named, f'{folder} holds no domain: put a folder or file for each domain into it.')
   else:
     for given in inputs:
@@ -179,15 +186,3 @@ def find_domains(inputs: Sequence[str]) -> dict[str, Path]:
     require(name not in domains, twice)
     domains[name] = Path(path)
   return domains
-
-
-def _entries(folder: Path) -> Iterator[tuple[str, str, Path]]:
-  """What a folder has for domains: how to refer to it, the domain's name, and the path."""
-  for path in sorted(folder.iterdir()):
-    if path.name.startswith('.') or path.is_file() and _is_about(path):
-      continue
-    kind = path.is_file() and extension(path) or ''
-    name = path.name[: len(path.name) - len(kind)]
-    wrong = f'{path} is a split, not a domain: give --input=DOMAIN={folder}.'
-    require(not find_split(Path(name)), wrong)
-    yield str(path), name, path

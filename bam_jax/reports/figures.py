@@ -68,12 +68,9 @@ def _loss_curve(
 
 def smooth(values: np.ndarray) -> np.ndarray:
   """The mean over about a tenth of the run, centred but for its end."""
-  reach, index = len(values) // 20, np.arange(len(values))
-  before = np.minimum(reach, index)
   # Symmetric at the start, where a lopsided window would lower a steep curve.
-  after = np.minimum(before, index[::-1])
-  sums = np.concatenate([[0.0], np.cumsum(values)])
-  return (sums[index + after + 1] - sums[index - before]) / (before + after + 1)
+  reaches = enumerate(min(len(values) // 20, i) for i in range(len(values)))
+  return np.array([values[i - reach : i + reach + 1].mean() for i, reach in reaches])
 
 
 def valid_loss(row: Mapping[str, Any], valid: Mapping[str, float]) -> float:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 from bam_jax.config import strict
 
@@ -26,22 +25,19 @@ FILE_BYTES = 2**20  # of one file
 OUTPUT_BYTES = 2000  # of standard error that are kept
 
 
-class Result(NamedTuple):
-  """How a program ended."""
-
-  passed: bool  # whether it ran to its end and nothing raised
-  reason: str  # if not: 'time', or the end of what it wrote to standard error
-
-
 def require() -> None:
   """UserError when this machine cannot set the limits."""
-  result = run('pass')
-  wrong = f'requires limits that this machine does not support ({result.reason.strip()})'
-  strict.require(result.passed, f'--allow_generated_code {wrong}: remove the tasks that run code.')
+  failure = run('pass')
+  wrong = f'requires limits that this machine does not support ({failure.strip()})'
+  strict.require(not failure, f'--allow_generated_code {wrong}: remove the tasks that run code.')
 
 
-def run(program: str) -> Result:
-  """Runs a Python program in a limited process; runs nothing where limits cannot be set."""
+def run(program: str) -> str:
+  """Runs a Python program in a limited process; runs nothing where limits cannot be set.
+
+  Returns '' if it ran to its end and nothing raised, else why it failed: 'time', or the end of what
+  it wrote to standard error.
+  """
   limits = map(str, (CPU_SECONDS, MEMORY_BYTES, FILE_BYTES))
   # The launcher writes it when the program has ended: a program that exits early does not pass.
   secret = secrets.token_hex(16)
@@ -61,12 +57,12 @@ def run(program: str) -> Result:
       try:
         status = process.wait(SECONDS)
       except subprocess.TimeoutExpired:
-        return Result(False, 'time')
+        return 'time'
       finally:
         with contextlib.suppress(ProcessLookupError):  # nothing of it is left
           os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-      passed = reader.read(len(secret)) == secret.encode()
+      if reader.read(len(secret)) == secret.encode():
+        return ''
     text = output.read_bytes()[-OUTPUT_BYTES:].decode(errors='replace')
-  reason = 'time' if status == -signal.SIGXCPU else text or f'status {status}'
-  return Result(passed, '' if passed else reason)
+  return 'time' if status == -signal.SIGXCPU else text or f'status {status}'

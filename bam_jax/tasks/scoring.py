@@ -38,7 +38,7 @@ def mbpp_examples(docs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _pass_at_1(program: str) -> dict[str, float]:
-  return {'pass_at_1': float(sandbox.run(program).passed)}
+  return {'pass_at_1': float(not sandbox.run(program))}
 
 
 def quac_questions(dialogues):
@@ -53,15 +53,12 @@ def quac_questions(dialogues):
     answers = zip(dialogue['answers']['texts'], dialogue['orig_answers']['texts'])
     for question, (references, answer) in zip(dialogue['questions'], answers):
       prompt += f'\nQ: {question}\nA:'
-      rows.append({'prompt': prompt, 'references': _majority(references)})
+      # Those that agree with the majority on whether there is an answer.
+      answered = [reference for reference in references if reference != UNANSWERED]
+      majority = answered if 2 * len(answered) > len(references) else [UNANSWERED]
+      rows.append({'prompt': prompt, 'references': majority})
       prompt += f' {answer}'
   return dialogues.from_list(rows)  # of datasets.Dataset
-
-
-def _majority(references: Sequence[str]) -> list[str]:
-  """The references that agree with the majority on whether there is an answer."""
-  answered = [reference for reference in references if reference != UNANSWERED]
-  return answered if 2 * len(answered) > len(references) else [UNANSWERED]
 
 
 def quac_f1(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import rich.table
@@ -27,20 +27,9 @@ INSTALL = "pip install '.[tasks]' in a clone of bam_jax"
 Samples = Mapping[str, Sequence[Mapping[str, Any]]]  # lm-eval's, by task
 
 
-class Options(NamedTuple):
-  """How tasks are evaluated."""
-
-  dtype: str
-  mesh: config.Mesh = config.Mesh()
-  batch_size: int = 16
-  window: int | None = None  # tokens read at once; None: the length trained at
-  seed: int = 0  # of sampling
-  few_shot: int | None = None  # examples before each question; None: as each task says
-  max_documents: int | None = None  # questions of a task; None: all
-  allow_generated_code: bool = False
-
-
-def run(checkpoints: Sequence[str], tasks: Sequence[str], options: Options) -> dict[str, Any]:
+def run(
+  checkpoints: Sequence[str], tasks: Sequence[str], options: comparison.Options
+) -> dict[str, Any]:
   """Evaluates the checkpoints one after another; prints a table, and returns it as `--json` has it.
 
   `tasks` are names of lm-eval's tasks and groups, `bam_paper`, .yaml files of lm-eval, and files of
@@ -117,7 +106,7 @@ def check_examples(tasks: Mapping[str, Any], few_shot: int | None) -> None:
       require(wanted <= most, f'{wrong}, and {wanted} are asked for: lower --few_shot.')
 
 
-def _score(path, manager, specs, tasks, options: Options) -> tuple[dict[str, Any], Samples]:
+def _score(path, manager, specs, tasks, options) -> tuple[dict[str, Any], Samples]:
   """A row of `--json`, and lm-eval's samples; in between are the results of `load`."""
   import lm_eval
 

@@ -76,11 +76,10 @@ class Writer(contextlib.ExitStack):
     name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
     with folders.writing(folder):
       (folder / 'tensorboard').mkdir(parents=True, exist_ok=True)
-    self._mirrors = [buckets.Mirror(p) for p in (self._path, folder / 'tensorboard' / name)]
-    for mirror in self._mirrors:
-      self.callback(mirror.close)
-    folders.write_file(self._mirrors[0].path, kept)
-    with folders.writing(folder):
+      self._mirrors = [buckets.Mirror(p) for p in (self._path, folder / 'tensorboard' / name)]
+      for mirror in self._mirrors:
+        self.callback(mirror.close)
+      folders.write_file(self._mirrors[0].path, kept)
       self._file = self.enter_context(open(self._mirrors[0].path, 'ab', buffering=0))
       # The library's SummaryWriter writes in a thread, in which a full disk is only a traceback.
       self._events = tensorboardX.RecordWriter(str(self._mirrors[1].path))

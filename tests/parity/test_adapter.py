@@ -6,6 +6,7 @@ import pytest
 
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
+from bam_jax.evaluate import comparison
 from tests.evaluate.folders import write_checkpoint
 from tests.hf.folders import make_model
 from tests.upcycle import memory
@@ -71,7 +72,7 @@ def test_more_examples_than_a_task_has(path, tmp_path, copies, most):
   rows = [{'context': f'{name}, the', 'choices': ['a', 'b'], 'answer': 0} for name in names]
   file = tmp_path / 'mine.jsonl'
   file.write_text('\n'.join(map(json.dumps, rows)))
-  options = session.Options('float32')
+  options = comparison.Options('float32')
   with pytest.raises(UserError, match=f'mine has at most {most} .* {most + 1} are asked for'):
     session.run([path], [str(file)], options._replace(few_shot=most + 1))
   facts = session.run([path], [str(file)], options._replace(few_shot=most))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bam_jax.errors import UserError
+from bam_jax.evaluate import comparison
 from tests.hf import folders
 
 torch = pytest.importorskip('torch')
@@ -203,7 +204,7 @@ def test_the_command(both, files, tmp_path):
 
 
 def test_code_is_not_run_unless_that_is_said(both, files):
-  path, file, options = str(both[2]), str(files['code']), session.Options('float32')
+  path, file, options = str(both[2]), str(files['code']), comparison.Options('float32')
   with pytest.raises(UserError, match='my_code.*--allow_generated_code'):
     session.run([path], [file], options)
   facts = session.run([path], [file], options._replace(allow_generated_code=True))

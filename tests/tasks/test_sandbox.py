@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='the limits are 
   'x = bytearray(2**26)\nprint("x" * 10**7)',
 ])  # fmt: skip
 def test_harmless_programs_pass(program):
-  assert sandbox.run(program) == (True, '')
+  assert sandbox.run(program) == ''
 
 
 @pytest.mark.parametrize('program, reason', [
@@ -32,19 +32,18 @@ def test_harmless_programs_pass(program):
   ('import sys\nsys.stderr.write("x" * 2**22)\nsys.stderr.flush()', ''),
 ])  # fmt: skip
 def test_what_fails(program, reason):
-  result = sandbox.run(program)
-  assert not result.passed and reason in result.reason
-  assert len(result.reason) <= sandbox.OUTPUT_BYTES
+  failure = sandbox.run(program)
+  assert failure and reason in failure and len(failure) <= sandbox.OUTPUT_BYTES
 
 
 def test_time(monkeypatch):
   monkeypatch.setattr(sandbox, 'SECONDS', 0.5)
   begin = time.monotonic()
-  assert sandbox.run('import time; time.sleep(100)') == (False, 'time')
+  assert sandbox.run('import time; time.sleep(100)') == 'time'
   assert time.monotonic() - begin < 30
   monkeypatch.setattr(sandbox, 'SECONDS', 60)
   monkeypatch.setattr(sandbox, 'CPU_SECONDS', 1)
-  assert sandbox.run('while True: pass') == (False, 'time')
+  assert sandbox.run('while True: pass') == 'time'
 
 
 @pytest.mark.parametrize('program', [
@@ -58,19 +57,19 @@ def test_time(monkeypatch):
   'import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))',
 ])  # fmt: skip
 def test_calls_that_are_refused(program):
-  result = sandbox.run(program)
+  failure = sandbox.run(program)
   refusals = 'PermissionError', "can't start new thread", 'not allowed'
-  assert not result.passed and any(words in result.reason for words in refusals)
+  assert any(words in failure for words in refusals)
 
 
 def test_it_finds_nothing(monkeypatch):
   monkeypatch.setenv('SECRET', 'x')
-  found = sandbox.run(
+  failure = sandbox.run(
     'import os, sys; assert not os.listdir() and set(os.environ) <= {"LC_CTYPE"}\n'
     'assert not sys.stdin.read() and len(sys.argv) == 1'
   )
-  assert found.passed, found
-  assert not sandbox.run('import numpy').passed
+  assert failure == ''
+  assert 'ModuleNotFoundError' in sandbox.run('import numpy')
 
 
 def test_nothing_stays_behind(tmp_path, monkeypatch):
@@ -87,7 +86,7 @@ def test_a_machine_without_limits_runs_nothing(tmp_path, monkeypatch):
   text = open(launcher.__file__, encoding='utf-8').read()
   other.write_text(text.replace("sys.platform != 'linux'", "sys.platform != 'plan9'"))
   monkeypatch.setattr(sandbox, 'LAUNCHER', str(other))
-  assert not sandbox.run(f'open("{tmp_path}/ran", "w")').passed
+  assert sandbox.run(f'open("{tmp_path}/ran", "w")')
   assert not (tmp_path / 'ran').exists()
   with pytest.raises(UserError, match='--allow_generated_code requires limits'):
     sandbox.require()

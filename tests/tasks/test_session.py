@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bam_jax.errors import UserError
+from bam_jax.evaluate import comparison
 from bam_jax.tasks import session
 from tests.hf import folders
 
@@ -24,7 +25,7 @@ def test_mistakes_are_refused_before_lm_eval_is_imported(tmp_path, monkeypatch):
     ([path + '/no'], 'x', '/no'),
   ):  # fmt: skip
     with pytest.raises(UserError, match=sentence):
-      session.run(checkpoints, [task], session.Options('float32'))
+      session.run(checkpoints, [task], comparison.Options('float32'))
 
 
 def sample(number, wanted='none', **metrics):
