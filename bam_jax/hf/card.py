@@ -60,9 +60,9 @@ def text(meta: checkpoint.Meta, architecture: str, tokenizer: Tokenizer) -> str:
     content = f', content hash `{source.hash}`' if source.hash else ''
     facts.append(f'Made from `{name}`{step}{content}.')
   facts.append(f'Versions: {", ".join(f"{name} {v}" for name, v in meta.versions.items())}.')
-  mixture, coded = bool(attention or ffn), architecture == BAM.architecture
+  coded = architecture == BAM.architecture
   card = _CARD.format(
-    tags='bam_jax, mixture-of-experts' if mixture else 'bam_jax',
+    tags='bam_jax, mixture-of-experts' if attention or ffn else 'bam_jax',
     name=meta.run,
     facts='\n'.join(f'- {fact}' for fact in facts),
     trust=', trust_remote_code=True' if coded else '',

@@ -150,18 +150,15 @@ def _scaling(group: Mapping[str, Any], facts: Facts) -> config.RopeScaling | Non
     ours: values.take(key, float) for key, ours in keys.items() if values.get(key) is not None
   }
   if 'original_max_position_embeddings' in keys:
-    length = int(fields.get('original_length') or facts.take(LENGTH, int))
-    fields['original_length'] = length
+    fields['original_length'] = int(fields.get('original_length') or facts.take(LENGTH, int))
   return config.RopeScaling(kind, **fields)
 
 
 def rope_json(theta: float, scaling: config.RopeScaling | None, **more) -> dict[str, Any]:
   """The keys of both forms, which readers of all versions agree on."""
-  group: dict[str, Any] = {'rope_type': 'default', 'rope_theta': theta, **more}
-  if scaling:
-    keys = _SCALINGS[scaling.kind]
-    group |= {'rope_type': scaling.kind}
-    group |= {key: getattr(scaling, ours) for key, ours in keys.items() if getattr(scaling, ours)}
+  group = {'rope_type': scaling.kind if scaling else 'default', 'rope_theta': theta, **more}
+  keys = _SCALINGS[scaling.kind] if scaling else {}
+  group |= {key: getattr(scaling, ours) for key, ours in keys.items() if getattr(scaling, ours)}
   return {'rope_theta': theta, 'rope_parameters': group, 'rope_scaling': group if scaling else None}
 
 
@@ -177,7 +174,7 @@ def _read_olmo3_rope(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
   if nested is None:  # of old files transformers rotates sliding layers by this base, unscaled
     found, sliding = rope(facts, 5e5), 5e5
   else:
-    facts.take('rope_theta', float, None), facts.take('rope_scaling', dict, None)
+    facts |= {'rope_theta': None, 'rope_scaling': None}
     full = nested.get('full_attention', nested)
     slid = nested.get('sliding_attention', full)
     found = rope(Facts(rope_parameters=full), 5e5)
@@ -254,11 +251,6 @@ def _read_qwen_windows(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
   return _read_windows(facts, fields)
 
 
-def _write_qwen_windows(model: config.Model) -> dict[str, Any]:
-  used = {'use_sliding_window': bool(model.window), 'max_window_layers': 28}
-  return _write_windows(model) | used
-
-
 def _all_windows(default: int | None) -> Part:
   """A window of all layers or of none; `default` if the key is absent, while null is none."""
 
@@ -267,6 +259,11 @@ def _all_windows(default: int | None) -> Part:
     return dict(layer_types=('sliding',) * fields['num_layers'], window=window) if window else {}
 
   return Part(read_window, lambda model: {'sliding_window': model.window or None})
+
+
+def _write_qwen_windows(model: config.Model) -> dict[str, Any]:
+  used = {'use_sliding_window': bool(model.window), 'max_window_layers': 28}
+  return _write_windows(model) | used
 
 
 _QWEN_WINDOWS = Part(_read_qwen_windows, _write_qwen_windows)
@@ -288,8 +285,6 @@ def _read_nope_layers(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
   every, count = facts.take('no_rope_layer_interval', int, 4), fields['num_layers']
   default = [int((n + 1) % every != 0) for n in range(count)]  # 1: this layer rotates
   turns = facts.take('no_rope_layers', list, default)
-  wrong = f'no_rope_layers={turns!r} does not list num_hidden_layers={count} layers.'
-  require(len(turns) == count, wrong)
   return dict(nope_layers=tuple(n for n, turn in enumerate(turns) if not turn))
 
 

@@ -24,10 +24,8 @@ def convert(
   *,
   dtype: str,
   command: str,
-  tokenizer: str | None = None,
-  bos_token: str | None = None,
-  eos_token: str | None = None,
   progress: Progress,
+  **words: str | None,
 ) -> checkpoint.Meta:
   """Writes a checkpoint of the model in a folder, with its tokenizer beside it; returns its `meta`.
 
@@ -36,18 +34,17 @@ def convert(
     output: the checkpoint; must not exist.
     dtype: of its arrays, 'float32' or 'bfloat16'; values are rounded to nearest.
     command: recorded in the manifest.
-    tokenizer: its file, or a folder that holds it; None: the source.
-    bos_token, eos_token: around documents; None: well-known tokens, as in bam_jax.prepare.
+    words: the tokenizer and its tokens, as in `open_folder`.
 
   UserError if the model is not supported, its files are damaged or do not fit its config.json, or
   the output exists or cannot be written.
   """
-  meta, words, reader, table = open_folder(source, tokenizer, bos_token, eos_token)
+  meta, tokenizer, reader, table = open_folder(source, **words)
   specs = {path: arrays.Spec(tensor.shape, jnp.dtype(dtype)) for path, tensor in table.items()}
   with folders.new_folder(output, sum(spec.nbytes for spec in specs.values())) as beside:
     with arrays.Writer(beside / 'params', specs) as writer:
       hashes = _copy(reader, table, writer, progress)
-    words.save(beside)
+    tokenizer.save(beside)
     content = manifest.content_hash(hashes)
     origin = manifest.Source(meta.tokenizer_path, hash=content, array_hashes=hashes)
     made = (
@@ -66,7 +63,11 @@ def open_folder(
   bos_token: str | None = None,
   eos_token: str | None = None,
 ) -> tuple[checkpoint.Meta, Tokenizer, files.Reader, names.Table]:
-  """What `convert` reads, of which only the tensors' values are left to read."""
+  """What `convert` reads, of which only the tensors' values are left to read.
+
+  The tokenizer is a file, or a folder that holds it; by default the source. Its tokens around
+  documents are by default well-known ones, as in bam_jax.prepare.
+  """
   folder = Path(source)
   facts = files.read_json(folder / files.CONFIG)
   try:
@@ -105,19 +106,16 @@ def _check(reader: files.Reader, table: names.Table, model: config.Model) -> Non
     for name, parts in names.pieces(table).items()
   }
   # PyTorch lists a tied head although it is the table; files may therefore contain both.
-  tied_twice = model.tied_embeddings and names.HEAD in reader.specs
-  if tied_twice:
+  if tied_twice := model.tied_embeddings and names.HEAD in reader.specs:
     expected[names.HEAD] = expected[names.TABLE]
   for name in sorted(reader.specs.keys() | expected.keys()):
-    listed = name in reader.specs
-    require(listed, f'{reader.folder} lacks {name}, which its config.json describes.')
+    require(name in reader.specs, f'{reader.folder} lacks {name}, which its config.json describes.')
     shape, described = reader.specs[name].shape, expected.get(name, 'no such tensor')
-    wrong = f'{reader.folder} has {name} of shape {shape}'
-    require(shape == described, f'{wrong}; its config says {described}.')
+    wrong = f'{reader.folder} has {name} of shape {shape}; its config says {described}.'
+    require(shape == described, wrong)
   if tied_twice:
-    pair = (reader.read(name) for name in (names.HEAD, names.TABLE))
     wrong = f'{reader.folder} has {names.HEAD} that differs from {names.TABLE}'
-    same = np.array_equal(*pair, equal_nan=True)
+    same = np.array_equal(reader.read(names.HEAD), reader.read(names.TABLE), equal_nan=True)
     require(same, f'{wrong}, although its config.json says tie_word_embeddings.')
 
 

@@ -7,7 +7,6 @@ Legend: L layers, E experts, D model, H query heads, G key-value heads, K head, 
 """
 
 import itertools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -41,11 +40,6 @@ class Tensor(NamedTuple):
   def shape(self) -> tuple[int, ...]:
     """Of our array."""
     return *self.stacked, *self.ours
-
-  def parts(self) -> Iterator[tuple[tuple[int, ...], str]]:
-    """The index of each part in our array, and its name in transformers."""
-    for index in itertools.product(*map(range, self.stacked)):
-      yield index, self.name.format(*index)
 
 
 Table = dict[str, Tensor]  # of a whole model, by our paths
@@ -121,8 +115,8 @@ def pieces(table: Table) -> dict[str, list[Piece]]:
   """The pieces of every tensor, by its name, in the order of its rows."""
   found: dict[str, list] = {}
   for path, tensor in table.items():
-    for index, name in tensor.parts():
-      found.setdefault(name, []).append((index, path))
+    for index in itertools.product(*map(range, tensor.stacked)):
+      found.setdefault(tensor.name.format(*index), []).append((index, path))
   for name, rows in found.items():
     rows.sort(key=lambda row: row[0])  # expert by expert
     stops = [0, *itertools.accumulate(table[path].theirs[0] for _, path in rows)]

@@ -23,14 +23,11 @@ class Reader:
   """Reads our arrays, by path, out of a folder's tensors."""
 
   def __init__(self, reader: files.Reader, table: names.Table):
-    self._reader, self._table, self._places = reader, table, {}
+    self._reader, self._table, self._places, self.specs = reader, table, {}, {}
     for name, parts in names.pieces(table).items():
       for path, index, start, stop in parts:
         self._places[path, index] = name, slice(start, stop)
-    dtypes = {
-      path: reader.specs[self._places[path, index][0]].dtype for path, index in self._places
-    }
-    self.specs = {path: arrays.Spec(table[path].shape, dtype) for path, dtype in dtypes.items()}
+        self.specs[path] = arrays.Spec(table[path].shape, reader.specs[name].dtype)
 
   def read(self, path: str, index: arrays.Index = ()) -> np.ndarray:
     """A region of an array: of one layer, or some rows and columns of one without layers."""
