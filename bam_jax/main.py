@@ -36,9 +36,7 @@ from bam_jax.reports import report
 from bam_jax.train import stop
 
 _CONFIG = cli.define_recipe()
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder for runs and report; may be gs://BUCKET/...'
-)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Of runs and report; may be gs://BUCKET/FOLDER.')
 _RUNS = flags.DEFINE_list('runs', [], 'Names of the runs to train; default: all.')
 distributed.define_flags()
 

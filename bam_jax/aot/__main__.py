@@ -57,9 +57,7 @@ _DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['float32', 'bfloat16'], 'Decode
 _SAVE = flags.DEFINE_string('save', None, 'File for the serialised executable.')
 _HLO = flags.DEFINE_string('hlo', None, "File for the optimized program's text.")
 _SEARCH = flags.DEFINE_bool('search', False, 'Search for mesh, remat and sequences a chip.')
-_SEARCH_SECONDS = flags.DEFINE_integer(
-  'search_seconds', 900, 'When no compilation begins any more.', 1
-)
+_SEARCH_SECONDS = flags.DEFINE_integer('search_seconds', 900, 'To begin compilations in.', 1)
 _TRAIN, _DECODE = (_SEQUENCES, _SEARCH, _SEARCH_SECONDS), (_BATCH, _CONTEXT, _DTYPE)
 
 

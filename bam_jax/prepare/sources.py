@@ -145,10 +145,9 @@ def find_files(path: Path, skip_unknown: bool = False) -> tuple[list[Path], list
     require(file.stat().st_size, f'{file} is empty: it holds no document.')
   require(readable, f'{path} holds no file that can be read: put {kinds} there.')
   left_out = [file for file in files if not extension(file)]
-  unknown = [file for file in left_out if not _is_about(file)]
-  what = f'{"".join(map(str, unknown[:1]))} is none of {kinds}'
   fix = 'convert it, remove it, or let prepare leave out such files with --skip_unknown'
-  require(skip_unknown or not unknown, f'{what}: {fix}.')
+  for file in left_out:
+    require(skip_unknown or _is_about(file), f'{file} is none of {kinds}: {fix}.')
   return readable, left_out
 
 

@@ -126,7 +126,7 @@ class Model(TemplateLM):
     answers = {(tuple(c), tuple(t)): (0.0, True) for _, c, t in requests}
     pairs = [pair for pair in answers if pair[1]]
     if pairs:
-      with _progress(len(pairs), disable_tqdm) as progress:
+      with tqdm(total=len(pairs), disable=disable_tqdm or None, desc=NAME) as progress:
         if not isinstance(self._loaded, Scorer):
           self._loaded = None  # frees the generator's memory first
           how = self._dtype, self._mesh, self.batch_size, self.max_length
@@ -179,7 +179,8 @@ class Model(TemplateLM):
       self._loaded = None  # frees the scorer's memory first
       how = self.meta.model, self._tokenizer, self._dtype, sharding.make_mesh(self._mesh)
       self._loaded = generator.load(self._path, *how)
-    with _progress(len(requests), disable_tqdm) as progress:
+    # None: only on a terminal.
+    with tqdm(total=len(requests), disable=disable_tqdm or None, desc=NAME) as progress:
       for how, batch in batches.items():
         rows, started = zip(*batch)
 
@@ -212,10 +213,6 @@ def _gen_kwargs(options: Mapping[str, Any]) -> tuple[list[str], int, SamplingPar
   drawn = sample and temperature
   params = SamplingParams(temperature, int(top_k), float(top_p)) if drawn else SamplingParams()
   return until, max_new_tokens, params
-
-
-def _progress(total: int, disable: bool) -> tqdm:
-  return tqdm(total=total, disable=disable or None, desc=NAME)  # None: only on a terminal
 
 
 def _positive(name: str, value: Any) -> int:
