@@ -56,8 +56,7 @@ def to_origin(config_json: Mapping[str, Any]) -> tuple[int, str | None, tuple[st
   """The training length, how a mixture was made, and the sources of its experts."""
   method, sources = config_json.get('upcycling_method'), config_json.get('expert_sources') or ()
   methods = get_args(config.Method)
-  known = method is None or method in methods
-  require(known, f'upcycling_method={method!r} is not one of {methods}.')
+  require(method in (None, *methods), f'upcycling_method={method!r} is not one of {methods}.')
   return Facts(config_json).take(LENGTH, int), method, tuple(map(str, sources))
 
 
@@ -80,8 +79,7 @@ def from_model(
   fitting += [one for one in MIXTURES if not wrong[one.architecture]]
   known = {one.architecture: one for one in (*fitting, BAM)}
   reason = wrong.get(architecture, f'This model is not {architecture}')
-  more = ', or train with renormalize=True' if 'gates' in reason else ''
-  require(architecture in (None, *known), f'{reason}: export as {" or ".join(known)}{more}.')
+  require(architecture in (None, *known), f'{reason}: export as {" or ".join(known)}.')
   chosen = known[architecture or next(iter(known))]
   if chosen in MIXTURES:
     return mixtures.write(chosen, model, length) | {LENGTH: length}

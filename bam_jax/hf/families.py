@@ -197,7 +197,7 @@ def _read_phi3_rope(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
   facts.pop('original_max_position_embeddings', None)
   part = facts.take('partial_rotary_factor', float, None)
   for group in ('rope_parameters', 'rope_scaling'):
-    part = part or (facts.get(group) or {}).get('partial_rotary_factor')
+    part = part or Facts(facts).take(group, dict, {}).get('partial_rotary_factor')
   partial = dict(rotary_dim=int(fields['head_dim'] * part)) if part and part != 1 else {}
   return partial | rope(facts, 1e4)
 
@@ -230,13 +230,12 @@ def _write_windows(model: config.Model) -> dict[str, Any]:
   return {'layer_types': [f'{kind}_attention' for kind in layers], 'sliding_window': window}
 
 
-def _read_olmo3_windows(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
-  return _read_windows(facts, fields, lambda number: (number + 1) % 4 != 0, 4096)
+def _read_olmo3_windows(facts: Facts, fields: dict[str, Any], every: int = 4) -> dict[str, Any]:
+  return _read_windows(facts, fields, lambda number: (number + 1) % every != 0, 4096)
 
 
 def _read_cohere2_windows(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
-  every = facts.take('sliding_window_pattern', int, 4)
-  found = _read_windows(facts, fields, lambda number: (number + 1) % every != 0, 4096)
+  found = _read_olmo3_windows(facts, fields, facts.take('sliding_window_pattern', int, 4))
   layers = found.get('layer_types', ('full',) * fields['num_layers'])
   found['nope_layers'] = tuple(n for n, kind in enumerate(layers) if kind == 'full')
   # transformers ignores the key.
@@ -282,9 +281,10 @@ def _flag(key: str, field: str, value: str) -> Part:
 
 
 def _read_nope_layers(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
-  every, count = facts.take('no_rope_layer_interval', int, 4), fields['num_layers']
-  default = [int((n + 1) % every != 0) for n in range(count)]  # 1: this layer rotates
+  every = facts.take('no_rope_layer_interval', int, 4)
+  default = [(n + 1) % every for n in range(fields['num_layers'])]  # 0: it does not rotate
   turns = facts.take('no_rope_layers', list, default)
+  require(len(turns) == len(default), f'no_rope_layers={turns!r} does not list every layer.')
   return dict(nope_layers=tuple(n for n, turn in enumerate(turns) if not turn))
 
 

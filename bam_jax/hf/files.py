@@ -46,7 +46,8 @@ class Reader:
           entry = opened.get_slice(name)
           code, wrong = entry.get_dtype(), f'not in {", ".join(_DTYPES)}'
           require(code in _DTYPES, f'{folder / file} has {name} in {code}, {wrong}.')
-          self._file_of[name] = file
+          other = self._file_of.setdefault(name, file)
+          require(other == file, f'{name} is in {other} and again in {file} of {folder}.')
           self.specs[name] = Spec(tuple(entry.get_shape()), np.dtype(_DTYPES[code]))
     for name in sorted(index.keys() | self._file_of.keys()) if index else ():
       listed, found = index.get(name), self._file_of.get(name)

@@ -63,7 +63,7 @@ def objection(mixture: Mixture, model: config.Model, length: int, biased: bool) 
   if biased:
     return f'The expert_bias is not zero, and {name} has none'
   if mixture.renormalizes and not ffn.renormalize and ffn.top_k < ffn.num_experts:
-    return f'FFN gates are not renormalised, and {name} divides them by their sum'
+    return f'FFN gates are not those of renormalize=True, and {name} divides them by their sum'
   return ''
 
 

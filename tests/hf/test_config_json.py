@@ -159,8 +159,8 @@ def test_a_class_that_computes_another_model_is_refused():
     (
       LLAMA,
       'Mixtral',
-      'FFN gates are not renormalised, and MixtralForCausalLM divides them by their '
-      'sum: export as Qwen2MoeForCausalLM or BamForCausalLM, or train with renormalize=True.',
+      'FFN gates are not those of renormalize=True, and MixtralForCausalLM divides them by their '
+      'sum: export as Qwen2MoeForCausalLM or BamForCausalLM.',
     ),
     (LLAMA, 'Qwen3Moe', 'not Qwen3MoeForCausalLM: export as Qwen2MoeForCausalLM or Bam'),
     (LLAMA | {'head_dim': 10}, 'Qwen2Moe', 'not Qwen2MoeForCausalLM: export as BamForCausalLM'),
