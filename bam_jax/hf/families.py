@@ -162,11 +162,10 @@ def rope_json(theta: float, scaling: config.RopeScaling | None, **more) -> dict[
   return {'rope_theta': theta, 'rope_parameters': group, 'rope_scaling': group if scaling else None}
 
 
-def _rope_json(model: config.Model) -> dict[str, Any]:
-  return rope_json(model.rope_theta, model.rope_scaling)
-
-
-_ROPE = Part(lambda facts, fields: rope(facts, fields.get('rope_theta')), _rope_json)
+_ROPE = Part(
+  lambda facts, fields: rope(facts, fields.get('rope_theta')),
+  lambda model: rope_json(model.rope_theta, model.rope_scaling),
+)
 
 
 def _read_olmo3_rope(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
@@ -187,9 +186,9 @@ def _read_olmo3_rope(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_olmo3_rope(model: config.Model) -> dict[str, Any]:
-  facts = _rope_json(model)
+  full = _ROPE.write(model)['rope_parameters']
   sliding = {'rope_type': 'default', 'rope_theta': model.window_rope_theta or model.rope_theta}
-  nested = {'full_attention': facts['rope_parameters'], 'sliding_attention': sliding}
+  nested = {'full_attention': full, 'sliding_attention': sliding}
   return {'rope_theta': model.rope_theta, 'rope_parameters': nested}
 
 
@@ -316,7 +315,7 @@ def _read_own(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_own(model: config.Model) -> dict[str, Any]:
-  rotation = _rope_json(model)['rope_parameters']
+  rotation = _ROPE.write(model)['rope_parameters']
   return {'rope_parameters': rotation, **{name: getattr(model, name) for name in _OWN}}
 
 

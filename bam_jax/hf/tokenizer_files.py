@@ -28,8 +28,7 @@ def write(folder: Path, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
   backend.no_padding()
   if 'dropout' in tokenizer.switched_off:
     backend.model.dropout = None
-  plain = backend.encode('', add_special_tokens=False).ids
-  begins_with_bos = backend.encode('').ids == [tokenizer.bos_id, *plain]
+  begins_with_bos = backend.encode('').ids == [tokenizer.bos_id]
   if not begins_with_bos:
     _begin_with_bos(backend, tokenizer)
   if tokenizer.switched_off or not begins_with_bos:
