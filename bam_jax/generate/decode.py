@@ -124,7 +124,7 @@ class Decoder:
     x_BTD *= jnp.asarray(self.model.embedding_scale, x_BTD.dtype)
     updated = []
     # Not a scan: it would copy each layer's slice of the weights, and of the cache, before use.
-    kinds = rope.kind_of_layer(self.model)
+    kinds = rope.kind_of_layer(self.model) or [None] * self.model.num_layers
     for weights, caches, kind in zip(params['blocks'], cache, kinds, strict=True):
       tokens = here.at_layer(kind)
       x_BTD, _, caches = nnx.merge(self._graph, weights)(x_BTD, tokens, tokens, caches)

@@ -105,8 +105,10 @@ class Attention(nnx.Module):
       return kernels.attention(*arrays, self.layout.platform, window)
 
     windows = [kind.window for kind in self.kinds]
-    if len(set(windows)) == 1 or isinstance(tokens.kind, int):
-      return attend(windows[tokens.kind if isinstance(tokens.kind, int) else 0])
+    if len(set(windows)) == 1:
+      return attend(windows[0])
+    if isinstance(tokens.kind, int):
+      return attend(windows[tokens.kind])
     return jax.lax.switch(tokens.kind, [functools.partial(attend, window) for window in windows])
 
   def normalize_heads(self, x_BTHK: jax.Array, which: str, expert, num_heads: int) -> jax.Array:

@@ -17,9 +17,10 @@ class Tokens:
   """Metadata of tokens (B, T): this device's, or those of its whole `expert` group."""
 
   segments_BT: jax.Array  # int32, the document of each token within its row; 0 is padding
-  sin: jax.Array  # (N, [E,] B, T, 1, R) float32, for the N kinds of layers, and experts' own ropes
+  # ([N,] [E,] B, T, 1, R) float32, for the kinds of layers if there are several, and experts' own.
+  sin: jax.Array
   cos: jax.Array
-  kind: jax.Array | int = 0  # of the layer at hand, a number among `kinds`
+  kind: jax.Array | int | None = None  # of the layer at hand, if there are several: see `kinds`
   start: jax.Array | None = None  # int32, with a KV cache: the slot of the first of these tokens
   first_B: jax.Array | None = None  # int32, with a KV cache: the slot of each row's first token
 
@@ -28,7 +29,7 @@ class Tokens:
     """False on padding, which visits no expert."""
     return self.segments_BT > 0
 
-  def at_layer(self, kind: jax.Array | int) -> 'Tokens':
+  def at_layer(self, kind: jax.Array | int | None) -> 'Tokens':
     """The same for a layer of another kind."""
     return dataclasses.replace(self, kind=kind)
 
@@ -38,9 +39,10 @@ def kinds(model: config.Model) -> list[config.LayerKind]:
   return list(dict.fromkeys(model.layer_kinds()))
 
 
-def kind_of_layer(model: config.Model) -> list[int]:
-  """The number among `kinds` of every layer's kind."""
-  return list(map(kinds(model).index, model.layer_kinds()))
+def kind_of_layer(model: config.Model) -> list[int] | None:
+  """The number among `kinds` of every layer's kind; None if there is only one."""
+  different = kinds(model)
+  return list(map(different.index, model.layer_kinds())) if len(different) > 1 else None
 
 
 def frequencies(
@@ -77,7 +79,7 @@ def metadata(
   """Metadata of tokens at these positions of their documents, for activations of this dtype."""
   dtype = jnp.promote_types(dtype, jnp.float32)
   positions_BT11 = positions_BT[:, :, None, None].astype(dtype)
-  first_layers = [kind_of_layer(model).index(number) for number in range(len(kinds(model)))]
+  numbers = kind_of_layer(model)
   ropes = model.attention_experts.ropes if model.attention_experts else ()
 
   def rotation(layer: int, rope: config.Rope | None) -> tuple[jax.Array, jax.Array]:
@@ -91,6 +93,9 @@ def metadata(
       return rotation(layer, None)
     return tuple(map(jnp.stack, zip(*(rotation(layer, rope) for rope in ropes))))
 
+  if numbers is None:
+    return Tokens(segments_BT, *of_layer(0), **cached)
+  first_layers = map(numbers.index, range(len(set(numbers))))
   sin, cos = map(jnp.stack, zip(*map(of_layer, first_layers)))
   return Tokens(segments_BT, sin, cos, **cached)
 
@@ -103,7 +108,9 @@ def apply_rope(
   `layout` says which of the first 2R channels are pairs: 'interleaved' (2i, 2i + 1), 'half'
   (i, i + R). The others pass. `expert` is a number among all experts, if these have their own.
   """
-  sin, cos = tokens.sin[tokens.kind], tokens.cos[tokens.kind]
+  sin, cos = tokens.sin, tokens.cos
+  if tokens.kind is not None:
+    sin, cos = sin[tokens.kind], cos[tokens.kind]
   if expert is not None:
     sin, cos = sin[expert], cos[expert]
   R = sin.shape[-1]

@@ -48,7 +48,7 @@ class Transformer(nnx.Module):
 
     def layer(x_BTD, params_and_kind):
       params, kind = params_and_kind
-      tokens = [part if kind is None else part.at_layer(kind) for part in (here, group)]
+      tokens = [part.at_layer(kind) for part in (here, group)]
       block = nnx.merge(graph, layout.weights(params, 'blocks'))
       x_BTD, routing, _ = block(x_BTD, *tokens, keep_inputs=collect == 'inputs')
       if collect == 'inputs':
@@ -63,7 +63,7 @@ class Transformer(nnx.Module):
     # Where no weights are gathered, 'none' saves what is elementwise too: such a model has memory.
     if (kind := remat.resolve(self.compute.remat, layout.gathers)) != 'none' or layout.gathers:
       layer = remat.checkpoint(layer, kind)
-    layers = nnx.to_pure_dict(layers), jnp.asarray(kind_L) if any(kind_L) else None
+    layers = nnx.to_pure_dict(layers), jnp.asarray(kind_L) if kind_L else None
     x_BTD, collected = jax.lax.scan(layer, x_BTD, layers, unroll=self.compute.unroll)
     return self.final_norm(x_BTD), collected
 
