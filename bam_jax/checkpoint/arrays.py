@@ -212,6 +212,16 @@ def bounds(spec: Spec, index: Index) -> tuple[tuple[int, int], ...]:
   )
 
 
+def check_finite(array: np.ndarray, place: Any, name: str, spec: Spec, index: Index = ()) -> None:
+  """UserError naming the first value that is NaN or infinite in a region of an array."""
+  wrong = ~np.isfinite(array)
+  if wrong.any():
+    box = bounds(spec, index)
+    inside = np.argwhere(wrong.reshape([stop - start for start, stop in box]))[0]
+    where = [start + int(at) for (start, _), at in zip(box, inside)]
+    raise UserError(f'{place} has {array[wrong][0]} at {name}{where}: use another checkpoint.')
+
+
 def read_ahead(requests: Iterable[tuple[Reader, str, Index]]) -> Iterator[np.ndarray]:
   """Regions in order; while one is worked on, the next ones are read, about READ_BYTES."""
   pending: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()

@@ -126,7 +126,7 @@ class Decoder:
     # Not a scan: it would copy each layer's slice of the weights, and of the cache, before use.
     kinds = rope.kind_of_layer(self.model) or [None] * self.model.num_layers
     for weights, caches, kind in zip(params['blocks'], cache, kinds, strict=True):
-      tokens = here.at_layer(kind)
+      tokens = dataclasses.replace(here, kind=kind)
       x_BTD, _, caches = nnx.merge(self._graph, weights)(x_BTD, tokens, tokens, caches)
       updated.append(caches)
     final_norm, scale = norm.NORMS[self.model.norm], params['final_norm']['scale']

@@ -100,7 +100,8 @@ def _tensors(
     (shape, dtype), rows = specs[name], []
     for path, index, *_ in pieces[name]:
       ours = next(regions)
-      files.check_finite(ours.astype(dtype, copy=False), reader.folder, path, index)
+      values, spec = ours.astype(dtype, copy=False), reader.specs[path]
+      arrays.check_finite(values, reader.folder, path, spec, index)
       rows.append(names.to_theirs(table[path], ours, dtype))
     rows = rows or [np.zeros(shape, dtype)]
     theirs = np.concatenate(rows) if len(rows) > 1 else rows[0]

@@ -60,14 +60,6 @@ class Reader:
       return file.get_slice(name)[rows]
 
 
-def check_finite(array: np.ndarray, place: Any, name: str, part: tuple = ()) -> None:
-  """UserError naming the first value that is NaN or infinite; `part` is `array`'s index."""
-  finite = np.isfinite(array)
-  index = np.unravel_index(np.argmin(finite), array.shape)
-  what = f'{array[index]} at [{", ".join(map(str, (*part, *index)))}]'
-  require(finite.all(), f'{place} has {name} with values that are NaN or infinite: {what}.')
-
-
 def plan(specs: dict[str, Spec], max_shard_size: str) -> dict[str, list[str]]:
   """The files to write, each with its tensors in order.
 

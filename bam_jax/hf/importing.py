@@ -133,7 +133,8 @@ def _copy(
     hashes[name] = digest.hexdigest()
     for path, index, start, stop in parts:
       dtype = writer.specs[path].dtype
-      files.check_finite(theirs[start:stop].astype(dtype, copy=False), reader.folder, name)
+      rows, spec = theirs[start:stop].astype(dtype, copy=False), reader.specs[name]
+      arrays.check_finite(rows, reader.folder, name, spec, (slice(start, stop),))
       writer.write(path, index, names.to_ours(table[path], theirs[start:stop], dtype))
     done += theirs.nbytes
     progress(done, total)

@@ -91,14 +91,15 @@ def forward_flops(model: config.Model, context: int) -> int:
 def forward_parts(model: config.Model, context: int) -> Parts:
   """FLOPs of one token's forward pass by part, 2 for a multiply and add; paper tables 7 and 10.
 
-  A token sees half of `context` on average, in a sliding layer of `window` w the tokens
-  w - w^2 / (2 context). Matrix products only: norms, activations, the softmax
-  and the embedding's look-up are free, so that `embeddings` is the output embedding alone. What is
-  computed for padding, masked scores or experts that routing leaves out is not part of the model.
+  A token sees half of `context` on average, with a window w of `w - w^2 / (2 context)` tokens.
+  Matrix products only: norms, activations, the softmax and the embedding's look-up are
+  free, so that `embeddings` is the output embedding alone. What is computed for padding, masked
+  scores or experts that routing leaves out is not part of the model.
   """
   queries = _queries_met(model)
   # Scores and sums are 4 FLOPs for each channel of a head and token seen: twice these on average.
-  seen = [2 * w - w * w // context if 0 < w < context else context for w in _windows(model)]
+  windows = [kind.window for kind in model.layer_kinds()]
+  seen = [2 * w - w * w // context if 0 < w < context else context for w in windows]
   return Parts(
     embeddings=2 * model.d_model * model.vocab_size,
     attention=2 * _attention_matrices(model, queries)
@@ -147,10 +148,6 @@ def gathered_bytes(model: config.Model, compute: config.Compute, mesh: config.Me
   numbers += total_parts(model).ffn // (mesh.expert if ffn else 1)
   layers = 1 if compute.remat == 'none' else model.num_layers
   return numbers // layers // mesh.tensor * jnp.dtype(compute.dtype).itemsize
-
-
-def _windows(model: config.Model) -> list[int]:
-  return [kind.window for kind in model.layer_kinds()]
 
 
 def _queries_met(model: config.Model) -> int:

@@ -34,7 +34,7 @@ class Attention(nnx.Module):
     L, D, K = model.num_layers, model.d_model, model.head_dim
     H, G = model.num_heads, model.num_kv_heads
     self.options = options = model.attention_experts
-    self.model, self.layout, self.kinds = model, layout, tuple(rope.kinds(model))
+    self.model, self.layout, self.kinds = model, layout, rope.kinds(model)
     E = (options.num_experts,) if options else ()
     E_kv = () if options and options.shared_kv else E
     self.query = parameters.normal(rngs, (L, *E, D, H, K), D)
@@ -105,10 +105,8 @@ class Attention(nnx.Module):
       return kernels.attention(*arrays, self.layout.platform, window)
 
     windows = [kind.window for kind in self.kinds]
-    if len(set(windows)) == 1:
-      return attend(windows[0])
-    if isinstance(tokens.kind, int):
-      return attend(windows[tokens.kind])
+    if len(set(windows)) == 1 or isinstance(tokens.kind, int):
+      return attend(windows[tokens.kind if isinstance(tokens.kind, int) else 0])
     return jax.lax.switch(tokens.kind, [functools.partial(attend, window) for window in windows])
 
   def normalize_heads(self, x_BTHK: jax.Array, which: str, expert, num_heads: int) -> jax.Array:

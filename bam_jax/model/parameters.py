@@ -8,9 +8,9 @@ from flax import nnx
 
 # Used in float32 whatever the compute dtype: a router's choice and a norm's scale are too coarse in
 # bfloat16, and too small to save anything.
-SCALES = frozenset(
-  {'scale', 'query_scale', 'key_scale', 'query_shared_scale', 'key_shared_scale'}
-)  # of norms
+SCALES = frozenset(  # of norms
+  'scale query_scale key_scale query_shared_scale key_shared_scale'.split()
+)
 BIASES = frozenset({'query_bias', 'key_bias', 'value_bias', 'out_bias'})  # of projections
 ROUTERS = frozenset({'router', 'expert_bias'})
 FLOAT32_NAMES = SCALES | ROUTERS

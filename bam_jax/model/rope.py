@@ -29,14 +29,10 @@ class Tokens:
     """False on padding, which visits no expert."""
     return self.segments_BT > 0
 
-  def at_layer(self, kind: jax.Array | int | None) -> 'Tokens':
-    """The same for a layer of another kind."""
-    return dataclasses.replace(self, kind=kind)
 
-
-def kinds(model: config.Model) -> list[config.LayerKind]:
+def kinds(model: config.Model) -> tuple[config.LayerKind, ...]:
   """The different kinds of a model's layers."""
-  return list(dict.fromkeys(model.layer_kinds()))
+  return tuple(dict.fromkeys(model.layer_kinds()))
 
 
 def kind_of_layer(model: config.Model) -> list[int] | None:

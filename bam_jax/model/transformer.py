@@ -1,5 +1,6 @@
 """The whole model: Flax modules underneath, functions of a nested dict of arrays on top."""
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -48,7 +49,7 @@ class Transformer(nnx.Module):
 
     def layer(x_BTD, params_and_kind):
       params, kind = params_and_kind
-      tokens = [part.at_layer(kind) for part in (here, group)]
+      tokens = [dataclasses.replace(part, kind=kind) for part in (here, group)]
       block = nnx.merge(graph, layout.weights(params, 'blocks'))
       x_BTD, routing, _ = block(x_BTD, *tokens, keep_inputs=collect == 'inputs')
       if collect == 'inputs':

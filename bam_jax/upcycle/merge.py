@@ -16,7 +16,6 @@ import numpy as np
 
 from bam_jax import config
 from bam_jax.checkpoint import arrays, manifest
-from bam_jax.errors import UserError
 from bam_jax.upcycle import options, rules
 from bam_jax.upcycle.sources import Source
 
@@ -64,7 +63,8 @@ def regions(
   reads = arrays.read_ahead((sources[n].reader, rule.source, index) for rule, n, index, _ in jobs)
   held: list[np.ndarray] = []  # arrays of a mean, until every source was read
   for (rule, source, index, experts), array in zip(jobs, reads):
-    _check_finite(sources[source], rule.source, index, array)
+    spec = sources[source].reader.specs[rule.source]
+    arrays.check_finite(array, sources[source].path, rule.source, spec, index)
     on_read(source, rule.source, index, array)
     array, dtype = array.astype(np.float32, copy=False), wanted[rule.target].dtype
     for expert in experts:
@@ -117,15 +117,3 @@ def _jobs(merge: Merge, table, wanted, parts):
         experts = tuple(e for e in experts if part[1][0] <= e < part[1][1]) if stack else ()
         if experts or not stack:
           yield rule, source, index, experts
-
-
-def _check_finite(source: Source, path: str, index: arrays.Index, array: np.ndarray) -> None:
-  wrong = ~np.isfinite(array)
-  if wrong.any():
-    box = arrays.bounds(source.reader.specs[path], index)
-    inside = np.argwhere(wrong.reshape([stop - start for start, stop in box]))[0]
-    where = [start + int(at) for (start, _), at in zip(box, inside)]
-    raise UserError(
-      f'{source.path} has {array[wrong][0]} at {path}{where}: remove this '
-      'checkpoint, or use an earlier step of its run.'
-    )

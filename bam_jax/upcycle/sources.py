@@ -57,10 +57,10 @@ def check_alike(sources: Sequence[Source], method: config.Method) -> None:
   first = sources[0]
   for number, (path, folder, meta, reader, tokenizer, _) in enumerate(sources):
     other = seen.setdefault(os.path.realpath(folder), path)
-    same = f'{path} is the same checkpoint as {other}: name each source once.'
-    require(len(seen) == number + 1, same)
-    dense = meta.model == meta.model.dense()
-    require(dense, f'{path} is a mixture: only dense models can be mixed.')
+    same = f'{path} is the same checkpoint as {other}'
+    require(len(seen) == number + 1, f'{same}: name each source once.')
+    mixed = f'{path} is a mixture: only dense models can be mixed.'
+    require(meta.model == meta.model.dense(), mixed)
     changes = strict.differences(config.to_dict(first.meta.model), config.to_dict(meta.model))
     turned = [change for change in changes if change.startswith(('rope_theta', 'rope_scaling'))]
     rows = [change for change in changes if change.startswith('vocab_size')]
@@ -91,8 +91,7 @@ def check_different(sources: Sequence[Source]) -> None:
 
 def ropes(sources: Sequence[Source]) -> list[config.Rope]:
   """The rotary positions of every source; empty if all are alike."""
-  models = [source.meta.model for source in sources]
-  found = [config.Rope(model.rope_theta, model.rope_scaling) for model in models]
+  found = [config.Rope(m.rope_theta, m.rope_scaling) for m in (s.meta.model for s in sources)]
   return found if len(set(found)) > 1 else []
 
 
@@ -126,10 +125,5 @@ def fit_rows(sources: Sequence[Source]) -> list[Source]:
 
   Where a source has fewer rows than the first, it has the first's.
   """
-  first = sources[0]
-  fitted = [first]
-  for source in sources[1:]:
-    alike = source.meta.model.vocab_size == first.meta.model.vocab_size
-    reader = source.reader if alike else _Rows(source.reader, first.reader)
-    fitted.append(source._replace(reader=reader))
-  return fitted
+  first, rest = sources[0], sources[1:]
+  return [first, *(one._replace(reader=_Rows(one.reader, first.reader)) for one in rest)]

@@ -207,9 +207,7 @@ def test_what_cannot_be_exported(tmp_path):
   check_refused(tmp_path / 'less', output, 'final_norm/scale of shape None where')
   values['blocks/ffn/up'][2, 23, 19] = np.nan
   folders.write_checkpoint(tmp_path / 'nan', model, values)
-  check_refused(
-    tmp_path / 'nan', output, r'blocks/ffn/up with values that are NaN.*nan at \[2, 23, 19\]'
-  )
+  check_refused(tmp_path / 'nan', output, r'has nan at blocks/ffn/up\[2, 23, 19\]')
   (good / 'tokenizer.json').unlink()
   check_refused(good, output, 'lacks its tokenizer')
   shutil.rmtree(good / 'meta')

@@ -82,7 +82,7 @@ def test_a_tied_head_may_be_listed_beside_the_table(tmp_path):
   check_refused(other, 'lm_head.weight that differs from model.embed_tokens')
   table[3, 5] = np.nan  # in both alike
   alike = folders.write_hf(tmp_path / 'alike', CONFIG, tensors | {head: table.copy()})
-  check_refused(alike, r'model.embed_tokens.weight with values .*: nan at \[3, 5\]')
+  check_refused(alike, r'nan at model.embed_tokens.weight\[3, 5\]')
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_tied_head_may_be_listed_beside_the_table(tmp_path):
     ({Q_PROJ.replace('weight', 'bias'): np.zeros(24, 'f')}, 'has .*q_proj.bias'),
     ({'lm_head.weight': np.zeros((3, 24), 'f')}, 'lm_head.weight of shape'),
     ({Q_PROJ: np.zeros((23, 24), 'f')}, rf'{Q_PROJ} of shape \(23, 24\)'),
-    ({'model.norm.weight': np.full(24, -np.inf, 'f')}, r'model.norm.weight with .* -inf at \[0\]'),
+    ({'model.norm.weight': np.full(24, -np.inf, 'f')}, r'-inf at model.norm.weight\[0\]'),
   ],
 )
 def test_tensors_that_do_not_fit(tmp_path, changes, named):
@@ -104,7 +104,7 @@ def test_values_past_the_dtype(tmp_path):
   tensors = cohere_tensors()
   tensors[Q_PROJ][2, 1] = np.finfo(np.float32).max  # rounds to infinity
   source = folders.write_hf(tmp_path / 'hf', CONFIG, tensors)
-  check_refused(source, rf'{Q_PROJ} with values .*inf at \[2, 1\]', dtype='bfloat16')
+  check_refused(source, rf'inf at {Q_PROJ}\[2, 1\]', dtype='bfloat16')
   convert(source, tmp_path / 'model')
 
 
