@@ -5,11 +5,12 @@ import pytest
 from bam_jax import config
 from bam_jax.hf import exporting
 from tests.hf import folders
-from tests.parity.test_families import TOLERANCE, distance, make_batch, ours
 
 # torch's build is several GB on some platforms; `make test-parity` installs it.
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
+
+from tests.parity.test_families import TOLERANCE, distance, make_batch, ours  # noqa: E402
 
 PAPER, RENORMALISED, ALL = (
   config.FFNExperts(3, top_k=2),

@@ -77,7 +77,7 @@ def check(model: config.Model, sequence_length: int, platform: str) -> None:
 
 
 def dot_product(
-  query_BTHK, key_BSGK, value_BSGK, segments_BT, window: int, implementation: str
+  query_BTHK, key_BSGK, value_BSGK, segments_BT, window: int = 0, implementation: str = 'xla'
 ) -> jax.Array:
   """`jax.nn.dot_product_attention`, by 'cudnn' flash attention for NVIDIA GPUs and else by 'xla'.
 

@@ -48,13 +48,13 @@ def inputs(length: int, H: int, G: int, K: int) -> tuple:
   return segments_BT.astype(np.int32), draw(H), draw(G), draw(G), draw(H)
 
 
-def reference(segments_BT, *arrays) -> list[np.ndarray]:
+def reference(segments_BT, *arrays, window: int = 0) -> list[np.ndarray]:
   """The output, and the gradients of query, key and value, in float64."""
   query, key, value, cotangent = (np.asarray(x, np.float64) for x in arrays)
   (B, _, H, K), G = query.shape, key.shape[2]
   output, d_query, d_key, d_value = (np.zeros_like(x) for x in (query, query, key, value))
   for b in range(B):
-    visible_TS = oracle.visible(segments_BT[b])
+    visible_TS = oracle.visible(segments_BT[b], window)
     for h in range(H):
       g = h // (H // G)
       scores_TS = np.where(visible_TS, query[b, :, h] @ key[b, :, g].T / np.sqrt(K), -np.inf)
@@ -68,16 +68,16 @@ def reference(segments_BT, *arrays) -> list[np.ndarray]:
   return [output, d_query, d_key, d_value]
 
 
-def agree(kernel, case, tolerance: float) -> None:
+def agree(kernel, case, tolerance: float, window: int = 0) -> None:
   """The kernel's output and gradients are the reference's, relative to the largest element."""
   segments_BT, *arrays, cotangent = case
 
   @jax.jit
   def run(*arrays):
-    output, pull = jax.vjp(lambda *qkv: kernel(*qkv, segments_BT), *arrays)
+    output, pull = jax.vjp(lambda *qkv: kernel(*qkv, segments_BT, window), *arrays)
     return output, *pull(cotangent)
 
-  for ours, theirs in zip(run(*arrays), reference(*case), strict=True):
+  for ours, theirs in zip(run(*arrays), reference(*case, window=window), strict=True):
     assert ours.dtype == cotangent.dtype
     largest = np.abs(theirs).max() or 1
     ours = np.asarray(ours, np.float64)
@@ -90,6 +90,12 @@ def agree(kernel, case, tolerance: float) -> None:
 @pytest.mark.parametrize('kernel', KERNELS)
 def test_agrees_with_the_oracle(kernel, shape):
   agree(KERNELS[kernel], inputs(*SHAPES[shape]), 2e-6)
+
+
+@pytest.mark.parametrize('window', [1, 100, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_a_window_is_the_oracles(kernel, window):
+  agree(KERNELS[kernel], inputs(*SHAPES['padded to two blocks']), 2e-6, window)
 
 
 @pytest.mark.parametrize('heads, groups', [(2, 2), (6, 2), (3, 1)])
