@@ -8,7 +8,7 @@ import pytest
 
 from bam_jax import checkpoint, config
 from bam_jax.errors import UserError
-from bam_jax.hf import importing, source
+from bam_jax.hf import exporting, importing, source
 from bam_jax.upcycle import outputs
 from tests.hf import folders
 from tests.hf.folders import CONFIG, MODEL, cohere_tensors
@@ -158,3 +158,19 @@ def test_folders_are_mixed_where_they_are(tmp_path):
   left, right = (folders.read_checkpoint(tmp_path / n) for n in ('from_folders', 'from_imports'))
   for path, array in right.items():
     np.testing.assert_array_equal(left[path], array, err_msg=path, strict=True)
+
+
+def test_a_specialist_that_went_through_transformers_mixes_with_its_seed(tmp_path):
+  """Its tokenizer.json is another file then, which gives every text the same ids."""
+  model = folders.make_model()
+  for number, name in enumerate(('seed', 'code')):
+    folders.write_checkpoint(tmp_path / name, model, folders.draw(model, number), run=name)
+  how = dict(dtype=None, max_shard_size='1GB', progress=lambda *_: None)
+  exporting.convert(tmp_path / 'code', str(tmp_path / 'hf'), **how)
+  convert(str(tmp_path / 'hf'), tmp_path / 'again')
+  opened = [source.open_any(str(tmp_path / name)) for name in ('seed', 'again')]
+  assert opened[0].meta.tokenizer_hash != opened[1].meta.tokenizer_hash
+  upcycle = config.Upcycle(tuple(one.path for one in opened), 'bam_kv_experts')
+  how = dict(seed=3, name='', dtype='float32', command='', progress=lambda *_: None)
+  meta = outputs.to_checkpoint(tmp_path / 'mix', opened, upcycle, **how)
+  assert meta.sources == ('seed', 'hf')
