@@ -38,7 +38,7 @@ def main() -> dict[str, Any]:
   valid = re.fullmatch(r'[1-9]\d{0,8}[KMGT]B', size, re.ASCII)
   require(valid, f'--max_shard_size={size} is not a size such as 500MB or 5GB.')
   options, start = dict(dtype=_DTYPE.value, max_shard_size=size), time.monotonic()
-  options['architecture'] = _ARCHITECTURE.value
+  options['architecture'] = _ARCHITECTURE.value or None
   with cli.bytes_bar('Exporting') as progress:
     facts = exporting.convert(checkpoint, output, **options, progress=progress)
   seconds, count = time.monotonic() - start, len(facts['files'])

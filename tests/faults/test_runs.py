@@ -19,20 +19,20 @@ def lines(folder: Path) -> list[dict]:
   return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
 
 
-def poisoned(text: Path, workdir: Path, steps: str, first: int, *flags: str):
-  """Runs `main` on bad batches; `first` is the step that it resumes at."""
+def poisoned(text: Path, workdir: Path, steps: str, *flags: str):
+  """Runs `main` on bad batches."""
   line = command(text, workdir, *SEED, *flags)[3:]
   return subprocess.run(
-    [sys.executable, '-m', 'tests.faults.poisoned', steps, str(first), *line],
+    [sys.executable, '-m', 'tests.faults.poisoned', steps, *line],
     cwd=ROOT, env=environment(), capture_output=True, text=True,
   )  # fmt: skip
 
 
 def test_a_step_without_a_number_halts_and_may_be_skipped(text, tmp_path):
   """The guard may be set when it is needed, not only from the start."""
-  halted = poisoned(text, tmp_path, '8', 0)
+  halted = poisoned(text, tmp_path, '8')
   assert_sentence(halted, 'NaN or infinity at step 8', 'checkpoints/6', 'runs.seed.guard')
-  resumed = poisoned(text, tmp_path, '8', 6, SKIP)
+  resumed = poisoned(text, tmp_path, '8', SKIP)
   assert resumed.returncode == 0, resumed.stderr
   assert 'seed: skipped step 8' in resumed.stderr
   told = lines(tmp_path / 'seed')
@@ -43,7 +43,7 @@ def test_a_step_without_a_number_halts_and_may_be_skipped(text, tmp_path):
   shutil.copytree(tmp_path / 'data', tmp_path / 'again' / 'data')
   (tmp_path / 'again' / 'seed' / 'result.json').unlink()
   shutil.rmtree(tmp_path / 'again' / 'seed' / 'checkpoints' / '12')
-  again = poisoned(text, tmp_path / 'again', '8', 9, SKIP)
+  again = poisoned(text, tmp_path / 'again', '8', SKIP)
   assert again.returncode == 0 and 'resumes at step 9' in again.stderr, again.stderr
   assert_same_end(tmp_path / 'again', tmp_path, ['seed'])
   for workdir in (tmp_path, tmp_path / 'again'):

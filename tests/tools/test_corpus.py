@@ -124,6 +124,6 @@ def test_the_corpus_is_the_same_each_time_and_read_by_prepare(tmp_path):
 
   domains = data_sources.find_domains([str(tmp_path / 'one')])
   assert list(domains) == ['code', 'law']  # and no complaint about the notice
-  found = data_sources.Domain.find('law', domains['law'], 'text')
+  found = data_sources.Domain.find('law', domains['law'], 'text', 0.0)
   assert [split for _, split in found.files] == ['valid', 'train']
   assert found.left_out == ('law/test.jsonl.gz',)
