@@ -15,7 +15,6 @@ each measurement) and `runs`: for each `how`, `seconds`, `cpu_seconds`, `peak_by
 median of `copy_seconds` over `seconds`.
 """
 
-import hashlib
 import os
 import shutil
 import statistics
@@ -33,6 +32,7 @@ from flax import traverse_util
 
 from bam_jax import checkpoint, cli, config
 from bam_jax.checkpoint import manifest
+from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
 from bam_jax.upcycle import options, outputs, rules
@@ -89,8 +89,8 @@ def main() -> dict[str, Any] | None:
 def _make(model: config.Model, folder: Path, seed: int) -> None:
   """A dense checkpoint of noise, as the training loop saves it."""
   folder.mkdir(parents=True, exist_ok=True)
-  tokenizer = b'{}'
-  (folder / 'tokenizer.json').write_bytes(tokenizer)
+  tokenizer = Tokenizer.train(['a'], 258)
+  tokenizer.save(folder)
   rng = np.random.default_rng(seed)
   specs = outputs.specs(_abstract(model))
   arrays = {path: rng.standard_normal(spec.shape, np.float32) for path, spec in specs.items()}
@@ -99,15 +99,15 @@ def _make(model: config.Model, folder: Path, seed: int) -> None:
     format=checkpoint.FORMAT,
     model=model,
     sequence_length=2048,
-    tokenizer_hash=hashlib.sha256(tokenizer).hexdigest(),
+    tokenizer_hash=tokenizer.hash,
     tokenizer_path=str(folder),
     run=folder.name,
     step=1,
     method=None,
     sources=(),
     versions=manifest.versions(),
-    bos_token='<s>',
-    eos_token='</s>',
+    bos_token=tokenizer.bos_token,
+    eos_token=tokenizer.eos_token,
   )
   checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=1)
   checkpoints.save(1, params, {'count': np.zeros(())}, {}, meta)
