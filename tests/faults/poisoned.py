@@ -1,6 +1,6 @@
 """`bam_jax.main` with a fault in its data: STEPS, then the flags of main.
 
-In the batches of STEPS, joined by commas, some weights are no numbers.
+In the batches of STEPS, joined by commas, some weights are NaN.
 """
 
 import sys

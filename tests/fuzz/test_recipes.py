@@ -1,4 +1,4 @@
-"""Recipes that are no recipes, and every key of a recipe with values of all kinds."""
+"""Files that are not recipes, and every key of a recipe with values of all kinds."""
 
 import dataclasses
 import typing
