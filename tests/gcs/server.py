@@ -60,6 +60,7 @@ class Store:
   def __init__(self, buckets: list[str]):
     self._buckets: dict[str, dict[str, Stored]] = {name: {} for name in buckets}
     self._generations = itertools.count(1_700_000_000_000_000)
+    self.session_names = (f'session-{n}' for n in itertools.count())
     self._lock = threading.Lock()
     self.sessions: dict[str, tuple[str, dict[str, str], bytearray]] = {}  # of resumable uploads
     self.pattern, self.held = '', 0
@@ -234,7 +235,7 @@ class Handler(BaseHTTPRequestHandler):
       case 'resumable':
         facts = json.loads(body) if body else {}
         query['name'] = facts.get('name') or query['name']
-        session = f'session-{len(self.store.sessions)}'
+        session = next(self.store.session_names)
         self.store.sessions[session] = bucket, query, bytearray()
         where = f'http://{self.headers["Host"]}/upload/storage/v1/b/{quote(bucket, "")}/o'
         return Reply(headers={'Location': f'{where}?uploadType=resumable&upload_id={session}'})
