@@ -157,7 +157,8 @@ def _beside(path: epath.Path, nbytes: int) -> Iterator[epath.Path]:
   free = shutil.disk_usage(path.parent).free
   wrong = f'{path} needs {nbytes / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB free'
   require(free >= nbytes, f'{wrong}: make room.')
-  beside = path.with_name(f'{path.name}{BESIDE}{os.getpid()}-{secrets.token_hex(4)}')
+  name = f'{path.name}{BESIDE}{os.getpid()}-{secrets.token_hex(4)}'
+  beside = absolute(path).with_name(name)  # as Orbax wants it
   os.mkdir(beside)
   with locked(beside):
     yield beside

@@ -31,13 +31,14 @@ def check_refused(source, named, **options) -> None:
   assert not output.parent.exists() or not any(output.parent.iterdir())
 
 
-def test_every_value_is_where_it_belongs_and_meta_says_where_it_is_from(tmp_path):
+def test_every_value_is_where_it_belongs_and_meta_says_where_it_is_from(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
   tensors = cohere_tensors()
   names = sorted(tensors)
   halves = [{name: tensors[name] for name in part} for part in (names[::2], names[1::2])]
   source, seen = folders.write_hf(tmp_path / 'hf', CONFIG, *halves), []
   returned = importing.convert(
-    source, tmp_path / 'out', dtype='float32', command='the command',
+    source, 'out', dtype='float32', command='the command',
     progress=lambda done, total: seen.append((done, total)),
   )  # fmt: skip
   ours, layer = folders.read_checkpoint(tmp_path / 'out'), 'model.layers.2.self_attn.'
