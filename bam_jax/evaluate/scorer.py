@@ -85,7 +85,7 @@ def score(
   rows, of_layers = sharding.BATCH, P(None, *sharding.BATCH)
   routers = {'attention': model.attention_experts, 'ffn': model.ffn_experts}
   routing = {name: Routed(of_layers, of_layers) for name, experts in routers.items() if experts}
-  in_specs = layout.specs(network.abstract()), rows, rows
+  in_specs = sharding.specs(network.abstract()), rows, rows
   return layout.spread(run, in_specs, Scored(rows, rows, routing))(params, tokens_BS, length_B)
 
 

@@ -167,12 +167,6 @@ class Layout:
 
     return jax.tree_util.tree_map_with_path(one, grads)
 
-  def specs(self, tree: Any) -> Any:
-    """PartitionSpecs of a tree of parameters."""
-    return jax.tree_util.tree_map_with_path(
-      lambda key_path, x: sharding.spec_of(sharding.path_of(key_path), x.ndim), tree
-    )
-
 
 def _groups(sizes: tuple[int, ...]) -> list[list[list[int]] | None]:
   """An axis's device indices in groups of each size, outermost first; None: a single group."""

@@ -1,8 +1,7 @@
 """The device mesh, and the sharding of every array.
 
-Parameters are matched by path, in one table for dense models and one for the arrays of mixtures,
-whose expert axis is sharded over the mesh's. A path without a rule raises: nothing is replicated by
-accident.
+Parameters are matched by path in one table; experts have an axis more, which is sharded over the
+mesh's. A path without a rule raises: nothing is replicated by accident.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,13 +22,11 @@ FSDP = ('fsdp', 'expert')  # arrays without experts are sharded over that axis t
 HOST = 'pinned_host'  # the memory kind of a device's host
 VOCABULARY = ('tensor', 'expert', 'fsdp')  # fsdp innermost: its parts are contiguous
 
-# Output projections are sharded on their second-to-last dimension: a slice of D need not be a
-# multiple of the hardware's tile, and XLA then replaces a reduce-scatter by an all-reduce.
-DENSE = {
+# Of dense models. Output projections are sharded on their second-to-last dimension: a slice of D
+# need not be a multiple of the hardware's tile, and a reduce-scatter would become an all-reduce.
+RULES = {
   'embed/table': P(VOCABULARY, None),
   'unembed/kernel': P(None, VOCABULARY),
-  'final_norm/scale': P(),
-  **{f'blocks/{n}/scale': P() for n in ('norm', 'ffn_norm', 'attention_out_norm', 'ffn_out_norm')},
   'blocks/attention/query': P(None, FSDP, 'tensor', None),
   'blocks/attention/key': P(None, FSDP, 'tensor', None),
   'blocks/attention/value': P(None, FSDP, 'tensor', None),
@@ -42,30 +39,15 @@ DENSE = {
   'blocks/attention/key_bias': P(None, 'tensor', None),
   'blocks/attention/value_bias': P(None, 'tensor', None),
   'blocks/attention/out_bias': P(None, None),
-  'blocks/attention/router': P(),
   'blocks/ffn/gate': P(None, FSDP, 'tensor'),
   'blocks/ffn/up': P(None, FSDP, 'tensor'),
   'blocks/ffn/down': P(None, ('tensor', *FSDP), None),
-  'blocks/ffn/router': P(),
-  'blocks/ffn/expert_bias': P(),
 }
-EXPERTS = {
-  'blocks/attention/query': P(None, 'expert', 'fsdp', 'tensor', None),
-  'blocks/attention/key': P(None, 'expert', 'fsdp', 'tensor', None),
-  'blocks/attention/value': P(None, 'expert', 'fsdp', 'tensor', None),
-  'blocks/attention/out': P(None, 'expert', 'tensor', 'fsdp', None),
-  'blocks/attention/query_scale': P(None, 'expert', 'tensor', None),
-  'blocks/attention/key_scale': P(None, 'expert', 'tensor', None),
-  'blocks/attention/query_shared_scale': P(None, 'expert', None),
-  'blocks/attention/key_shared_scale': P(None, 'expert', None),
-  'blocks/attention/query_bias': P(None, 'expert', 'tensor', None),
-  'blocks/attention/key_bias': P(None, 'expert', 'tensor', None),
-  'blocks/attention/value_bias': P(None, 'expert', 'tensor', None),
-  'blocks/attention/out_bias': P(None, 'expert', None),
-  'blocks/ffn/gate': P(None, 'expert', 'fsdp', 'tensor'),
-  'blocks/ffn/up': P(None, 'expert', 'fsdp', 'tensor'),
-  'blocks/ffn/down': P(None, 'expert', ('tensor', 'fsdp'), None),
-}
+NORMS = ('norm', 'ffn_norm', 'attention_out_norm', 'ffn_out_norm')
+REPLICATED = (
+  'final_norm/scale', *(f'blocks/{name}/scale' for name in NORMS), 'blocks/attention/router',
+  'blocks/ffn/router', 'blocks/ffn/expert_bias',
+)  # fmt: skip
 
 
 def make_mesh(mesh: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
@@ -126,16 +108,20 @@ def path_of(key_path: tuple) -> str:
 
 def spec_of(path: str, ndim: int) -> P:
   """The PartitionSpec of a parameter; ValueError for a path without a rule."""
-  for table in (DENSE, EXPERTS):
-    spec = table.get(path)
-    if spec is not None and (spec == P() or len(spec) == ndim):
-      return spec
-  raise ValueError(f'No sharding rule for {path} with {ndim} dimensions.')
+  if path in REPLICATED:
+    return P()
+  spec = RULES.get(path)
+  if has_experts(path, ndim):  # on an axis of their own, and over `fsdp` alone otherwise
+    layers, *rest = (tuple(axis for axis in names(axes) if axis != 'expert') for axes in spec)
+    return P(layers, 'expert', *rest)
+  if spec is None or len(spec) != ndim:
+    raise ValueError(f'No sharding rule for {path} with {ndim} dimensions.')
+  return spec
 
 
 def has_experts(path: str, ndim: int) -> bool:
-  """Whether a parameter has an axis of experts."""
-  return path in EXPERTS and len(EXPERTS[path]) == ndim
+  """Whether a parameter has an axis of experts, after that of layers."""
+  return path.startswith('blocks/') and path in RULES and ndim == len(RULES[path]) + 1
 
 
 def names(axes: None | str | tuple[str, ...]) -> tuple[str, ...]:
@@ -143,14 +129,19 @@ def names(axes: None | str | tuple[str, ...]) -> tuple[str, ...]:
   return (axes,) if isinstance(axes, str) else axes or ()
 
 
-def tree(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Shardings of parameters, or of optimizer state: like them, but for counters without a key."""
+def specs(tree: Any) -> Any:
+  """PartitionSpecs of parameters, or of an optimizer's state, whose counters have no key."""
 
   def one(key_path, leaf):
     path = path_of(key_path)
-    return NamedSharding(mesh, spec_of(path, len(leaf.shape)) if path else P())
+    return spec_of(path, len(leaf.shape)) if path else P()
 
-  return jax.tree_util.tree_map_with_path(one, abstract)
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def tree(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
+  """The same as shardings on a mesh."""
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(abstract))
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
@@ -168,8 +159,7 @@ def on_host(shardings: Any) -> Any:
 
 def check(abstract: Any, mesh: config.Mesh, where: str) -> None:
   """UserError if an axis of `{where}.mesh` does not divide a parameter's dimension."""
-  sizes = dict(zip(AXES, (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)))
-  check_divides(abstract, sizes, f'{where}.mesh', spec_of)
+  check_divides(abstract, config.to_dict(mesh), f'{where}.mesh', spec_of)
 
 
 def check_divides(

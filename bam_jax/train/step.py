@@ -103,7 +103,7 @@ def evaluation_step(
   def sums(params, batch):
     return jax.tree.map(lambda x: x[None], loss_lib.nll(network, params, batch))
 
-  specs = network.layout.specs(network.abstract()), sharding.BATCH
+  specs = sharding.specs(network.abstract()), sharding.BATCH
   spread = network.layout.spread(sums, specs, sharding.BATCH)
   return jax.jit(spread, out_shardings=NamedSharding(mesh, P()))
 
@@ -134,7 +134,7 @@ def gradients(
     value = layout.sum(value, *sharding.AXES)
     return (value, layout.total(sums)), layout.gradient_sums(grads)
 
-  specs = layout.specs(network.abstract())
+  specs = sharding.specs(network.abstract())
   return layout.spread(local, (specs, sharding.BATCH), ((P(), P()), specs))(params, batch)
 
 

@@ -43,7 +43,7 @@ def mean_inputs(
     _, routing = network.hidden(params, *map(batch.get, keys), collect='inputs')
     return layout.total((jnp.stack(routing), jnp.sum(batch['segments'] > 0)))
 
-  sums = jax.jit(layout.spread(local, (layout.specs(network.abstract()), sharding.BATCH), P()))
+  sums = jax.jit(layout.spread(local, (sharding.specs(network.abstract()), sharding.BATCH), P()))
   means = []
   for source in batches:
     total_2LD, tokens = 0.0, 0
