@@ -12,9 +12,10 @@ A document never spans two shards.
 
 import functools
 import hashlib
+import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,21 +24,13 @@ from etils import epath
 
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer, read_file
 from bam_jax.errors import UserError
-from bam_jax.files import json_file
+from bam_jax.files import folders, json_file
 
 FORMAT = 1
 MANIFEST = 'manifest.json'
 DOMAIN_NAME = re.compile(r'[A-Za-z0-9][\w.-]*', re.ASCII)  # also of splits and shards
 PARTS = ('tokens', 'ends', 'bytes')
 FIX = 'prepare the dataset again'
-
-
-class Encoded(NamedTuple):
-  """Some documents' tokens, end to end, and for each its length and its text's UTF-8 bytes."""
-
-  tokens: np.ndarray
-  lengths: np.ndarray
-  byte_counts: np.ndarray
 
 
 class Column(NamedTuple):
@@ -192,46 +185,37 @@ def checksums(manifest: dict[str, Any]) -> dict[str, str]:
   }
 
 
-def write_split(
-  folder: Path, split: str, pieces: Iterable[Encoded], dtype: np.dtype, shard_tokens: int
-) -> list[dict[str, Any]]:
-  """Writes documents as shards of at most `shard_tokens` tokens, or of one longer document.
+def write(path: Path, documents: Sequence[np.ndarray], byte_counts: Sequence[int]) -> None:
+  """Writes a shard at `path`: the tokens of its documents, and the UTF-8 bytes of their texts."""
+  ends = np.cumsum([len(ids) for ids in documents], dtype=np.int64)
+  arrays = np.concatenate(documents), ends, np.array(byte_counts, np.int64)
+  for part, array in zip(PARTS, arrays):
+    np.save(content := io.BytesIO(), array)
+    folders.write_file(f'{path}.{part}.npy', content.getvalue())
 
-  The shards do not depend on how the documents come in pieces.
 
-  Returns:
-    The manifest's entries: name, documents, tokens, bytes and sha256 of each shard.
+def is_written(path: Path) -> bool:
+  """Whether all of a shard's files are there, since its last one is."""
+  return Path(f'{path}.{PARTS[-1]}.npy').exists()
+
+
+def move_split(source: Path, split: str, target: Path) -> list[dict[str, Any]]:
+  """Moves a split's shards between two folders; returns the manifest's entries.
+
+  Each has its name, documents, tokens, bytes and sha256.
   """
-  shards = []
-  for index, documents in enumerate(_pack(pieces, shard_tokens)):
-    tokens, byte_counts = zip(*documents)
-    ends = np.cumsum([len(ids) for ids in tokens], dtype=np.int64)
-    arrays = (np.concatenate(tokens).astype(dtype), ends, np.array(byte_counts, np.int64))
-    for part, array in zip(PARTS, arrays):
-      np.save(folder / f'{split}-{index:05}.{part}.npy', array)
-    shards.append(dict(documents=len(ends), tokens=int(ends[-1]), bytes=sum(byte_counts)))
-  for index, shard in enumerate(shards):
-    shard['name'], shard['sha256'] = f'{split}-{index:05}-of-{len(shards):05}', {}
-    for part in PARTS:
-      path = folder / f'{shard["name"]}.{part}.npy'
-      (folder / f'{split}-{index:05}.{part}.npy').rename(path)
-      shard['sha256'][part] = file_hash(path)
+  last, shards = f'.{PARTS[-1]}.npy', []
+  names = sorted(path.name.removesuffix(last) for path in source.glob(f'{split}-*{last}'))
+  for name in names:
+    files = {part: source / f'{name}.{part}.npy' for part in PARTS}
+    ends, byte_counts = np.load(files['ends']), np.load(files['bytes'])
+    shard = dict(documents=len(ends), tokens=int(ends[-1]), bytes=int(byte_counts.sum()))
+    shard['name'] = f'{name}-of-{len(names):05}'
+    shard['sha256'] = {part: file_hash(file) for part, file in files.items()}
+    for part, file in files.items():
+      file.rename(target / f'{shard["name"]}.{part}.npy')
+    shards.append(shard)
   return shards
-
-
-def _pack(pieces: Iterable[Encoded], shard_tokens: int) -> Iterator[list[tuple[np.ndarray, int]]]:
-  """The documents of every shard, each its tokens and its text's bytes."""
-  held, size = [], 0
-  for piece in pieces:
-    documents = np.split(piece.tokens, np.cumsum(piece.lengths)[:-1])
-    for tokens, byte_count in zip(documents, piece.byte_counts.tolist()):
-      if held and size + len(tokens) > shard_tokens:
-        yield held
-        held, size = [], 0
-      held.append((tokens, byte_count))
-      size += len(tokens)
-  if held:
-    yield held
 
 
 def file_hash(path: Path) -> str:

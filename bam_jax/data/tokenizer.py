@@ -179,9 +179,6 @@ class Tokenizer:
     folders.write_file(path, self._content)
     return path
 
-  def __reduce__(self):
-    return Tokenizer, (self._content, self.file_name, self.bos_token, self.eos_token)
-
   def _find(self, flag: str, token: str | None, known: Sequence[str]) -> tuple[str, int]:
     for name in known if token is None else [token]:
       if (token_id := self._backend.token_id(name)) is not None:
@@ -254,7 +251,7 @@ class _SentencePiece:
     return token_id if self._processor.IdToPiece(token_id) == token else None
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    return [self._processor.EncodeAsIds(text) for text in texts]
+    return self._processor.EncodeAsIds(list(texts))  # in several threads
 
   def decode(self, ids: list[int]) -> str:
     return self._processor.DecodeIds([i for i in ids if not self._processor.IsControl(i)])

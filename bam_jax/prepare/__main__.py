@@ -24,7 +24,7 @@ from bam_jax.prepare.sources import find_domains
 
 OPTIONS = (
   'train_tokenizer', 'tokenizer_bytes', 'valid_fraction', 'text_field', 'skip_unknown',
-  'shard_tokens', 'min_decoded', 'workers',
+  'shard_bytes', 'min_decoded',
 )  # fmt: skip
 
 _INPUT = flags.DEFINE_multi_string(
@@ -41,9 +41,8 @@ flags.DEFINE_integer('tokenizer_bytes', dataset.TOKENIZER_BYTES, 'Bytes a domain
 flags.DEFINE_float('valid_fraction', dataset.VALID_FRACTION, 'Held out if no file is named valid*.')
 flags.DEFINE_string('text_field', 'text', 'JSON field or Parquet column of the text.')
 flags.DEFINE_bool('skip_unknown', False, 'Leave out files of a kind that cannot be read.')
-flags.DEFINE_integer('shard_tokens', dataset.SHARD_TOKENS, 'Maximum tokens of a shard.')
+flags.DEFINE_integer('shard_bytes', dataset.SHARD_BYTES, 'Text of a shard, about.')
 flags.DEFINE_float('min_decoded', dataset.MIN_DECODED, 'Minimum share of characters that survive.')
-flags.DEFINE_integer('workers', 1, 'Worker processes; 1 uses threads of this process.')
 
 
 def main() -> dict[str, Any]:

@@ -1,21 +1,16 @@
-"""Documents to token shards: parallel, restartable, and the same bytes whatever the workers.
+"""Documents to token shards: restartable, and the same bytes each time.
 
-One process reads the sources and cuts them into chunks of about `CHUNK_BYTES` of text; workers
-encode each into a file of `DIR.partial`. A rerun skips the chunks that are there. When all are,
-they are packed into shards, and one rename makes `DIR` appear, whole.
+The text of every split is cut into shards of about as many bytes, which the tokenizers' threads
+encode, into `DIR.partial`. A rerun skips the shards that are there. When all are, one rename makes
+`DIR` appear, whole.
 """
 
 import collections
-import concurrent.futures
 import contextlib
-import io
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +19,16 @@ import tokenizers
 
 import bam_jax.data.shards as shards_lib
 from bam_jax.config.strict import require
-from bam_jax.data.tokenizer import HUGGING_FACE_FILE, Tokenizer
-from bam_jax.errors import UserError
+from bam_jax.data.tokenizer import HUGGING_FACE_FILE, Tokenizer, batches
 from bam_jax.files import folders
 from bam_jax.prepare.sources import TRAIN, VALID, Domain, hold_out
 
-CHUNK_BYTES = 2**21
 VALID_FRACTION = 0.02
-SHARD_TOKENS = 2**27
+SHARD_BYTES = 2**26
 TOKENIZER_BYTES = 2**23
 LOSSLESS = 0.999  # share of the text that must come back, or `warnings` says so
 DECODED_BYTES = 2**16  # of each domain, encoded and decoded to see what the tokenizer loses
 MIN_DECODED = 0.9
-MAX_WORKERS = 1024
 
 
 def prepare(
@@ -48,10 +40,9 @@ def prepare(
   valid_fraction: float = VALID_FRACTION,
   text_field: str = 'text',
   skip_unknown: bool = False,
-  shard_tokens: int = SHARD_TOKENS,
+  shard_bytes: int = SHARD_BYTES,
   tokenizer_bytes: int = TOKENIZER_BYTES,
   min_decoded: float = MIN_DECODED,
-  workers: int = 1,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
   """Prepares a dataset, or returns at once when `output` already holds it; returns the manifest.
@@ -74,10 +65,8 @@ def prepare(
   require((tokenizer is None) != (train_tokenizer is None), wrong)
   wrong = f'--valid_fraction={valid_fraction:g} must be at least 0 and less than 1.'
   require(0 <= valid_fraction < 1, wrong)
-  sizes = dict(shard_tokens=shard_tokens, tokenizer_bytes=tokenizer_bytes, workers=workers)
-  for flag, value in sizes.items():
+  for flag, value in dict(shard_bytes=shard_bytes, tokenizer_bytes=tokenizer_bytes).items():
     require(value >= 1, f'--{flag}={value} must be at least 1.')
-  require(workers <= MAX_WORKERS, f'--workers={workers} must be at most {MAX_WORKERS}.')
   for path in inputs.values():
     wrong = f'--output={output} is inside the input {path}: choose another folder.'
     require(not output.resolve().is_relative_to(path.resolve()), wrong)
@@ -92,7 +81,7 @@ def prepare(
     'sources': [source for domain in domains for source in domain.sources()],
     'left_out': [path for domain in domains for path in domain.left_out],
     **read,
-    'shard_tokens': shard_tokens,
+    'shard_bytes': shard_bytes,
     'tokenizer_from': {'vocab_size': train_tokenizer, 'bytes_per_domain': tokenizer_bytes},
   }
   if tokenizer:
@@ -123,7 +112,7 @@ def prepare(
       plan['decoded'][domain.name] = share = _decoded_share(tokenizer, texts)
       wrong = f'The tokenizer reproduces {share:.1%} of the text of {domain.name}: choose another'
       require(share >= min_decoded, f'{wrong} one, or lower --min_decoded={min_decoded:g}.')
-    _encode_all(tokenizer, _missing_chunks(partial / 'chunks', domains, progress), workers)
+    _encode(tokenizer, domains, partial / 'shards', shard_bytes, progress)
     manifest = _assemble(partial, plan, domains, tokenizer)
     folders.sync(partial / 'dataset')  # a dataset that exists is whole, even after a power cut
     (partial / 'dataset').rename(output)
@@ -181,115 +170,58 @@ def warnings(manifest: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[s
   return found
 
 
-def _missing_chunks(
-  folder: Path, domains: list[Domain], progress: Callable[[int, int], None]
-) -> Iterator[tuple[Path, list[str]]]:
-  """Reads all domains; yields the files of chunks that are not there yet, with their texts."""
+def _encode(
+  tokenizer: Tokenizer,
+  domains: list[Domain],
+  folder: Path,
+  shard_bytes: int,
+  progress: Callable[[int, int], None],
+) -> None:
+  """Reads all domains, and writes the shards that are not there yet."""
+  dtype = shards_lib.token_dtype(tokenizer.vocab_size)
   before, total = 0, sum(domain.size for domain in domains)
   for domain in domains:
     (folder / domain.name).mkdir(parents=True, exist_ok=True)
     report = lambda done, before=before: progress(before + done, total)
-    for name, texts in _chunks(domain.read(report)):
-      if not (path := folder / domain.name / name).exists():
-        yield path, texts
+    for name, texts in _cut(domain.read(report), shard_bytes):
+      path = folder / domain.name / name
+      if shards_lib.is_written(path):
+        continue
+      documents = [
+        np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype)
+        for batch in batches(texts)  # lists of ids take many times their text's memory
+        for ids in tokenizer.encode_batch(batch)
+      ]
+      shards_lib.write(path, documents, [len(text.encode()) for text in texts])
     before += domain.size
   progress(total, total)
 
 
-def _chunks(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
-  """Cuts each split's texts into chunks, and names their files."""
-  held = collections.defaultdict(list)
-  sizes, counts = collections.Counter(), collections.Counter()
+def _cut(documents: Iterator[tuple[str, str]], size: int) -> Iterator[tuple[str, list[str]]]:
+  """The texts of every shard, about `size` characters, and its name."""
+  held, sizes, counts = collections.defaultdict(list), collections.Counter(), collections.Counter()
   for split, text in documents:
     held[split].append(text)
     sizes[split] += len(text)
-    if sizes[split] >= CHUNK_BYTES:
-      yield f'{split}-{counts[split]:06}.npz', held.pop(split)
+    if sizes[split] >= size:
+      yield f'{split}-{counts[split]:05}', held.pop(split)
       counts[split] += 1
       sizes[split] = 0
   for split, texts in held.items():
-    yield f'{split}-{counts[split]:06}.npz', texts
-
-
-def _encode_all(
-  tokenizer: Tokenizer, chunks: Iterable[tuple[Path, list[str]]], workers: int
-) -> None:
-  """Encodes texts into files, in this process or in several; UserError when one of them dies."""
-  if workers == 1:
-    for path, texts in chunks:
-      _encode_chunk(tokenizer, path, texts)
-    return
-  # Spawned, not forked: JAX and the tokenizers library hold threads that a fork would break.
-  context = multiprocessing.get_context('spawn')
-  pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (tokenizer,))
-  pending = collections.deque()
-  try:
-    for path, texts in chunks:
-      pending.append(pool.submit(_encode_in_worker, path, texts))
-      if len(pending) > 2 * workers:  # bounds the texts in memory
-        pending.popleft().result()
-    for future in pending:
-      future.result()
-  except concurrent.futures.BrokenExecutor as error:
-    wrong = 'A worker process died, perhaps for lack of memory'
-    raise UserError(f'{wrong}: lower --workers={workers}.') from error
-  finally:
-    pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(tokenizer: Tokenizer) -> None:
-  global _worker_tokenizer
-  _worker_tokenizer = tokenizer
-  os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the processes are the parallelism
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers it
-  threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-  # A worker holds both ends of its queue, so a killed parent would leave it waiting for ever.
-  multiprocessing.parent_process().join()
-  os._exit(1)
-
-
-def _encode_in_worker(path: Path, texts: list[str]) -> None:
-  _encode_chunk(_worker_tokenizer, path, texts)
-
-
-def _encode_chunk(tokenizer: Tokenizer, path: Path, texts: list[str]) -> None:
-  documents = [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
-  dtype = shards_lib.token_dtype(tokenizer.vocab_size)
-  np.savez(
-    content := io.BytesIO(),
-    tokens=np.concatenate([np.asarray(ids, dtype) for ids in documents]),
-    lengths=np.array([len(ids) for ids in documents], np.int64),
-    byte_counts=np.array([len(text.encode()) for text in texts], np.int64),
-  )
-  folders.write_file(path, content.getvalue())  # a chunk that exists is whole
-
-
-def _read_chunk(path: Path) -> shards_lib.Encoded:
-  try:
-    with np.load(path, allow_pickle=False) as arrays:
-      return shards_lib.Encoded(**arrays)
-  except Exception as error:  # of many types
-    fix = 'delete it, and the same command writes it again.'
-    raise UserError(f'{path} is damaged ({error}): {fix}') from error
+    yield f'{split}-{counts[split]:05}', texts
 
 
 def _assemble(
   partial: Path, plan: dict[str, Any], domains: list[Domain], tokenizer: Tokenizer
 ) -> dict[str, Any]:
-  """Packs the chunks into shards in `partial`/dataset, and writes the manifest."""
-  dataset = partial / 'dataset'
+  """Gathers the shards in `partial`/dataset, and writes the manifest."""
+  dataset, entries = partial / 'dataset', {}
   shutil.rmtree(dataset, ignore_errors=True)
-  dtype, entries = shards_lib.token_dtype(tokenizer.vocab_size), {}
   for domain in domains:
     (folder := dataset / domain.name).mkdir(parents=True)
     splits = entries[domain.name] = {}
     for split in (TRAIN, VALID):
-      if chunks := sorted((partial / 'chunks' / domain.name).glob(f'{split}-*.npz')):
-        pieces = map(_read_chunk, chunks)
-        shards = shards_lib.write_split(folder, split, pieces, dtype, plan['shard_tokens'])
+      if shards := shards_lib.move_split(partial / 'shards' / domain.name, split, folder):
         splits[split] = {
           **{key: sum(s[key] for s in shards) for key in ('documents', 'tokens', 'bytes')},
           'skipped': {why: domain.skipped[split, why] for why in ('empty', 'in_valid')},
@@ -319,7 +251,7 @@ def _workplace(partial: Path, plan: dict[str, Any]) -> Iterator[None]:
   with folders.locked(partial) as free:
     wrong = f'Another prepare is running in {partial}, or its file system has no locks'
     require(free, f'{wrong}: wait for it to end, or choose another --output.')
-    wanted = json.dumps({**plan, 'chunk_bytes': CHUNK_BYTES}, indent=1)
+    wanted = json.dumps(plan, indent=1)
     file = partial / 'plan.json'
     if not file.exists() or file.read_bytes() != wanted.encode():
       for folder in partial.glob('*/'):

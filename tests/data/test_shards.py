@@ -21,7 +21,7 @@ def made(tmp_path_factory):
   for split, texts in (('train', TEXTS[:50]), ('valid', TEXTS[50:])):
     lines = ''.join(json.dumps({'text': text}) + '\n' for text in texts)
     (root / 'law' / f'{split}.jsonl').write_text(lines)
-  prepare({'law': root / 'law'}, root / 'data', train_tokenizer=270, shard_tokens=300)
+  prepare({'law': root / 'law'}, root / 'data', train_tokenizer=270, shard_bytes=600)
   return root / 'data'
 
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import pickle
 import signal
 import subprocess
 import sys
@@ -57,8 +56,7 @@ def test_save_and_load_are_exact(tmp_path, sentence_piece):
     folder = tmp_path / tokenizer.file_name.split('.')[1]
     folder.mkdir()
     path = tokenizer.save(folder)
-    copy = pickle.loads(pickle.dumps(tokenizer))
-    for again in (Tokenizer.load(folder), Tokenizer.load(path), copy):
+    for again in (Tokenizer.load(folder), Tokenizer.load(path)):
       assert again.hash == tokenizer.hash
       assert again.encode(TEXTS[3]) == tokenizer.encode(TEXTS[3])
 

@@ -53,7 +53,7 @@ def test_a_report_that_finds_no_room(disk, undisturbed):
 def test_prepare_goes_on_when_there_is_room_again(text, disk, tmp_path):
   inputs = {name: text / name for name in ('general', 'code')}
   small = disk(24)
-  with pytest.raises(UserError, match='data.partial/chunks.* cannot be written: No space'):
+  with pytest.raises(UserError, match='data.partial/shards.* cannot be written: No space'):
     prepare.prepare(inputs, small / 'data', train_tokenizer=300)
   remount(small, 'size=20m')
   assert prepare.prepare(inputs, small / 'data', train_tokenizer=300) == prepare.prepare(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
+from bam_jax.data import shards
 from bam_jax.data.shards import open_dataset
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
@@ -53,7 +53,7 @@ def write_domains(root, documents):
 
 @pytest.fixture(scope='module')
 def sources(tmp_path_factory):
-  """Two domains of two chunks each."""
+  """Two domains of several shards each."""
   return write_domains(tmp_path_factory.mktemp('sources'), 4_000)
 
 
@@ -61,36 +61,30 @@ def sources(tmp_path_factory):
 def undisturbed(sources, tmp_path_factory):
   output = tmp_path_factory.mktemp('undisturbed') / 'data'
   inputs = {domain: sources / domain for domain in 'ab'}
-  prepare(inputs, output, train_tokenizer=400, shard_tokens=200_000)
+  prepare(inputs, output, train_tokenizer=400, shard_bytes=2**20)
   return output
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
-  """The inputs of a small dataset of many chunks."""
-  monkeypatch.setattr(prepare_lib, 'CHUNK_BYTES', 2**15)
+def small(tmp_path):
+  """The inputs of a small dataset, of many shards with HOW."""
   return {'a': write_domains(tmp_path / 'small', 300) / 'a'}
 
 
-FLAGS = ('--train_tokenizer=400', '--shard_tokens=200000')
+HOW = dict(train_tokenizer=300, shard_bytes=2**15)
 
 
-@pytest.mark.parametrize('workers', [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_killed_and_rerun_gives_the_same_bytes(sources, undisturbed, tmp_path, workers):
+def test_killed_and_rerun_gives_the_same_bytes(sources, undisturbed, tmp_path):
   output, partial = tmp_path / 'data', tmp_path / 'data.partial'
-  flags = [f'--input={sources}', f'--output={output}', f'--workers={workers}', *FLAGS]
-  # A session of its own: its workers are killed by nobody, and must notice by themselves.
-  process = subprocess.Popen(command(*flags), stderr=subprocess.DEVNULL, start_new_session=True)
-  while len(list(partial.glob('chunks/*/*.npz'))) < 1:
+  flags = [f'--input={sources}', f'--output={output}']
+  flags += ['--train_tokenizer=400', f'--shard_bytes={2**20}']
+  process = subprocess.Popen(command(*flags), stderr=subprocess.DEVNULL)
+  while len(list(partial.glob('shards/*/*.npy'))) < 1:
     assert process.poll() is None, 'finished before it could be killed'
     time.sleep(0.002)
-  os.kill(process.pid, signal.SIGKILL)
+  process.kill()
   process.wait()
   assert not output.exists()
-  deadline = time.monotonic() + 20
-  while group_lives(process.pid):
-    assert time.monotonic() < deadline, 'workers outlive their parent'
-    time.sleep(0.02)
 
   result = run(*flags)
   assert result.returncode == 0, result.stderr
@@ -98,53 +92,31 @@ def test_killed_and_rerun_gives_the_same_bytes(sources, undisturbed, tmp_path, w
   assert not partial.exists()
 
 
-def group_lives(group):
-  try:
-    os.killpg(group, 0)
-  except ProcessLookupError:
-    return False
-  return True
-
-
-def interrupt(inputs, tmp_path, monkeypatch, **options):
-  """A `prepare` that ends when all is encoded and nothing put together."""
+def test_finished_shards_and_tokenizer_are_taken_over(small, tmp_path, monkeypatch):
   with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
     patch.setattr(prepare_lib, '_assemble', lambda *args: 1 / 0)
-    prepare(inputs, tmp_path / 'data', train_tokenizer=300, **options)
+    prepare(small, tmp_path / 'data', **HOW)
   assert not (tmp_path / 'data').exists()
-  return sorted((tmp_path / 'data.partial').glob('chunks/a/train-*.npz'))
-
-
-def finish(inputs, tmp_path, **options):
-  """Asserts that the same command again makes what an undisturbed one makes."""
-  for name in ('data', 'fresh'):
-    prepare(inputs, tmp_path / name, train_tokenizer=300, **options)
+  *_, missing = sorted((tmp_path / 'data.partial').glob('shards/a/train-*.bytes.npy'))
+  missing.unlink()
+  written, write = [], shards.write
+  with monkeypatch.context() as patch:
+    patch.setattr(Tokenizer, 'train', lambda *args: 1 / 0)
+    record = lambda path, *arrays: (written.append(path.name), write(path, *arrays))
+    patch.setattr(shards, 'write', record)
+    prepare(small, tmp_path / 'data', **HOW)
+  assert written == [missing.name.removesuffix('.bytes.npy')] and written != ['train-00000']
+  prepare(small, tmp_path / 'fresh', **HOW)
   assert contents(tmp_path / 'data') == contents(tmp_path / 'fresh')
 
 
-def test_finished_chunks_and_tokenizer_are_taken_over(small, tmp_path, monkeypatch):
-  *_, missing = interrupt(small, tmp_path, monkeypatch)
-  missing.unlink()
-  encoded, encode_chunk = [], prepare_lib._encode_chunk
-  with monkeypatch.context() as patch:
-    patch.setattr(Tokenizer, 'train', lambda *args: 1 / 0)
-    record = lambda *args: (encoded.append(args[1].name), encode_chunk(*args))
-    patch.setattr(prepare_lib, '_encode_chunk', record)
-    prepare(small, tmp_path / 'data', train_tokenizer=300)
-  assert encoded == [missing.name]
-  finish(small, tmp_path)
-
-
-def test_damaged_unfinished_work_is_a_sentence_or_made_anew(small, tmp_path, monkeypatch):
-  *_, chunk = interrupt(small, tmp_path, monkeypatch)
-  whole = chunk.read_bytes()
-  method = whole.index(b'PK\1\2') + 10
-  for damaged in (whole[:method] + b'\x63' + whole[method + 1 :], whole[:100]):
-    chunk.write_bytes(damaged)
-    with pytest.raises(UserError, match=f'{chunk} is damaged .*: delete it, and the same command'):
-      prepare(small, tmp_path / 'data', train_tokenizer=300)
-  (tmp_path / 'data.partial' / 'plan.json').write_bytes(b'\xff')
-  finish(small, tmp_path)
+def test_another_plan_begins_anew(small, tmp_path, monkeypatch):
+  with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+    patch.setattr(prepare_lib, '_assemble', lambda *args: 1 / 0)
+    prepare(small, tmp_path / 'data', **HOW)
+  for name in ('data', 'fresh'):
+    prepare(small, tmp_path / name, **HOW | dict(shard_bytes=2**16))
+  assert contents(tmp_path / 'data') == contents(tmp_path / 'fresh')
 
 
 def test_a_dataset_is_on_disk_before_it_has_its_name(tmp_path, undisturbed, monkeypatch):
@@ -169,18 +141,18 @@ def test_a_dataset_is_on_disk_before_it_has_its_name(tmp_path, undisturbed, monk
 def test_two_at_once_are_refused(small, tmp_path, monkeypatch):
   def second(*args):
     with pytest.raises(UserError, match='Another prepare is running in .*data.partial'):
-      prepare(small, tmp_path / 'data', train_tokenizer=300)
+      prepare(small, tmp_path / 'data', **HOW)
     raise ZeroDivisionError
 
   monkeypatch.setattr(prepare_lib, '_assemble', second)
   with pytest.raises(ZeroDivisionError):
-    prepare(small, tmp_path / 'data', train_tokenizer=300)
+    prepare(small, tmp_path / 'data', **HOW)
 
 
 def test_already_prepared(sources, undisturbed):
   before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob('*')}
   inputs = {domain: sources / domain for domain in 'ab'}
-  manifest = prepare(inputs, undisturbed, train_tokenizer=400, shard_tokens=200_000)
+  manifest = prepare(inputs, undisturbed, train_tokenizer=400, shard_bytes=2**20)
   assert manifest == open_dataset(undisturbed).manifest
   assert before == {p: p.stat().st_mtime_ns for p in undisturbed.rglob('*')}
   for changed in (
@@ -189,7 +161,7 @@ def test_already_prepared(sources, undisturbed):
     dict(valid_fraction=0.5),
     dict(train_tokenizer=None, tokenizer=Tokenizer.load(undisturbed)),
   ):
-    options = dict(inputs=inputs, train_tokenizer=400, shard_tokens=200_000) | changed
+    options = dict(inputs=inputs, train_tokenizer=400, shard_bytes=2**20) | changed
     with pytest.raises(UserError, match='from other inputs or options: choose another --output'):
       prepare(output=undisturbed, **options)
 
@@ -255,7 +227,7 @@ def test_a_tokenizer_that_loses_text_is_told(tmp_path):
   [
     (dict(), '--tokenizer=PATH and --train_tokenizer=SIZE'),
     (dict(train_tokenizer=300, valid_fraction=1.0), '--valid_fraction=1 must be'),
-    (dict(train_tokenizer=300, shard_tokens=0), '--shard_tokens=0 must be at least 1'),
+    (dict(train_tokenizer=300, shard_bytes=0), '--shard_bytes=0 must be at least 1'),
     (dict(train_tokenizer=300, text_field='body'), "line 1 has no field 'body'"),
     (dict(train_tokenizer=300, valid_fraction=1e-9), 'no document for valid: add a valid file'),
     (dict(train_tokenizer=300, valid_fraction=1 - 1e-9), 'no document left for train'),
