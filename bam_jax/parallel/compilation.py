@@ -4,9 +4,7 @@ On by default. JAX's own variables `JAX_COMPILATION_CACHE_DIR` and
 `JAX_ENABLE_COMPILATION_CACHE=false` move it and turn it off.
 """
 
-import hashlib
 import os
-import platform
 import warnings
 from pathlib import Path
 
@@ -19,7 +17,8 @@ MIN_SECONDS = 0.5  # minimum compilation time for an entry
 def use_cache() -> None:
   """Sets JAX's cache before anything is compiled; keeps one that the user has set."""
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
-    folder = cache_folder()
+    home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    folder = Path(home, 'bam_jax', 'compiled')  # JAX's keys have the processor and its features
     try:
       folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -29,25 +28,3 @@ def use_cache() -> None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', MIN_SECONDS)
   # A full disk or a kill may leave a truncated file; JAX then recompiles, with a warning each time.
   warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')
-
-
-def cache_folder() -> Path:
-  """This machine's folder in the user's cache.
-
-  CPU code depends on CPU features and the C library, which are not in JAX's key, and a home folder
-  may be shared: machines that differ in them do not share files.
-  """
-  home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-  facts = ' '.join([platform.machine(), *platform.libc_ver(), _cpu_features()])
-  machine = f'{platform.machine()}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}'
-  return Path(home) / 'bam_jax' / machine
-
-
-def _cpu_features() -> str:
-  """The CPU flags that Linux reports; the processor's name elsewhere."""
-  try:
-    lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
-  except OSError:
-    return platform.processor()
-  wanted = ('model name', 'flags', 'Features', 'CPU implementer', 'CPU part')
-  return ' '.join(sorted({line for line in lines if line.startswith(wanted)}))

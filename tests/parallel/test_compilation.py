@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from bam_jax.parallel import compilation
-
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import jax, jax.numpy as jnp
@@ -45,12 +43,3 @@ def test_what_is_loaded_is_what_was_compiled(tmp_path):
   assert [file.stat().st_mtime_ns for file in files] == times  # read, not written
   _, files = run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'mine'))
   assert any(file.parent == tmp_path / 'mine' for file in files)
-
-
-def test_machines_that_differ_share_nothing(monkeypatch):
-  here = compilation.cache_folder()
-  assert here == compilation.cache_folder()
-  for name, value in (('_cpu_features', 'sse2'), ('platform.libc_ver', ('glibc', '2.17'))):
-    with monkeypatch.context() as patch:
-      patch.setattr(f'bam_jax.parallel.compilation.{name}', lambda value=value: value)
-      assert compilation.cache_folder() != here
