@@ -52,7 +52,7 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
     skips = guard.Skips(name, run.guard, checkpoints.newest_folder, saved.get('skipped', (0, 0)))
     steps = stack.enter_context(log.Log(job, first_step, writer, goodput))
     hooks = hooks_lib.Hooks(stalls, skips, steps)
-    profile = hooks_lib.Profile(job.folder / 'profile', run.watch, first_step, hooks.settle)
+    profile = hooks_lib.Profile(job.folder / 'profile', run.watch, hooks.settle)
     stack.enter_context(stalls)
     stack.callback(profile.close)
 
@@ -85,14 +85,12 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
       stalls.alive()
       stop_if_asked(total_steps, state)
 
-    hooks.add(profile.end)
-    hooks.add(evaluate, every=run.intervals.evaluate)
-    hooks.add(save, every=run.intervals.checkpoint)
-    hooks.add(stop_if_asked)
-    hooks.add(profile.begin)
-
+    between_steps = (  # each after so many steps; 0: never
+      (evaluate, run.intervals.evaluate), (save, run.intervals.checkpoint), (stop_if_asked, 1),
+    )  # fmt: skip
     stack.enter_context(goodput.spend('step'))
     for step in range(first_step + 1, total_steps + 1):
+      profile.before(step)
       with goodput.spend('data'):
         batch = sharding.put_batch(next(batches), mesh)
       rates = optimizer.learning_rates(recipe, name, step)
@@ -104,8 +102,10 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
       ):
         state, step_metrics = train_step(state, batch, rates)
       hooks.dispatched(step, step_metrics)
-      if step < total_steps:
-        hooks.run(step, state)
+      profile.after(step)
+      for do, every in between_steps:
+        if every and step % every == 0 and step < total_steps:
+          do(step, state)
 
     hooks.settle()
     profile.close()
