@@ -8,6 +8,8 @@ torch, and nothing in it is executed or unpickled. Llama, Mistral, Qwen 2 and 3,
 and 3, Phi-3, Granite, Cohere and Cohere 2 are converted without loss, and BamForCausalLM, the
 output of `export-hf`. Any other model is refused with an error that says what does not fit.
 
+--input may also be a GGUF file of Llama or Qwen 2, of which quantised values are unpacked.
+
 A recipe starts from the result with init={'checkpoint': DIR}, with data prepared with the same
 tokenizer: python -m bam_jax.prepare --tokenizer=DIR/tokenizer.json.
 
@@ -26,7 +28,7 @@ from bam_jax.config import strict
 from bam_jax.hf import importing
 from bam_jax.model import arithmetic
 
-_INPUT = flags.DEFINE_string('input', None, 'Folder of the model.')
+_INPUT = flags.DEFINE_string('input', None, 'Folder of the model, or a GGUF file.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to create.')
 _OPTIONS = (
   flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'Dtype on disk.'),

@@ -3,7 +3,7 @@
     python -m bam_jax.convert upcycle --from=runs/mine/seed --from=runs/mine/code \\
       --method=bam_kv_experts --output=mixtures/bam
 
-A source is a run's folder (its newest checkpoint), a step's, or a folder of transformers as
+A source is a run's folder (its newest checkpoint), a step's, or a folder or GGUF file as
 `import-hf` reads it; source i becomes expert i. Arrays are streamed, a few matrices at a time. With
 bam_kv_experts each expert keeps its source's rope_theta and scaling. Other differences of
 architecture, differing tokenizers, a repeated source, NaN and a full disk are errors; --output is

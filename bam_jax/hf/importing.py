@@ -14,7 +14,7 @@ from bam_jax.config.strict import require
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.files import folders
-from bam_jax.hf import config_json, files, names
+from bam_jax.hf import config_json, files, gguf, names
 from bam_jax.hf.files import Progress
 
 
@@ -30,7 +30,8 @@ def convert(
   """Writes a checkpoint of the model in a folder, with its tokenizer beside it; returns its `meta`.
 
   Args:
-    source: the folder, with config.json and safetensors, in one file or in several and an index.
+    source: the folder, with config.json and safetensors, in one file or in several and an index;
+      or a GGUF file.
     output: the checkpoint; must not exist.
     dtype: of its arrays, 'float32' or 'bfloat16'; values are rounded to nearest.
     command: recorded in the manifest.
@@ -62,22 +63,28 @@ def open_folder(
   tokenizer: str | None = None,
   bos_token: str | None = None,
   eos_token: str | None = None,
-) -> tuple[checkpoint.Meta, Tokenizer, files.Reader, names.Table]:
+) -> tuple[checkpoint.Meta, Tokenizer, files.Reader | gguf.Reader, names.Table]:
   """What `convert` reads, of which only the tensors' values are left to read.
 
   The tokenizer is a file, or a folder that holds it; by default the source. Its tokens around
   documents are by default well-known ones, as in bam_jax.prepare.
   """
   folder = Path(source)
-  facts = files.read_json(folder / files.CONFIG)
+  packed = gguf.Reader(folder) if folder.suffix == gguf.SUFFIX else None
+  where = folder if packed else folder / files.CONFIG
+  facts = None if packed else files.read_json(where)
   try:
+    facts = gguf.config_json(packed) if packed else facts
     model = config_json.to_model(facts)
     length, method, experts = config_json.to_origin(facts)
   except UserError as error:
-    raise UserError(f'{folder / files.CONFIG}: {error}') from None
-  reader, table = files.Reader(folder), config_json.tensors(model, facts)[0]
+    raise UserError(f'{where}: {error}') from None
+  reader, table = packed or files.Reader(folder), config_json.tensors(model, facts)[0]
   _check(reader, table, model)
-  words = Tokenizer.load(tokenizer or source, bos_token, eos_token)
+  if packed and not tokenizer:
+    words = gguf.tokenizer(packed, bos_token, eos_token)
+  else:
+    words = Tokenizer.load(tokenizer or source, bos_token, eos_token)
   wrong = f'{tokenizer or source} has {words.vocab_size} tokens, but the model in {source} has'
   fits = words.vocab_size <= model.vocab_size
   require(fits, f'{wrong} {model.vocab_size}: it is the tokenizer of another model.')
@@ -88,7 +95,7 @@ def open_folder(
     sequence_length=length,
     tokenizer_hash=words.hash,
     tokenizer_path=place,
-    run=os.path.basename(place),
+    run=folder.stem if packed else os.path.basename(place),
     step=0,
     method=method,
     sources=experts,
@@ -99,7 +106,7 @@ def open_folder(
   return meta, words, reader, table
 
 
-def _check(reader: files.Reader, table: names.Table, model: config.Model) -> None:
+def _check(reader, table: names.Table, model: config.Model) -> None:
   """UserError unless the folder has the tensors of the model, with their shapes, and no others."""
   expected = {
     name: (parts[-1].stop, *table[parts[0].path].theirs[1:])
@@ -109,7 +116,7 @@ def _check(reader: files.Reader, table: names.Table, model: config.Model) -> Non
   if tied_twice := model.tied_embeddings and names.HEAD in reader.specs:
     expected[names.HEAD] = expected[names.TABLE]
   for name in sorted(reader.specs.keys() | expected.keys()):
-    require(name in reader.specs, f'{reader.folder} lacks {name}, which its config.json describes.')
+    require(name in reader.specs, f'{reader.folder} lacks {name}, which its config describes.')
     shape, described = reader.specs[name].shape, expected.get(name, 'no such tensor')
     wrong = f'{reader.folder} has {name} of shape {shape}; its config says {described}.'
     require(shape == described, wrong)
@@ -119,9 +126,7 @@ def _check(reader: files.Reader, table: names.Table, model: config.Model) -> Non
     require(same, f'{wrong}, although its config.json says tie_word_embeddings.')
 
 
-def _copy(
-  reader: files.Reader, table: names.Table, writer: arrays.Writer, progress: Progress
-) -> dict[str, str]:
+def _copy(reader, table: names.Table, writer: arrays.Writer, progress: Progress) -> dict[str, str]:
   """Writes every tensor to its place; returns the `manifest.Hash` of each."""
   pieces = names.pieces(table)
   total = sum(reader.specs[name].nbytes for name in pieces)

@@ -1,4 +1,4 @@
-"""Folders of transformers as sources of a mixture, read where they are, a tensor at a time."""
+"""Folders of transformers and GGUF files as sources of a mixture, read a tensor at a time."""
 
 from pathlib import Path
 
@@ -6,14 +6,15 @@ import numpy as np
 from etils import epath
 
 from bam_jax.checkpoint import arrays
-from bam_jax.hf import files, importing, names
+from bam_jax.hf import files, gguf, importing, names
 from bam_jax.upcycle import sources
 
 
 def open_any(path: str) -> sources.Source:
-  """Opens a folder of transformers or a checkpoint of ours; UserError if it is neither."""
+  """Opens a folder of transformers, a GGUF file or a checkpoint of ours; else UserError."""
   folder = Path(path)
-  if not (folder / files.CONFIG).is_file() or not any(folder.glob('*.safetensors')):
+  known = (folder / files.CONFIG).is_file() and any(folder.glob('*.safetensors'))
+  if not known and folder.suffix != gguf.SUFFIX:
     return sources.open_checkpoint(path)
   meta, words, reader, table = importing.open_folder(path)
   return sources.Source(path, epath.Path(path), meta, Reader(reader, table), lambda: words)
@@ -22,7 +23,7 @@ def open_any(path: str) -> sources.Source:
 class Reader:
   """Reads our arrays, by path, out of a folder's tensors."""
 
-  def __init__(self, reader: files.Reader, table: names.Table):
+  def __init__(self, reader: files.Reader | gguf.Reader, table: names.Table):
     self._reader, self._table, self._places, self.specs = reader, table, {}, {}
     for name, parts in names.pieces(table).items():
       for path, index, start, stop in parts:
