@@ -70,7 +70,8 @@ class Block(nnx.Module):
       tokens: their metadata.
       group: that of all tokens of the `expert` group.
       caches: of earlier tokens; see `Attention`.
-      keep_inputs: return what attention and FFN of a dense model read, BTD, in place of choices.
+      keep_inputs: return what attention and FFN read, BTD, in place of choices. A parallel block
+        must be dense.
 
     Returns:
       The residual stream, what the routers chose for the group's tokens, and the caches.

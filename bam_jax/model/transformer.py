@@ -44,6 +44,7 @@ class Transformer(nnx.Module):
     gathered = layout.gather_tokens(segments_BT), layout.gather_tokens(positions_BT)
     group = rope.metadata(*gathered, self.model, dtype)
     counted_BT = layout.mask_gathered(group.real_BT)  # each token once, on its owner
+    experts = self.model.attention_experts, self.model.ffn_experts
     graph, layers = nnx.split(self.blocks)
     kind_L = rope.kind_of_layer(self.model)
 
@@ -53,10 +54,12 @@ class Transformer(nnx.Module):
       block = nnx.merge(graph, layout.weights(params, 'blocks'))
       x_BTD, routing, _ = block(x_BTD, *tokens, keep_inputs=collect == 'inputs')
       if collect == 'inputs':
-        real_BT = here.real_BT.astype(jnp.float32)
-        routing = Routing(
-          *(jnp.einsum('btd,bt->d', y.astype(jnp.float32), real_BT) for y in routing)
-        )
+        masks = [counted_BT if part else here.real_BT for part in experts]
+        sums = [
+          jnp.einsum('btd,bt->d', y.astype(jnp.float32), mask_BT.astype(jnp.float32))
+          for y, mask_BT in zip(routing, masks)
+        ]
+        routing = Routing(*sums)
       if collect == 'statistics':
         routing = Routing(*(c and router.statistics(c, counted_BT) for c in routing))
       return x_BTD, routing
@@ -105,7 +108,8 @@ class Network:
       segments_BT: int32, the document of a token within its row; 0 is padding.
       positions_BT: int32, the position of a token within its document.
       collect: 'statistics' of the routers, sums over the tokens; their 'choices' for each token;
-        or, of a dense model, 'inputs', sums over the tokens of what attention and FFN read.
+        or, of a dense model or sequential blocks, 'inputs', sums over the tokens of what attention
+        and FFN read.
 
     Returns:
       (B, T, D) float32; Routing of Statistics, Choices, or float32 D, with a leading axis L.

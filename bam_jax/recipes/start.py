@@ -18,7 +18,7 @@ from bam_jax.model import transformer
 from bam_jax.parallel import processes, sharding
 from bam_jax.recipes import graph
 from bam_jax.train import loop
-from bam_jax.upcycle import centroids, outputs, rules, sources
+from bam_jax.upcycle import centroids, outputs, sources
 from bam_jax.upcycle.merge import Merge, run_key
 
 
@@ -67,13 +67,21 @@ def _centroids(recipe, nodes, node: graph.Node, dataset, merge: Merge) -> dict[s
   for name in upcycle.sources:
     changes = dict(batch_size=rows, grad_accum_steps=1, mesh=run.mesh)
     read = loop.batches_of(dataclasses.replace(nodes[name].run, **changes), recipe, dataset)
-    batches.append(map(read.__getitem__, range(count)))
+    batches.append([read[number] for number in range(count)])
 
   network = transformer.Network(merge.sources[0].meta.model, run.compute, mesh)
   abstract, average = network.abstract(), dict(average=upcycle.average, weights=upcycle.weights)
   soup = merge._replace(upcycle=config.Upcycle(upcycle.sources, 'average', **average))
   params = outputs.to_mesh(soup, abstract, sharding.tree(abstract, mesh))
-  means = centroids.mean_inputs(network, params, batches, mesh)._asdict()
-  paths = [rule.target for rule in rules.rules(node.model) if rule.how == 'router']
-  column = lambda path: centroids.columns(means[path.split('/')[1]], path, upcycle, merge.key)
-  return {path: column(path) for path in paths}
+  means = centroids.mean_inputs(network, params, batches, mesh)
+  routers = centroids.routers(means, node.model, upcycle, merge.key)
+  if node.model.block == 'sequential' and node.model.attention_experts:
+    # Here FFN experts read what the mixture's own attention has added to.
+    network = transformer.Network(node.model.dropless(), run.compute, mesh)
+    abstract = network.abstract()
+    params = outputs.to_mesh(
+      merge._replace(routers=routers), abstract, sharding.tree(abstract, mesh)
+    )
+    own = centroids.mean_inputs(network, params, batches, mesh)
+    routers = centroids.routers(means._replace(ffn=own.ffn), node.model, upcycle, merge.key)
+  return routers

@@ -2,8 +2,9 @@
 
 c-BTM (arXiv 2303.14177) routes by the mean embedding of each domain, and FlexOlmo (arXiv
 2507.07024) initialises its router's columns with it. Here it is the mean of what the part beside
-the router reads in the averaged dense model, so that every layer gets routers of its own; in a
-parallel block both parts read the same.
+the router reads, so that every layer gets routers of its own: in the averaged dense model, whose
+parallel blocks feed both parts the same; a sequential block's FFN reads the sum with attention's
+output, so its means are of a mixture with such routers, whose attention is its own.
 
 Legend: S sources, L layers, B batch, T sequence, D model, E experts.
 """
@@ -20,7 +21,7 @@ from bam_jax.data import mixture
 from bam_jax.errors import UserError
 from bam_jax.model import block, transformer
 from bam_jax.parallel import sharding
-from bam_jax.upcycle import options
+from bam_jax.upcycle import options, rules
 
 CENTROID_TOKENS = 32_768  # read of each source's data, rounded up to whole batches
 COPY_SPREAD = 0.1  # radians by which copies' columns are rotated from the first source's
@@ -34,8 +35,8 @@ def mean_inputs(
 ) -> block.Routing:
   """The mean of what attention and FFN read in every layer over each source's tokens: SLD, float64.
 
-  The dense network's parameters lie on the mesh as in training; `batches` has for each source a
-  few batches of its training data, this process's rows of each.
+  The network is dense, or of sequential blocks; its parameters lie on the mesh as in training.
+  `batches` has for each source a few batches of its training data, this process's rows of each.
   """
   layout, keys = network.layout, ('tokens', 'segments', 'positions')
 
@@ -52,6 +53,15 @@ def mean_inputs(
       total_2LD, tokens = total_2LD + np.asarray(part_2LD, np.float64), tokens + int(part)
     means.append(total_2LD / tokens)
   return block.Routing(*np.stack(means, axis=1))
+
+
+def routers(
+  means: block.Routing, model: config.Model, upcycle: config.Upcycle, key: jax.Array
+) -> dict[str, np.ndarray]:
+  """A mixture's routers, by path, from what `mean_inputs` returns."""
+  paths = [rule.target for rule in rules.rules(model) if rule.how == 'router']
+  of = {'blocks/attention/router': means.attention, 'blocks/ffn/router': means.ffn}
+  return {path: columns(of[path], path, upcycle, key) for path in paths}
 
 
 def columns(means_SLD, path: str, upcycle: config.Upcycle, key: jax.Array) -> np.ndarray:

@@ -14,7 +14,8 @@ from bam_jax.model import transformer
 from bam_jax.parallel import sharding
 from bam_jax.recipes import graph, start
 from bam_jax.train import loop
-from bam_jax.upcycle import centroids, sources
+from bam_jax.upcycle import centroids, rules, sources
+from tests.model import oracle
 from tests.upcycle import memory
 
 KEY = jax.random.key(5)
@@ -101,6 +102,28 @@ def test_inputs_of_the_first_block_and_of_the_second(models, make_batch, block):
   np.testing.assert_allclose(got[1], mean(states), rtol=1e-4, atol=1e-5)
 
 
+def test_inputs_of_a_mixture_of_sequential_blocks(models, make_batch, monkeypatch):
+  """Against what the oracle's attention and FFN are called with, on a mesh that splits experts."""
+  model = dataclasses.replace(models['bam_kv_experts'], block='sequential')
+  mesh = sharding.make_mesh(config.Mesh(data=2, expert=2, tensor=2))
+  network = transformer.Network(model, config.Compute(), mesh)
+  params = jax.tree.map(lambda x: 2 * np.asarray(x), network.init(jax.random.key(0)))
+  batch = make_batch(4, 8) | {'domains': np.zeros(4, np.int32)}
+  placed = jax.device_put(params, sharding.tree(params, mesh))
+  means = centroids.mean_inputs(network, placed, [[batch]], mesh)
+  read = {'attention': [], 'ffn': []}
+  for part, seen in read.items():
+    compute = getattr(oracle, part)
+    record = lambda w, model, y_BTD, *rest, seen=seen, compute=compute: (
+      seen.append(y_BTD[batch['segments'] > 0].mean(0)) or compute(w, model, y_BTD, *rest)
+    )
+    monkeypatch.setattr(oracle, part, record)
+  wide = jax.tree.map(lambda x: x.astype(np.float64), params)
+  oracle.forward(wide, model, batch['tokens'], batch['segments'], batch['positions'])
+  for part, seen in read.items():
+    np.testing.assert_allclose(getattr(means, part)[0], seen, rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture
 def initial(recipe_dict, dataset, tmp_path, monkeypatch):
   """The function (run, mesh) -> (node, initial parameters), from sources that are untrained."""
@@ -108,13 +131,14 @@ def initial(recipe_dict, dataset, tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, 'find', lambda path: path)
   monkeypatch.setattr(integrity, 'check_together', lambda *_: None)
   recipe_dict['runs']['seed']['data'] = {'general': 1.0}
-  model = config.parse(recipe_dict).model
-  monkeypatch.setattr(sources, 'open_checkpoint', lambda path: untrained(model, path))
+  opened = lambda path: untrained(config.parse(recipe_dict).model, path)
+  monkeypatch.setattr(sources, 'open_checkpoint', opened)
   monkeypatch.setattr(sources, 'check_alike', lambda *_: None)
 
-  def make(name: str, mesh: dict | None = None):
+  def make(name: str, mesh: dict | None = None, block: str = 'parallel'):
     recipe_dict['runs'][name]['init']['upcycle'] |= {'router_init': 'centroids'}
     recipe_dict['runs'][name]['mesh'] = mesh or {}
+    recipe_dict['model']['block'] = block
     parsed = config.parse(recipe_dict)
     nodes = graph.resolve(parsed)
     made = sharding.make_mesh(nodes[name].run.mesh)
@@ -130,13 +154,21 @@ def untrained(model: config.Model, path: str) -> sources.Source:
   """Stands in for a trained source: what all share, and a little of its own."""
   own = memory.draw(model, ord(path[-1]))
   params = jax.tree.map(lambda x, y: x + 0.1 * y, memory.draw(model, 0), own)
-  params['blocks']['norm']['scale'] = np.ones_like(params['blocks']['norm']['scale'])
+  for norm in rules.norm_names(model):
+    params['blocks'][norm]['scale'] = np.ones_like(params['blocks'][norm]['scale'])
   return memory.source(model, params, path)
 
 
-@pytest.mark.parametrize('name', [pytest.param('btx', marks=pytest.mark.slow), 'bam'])
-def test_domains_go_to_their_own_experts_before_any_training(initial, dataset, name):
-  made = initial(name)
+@pytest.mark.parametrize(
+  'name, block',
+  [
+    pytest.param('btx', 'parallel', marks=pytest.mark.slow),
+    ('bam', 'parallel'),
+    ('bam', 'sequential'),
+  ],
+)
+def test_domains_go_to_their_own_experts_before_any_training(initial, dataset, name, block):
+  made = initial(name, block=block)
   network = transformer.Network(made.node.model, made.node.run.compute)
   hidden = jax.jit(network.hidden)
   for expert, domain in enumerate(['general', 'code', 'law']):
