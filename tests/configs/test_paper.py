@@ -15,6 +15,7 @@ import pytest
 from bam_jax import config
 from bam_jax.account import accounting
 from bam_jax.cli import recipe_file
+from bam_jax.model import arithmetic
 from bam_jax.recipes import graph
 
 ROOT = Path(__file__).parents[2]
@@ -148,11 +149,18 @@ def test_runs_of_one_name_are_one_run():
       assert known.setdefault(run, node.identity) == node.identity
 
 
+def test_the_public_model_has_its_own_shape():
+  recipe = load('smollm2')
+  assert arithmetic.parameters(recipe.model).total == 134_515_008
+  assert recipe.runs['seed'].tokens == 0 and len(recipe.runs) == 7
+
+
 SMOKES = {
   'small_590m': 'small_590m.py:smoke',
   'large_2b': 'large_2b.py:smoke',
   'ablations:bam_top2': 'ablations.py:bam_top2,smoke',
   'reproduction': 'reproduction.py:smoke',
+  'smollm2': 'smollm2.py:smoke',
 }
 
 
@@ -171,7 +179,7 @@ def test_smoke_runs_from_end_to_end(name, tmp_path):
   assert [row['run'] for row in facts['rows']] == list(graph.resolve(recipe))
   expected = {row['run']: row for row in accounting.account(recipe)['rows']}
   for row in facts['rows']:
-    assert row['step'] == 4
+    assert row['step'] == recipe.total_steps(row['run'])
     # Four steps of a random model: somewhere about the vocabulary's size.
     assert all(1 < p < 10 * recipe.model.vocab_size for p in row['perplexity'].values())
     assert row['parameters'] == expected[row['run']]['parameters']['total']
