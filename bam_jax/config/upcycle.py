@@ -27,6 +27,8 @@ class Upcycle(Section):
   router_init: Literal['random', 'zero', 'centroids'] = 'random'
   average: Literal['mean', 'weighted', 'first'] = 'mean'  # of the sources, if not stacked
   weights: tuple[float, ...] = ()  # of the sources, in any unit, for 'weighted'
+  # 'fold': each source's norm before a part goes into its own experts' matrices.
+  norms: Literal['mean', 'fold'] = 'mean'
   drop_ratio: Fraction = 0.0  # of the hidden dimensions of copied FFN experts to redraw
   noise: NonNegative = 0.0  # added to copied experts, in standard deviations of each array
   expert_bias: bool = False  # of the FFN experts
@@ -47,9 +49,12 @@ class Upcycle(Section):
     attention = self.method in ('bam_kv_experts', 'bam_shared_kv')
     experts = f'{self.experts} experts'
     zero, centroids = self.router_init == 'zero', self.router_init == 'centroids'
+    fold = self.norms == 'fold'
     for key, given, where in (
       ('num_experts', average and num_experts > len(sources), 'which has no experts'),
       ('router_init', average and (zero or centroids), 'which has no router'),
+      ('norms', fold and average, 'which has no experts'),
+      ('norms', fold and sparse, 'with a single source'),
       ('expert_bias', average and self.expert_bias, 'which has no router'),
       ('attention_top_k', self.attention_top_k and not attention, 'which has no attention experts'),
       ('router_init', sparse and centroids, 'with a single source'),
@@ -60,6 +65,8 @@ class Upcycle(Section):
       self.require(not given, f'{value}, {where}: remove it.')
     scaled = f"router_scale={self.router_scale} has no effect with router_init='zero': remove it."
     self.require(not zero or self.router_scale == 1, scaled)
+    wrong = "router_init='centroids' reads averaged norms: set norms='mean', or 'random'."
+    self.require(not (fold and centroids), wrong)
     unused = f"{weights=} has no effect with average={self.average!r}: set average='weighted'."
     self.require(not weights or self.average == 'weighted', unused)
     fits = self.average != 'weighted' or len(weights) == len(sources)

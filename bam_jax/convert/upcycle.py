@@ -44,6 +44,7 @@ _KEYS = (
   flags.DEFINE_enum('router_init', 'random', ('random', 'zero'), 'centroids: only in a recipe.'),
   flags.DEFINE_float('router_scale', 1.0, 'Standard deviation of random routers times sqrt(D).'),
   flags.DEFINE_enum('average', 'mean', ('mean', 'weighted', 'first'), 'Of arrays without experts.'),
+  flags.DEFINE_enum('norms', 'mean', ('mean', 'fold'), "fold: into the source's own experts."),
   flags.DEFINE_float('drop_ratio', 0.0, 'Share of the hidden dimensions of copies to redraw.'),
   flags.DEFINE_float('noise', 0.0, 'Added to copies, in standard deviations of each array.'),
 )

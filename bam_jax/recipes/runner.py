@@ -156,7 +156,7 @@ def _manifest(recipe: config.Recipe, node: graph.Node, workdir: Path) -> manifes
     path = lambda name: str(folders.absolute(workdir / name))
     names = config.parents(node.run)
     origins = tuple(manifest.Source(path(n), n, recipe.total_steps(n)) for n in names)
-  made = rules.rules(node.model) if node.upcycle else ()
+  made = rules.rules(node.model, node.upcycle.norms) if node.upcycle else ()
   now, seed, name = manifest.now(), recipe.seed, node.name
   return manifest.Manifest('', now, origins, made, node.upcycle, seed, name)
 

@@ -50,7 +50,10 @@ def regions(
   UserError when a value is NaN or infinite, or reading fails.
   """
   sources, upcycle, key, _ = merge
-  table = rules.rules(rules.mixture_model(sources[0].meta.model, upcycle))
+  mixture = rules.mixture_model(sources[0].meta.model, upcycle)
+  table = rules.rules(mixture, upcycle.norms)
+  folds = rules.folds(mixture) if upcycle.norms == 'fold' else {}
+  plus_one = mixture.norm == 'rmsnorm_plus_one'  # scales by 1 + w
   if odd := {rule.target for rule in table} ^ set(wanted):
     raise ValueError(f'The rule table and the mixture differ in {sorted(odd)}.')
   parts = parts or {path: arrays.bounds(spec, ()) for path, spec in wanted.items()}
@@ -67,6 +70,12 @@ def regions(
     arrays.check_finite(array, sources[source].path, rule.source, spec, index)
     on_read(source, rule.source, index, array)
     array, dtype = array.astype(np.float32, copy=False), wanted[rule.target].dtype
+    if norm := folds.get(rule.target):
+      scale_D = sources[source].reader.read(norm, index[:1]).astype(np.float32) + plus_one
+      rows_D = scale_D[index[1]] if len(index) > 1 else scale_D
+      array = array * rows_D.reshape(-1, *[1] * (array.ndim - 1))
+    if rule.how == 'fold' and source == 0:
+      yield rule.target, index, np.full(array.shape, not plus_one, dtype)
     for expert in experts:
       layer, *rest = index
       made = options.expert(rule.target, array, layer, expert, upcycle, key)

@@ -114,7 +114,7 @@ def to_checkpoint(
       sources=rules.expert_names(upcycle, [source.meta.run for source in merge.sources]),
       versions=manifest.versions(),
       manifest=manifest.Manifest(
-        command, manifest.now(), origins, rules.rules(mixture), upcycle, seed, name
+        command, manifest.now(), origins, rules.rules(mixture, upcycle.norms), upcycle, seed, name
       ),
     )
     checkpoint.write_meta(folder, meta)

@@ -5,12 +5,16 @@ from collections.abc import Sequence
 
 from bam_jax import config
 from bam_jax.checkpoint import manifest
+from bam_jax.config.strict import require
 
 
 def mixture_model(
   dense: config.Model, upcycle: config.Upcycle, ropes: Sequence[config.Rope] = ()
 ) -> config.Model:
-  """The mixture that a method makes from dense models; `ropes` are the sources', if they differ."""
+  """The mixture that a method makes from dense models; `ropes` are the sources', if they differ.
+
+  UserError if norms='fold' and they have norms that cannot be folded.
+  """
   attention = ffn = None
   if upcycle.method in ('bam_kv_experts', 'bam_shared_kv'):
     attention = config.AttentionExperts(
@@ -28,7 +32,29 @@ def mixture_model(
       capacity_factor=upcycle.capacity_factor,
       expert_bias=upcycle.expert_bias,
     )
-  return dataclasses.replace(dense, attention_experts=attention, ffn_experts=ffn)
+  mixture = dataclasses.replace(dense, attention_experts=attention, ffn_experts=ffn)
+  if upcycle.norms == 'fold':
+    folds(mixture)
+  return mixture
+
+
+def folds(mixture: config.Model) -> dict[str, str]:
+  """What norms='fold' does: the paths of matrices, and of the norm that goes into each.
+
+  W (w * x) = (W diag(w)) x, so that a part of experts computes the same after a norm without a
+  scale. Keys and values that its experts share are folded before their mean.
+  """
+  names, attention, ffn = norm_names(mixture), mixture.attention_experts, mixture.ffn_experts
+  require('norm' in names, "norms='fold' requires norms before the parts: set norms='mean'.")
+  wrong = "norms='fold' cannot move a norm's bias into a matrix: set norms='mean'."
+  require(mixture.norm != 'layernorm_bias', wrong)
+  wrong = "norms='fold': a parallel block has one norm for the FFN and attention, which is averaged"
+  fix = "choose a method with attention experts, or norms='mean'."
+  require('ffn_norm' in names or attention and ffn, f'{wrong}: {fix}')
+  parts = ('attention/query', 'attention/key', 'attention/value') if attention else ()
+  folded = {f'blocks/{part}': 'blocks/norm/scale' for part in parts}
+  ffn_norm = f'blocks/{"ffn_norm" if "ffn_norm" in names else "norm"}/scale'
+  return folded | (dict.fromkeys(('blocks/ffn/gate', 'blocks/ffn/up'), ffn_norm) if ffn else {})
 
 
 def warning(mixture: config.Model) -> str:
@@ -43,11 +69,11 @@ def warning(mixture: config.Model) -> str:
   )
 
 
-def rules(mixture: config.Model) -> tuple[manifest.Made, ...]:
+def rules(mixture: config.Model, norms: str = 'mean') -> tuple[manifest.Made, ...]:
   """How each array of a mixture is made: `target` from the sources' `source`; paper section 3.
 
   `how` is 'mean' over the sources (norms, embeddings, all without experts), 'stack' on axis 1
-  (experts), 'router' (drawn) or 'zero'; the last two have no source.
+  (experts), 'fold' (ones, see `folds`), 'router' (drawn) or 'zero'; the last two have no source.
   """
   attention, ffn = mixture.attention_experts, mixture.ffn_experts
   query_out, experts = ('stack' if attention else 'mean'), ('stack' if ffn else 'mean')
@@ -81,6 +107,8 @@ def rules(mixture: config.Model) -> tuple[manifest.Made, ...]:
     hows['blocks/ffn/router'] = 'router'
   if ffn and ffn.expert_bias:
     hows['blocks/ffn/expert_bias'] = 'zero'
+  if norms == 'fold':
+    hows |= dict.fromkeys(folds(mixture).values(), 'fold')
   drawn = ('router', 'zero')
   return tuple(manifest.Made(p, how, None if how in drawn else p) for p, how in hows.items())
 

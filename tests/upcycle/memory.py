@@ -88,6 +88,13 @@ def spelled_out(
   """What `mix` makes, by path, a whole array at a time."""
   mixture = rules.mixture_model(dense, upcycle)
   sources, made = [flat(one) for one in params], {}
+  if upcycle.norms == 'fold':  # of a parallel block
+    for one in sources:
+      scale = one['blocks/norm/scale']
+      for path in one:
+        if path.startswith('blocks/') and path.endswith(('query', 'key', 'value', 'gate', 'up')):
+          one[path] = one[path] * scale.reshape(*scale.shape, *[1] * (one[path].ndim - 2))
+      one['blocks/norm/scale'] = np.ones_like(scale)
   for rule in rules.rules(mixture):
     shape = flat(abstract(mixture))[rule.target].shape
     if rule.how == 'mean':

@@ -72,8 +72,8 @@ MESHES = [config.Mesh(data=2, fsdp=2, tensor=2), config.Mesh(fsdp=2, expert=2, t
 
 
 @pytest.mark.parametrize('method, changes', [
-  ('bam_shared_kv', {}), ('sparse', dict(drop_ratio=0.5)),
-  *(slow(method, {}) for method in METHODS if method != 'bam_shared_kv'),
+  ('bam_shared_kv', dict(norms='fold')), ('sparse', dict(drop_ratio=0.5)),
+  *(slow(method, {}) for method in METHODS),
   ('bam_kv_experts', dict(drop_ratio=0.3, noise=0.05, average='first', expert_bias=True)),
 ])  # fmt: skip
 def test_no_mesh_changes_a_bit(models, method, changes):
@@ -186,25 +186,43 @@ def test_without_renormalising_the_gate_scales_the_ffn(models, make_batch):
   assert np.abs(got - logits(source, models['dense'], batch)).max() > 1e-2
 
 
-@pytest.mark.parametrize('method', ['bam_kv_experts', slow('btx'), slow('bam_shared_kv')])
-def test_a_router_that_knows_one_expert_gives_its_source(models, make_batch, method):
-  """Each source's experts, between averaged norms and embeddings."""
-  dense, how, batch = models['dense'], upcycle(method, num_experts=4), make_batch(2, 8)
-  sources = [draw(dense, seed) for seed in range(3)]
+SEQUENTIAL = dict(block='sequential', norm='rmsnorm', biases='qkv')
+
+
+@pytest.mark.parametrize('method, norms, changes', [
+  ('bam_kv_experts', 'mean', {}), slow('btx', 'mean', {}), slow('bam_shared_kv', 'mean', {}),
+  ('bam_kv_experts', 'fold', {}), ('bam_kv_experts', 'fold', SEQUENTIAL),
+  slow('btx', 'fold', SEQUENTIAL),
+])  # fmt: skip
+def test_a_router_that_knows_one_expert_gives_its_source(
+  models, make_batch, method, norms, changes
+):
+  """Each source's experts, with norms of their own if these are folded; the rest is averaged."""
+  dense, how = dataclasses.replace(models['dense'], **changes), upcycle(method, norms=norms)
+  sources, batch = [draw(dense, seed) for seed in range(3)], make_batch(2, 8)
+  attention = method != 'btx'
+  own = {'ffn': sources[0]['blocks']['ffn'].keys()}
+  if attention:
+    shared = {'key', 'value'} if method == 'bam_shared_kv' else set()
+    own['attention'] = sources[0]['blocks']['attention'].keys() - shared
   for source in sources:
     source['embed']['table'][:, 0] = 100  # what all tokens share, and by which routers decide
-    source['blocks']['norm']['scale'][:] = 1
+    for name in ('out', 'down'):  # which they still do behind attention
+      source['blocks']['attention' if name == 'out' else 'ffn'][name][..., 0] = 0
+    if norms == 'mean':
+      source['blocks']['norm']['scale'][:] = 1
+  if norms == 'fold':
+    before = {'ffn': 'ffn_norm' if changes else 'norm', 'attention': 'norm'}
+    own |= {before[part]: ['scale'] for part in list(own)}
   merged = mix(sources, dense, how)
   soup = mix(sources, dense, upcycle('average'))
   for expert in range(3):
-    force = np.zeros((2, dense.d_model, 4), np.float32)
+    force = np.zeros((2, dense.d_model, 5), np.float32)
     force[:, 0, expert] = 100  # the other gates vanish in float32
     mixed, want = copy.deepcopy(merged), copy.deepcopy(soup)
     mixed['blocks']['ffn']['router'] = force
-    want['blocks']['ffn'] = sources[expert]['blocks']['ffn']
-    if method != 'btx':
+    if attention:
       mixed['blocks']['attention']['router'] = force
-      shared = {'key', 'value'} if method == 'bam_shared_kv' else set()
-      own = sources[expert]['blocks']['attention']
-      want['blocks']['attention'] |= {name: own[name] for name in own.keys() - shared}
+    for part, names in own.items():
+      want['blocks'][part] |= {name: sources[expert]['blocks'][part][name] for name in names}
     close(logits(mixed, rules.mixture_model(dense, how), batch), logits(want, dense, batch))

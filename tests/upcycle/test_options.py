@@ -139,6 +139,8 @@ THREE = (1.0, 2.0, 3.0)
   ('average', dict(num_experts=4), ['num_experts=4', "'average', which has no experts"]),
   ('average', dict(router_init='zero'), ['router_init', 'no router']),
   ('sparse', dict(router_init='centroids'), ['router_init', 'sparse']),
+  ('sparse', dict(norms='fold'), ["norms='fold'", 'single source']),
+  ('bam_kv_experts', dict(norms='fold', router_init='centroids'), ["norms='mean', or 'random'"]),
   ('btx', dict(router_init='zero', router_scale=2.0), ['router_scale=2.0']),
 ], ids=str)  # fmt: skip
 def test_what_makes_no_sense_is_refused_in_a_sentence(method, changes, words):
@@ -147,6 +149,16 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(method, changes, words):
   message = str(caught.value)
   assert message.endswith('.') and '\n' not in message
   assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize('method, changes, word', [
+  ('btx', {}, 'a parallel block'),
+  ('bam_kv_experts', dict(block='sequential', norm_place='post'), 'before the parts'),
+])  # fmt: skip
+def test_norms_that_cannot_be_folded(models, method, changes, word):
+  with pytest.raises(UserError, match=f'{word}.*set norms|{word}.*or norms'):
+    dense = dataclasses.replace(models['dense'], **changes)
+    rules.mixture_model(dense, upcycle(method, norms='fold'))
 
 
 @pytest.mark.parametrize('k, renormalize', [(1, True), (1, False), (2, True)])

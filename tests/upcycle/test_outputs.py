@@ -55,7 +55,7 @@ def convert(output, upcycle: config.Upcycle, **changes) -> checkpoint.Meta:
 
 
 OPTIONS = {
-  'copies': {},
+  'folded': dict(norms='fold'),
   'weighted': dict(average='weighted', weights=(1.0, 2.0, 5.0)),
   'everything': dict(
     drop_ratio=0.5, noise=0.05, average='first', expert_bias=True, router_scale=2.0, top_k=2,
@@ -66,7 +66,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize('method, name', [
-  ('bam_kv_experts', 'everything'), ('bam_shared_kv', 'copies'), ('btx', 'zero'),
+  ('bam_kv_experts', 'everything'), ('bam_shared_kv', 'folded'), ('btx', 'zero'),
   ('sparse', 'everything'), ('average', 'weighted'),
   pytest.param('bam_shared_kv', 'everything', marks=pytest.mark.slow),
 ])  # fmt: skip
