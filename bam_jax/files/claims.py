@@ -90,8 +90,7 @@ class Lease:
 
   def __init__(self, folder: epath.Path):
     self._folder, self._generation = folder, b''
-    names = {'holder': _holder(), 'id': uuid.uuid4().hex, 'pid': os.getpid(), 'kernel': _kernel()}
-    self._facts = json.dumps(names).encode()
+    self._facts = json.dumps({'holder': _holder(), 'id': uuid.uuid4().hex}).encode()
     url = urllib.parse.quote(os.fspath(folder / NAME), safe=':/')
     self._store = ts.KvStore.open(url).result()
     self._ended = threading.Event()
@@ -101,16 +100,15 @@ class Lease:
     """Acquires it until `give_back`; UserError if its holder is alive, or it cannot be written."""
     try:
       seen = self._read()
-      facts = _facts(seen)
-      if seen.state == 'value' and not _is_gone(facts):
+      if seen.state == 'value':
         report(
-          f'{self._folder} was being trained by {facts["holder"]}: waiting up to '
+          f'{self._folder} was being trained by {_holder_of(seen)}: waiting up to '
           f'{LEASE_SECONDS:.0f} s to see whether it still is'
         )
         seen = self._watch(seen, poll)
       self._generation = self._write(self._facts, seen.stamp.generation)
       if not self._generation:
-        raise _taken(self._folder, _facts(self._read())['holder'])
+        raise _taken(self._folder, _holder_of(self._read()))
     except ValueError as error:
       reason = folders.first_line(error)
       raise UserError(f'{self._folder}/{NAME} cannot be written: {reason}.') from error
@@ -136,7 +134,7 @@ class Lease:
       if now.state != 'value':
         return now
       if now.stamp.generation != seen.stamp.generation:
-        raise _taken(self._folder, _facts(now)['holder'])
+        raise _taken(self._folder, _holder_of(now))
     return seen
 
   def _beat(self) -> None:
@@ -149,7 +147,7 @@ class Lease:
         if now.value == self._facts:  # a write whose reply was lost is repeated, then refused
           self._generation = now.stamp.generation
           continue
-        what = f'was taken over by {_facts(now)["holder"]}, since this process did not renew its'
+        what = f'was taken over by {_holder_of(now)}, since this process did not renew its'
         sentence = f'{self._folder} {what} lease for {LEASE_SECONDS:.0f} s: exiting.'
         print(sentence, file=sys.stderr, flush=True)
         os._exit(LOST)
@@ -173,29 +171,8 @@ def _holder() -> str:
   return f'process {os.getpid()} on {socket.gethostname()}'
 
 
-def _facts(seen: Any) -> dict[str, Any]:
-  """The contents of a lease."""
+def _holder_of(seen: Any) -> str:
+  """Who wrote a lease."""
   with contextlib.suppress(ValueError, KeyError, TypeError):
-    facts = json.loads(seen.value)
-    if isinstance(facts['holder'], str):
-      return facts
-  return {'holder': 'another job'}
-
-
-def _is_gone(facts: dict[str, Any]) -> bool:
-  """Whether the holder was a process of this machine that no longer exists."""
-  if facts.get('kernel') and facts['kernel'] == _kernel():
-    try:
-      os.kill(facts['pid'], 0)
-    except OSError as error:  # EPERM: another user's
-      return error.errno == errno.ESRCH
-  return False
-
-
-def _kernel() -> str:
-  """Identifies the PID namespace: boot id and container."""
-  try:
-    boot = Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()
-    return f'{boot} {os.readlink("/proc/self/ns/pid")}'
-  except OSError:
-    return ''
+    return str(json.loads(seen.value)['holder'])
+  return 'another job'
