@@ -17,32 +17,6 @@ from bam_jax.files import folders
 FILES_AT_ONCE = 8  # each of which takes up to 100 MB of memory
 
 
-class Mirror:
-  """A growing file: written directly on a disk, mirrored to a bucket; write to `path`."""
-
-  def __init__(self, target: epath.PathLike):
-    """Does not open the file; on a disk, the folder of `target` must exist."""
-    self._target, self._folder, self._sent = target, None, 0
-    self.path = Path(target)
-    if folders.in_bucket(target):
-      self._folder = tempfile.TemporaryDirectory(prefix='bam_jax-', ignore_cleanup_errors=True)
-      self.path = Path(self._folder.name, self.path.name)
-
-  def send(self) -> None:
-    """Uploads the file's current contents; UserError if that fails."""
-    if self._folder and (size := self.path.stat().st_size) != self._sent:
-      with folders.writing(self._target):
-        _client().put_file(str(self.path), str(self._target))
-      self._sent = size
-
-  def close(self) -> None:
-    """Uploads the file, and removes the local copy."""
-    if self._folder:
-      with self._folder:
-        self.send()
-      self._folder = None
-
-
 @contextlib.contextmanager
 def drafts(target: epath.PathLike) -> Iterator[Path]:
   """A folder to write into; when the block ends, its files appear in `target`, each complete.

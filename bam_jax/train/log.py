@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -74,15 +76,18 @@ class Writer(contextlib.ExitStack):
     self.dropped = [facts for _, facts in lines if facts['step'] > start_step]
     kept = ''.join(text for text, facts in lines if facts['step'] <= start_step)
     name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
+    names, local, self._send = ['metrics.jsonl', f'tensorboard/{name}'], folder, lambda: None
+    if folders.in_bucket(folder):  # whose objects cannot grow
+      beside = tempfile.TemporaryDirectory(prefix='bam_jax-', ignore_cleanup_errors=True)
+      local = Path(self.enter_context(beside))
+      self._send = functools.partial(buckets.send, local, folder, names)
+      self.callback(self._send)
     with folders.writing(folder):
-      (folder / 'tensorboard').mkdir(parents=True, exist_ok=True)
-      self._mirrors = [buckets.Mirror(p) for p in (self._path, folder / 'tensorboard' / name)]
-      for mirror in self._mirrors:
-        self.callback(mirror.close)
-      folders.write_file(self._mirrors[0].path, kept)
-      self._file = self.enter_context(open(self._mirrors[0].path, 'ab', buffering=0))
+      (local / 'tensorboard').mkdir(parents=True, exist_ok=True)
+      folders.write_file(local / names[0], kept)
+      self._file = self.enter_context(open(local / names[0], 'ab', buffering=0))
       # The library's SummaryWriter writes in a thread, in which a full disk is only a traceback.
-      self._events = tensorboardX.RecordWriter(str(self._mirrors[1].path))
+      self._events = tensorboardX.RecordWriter(str(local / names[1]))
       self.callback(self._close_events)
       self._write_event(file_version='brain.Event:2')
       # TensorBoard no longer shows what earlier files have from here on.
@@ -109,8 +114,7 @@ class Writer(contextlib.ExitStack):
     if self._file:
       with folders.writing(self._path):
         self._events.flush()
-      for mirror in self._mirrors:
-        mirror.send()
+      self._send()
       self._flushed = time.monotonic()
 
   def _close_events(self) -> None:

@@ -5,6 +5,7 @@ import tensorstore as ts
 
 from bam_jax.errors import UserError
 from bam_jax.files import buckets, folders
+from bam_jax.train import log
 from tests.gcs.conftest import files
 
 
@@ -20,20 +21,19 @@ def test_what_others_write_is_seen(folder):
   assert sorted(path.name for path in folder.glob('*')) == ['3', '7']
 
 
-def test_a_growing_file_is_sent_whole(folder, tmp_path):
-  mirror = buckets.Mirror(folder / 'metrics.jsonl')
-  with open(mirror.path, 'ab', buffering=0) as file:
-    file.write(b'one\n')
+def test_growing_files_are_sent_whole(folder):
+  metrics = folder / 'metrics.jsonl'
+  with log.Writer(folder, 0) as writer:
+    writer.write(1, {'loss': 3.0})
     assert files(folder) == []
-    mirror.send()
-    assert (folder / 'metrics.jsonl').read_bytes() == b'one\n'
-    file.write(b'two\n')
-  mirror.close()
-  assert (folder / 'metrics.jsonl').read_bytes() == b'one\ntwo\n' and not mirror.path.exists()
-  mirror = buckets.Mirror(tmp_path / 'metrics.jsonl')
-  mirror.path.write_text('one')
-  mirror.close()
-  assert (tmp_path / 'metrics.jsonl').read_text() == 'one'
+    writer.flush()
+    assert metrics.read_text() == '{"step": 1, "loss": 3.0}\n'
+    writer.write(2, {'loss': 2.0})
+  assert metrics.read_text().splitlines()[1] == '{"step": 2, "loss": 2.0}'
+  _, events = files(folder)
+  assert events.startswith('tensorboard/events.out.tfevents.')
+  with log.Writer(folder, 1) as writer:
+    assert writer.dropped == [{'step': 2, 'loss': 2.0}]
 
 
 def test_a_large_file_comes_in_parts(folder, tmp_path):
