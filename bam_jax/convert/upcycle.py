@@ -5,10 +5,10 @@
 
 A source is a run's folder (its newest checkpoint), a step's, or a folder or GGUF file as
 `import-hf` reads it; source i becomes expert i. Arrays are streamed, a few matrices at a time. With
-bam_kv_experts each expert keeps its source's rope_theta and scaling. Other differences of
-architecture, differing tokenizers, a repeated source, NaN and a full disk are errors; --output is
-complete or absent. A recipe trains the result with init={'checkpoint': DIR}; docs/options.md
-explains the options.
+bam_kv_experts each expert keeps its source's rope_theta and scaling; --rope=first takes the first
+source's for all. Other differences of architecture, differing tokenizers, a repeated source, NaN
+and a full disk are errors; --output is complete or absent. A recipe trains the result with
+init={'checkpoint': DIR}; docs/options.md explains the options.
 
 `--json` writes `output`, `seconds` and `meta`: the model, and under `manifest` the sources with
 their hashes and what became of every array.
@@ -48,6 +48,9 @@ _KEYS = (
   flags.DEFINE_float('drop_ratio', 0.0, 'Share of the hidden dimensions of copies to redraw.'),
   flags.DEFINE_float('noise', 0.0, 'Added to copies, in standard deviations of each array.'),
 )
+_ROPE = flags.DEFINE_enum('rope', 'own', ('own', 'first'), "Rotary positions; or the first's.")
+_UNTIE = flags.DEFINE_bool('untie', False, 'Give tied sources a copy of the table as a head.')
+_LENGTH = flags.DEFINE_integer('length', 0, 'Of training texts; default: the shortest.', 0)
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'Dtype on disk.')
 _SEED = flags.DEFINE_integer('seed', 0, "Seed of the draws; or a recipe's seed.", 0, 2**32 - 1)
 _NAME = flags.DEFINE_string('name', '', "A recipe's run, to reproduce its draws.")
@@ -72,6 +75,9 @@ def main() -> dict[str, Any]:
       **{flag.name: flag.value for flag in _KEYS},
     )
     sources = [hf_source.open_any(path) for path in upcycle.sources]
+    tied = not _UNTIE.value or any(one.meta.model.tied_embeddings for one in sources)
+    strict.require(tied, '--untie has no effect, since no source is tied: remove it.')
+    sources = hf_source.adapt(sources, _ROPE.value == 'first', _UNTIE.value, _LENGTH.value)
     how = upcycle, _SEED.value, _NAME.value, _DTYPE.value, cli.command()
     with cli.bytes_bar('Mixing') as progress:
       meta = outputs.to_checkpoint(output, sources, *how, progress)

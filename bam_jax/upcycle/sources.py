@@ -66,9 +66,14 @@ def check_alike(sources: Sequence[Source], method: config.Method) -> None:
     rows = [change for change in changes if change.startswith('vocab_size')]
     rest = [change for change in changes if change not in (*turned, *rows)]
     what = f'{path} differs from the model of {first.path}'
-    require(not rest, f'{what} ({"; ".join(rest[:3])}).')
-    fix = 'only method bam_kv_experts keeps a rotation for each expert'
-    require(not turned or method == 'bam_kv_experts', f'{what} ({"; ".join(turned)}): {fix}.')
+    tied = any(change.startswith('tied_embeddings') for change in rest)
+    fix = ': convert upcycle --untie copies the table of tied ones as their head' if tied else ''
+    require(not rest, f'{what} ({"; ".join(rest[:3])}){fix}.')
+    fix = (
+      'only method bam_kv_experts keeps a rotation for each expert; convert upcycle --rope=first'
+    )
+    wrong = f"{what} ({'; '.join(turned)}): {fix} takes the first's for all, to be trained on."
+    require(not turned or method == 'bam_kv_experts', wrong)
     if meta.tokenizer_hash != first.meta.tokenizer_hash:
       found = tokenizer().difference(first.tokenizer())
       require(not found, f'{path} was trained with another tokenizer than {first.path}: {found}.')

@@ -23,6 +23,7 @@ MODEL = config.Model(
   vocab_size=1000, d_model=512, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=2048
 )
 NAMES = ('seed', 'code')
+FLAGS = '--experts=3', '--seed=5', '--name=bam', '--norms=fold', '--untie', '--length=7'
 
 
 @pytest.fixture(scope='module')
@@ -47,7 +48,7 @@ def run(line: list[str], **more) -> subprocess.CompletedProcess:
 def made(runs, tmp_path_factory) -> Path:
   """What an undisturbed process makes."""
   output = tmp_path_factory.mktemp('made') / 'mix'
-  line = command(runs, output, '--json=-', '--experts=3', '--seed=5', '--name=bam')
+  line = command(runs, output, '--json=-', *FLAGS)
   done = run(line)
   assert done.returncode == 0, done.stderr
   assert 'The routers of FFN choose one expert' in done.stderr  # attention is soft
@@ -56,13 +57,14 @@ def made(runs, tmp_path_factory) -> Path:
   assert facts['meta']['model']['ffn_experts']['num_experts'] == 3
   assert meta.manifest.command.split()[1:] == line[1:]
   assert (meta.manifest.seed, meta.manifest.name) == (5, 'bam')
+  assert meta.sequence_length == 7 and not meta.model.tied_embeddings
   return output
 
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_nothing_that_is_taken_for_a_checkpoint(runs, made, tmp_path):
   output = tmp_path / 'mix'
-  line = command(runs, output, '--experts=3', '--seed=5', '--name=bam')
+  line = command(runs, output, *FLAGS)
   moments = {
     'as it begins': lambda folder: True,
     'a third': lambda folder: size(folder) > 20e6,

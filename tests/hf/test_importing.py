@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bam_jax import checkpoint, config
+from bam_jax.checkpoint import arrays
 from bam_jax.errors import UserError
 from bam_jax.hf import exporting, importing, source
 from bam_jax.upcycle import outputs
@@ -159,6 +160,29 @@ def test_folders_are_mixed_where_they_are(tmp_path):
   left, right = (folders.read_checkpoint(tmp_path / n) for n in ('from_folders', 'from_imports'))
   for path, array in right.items():
     np.testing.assert_array_equal(left[path], array, err_msg=path, strict=True)
+
+
+def test_sources_that_are_not_quite_alike(tmp_path, monkeypatch):
+  """A tied one of another rotation and length beside an untied one, by the three flags."""
+  monkeypatch.setattr(arrays, 'CHUNK_BYTES', 2000)
+  facts = [CONFIG, CONFIG | {'tie_word_embeddings': False, 'rope_theta': 5.0}]
+  opened = [
+    source.open_any(str(folders.write_hf(tmp_path / f'{n}', one, cohere_tensors(one, n))))
+    for n, one in enumerate(facts)
+  ]
+  how = config.Upcycle(tuple(one.path for one in opened), 'btx')
+  make = lambda adapted: outputs.to_checkpoint(
+    tmp_path / 'mix', adapted, how, 3, 'bam', 'float32', '', lambda *_: None
+  )
+  with pytest.raises(UserError, match='tied_embeddings: True -> False.*--untie copies the table'):
+    make(source.adapt(opened, True, False, 0))
+  with pytest.raises(UserError, match='rope_theta: .* convert upcycle --rope=first'):
+    make(source.adapt(opened, False, True, 0))
+  meta = make(source.adapt(opened, True, True, 99))
+  assert meta.model.rope_theta == 8e6 and meta.sequence_length == 99
+  table, head = (opened[n].reader.read(p) for n, p in enumerate(('embed/table', 'unembed/kernel')))
+  got = folders.read_checkpoint(tmp_path / 'mix')['unembed/kernel']
+  np.testing.assert_array_equal(got, (table.T + head) / 2)
 
 
 def test_a_specialist_that_went_through_transformers_mixes_with_its_seed(tmp_path):
