@@ -22,10 +22,7 @@ from bam_jax.errors import UserError
 from bam_jax.prepare import dataset
 from bam_jax.prepare.sources import find_domains
 
-OPTIONS = (
-  'train_tokenizer', 'tokenizer_bytes', 'valid_fraction', 'text_field', 'skip_unknown',
-  'shard_bytes', 'min_decoded',
-)  # fmt: skip
+OPTIONS = 'train_tokenizer', 'valid_fraction', 'text_field', 'skip_unknown', 'min_decoded'
 
 _INPUT = flags.DEFINE_multi_string(
   'input', [], 'DOMAIN=PATH, once for each domain, or one FOLDER with an entry for each domain.'
@@ -37,11 +34,9 @@ _TOKENIZER = flags.DEFINE_string(
 _BOS = flags.DEFINE_string('bos_token', None, 'Begins documents; default: a well-known token.')
 _EOS = flags.DEFINE_string('eos_token', None, 'Ends documents; default: a well-known token.')
 flags.DEFINE_integer('train_tokenizer', None, 'Train byte-level BPE with this vocabulary size.')
-flags.DEFINE_integer('tokenizer_bytes', dataset.TOKENIZER_BYTES, 'Bytes a domain to train it on.')
 flags.DEFINE_float('valid_fraction', dataset.VALID_FRACTION, 'Held out if no file is named valid*.')
 flags.DEFINE_string('text_field', 'text', 'JSON field or Parquet column of the text.')
 flags.DEFINE_bool('skip_unknown', False, 'Leave out files of a kind that cannot be read.')
-flags.DEFINE_integer('shard_bytes', dataset.SHARD_BYTES, 'Text of a shard, about.')
 flags.DEFINE_float('min_decoded', dataset.MIN_DECODED, 'Minimum share of characters that survive.')
 
 

@@ -24,8 +24,8 @@ from bam_jax.files import folders
 from bam_jax.prepare.sources import TRAIN, VALID, Domain, hold_out
 
 VALID_FRACTION = 0.02
-SHARD_BYTES = 2**26
-TOKENIZER_BYTES = 2**23
+SHARD_BYTES = 2**26  # of text, about
+TOKENIZER_BYTES = 2**23  # of each domain, to train a tokenizer on
 LOSSLESS = 0.999  # share of the text that must come back, or `warnings` says so
 DECODED_BYTES = 2**16  # of each domain, encoded and decoded to see what the tokenizer loses
 MIN_DECODED = 0.9
@@ -40,8 +40,6 @@ def prepare(
   valid_fraction: float = VALID_FRACTION,
   text_field: str = 'text',
   skip_unknown: bool = False,
-  shard_bytes: int = SHARD_BYTES,
-  tokenizer_bytes: int = TOKENIZER_BYTES,
   min_decoded: float = MIN_DECODED,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
@@ -53,7 +51,7 @@ def prepare(
   file of any domain is dropped and counted; copies within train are kept.
 
   `inputs` are the file or folder of each domain, by name. Without a `tokenizer` a new one of
-  `train_tokenizer` tokens is made, of `tokenizer_bytes` of each domain's train split. `progress` is
+  `train_tokenizer` tokens is made, of TOKENIZER_BYTES of each domain's train split. `progress` is
   called with the bytes of the sources read so far, and all of them; `python -m bam_jax.prepare
   --help` has the other options.
 
@@ -65,8 +63,6 @@ def prepare(
   require((tokenizer is None) != (train_tokenizer is None), wrong)
   wrong = f'--valid_fraction={valid_fraction:g} must be at least 0 and less than 1.'
   require(0 <= valid_fraction < 1, wrong)
-  for flag, value in dict(shard_bytes=shard_bytes, tokenizer_bytes=tokenizer_bytes).items():
-    require(value >= 1, f'--{flag}={value} must be at least 1.')
   for path in inputs.values():
     wrong = f'--output={output} is inside the input {path}: choose another folder.'
     require(not output.resolve().is_relative_to(path.resolve()), wrong)
@@ -81,8 +77,8 @@ def prepare(
     'sources': [source for domain in domains for source in domain.sources()],
     'left_out': [path for domain in domains for path in domain.left_out],
     **read,
-    'shard_bytes': shard_bytes,
-    'tokenizer_from': {'vocab_size': train_tokenizer, 'bytes_per_domain': tokenizer_bytes},
+    'shard_bytes': SHARD_BYTES,
+    'tokenizer_from': {'vocab_size': train_tokenizer, 'bytes_per_domain': TOKENIZER_BYTES},
   }
   if tokenizer:
     plan['tokenizer_from'] = _tokenizer_facts(tokenizer)
@@ -102,7 +98,7 @@ def prepare(
     if tokenizer is None:
       trained = partial / 'tokenizer'
       if not (trained / HUGGING_FACE_FILE).exists():
-        texts = (text for domain in domains for text in _head(domain, tokenizer_bytes, TRAIN))
+        texts = (text for domain in domains for text in _head(domain, TOKENIZER_BYTES, TRAIN))
         trained.mkdir(exist_ok=True)
         Tokenizer.train(texts, train_tokenizer).save(trained)
       tokenizer = Tokenizer.load(trained)
@@ -112,7 +108,7 @@ def prepare(
       plan['decoded'][domain.name] = share = _decoded_share(tokenizer, texts)
       wrong = f'The tokenizer reproduces {share:.1%} of the text of {domain.name}: choose another'
       require(share >= min_decoded, f'{wrong} one, or lower --min_decoded={min_decoded:g}.')
-    _encode(tokenizer, domains, partial / 'shards', shard_bytes, progress)
+    _encode(tokenizer, domains, partial / 'shards', progress)
     manifest = _assemble(partial, plan, domains, tokenizer)
     folders.sync(partial / 'dataset')  # a dataset that exists is whole, even after a power cut
     (partial / 'dataset').rename(output)
@@ -171,11 +167,7 @@ def warnings(manifest: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[s
 
 
 def _encode(
-  tokenizer: Tokenizer,
-  domains: list[Domain],
-  folder: Path,
-  shard_bytes: int,
-  progress: Callable[[int, int], None],
+  tokenizer: Tokenizer, domains: list[Domain], folder: Path, progress: Callable[[int, int], None]
 ) -> None:
   """Reads all domains, and writes the shards that are not there yet."""
   dtype = shards_lib.token_dtype(tokenizer.vocab_size)
@@ -183,7 +175,7 @@ def _encode(
   for domain in domains:
     (folder / domain.name).mkdir(parents=True, exist_ok=True)
     report = lambda done, before=before: progress(before + done, total)
-    for name, texts in _cut(domain.read(report), shard_bytes):
+    for name, texts in _cut(domain.read(report)):
       path = folder / domain.name / name
       if shards_lib.is_written(path):
         continue
@@ -197,13 +189,13 @@ def _encode(
   progress(total, total)
 
 
-def _cut(documents: Iterator[tuple[str, str]], size: int) -> Iterator[tuple[str, list[str]]]:
-  """The texts of every shard, about `size` characters, and its name."""
+def _cut(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
+  """The name of every shard, and its texts."""
   held, sizes, counts = collections.defaultdict(list), collections.Counter(), collections.Counter()
   for split, text in documents:
     held[split].append(text)
     sizes[split] += len(text)
-    if sizes[split] >= size:
+    if sizes[split] >= SHARD_BYTES:
       yield f'{split}-{counts[split]:05}', held.pop(split)
       counts[split] += 1
       sizes[split] = 0

@@ -9,6 +9,7 @@ import pytest
 from bam_jax.data import shards
 from bam_jax.data.shards import open_dataset
 from bam_jax.errors import UserError
+from bam_jax.prepare import dataset
 from bam_jax.prepare.dataset import prepare
 
 TEXTS = [f'Document {i} of the law: {"word " * (i % 7)}é' for i in range(60)]
@@ -21,7 +22,9 @@ def made(tmp_path_factory):
   for split, texts in (('train', TEXTS[:50]), ('valid', TEXTS[50:])):
     lines = ''.join(json.dumps({'text': text}) + '\n' for text in texts)
     (root / 'law' / f'{split}.jsonl').write_text(lines)
-  prepare({'law': root / 'law'}, root / 'data', train_tokenizer=270, shard_bytes=600)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(dataset, 'SHARD_BYTES', 600)
+    prepare({'law': root / 'law'}, root / 'data', train_tokenizer=270)
   return root / 'data'
 
 
@@ -38,12 +41,12 @@ def edit_manifest(folder, change):
 
 
 def test_documents_come_back(made):
-  dataset = open_dataset(made)
-  assert dataset.domains == ('law',) and dataset.splits('law') == ('train', 'valid')
-  tokenizer = dataset.tokenizer()
-  assert tokenizer.hash == dataset.tokenizer_hash == dataset.manifest['tokenizer']['hash']
+  found = open_dataset(made)
+  assert found.domains == ('law',) and found.splits('law') == ('train', 'valid')
+  tokenizer = found.tokenizer()
+  assert tokenizer.hash == found.tokenizer_hash == found.manifest['tokenizer']['hash']
   for split, texts in (('train', TEXTS[:50]), ('valid', TEXTS[50:])):
-    documents = dataset.documents('law', split)
+    documents = found.documents('law', split)
     assert len(documents) == len(texts)
     wanted = [[tokenizer.bos_id, *tokenizer.encode(t), tokenizer.eos_id] for t in texts]
     for document, ids in zip(documents, wanted, strict=True):
@@ -52,11 +55,11 @@ def test_documents_come_back(made):
     np.testing.assert_array_equal(documents.byte_counts, [len(t.encode()) for t in texts])
     assert documents.lengths.dtype == documents.byte_counts.dtype == np.int64
     assert documents.num_tokens == sum(map(len, wanted))
-    entry = dataset.manifest['domains']['law'][split]
+    entry = found.manifest['domains']['law'][split]
     assert entry['tokens'] == documents.num_tokens and entry['documents'] == len(texts)
     assert entry['bytes'] == documents.byte_counts.sum()
-  assert len(dataset.manifest['domains']['law']['train']['shards']) > 2
-  dataset.verify()
+  assert len(found.manifest['domains']['law']['train']['shards']) > 2
+  found.verify()
 
 
 def test_read_is_a_slice(made):

@@ -53,7 +53,7 @@ def write_domains(root, documents):
 
 @pytest.fixture(scope='module')
 def sources(tmp_path_factory):
-  """Two domains of several shards each."""
+  """Two domains of two splits each."""
   return write_domains(tmp_path_factory.mktemp('sources'), 4_000)
 
 
@@ -61,23 +61,20 @@ def sources(tmp_path_factory):
 def undisturbed(sources, tmp_path_factory):
   output = tmp_path_factory.mktemp('undisturbed') / 'data'
   inputs = {domain: sources / domain for domain in 'ab'}
-  prepare(inputs, output, train_tokenizer=400, shard_bytes=2**20)
+  prepare(inputs, output, train_tokenizer=400)
   return output
 
 
 @pytest.fixture
-def small(tmp_path):
-  """The inputs of a small dataset, of many shards with HOW."""
+def small(tmp_path, monkeypatch):
+  """The inputs of a small dataset of many shards."""
+  monkeypatch.setattr(prepare_lib, 'SHARD_BYTES', 2**15)
   return {'a': write_domains(tmp_path / 'small', 300) / 'a'}
-
-
-HOW = dict(train_tokenizer=300, shard_bytes=2**15)
 
 
 def test_killed_and_rerun_gives_the_same_bytes(sources, undisturbed, tmp_path):
   output, partial = tmp_path / 'data', tmp_path / 'data.partial'
-  flags = [f'--input={sources}', f'--output={output}']
-  flags += ['--train_tokenizer=400', f'--shard_bytes={2**20}']
+  flags = [f'--input={sources}', f'--output={output}', '--train_tokenizer=400']
   process = subprocess.Popen(command(*flags), stderr=subprocess.DEVNULL)
   while len(list(partial.glob('shards/*/*.npy'))) < 1:
     assert process.poll() is None, 'finished before it could be killed'
@@ -95,7 +92,7 @@ def test_killed_and_rerun_gives_the_same_bytes(sources, undisturbed, tmp_path):
 def test_finished_shards_and_tokenizer_are_taken_over(small, tmp_path, monkeypatch):
   with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
     patch.setattr(prepare_lib, '_assemble', lambda *args: 1 / 0)
-    prepare(small, tmp_path / 'data', **HOW)
+    prepare(small, tmp_path / 'data', train_tokenizer=300)
   assert not (tmp_path / 'data').exists()
   *_, missing = sorted((tmp_path / 'data.partial').glob('shards/a/train-*.bytes.npy'))
   missing.unlink()
@@ -104,18 +101,18 @@ def test_finished_shards_and_tokenizer_are_taken_over(small, tmp_path, monkeypat
     patch.setattr(Tokenizer, 'train', lambda *args: 1 / 0)
     record = lambda path, *arrays: (written.append(path.name), write(path, *arrays))
     patch.setattr(shards, 'write', record)
-    prepare(small, tmp_path / 'data', **HOW)
+    prepare(small, tmp_path / 'data', train_tokenizer=300)
   assert written == [missing.name.removesuffix('.bytes.npy')] and written != ['train-00000']
-  prepare(small, tmp_path / 'fresh', **HOW)
+  prepare(small, tmp_path / 'fresh', train_tokenizer=300)
   assert contents(tmp_path / 'data') == contents(tmp_path / 'fresh')
 
 
 def test_another_plan_begins_anew(small, tmp_path, monkeypatch):
   with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
     patch.setattr(prepare_lib, '_assemble', lambda *args: 1 / 0)
-    prepare(small, tmp_path / 'data', **HOW)
+    prepare(small, tmp_path / 'data', train_tokenizer=300)
   for name in ('data', 'fresh'):
-    prepare(small, tmp_path / name, **HOW | dict(shard_bytes=2**16))
+    prepare(small, tmp_path / name, train_tokenizer=301)
   assert contents(tmp_path / 'data') == contents(tmp_path / 'fresh')
 
 
@@ -141,18 +138,18 @@ def test_a_dataset_is_on_disk_before_it_has_its_name(tmp_path, undisturbed, monk
 def test_two_at_once_are_refused(small, tmp_path, monkeypatch):
   def second(*args):
     with pytest.raises(UserError, match='Another prepare is running in .*data.partial'):
-      prepare(small, tmp_path / 'data', **HOW)
+      prepare(small, tmp_path / 'data', train_tokenizer=300)
     raise ZeroDivisionError
 
   monkeypatch.setattr(prepare_lib, '_assemble', second)
   with pytest.raises(ZeroDivisionError):
-    prepare(small, tmp_path / 'data', **HOW)
+    prepare(small, tmp_path / 'data', train_tokenizer=300)
 
 
 def test_already_prepared(sources, undisturbed):
   before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob('*')}
   inputs = {domain: sources / domain for domain in 'ab'}
-  manifest = prepare(inputs, undisturbed, train_tokenizer=400, shard_bytes=2**20)
+  manifest = prepare(inputs, undisturbed, train_tokenizer=400)
   assert manifest == open_dataset(undisturbed).manifest
   assert before == {p: p.stat().st_mtime_ns for p in undisturbed.rglob('*')}
   for changed in (
@@ -161,7 +158,7 @@ def test_already_prepared(sources, undisturbed):
     dict(valid_fraction=0.5),
     dict(train_tokenizer=None, tokenizer=Tokenizer.load(undisturbed)),
   ):
-    options = dict(inputs=inputs, train_tokenizer=400, shard_bytes=2**20) | changed
+    options = dict(inputs=inputs, train_tokenizer=400) | changed
     with pytest.raises(UserError, match='from other inputs or options: choose another --output'):
       prepare(output=undisturbed, **options)
 
@@ -227,7 +224,6 @@ def test_a_tokenizer_that_loses_text_is_told(tmp_path):
   [
     (dict(), '--tokenizer=PATH and --train_tokenizer=SIZE'),
     (dict(train_tokenizer=300, valid_fraction=1.0), '--valid_fraction=1 must be'),
-    (dict(train_tokenizer=300, shard_bytes=0), '--shard_bytes=0 must be at least 1'),
     (dict(train_tokenizer=300, text_field='body'), "line 1 has no field 'body'"),
     (dict(train_tokenizer=300, valid_fraction=1e-9), 'no document for valid: add a valid file'),
     (dict(train_tokenizer=300, valid_fraction=1 - 1e-9), 'no document left for train'),
