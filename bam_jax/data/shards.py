@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -31,22 +31,6 @@ MANIFEST = 'manifest.json'
 DOMAIN_NAME = re.compile(r'[A-Za-z0-9][\w.-]*', re.ASCII)  # also of splits and shards
 PARTS = ('tokens', 'ends', 'bytes')
 FIX = 'prepare the dataset again'
-
-
-class Column(NamedTuple):
-  """A .npy file of one dimension; not mapped, since a mapped file that shrinks kills its reader."""
-
-  path: str
-  dtype: np.dtype
-  offset: int  # of the values in the file
-
-  def read(self, start: int, stop: int) -> np.ndarray:
-    """The values from `start` to `stop`, exclusive; UserError when the file has become shorter."""
-    count, offset = stop - start, self.offset + start * self.dtype.itemsize
-    values = np.fromfile(self.path, self.dtype, count, offset=offset)
-    if len(values) < count:
-      raise UserError(f'{self.path} has been cut short since it was opened: {FIX}.')
-    return values
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -64,16 +48,17 @@ class Documents:
 
   def __init__(self, folder: Path, shards: Sequence[dict[str, Any]], dtype: np.dtype):
     """Checks the files in `folder` against the manifest's `shards`; UserError if they differ."""
-    self.num_tokens = sum(shard['tokens'] for shard in shards)
+    self.num_tokens, self._dtype = sum(shard['tokens'] for shard in shards), np.dtype(dtype)
     self._tokens, self._bytes, ends = [], [], []
     for shard in shards:
       path, count, tokens = str(folder / shard['name']), shard['documents'], shard['tokens']
-      self._tokens.append(_open_column(f'{path}.tokens.npy', np.dtype(dtype), tokens))
-      self._bytes.append(_open_column(f'{path}.bytes.npy', np.dtype(np.int64), count))
-      column = _open_column(f'{path}.ends.npy', np.dtype(np.int64), count)
-      ends.append(column.read(0, count))
+      offset = _map(f'{path}.tokens.npy', self._dtype, tokens).offset
+      self._tokens.append((f'{path}.tokens.npy', offset))
+      self._bytes.append((f'{path}.bytes.npy', np.dtype(np.int64), count))
+      _map(*self._bytes[-1])
+      ends.append(np.array(_map(f'{path}.ends.npy', np.dtype(np.int64), count)))
       if ends[-1][-1] != tokens or np.any(np.diff(ends[-1], prepend=0) <= 0):
-        raise UserError(f'{column.path} does not divide {tokens} tokens into documents: {FIX}.')
+        raise UserError(f'{path}.ends.npy does not divide {tokens} tokens into documents: {FIX}.')
     empty = np.zeros(0, np.int64)
     self.lengths = np.concatenate([empty, *(np.diff(part, prepend=0) for part in ends)])
     self._ends = np.concatenate([empty, *ends])  # each in its own shard
@@ -91,14 +76,18 @@ class Documents:
     if not (0 <= index < len(self) and 0 <= start <= stop <= self.lengths[index]):
       raise IndexError(f'tokens {start}:{stop} of document {index}')
     shard = int(np.searchsorted(self._first, index, side='right')) - 1
-    first = int(self._ends[index] - self.lengths[index])
-    return self._tokens[shard].read(first + start, first + stop)
+    path, offset = self._tokens[shard]
+    offset += self._dtype.itemsize * int(self._ends[index] - self.lengths[index] + start)
+    # Not mapped: a mapped file that shrinks kills its reader.
+    tokens = np.fromfile(path, self._dtype, stop - start, offset=offset)
+    if len(tokens) < stop - start:
+      raise UserError(f'{path} has been cut short since it was opened: {FIX}.')
+    return tokens
 
   @functools.cached_property
   def byte_counts(self) -> np.ndarray:
     """UTF-8 bytes of every document's text: int64 [documents]."""
-    counts = [part.read(0, size) for part, size in zip(self._bytes, np.diff(self._first))]
-    return np.concatenate([np.zeros(0, np.int64), *counts])
+    return np.concatenate([np.zeros(0, np.int64), *(_map(*file) for file in self._bytes)])
 
 
 class Dataset:
@@ -224,8 +213,8 @@ def file_hash(path: Path) -> str:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def _open_column(path: str, dtype: np.dtype, size: int) -> Column:
-  """A file that holds `size` values of a dtype; UserError when it does not."""
+def _map(path: str, dtype: np.dtype, size: int) -> np.memmap:
+  """The values of a .npy file; UserError when it does not hold `size` of them, of that dtype."""
   try:
     array = np.load(path, mmap_mode='r')  # reads the header, and compares sizes
   except FileNotFoundError as error:
@@ -237,7 +226,7 @@ def _open_column(path: str, dtype: np.dtype, size: int) -> Column:
     raise UserError(
       f'{path} holds {found}{list(shape)} where the manifest promises {dtype}[{size}]: {FIX}.'
     )
-  return Column(path, dtype, array.offset)
+  return array
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
