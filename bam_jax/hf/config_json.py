@@ -31,6 +31,9 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
   """
   asked, known = config_json.get('architectures'), [*FAMILIES, BAM]
   found = [family for family in known if [family.architecture] == asked]
+  mixed = any(config_json.get(key) for key in ('num_experts', 'num_local_experts'))
+  name = str(asked).strip("[']")
+  require(found or not mixed, f'{name} is a mixture: a seed must be dense.')
   all_names = ', '.join(family.architecture for family in known)
   require(found, f'architectures names {asked}: only {all_names} can be imported.')
   if found != [BAM]:

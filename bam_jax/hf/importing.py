@@ -70,6 +70,8 @@ def open_folder(
   documents are by default well-known ones, as in bam_jax.prepare.
   """
   folder = Path(source)
+  adapter = folder / 'adapter_config.json'
+  require(not adapter.exists(), f'{adapter}: a LoRA adapter; merge it into its base model first.')
   packed = gguf.Reader(folder) if folder.suffix == gguf.SUFFIX else None
   where = folder if packed else folder / files.CONFIG
   facts = None if packed else files.read_json(where)
@@ -121,9 +123,10 @@ def _check(reader, table: names.Table, model: config.Model) -> None:
     wrong = f'{reader.folder} has {name} of shape {shape}; its config says {described}.'
     require(shape == described, wrong)
   if tied_twice:
-    wrong = f'{reader.folder} has {names.HEAD} that differs from {names.TABLE}'
+    wrong = 'is not the table, although tie_word_embeddings is true, and transformers 5 would serve'
+    fix = 'set that to false, or delete the tensor'
     same = np.array_equal(reader.read(names.HEAD), reader.read(names.TABLE), equal_nan=True)
-    require(same, f'{wrong}, although its config.json says tie_word_embeddings.')
+    require(same, f'{reader.folder}: {names.HEAD} {wrong} it: {fix}.')
 
 
 def _copy(reader, table: names.Table, writer: arrays.Writer, progress: Progress) -> dict[str, str]:

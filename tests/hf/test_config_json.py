@@ -61,31 +61,6 @@ def test_what_may_be_absent_or_elsewhere(changed, model):
   assert config_json.to_model(changed) == model
 
 
-@pytest.mark.parametrize(
-  'changed, named',
-  [
-    (without(architectures=['BloomForCausalLM']), 'BloomForCausalLM.*LlamaForCausalLM, '),
-    (without('architectures'), 'architectures names None'),
-    (without(attention_bias=True), 'attention_bias=True'),
-    (without(rotary_pct=0.5), 'rotary_pct=0.5'),
-    (without(rope_scaling={'type': 'dynamic', 'factor': 2.0}), "rope_type='dynamic' changes"),
-    (without(rope_scaling={'type': 'linear', 'factor': 2.0, 'beta': 1}), 'beta of rope_type'),
-    (without(num_experts=4), 'num_experts=4'),
-    (without(quantization_config={'bits': 4}), 'quantization_config'),
-    (without('rope_theta'), 'rope_theta, at the top .*, is missing'),
-    (without(rope_parameters={'rope_theta': 5.0}), 'is given twice'),
-    (without(rope_parameters={'rope_type': 'yarn'}), 'factor'),
-    (without(logit_scale=float('nan')), 'logit_scale=nan'),
-    (without(hidden_size=26), 'hidden_size=26'),
-    (without(num_key_value_heads=4), 'num_kv_heads=4'),
-  ],
-  ids=lambda value: value if isinstance(value, str) else '',
-)
-def test_what_does_not_fit_is_named(changed, named):
-  with pytest.raises(UserError, match=named):
-    config_json.to_model(changed)
-
-
 def test_cohere2_turns_in_its_sliding_layers_alone():
   windows = dict(layer_types=('sliding', 'sliding', 'full'), window=4095, nope_layers=(2,))
   model = replaced(qk_norm='none', **windows)
@@ -125,24 +100,6 @@ def test_what_an_absent_key_means(architecture):
   assert config_json.to_model(json.loads(json.dumps(written))) == model
 
 
-@pytest.mark.parametrize(
-  'changes, named',
-  [
-    ({'mlp_bias': True}, 'mlp_bias=True'),
-    ({'hidden_act': 'gelu'}, "hidden_act='gelu'"),
-    ({'quantization_config': {'bits': 4}}, 'quantization_config'),
-    ({'use_bidirectional_attention': True}, 'use_bidirectional_attention'),
-    ({'layer_types': ['full_attention']}, 'layer_types'),
-    ({'rope_parameters': {'rope_type': 'longrope', 'rope_theta': 1e4}}, 'longrope'),
-    ({'num_attention_heads': 7}, 'head_dim is required'),
-  ],
-  ids=str,
-)
-def test_what_other_families_may_not_say(changes, named):
-  with pytest.raises(UserError, match=named):
-    config_json.to_model(SIZES | {'architectures': ['LlamaForCausalLM']} | changes)
-
-
 def test_a_class_that_computes_another_model_is_refused():
   model = replaced(block='sequential', norm='rmsnorm', rotary_layout='half', qk_norm='none')
   model = config.Model(**vars(model) | {'logit_scale': 1.0})
@@ -174,7 +131,7 @@ def test_a_class_of_mixtures_with_other_gates_or_blocks_is_refused(blocks, archi
     config_json.from_model(model, 64, None, (), f'{architecture}ForCausalLM')
   written = config_json.from_model(model, 64, None, (), 'BamForCausalLM')
   assert config_json.to_model(json.loads(json.dumps(written))) == model
-  with pytest.raises(UserError, match='only Cohere.* can be imported'):
+  with pytest.raises(UserError, match='MixtralForCausalLM is a mixture: a seed must be dense'):
     config_json.to_model(written | {'architectures': ['MixtralForCausalLM']})
 
 

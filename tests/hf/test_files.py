@@ -1,7 +1,6 @@
 """Folders of safetensors: what is read is what lies there; whatever is odd about it is named."""
 
 import json
-import pickle
 
 import ml_dtypes
 import numpy as np
@@ -74,17 +73,6 @@ def test_files_without_their_index(folder):
   (folder / INDEX).unlink()
   with pytest.raises(UserError, match='has no model.safetensors'):
     files.Reader(folder)
-
-
-def test_pickles_are_not_opened(tmp_path):
-  class Trap:
-    def __reduce__(self):
-      return (tmp_path / 'sprung').touch, ()
-
-  (tmp_path / 'pytorch_model.bin').write_bytes(pickle.dumps(Trap()))
-  with pytest.raises(UserError, match='has no model.safetensors.*pickles'):
-    files.Reader(tmp_path)
-  assert not (tmp_path / 'sprung').exists()
 
 
 @pytest.mark.parametrize('dtype', [np.float64, np.int8, np.int64, ml_dtypes.float8_e4m3fn])
