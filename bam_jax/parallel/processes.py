@@ -26,7 +26,6 @@ from bam_jax.errors import UserError
 from bam_jax.files import folders
 from bam_jax.parallel import sharding
 
-TEXT_BYTES = 1024
 SHARED_SECONDS = 30.0  # that a network file system may need to show a new file
 
 
@@ -45,10 +44,7 @@ def decide[T](question: Callable[[], T]) -> T:
       if not (said := errors.sentence(error)):
         raise
       answer = {'error': said}
-  text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
-  size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
-  text = multihost_utils.broadcast_one_to_all(np.resize(text, size))
-  answer = json.loads(text.tobytes())
+  answer = gather(answer)[0]
   if 'error' in answer:
     raise UserError(answer['error'])
   return answer['value']
@@ -56,16 +52,24 @@ def decide[T](question: Callable[[], T]) -> T:
 
 def same(facts: Any, what: str) -> None:
   """UserError, naming `what`, unless all processes have the same facts (JSON values)."""
-  mine = json.loads(json.dumps(facts))
-  _all_agree(
-    mine == decide(lambda: mine),
-    f'do not have the same {what} as process 0: start all processes with the same flags and files',
-  )
+  wrong = f'do not have the same {what} as process 0'
+  fix = 'start all processes with the same flags and files'
+  _all_agree(facts == gather(facts)[0], f'{wrong}: {fix}')
 
 
 def first(text: str) -> str:
-  """The first non-empty text, of at most TEXT_BYTES, among all processes; all must call."""
-  return next(filter(None, _gather(text)), '')
+  """The first non-empty text among all processes; all must call."""
+  return next(filter(None, gather(text)), '')
+
+
+def gather(value: Any) -> list[Any]:
+  """The JSON values of all processes, in their order; all must call."""
+  if jax.process_count() == 1:
+    return [value]
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(text.size))
+  texts = multihost_utils.process_allgather(np.resize(text, sizes.max()))
+  return [json.loads(text[:size].tobytes()) for text, size in zip(texts, sizes)]
 
 
 def check_shared(folder: Path) -> None:
@@ -139,14 +143,5 @@ def _on_devices(value: int) -> jax.Array:
 
 
 def _all_agree(agree: bool, sentence: str) -> None:
-  others = [str(process) for process, no in enumerate(_gather('' if agree else 'no')) if no]
+  others = [str(process) for process, agrees in enumerate(gather(agree)) if not agrees]
   require(not others, f'processes {", ".join(others)} {sentence}.')
-
-
-def _gather(text: str) -> list[str]:
-  """The texts of all processes."""
-  if jax.process_count() == 1:
-    return [text]
-  mine = np.frombuffer(text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b'\0'), np.uint8)
-  rows = multihost_utils.process_allgather(mine)
-  return [row.tobytes().rstrip(b'\0').decode(errors='ignore') for row in rows]
