@@ -7,7 +7,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ from bam_jax.files import folders
 
 HUGGING_FACE_FILE = 'tokenizer.json'
 SENTENCEPIECE_FILE = 'tokenizer.model'
+CONFIG_FILE, TEMPLATE_FILE = 'tokenizer_config.json', 'chat_template.jinja'  # of transformers
 
 # In order of preference; a token in both lists may be BOS and EOS alike.
 BOS_TOKENS = (
@@ -64,17 +65,23 @@ class Tokenizer:
     hash: SHA-256 of the tokenizer's file, in hex.
     file_name: `tokenizer.json` or `tokenizer.model`, the name under which `save` writes it.
     switched_off: names of what the file asks for and is switched off.
+    beside: other files of transformers, by name, which `save` writes too; they change no ids.
   """
 
   def __init__(
-    self, content: bytes, file_name: str, bos_token: str | None = None, eos_token: str | None = None
+    self,
+    content: bytes,
+    file_name: str,
+    bos_token: str | None = None,
+    eos_token: str | None = None,
+    beside: Mapping[str, bytes] | None = None,
   ):
     """Reads the bytes of a file of the kind that `file_name` says; UserError when they are not.
 
     Without `bos_token` and `eos_token` it looks for well-known ones.
     """
     backend = _HuggingFace if file_name == HUGGING_FACE_FILE else _SentencePiece
-    self._content, self._backend = content, backend(content)
+    self._content, self._backend, self.beside = content, backend(content), dict(beside or {})
     self.file_name, self.hash = file_name, hashlib.sha256(content).hexdigest()
     self.vocab_size = self._backend.vocab_size
     self.switched_off = self._backend.switched_off
@@ -95,9 +102,10 @@ class Tokenizer:
       file = found[0]
     wrong = f'{path} is not a tokenizer: give a tokenizer.json or a .model.'
     require(file.suffix in names, wrong)
-    content = read_file(file)
+    content, others = read_file(file), (file.parent / name for name in (CONFIG_FILE, TEMPLATE_FILE))
+    beside = {other.name: read_file(other) for other in others if other.is_file()}
     try:
-      return cls(content, names[file.suffix], bos_token, eos_token)
+      return cls(content, names[file.suffix], bos_token, eos_token, beside)
     except UserError as error:
       raise UserError(f'The tokenizer {file} {error}') from error
 
@@ -174,9 +182,10 @@ class Tokenizer:
     return self._backend.decode([int(i) for i in ids if i not in (self.bos_id, self.eos_id)])
 
   def save(self, folder: str | os.PathLike) -> Path:
-    """Writes the tokenizer's file, unchanged, into `folder` and returns its path."""
+    """Writes the tokenizer's files, unchanged, into `folder`; returns the path of its own."""
     path = folders.at(folder) / self.file_name
-    folders.write_file(path, self._content)
+    for name, content in (*self.beside.items(), (self.file_name, self._content)):
+      folders.write_file(path.parent / name, content)
     return path
 
   def _find(self, flag: str, token: str | None, known: Sequence[str]) -> tuple[str, int]:

@@ -14,7 +14,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from bam_jax.checkpoint.arrays import Spec
 from bam_jax.config.strict import require
-from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer
+from bam_jax.data.tokenizer import CONFIG_FILE, HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.files import folders
 from bam_jax.hf.families import LENGTH
@@ -215,8 +215,11 @@ def tokenizer(reader: Reader, bos_token: str | None, eos_token: str | None) -> T
     normalizer.name, normalizer.add_dummy_prefix = 'identity', read('add_space_prefix', True)
     normalizer.remove_extra_whitespaces = read('remove_extra_whitespaces', False)
     content = proto.SerializeToString()
+  numbers = {f'{key}_token': read(f'{key}_token_id', -1) for key in ('bos', 'eos')}
+  facts = {key: words[n] for key, n in numbers.items() if 0 <= n < len(words)}
+  facts |= {'chat_template': reader.facts.get('tokenizer.chat_template')}
   try:
-    return Tokenizer(content, name, bos_token, eos_token)
+    return Tokenizer(content, name, bos_token, eos_token, {CONFIG_FILE: json.dumps(facts).encode()})
   except UserError as error:
     raise UserError(f'The tokenizer in {reader.folder} {error}') from error
 

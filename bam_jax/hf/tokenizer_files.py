@@ -1,23 +1,27 @@
 """Writes the files that transformers' AutoTokenizer reads, from our single tokenizer file."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import processors
 
-from bam_jax.data.tokenizer import HUGGING_FACE_FILE, Tokenizer
+from bam_jax.data.tokenizer import CONFIG_FILE, HUGGING_FACE_FILE, TEMPLATE_FILE, Tokenizer
 from bam_jax.hf import files
 
 # Padding tokens in order of preference; the fallback is EOS.
 PAD_TOKENS = ('<|pad|>', '<PAD>', '<pad>', '[PAD]', '<|padding|>')
+# Keys that are not carried over: code, paths, and what tokenizer.json does already.
+_DROPPED = ('auto_map', 'name_or_path', 'tokenizer_file', 'add_bos_token', 'add_eos_token')
 
 
 def write(folder: Path, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
   """Writes a tokenizer's file and, for a tokenizer.json, tokenizer_config.json.
 
   `length` is the model's training sequence length. Returns the ids for config.json; that of padding
-  may be None.
+  may be None. Keys of the tokenizer's own tokenizer_config.json are kept, and its chat template is,
+  unless it writes a BOS or EOS that is not ours.
   """
   ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id, 'pad_token_id': None}
   path = tokenizer.save(folder)
@@ -43,7 +47,17 @@ def write(folder: Path, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
     'model_max_length': length,
     'clean_up_tokenization_spaces': False,
   }
-  files.write_json(folder / 'tokenizer_config.json', facts)
+  carried = files.read_json(folder / CONFIG_FILE) if CONFIG_FILE in tokenizer.beside else {}
+  file = folder / TEMPLATE_FILE
+  template = file.read_text('utf-8') if file.exists() else json.dumps(carried.get('chat_template'))
+  for name in ('bos_token', 'eos_token'):
+    token = carried.get(name)  # a string, or an object with one
+    token = token.get('content') if isinstance(token, dict) else token
+    if name in template and token != facts[name]:
+      carried.pop('chat_template', None)
+      file.unlink(missing_ok=True)
+  kept = {key: value for key, value in carried.items() if key not in _DROPPED}
+  files.write_json(folder / CONFIG_FILE, kept | facts)
   return ids | {'pad_token_id': pad and backend.token_to_id(pad)}
 
 

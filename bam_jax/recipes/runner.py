@@ -197,4 +197,4 @@ def _copy_tokenizer(dataset: shards.Dataset, folder: Path) -> None:
   """Copies the tokenizer next to a run's checkpoints, which may outlive the data."""
   name = dataset.manifest['tokenizer']['file']
   if jax.process_index() == 0 and not (folder / name).exists():
-    folders.write_file(folder / name, (dataset.path / name).read_bytes())
+    dataset.tokenizer().save(folder)

@@ -146,6 +146,24 @@ def test_a_sentencepiece_model_is_copied(tmp_path):
   assert f'A document begins with {tokenizer.bos_token}' in card
 
 
+@pytest.mark.parametrize('template, kept', [('{{ bos_token }}x', True), ('{{ eos_token }}', False)])
+@pytest.mark.parametrize('apart', [True, False])
+def test_a_chat_template_with_other_tokens_is_left_out(tmp_path, template, kept, apart):
+  source, model = tmp_path / 'hf', make_model()
+  facts = {'bos_token': {'content': '<|bos|>'}, 'eos_token': '<|other|>', 'an_option': 5}
+  folders.write_checkpoint(tmp_path / 'a', model, draw(model))
+  if apart:
+    (tmp_path / 'a' / 'chat_template.jinja').write_text(template)
+  else:
+    facts['chat_template'] = template
+  folders.write_json(tmp_path / 'a' / 'tokenizer_config.json', facts)
+  convert(tmp_path / 'a', source)
+  written = folders.read_json(source / 'tokenizer_config.json')
+  assert written['an_option'] == 5 and written['eos_token'] == '<|eos|>'
+  file = source / 'chat_template.jinja'
+  assert (file.exists() if apart else 'chat_template' in written) == kept
+
+
 def test_the_model_card(tmp_path):
   model = make_model('shared_kv')
   sources = ('seed', 'code', 'law')
