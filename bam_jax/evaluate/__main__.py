@@ -5,7 +5,7 @@
     python -m bam_jax.evaluate --checkpoint=DIR --data=law=acts.jsonl --data=code=py/ --stride=512
     python -m bam_jax.evaluate --checkpoint=runs/mine/btx --checkpoint=runs/mine/bam_kv \\
         --data=runs/mine/data --routing=routers/
-    python -m bam_jax.evaluate --checkpoint=DIR --tasks=arc_easy,questions.jsonl --max_documents=100
+    python -m bam_jax.evaluate --checkpoint=DIR --tasks=arc_easy,mine.yaml --max_documents=100
 
 Every token of a document except BOS is scored once, EOS included; see docs/evaluate.md. Scores are
 bitwise independent of --batch_size, --mesh and --routing. Tables go to standard error; `--json`
@@ -55,7 +55,7 @@ _CONFIDENCE = flags.DEFINE_float('confidence', 0.95, 'Level of the intervals.', 
 flags.DEFINE_integer('seed', 0, 'Seed of the bootstrap, or of sampling.', lower_bound=0)
 _ROUTING = flags.DEFINE_string('routing', None, 'Folder for figures and a page about the routers.')
 
-_TASKS = flags.DEFINE_list('tasks', [], 'Instead of --data: tasks of lm-eval, .jsonl files.')
+_TASKS = flags.DEFINE_list('tasks', [], 'Instead of --data: tasks of lm-eval, .yaml files.')
 _FEW_SHOT = flags.DEFINE_integer('few_shot', None, "Solved examples; default: the task's.", 0, 1000)
 _ALLOW = flags.DEFINE_bool('allow_generated_code', False, 'Allow programs written by the model.')
 

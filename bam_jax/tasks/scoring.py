@@ -15,12 +15,6 @@ from bam_jax.tasks import sandbox
 UNANSWERED = 'CANNOTANSWER'  # in QuAC
 
 
-def exact_match(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-  """Whether the line is one of the answers, ignoring case and surrounding spaces."""
-  said = results[0].strip().casefold()
-  return {'exact_match': float(said in [answer.strip().casefold() for answer in doc['answer']])}
-
-
 def human_eval(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
   """pass@1 of a function that continues `prompt`; arXiv 2107.03374, section 2."""
   check = f'{doc["test"]}\ncheck({doc["entry_point"]})'

@@ -19,7 +19,6 @@ from bam_jax import cli, config
 from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 from bam_jax.evaluate import comparison
-from bam_jax.tasks import questions as questions_lib
 from bam_jax.tasks import sandbox, scoring
 
 GROUPS = str(Path(__file__).parent / 'groups')  # our own tasks, as lm-eval's .yaml files
@@ -32,18 +31,16 @@ def run(
 ) -> dict[str, Any]:
   """Evaluates the checkpoints one after another; prints a table, and returns it as `--json` has it.
 
-  `tasks` are names of lm-eval's tasks and groups, `bam_paper`, .yaml files of lm-eval, and files of
-  questions. UserError when one or a checkpoint is not found, or lm-eval is not installed.
+  `tasks` are names of lm-eval's tasks and groups, `bam_paper` too, and its .yaml files. UserError
+  when one or a checkpoint is not found, or lm-eval is not installed.
   """
   comparison.open_checkpoints(checkpoints, options.mesh)  # what is wrong with one is told first
-  is_file = lambda task: task.endswith(questions_lib.SUFFIXES)
-  asked = [questions_lib.read(task) if is_file(task) else task for task in tasks]
   installed = importlib.util.find_spec('lm_eval')
   require(installed, f'--tasks requires lm-eval, which is not installed: {INSTALL}.')
-  manager, specs, found = load(asked)
+  manager, found = load(tasks)
   check_code(found, options.allow_generated_code)
   check_examples(found, options.few_shot)
-  scores = [_score(path, manager, specs, found, options) for path in checkpoints]
+  scores = [_score(path, manager, tasks, found, options) for path in checkpoints]
   rows = [row for row, _ in scores]
   for row, samples in scores[1:]:
     add_differences(row['tasks'], samples, scores[0][1])
@@ -52,10 +49,10 @@ def run(
   return {'tasks': list(tasks), 'mesh': config.to_dict(options.mesh), **said, 'rows': rows}
 
 
-def load(tasks: Sequence[str | questions_lib.Questions]) -> tuple[Any, list[Any], dict[str, Any]]:
-  """Finds tasks and their data; UserError for a task that is unknown or cannot be loaded.
+def load(tasks: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+  """lm-eval's TaskManager, and all tasks by name, of groups too, with their data.
 
-  Returns lm-eval's TaskManager, what it is asked for, and all tasks by name, of groups too.
+  UserError for a task that is named twice, unknown, or cannot be loaded.
   """
   from lm_eval.tasks import TaskManager
 
@@ -63,19 +60,17 @@ def load(tasks: Sequence[str | questions_lib.Questions]) -> tuple[Any, list[Any]
     logging.getLogger(name).setLevel(logging.ERROR)
   # lm-eval bootstraps some errors in forked processes, which JAX's threads do not survive.
   os.environ['DISABLE_MULTIPROC'] = '1'
-  names = [task if isinstance(task, str) else task.name for task in tasks]
-  for name in names:
-    require(names.count(name) == 1, f'--tasks has {name} twice: name it once.')
+  for name in tasks:
+    require(tasks.count(name) == 1, f'--tasks has {name} twice: name it once.')
   # Indexing lm-eval's thousands of tasks takes seconds, which files need not wait for.
-  by_name = any(isinstance(task, str) for task in tasks)
+  by_name = not all(task.endswith('.yaml') for task in tasks)
   manager = TaskManager(include_path=GROUPS, include_defaults=by_name)
-  specs = [task if isinstance(task, str) else questions_lib.lm_eval_task(task) for task in tasks]
   try:
-    return manager, specs, manager.load(specs)['tasks']
+    return manager, manager.load(tasks)['tasks']
   except Exception as error:  # anything that a task's files and the loaders of its data raise
     reason = ' '.join(str(error).split()) or type(error).__name__
     hint = '`python -m bam_jax.tasks ls tasks` lists the tasks of lm-eval'
-    raise UserError(f'--tasks={",".join(names)} cannot be loaded ({reason}): {hint}.') from error
+    raise UserError(f'--tasks={",".join(tasks)} cannot be loaded ({reason}): {hint}.') from error
 
 
 def check_code(tasks: Mapping[str, Any], allowed: bool) -> None:
@@ -106,8 +101,8 @@ def check_examples(tasks: Mapping[str, Any], few_shot: int | None) -> None:
       require(wanted <= most, f'{wrong}, and {wanted} are asked for: lower --few_shot.')
 
 
-def _score(path, manager, specs, tasks, options) -> tuple[dict[str, Any], Samples]:
-  """A row of `--json`, and lm-eval's samples; in between are the results of `load`."""
+def _score(path, manager, asked, tasks, options) -> tuple[dict[str, Any], Samples]:
+  """A row of `--json`, and lm-eval's samples; `manager` and `tasks` are the results of `load`."""
   import lm_eval
 
   from bam_jax.tasks import adapter
@@ -116,7 +111,7 @@ def _score(path, manager, specs, tasks, options) -> tuple[dict[str, Any], Sample
   model = adapter.Model(path, *how, **config.to_dict(options.mesh))
   results = lm_eval.simple_evaluate(
     model,
-    tasks=specs,
+    tasks=asked,
     task_manager=manager,
     num_fewshot=options.few_shot,
     limit=options.max_documents,

@@ -16,7 +16,7 @@ pytest.importorskip('lm_eval', reason='lm-eval is an extra: make test-parity ins
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from bam_jax.tasks import adapter, questions, session  # noqa: E402
+from bam_jax.tasks import adapter, session  # noqa: E402
 
 
 @pytest.fixture(scope='module')
@@ -70,13 +70,22 @@ def test_a_text_without_a_token_is_refused(path, monkeypatch):
 def test_more_examples_than_a_task_has(path, tmp_path, copies, most):
   names = ['world', 'whale', 'captain', *['answer'] * copies][-4:]
   rows = [{'context': f'{name}, the', 'choices': ['a', 'b'], 'answer': 0} for name in names]
-  file = tmp_path / 'mine.jsonl'
-  file.write_text('\n'.join(map(json.dumps, rows)))
+  (tmp_path / 'mine.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  task = {
+    'task': 'mine', 'dataset_path': 'json', 'test_split': 'test', 'fewshot_split': 'test',
+    'dataset_kwargs': {
+      'data_files': {'test': f'{tmp_path}/mine.jsonl'}, 'cache_dir': f'{tmp_path}/cache'
+    },
+    'output_type': 'multiple_choice', 'doc_to_text': 'context', 'doc_to_choice': 'choices',
+    'doc_to_target': 'answer',
+  }  # fmt: skip
+  file = tmp_path / 'mine.yaml'
+  file.write_text(json.dumps(task))
   options = comparison.Options('float32')
   with pytest.raises(UserError, match=f'mine has at most {most} .* {most + 1} are asked for'):
     session.run([path], [str(file)], options._replace(few_shot=most + 1))
   facts = session.run([path], [str(file)], options._replace(few_shot=most))
   assert facts['rows'][0]['tasks']['mine']['few_shot'] == most
   # A task that says 0 has none, whatever is asked for.
-  none = questions.lm_eval_task(questions.read(str(file))) | {'num_fewshot': 0}
-  session.check_examples(TaskManager(include_defaults=False).load([none])['tasks'], 99)
+  none = TaskManager(include_defaults=False).load([task | {'num_fewshot': 0}])
+  session.check_examples(none['tasks'], 99)

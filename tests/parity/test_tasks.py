@@ -24,7 +24,7 @@ from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from bam_jax.tasks import adapter, questions, session  # noqa: E402
+from bam_jax.tasks import adapter, session  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
 LENGTH = 64
@@ -162,45 +162,60 @@ CHOICE = [
   {'context': 'def', 'choices': ['f', 'x', 'return'], 'answer': 2},
   {'context': 'the', 'choices': ['cat', 'mat', 'x'], 'answer': 1},
 ]
-LINE = [{'context': 'the cat', 'answer': ['sat']}, {'context': 'def', 'answer': ['f']}]
 CODE = [{
   'prompt': 'def add(a, b):\n', 'entry_point': 'add',
   'test': 'def check(candidate):\n  assert candidate(1, 2) == 3\n',
 }]  # fmt: skip
+KINDS = {
+  'choice': {
+    'output_type': 'multiple_choice', 'doc_to_text': 'context', 'doc_to_choice': 'choices',
+    'doc_to_target': 'answer', 'fewshot_split': 'test',
+  },
+  'code': {
+    'output_type': 'generate_until', 'doc_to_text': 'prompt', 'doc_to_target': 'test',
+    'unsafe_code': True, 'generation_kwargs': {'until': ['\ndef'], 'max_gen_toks': 20},
+    'metric_list': [{'metric': 'pass_at_1', 'aggregation': 'mean', 'higher_is_better': True}],
+  },
+}  # fmt: skip
 
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-  """Files of questions of each kind, by name."""
+  """Tasks of each kind, as .yaml files beside their data, by name."""
   folder = tmp_path_factory.mktemp('questions')
   made = {}
-  for name, rows in (('choice', CHOICE), ('line', LINE), ('code', CODE)):
-    made[name] = folder / f'my_{name}.jsonl'
-    made[name].write_text('\n'.join(map(json.dumps, rows)))
+  for name, rows in (('choice', CHOICE), ('code', CODE)):
+    data = folder / f'{name}.jsonl'
+    data.write_text('\n'.join(map(json.dumps, rows)))
+    kwargs = {'data_files': {'test': str(data)}, 'cache_dir': str(folder / 'cache')}
+    task = {'task': f'my_{name}', 'dataset_path': 'json', 'dataset_kwargs': kwargs}
+    text = yaml.safe_dump(task | {'test_split': 'test'} | KINDS[name])
+    if name == 'code':
+      text += 'process_results: !function bam_jax.tasks.scoring.human_eval\n'
+    made[name] = folder / f'my_{name}.yaml'
+    made[name].write_text(text)
   return made
 
 
 def scored(model, path) -> dict:
-  """lm-eval's results of a file of questions."""
-  task = questions.lm_eval_task(questions.read(str(path)))
-  return lm_eval.simple_evaluate(
-    model, tasks=[task], log_samples=True, confirm_run_unsafe_code=True
-  )
+  """lm-eval's results of a task's file."""
+  return lm_eval.simple_evaluate(model, tasks=[str(path)], log_samples=True)
 
 
 def test_the_command(both, files, tmp_path):
   path = both[2]
-  tasks = f'--tasks={files["choice"]},{files["line"]}'
+  tasks = f'--tasks={files["choice"]}'
   done = run('bam_jax.evaluate', f'--checkpoint={path}', tasks, f'--json={tmp_path}/facts')
   assert done.returncode == 0, done.stderr
   facts = json.loads((tmp_path / 'facts').read_text())
   [row] = facts['rows']
-  assert set(row['tasks']) == {'my_choice', 'my_line'} and row['window'] == LENGTH
+  assert set(row['tasks']) == {'my_choice'} and row['window'] == LENGTH
   want = scored(both[1], files['choice'])['results']['my_choice']['acc,none']
   assert row['tasks']['my_choice']['metrics']['acc']['value'] == want
   assert row['tasks']['my_choice']['questions'] == len(CHOICE)
-  assert row['tasks']['my_line']['metrics']['exact_match']['value'] == 0
   assert 'my_choice' in done.stderr
+  done = run('bam_jax.evaluate', f'--checkpoint={path}', '--tasks=no.yaml')
+  assert done.returncode == 2 and '--tasks=no.yaml cannot be loaded' in done.stderr
 
 
 def test_code_is_not_run_unless_that_is_said(both, files):
@@ -210,7 +225,7 @@ def test_code_is_not_run_unless_that_is_said(both, files):
   facts = session.run([path], [file], options._replace(allow_generated_code=True))
   assert facts['rows'][0]['tasks']['my_code']['metrics']['pass_at_1']['value'] == 0
   with pytest.raises(ValueError, match='unsafe'):
-    lm_eval.simple_evaluate(both[0], tasks=[questions.lm_eval_task(questions.read(file))])
+    lm_eval.simple_evaluate(both[0], tasks=[file])
 
 
 class Author(LM):
@@ -303,31 +318,26 @@ def test_the_group(manager):
   }  # fmt: skip
 
 
-def test_tasks_that_run_code_without_our_limits(manager):
-  task = questions.lm_eval_task(questions.Questions('mine', questions.CODE, CODE))
-  check = lambda spec, allowed: session.check_code(manager.load([spec])['tasks'], allowed)
-  check(task, True)
-  with pytest.raises(UserError, match='mine .*--allow_generated_code'):
-    check(task, False)
-  with pytest.raises(UserError, match='mine .*bam_humaneval'):
-    check({**task, 'process_results': lambda doc, results: {'pass_at_1': 1.0}}, True)
+def test_tasks_that_run_code_without_our_limits(files, tmp_path):
+  check = lambda file, allowed: session.check_code(session.load([str(file)])[1], allowed)
+  check(files['code'], True)
+  with pytest.raises(UserError, match='my_code .*--allow_generated_code'):
+    check(files['code'], False)
+  other = tmp_path / 'other.yaml'
+  other.write_text(files['code'].read_text().replace('scoring.human_eval', 'scoring.quac_f1'))
+  with pytest.raises(UserError, match='my_code .*bam_humaneval'):
+    check(other, True)
 
 
 def test_its_own_command_line(both, files, tmp_path):
-  (tmp_path / 'mine.yaml').write_text(
-    'task: mine\ndataset_path: json\noutput_type: multiple_choice\ntest_split: train\n'
-    f'dataset_kwargs: {{data_files: {files["choice"]}, cache_dir: {tmp_path}/cache}}\n'
-    "doc_to_text: '{{context}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\n"
-    'metric_list: [{metric: acc}]\n'
-  )
-  line = 'bam_jax.tasks', 'run', '--model', 'bam_jax', '--tasks', f'{tmp_path}/mine.yaml'
+  line = 'bam_jax.tasks', 'run', '--model', 'bam_jax', '--tasks', str(files['choice'])
   output = '--output_path', f'{tmp_path}/out.json'
   done = run(*line, '--model_args', f'checkpoint={both[2]},dtype=float32', *output)
   assert done.returncode == 0, done.stderr
   [file] = tmp_path.glob('out*.json')
   want = scored(both[1], files['choice'])['results']['my_choice']['acc,none']
   facts = json.loads(file.read_text())
-  assert facts['results']['mine']['acc,none'] == want
+  assert facts['results']['my_choice']['acc,none'] == want
   assert facts['config']['tokenizer_hash'] == both[0].tokenizer_name
   done = run(*line, '--model_args', f'checkpoint={tmp_path}/nowhere')
   assert done.returncode == 2 and 'nowhere' in done.stderr.splitlines()[-1]
