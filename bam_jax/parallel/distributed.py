@@ -27,14 +27,13 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import jax
 from absl import flags
 
 from bam_jax import errors
 from bam_jax.config.strict import require
-from bam_jax.errors import UserError
 
 FAILED = 1  # exit status of an error, if Python can choose it
 AGAIN = 'start all processes again with the same command, which resumes from the newest checkpoint'
@@ -45,12 +44,7 @@ GRACE = 2.0
 MAX = 10**6  # processes, or seconds; JAX holds them in 32 bits
 
 
-class Place(NamedTuple):
-  """Which process of which job this is; None: JAX finds out."""
-
-  coordinator: str | None = None
-  process_count: int | None = None
-  process_id: int | None = None
+Place = tuple[str | None, int | None, int | None]  # coordinator, process count and id, or JAX's own
 
 
 def define_flags() -> None:
@@ -119,7 +113,7 @@ def place_of(
   if coordinator in (None, AUTO):
     wrong = '--process_count and --process_id require --coordinator=HOST:PORT; omit them with'
     require(numbers == (None, None), f'{wrong} --coordinator=auto.')
-    return Place() if pod or coordinator else None
+    return (None, None, None) if pod or coordinator else None
   wrong = f'--coordinator={coordinator} requires --process_count, the same for all, and'
   require(None not in numbers, f'{wrong} --process_id, different for each process.')
   host, _, port = coordinator.rpartition(':')
@@ -127,7 +121,7 @@ def place_of(
   require(host and port.isdecimal() and 0 < int(port) < 2**16, wrong)
   wrong = f'--process_id={process_id} is not below --process_count={process_count}: count from 0.'
   require(process_id < process_count, wrong)
-  return Place(coordinator, process_count, process_id)
+  return coordinator, process_count, process_id
 
 
 def has_tpu(devices: Path) -> bool:
@@ -139,13 +133,13 @@ def has_tpu(devices: Path) -> bool:
 
 def _join(place: Place, join_timeout: int, lost_timeout: int) -> '_Witness | None':
   """Connects to the others; None if there are none."""
-  witness = _Witness()
+  (coordinator, told, _), witness = place, _Witness()
   # `stop` agrees on when to stop. JAX's own service would take SIGTERM away from Python, and knows
   # steps by their numbers, which begin again with every run of a recipe.
   jax.config.update('jax_enable_preemption_service', False)
   late = f'not all processes of the job joined within --join_timeout={join_timeout} s: start all'
-  if place.coordinator:
-    late += f' with --coordinator={place.coordinator}, and each with its own --process_id'
+  if coordinator:
+    late += f' with --coordinator={coordinator}, and each with its own --process_id'
   witness.note(f'{late}.')
   # At the end of JAX's own time-out, it aborts.
   alarm = threading.Timer(join_timeout, _leave, [f'{late}.', errors.USER_ERROR, witness])
@@ -155,34 +149,25 @@ def _join(place: Place, join_timeout: int, lost_timeout: int) -> '_Witness | Non
     jax.distributed.initialize(
       *place,
       # What a launcher around our flags says would hide all GPUs but one.
-      cluster_detection_method='deactivate' if place.coordinator else None,
+      cluster_detection_method='deactivate' if coordinator else None,
       initialization_timeout=join_timeout + 60,
       heartbeat_timeout_seconds=lost_timeout,
     )
     count = jax.process_count()
   except (RuntimeError, ValueError, OSError) as error:
-    if place == Place() and flags.FLAGS.coordinator is None and 'coordinator_address' in str(error):
-      count = 1  # a TPU that belongs to no pod
-    else:
-      raise UserError(_why_not(place, error)) from None
+    said = ' '.join(str(error).split())
+    wrong = f'this process finds no job to join ({said})'
+    fix = 'give --coordinator=HOST:PORT, --process_count and --process_id'
+    alone = flags.FLAGS.coordinator is None and 'coordinator_address' in said
+    require(alone, f'{wrong}: {fix}, or set TPU_SKIP_MDS_QUERY=1 on a TPU that is alone.')
+    count = 1  # a TPU that belongs to no pod
   finally:
     alarm.cancel()
     witness.note('')
-  if place.process_count not in (None, count):
-    said = f'--process_count={place.process_count}, but another process says {count}'
+  if told not in (None, count):
+    said = f'--process_count={told}, but another process says {count}'
     _leave(f'{said}: give every process the same count.', errors.USER_ERROR, witness)
   return witness if count > 1 else None
-
-
-def _why_not(place: Place, error: Exception) -> str:
-  said = ' '.join(str(error).split())
-  give = 'give --coordinator=HOST:PORT, --process_count and --process_id'
-  if place.coordinator:
-    return f'--coordinator={place.coordinator} cannot be used: {said}'
-  if flags.FLAGS.coordinator == AUTO:
-    return f'--coordinator=auto finds no job of SLURM, Open MPI or Kubernetes ({said}): {give}.'
-  alone = 'set TPU_SKIP_MDS_QUERY=1 if this machine is alone'
-  return f'the pod of this TPU cannot be found ({said}): {give}, or {alone}.'
 
 
 def _leave(sentence: str, status: int, witness: '_Witness', after: float = 0.0) -> NoReturn:
