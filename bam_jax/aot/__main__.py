@@ -2,7 +2,7 @@
 
     python -m bam_jax.aot --config=configs/large_2b.py --run=bam_kv --topology=v5p:4x4x4
     python -m bam_jax.aot --config=... --run=... --topology=v5e:4x4 --sequences_per_chip=2 --search
-    python -m bam_jax.aot --config=... --run=... --topology=v5p:4x4x4 --slices=2 --save=step.bin
+    python -m bam_jax.aot --config=... --run=... --topology=v5p:4x4x4 --slices=2 --hlo=step.txt
     python -m bam_jax.aot --config=... --run=... --topology=v5e:2x2 --phase=decode --context=272 \
         --config.runs.bam_kv.mesh.expert=4 --config.runs.bam_kv.mesh.fsdp=1
 
@@ -54,7 +54,6 @@ _SEQUENCES = flags.DEFINE_integer('sequences_per_chip', None, 'In a step without
 _BATCH = flags.DEFINE_integer('batch_size', 1, 'Decode: number of rows.', lower_bound=1)
 _CONTEXT = flags.DEFINE_integer('context', None, "Decode: tokens a row; default: the recipe's.", 1)
 _DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['float32', 'bfloat16'], 'Decode: of all arrays.')
-_SAVE = flags.DEFINE_string('save', None, 'File for the serialised executable.')
 _HLO = flags.DEFINE_string('hlo', None, "File for the optimized program's text.")
 _SEARCH = flags.DEFINE_bool('search', False, 'Search for mesh, remat and sequences a chip.')
 _SEARCH_SECONDS = flags.DEFINE_integer('search_seconds', 900, 'To begin compilations in.', 1)
@@ -93,9 +92,8 @@ def main() -> dict[str, Any]:
     facts = report.decode_facts(job, decode, target, mesh, decoder, compiled)
   for table in report.tables(facts):
     cli.console().print(table, '')
-  for flag in (_SAVE, _HLO):
-    if flag.value:
-      program.save(compiled, flag.value, flag.name)
+  if _HLO.value:
+    program.write_hlo(compiled, _HLO.value)
   return facts
 
 

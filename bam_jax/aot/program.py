@@ -1,7 +1,6 @@
 """The step of a run, to train or to decode, compiled for devices that need not be there."""
 
 import dataclasses
-import pickle
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import serialize_executable
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -184,21 +182,8 @@ def _shortage(message: str) -> tuple[int | None, str]:
   return needed, sentence[max(0, sentence.find('Ran out of memory')) :].split(' See ')[0][:300]
 
 
-def save(compiled: Compiled, path: str, flag: str) -> None:
-  """Writes the optimized HLO for the flag `hlo`; for `save` what `load` reads on the TPU."""
-  require(compiled.executable, f'--{flag}={path} is not written: the step does not fit.')
-  if flag == 'hlo':
-    content = compiled.executable.as_text().encode()
-  else:
-    content = pickle.dumps(serialize_executable.serialize(compiled.executable))
-  with folders.writing(f'--{flag}={path}'):
-    Path(path).write_bytes(content)
-
-
-def load(path: str, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
-  """The step of a file that `aot --save` wrote, a pickle: load only what you wrote.
-
-  `mesh` is like the one that the step was compiled for, of devices that are there.
-  """
-  saved, devices = pickle.loads(Path(path).read_bytes()), list(mesh.devices.flat)
-  return serialize_executable.deserialize_and_load(*saved, execution_devices=devices)
+def write_hlo(compiled: Compiled, path: str) -> None:
+  """Writes the optimized HLO; UserError when the step does not fit, or the file is not written."""
+  require(compiled.executable, f'--hlo={path} is not written: the step does not fit.')
+  with folders.writing(f'--hlo={path}'):
+    Path(path).write_text(compiled.executable.as_text(), encoding='utf-8')

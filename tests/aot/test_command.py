@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +57,7 @@ def test_a_mixture_on_a_slice(tmp_path):
     SMALL, '--run=bam_kv', '--topology=v5e:2x4', '--sequences_per_chip=2', f'{key}.mesh.fsdp=2',
     f'{key}.mesh.expert=4', f'{key}.compute.remat=full',
   )  # fmt: skip
-  facts = facts_of(*flags, f'--save={tmp_path}/step', f'--hlo={tmp_path}/step.txt')
+  facts = facts_of(*flags, f'--hlo={tmp_path}/step.txt')
   assert facts['fits'] and facts['chips'] == 8 and not facts['uncounted_kernels']
   assert 1.0 < facts['flops_ratio'] < 1.4  # the blocks' forward pass twice, the logits' once
   # Nine grouped products a layer of the three weights, and those that are computed again.
@@ -70,8 +69,6 @@ def test_a_mixture_on_a_slice(tmp_path):
   reduced = sum(r['wire_bytes'] for r in facts['collectives'] if r['kind'] == 'all-reduce')
   assert reduced < 0.1e9
   assert 'ENTRY' in (tmp_path / 'step.txt').read_text()
-  executable, in_tree, _ = pickle.loads((tmp_path / 'step').read_bytes())
-  assert len(executable) > 1e6 and in_tree.num_leaves > 30
 
 
 @needs_libtpu
@@ -82,14 +79,13 @@ def test_a_token_of_experts_on_a_slice(tmp_path):
   for run in ('btx', 'bam_kv'):
     mesh = f'{key}.{run}.mesh.expert=4', f'{key}.{run}.mesh.fsdp=1', f'{key}.{run}.mesh.data=1'
     flags = (SMALL, f'--run={run}', '--topology=v5e:2x2', '--phase=decode', '--context=272', *mesh)
-    made[run] = facts_of(*flags, f'--save={tmp_path}/{run}', f'--hlo={tmp_path}/{run}.txt')
+    made[run] = facts_of(*flags, f'--hlo={tmp_path}/{run}.txt')
     # Weights of experts that nobody visits are not read, and nothing is read twice.
     assert made[run]['fits'] and made[run]['hbm_ratio'] < 1.1
     assert not made[run]['uncounted_kernels']
     counts = {row['kind']: row['count'] for row in made[run]['collectives']}
     assert counts['all-reduce'] == 7  # six layers, and the embedding
     assert 'visited_experts' in (tmp_path / f'{run}.txt').read_text()
-    assert len(pickle.loads((tmp_path / run).read_bytes())[0]) > 1e5
   ratio = made['bam_kv']['seconds']['roofline'] / made['btx']['seconds']['roofline']
   assert ratio < 1.05
 

@@ -1,6 +1,5 @@
 """Compiled steps, to train and to decode, and their facts on a topology made up here."""
 
-import contextlib
 import dataclasses
 import io
 import itertools
@@ -9,11 +8,9 @@ import re
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
-from jax.experimental.compilation_cache import compilation_cache
 
 from bam_jax import config
 from bam_jax.aot import cost, program, report, topology
@@ -21,7 +18,6 @@ from bam_jax.errors import UserError
 from bam_jax.generate import generator
 from bam_jax.model import arithmetic
 from bam_jax.parallel import sharding
-from bam_jax.train import step
 
 TARGET = topology.parse('v5e:2x4')
 SQUARE = topology.parse('v5e:2x2')
@@ -58,23 +54,12 @@ def decoded(job: program.Job) -> dict:
   return report.decode_facts(job, DECODE, target, as_tpus(mesh, (2, 2)), decoder, compiled)
 
 
-@contextlib.contextmanager
-def no_cache():
-  """As the command compiles: what comes from the cache cannot be saved again."""
-  jax.config.update('jax_enable_compilation_cache', False)
-  compilation_cache.reset_cache()  # or else JAX remembers what it decided
-  yield
-  jax.config.update('jax_enable_compilation_cache', True)
-  compilation_cache.reset_cache()
-
-
 @pytest.fixture(scope='module')
 def trained(make_job):
   """A job, its mesh, what was compiled for the CPU, and its facts as if its devices were TPUs."""
   job = make_job('bam_kv_experts', fsdp=2, expert=2, data=2)
   mesh = sharding.make_mesh(job.run.mesh, jax.devices())
-  with no_cache():
-    compiled = program.compile_train(job, mesh)
+  compiled = program.compile_train(job, mesh)
   return job, mesh, compiled, report.train_facts(job, TARGET, as_tpus(mesh, (2, 4)), compiled)
 
 
@@ -116,21 +101,6 @@ def test_facts_agree_with_each_other(trained, token):
   assert token['tokens_per_second']['roofline'] == speed
 
 
-def test_what_is_loaded_computes_the_same(trained, make_batch, tmp_path):
-  job, mesh, compiled, _ = trained
-  program.save(compiled, str(tmp_path / 'step'), 'save')
-  loaded = program.load(str(tmp_path / 'step'), mesh)
-
-  def outcome(function):
-    abstract = step.abstract_state(job.model, job.run.compute, job.run.optimizer, mesh)
-    full = lambda x: jax.device_put(jnp.full(x.shape, 0.01, x.dtype), x.sharding)
-    state = jax.tree.map(full, abstract)
-    return function(state, sharding.put_batch(make_batch(8, 16), mesh), np.full(2, 0.5, np.float32))
-
-  for a, b in zip(jax.tree.leaves(outcome(loaded)), jax.tree.leaves(outcome(compiled.executable))):
-    np.testing.assert_array_equal(a, b)
-
-
 def shown(facts: dict) -> str:
   text = io.StringIO()
   rich.console.Console(file=text, width=200).print(*report.tables(facts))
@@ -149,11 +119,11 @@ def test_a_step_that_does_not_fit(make_job, tmp_path):
   facts = report.train_facts(job, TARGET, None, refused)
   assert not facts['fits'] and facts['headroom_bytes'] == TARGET.chip.hbm_bytes - needed
   assert all(word in shown(facts) for word in ('does not fit', 'headroom_bytes', 'jit_step'))
-  with pytest.raises(UserError, match='--save=x is not written: the step does not fit'):
-    program.save(refused, 'x', 'save')
+  with pytest.raises(UserError, match='--hlo=x is not written: the step does not fit'):
+    program.write_hlo(refused, 'x')
   compiled = program.Compiled(jax.jit(lambda x: x + 1).lower(1.0).compile(), 0.0, 0.0)
   with pytest.raises(UserError, match='--hlo=.* cannot be written: No such file or directory'):
-    program.save(compiled, str(tmp_path / 'nowhere' / 'file'), 'hlo')
+    program.write_hlo(compiled, str(tmp_path / 'nowhere' / 'file'))
 
 
 def flops_of(job: program.Job) -> float:
