@@ -6,6 +6,8 @@ from typing import Any
 
 from etils import epath
 
+from bam_jax.errors import UserError
+
 MAX_BYTES = 2**26
 
 
@@ -19,6 +21,16 @@ def load(path: Path | epath.Path) -> Any:
   if len(content) > MAX_BYTES:
     raise ValueError(f'it is larger than {MAX_BYTES >> 20} MiB')
   return loads(content.decode())
+
+
+def load_record(path: Path | epath.Path) -> dict[str, Any] | None:
+  """What a file of a run's folder holds; None without one, UserError when it is damaged."""
+  try:
+    return load(path)
+  except FileNotFoundError:
+    return None
+  except ValueError as error:
+    raise UserError(f'{path} is not JSON ({error}): delete it and train that run again.') from None
 
 
 def loads(text: str) -> Any:

@@ -107,8 +107,8 @@ def _claim(held: claims.Claims, nodes, workdir: Path, domains) -> list[str] | in
 def _is_finished(workdir: Path, node: graph.Node, domains: Sequence[str] = ()) -> bool:
   """Whether a run has its final checkpoint, with this configuration, and results on `domains`."""
   folder = workdir / node.name
-  recorded = _read_json(folder / 'config.json') or {}
-  result = _read_json(folder / 'result.json')
+  recorded = json_file.load_record(folder / 'config.json') or {}
+  result = json_file.load_record(folder / 'result.json')
   return (
     checkpoint.finished_step(folder / 'checkpoints') == node.identity['total_steps']
     and result is not None
@@ -118,7 +118,7 @@ def _is_finished(workdir: Path, node: graph.Node, domains: Sequence[str] = ()) -
 
 
 def _check_identity(folder: Path, node: graph.Node) -> None:
-  recorded = _read_json(folder / 'config.json')
+  recorded = json_file.load_record(folder / 'config.json')
   if recorded is None or recorded['hash'] == graph.digest(node.identity):
     return
   changes = strict.differences(recorded['identity'], json.loads(json.dumps(node.identity)))
@@ -173,17 +173,6 @@ def _result(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:
     'active_parameters': counts.active,
     'flops_per_token': arithmetic.training_flops(node.model, recipe.data.sequence_length),
   }
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-  """What a file of a run's folder holds; None if it does not exist."""
-  try:
-    return json_file.load(path)
-  except FileNotFoundError:
-    return None
-  except ValueError:
-    fix = 'delete its folder and train the run again.'
-    raise UserError(f'{path} is damaged: {fix}') from None
 
 
 def _write_json(path: Path, facts: dict[str, Any]) -> None:

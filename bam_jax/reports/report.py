@@ -51,8 +51,8 @@ def write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
 
 
 def _write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
-  recipe = _read(workdir / 'recipe.json')
-  results = {run: _read(workdir / run / 'result.json') for run in runs}
+  recipe = json_file.load_record(workdir / 'recipe.json')
+  results = {run: json_file.load_record(workdir / run / 'result.json') for run in runs}
   finished = {run: result for run, result in results.items() if result is not None}
   domains = list(dict.fromkeys(d for result in finished.values() for d in result['domains']))
   rows = []
@@ -116,15 +116,6 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts.append('## Routing')
     parts += [f'![Routing of {row["label"]}](routing_{row["run"]}.png)' for row in routed]
   return '\n\n'.join(part.strip() for part in parts) + '\n'
-
-
-def _read(path: Path | epath.Path) -> dict[str, Any] | None:
-  if not path.exists():
-    return None
-  try:
-    return json_file.load(path)
-  except ValueError as error:
-    raise UserError(f'{path} is not JSON ({error}): delete it and train that run again.') from error
 
 
 def _row(result: Mapping[str, Any], domains: Sequence[str]) -> Row:
