@@ -1,13 +1,11 @@
 """One HTML page of what the routers do, with everything inside: it needs neither files nor network.
 
-Text and names are escaped, and the page's own policy forbids it to load anything.
+The page draws what it finds in `data`, a JSON object, as text; its own policy forbids it to load
+anything.
 """
 
 import base64
-import html
-import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from bam_jax.generate import text
 from bam_jax.reports import figures
 
 PAGE = Path(__file__).with_name('page.html')
-LEFT = ' class="name"'  # of a table's cells
 
 
 def write(
@@ -32,87 +29,54 @@ def write(
   `facts` are those of `--json`, with routing, `entries` their checkpoints in the same order.
   """
   routed = [(row, entry) for row, entry in zip(facts['rows'], entries) if row['routing']]
-  rows = [row for row, _ in routed]
-  routers = dict.fromkeys(name for row in rows for name in row['routing'])
-  layers = range(max(entry.meta.model.num_layers for _, entry in routed))
-  documents = []
-  for domain in domains:
-    documents.append(f'<h3>{html.escape(domain.name)}</h3>')
-    for number in range(min(routing.SHOWN, len(domain.byte_counts))):
-      for row, entry in routed:
-        shown = entry.records[domain.name].shown(number)
-        tokens = domain.documents(entry.tokenizer)[number]
-        documents += [_legend(row, number), _text(entry.tokenizer, tokens, shown)]
-  colours = [' '.join(str(n) for n in bytes.fromhex(colour[1:])) for colour in figures.COLOURS]
-  parts = {
-    'labels': html.escape(', '.join(row['label'] for row in facts['rows'])),
-    'shares': _shares(facts['domains'], rows),
-    'pictures': ''.join(_draw(folder, rows)),
-    'routers': ''.join(f'<option>{name}</option>' for name in routers),
-    'layers': ''.join(f'<option value="{layer}">{layer + 1}</option>' for layer in layers),
-    'documents': '\n'.join(documents),
-    'colours': json.dumps(colours),
+  data = {
+    'labels': [row['label'] for row in facts['rows']],
+    'domains': facts['domains'],
+    'shares': routing.own_shares(facts),
+    'colours': figures.COLOURS,
+    'pictures': [
+      (title, base64.b64encode(path.read_bytes()).decode())
+      for title, path in _draw(folder, [row for row, _ in routed])
+    ],
+    'documents': [
+      {'title': f'{domain.name}: {row["label"]}, document {number + 1}'}
+      | {'experts': max(row['experts'].values(), key=len)}
+      | _tokens(entry, domain, number)
+      for domain in domains
+      for number in range(min(routing.SHOWN, len(domain.byte_counts)))
+      for row, entry in routed
+    ],
   }
-  page = re.sub('<!-- ([a-z]+) -->', lambda part: parts[part[1]], PAGE.read_text(encoding='utf-8'))
-  path = folder / 'routing.html'
-  path.write_text(page, encoding='utf-8', errors='replace')
+  page, path = PAGE.read_text(encoding='utf-8'), folder / 'routing.html'
+  data = json.dumps(data).replace('<', '\\u003c')  # nothing in it is a tag
+  path.write_text(page.replace('/* data */', data), encoding='utf-8')
   return path
 
 
-def _draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-  """Draws all pictures of the rows with routers, as the page shows them."""
+def _draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Path]]:
+  """Draws all pictures of the rows with routers, and gives their titles."""
   figures.routers_by_layer(folder / 'by_layer.png', rows)
-  yield _picture(folder / 'by_layer.png', 'Layer by layer')
+  yield 'Layer by layer', folder / 'by_layer.png'
   for number, row in enumerate(rows):
     for router, by_domain in row['routing'].items():
       path = folder / f'{number}_{router}.png'
       loads = {domain: facts['load'] for domain, facts in by_domain.items()}
       shown = row | {'experts': row['experts'][router], 'routing': {router: loads}}
       figures.routing(path, shown)
-      yield _picture(path, f'{row["label"]}: {figures.NAMES[router]}')
+      yield f'{row["label"]}: {figures.NAMES[router]}', path
 
 
-def _picture(path: Path, title: str) -> str:
-  data, title = base64.b64encode(path.read_bytes()).decode(), html.escape(title)
-  return f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/png;base64,{data}">\n'
-
-
-def _shares(domains: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-  heads = ''.join(f'<th>{html.escape(name)}</th>' for name in domains)
-  lines = [f'<th{LEFT}>checkpoint</th><th{LEFT}>router</th>{heads}']
-  for row in rows:
-    for router, by_domain in row['routing'].items():
-      shares = ''.join(f'<td>{routing.own_share(by_domain[name])}</td>' for name in domains)
-      label = html.escape(row['label'])
-      lines.append(f'<td{LEFT}>{label}</td><td{LEFT}>{router}</td>{shares}')
-  return ''.join(f'<tr>{line}</tr>' for line in lines)
-
-
-def _legend(row: Mapping[str, Any], number: int) -> str:
-  span = '<span style="background: {}88">{}</span>'.format
-  names = map(html.escape, max(row['experts'].values(), key=len))
-  shown = ''.join(map(span, itertools.cycle(figures.COLOURS), names))
-  return f'<p class="legend">{html.escape(row["label"])}, document {number + 1} {shown}</p>'
-
-
-def _text(tokenizer: Tokenizer, tokens: np.ndarray, shown: Mapping[str, routing.Routed]) -> str:
-  """A document's first tokens; each holds for every router its expert and gate, layer by layer."""
-  codes = {name: _codes(routed) for name, routed in shown.items()}
-  length = min(map(len, codes.values()))
-  spans = []
-  for number, piece in enumerate(_pieces(tokenizer, tokens[:length].tolist())):
-    data = ' '.join(f'data-{name}="{code[number]}"' for name, code in codes.items())
-    spans.append(f'<b {data}>{html.escape(piece)}</b>')
-  more = '<span class="faint"> …</span>' if length < len(tokens) - 1 else ''
-  return f'<div class="text">{"".join(spans)}{more}</div>'
-
-
-def _codes(routed: routing.Routed) -> list[str]:
-  """For each token two digits a layer: its strongest expert's colour, and tenths of the gate."""
-  visited_LTE = np.where(routed.load_LTE > 0, routed.gate_LTE, -1.0)
-  colours_LT = visited_LTE.argmax(-1) % len(figures.COLOURS)
-  tenths_LT = np.clip(np.rint(10 * visited_LTE.max(-1)), 1, 9).astype(int)
-  return [''.join(f'{c}{t}' for c, t in zip(*pair)) for pair in zip(colours_LT.T, tenths_LT.T)]
+def _tokens(entry: Entry, domain: corpus.Domain, number: int) -> dict[str, Any]:
+  """The first tokens of a document, and by router the strongest expert of each and its gate, LT."""
+  choices = {}
+  for router, routed in entry.records[domain.name].shown(number).items():
+    visited_LTE = np.where(routed.load_LTE > 0, routed.gate_LTE, -1.0)
+    expert_LT, gate_LT = visited_LTE.argmax(-1), visited_LTE.max(-1).astype(np.float64)
+    choices[router] = {'expert': expert_LT.tolist(), 'gate': gate_LT.round(2).tolist()}
+    length = expert_LT.shape[1]
+  tokens = domain.documents(entry.tokenizer)[number]
+  pieces = _pieces(entry.tokenizer, tokens[:length].tolist())
+  return {'choices': choices, 'pieces': pieces, 'more': length < len(tokens) - 1}
 
 
 def _pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:

@@ -70,7 +70,11 @@ def expert_names(meta: checkpoint.Meta) -> dict[str, list[str]]:
   return {router: names.get(n, [str(i) for i in range(n)]) for router, n in counts.items()}
 
 
-def own_share(facts: Mapping[str, Any]) -> str:
-  """The mean over the layers, as a percentage."""
-  layers = facts['own_share']
-  return '–' if layers is None else f'{100 * sum(layers) / len(layers):.0f}%'
+def own_shares(facts: Mapping[str, Any]) -> list[list[str]]:
+  """Rows of label, router, and by domain its `own_share`: the mean over the layers, in percent."""
+  text = lambda layers: '–' if layers is None else f'{100 * sum(layers) / len(layers):.0f}%'
+  return [
+    [row['label'], router, *(text(by_domain[name]['own_share']) for name in facts['domains'])]
+    for row in facts['rows']
+    for router, by_domain in (row['routing'] or {}).items()
+  ]

@@ -71,12 +71,7 @@ def tables(facts: Mapping[str, Any]) -> list[rich.table.Table]:
   if len(rows) > 1:
     title = f'Bits per byte minus those of {rows[0]["label"]}; *: the {share} interval excludes 0'
     made.append(by_domain(title, rows[1:], difference))
-  shares = [
-    (row['label'], router, *(routing.own_share(facts[name]) for name in domains))
-    for row in rows
-    for router, facts in (row['routing'] or {}).items()
-  ]
-  if shares:
+  if shares := routing.own_shares(facts):
     title = "Tokens with their domain's expert"
     made.append(cli.table(title, ['checkpoint', 'router'], domains, shares))
   return made

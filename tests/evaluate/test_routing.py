@@ -1,6 +1,7 @@
 """What is counted of the routers, and the page and pictures that show it."""
 
-import html
+import base64
+import json
 import re
 
 import numpy as np
@@ -59,39 +60,40 @@ def shown(saved, tmp_path_factory):
   return page.write(folder, facts, entries, domains), facts, nasty
 
 
-def documents_of(page: str) -> list[list[tuple[str, str]]]:
-  """Of each document of the page, in order, the attributes and the text of its tokens."""
-  found = re.findall('<div class="text">(.*?)</div>', page, re.DOTALL)
-  spans = [re.findall('<b ([^>]*)>(.*?)</b>', document, re.DOTALL) for document in found]
-  return [[(attrs, html.unescape(text)) for attrs, text in document] for document in spans]
+def data_of(path) -> dict:
+  """The object that the page draws."""
+  return json.loads(re.search('const data = (.*);\n', path.read_text(encoding='utf-8'))[1])
 
 
 def test_the_page_stands_alone(shown):
-  path, _, nasty = shown
-  page = path.read_text(encoding='utf-8')
+  path, facts, nasty = shown
+  page, data = path.read_text(encoding='utf-8'), data_of(path)
+  # What is drawn is all in one literal, without a tag, and nothing is loaded.
   assert page.count('<script') == page.count('</script>') == 1 and '<!--' not in page
-  assert page.count('<img') == 4  # by layer, and a heat map for each router
-  loads = re.findall(r'(?:src|href)="([^"]*)"', page)
-  assert len(loads) == 4 and all(load.startswith('data:image/png;base64,') for load in loads)
+  assert not re.search(r'(?:src|href)=', page)
+  assert data['labels'] == [row['label'] for row in facts['rows']]
+  assert [line[:2] for line in data['shares']] == [
+    [row['label'], router] for row in facts['rows'] for router in row['routing'] or {}
+  ]
+  pictures = [base64.b64decode(picture) for _, picture in data['pictures']]
+  assert len(pictures) == 4  # by layer, and a heat map for each router
+  assert sorted(pictures) == sorted(file.read_bytes() for file in path.parent.glob('*.png'))
   # Two methods for each of two documents of law and one of code.
-  texts = [''.join(text for _, text in document) for document in documents_of(page)]
+  texts = [''.join(one['pieces']) for one in data['documents']]
   assert texts[:4] == ['<|bos|>' + nasty] * 2 + ['<|bos|>the court shall'] * 2 and len(texts) == 6
-  assert len(list(path.parent.glob('*.png'))) == 4
 
 
 def test_tokens_have_their_experts(shown, saved):
   scorer = Scorer(saved('bam_kv_experts'))
   tokens = corpus.Text('law', [shown[2]]).documents(scorer.tokenizer)[0]
   ((_, scored), *_) = scorer.score(list(windows.cut(tokens, 24, 24))[:1], routing=True)
-  spans = documents_of(shown[0].read_text(encoding='utf-8'))[1]
-  assert len(spans) == len(tokens) - 1 > 24
-  for token, (attrs, _) in enumerate(spans[:24]):
-    digits = dict(re.findall(r'data-(\w+)="(\d{4})"', attrs))  # two for each of two layers
-    assert digits.keys() == scored.routing.keys()
-    for router, choices in scored.routing.items():
-      for layer in range(2):
-        expert, strength = map(int, digits[router][2 * layer : 2 * layer + 2])
-        assert choices.load_LTE[layer, token, expert] > 0
-        gate = choices.gate_LTE[layer, token]
-        assert gate[expert] == gate.max()
-        assert strength == min(9, max(1, round(10 * float(gate.max()))))
+  document = data_of(shown[0])['documents'][1]
+  assert len(document['pieces']) == len(tokens) - 1 > 24
+  assert document['choices'].keys() == scored.routing.keys()
+  for router, choices in scored.routing.items():
+    drawn = document['choices'][router]
+    for layer, token in np.ndindex(2, 24):
+      expert, gate = drawn['expert'][layer][token], choices.gate_LTE[layer, token]
+      assert choices.load_LTE[layer, token, expert] > 0
+      assert gate[expert] == gate.max()
+      assert drawn['gate'][layer][token] == pytest.approx(float(gate.max()), abs=0.0051)
