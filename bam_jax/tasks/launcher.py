@@ -1,6 +1,8 @@
 """Limits a process and runs a program in it; `sandbox` starts it.
 
-    python -I -S -B launcher.py CPU_SECONDS MEMORY_BYTES FILE_BYTES SECRET DESCRIPTOR PROGRAM
+    python -I -S -B launcher.py CPU_SECONDS MEMORY_BYTES FILE_BYTES STATUS PROGRAM
+
+STATUS is the exit status when the program has run to its end.
 
 Imports nothing of bam_jax, so that it starts in milliseconds.
 """
@@ -71,7 +73,7 @@ def refuse_calls() -> None:
 
 def main() -> None:
   """Runs the program of the command line; what it needs to know is in no global of this module."""
-  *limits, secret, descriptor, path = sys.argv[1:]
+  *limits, passed, path = sys.argv[1:]
   with open(path, encoding='utf-8', errors='surrogatepass') as file:
     program = file.read()
   os.unlink(path)
@@ -81,7 +83,7 @@ def main() -> None:
   except OSError as error:
     sys.exit(f'limits: {error}')
   exec(compile(program, 'program.py', 'exec'), {'__name__': '__main__'})
-  os.write(int(descriptor), secret.encode())
+  os._exit(int(passed))
 
 
 if __name__ == '__main__':
