@@ -42,9 +42,9 @@ _ALLOWED = {
   'rope.scaling.yarn_ext_factor': [1, -1], 'rope.scale_linear': [1],
 }  # fmt: skip
 _IRRELEVANT = 'vocab_size', 'tensor_data_layout', 'rope.scaling.finetuned'
-_TOP = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
-_BLOCK = {
-  'attn_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm',
+_NAMES = {
+  'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head',
+  'blk': 'model.layers', 'attn_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm',
   'attn_q': 'self_attn.q_proj', 'attn_k': 'self_attn.k_proj', 'attn_v': 'self_attn.v_proj',
   'attn_output': 'self_attn.o_proj', 'ffn_gate': 'mlp.gate_proj', 'ffn_up': 'mlp.up_proj',
   'ffn_down': 'mlp.down_proj',
@@ -89,13 +89,7 @@ class Reader:
       kind = tensor.tensor_type
       wrong = f'{path} has {tensor.name} in {kind.name}: only {", ".join(TYPES)} can be imported.'
       require(kind.name in TYPES, wrong)
-      match tensor.name.split('.'):
-        case [part, end] if part in _TOP:
-          name = f'{_TOP[part]}.{end}'
-        case ['blk', number, part, end] if part in _BLOCK:
-          name = f'model.layers.{number}.{_BLOCK[part]}.{end}'
-        case _:
-          name = tensor.name
+      name = '.'.join(_NAMES.get(part, part) for part in tensor.name.split('.'))
       self.specs[name] = Spec(tuple(tensor.shape[::-1].tolist()), np.dtype(np.float32))
       self._places[name] = kind, tensor.data_offset, tensor.n_bytes
     heads = self.facts.get('llama.attention.head_count')

@@ -137,13 +137,17 @@ FACTOR = np.asarray([1, 7], 'f')
     ({'llama.rope.scaling.type': 'longrope'}, {}, "rope_type='longrope' changes"),
     ({'llama.rope.scaling.type': 'yarn'}, {}, 'it.gguf: factor is missing'),
     ({'split.count': 3}, {}, 'is split: join its files'),
-    ({}, {'blk.0.ffn_gate_exps.weight': EXPERTS}, 'has blk.0.ffn_gate_exps.weight of shape'),
+    (
+      {},
+      {'blk.0.ffn_gate_exps.weight': EXPERTS},
+      'has model.layers.0.ffn_gate_exps.weight of shape',
+    ),
     ({}, {'rope_freqs.weight': FACTOR}, 'rope_freqs.weight is not a scaling of Llama 3 with'),
     ({}, {'blk.1.ffn_up.weight': None}, 'lacks model.layers.1.mlp.up_proj.weight'),
-    ({}, {'blk.1.more.weight': FACTOR}, 'has blk.1.more.weight of shape'),
+    ({}, {'blk.1.more.weight': FACTOR}, 'has model.layers.1.more.weight of shape'),
     ({}, {'output.weight': np.zeros((270, 24))}, 'output.weight in F64: only F32, F16'),
   ],
-  ids=str,
+  ids=lambda value: value if isinstance(value, str) else ','.join(value),
 )
 def test_what_cannot_be_imported(tmp_path, changes, more, named):
   check_refused(write(tmp_path / 'it.gguf', changes, more=more), named)
