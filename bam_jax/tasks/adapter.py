@@ -12,25 +12,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from bam_jax import checkpoint as checkpoint_lib
-from bam_jax import config
+from bam_jax import checkpoint, config
 from bam_jax.config.strict import require
-from bam_jax.errors import UserError
-from bam_jax.evaluate import comparison
 from bam_jax.evaluate.scorer import Scorer
 from bam_jax.generate import generator, text
 from bam_jax.generate.sampling import SamplingParams
 from bam_jax.parallel import sharding
 
-NAME = 'bam_jax'  # of the model, for lm-eval
 MAX_NEW_TOKENS = 256  # where a task gives no number: lm-eval's own default
 # Options of other models' generation that are accepted, at the values that change nothing.
 NEUTRAL = {'num_beams': 1, 'num_return_sequences': 1, 'repetition_penalty': 1.0, 'min_p': 0.0}
@@ -38,53 +32,35 @@ NEUTRAL = {'num_beams': 1, 'num_return_sequences': 1, 'repetition_penalty': 1.0,
 Pair = tuple[Any, list[int], list[int]]  # texts, tokens of the context and of the continuation
 
 
-@register_model(NAME)
 class Model(TemplateLM):
   """Any checkpoint: dense, average or mixture."""
 
   def __init__(
     self,
-    checkpoint: str,
-    dtype: str | None = None,
-    batch_size: int | str | None = None,
+    path: str,
+    dtype: str = 'float32',
+    mesh: config.Mesh = config.Mesh(),  # noqa: B008
+    batch_size: int = 16,
     max_length: int | None = None,
     seed: int = 0,
-    max_batch_size: int | None = None,
-    device: str | None = None,
-    **axes: int,
   ):
     """Reads what the checkpoint is; its parameters are loaded by the first request.
 
-    `dtype` is by default float32 on CPU, bfloat16 elsewhere; `batch_size`, by default and as 'auto'
-    16, rows on the devices at once; `max_length` tokens read at once, by default the length trained
-    at; `seed` of sampling; `axes` of the mesh: data=2, fsdp=4. What else lm-eval's command line
-    passes is ignored. UserError when there is no such checkpoint, or an argument is not valid.
+    `batch_size` is rows on the devices at once; `max_length` tokens read at once, by default the
+    length trained at; `seed` of sampling. UserError when there is no such checkpoint.
     """
     super().__init__()
-    self._path, self._seed = checkpoint, seed
-    self._dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
-    require(self._dtype in ('float32', 'bfloat16'), f'dtype={dtype} is not float32 or bfloat16.')
-    self.batch_size = 16 if batch_size in (None, 'auto') else _positive('batch_size', batch_size)
-    for name in axes.keys() - set(sharding.AXES):
-      known = ('checkpoint', 'dtype', 'max_length', 'seed', *sharding.AXES)
-      raise UserError(f'--model_args has {name}={axes[name]}; it accepts {", ".join(known)}.')
-    self._mesh = config.Mesh(**{axis: _positive(axis, size) for axis, size in axes.items()})
-    self.meta = checkpoint_lib.read_meta(checkpoint)
-    self._tokenizer = checkpoint_lib.open_tokenizer(checkpoint, self.meta)
-    trained = self.meta.sequence_length
-    self.max_length = trained if max_length is None else _positive('max_length', max_length)
+    self._path, self._dtype, self._mesh, self._seed = path, dtype, mesh, seed
+    self.batch_size = batch_size
+    self.meta = checkpoint.read_meta(path)
+    self._tokenizer = checkpoint.open_tokenizer(path, self.meta)
+    self.max_length = max_length or self.meta.sequence_length
     self._loaded: Scorer | generator.Generator | None = None
     self._warned: set[str] = set()
 
-  # Of lm-eval's models: what an empty context is, what ends a document, what names the tokenizer.
+  # Of lm-eval's models: what an empty context is, what ends a document.
   prefix_token_id = property(lambda self: self._tokenizer.bos_id)
   eot_token_id = property(lambda self: self._tokenizer.eos_id)
-  tokenizer_name = property(lambda self: self._tokenizer.hash)
-
-  def get_model_info(self) -> dict[str, Any]:
-    """What lm-eval writes beside its results."""
-    how = {'model_dtype': self._dtype, 'mesh': config.to_dict(self._mesh)}
-    return comparison.identity(self.meta) | how | {'max_length': self.max_length}
 
   def tok_encode(
     self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -126,7 +102,7 @@ class Model(TemplateLM):
     answers = {(tuple(c), tuple(t)): (0.0, True) for _, c, t in requests}
     pairs = [pair for pair in answers if pair[1]]
     if pairs:
-      with tqdm(total=len(pairs), disable=disable_tqdm or None, desc=NAME) as progress:
+      with tqdm(total=len(pairs), disable=disable_tqdm or None, desc='bam_jax') as progress:
         if not isinstance(self._loaded, Scorer):
           self._loaded = None  # frees the generator's memory first
           how = self._dtype, self._mesh, self.batch_size, self.max_length
@@ -180,7 +156,7 @@ class Model(TemplateLM):
       how = self.meta.model, self._tokenizer, self._dtype, sharding.make_mesh(self._mesh)
       self._loaded = generator.load(self._path, *how)
     # None: only on a terminal.
-    with tqdm(total=len(requests), disable=disable_tqdm or None, desc=NAME) as progress:
+    with tqdm(total=len(requests), disable=disable_tqdm or None, desc='bam_jax') as progress:
       for how, batch in batches.items():
         rows, started = zip(*batch)
 
@@ -209,13 +185,7 @@ def _gen_kwargs(options: Mapping[str, Any]) -> tuple[list[str], int, SamplingPar
   top_k, top_p = left.pop('top_k', None) or 0, left.pop('top_p', None) or 1.0
   for name, value in left.items():
     neutral = value is None or value == NEUTRAL.get(name)
-    require(neutral, f'A task requires {name}={value}, which {NAME} does not support.')
+    require(neutral, f'A task requires {name}={value}, which bam_jax does not support.')
   drawn = sample and temperature
   params = SamplingParams(temperature, int(top_k), float(top_p)) if drawn else SamplingParams()
   return until, max_new_tokens, params
-
-
-def _positive(name: str, value: Any) -> int:
-  positive = str(value).isdecimal() and int(value)
-  require(positive, f'{name}={value} is not a positive integer.')
-  return int(value)

@@ -69,7 +69,7 @@ def load(tasks: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     return manager, manager.load(tasks)['tasks']
   except Exception as error:  # anything that a task's files and the loaders of its data raise
     reason = ' '.join(str(error).split()) or type(error).__name__
-    hint = '`python -m bam_jax.tasks ls tasks` lists the tasks of lm-eval'
+    hint = '`lm_eval ls tasks` lists the tasks of lm-eval'
     raise UserError(f'--tasks={",".join(tasks)} cannot be loaded ({reason}): {hint}.') from error
 
 
@@ -107,8 +107,8 @@ def _score(path, manager, asked, tasks, options) -> tuple[dict[str, Any], Sample
 
   from bam_jax.tasks import adapter
 
-  how = options.dtype, options.batch_size, options.window, options.seed
-  model = adapter.Model(path, *how, **config.to_dict(options.mesh))
+  how = options.dtype, options.mesh, options.batch_size, options.window, options.seed
+  model = adapter.Model(path, *how)
   results = lm_eval.simple_evaluate(
     model,
     tasks=asked,

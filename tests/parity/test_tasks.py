@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bam_jax import config
 from bam_jax.errors import UserError
 from bam_jax.evaluate import comparison
 from tests.hf import folders
@@ -59,19 +60,23 @@ def both(tmp_path_factory):
       scale = 1 if 'embed' in name else 1.5 / parameter.shape[-1] ** 0.5
       parameter.copy_(1 + 0.3 * noise if 'norm' in name else scale * noise)
   made.save_pretrained(folder / 'hf')
-  ours = folders.make_tokenizer()
-  ours.save(folder / 'hf')
+  tokenizer = folders.make_tokenizer()
+  tokenizer.save(folder / 'hf')
   done = run('bam_jax.convert', 'import-hf', f'--input={folder}/hf', f'--output={folder}/ours')
   assert done.returncode == 0, done.stderr
   words = tokenizers.Tokenizer.from_file(f'{folder}/hf/tokenizer.json')
   words.post_processor = tokenizers.processors.TemplateProcessing(
-    single=f'{ours.bos_token} $A', special_tokens=[(ours.bos_token, ours.bos_id)]
+    single=f'{tokenizer.bos_token} $A', special_tokens=[(tokenizer.bos_token, tokenizer.bos_id)]
   )
   fast = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=words, bos_token=ours.bos_token, eos_token=ours.eos_token
+    tokenizer_object=words, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
   )
   theirs = HFLM(pretrained=made, tokenizer=fast, device='cpu', batch_size=1, max_length=LENGTH)
-  return adapter.Model(str(folder / 'ours'), 'float32', 4, LENGTH), theirs, folder / 'ours'
+  return (
+    adapter.Model(str(folder / 'ours'), batch_size=4, max_length=LENGTH),
+    theirs,
+    folder / 'ours',
+  )
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -144,15 +149,9 @@ def test_what_it_cannot_do_is_not_left_out(both, name, value):
   assert both[0].generate_until(ask_for(1)) == both[0].generate_until(ask_for(None))
 
 
-def test_arguments(both):
+def test_a_mesh(both):
   ours, _, folder = both
-  wrong = {'dtype': 'x'}, {'batch_size': 'x'}, {'data': 0}, {'nowhere': 1}, {'max_length': -1}
-  for argument in wrong:
-    with pytest.raises(UserError, match=next(iter(argument))):
-      adapter.Model(str(folder), **argument)
-  with pytest.raises(UserError, match='nowhere'):
-    adapter.Model(str(folder / 'nowhere'))
-  cut = adapter.Model(str(folder), 'float32', 4, LENGTH, data=2, fsdp=2)
+  cut = adapter.Model(str(folder), 'float32', config.Mesh(data=2, fsdp=2), 4, LENGTH)
   requests = ask('loglikelihood', PAIRS)
   assert cut.loglikelihood(requests) == ours.loglikelihood(requests)
 
@@ -327,17 +326,3 @@ def test_tasks_that_run_code_without_our_limits(files, tmp_path):
   other.write_text(files['code'].read_text().replace('scoring.human_eval', 'scoring.quac_f1'))
   with pytest.raises(UserError, match='my_code .*bam_humaneval'):
     check(other, True)
-
-
-def test_its_own_command_line(both, files, tmp_path):
-  line = 'bam_jax.tasks', 'run', '--model', 'bam_jax', '--tasks', str(files['choice'])
-  output = '--output_path', f'{tmp_path}/out.json'
-  done = run(*line, '--model_args', f'checkpoint={both[2]},dtype=float32', *output)
-  assert done.returncode == 0, done.stderr
-  [file] = tmp_path.glob('out*.json')
-  want = scored(both[1], files['choice'])['results']['my_choice']['acc,none']
-  facts = json.loads(file.read_text())
-  assert facts['results']['my_choice']['acc,none'] == want
-  assert facts['config']['tokenizer_hash'] == both[0].tokenizer_name
-  done = run(*line, '--model_args', f'checkpoint={tmp_path}/nowhere')
-  assert done.returncode == 2 and 'nowhere' in done.stderr.splitlines()[-1]
