@@ -24,7 +24,6 @@ Tables go to standard error. `--json` writes, for one step, FLOPs of all chips, 
   loops: `source`, `trips`, `times` (how often it is entered).
   seconds, mfu, tokens_per_second_per_chip: three bounds: `roofline` (all overlaps), `in_order`,
     `no_overlap`; seconds also of `compute`, `hbm`, `wire` by axes, `between_slices`.
-  lower_seconds, compile_seconds: on this machine.
 With --phase=decode a step is one token of each row. It does not have `compute`, `grad_accum_steps`,
 `sequences_per_chip`, `sequence_length`, `tokens_per_second_per_chip`. Instead:
   dtype, context, slots: what was compiled; tokens of a row, and the cache's room for them.

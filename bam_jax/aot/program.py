@@ -2,8 +2,7 @@
 
 import dataclasses
 import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,14 +78,14 @@ class Decode:
 
 
 @dataclass(frozen=True)
-class Compiled:
-  """A compiled step, or one that the compiler refused because it does not fit."""
+class Shortage:
+  """What the compiler says of a step that does not fit."""
 
-  executable: jax.stages.Compiled | None  # None: it does not fit
-  lower_seconds: float
-  compile_seconds: float
-  needed_bytes: int | None = None  # of one that does not fit, where the compiler says it
-  reason: str = ''  # likewise
+  needed_bytes: int | None  # None where it does not say
+  reason: str
+
+
+Compiled = jax.stages.Compiled | Shortage
 
 
 def make_job(recipe: config.Recipe, name: str) -> Job:
@@ -118,7 +117,7 @@ def compile_train(job: Job, mesh: jax.sharding.Mesh) -> Compiled:
   rate = jax.ShapeDtypeStruct((2,), jnp.float32)
   # Not under `jax.set_mesh`, as training is: constants that a kernel computes while it is traced
   # would be computed on the mesh's devices, which are not there.
-  return _compile(lambda: step.lower(state, batch, rate))
+  return _compile(step.lower(state, batch, rate))
 
 
 def make_decoder(job: Job, decode: Decode, mesh: jax.sharding.Mesh) -> Decoder:
@@ -137,7 +136,7 @@ def compile_decode(decoder: Decoder, decode: Decode, mesh: jax.sharding.Mesh) ->
   here = NamedSharding(mesh, P())  # of a single device, where arguments have no sharding
   placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here)
   arguments = generator.abstract_arguments(decoder, decode.batch_size, decode.slots)
-  return _compile(lambda: generator.decode.lower(program, *jax.tree.map(placed, arguments)))
+  return _compile(generator.decode.lower(program, *jax.tree.map(placed, arguments)))
 
 
 def needed_bytes(decoder: Decoder, decode: Decode) -> dict[str, int]:
@@ -160,30 +159,28 @@ def needed_bytes(decoder: Decoder, decode: Decode) -> dict[str, int]:
   return {'weights': int(weights), 'cache': memory.device_bytes(state.cache)}
 
 
-def _compile(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
-  start = time.monotonic()
-  lowered = lower()
-  lower_seconds, start = time.monotonic() - start, time.monotonic()
+def _compile(lowered: jax.stages.Lowered) -> Compiled:
   try:
-    executable, refusal = lowered.compile(), ()
+    return lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    executable, refusal = None, _shortage(str(error))
-  return Compiled(executable, lower_seconds, time.monotonic() - start, *refusal)
+    return _shortage(str(error))
 
 
-def _shortage(message: str) -> tuple[int | None, str]:
-  """Bytes that a refused program needs, as far as the message tells, and its first sentence."""
+def _shortage(message: str) -> Shortage:
+  """The bytes in a message of the compiler, and its first sentence."""
   size = r'([\d.]+)([KMGT])'
   found = re.search(f'[Uu]sed {size}', message) or re.search(rf'\({size}\)', message)
   needed = int(float(found[1]) * UNITS[found[2]]) if found else None
   sentence = ' '.join(message.split())
-  return needed, sentence[max(0, sentence.find('Ran out of memory')) :].split(' See ')[0][:300]
+  reason = sentence[max(0, sentence.find('Ran out of memory')) :].split(' See ')[0][:300]
+  return Shortage(needed, reason)
 
 
 def write_hlo(compiled: Compiled, path: str) -> None:
   """Writes the optimized HLO; UserError when the step does not fit, or the file is not written."""
-  require(compiled.executable, f'--hlo={path} is not written: the step does not fit.')
+  fits = not isinstance(compiled, Shortage)
+  require(fits, f'--hlo={path} is not written: the step does not fit.')
   with folders.writing(f'--hlo={path}'):
-    Path(path).write_text(compiled.executable.as_text(), encoding='utf-8')
+    Path(path).write_text(compiled.as_text(), encoding='utf-8')

@@ -34,7 +34,7 @@ def train_facts(
     'sequence_length': job.sequence_length,
   }
   if facts['fits']:
-    step = cost.read(compiled.executable.as_text(), topology.size, job.even_rows)
+    step = cost.read(compiled.as_text(), topology.size, job.even_rows)
     model_flops = arithmetic.training_flops(job.model, job.sequence_length) * tokens
     facts |= _costs(topology, mesh, step, model_flops)
     speeds = {name: tokens / topology.size / facts['seconds'][name] for name in BOUNDS}
@@ -56,7 +56,7 @@ def decode_facts(
   facts |= dataclasses.asdict(decode) | {'slots': decode.slots}
   if facts['fits']:
     trips = {generator.DECODE_LOOP: generator.MAX_STEPS}
-    call = cost.read(compiled.executable.as_text(), topology.size, trips=trips)
+    call = cost.read(compiled.as_text(), topology.size, trips=trips)
     # The arithmetic counts half of the context, a sequence's average; this token sees all of it.
     model_flops = decode.batch_size * arithmetic.forward_flops(job.model, 2 * decode.slots)
     facts |= _costs(topology, mesh, call.part(generator.MAX_STEPS), model_flops)
@@ -70,15 +70,14 @@ def _common_facts(
   job: program.Job, topology: Topology, compiled: program.Compiled
 ) -> dict[str, Any]:
   """What was compiled for what, and whether it fits."""
-  peak, limit = compiled.needed_bytes, topology.chip.hbm_bytes
-  if compiled.executable:
-    stats = compiled.executable.memory_analysis()
+  if isinstance(compiled, program.Shortage):
+    peak, more = compiled.needed_bytes, {'fits': False, 'reason': compiled.reason}
+  else:
+    stats = compiled.memory_analysis()
     memory = {key: getattr(stats, f'{name}_size_in_bytes') for key, name in SIZES.items()}
     *held, aliased = memory.values()
-    peak = sum(held) - aliased
-    more = {'memory': memory, 'lower_seconds': compiled.lower_seconds}
-  else:
-    more = {'reason': compiled.reason}
+    peak, more = sum(held) - aliased, {'fits': True, 'memory': memory}
+  limit = topology.chip.hbm_bytes
   return {
     'run': job.name,
     'label': job.run.label,
@@ -87,8 +86,6 @@ def _common_facts(
     'chips': topology.size,
     'mesh': config.to_dict(job.run.mesh),
     'versions': {name: metadata.version(name) for name in LIBRARIES if util.find_spec(name)},
-    'compile_seconds': compiled.compile_seconds,
-    'fits': compiled.executable is not None,
     'peak_bytes': peak,
     'hbm_limit_bytes': limit,
     'headroom_bytes': None if peak is None else limit - peak,
@@ -159,7 +156,7 @@ def text(key: str, value: Any) -> str:
     return f'{value / 1e9:.2f} GB' if abs(value) >= 1e7 else f'{value / 1e6:.2f} MB'
   if key == 'seconds':
     return f'{1e3 * value:.1f} ms' if value >= 0.01 else f'{1e3 * value:.3f} ms'
-  for ending, form in (('_seconds', '{:.0f} s'), ('_flops', '{:.3e}'), ('mfu', '{:.1%}')):
+  for ending, form in (('_flops', '{:.3e}'), ('mfu', '{:.1%}')):
     if key.endswith(ending):
       return form.format(value)
   return f'{value:.3f}' if isinstance(value, float) and value < 100 else f'{value:,.0f}'

@@ -56,7 +56,7 @@ def search(
     console.print(f'{at}, {number} of {len(hopeful)}: {sizes}, {what}')
     mesh = program.make_mesh(layout, devices, topology)
     compiled = program.compile_train(layout, mesh)
-    longest = max(longest, compiled.compile_seconds)
+    longest = max(longest, time.monotonic() - start - elapsed)
     facts = report.train_facts(layout, topology, mesh, compiled)
     tokens = layout.run.batch_size * layout.sequence_length
     rank = [facts['seconds'][k] / tokens for k in BOUNDS[:2]] if facts['fits'] else [math.inf]

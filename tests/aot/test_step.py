@@ -113,15 +113,15 @@ def test_a_step_that_does_not_fit(make_job, tmp_path):
     'required for HLO temporaries (20.25G) exceeds available HBM (15.75G). HLO module: jit_step. '
     'See https://openxla.org/xla/errors/error_1000 for more details.'
   )
-  needed, reason = program._shortage(message)
-  assert needed == int(20.25 * 2**30) and reason.startswith('Ran out of memory on HBM')
-  job, refused = make_job('btx', data=4), program.Compiled(None, 1.0, 1.0, needed, reason)
+  job, refused = make_job('btx', data=4), program._shortage(message)
+  needed = refused.needed_bytes
+  assert needed == int(20.25 * 2**30) and refused.reason.startswith('Ran out of memory on HBM')
   facts = report.train_facts(job, TARGET, None, refused)
   assert not facts['fits'] and facts['headroom_bytes'] == TARGET.chip.hbm_bytes - needed
   assert all(word in shown(facts) for word in ('does not fit', 'headroom_bytes', 'jit_step'))
   with pytest.raises(UserError, match='--hlo=x is not written: the step does not fit'):
     program.write_hlo(refused, 'x')
-  compiled = program.Compiled(jax.jit(lambda x: x + 1).lower(1.0).compile(), 0.0, 0.0)
+  compiled = jax.jit(lambda x: x + 1).lower(1.0).compile()
   with pytest.raises(UserError, match='--hlo=.* cannot be written: No such file or directory'):
     program.write_hlo(compiled, str(tmp_path / 'nowhere' / 'file'))
 
@@ -129,7 +129,7 @@ def test_a_step_that_does_not_fit(make_job, tmp_path):
 def flops_of(job: program.Job) -> float:
   """Of one device."""
   mesh = sharding.make_mesh(job.run.mesh)
-  text = program.compile_train(job, mesh).executable.as_text()
+  text = program.compile_train(job, mesh).as_text()
   return sum(cost.read(text, job.run.mesh.size).flops().values())
 
 
