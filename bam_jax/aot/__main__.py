@@ -17,11 +17,11 @@ Tables go to standard error. `--json` writes, for one step, FLOPs of all chips, 
     `outputs`, `aliased`; the peak is their sum, aliased outputs counted once. `reason` is the
     compiler's, for a step that does not fit; everything below is then unknown.
   model_flops, compiled_flops, flops_ratio, uncounted_kernels: `matmul`, `grouped` (rows at even
-    load), `attention` and other kernels, `total`; over what the model needs without recomputation.
+    load), `attention` and other kernels, `total`; over what the model needs without recomputation;
+    kernels of unknown FLOPs, and loops of unknown trips, which are counted once.
   hbm_bytes: read and written.
   collectives: `kind`, `axes`, `count`, `asynchronous` (how many of them), `operand_bytes`,
     `wire_bytes` sent by a chip, `seconds` on its links.
-  loops: `source`, `trips`, `times` (how often it is entered).
   seconds, mfu, tokens_per_second_per_chip: three bounds: `roofline` (all overlaps), `in_order`,
     `no_overlap`; seconds also of `compute`, `hbm`, `wire` by axes, `between_slices`.
 With --phase=decode a step is one token of each row. It does not have `compute`, `grad_accum_steps`,

@@ -44,21 +44,12 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Loop:
-  """One while loop."""
-
-  source: str  # the path of JAX transformations and primitives
-  trips: int | None  # None where the program does not tell; its body is then counted once
-  times: int  # that the loop is entered
-
-
-@dataclass(frozen=True)
 class Program:
   """All events in the order of the text."""
 
   events: list[Event] = field(default_factory=list)
-  loops: list[Loop] = field(default_factory=list)
-  uncounted: list[str] = field(default_factory=list)  # kernels whose FLOPs are not known
+  # Kernels whose FLOPs are not known, and loops whose trips are not, which are counted once.
+  uncounted: list[str] = field(default_factory=list)
 
   def flops(self) -> dict[str, float]:
     """By kind."""
@@ -71,7 +62,7 @@ class Program:
     return sum(event.times * event.hbm_bytes for event in self.events)
 
   def part(self, parts: int) -> 'Program':
-    """The costs of one of the equal parts of a call; loops are still those of all of it."""
+    """The costs of one of the equal parts of a call."""
     share = lambda times: times / parts if times % parts else times // parts
     events = [dataclasses.replace(event, times=share(event.times)) for event in self.events]
     return dataclasses.replace(self, events=events)
@@ -103,10 +94,11 @@ class _Reader:
       match x.opcode:
         case 'while':
           scope = x.source.removesuffix('/while').rpartition('/')[2]
-          trips = hlo.trip_count(x)
-          trips = self.trips.get(scope) if trips is None else trips
-          self.program.loops.append(Loop(x.source, trips, times))
-          yield from self.computation(x.calls['body'][0], times * (1 if trips is None else trips))
+          trips = self.trips.get(scope, hlo.trip_count(x))
+          if trips is None:
+            self.program.uncounted.append(x.name)
+            trips = 1
+          yield from self.computation(x.calls['body'][0], times * trips)
         case 'call':
           yield from self.computation(x.calls['to_apply'][0], times)
         case 'conditional':

@@ -121,7 +121,6 @@ def _costs(
     'uncounted_kernels': step.uncounted,
     'hbm_bytes': step.hbm_bytes(),
     'collectives': sorted(collectives, key=lambda row: -row['wire_bytes']),
-    'loops': [dataclasses.asdict(loop) for loop in step.loops],
     'seconds': seconds,
     'mfu': {name: model_flops / (peak * seconds[name]) for name in BOUNDS},
   }
@@ -129,11 +128,9 @@ def _costs(
 
 def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
   """The facts of either phase, under the names that they have in `--json`."""
-  apart = ('collectives', 'loops', 'label', 'slices', 'versions', 'compute', 'fits')
+  apart = ('collectives', 'label', 'slices', 'versions', 'compute', 'fits')
   rows = {key: value for key, value in facts.items() if key not in apart}
   rows |= {f'compute.{key}': facts.get('compute', {}).get(key) for key in ('dtype', 'remat')}
-  trips = collections.Counter(loop['trips'] for loop in facts.get('loops', ()))
-  rows['loops'] = ', '.join(f'{n} of {"?" if t is None else t} trips' for t, n in trips.items())
   rows = [(key, text(key, value)) for key, value in rows.items() if value not in (None, '', [])]
   slices = f'{facts["slices"]} x ' if facts['slices'] > 1 else ''
   fits = 'fits' if facts['fits'] else 'does not fit'

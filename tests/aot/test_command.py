@@ -63,7 +63,6 @@ def test_a_mixture_on_a_slice(tmp_path):
   # Nine grouped products a layer of the three weights, and those that are computed again.
   model, rows = 6 * 2 * 3 * 1024 * 2048, facts['batch_size'] * facts['sequence_length']
   assert 3 * model * rows <= facts['compiled_flops']['grouped'] <= 4 * model * rows
-  assert [loop['trips'] for loop in facts['loops']].count(6) == 2  # and chunks of the loss
   kinds = {(row['kind'], row['axes']) for row in facts['collectives']}
   assert {('all-gather', 'expert'), ('reduce-scatter', 'expert'), ('all-gather', 'fsdp')} <= kinds
   reduced = sum(r['wire_bytes'] for r in facts['collectives'] if r['kind'] == 'all-reduce')
