@@ -27,7 +27,6 @@ COPIED = (
   'label', 'kind', 'method', 'sources', 'step', 'tokens', 'wall_seconds', 'parameters',
   'active_parameters', 'flops_per_token',
 )  # fmt: skip
-BEST = '★'
 
 
 def write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
@@ -79,7 +78,7 @@ def _write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
 
 
 def table(report: Mapping[str, Any]) -> RenderableType:
-  """The perplexities for a terminal: best mixture in bold, best run of all with a star."""
+  """The perplexities for a terminal, the best of each domain in bold."""
   title = Text(f'{report["name"]}: held-out perplexity', 'table.title')
   return Group(title, Markdown(_score_table(report, 'perplexity')))
 
@@ -97,9 +96,9 @@ def markdown(report: Mapping[str, Any]) -> str:
   parts += [
     '## Perplexity',
     _score_table(report, 'perplexity'),
-    f'Held-out text; lower is better. Bold: the best mixture. {BEST}: the best of all runs.'
-    ' The average is the arithmetic mean over the domains. Each row is one run from one random'
-    ' seed, so small differences may be chance.',
+    'Held-out text; lower is better. Bold: the best of all runs. The average is the arithmetic mean'
+    ' over the domains. Each row is one run from one random seed, so small differences may be'
+    ' chance.',
     '## Bits per byte',
     _score_table(report, 'bits_per_byte'),
     'The same losses for each byte of text, which do not depend on the tokenizer.',
@@ -170,24 +169,17 @@ def _metrics(path: Path | epath.Path) -> list[dict[str, Any]]:
 def _score_table(report: Mapping[str, Any], score: str) -> str:
   rows, domains = report['rows'], report['domains']
   values = [[*map(row[score].get, domains), row[f'average_{score}']] for row in rows]
-  mixtures = [line for line, row in zip(values, rows) if row['kind'] == 'mixture']
-  best = lambda column: min((value for value in column if value is not None), default=None)
-  best_of_all = list(map(best, zip(*values)))
-  best_mixture = list(map(best, zip(*mixtures))) or [None] * len(best_of_all)
+  known = [[value for value in column if value is not None] for column in zip(*values)]
+  best = [min(column, default=None) for column in known]
 
-  def cell(row: Row, column: int, value: float | None) -> str:
+  def cell(value: float | None, best: float | None) -> str:
     if value is None:
       return '–'
     text = scores.number(value) if score == 'perplexity' else f'{value:.3f}'
-    text += f' {BEST}' if value == best_of_all[column] else ''
-    bold = row['kind'] == 'mixture' and value == best_mixture[column]
-    return f'**{text}**' if bold else text
+    return f'**{text}**' if value == best else text
 
-  lines = [
-    [_plain(row['label']), *(cell(row, i, value) for i, value in enumerate(line))]
-    for row, line in zip(rows, values)
-  ]
-  lines += [[f'{run}: not finished', *[''] * len(best_of_all)] for run in report['not_finished']]
+  lines = [[_plain(row['label']), *map(cell, line, best)] for row, line in zip(rows, values)]
+  lines += [[f'{run}: not finished', *[''] * (len(domains) + 1)] for run in report['not_finished']]
   return _markdown_table(['run', *domains, 'average'], lines)
 
 
