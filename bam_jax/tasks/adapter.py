@@ -84,13 +84,6 @@ class Model(TemplateLM):
     require(tokens or not continuation, f'{wrong}, which cannot be scored: remove the task.')
     return before, tokens
 
-  def loglikelihood(
-    self, requests: Sequence[Instance], disable_tqdm: bool = False
-  ) -> list[tuple[float, bool]]:
-    """As `_loglikelihood_tokens`, of texts; lm-eval's own fails where both are empty."""
-    pairs = [(request.args, *self._encode_pair(*request.args)) for request in requests]
-    return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
-
   def _loglikelihood_tokens(
     self, requests: Sequence[Pair], disable_tqdm: bool = False, **kwargs: Any
   ) -> list[tuple[float, bool]]:

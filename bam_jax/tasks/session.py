@@ -3,7 +3,6 @@
 lm-eval is an optional dependency, so it is imported where it is used.
 """
 
-import collections
 import importlib.util
 import logging
 import math
@@ -92,11 +91,8 @@ def check_examples(tasks: Mapping[str, Any], few_shot: int | None) -> None:
     own = task.config.num_fewshot
     wanted = own if few_shot is None or own == 0 else few_shot  # as in lm-eval
     if wanted:
-      pool = task.sampler.df
-      # Where examples are the questions, a question is not its own, nor are its copies.
-      is_shared = task.fewshot_cfg.split == task.config.test_split
-      copies = collections.Counter(map(repr, pool)).values() if is_shared else ()
-      most = len(pool) - max(copies, default=0)
+      # Where examples are the questions, a question is not its own.
+      most = len(task.sampler.df) - (task.fewshot_cfg.split == task.config.test_split)
       wrong = f'--tasks: {name} has at most {most} solved examples for a question'
       require(wanted <= most, f'{wrong}, and {wanted} are asked for: lower --few_shot.')
 
