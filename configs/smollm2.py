@@ -44,7 +44,7 @@ SCALE = paper.Scale(
   seed_tokens=0,
   seed_schedule=dict(SCHEDULE, peak_learning_rate=4e-4),  # specialists have half of it
   specialist_tokens=65_536,
-  mixture_tokens=65_536,
+  mixture_tokens=32_768,
   mixture_schedule=SCHEDULE,
   devices=1,
   grad_accum_steps=1,

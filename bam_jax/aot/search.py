@@ -123,8 +123,8 @@ def guess(job: Job, chip: Chip) -> tuple[float, float]:
   gathered = residual * (mesh.expert if ffn else 1)
   heads = 2 * (model.num_heads + model.num_kv_heads) * (attention.num_experts if attention else 1)
   attended = gathered + itemsize * tokens * heads * model.head_dim / mesh.tensor
-  room = 2 * min(mesh.expert, 2) * ffn.top_k if ffn else 2  # gate and up; twice an even load
-  hidden = itemsize * tokens * room * model.ffn_dim / mesh.tensor
+  room = min(mesh.expert, 2) * ffn.top_k if ffn else 1  # twice an even load
+  hidden = itemsize * tokens * room * len(model.ffn_inputs) * model.ffn_dim / mesh.tensor
   hidden += gathered * ffn.top_k if ffn else 0
   forward = arithmetic.forward_parts(model, job.sequence_length)
   is_cut = mesh.fsdp * mesh.expert > 1

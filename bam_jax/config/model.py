@@ -102,14 +102,20 @@ class Model(Section):
   tied_embeddings: bool = True  # the output embedding is the input embedding
   rope_theta: Positive = 10_000.0
   norm_epsilon: Positive = 1e-5
-  # 'sequential': the FFN reads the residual stream after attention, through a norm of its own.
-  block: Literal['parallel', 'sequential'] = 'parallel'
-  norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # with a scale and no bias
-  norm_place: Literal['pre', 'post'] = 'pre'  # on a part's input, or on its output before the sum
+  # 'parallel_two_norms': attention and FFN each have a norm. 'sequential': the FFN reads the
+  # residual stream after attention, through a norm of its own.
+  block: Literal['parallel', 'parallel_two_norms', 'sequential'] = 'parallel'
+  # With a scale, and no bias but for 'layernorm_bias'. 'rmsnorm_plus_one': all scales, those of
+  # queries and keys too, are 1 + the parameter.
+  norm: Literal['layernorm', 'layernorm_bias', 'rmsnorm', 'rmsnorm_plus_one'] = 'layernorm'
+  # On a part's input, on its output before the sum, or one norm on each.
+  norm_place: Literal['pre', 'post', 'both'] = 'pre'
   # Norm of queries and keys before RoPE: a LayerNorm of each head with a scale for each (HK), an
   # RMSNorm of each head with one scale for all (K), or an RMSNorm over all heads (HK).
   qk_norm: Literal['none', 'head_layernorm', 'head_rms', 'all_rms'] = 'none'
-  biases: Literal['none', 'qkv', 'attention'] = 'none'  # 'attention': of q, k, v and out
+  biases: Literal['none', 'qkv', 'attention', 'all'] = 'none'  # of q, k, v; and out; and the FFN
+  # 'geglu_tanh': the gate is GELU by its tanh formula; 'gelu': the exact one, and no gate matrix.
+  ffn: Literal['swiglu', 'geglu_tanh', 'gelu'] = 'swiglu'
   rotary_layout: Literal['interleaved', 'half'] = 'interleaved'  # pairs (2i, 2i+1), or (i, i+R)
   rotary_dim: Count = 0  # channels of a head that are rotated, the first ones; 0: all
   rope_scaling: RopeScaling | None = None
@@ -121,6 +127,9 @@ class Model(Section):
   embedding_scale: Positive = 1.0  # factor of the embedding
   residual_scale: Positive = 1.0  # factor of each part's output
   logit_scale: Positive = 1.0  # factor of the logits
+  # A cap c of the scores before the mask, and of the scaled logits: c tanh(x / c); 0: none.
+  attention_cap: NonNegative = 0.0
+  logit_cap: NonNegative = 0.0
   attention_experts: AttentionExperts | None = None
   ffn_experts: FFNExperts | None = None
 
@@ -130,7 +139,7 @@ class Model(Section):
     self.require(fits, f'{num_heads=} is not a multiple of {num_kv_heads=}.')
     self.require(self.head_dim % 2 == 0, f'head_dim={self.head_dim} is odd: RoPE rotates pairs.')
     sequential = self.block == 'sequential' or self.norm_place == 'pre'
-    self.require(sequential, "norm_place='post' requires block='sequential'.")
+    self.require(sequential, f"norm_place={self.norm_place!r} requires block='sequential'.")
     rotary_dim, layers, L = self.rotary_dim, self.layer_types, self.num_layers
     fits = rotary_dim <= self.head_dim and rotary_dim % 2 == 0
     self.require(fits, f'{rotary_dim=} is odd or above head_dim={self.head_dim}.')
@@ -142,6 +151,18 @@ class Model(Section):
     )
     known = all(0 <= layer < L for layer in self.nope_layers)
     self.require(known, f'nope_layers={list(self.nope_layers)} has a number that is not a layer.')
+
+  @property
+  def norms(self) -> tuple[str, ...]:
+    """The names of a block's norms of the residual stream."""
+    before = ('norm',) if self.block == 'parallel' else ('norm', 'ffn_norm')
+    after = ('attention_out_norm', 'ffn_out_norm') if self.norm_place != 'pre' else ()
+    return after if self.norm_place == 'post' else before + after
+
+  @property
+  def ffn_inputs(self) -> tuple[str, ...]:
+    """The names of the FFN's matrices that its tokens meet first."""
+    return ('up',) if self.ffn == 'gelu' else ('gate', 'up')
 
   def layer_kinds(self, rope: Rope | None = None) -> tuple[LayerKind, ...]:
     """The kind of every layer, for an attention expert with this or with the model's rotation."""

@@ -44,6 +44,8 @@ Read = Callable[[str, Any], Any]  # (path, index) -> that region of a parameter
 class DecodeLayout(Layout):
   """The collectives of generation, under the names that the model calls."""
 
+  hidden_axes = ('tensor', 'expert')
+
   def __init__(self, mesh: jax.sharding.Mesh | None):
     super().__init__(mesh)
     self.row_shards = self.sizes['data'] * self.sizes['fsdp']
@@ -129,8 +131,7 @@ class Decoder:
       tokens = dataclasses.replace(here, kind=kind)
       x_BTD, _, caches = nnx.merge(self._graph, weights)(x_BTD, tokens, tokens, caches)
       updated.append(caches)
-    final_norm, scale = norm.NORMS[self.model.norm], params['final_norm']['scale']
-    hidden_BD = final_norm(x_BTD[:, -1], scale, self.model.norm_epsilon)
+    hidden_BD = norm.normalize(self.model, x_BTD[:, -1], **params['final_norm'])
     logits_BW = self.network.logits(params, hidden_BD)
     return self.layout.concatenate(logits_BW, 'tensor', 'expert', dimension=1), updated
 
@@ -193,7 +194,8 @@ class Decoder:
     def of_layer(layer, key_path, leaf):
       path = f'blocks/{sharding.path_of(key_path)}'
       spec = _spec(path, leaf.ndim)[1:]
-      stacked = layout.platform == 'tpu' and _of_ffn_experts(path, leaf.ndim)
+      stacked = layout.platform == 'tpu' or path.endswith('_bias')
+      stacked = stacked and _of_ffn_experts(path, leaf.ndim)
       if stacked or not sharding.has_experts(path, leaf.ndim):
         return one(path, leaf, (layer,), spec)
       count = leaf.shape[1] // (layout.sizes['expert'] if 'expert' in spec[0] else 1)
@@ -213,7 +215,7 @@ class Decoder:
 def _spec(path: str, ndim: int) -> tuple[tuple[str, ...], ...]:
   """The axes that cut each dimension of a parameter: those of training that move no weight."""
   if _of_ffn_experts(path, ndim):
-    hidden = 2 if path.endswith('down') else 3
+    hidden = {'down': 2, 'down_bias': None}.get(path.rsplit('/', 1)[1], ndim - 1)
     return tuple(('tensor', 'expert') if d == hidden else () for d in range(ndim))
   spec = sharding.spec_of(path, ndim)
   by_expert = sharding.has_experts(path, ndim) or path in ('embed/table', 'unembed/kernel')

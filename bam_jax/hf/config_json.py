@@ -52,7 +52,13 @@ def tensors(model: config.Model, config_json: Mapping[str, Any]) -> tuple[names.
   """The tensors of a folder by our paths, and the shapes, by name, of others, which are zeros."""
   if mixture := [one for one in MIXTURES if [one.architecture] == config_json['architectures']]:
     return mixtures.tensors(mixture[0], model)
-  return names.tensors(model, fused=config_json.get('model_type') == 'phi3'), {}
+  asked = config_json['architectures']
+  renamed = [one.renamed for one in (*FAMILIES, BAM) if [one.architecture] == asked]
+  table = names.renamed(names.tensors(model), *renamed)
+  for path, tensor in table.items():
+    if '.query_key_value.' in tensor.name:
+      table[path] = tensor._replace(heads=model.num_heads)
+  return table, {}
 
 
 def to_origin(config_json: Mapping[str, Any]) -> tuple[int, str | None, tuple[str, ...]]:

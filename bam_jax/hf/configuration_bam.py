@@ -9,11 +9,14 @@ class BamConfig(CohereConfig):
   model_type = 'bam'
   base_model_tp_plan = None  # Cohere's does not know experts
   head_dim: int = 128
-  block: str = 'parallel'  # or 'sequential': the FFN reads the stream after attention
-  norm: str = 'layernorm'  # or 'rmsnorm'
-  norm_place: str = 'pre'  # on a part's input; 'post': on its output, before the sum
+  # 'parallel_two_norms': attention and FFN each have a norm; 'sequential': the FFN reads the stream
+  # after attention.
+  block: str = 'parallel'
+  norm: str = 'layernorm'  # 'layernorm_bias', 'rmsnorm', or 'rmsnorm_plus_one': times 1 + weight
+  norm_place: str = 'pre'  # on a part's input; 'post': on its output, before the sum; 'both'
   qk_norm: str = 'none'  # 'head_layernorm', 'head_rms', or 'all_rms' over all heads of an expert
-  biases: str = 'none'  # 'qkv', or 'attention': of the output projections too
+  biases: str = 'none'  # 'qkv', 'attention': of the output projections too, 'all': of the FFN too
+  ffn: str = 'swiglu'  # 'geglu_tanh', or 'gelu': exact, without gate_proj
   rotary_layout: str = 'interleaved'  # pairs (2i, 2i + 1); 'half': (i, i + R) of 2R channels
   rotary_dim: int = 0  # channels of a head that are rotated, the first ones; 0: all
   layer_types: list[str] | None = None  # 'full_attention' or 'sliding_attention', for each layer
@@ -23,6 +26,8 @@ class BamConfig(CohereConfig):
   attention_scale: float = 0.0  # factor of the scores; 0: 1 / sqrt(head_dim)
   embedding_scale: float = 1.0  # factor of the embedding
   residual_scale: float = 1.0  # factor of each part's output
+  attention_cap: float = 0.0  # of scores: cap * tanh(score / cap); 0: none
+  logit_cap: float = 0.0  # of scaled logits
 
   num_attention_experts: int = 4  # 0: a dense attention
   num_attention_experts_per_tok: int = 0  # attention experts for each token; 0: all of them

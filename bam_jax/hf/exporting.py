@@ -53,7 +53,8 @@ def convert(
   facts = config_json.from_model(meta.model, *origin, architecture, biased)
   table, zeros = config_json.tensors(meta.model, facts)
   specs = _specs(reader, table, dtype)
-  specs |= {name: arrays.Spec(shape, specs[names.TABLE].dtype) for name, shape in zeros.items()}
+  stored = specs[table['embed/table'].name].dtype
+  specs |= {name: arrays.Spec(shape, stored) for name, shape in zeros.items()}
   total = sum(spec.nbytes for spec in specs.values())
   shards = files.plan(specs, max_shard_size)
   with folders.new_folder(output, total) as beside:
@@ -61,7 +62,7 @@ def convert(
     order = [name for shard in shards.values() for name in shard]
     files.write(folder, shards, specs, _tensors(reader, table, order, specs, progress))
     ids = tokenizer_files.write(folder, tokenizer, meta.sequence_length)
-    facts |= ids | {'dtype': specs[names.TABLE].dtype.name}
+    facts |= ids | {'dtype': stored.name}
     architecture = facts['architectures'][0]
     files.write_json(folder / files.CONFIG, facts)
     padded = {'pad_token_id': tokenizer.eos_id} | {k: v for k, v in ids.items() if v is not None}
@@ -105,6 +106,8 @@ def _tensors(
       rows.append(names.to_theirs(table[path], ours, dtype))
     rows = rows or [np.zeros(shape, dtype)]
     theirs = np.concatenate(rows) if len(rows) > 1 else rows[0]
+    if heads := pieces[name] and table[pieces[name][0].path].heads:
+      theirs = names.regrouped(theirs, 3, heads)
     done += theirs.nbytes
     progress(done, total)
     yield theirs

@@ -18,12 +18,14 @@ LENGTH = 'max_position_embeddings'
 # Keys without effect on the parameters or the computation.
 _IRRELEVANT = frozenset(
   """
-  _name_or_path architectures attention_dropout auto_map bos_token_id dtype embd_pdrop eos_token_id
-  expert_sources initializer_range max_position_embeddings model_max_length model_type pad_token_id
+  _name_or_path architectures attention_dropout auto_map bos_token_id classifier_dropout dtype
+  embd_pdrop eos_token_id expert_sources hidden_dropout initializer_range max_position_embeddings
+  model_max_length model_type pad_token_id
   pretraining_tp resid_pdrop rope_scaling_type torch_dtype transformers_version unk_token_id
   upcycling_method use_cache
   """.split()
 )
+_ACTIVATIONS = {'swiglu': 'silu', 'geglu_tanh': 'gelu_pytorch_tanh', 'gelu': 'gelu'}
 _KINDS = {int: 'a positive whole number', float: 'a positive number', bool: 'true or false'}
 _TYPES = typing.get_type_hints(config.Model)
 _NEEDED = object()
@@ -60,6 +62,7 @@ class Family(NamedTuple):
   fields: dict[str, Any]  # values of fields that no key says, or if a file omits their key
   parts: Sequence[Part]
   allowed: dict[str, Sequence] = {'hidden_act': ['silu']}  # other keys: values that change nothing
+  renamed: Sequence[tuple[str, str]] = ()  # parts of our tensors' names, and what they are there
 
 
 def read(family: Family, config_json: Mapping[str, Any]) -> config.Model:
@@ -88,7 +91,7 @@ def write(family: Family, model: config.Model) -> dict[str, Any]:
   for part in family.parts:
     facts |= part.write(model)
   return facts | {
-    'hidden_act': 'silu',
+    'hidden_act': _ACTIVATIONS[model.ffn],
     'attention_dropout': 0.0,
     'architectures': [family.architecture],
     'model_type': family.model_type,
@@ -138,7 +141,7 @@ def _scaling(group: Mapping[str, Any], facts: Facts) -> config.RopeScaling | Non
   kind = kinds.pop()
   wrong = f"rope_type={kind!r} changes with a text's length, or is unknown"
   known = not kinds and kind in ('default', *_SCALINGS)
-  require(known, f'{wrong}: default, linear, llama3 and yarn can be.')
+  require(known, f'{wrong}: default, linear, llama3 and yarn can be imported.')
   keys = _SCALINGS.get(kind, {})
   unknown = [key for key, value in rest.items() if key not in keys and value is not None]
   require(not unknown, f'{(unknown or [""])[0]} of rope_type={kind!r} is an unsupported key.')
@@ -168,42 +171,76 @@ _ROPE = Part(
 )
 
 
-def _read_olmo3_rope(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
+def _read_nested_rope(
+  facts: Facts, fields: dict[str, Any], theta: float = 5e5, sliding: float = 5e5
+) -> dict[str, Any]:
   nested = facts.take('rope_parameters', dict, None)
   if nested is None:  # of old files transformers rotates sliding layers by this base, unscaled
-    found, sliding = rope(facts, 5e5), 5e5
+    found = rope(facts, theta)
   else:
     facts |= {'rope_theta': None, 'rope_scaling': None}
     full = nested.get('full_attention', nested)
     slid = nested.get('sliding_attention', full)
-    found = rope(Facts(rope_parameters=full), 5e5)
+    found = rope(Facts(rope_parameters=full), theta)
     scaled = slid.get('rope_type', 'default') != 'default'
     require(not scaled, 'rope_parameters scales sliding layers, which our model does not support.')
-    sliding = Facts(slid).take('rope_theta', float, 5e5)
+    sliding = Facts(slid).take('rope_theta', float, sliding)
   if 'layer_types' in fields and (found.get('rope_scaling') or sliding != found['rope_theta']):
     found['window_rope_theta'] = sliding
   return found
 
 
-def _write_olmo3_rope(model: config.Model) -> dict[str, Any]:
+def _write_nested_rope(model: config.Model) -> dict[str, Any]:
   full = _ROPE.write(model)['rope_parameters']
   sliding = {'rope_type': 'default', 'rope_theta': model.window_rope_theta or model.rope_theta}
   nested = {'full_attention': full, 'sliding_attention': sliding}
   return {'rope_theta': model.rope_theta, 'rope_parameters': nested}
 
 
-def _read_phi3_rope(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
+def _read_phi3_rope(facts: Facts, fields: dict[str, Any], theta: float = 1e4) -> dict[str, Any]:
   facts.pop('original_max_position_embeddings', None)
   part = facts.take('partial_rotary_factor', float, None)
   for group in ('rope_parameters', 'rope_scaling'):
     part = part or Facts(facts).take(group, dict, {}).get('partial_rotary_factor')
   partial = dict(rotary_dim=int(fields['head_dim'] * part)) if part and part != 1 else {}
-  return partial | rope(facts, 1e4)
+  return partial | rope(facts, theta)
+
+
+def _read_neox_rope(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
+  part, theta = facts.take('rotary_pct', float, 0.25), facts.take('rotary_emb_base', float, 1e4)
+  groups = [facts.get(key) or {} for key in ('rope_parameters', 'rope_scaling')]
+  if not any('partial_rotary_factor' in group for group in groups):
+    facts['partial_rotary_factor'] = part
+  return _read_phi3_rope(facts, fields, theta)
+
+
+def _write_neox_rope(model: config.Model) -> dict[str, Any]:
+  written = _write_phi3_rope(model)
+  part = written['partial_rotary_factor']
+  return written | {'rotary_pct': part, 'rotary_emb_base': model.rope_theta}
+
+
+def _read_neox_block(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
+  parallel = facts.take('use_parallel_residual', bool, True)
+  return {'block': 'parallel_two_norms' if parallel else 'sequential'}
+
+
+def _write_neox_block(model: config.Model) -> dict[str, Any]:
+  return {'use_parallel_residual': model.block != 'sequential', 'attention_bias': True}
 
 
 def _write_phi3_rope(model: config.Model) -> dict[str, Any]:
   part = {'partial_rotary_factor': (model.rotary_dim or model.head_dim) / model.head_dim}
   return part | rope_json(model.rope_theta, model.rope_scaling, **part)
+
+
+def _read_gemma3_rope(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
+  return _read_nested_rope(facts, fields, 1e6, facts.take('rope_local_base_freq', float, 1e4))
+
+
+def _write_gemma3_rope(model: config.Model) -> dict[str, Any]:
+  sliding = {'rope_local_base_freq': model.window_rope_theta or model.rope_theta}
+  return _write_nested_rope(model) | sliding
 
 
 # Sliding windows.
@@ -292,6 +329,44 @@ def _write_nope_layers(model: config.Model) -> dict[str, Any]:
   return {'no_rope_layers': turns, 'no_rope_layer_interval': 4}
 
 
+def _read_mlp_bias(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
+  biased = fields.get('biases') == 'attention' and facts.take('mlp_bias', bool, False)
+  return {'biases': 'all'} if biased else {}
+
+
+def _write_mlp_bias(model: config.Model) -> dict[str, Any]:
+  return {'mlp_bias': model.biases == 'all', 'attention_bias': model.biases in ('attention', 'all')}
+
+
+def _gemma(attention_cap: float | None, logit_cap: float | None, every: int) -> list[Part]:
+  """Scales, caps and windows; caps are those of absent keys, null is none."""
+  caps = {
+    'attention_cap': ('attn_logit_softcapping', attention_cap),
+    'logit_cap': ('final_logit_softcapping', logit_cap),
+  }
+
+  def read_scales(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
+    scalar = facts.take('query_pre_attn_scalar', int, 256)
+    found = {
+      field: facts.take(key, float, facts.get(key, default)) or 0.0
+      for field, (key, default) in caps.items()
+    }
+    return found | dict(attention_scale=scalar**-0.5, embedding_scale=fields['d_model'] ** 0.5)
+
+  def write_scales(model: config.Model) -> dict[str, Any]:
+    scalar = round(model.attention_scale**-2) if model.attention_scale else 0
+    found = {key: getattr(model, field) or None for field, (key, _) in caps.items()}
+    return found | {'query_pre_attn_scalar': scalar, 'hidden_activation': 'gelu_pytorch_tanh'}
+
+  def read_windows(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
+    own = facts.take('_sliding_window_pattern', int, every)
+    pattern = facts.take('sliding_window_pattern', int, own)
+    return _read_olmo3_windows(facts, fields, pattern)
+
+  return [Part(read_scales, write_scales), Part(read_windows, _write_windows), _BIASES]
+
+
+_MLP_BIAS = Part(_read_mlp_bias, _write_mlp_bias)
 _BIASES = _flag('attention_bias', 'biases', 'attention')
 _LOGITS_SCALING = Part(
   lambda facts, fields: dict(logit_scale=1 / facts.take('logits_scaling', float, 1.0)),
@@ -302,7 +377,8 @@ _LOGITS_SCALING = Part(
 # Fields under our own names where transformers has none.
 _OWN = (
   'block', 'norm', 'norm_place', 'qk_norm', 'biases', 'rotary_layout', 'rotary_dim', 'nope_layers',
-  'window_rope_theta', 'attention_scale', 'embedding_scale', 'residual_scale', 'logit_scale',
+  'window_rope_theta', 'attention_scale', 'embedding_scale', 'residual_scale', 'logit_scale', 'ffn',
+  'attention_cap', 'logit_cap',
 )  # fmt: skip
 
 
@@ -342,11 +418,31 @@ _GRANITE_KEYS = _RMSNORM | dict(
   embedding_scale='embedding_multiplier', residual_scale='residual_multiplier',
   attention_scale='attention_multiplier',
 )  # fmt: skip
+_NEOX_KEYS = {k: v for k, v in _LAYERNORM.items() if k not in ('num_kv_heads', 'head_dim')}
+_NEOX = dict(
+  norm='layernorm_bias', rotary_layout='half', biases='all', ffn='gelu', tied_embeddings=False,
+  norm_epsilon=1e-5,
+)  # fmt: skip
+_QKV = tuple((f'.{letter}_proj', '.qkv_proj') for letter in 'qkv')
+_PHI3_NAMES = *_QKV, ('.gate_proj', '.gate_up_proj'), ('.up_proj', '.gate_up_proj')
+_NEOX_NAMES = *_QKV, *{
+  'self_attn.qkv_proj': 'attention.query_key_value', 'self_attn.o_proj': 'attention.dense',
+  'up_proj': 'dense_h_to_4h', 'down_proj': 'dense_4h_to_h', 'model.layers': 'gpt_neox.layers',
+  'model.embed_tokens': 'gpt_neox.embed_in', 'model.norm': 'gpt_neox.final_layer_norm',
+  'lm_head': 'embed_out',
+}.items()  # fmt: skip
+_GEMMA = _LLAMA | dict(
+  norm='rmsnorm_plus_one', norm_place='both', ffn='geglu_tanh', tied_embeddings=True,
+  num_kv_heads=4, head_dim=256,
+)  # fmt: skip
+_GEMMA_ALLOWED = dict.fromkeys(('hidden_act', 'hidden_activation'), ['gelu_pytorch_tanh'])
+_GEMMA_ALLOWED |= dict(cache_implementation=['hybrid'])
 
 # A model of any family, computed by our own code, which adds experts.
 BAM = Family(
   'BamForCausalLM', 'bam', _LAYERNORM, dict(norm_epsilon=1e-5, tied_embeddings=True),
   [Part(_read_own, _write_own), Part(_read_windows, _write_windows)],
+  dict(hidden_act=[*_ACTIVATIONS.values()]),  # which `ffn` says
 )  # fmt: skip
 # In the order in which a model's own class is looked for.
 FAMILIES = [
@@ -358,7 +454,7 @@ FAMILIES = [
     'Cohere2ForCausalLM', 'cohere2', _COHERE_KEYS, _COHERE | dict(rope_theta=1e4),
     [_ROPE, Part(_read_cohere2_windows, _write_windows)], _COHERE_ALLOWED,
   ),
-  Family('LlamaForCausalLM', 'llama', _RMSNORM, _LLAMA, [_ROPE, _BIASES]),
+  Family('LlamaForCausalLM', 'llama', _RMSNORM, _LLAMA, [_ROPE, _BIASES, _MLP_BIAS]),
   Family(
     'MistralForCausalLM', 'mistral', _RMSNORM, _LLAMA | dict(num_kv_heads=8),
     [_ROPE, _all_windows(4096)],
@@ -379,15 +475,31 @@ FAMILIES = [
   Family('Olmo2ForCausalLM', 'olmo2', _RMSNORM, _OLMO, [_ROPE, _BIASES]),
   Family(
     'Olmo3ForCausalLM', 'olmo3', _RMSNORM, _OLMO,
-    [_BIASES, Part(_read_olmo3_windows, _write_windows), Part(_read_olmo3_rope, _write_olmo3_rope)],
+    [
+      _BIASES, Part(_read_olmo3_windows, _write_windows),
+      Part(_read_nested_rope, _write_nested_rope),
+    ],
   ),
   Family(
     'Phi3ForCausalLM', 'phi3', _RMSNORM, _LLAMA | dict(norm_epsilon=1e-5),
-    [Part(_read_phi3_rope, _write_phi3_rope), _all_windows(None)],
+    [Part(_read_phi3_rope, _write_phi3_rope), _all_windows(None)], renamed=_PHI3_NAMES,
   ),
   Family(
     'GraniteForCausalLM', 'granite', _GRANITE_KEYS,
     _LLAMA | dict(embedding_scale=1.0, residual_scale=1.0, attention_scale=1.0),
     [_ROPE, _BIASES, _LOGITS_SCALING],
+  ),
+  Family(
+    'GPTNeoXForCausalLM', 'gpt_neox', _NEOX_KEYS, _NEOX,
+    [Part(_read_neox_rope, _write_neox_rope), Part(_read_neox_block, _write_neox_block)],
+    dict(hidden_act=['gelu'], attention_bias=[True]), _NEOX_NAMES,
+  ),
+  Family(
+    'Gemma2ForCausalLM', 'gemma2', _RMSNORM, _GEMMA, [*_gemma(50.0, 30.0, 2), _ROPE],
+    _GEMMA_ALLOWED,
+  ),
+  Family(
+    'Gemma3ForCausalLM', 'gemma3_text', _RMSNORM, _GEMMA | dict(qk_norm='head_rms'),
+    [*_gemma(None, None, 6), Part(_read_gemma3_rope, _write_gemma3_rope)], _GEMMA_ALLOWED,
   ),
 ]  # fmt: skip

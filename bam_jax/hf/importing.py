@@ -17,6 +17,9 @@ from bam_jax.files import folders
 from bam_jax.hf import config_json, files, gguf, names
 from bam_jax.hf.files import Progress
 
+# Tensors of older files that follow from config.json.
+_BUFFERS = 'rotary_emb.inv_freq', '.attention.bias', '.attention.masked_bias'
+
 
 def convert(
   source: str,
@@ -114,10 +117,11 @@ def _check(reader, table: names.Table, model: config.Model) -> None:
     name: (parts[-1].stop, *table[parts[0].path].theirs[1:])
     for name, parts in names.pieces(table).items()
   }
+  found = {name for name in reader.specs if not name.endswith(_BUFFERS)}
   # PyTorch lists a tied head although it is the table; files may therefore contain both.
   if tied_twice := model.tied_embeddings and names.HEAD in reader.specs:
     expected[names.HEAD] = expected[names.TABLE]
-  for name in sorted(reader.specs.keys() | expected.keys()):
+  for name in sorted(found | expected.keys()):
     require(name in reader.specs, f'{reader.folder} lacks {name}, which its config describes.')
     shape, described = reader.specs[name].shape, expected.get(name, 'no such tensor')
     wrong = f'{reader.folder} has {name} of shape {shape}; its config says {described}.'
@@ -139,6 +143,8 @@ def _copy(reader, table: names.Table, writer: arrays.Writer, progress: Progress)
     digest = manifest.Hash()
     digest.update(theirs)
     hashes[name] = digest.hexdigest()
+    if heads := table[parts[0].path].heads:
+      theirs = names.regrouped(theirs, heads, 3)
     for path, index, start, stop in parts:
       dtype = writer.specs[path].dtype
       rows, spec = theirs[start:stop].astype(dtype, copy=False), reader.specs[name]

@@ -81,10 +81,8 @@ def write(mixture: Mixture, model: config.Model, length: int) -> dict[str, Any]:
 
 def tensors(mixture: Mixture, model: config.Model) -> tuple[names.Table, dict[str, tuple]]:
   """The tensors of a mixture by our paths, and the shapes, by name, of others, which are zeros."""
-  table = names.tensors(model)
+  table = names.renamed(names.tensors(model), mixture.renamed)
   table.pop('blocks/ffn/expert_bias', None)
-  for ours, theirs in mixture.renamed:
-    table = {k: one._replace(name=one.name.replace(ours, theirs)) for k, one in table.items()}
   if mixture.model_type != 'qwen2_moe':
     return table, {}
   D, K, H, G = model.d_model, model.head_dim, model.num_heads, model.num_kv_heads

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.cohere.modeling_cohere import CohereMLP, eager_attention_forward
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -27,11 +27,13 @@ from .configuration_bam import BamConfig
 
 
 class BamLayerNorm(nn.Module):
-  """LayerNorm without a bias, or RMSNorm, of each of the groups of channels that a scale is for."""
+  """LayerNorm or RMSNorm of each of the groups of channels that a scale is for."""
 
-  def __init__(self, shape: tuple[int, ...], config: BamConfig, centred: bool):
+  def __init__(self, shape: tuple[int, ...], config: BamConfig, centred: bool, biased=False):
     super().__init__()
-    self.weight, self.centred = nn.Parameter(torch.ones(shape)), centred
+    self.offset = float(config.norm == 'rmsnorm_plus_one')
+    self.weight, self.centred = nn.Parameter(torch.full(shape, 1 - self.offset)), centred
+    self.bias = nn.Parameter(torch.zeros(shape)) if biased else None
     self.epsilon = config.layer_norm_eps
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -39,7 +41,19 @@ class BamLayerNorm(nn.Module):
     if self.centred:
       y = y - y.mean(-1, keepdim=True)
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.epsilon)
-    return (y * self.weight.float()).view_as(x).to(x.dtype)
+    y = y * (self.offset + self.weight.float())
+    return (y if self.bias is None else y + self.bias.float()).view_as(x).to(x.dtype)
+
+
+def block_norm(config: BamConfig) -> BamLayerNorm:
+  """A norm of the residual stream."""
+  centred, biased = config.norm.startswith('layernorm'), config.norm == 'layernorm_bias'
+  return BamLayerNorm((config.hidden_size,), config, centred, biased)
+
+
+def capped(x: torch.Tensor, cap: float) -> torch.Tensor:
+  """`cap * tanh(x / cap)`; `x` for a cap of 0."""
+  return cap * torch.tanh(x / cap) if cap else x
 
 
 class BamRouter(nn.Linear):
@@ -106,7 +120,7 @@ class BamProjections(nn.Module):
 
     if query_output:
       self.q_proj, self.q_norm = linear(H * K), norm(H)
-      self.o_proj = nn.Linear(H * K, D, bias=config.biases == 'attention')
+      self.o_proj = nn.Linear(H * K, D, bias=config.biases in ('attention', 'all'))
     if key_value:
       self.k_proj, self.v_proj, self.k_norm = linear(G * K), linear(G * K), norm(G)
 
@@ -154,6 +168,8 @@ class BamAttention(BamProjections):
     kernel = config._attn_implementation
     attend = eager_attention_forward if kernel == 'eager' else ALL_ATTENTION_FUNCTIONS[kernel]
     options = dict(scaling=self.scaling, sliding_window=self.sliding_window)
+    if config.attention_cap:
+      options['softcap'] = config.attention_cap
     heads, weights = attend(self, query, key, value, attention_mask, **options, **kwargs)
     if not E:
       return self.o_proj(heads.flatten(2)), weights
@@ -166,6 +182,27 @@ class BamAttention(BamProjections):
     return sum(outputs), weights
 
 
+class BamMLP(nn.Module):
+  """A dense FFN, or an expert."""
+
+  def __init__(self, config: BamConfig):
+    super().__init__()
+    D, hidden, biased = config.hidden_size, config.intermediate_size, config.biases == 'all'
+    self.kind = config.ffn
+    if self.kind != 'gelu':
+      self.gate_proj = nn.Linear(D, hidden, bias=biased)
+    self.up_proj = nn.Linear(D, hidden, bias=biased)
+    self.down_proj = nn.Linear(hidden, D, bias=biased)
+
+  def forward(self, y: torch.Tensor) -> torch.Tensor:
+    up = self.up_proj(y)
+    if self.kind == 'gelu':
+      return self.down_proj(F.gelu(up))
+    gate = self.gate_proj(y)
+    gate = F.silu(gate) if self.kind == 'swiglu' else F.gelu(gate, approximate='tanh')
+    return self.down_proj(gate * up)
+
+
 class BamSparseMLP(nn.Module):
   """The sum of the top-k FFN experts of each token, weighted with their gates."""
 
@@ -173,7 +210,7 @@ class BamSparseMLP(nn.Module):
     super().__init__()
     E, top_k, renormalize = config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
     self.router = BamRouter(config.hidden_size, E, top_k, renormalize, config.use_expert_bias)
-    self.experts = nn.ModuleList(CohereMLP(config) for _ in range(E))
+    self.experts = nn.ModuleList(BamMLP(config) for _ in range(E))
 
   def forward(self, y_BTD: torch.Tensor) -> torch.Tensor:
     gates = self.router(y_BTD).to(y_BTD.dtype).flatten(0, 1)
@@ -190,29 +227,30 @@ class BamLayer(GradientCheckpointingLayer):
 
   def __init__(self, config: BamConfig, layer_idx: int):
     super().__init__()
-    self.pre, self.sequential = config.norm_place == 'pre', config.block == 'sequential'
-    self.scale = config.residual_scale
+    self.sequential, self.scale = config.block == 'sequential', config.residual_scale
     self.self_attn = BamAttention(config, layer_idx)
-    self.mlp = BamSparseMLP(config) if config.num_experts else CohereMLP(config)
-    norm = lambda: BamLayerNorm((config.hidden_size,), config, config.norm == 'layernorm')
-    if self.pre:
-      self.input_layernorm = norm()
-    if self.sequential:
-      self.post_attention_layernorm = norm()
-    if not self.pre:
-      self.post_feedforward_layernorm = norm()
+    self.mlp = BamSparseMLP(config) if config.num_experts else BamMLP(config)
+    # On the inputs and on the outputs of the two parts: names of modules, '' for none.
+    before, after = ['', ''], ['', '']
+    if config.norm_place != 'post':
+      second = 'post_attention' if config.norm_place == 'pre' else 'pre_feedforward'
+      before = ['input_layernorm', '' if config.block == 'parallel' else f'{second}_layernorm']
+    if config.norm_place != 'pre':
+      after = ['post_attention_layernorm', 'post_feedforward_layernorm']
+    for name in filter(None, before + after):
+      setattr(self, name, block_norm(config))
+    self.before, self.after = before, after
 
   def forward(self, x: torch.Tensor, **kwargs) -> torch.Tensor:
     """The residual stream (B, T, D) after the layer."""
-    y = self.input_layernorm(x) if self.pre else x
+    norm = lambda name, x: getattr(self, name)(x) if name else x
+    y = norm(self.before[0], x)
     attended, _ = self.self_attn(y, **kwargs)
     if not self.sequential:
+      y = norm(self.before[1], x) if self.before[1] else y
       return x + self.scale * (attended + self.mlp(y))
-    if self.pre:
-      x = x + self.scale * attended
-      return x + self.scale * self.mlp(self.post_attention_layernorm(x))
-    x = x + self.scale * self.post_attention_layernorm(attended)
-    return x + self.scale * self.post_feedforward_layernorm(self.mlp(x))
+    x = x + self.scale * norm(self.after[0], attended)
+    return x + self.scale * norm(self.after[1], self.mlp(norm(self.before[1], x)))
 
 
 class BamPreTrainedModel(CoherePreTrainedModel):
@@ -232,7 +270,9 @@ class BamModel(BamPreTrainedModel):
     super().__init__(config)
     self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
     self.layers = nn.ModuleList(BamLayer(config, n) for n in range(config.num_hidden_layers))
-    self.norm = BamLayerNorm((config.hidden_size,), config, config.norm == 'layernorm')
+    self.norm = block_norm(config)
+    if config.attention_cap and config._attn_implementation == 'sdpa':
+      config._attn_implementation = 'eager'  # sdpa has no cap
     self.gradient_checkpointing = False
     self.post_init()
 
@@ -262,15 +302,25 @@ class BamModel(BamPreTrainedModel):
     return BaseModelOutputWithPast(self.norm(x), cache)
 
 
+class BamHead(nn.Linear):
+  """Logits, scaled and capped."""
+
+  def __init__(self, config: BamConfig):
+    super().__init__(config.hidden_size, config.vocab_size, bias=False)
+    self.scale, self.cap = config.logit_scale, config.logit_cap
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    return capped(self.scale * super().forward(x), self.cap)
+
+
 class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
   """The model with next-token logits."""
 
   _tied_weights_keys = {'lm_head.weight': 'model.embed_tokens.weight'}
-  forward = CohereForCausalLM.forward  # logits have a factor there too
+  forward = CohereForCausalLM.forward
 
   def __init__(self, config: BamConfig):
     super().__init__(config)
     self.model = BamModel(config)
-    self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-    self.logit_scale = config.logit_scale
+    self.lm_head, self.logit_scale = BamHead(config), 1.0
     self.post_init()

@@ -7,23 +7,20 @@ Legend: L layers, E experts, D model, H query heads, G key-value heads, K head, 
 """
 
 import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from bam_jax import config
-from bam_jax.upcycle import rules
 
 HEAD = 'lm_head.weight'
 TABLE = 'model.embed_tokens.weight'
-# The norms of a block, by where they are.
+# The norms of a block; with others on outputs that of the FFN has a name of its own.
 _NORMS = {
-  'pre': {'norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm'},
-  'post': {
-    'attention_out_norm': 'post_attention_layernorm',
-    'ffn_out_norm': 'post_feedforward_layernorm',
-  },
-}
+  'norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm',
+  'attention_out_norm': 'post_attention_layernorm', 'ffn_out_norm': 'post_feedforward_layernorm',
+}  # fmt: skip
 STRIP = 32  # rows transposed at once: two cache lines of the output
 
 
@@ -35,6 +32,7 @@ class Tensor(NamedTuple):
   ours: tuple[int, ...]  # the other axes
   theirs: tuple[int, ...]  # matrices are (out, in) in transformers
   is_matrix: bool = False  # whether the array is transposed there
+  heads: int = 0  # of a tensor whose rows are queries, keys and values of one head after the other
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -45,11 +43,8 @@ class Tensor(NamedTuple):
 Table = dict[str, Tensor]  # of a whole model, by our paths
 
 
-def tensors(model: config.Model, fused: bool = False) -> Table:
-  """All tensors of a model by our paths, in the order of computation.
-
-  `fused`: queries, keys and values are rows of one tensor, gate and up of another, as in Phi-3.
-  """
+def tensors(model: config.Model) -> Table:
+  """All tensors of a model by our paths, in the order of computation."""
   D, F, V, L = model.d_model, model.ffn_dim, model.vocab_size, model.num_layers
   H, G, K = model.num_heads, model.num_kv_heads, model.head_dim
   attention, ffn = model.attention_experts, model.ffn_experts
@@ -65,13 +60,15 @@ def tensors(model: config.Model, fused: bool = False) -> Table:
 
   kv = None if attention and attention.shared_kv else attention
   made['embed/table'] = Tensor(TABLE, (), (V, D), (V, D))
-  for ours in rules.norm_names(model):
-    name = f'{layer}{_NORMS[model.norm_place][ours]}.weight'
-    made[f'blocks/{ours}/scale'] = Tensor(name, (L,), (D,), (D,))
+  ends = {'scale': 'weight'} | ({'bias': 'bias'} if model.norm == 'layernorm_bias' else {})
+  norms = _NORMS | ({'ffn_norm': 'pre_feedforward_layernorm'} if model.norm_place == 'both' else {})
+  for ours, end in itertools.product(model.norms, ends):
+    name = f'{layer}{norms[ours]}.{ends[end]}'
+    made[f'blocks/{ours}/{end}'] = Tensor(name, (L,), (D,), (D,))
   for ours, letter, experts, heads in (
     ('query', 'q', attention, H), ('key', 'k', kv, G), ('value', 'v', kv, G)
   ):  # fmt: skip
-    name, width = 'qkv_proj' if fused else f'{letter}_proj', heads * K
+    name, width = f'{letter}_proj', heads * K
     add(f'attention/{ours}', experts, 'self_attn', f'{name}.weight', (D, heads, K), (width, D))
     if model.biases != 'none':
       add(f'attention/{ours}_bias', experts, 'self_attn', f'{name}.bias', (heads, K), (width,))
@@ -82,24 +79,38 @@ def tensors(model: config.Model, fused: bool = False) -> Table:
       name = f'{letter}_norm.weight'
       add(f'attention/{ours}_{scale}', experts, 'self_attn', name, shape, theirs)
   add('attention/out', attention, 'self_attn', 'o_proj.weight', (H, K, D), (D, H * K))
-  if model.biases == 'attention':
+  if model.biases in ('attention', 'all'):
     add('attention/out_bias', attention, 'self_attn', 'o_proj.bias', (D,), (D,))
   if attention:
     E = attention.num_experts
     add('attention/router', None, 'self_attn', 'router.weight', (D, E), (E, D))
-  for ours in ('gate', 'up'):
-    name = 'gate_up_proj.weight' if fused else f'{ours}_proj.weight'
-    add(f'ffn/{ours}', ffn, 'mlp', name, (D, F), (F, D))
-  add('ffn/down', ffn, 'mlp', 'down_proj.weight', (F, D), (D, F))
+  for ours in (*model.ffn_inputs, 'down'):
+    shape = (F, D) if ours == 'down' else (D, F)
+    add(f'ffn/{ours}', ffn, 'mlp', f'{ours}_proj.weight', shape, shape[::-1])
+    if model.biases == 'all':
+      add(f'ffn/{ours}_bias', ffn, 'mlp', f'{ours}_proj.bias', shape[1:], shape[1:])
   if ffn:
     E = ffn.num_experts
     add('ffn/router', None, 'mlp', 'router.weight', (D, E), (E, D))
     if ffn.expert_bias:
       add('ffn/expert_bias', None, 'mlp', 'router.e_score_correction_bias', (E,), (E,))
-  made['final_norm/scale'] = Tensor('model.norm.weight', (), (D,), (D,))
+  for end, theirs in ends.items():
+    made[f'final_norm/{end}'] = Tensor(f'model.norm.{theirs}', (), (D,), (D,))
   if not model.tied_embeddings:
     made['unembed/kernel'] = Tensor(HEAD, (), (D, V), (V, D), True)
   return made
+
+
+def renamed(table: Table, parts: Iterable[tuple[str, str]]) -> Table:
+  """A table with other parts of names, replaced in this order."""
+  for ours, theirs in parts:
+    table = {k: one._replace(name=one.name.replace(ours, theirs)) for k, one in table.items()}
+  return table
+
+
+def regrouped(rows: np.ndarray, outer: int, inner: int) -> np.ndarray:
+  """Rows in `outer` groups of `inner` groups, as `inner` groups of `outer`."""
+  return rows.reshape(outer, inner, -1, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
 
 
 class Piece(NamedTuple):

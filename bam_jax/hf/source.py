@@ -76,6 +76,9 @@ class Reader:
     count = len(tensor.stacked)
     name, rows = self._places[path, tuple(index[:count])]
     inside = (*index[count:], *[slice(None)] * (len(tensor.ours) - len(index[count:])))
+    if tensor.heads:
+      whole = names.regrouped(self._reader.read(name), tensor.heads, 3)
+      return names.to_ours(tensor, whole[rows], dtype)[inside]
     if count or len(tensor.ours) < 2:
       return names.to_ours(tensor, self._reader.read(name, rows), dtype)[inside]
     # Of embeddings only the words that are asked for are read.

@@ -66,13 +66,14 @@ def _parts(model: config.Model, queries: int, ffns: int) -> Parts:
     model.qk_norm, (queries * H + kv * G) * K
   )
   biases = (queries * H + 2 * kv * G) * K if model.biases != 'none' else 0
-  biases += queries * D if model.biases == 'attention' else 0
-  norms = 1 + (model.block == 'sequential')  # of the residual stream, in a layer
+  biases += queries * D if model.biases in ('attention', 'all') else 0
+  ffn_biases = len(model.ffn_inputs) * model.ffn_dim + D if model.biases == 'all' else 0
+  of_norm = 2 * D if model.norm == 'layernorm_bias' else D
   return Parts(
     embeddings=model.vocab_size * D * (1 if model.tied_embeddings else 2),
-    norms=(L * norms + 1) * D + L * scales,
+    norms=(L * len(model.norms) + 1) * of_norm + L * scales,
     attention=_attention_matrices(model, queries) + L * biases,
-    ffn=L * ffns * 3 * D * model.ffn_dim,
+    ffn=_ffn_matrices(model, ffns) + L * ffns * ffn_biases,
     routers=L * (D * _router_columns(model) + (ffn.num_experts if ffn and ffn.expert_bias else 0)),
   )
 
@@ -81,6 +82,12 @@ def _attention_matrices(model: config.Model, queries: int) -> int:
   """Numbers in the projections of attention, with so many experts' queries and outputs."""
   heads = queries * model.num_heads + _key_values(model) * model.num_kv_heads
   return model.num_layers * 2 * model.d_model * heads * model.head_dim
+
+
+def _ffn_matrices(model: config.Model, ffns: int) -> int:
+  """Numbers in the matrices of so many FFN experts in each layer."""
+  matrices = len(model.ffn_inputs) + 1
+  return model.num_layers * ffns * matrices * model.d_model * model.ffn_dim
 
 
 def forward_flops(model: config.Model, context: int) -> int:
@@ -104,7 +111,7 @@ def forward_parts(model: config.Model, context: int) -> Parts:
     embeddings=2 * model.d_model * model.vocab_size,
     attention=2 * _attention_matrices(model, queries)
     + sum(2 * queries * model.num_heads * model.head_dim * tokens for tokens in seen),
-    ffn=2 * active_parts(model).ffn,
+    ffn=2 * _ffn_matrices(model, model.ffn_experts.top_k if model.ffn_experts else 1),
     routers=2 * model.num_layers * model.d_model * _router_columns(model),
   )
 
@@ -145,7 +152,7 @@ def gathered_bytes(model: config.Model, compute: config.Compute, mesh: config.Me
     keys_and_values = model.num_layers * 2 * model.d_model * model.num_kv_heads * model.head_dim
     shared = keys_and_values if attention.shared_kv else 0
   numbers = shared + (matrices - shared) // mesh.expert
-  numbers += total_parts(model).ffn // (mesh.expert if ffn else 1)
+  numbers += _ffn_matrices(model, ffn.num_experts if ffn else 1) // (mesh.expert if ffn else 1)
   layers = 1 if compute.remat == 'none' else model.num_layers
   return numbers // layers // mesh.tensor * jnp.dtype(compute.dtype).itemsize
 

@@ -16,7 +16,7 @@ from bam_jax.model import parameters, remat, rope, router
 from bam_jax.model.kernels import attention as kernels
 from bam_jax.model.kernels import cached
 from bam_jax.model.kernels.cached import KVCache
-from bam_jax.model.norm import layer_norm, rms_norm
+from bam_jax.model.norm import factor, layer_norm, new_scale, rms_norm
 from bam_jax.model.rope import Tokens, apply_rope
 from bam_jax.parallel.collectives import Layout
 
@@ -44,17 +44,17 @@ class Attention(nnx.Module):
     if options:
       self.router = parameters.normal(rngs, (L, D, *E), D)
     if model.qk_norm == 'head_rms':
-      self.query_shared_scale = parameters.full((L, *E, K), 1)
-      self.key_shared_scale = parameters.full((L, *E_kv, K), 1)
+      self.query_shared_scale = new_scale(model, (L, *E, K))
+      self.key_shared_scale = new_scale(model, (L, *E_kv, K))
     elif model.qk_norm != 'none':
-      self.query_scale = parameters.full((L, *E, H, K), 1)
-      self.key_scale = parameters.full((L, *E_kv, G, K), 1)
+      self.query_scale = new_scale(model, (L, *E, H, K))
+      self.key_scale = new_scale(model, (L, *E_kv, G, K))
     if model.biases != 'none':
       self.query_bias = parameters.full((L, *E, H, K), 0)
       self.key_bias = parameters.full((L, *E_kv, G, K), 0)
       self.value_bias = parameters.full((L, *E_kv, G, K), 0)
-    if model.biases == 'attention':
-      self.out_bias = parameters.full((L, *E, D), 0)
+    biased = model.biases in ('attention', 'all')
+    self.out_bias = parameters.full((L, *E, D), 0) if biased else None
 
   def __call__(
     self, y_BTD: jax.Array, tokens: Tokens, caches: Sequence[KVCache] | None = None
@@ -69,7 +69,7 @@ class Attention(nnx.Module):
     cache = caches[0].update(key, value, tokens.start) if caches else None
     heads_BTHK = self.heads(y_BTD, ..., key, value, tokens, cache)
     output_BTD = jnp.einsum('bthk,hkd->btd', heads_BTHK, self.out[...])
-    if self.model.biases == 'attention':
+    if self.out_bias is not None:
       output_BTD += self.layout.once(self.out_bias[...], 'tensor')
     return output_BTD, None, caches and [cache]
 
@@ -99,10 +99,11 @@ class Attention(nnx.Module):
     query_BTHK = checkpoint_name(query_BTHK, remat.QUERY)
 
     def attend(window: int) -> jax.Array:
+      cap = model.attention_cap
       if cache is not None:
-        return cached.attention(query_BTHK, cache, tokens.first_B, tokens.start, window)
+        return cached.attention(query_BTHK, cache, tokens.first_B, tokens.start, window, cap)
       arrays = query_BTHK, key_BTGK, value_BTGK, tokens.segments_BT
-      return kernels.attention(*arrays, self.layout.platform, window)
+      return kernels.attention(*arrays, self.layout.platform, window, cap)
 
     windows = [kind.window for kind in self.kinds]
     if len(set(windows)) == 1 or isinstance(tokens.kind, int):
@@ -115,7 +116,7 @@ class Attention(nnx.Module):
     if kind == 'none':
       return x_BTHK
     name = f'{which}_shared_scale' if kind == 'head_rms' else f'{which}_scale'
-    scale = getattr(self, name)[expert]
+    scale = factor(self.model, getattr(self, name)[expert])
     if kind == 'all_rms':
       normed_BTHK = rms_norm_of_heads(self.layout, x_BTHK, scale, epsilon, num_heads)
     else:
@@ -163,7 +164,7 @@ class MixtureOfAttention(Attention):
       heads_BTHK = self.heads(y_BTD, expert, key, value, tokens, cache)
       heads_BTHK = heads_BTHK * weights_BTE[:, :, expert, None, None]
       output_BTD += jnp.einsum('bthk,hkd->btd', heads_BTHK, self.out[expert])
-      if self.model.biases == 'attention':
+      if self.out_bias is not None:
         bias_D = self.layout.once(self.out_bias[expert], 'tensor')
         output_BTD += weights_BTE[:, :, expert, None] * bias_D
     choices = router.Choices(gates_BTE, logits_BTE, chosen_BTE, jnp.zeros((), jnp.int32))

@@ -39,21 +39,17 @@ class Block(nnx.Module):
     `decoding` says that few tokens come at a time, so that reading weights takes the time.
     """
     self.model, self.layout = model, layout
-    norm = lambda: Norm((model.num_layers, model.d_model), model.norm, model.norm_epsilon)
-    if model.norm_place == 'post':
-      self.attention_out_norm, self.ffn_out_norm = norm(), norm()
-    else:
-      self.norm = norm()
-      if model.block == 'sequential':
-        self.ffn_norm = norm()
+    norm = lambda name: (
+      Norm((model.num_layers, model.d_model), model) if name in model.norms else None
+    )
+    self.norm, self.attention_out_norm = norm('norm'), norm('attention_out_norm')
+    self.ffn_norm, self.ffn_out_norm = norm('ffn_norm'), norm('ffn_out_norm')
     if model.attention_experts:
       self.attention = MixtureOfAttention(model, layout, rngs=rngs)
     else:
       self.attention = Attention(model, layout, rngs=rngs)
-    if model.ffn_experts:
-      self.ffn = MixtureOfFFN(model, layout, decoding, rngs=rngs)
-    else:
-      self.ffn = FFN(model, rngs=rngs)
+    ffn = MixtureOfFFN if model.ffn_experts else FFN
+    self.ffn = ffn(model, layout, decoding, rngs=rngs)
 
   def __call__(
     self,
@@ -82,40 +78,43 @@ class Block(nnx.Module):
     # float32 result whether or not there is a mesh.
     gather, reduce = self.layout.gather_tokens, self.layout.reduce_tokens
     attention_experts, ffn_experts = self.model.attention_experts, self.model.ffn_experts
+    norm, ffn_norm = self.norm, self.ffn_norm or self.norm
     if not attention_experts and not ffn_experts:  # dense
-      y_BTD = self.norm(x_BTD)
-      attended_BTD, attention_choices, caches = self.attention(y_BTD, tokens, caches)
+      z_BTD = norm(x_BTD)
+      y_BTD = ffn_norm(x_BTD) if self.ffn_norm else z_BTD
+      attended_BTD, attention_choices, caches = self.attention(z_BTD, tokens, caches)
       fed_BTD, ffn_choices = self.ffn(y_BTD, tokens)
       added_BTD = attended_BTD + fed_BTD
       if keep_inputs:
-        attention_choices = ffn_choices = y_BTD
+        attention_choices, ffn_choices = z_BTD, y_BTD
     elif attention_experts and ffn_experts:  # BAM: gather once, reduce once
-      y_BTD = self.norm(gather(x_BTD))
-      attended_BTD, attention_choices, caches = self.attention(y_BTD, group, caches)
+      all_BTD = gather(x_BTD)
+      z_BTD = norm(all_BTD)
+      y_BTD = ffn_norm(all_BTD) if self.ffn_norm else z_BTD
+      attended_BTD, attention_choices, caches = self.attention(z_BTD, group, caches)
       fed_BTD, ffn_choices = self.ffn(y_BTD, group)
       added_BTD = reduce(attended_BTD + fed_BTD)
     elif ffn_experts:  # BTX
-      attended_BTD, attention_choices, caches = self.attention(self.norm(x_BTD), tokens, caches)
-      fed_BTD, ffn_choices = self.ffn(self.norm(gather(x_BTD)), group)
+      attended_BTD, attention_choices, caches = self.attention(norm(x_BTD), tokens, caches)
+      fed_BTD, ffn_choices = self.ffn(ffn_norm(gather(x_BTD)), group)
       added_BTD = attended_BTD + reduce(fed_BTD)
     else:  # a mixture of attention alone
-      y_BTD = self.norm(gather(x_BTD))
-      attended_BTD, attention_choices, caches = self.attention(y_BTD, group, caches)
-      fed_BTD, ffn_choices = self.ffn(self.norm(x_BTD), tokens)
+      attended_BTD, attention_choices, caches = self.attention(norm(gather(x_BTD)), group, caches)
+      fed_BTD, ffn_choices = self.ffn(ffn_norm(x_BTD), tokens)
       added_BTD = fed_BTD + reduce(attended_BTD)
     x_BTD = x_BTD + self.scaled(self.layout.sum(added_BTD, 'tensor'))
     return x_BTD, Routing(attention_choices, ffn_choices), caches
 
   def sequential(self, x_BTD, tokens: Tokens, group: Tokens, caches: list | None, keep_inputs):
-    """`x' = x + attention(norm(x)); x' + ffn(ffn_norm(x'))`, or with the norms on the sums."""
-    pre, experts = self.model.norm_place == 'pre', self.model.attention_experts
-    z_BTD, here = self.inputs(x_BTD, tokens, group, experts, self.norm if pre else None)
+    """`x' = x + attention(norm(x)); x' + ffn(ffn_norm(x'))`, or with norms on the sums too."""
+    experts = self.model.attention_experts
+    z_BTD, here = self.inputs(x_BTD, tokens, group, experts, self.norm)
     attended_BTD, attention_choices, caches = self.attention(z_BTD, here, caches)
-    x_BTD += self.outputs(attended_BTD, experts, None if pre else self.attention_out_norm)
+    x_BTD += self.outputs(attended_BTD, experts, self.attention_out_norm)
     experts = self.model.ffn_experts
-    y_BTD, here = self.inputs(x_BTD, tokens, group, experts, self.ffn_norm if pre else None)
+    y_BTD, here = self.inputs(x_BTD, tokens, group, experts, self.ffn_norm)
     fed_BTD, ffn_choices = self.ffn(y_BTD, here)
-    x_BTD += self.outputs(fed_BTD, experts, None if pre else self.ffn_out_norm)
+    x_BTD += self.outputs(fed_BTD, experts, self.ffn_out_norm)
     choices = (z_BTD, y_BTD) if keep_inputs else (attention_choices, ffn_choices)
     return x_BTD, Routing(*choices), caches
 

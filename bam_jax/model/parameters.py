@@ -8,10 +8,12 @@ from flax import nnx
 
 # Used in float32 whatever the compute dtype: a router's choice and a norm's scale are too coarse in
 # bfloat16, and too small to save anything.
-SCALES = frozenset(  # of norms
-  'scale query_scale key_scale query_shared_scale key_shared_scale'.split()
+SCALES = frozenset(  # of norms, and a norm's bias
+  'scale bias query_scale key_scale query_shared_scale key_shared_scale'.split()
 )
-BIASES = frozenset({'query_bias', 'key_bias', 'value_bias', 'out_bias'})  # of projections
+BIASES = frozenset(  # of projections
+  f'{name}_bias' for name in ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
+)
 ROUTERS = frozenset({'router', 'expert_bias'})
 FLOAT32_NAMES = SCALES | ROUTERS
 UNDECAYED = SCALES | BIASES | {'expert_bias'}  # by weight decay

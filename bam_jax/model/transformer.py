@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bam_jax import config
-from bam_jax.model import parameters, remat, rope, router, vocabulary
+from bam_jax.model import activation, parameters, remat, rope, router, vocabulary
 from bam_jax.model.block import Block, Routing
 from bam_jax.model.norm import Norm
 from bam_jax.parallel.collectives import Layout
@@ -29,7 +29,7 @@ class Transformer(nnx.Module):
     self.embed, self.unembed = nnx.Module(), nnx.Module()
     self.embed.table = parameters.normal(rngs, (V, D), D)
     self.blocks = Block(model, layout, rngs=rngs)
-    self.final_norm = Norm((D,), model.norm, model.norm_epsilon)
+    self.final_norm = Norm((D,), model)
     if not model.tied_embeddings:
       self.unembed.kernel = parameters.normal(rngs, (D, V), D)
 
@@ -120,14 +120,15 @@ class Network:
     return nnx.merge(self._graph, cast)(tokens_BT, segments_BT, positions_BT, collect)
 
   def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
-    """Scores of the next token, (..., V), float32 sums of products in the compute dtype, scaled."""
+    """Scores of the next token (..., V): float32 sums of products in the compute dtype, scaled."""
     kernel, transposed = self._unembedding(params)
-    return self.model.logit_scale * jnp.einsum(
+    logits = self.model.logit_scale * jnp.einsum(
       '...d,dv->...v' if transposed else '...d,vd->...v',
       hidden_BTD.astype(self._dtype),
       kernel.astype(self._dtype),
       preferred_element_type=jnp.promote_types(self._dtype, jnp.float32),
     )
+    return activation.capped(logits, self.model.logit_cap)
 
   def nll_sum(self, params: Params, hidden_BTD, targets_BT, weights_BT) -> jax.Array:
     """Sum of weight times negative log-likelihood of the int32 targets; float32 nats."""
@@ -140,6 +141,7 @@ class Network:
       weights_BT,
       transposed=transposed,
       scale=self.model.logit_scale,
+      cap=self.model.logit_cap,
       chunk=self.compute.loss_chunk,
       dtype=self._dtype,
     )

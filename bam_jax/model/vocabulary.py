@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bam_jax.model import activation
 from bam_jax.parallel.collectives import Layout
 
 
@@ -68,6 +69,7 @@ def nll_sum(
   *,
   transposed: bool,
   scale: float,
+  cap: float,
   chunk: int,
   dtype,
 ) -> jax.Array:
@@ -85,6 +87,7 @@ def nll_sum(
     weights_BT: float32.
     transposed: see `kernel`.
     scale: of the logits.
+    cap: of the scaled logits; 0: none.
     chunk: tokens whose logits exist at once on a device; 0 is all.
     dtype: of the products' operands.
   """
@@ -117,13 +120,15 @@ def nll_sum(
       total, d_kernel = carry
       hidden_ND, targets_N, weights_N = map(gather, (part[0].astype(dtype), *part[1:]))
       nll_N, logits_NW, logsumexp_N, local_N = _scores(
-        layout, here, transposed, scale, hidden_ND, targets_N
+        layout, here, transposed, scale, cap, hidden_ND, targets_N
       )
       total += jnp.sum(own(nll_N) * part[2])
       if not gradients:
         return (total, None), None
       d_logits_NW = jnp.exp(logits_NW - logsumexp_N[:, None])
       d_logits_NW -= jax.nn.one_hot(local_N, logits_NW.shape[1], dtype=d_logits_NW.dtype)
+      if cap:
+        d_logits_NW *= activation.slope(logits_NW, cap)
       d_logits_NW = (scale * weights_N[:, None] * d_logits_NW).astype(dtype)
       einsum = partial(jnp.einsum, preferred_element_type=grad_dtype)
       if transposed:
@@ -151,7 +156,7 @@ def nll_sum(
   return total(words.kernel, cut(hidden_BTD), cut(targets_BT), cut(weights_BT))
 
 
-def _scores(layout, words: Words, transposed: bool, scale: float, hidden_ND, targets_N):
+def _scores(layout, words: Words, transposed: bool, scale: float, cap: float, hidden_ND, targets_N):
   """Tokens' negative log-likelihood, this device's logits, all words' logsumexp, local targets.
 
   A local target is a number among this device's words, or -1 where the word is another's.
@@ -159,6 +164,7 @@ def _scores(layout, words: Words, transposed: bool, scale: float, hidden_ND, tar
   spec = 'nd,dw->nw' if transposed else 'nd,wd->nw'
   dtype = jnp.promote_types(hidden_ND.dtype, jnp.float32)
   logits_NW = scale * jnp.einsum(spec, hidden_ND, words.kernel, preferred_element_type=dtype)
+  logits_NW = activation.capped(logits_NW, cap)
   local_N = targets_N - words.first
   here_N = (local_N >= 0) & (local_N < logits_NW.shape[1])
   index_N1 = jnp.where(here_N, local_N, 0)[:, None]

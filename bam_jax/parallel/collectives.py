@@ -37,6 +37,8 @@ class Layout:
   can be compiled for others), or of this process.
   """
 
+  hidden_axes = ('tensor',)  # that cut the hidden columns of FFN experts
+
   def __init__(self, mesh: jax.sharding.Mesh | None = None, platform: str = ''):
     present = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
     self.platform = platform or present
@@ -63,11 +65,11 @@ class Layout:
     axes = self.over(*axes)
     return jax.lax.psum(tree, axes) if axes else tree
 
-  def once(self, x: jax.Array, axis: str) -> jax.Array:
-    """`x` on the first device along an axis, zeros on the others: a sum over it has it once."""
-    if not self.over(axis):
+  def once(self, x: jax.Array, *axes: str) -> jax.Array:
+    """`x` on the first device along axes, zeros on the others: a sum over them has it once."""
+    if not (axes := self.over(*axes)):
       return x
-    return jnp.where(jax.lax.axis_index(axis) == 0, x, jnp.zeros((), x.dtype))
+    return jnp.where(jax.lax.axis_index(axes) == 0, x, jnp.zeros((), x.dtype))
 
   def total(self, tree: Any) -> Any:
     """Sums over all rows of the batch, given sums over this device's rows."""

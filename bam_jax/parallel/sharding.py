@@ -42,11 +42,17 @@ RULES = {
   'blocks/ffn/gate': P(None, FSDP, 'tensor'),
   'blocks/ffn/up': P(None, FSDP, 'tensor'),
   'blocks/ffn/down': P(None, ('tensor', *FSDP), None),
+  'blocks/ffn/gate_bias': P(None, 'tensor'),
+  'blocks/ffn/up_bias': P(None, 'tensor'),
+  'blocks/ffn/down_bias': P(None, None),
 }
-NORMS = ('norm', 'ffn_norm', 'attention_out_norm', 'ffn_out_norm')
+NORMS = (
+  'final_norm',
+  *(f'blocks/{name}' for name in ('norm', 'ffn_norm', 'attention_out_norm', 'ffn_out_norm')),
+)
 REPLICATED = (
-  'final_norm/scale', *(f'blocks/{name}/scale' for name in NORMS), 'blocks/attention/router',
-  'blocks/ffn/router', 'blocks/ffn/expert_bias',
+  *(f'{norm}/{name}' for norm in NORMS for name in ('scale', 'bias')),
+  'blocks/attention/router', 'blocks/ffn/router', 'blocks/ffn/expert_bias',
 )  # fmt: skip
 
 

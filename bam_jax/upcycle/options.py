@@ -8,8 +8,11 @@ import numpy as np
 
 from bam_jax import config
 
-# The axis of the hidden dimensions in one expert's matrix.
-HIDDEN_AXIS = {'blocks/ffn/gate': 1, 'blocks/ffn/up': 1, 'blocks/ffn/down': 0}
+# The axis of the hidden dimensions in one expert's array.
+HIDDEN_AXIS = {
+  'blocks/ffn/gate': 1, 'blocks/ffn/up': 1, 'blocks/ffn/down': 0, 'blocks/ffn/gate_bias': 0,
+  'blocks/ffn/up_bias': 0,
+}  # fmt: skip
 
 
 def average(arrays: Sequence[np.ndarray], upcycle: config.Upcycle) -> np.ndarray:
@@ -32,7 +35,7 @@ def expert(
 ) -> np.ndarray:
   """One expert's float32 array of one layer: its source's `matrix`, or changed where it is a copy.
 
-  `drop_ratio`: this share of an FFN expert's hidden dimensions is redrawn, in each matrix from a
+  `drop_ratio`: this share of an FFN expert's hidden dimensions is redrawn, in each array from a
   normal distribution with the mean and standard deviation of the weights it replaces. Method
   'sparse' applies this to every expert; Drop-Upcycling, arXiv 2502.19261.
 
@@ -57,7 +60,7 @@ def expert(
 
 
 def dropped(layer: int, expert: int, size: int, ratio: float, key: jax.Array) -> np.ndarray:
-  """The hidden dimensions to redraw, sorted; the same for an expert's three matrices."""
+  """The hidden dimensions to redraw, sorted; the same for all of an expert's arrays."""
   rng = generator(key, 'blocks/ffn/dropped', layer, expert)
   return np.sort(rng.choice(size, round(ratio * size), replace=False))
 

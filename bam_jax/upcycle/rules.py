@@ -44,7 +44,7 @@ def folds(mixture: config.Model) -> dict[str, str]:
   W (w * x) = (W diag(w)) x, so that a part of experts computes the same after a norm without a
   scale. Keys and values that its experts share are folded before their mean.
   """
-  names, attention, ffn = norm_names(mixture), mixture.attention_experts, mixture.ffn_experts
+  names, attention, ffn = mixture.norms, mixture.attention_experts, mixture.ffn_experts
   require('norm' in names, "norms='fold' requires norms before the parts: set norms='mean'.")
   wrong = "norms='fold' cannot move a norm's bias into a matrix: set norms='mean'."
   require(mixture.norm != 'layernorm_bias', wrong)
@@ -80,16 +80,15 @@ def rules(mixture: config.Model, norms: str = 'mean') -> tuple[manifest.Made, ..
   key_value = 'stack' if attention and not attention.shared_kv else 'mean'
   hows = {
     'embed/table': 'mean',
-    **dict.fromkeys((f'blocks/{name}/scale' for name in norm_names(mixture)), 'mean'),
     'blocks/attention/query': query_out,
     'blocks/attention/key': key_value,
     'blocks/attention/value': key_value,
     'blocks/attention/out': query_out,
-    'blocks/ffn/gate': experts,
-    'blocks/ffn/up': experts,
-    'blocks/ffn/down': experts,
-    'final_norm/scale': 'mean',
+    **dict.fromkeys((f'blocks/ffn/{name}' for name in (*mixture.ffn_inputs, 'down')), experts),
   }
+  ends = ('scale', 'bias') if mixture.norm == 'layernorm_bias' else ('scale',)
+  for norm in (*(f'blocks/{name}' for name in mixture.norms), 'final_norm'):
+    hows |= dict.fromkeys((f'{norm}/{end}' for end in ends), 'mean')
   if mixture.qk_norm != 'none':  # a head's norm is treated like the head
     kind = 'shared_scale' if mixture.qk_norm == 'head_rms' else 'scale'
     hows[f'blocks/attention/query_{kind}'] = query_out
@@ -97,8 +96,11 @@ def rules(mixture: config.Model, norms: str = 'mean') -> tuple[manifest.Made, ..
   if mixture.biases != 'none':
     hows['blocks/attention/query_bias'] = query_out
     hows |= dict.fromkeys(('blocks/attention/key_bias', 'blocks/attention/value_bias'), key_value)
-  if mixture.biases == 'attention':
+  if mixture.biases in ('attention', 'all'):
     hows['blocks/attention/out_bias'] = query_out
+  if mixture.biases == 'all':
+    names = (f'blocks/ffn/{name}_bias' for name in (*mixture.ffn_inputs, 'down'))
+    hows |= dict.fromkeys(names, experts)
   if not mixture.tied_embeddings:
     hows['unembed/kernel'] = 'mean'
   if attention:
@@ -111,13 +113,6 @@ def rules(mixture: config.Model, norms: str = 'mean') -> tuple[manifest.Made, ..
     hows |= dict.fromkeys(folds(mixture).values(), 'fold')
   drawn = ('router', 'zero')
   return tuple(manifest.Made(p, how, None if how in drawn else p) for p, how in hows.items())
-
-
-def norm_names(model: config.Model) -> tuple[str, ...]:
-  """The norms of a block, over the channels of the residual stream."""
-  if model.norm_place == 'post':
-    return 'attention_out_norm', 'ffn_out_norm'
-  return ('norm', 'ffn_norm') if model.block == 'sequential' else ('norm',)
 
 
 def expert_names(upcycle: config.Upcycle, sources: Sequence[str]) -> tuple[str, ...]:

@@ -99,6 +99,14 @@ MODELS = {
     'block': 'sequential', 'biases': 'attention', 'qk_norm': 'all_rms', 'rotary_dim': 2,
     'ffn_experts': config.FFNExperts(3, top_k=2),
   },
+  'two_norms': _MIXTURE | {
+    'block': 'parallel_two_norms', 'norm': 'layernorm_bias', 'biases': 'all', 'ffn': 'gelu',
+    'qk_norm': 'none', 'logit_cap': 9.0,
+  },
+  'caps': _SHARED | _RMS | _WINDOWS | {
+    'norm': 'rmsnorm_plus_one', 'norm_place': 'both', 'qk_norm': 'head_rms', 'ffn': 'geglu_tanh',
+    'biases': 'all', 'attention_cap': 2.0, 'logit_cap': 9.0,
+  },
   'ropes': _MIXTURE | {
     'attention_experts': config.AttentionExperts(
       3, ropes=(config.Rope(30.0), config.Rope(5.0), config.Rope(30.0, YARN))
@@ -132,7 +140,7 @@ def draw(model: config.Model, seed: int = 0) -> dict[str, np.ndarray]:
   for path, leaf in traverse_util.flatten_dict(abstract, sep='/').items():
     noise = rng.normal(size=leaf.shape)
     if path.endswith('scale'):
-      noise = 1 + 0.3 * noise
+      noise = (model.norm != 'rmsnorm_plus_one') + 0.3 * noise  # which adds 1
     elif path.endswith('expert_bias'):
       noise *= 0.2
     elif path != 'embed/table':

@@ -61,9 +61,28 @@ def rms_norm(x_TD: np.ndarray, scale_D: np.ndarray, epsilon: float) -> np.ndarra
   return x_TD / np.sqrt((x_TD * x_TD).mean(-1, keepdims=True) + epsilon) * scale_D
 
 
-def norm(kind: str, *arguments) -> np.ndarray:
-  """LayerNorm or RMSNorm."""
-  return {'layernorm': layer_norm, 'rmsnorm': rms_norm}[kind](*arguments)
+def factor(model: config.Model, scale: np.ndarray) -> np.ndarray:
+  """What a scale multiplies by: Gemma's are 1 + w."""
+  return 1 + scale if model.norm == 'rmsnorm_plus_one' else scale
+
+
+def norm(model: config.Model, x_TD: np.ndarray, w: dict) -> np.ndarray:
+  """LayerNorm or RMSNorm, perhaps with a bias."""
+  function = layer_norm if model.norm.startswith('layernorm') else rms_norm
+  return function(x_TD, factor(model, w['scale']), model.norm_epsilon) + w.get('bias', 0)
+
+
+def capped(x: np.ndarray, cap: float) -> np.ndarray:
+  """Gemma's soft cap."""
+  return cap * np.tanh(x / cap) if cap else x
+
+
+def erf(x: np.ndarray) -> np.ndarray:
+  """Of a real number, or to first order of one that a complex step has moved."""
+  real = np.vectorize(math.erf, otypes=[float])(x.real)
+  return (
+    real + 1j * x.imag * 2 / math.sqrt(math.pi) * np.exp(-(x.real**2)) if x.imag.any() else real
+  )
 
 
 def frequency(
@@ -160,16 +179,17 @@ def mha(
     return x_hTK + w[f'{name}_bias'][:, None] if f'{name}_bias' in w else x_hTK
 
   def normed(x_hTK, name):
-    epsilon = model.norm_epsilon
+    if model.qk_norm == 'none':
+      return x_hTK
+    name = f'{name}_shared_scale' if model.qk_norm == 'head_rms' else f'{name}_scale'
+    epsilon, scale = model.norm_epsilon, factor(model, w[name])
     if model.qk_norm == 'head_layernorm':
-      return np.stack([layer_norm(x, s, epsilon) for x, s in zip(x_hTK, w[f'{name}_scale'])])
+      return np.stack([layer_norm(x, s, epsilon) for x, s in zip(x_hTK, scale)])
     if model.qk_norm == 'head_rms':
-      return np.stack([rms_norm(x, w[f'{name}_shared_scale'], epsilon) for x in x_hTK])
-    if model.qk_norm == 'all_rms':
-      side_by_side = np.concatenate(list(x_hTK), axis=1)
-      whole = rms_norm(side_by_side, w[f'{name}_scale'].ravel(), epsilon)
-      return np.stack(np.split(whole, len(x_hTK), axis=1))
-    return x_hTK
+      return np.stack([rms_norm(x, scale, epsilon) for x in x_hTK])
+    side_by_side = np.concatenate(list(x_hTK), axis=1)
+    whole = rms_norm(side_by_side, scale.ravel(), epsilon)
+    return np.stack(np.split(whole, len(x_hTK), axis=1))
 
   turned = lambda x_TK: rope(
     x_TK, positions_T, theta, model.rotary_dim, model.rotary_layout, scaling
@@ -180,16 +200,26 @@ def mha(
   for h in range(H):
     g = h // (H // G)
     scores_TT = scale * turned(query_HTK[h]) @ turned(key_GTK[g]).T
+    scores_TT = capped(scores_TT, model.attention_cap)
     weights_TT = softmax(np.where(visible_TT, scores_TT, -np.inf))
     out_TD = out_TD + weights_TT @ value_GTK[g] @ w['out'][h]
   return out_TD + w['out_bias'] if 'out_bias' in w else out_TD
 
 
-def swiglu(w: dict, y_D: np.ndarray) -> np.ndarray:
+def feed(w: dict, y_D: np.ndarray, kind: str = 'swiglu') -> np.ndarray:
   """The FFN of one expert on one token."""
-  gate_F = y_D @ w['gate']
-  silu_F = gate_F / (1 + np.exp(-gate_F))
-  return (silu_F * (y_D @ w['up'])) @ w['down']
+  up_F = y_D @ w['up'] + w.get('up_bias', 0)
+  if kind == 'gelu':
+    hidden_F = up_F * (1 + erf(up_F / math.sqrt(2))) / 2
+  else:
+    gate_F = y_D @ w['gate'] + w.get('gate_bias', 0)
+    if kind == 'swiglu':
+      gated_F = gate_F / (1 + np.exp(-gate_F))
+    else:
+      inner_F = math.sqrt(2 / math.pi) * (gate_F + 0.044715 * gate_F**3)
+      gated_F = gate_F * (1 + np.tanh(inner_F)) / 2
+    hidden_F = gated_F * up_F
+  return hidden_F @ w['down'] + w.get('down_bias', 0)
 
 
 def choose(
@@ -268,7 +298,7 @@ def ffn(
   out_ND = np.zeros_like(y_ND)
   if experts is None:
     for n, y_D in enumerate(y_ND):
-      out_ND[n] = swiglu(w, y_D)
+      out_ND[n] = feed(w, y_D, model.ffn)
     return out_ND.reshape(y_BTD.shape), []
   route = choose(
     'ffn', w['router'], y_ND, experts.top_k, segments_BT.ravel() > 0, experts.capacity_factor
@@ -276,8 +306,8 @@ def ffn(
   gates_NE = gates_of(route, experts.renormalize)
   for n, y_D in enumerate(y_ND):
     for e in route.choices_NC[n][route.kept_NC[n]]:
-      expert = {name: w[name][e] for name in ('gate', 'up', 'down')}
-      out_ND[n] += gates_NE[n, e] * swiglu(expert, y_D)
+      expert = {name: x[e] for name, x in w.items() if name != 'router'}
+      out_ND[n] += gates_NE[n, e] * feed(expert, y_D, model.ffn)
   return out_ND.reshape(y_BTD.shape), [route]
 
 
@@ -308,11 +338,11 @@ def forward(
   where = segments_BT, positions_BT
   for layer in range(model.num_layers):
     w = at(params['blocks'], layer)
-    normed = lambda x_BTD, name, w=w: (
-      norm(model.norm, x_BTD, w[name]['scale'], model.norm_epsilon) if name in w else x_BTD
-    )
+    normed = lambda x_BTD, name, w=w: norm(model, x_BTD, w[name]) if name in w else x_BTD
     y_BTD = normed(x_BTD, 'norm')
     added_BTD, route = attention(w['attention'], model, y_BTD, *where, layer)
+    if model.block == 'parallel_two_norms':
+      y_BTD = normed(x_BTD, 'ffn_norm')
     routes += route
     added_BTD = model.residual_scale * normed(added_BTD, 'attention_out_norm')
     if model.block == 'sequential':
@@ -321,12 +351,12 @@ def forward(
     fed_BTD, route = ffn(w['ffn'], model, y_BTD, segments_BT)
     routes += route
     x_BTD = x_BTD + added_BTD + model.residual_scale * normed(fed_BTD, 'ffn_out_norm')
-  x_BTD = norm(model.norm, x_BTD, params['final_norm']['scale'], model.norm_epsilon)
+  x_BTD = norm(model, x_BTD, params['final_norm'])
   if model.tied_embeddings:
     kernel_DV = params['embed']['table'].T
   else:
     kernel_DV = params['unembed']['kernel']
-  return model.logit_scale * (x_BTD @ kernel_DV), routes
+  return capped(model.logit_scale * (x_BTD @ kernel_DV), model.logit_cap), routes
 
 
 def load_balance(route: Route, real_N: np.ndarray) -> complex:
@@ -394,13 +424,19 @@ def random_params(model: config.Model, rng: np.random.Generator) -> dict:
   E_attention = (attention.num_experts,) if attention else ()
   E_kv = () if attention and attention.shared_kv else E_attention
   E_ffn = (ffn.num_experts,) if ffn else ()
-  norms = ('norm', 'ffn_norm') if model.block == 'sequential' else ('norm',)
-  if model.norm_place == 'post':
-    norms = 'attention_out_norm', 'ffn_out_norm'
+  one = 0 if model.norm == 'rmsnorm_plus_one' else 1
+
+  def norm_of(*shape):
+    biased = {'bias': normal(1, *shape)} if model.norm == 'layernorm_bias' else {}
+    return {'scale': one + 0.3 * normal(1, *shape)} | biased
+
+  norms = ('norm',) if model.block == 'parallel' else ('norm', 'ffn_norm')
+  if model.norm_place != 'pre':
+    norms = *(norms if model.norm_place == 'both' else ()), 'attention_out_norm', 'ffn_out_norm'
   params = {
     'embed': {'table': normal(1, V, D)},
     'blocks': {
-      **{name: {'scale': 1 + 0.3 * normal(1, L, D)} for name in norms},
+      **{name: norm_of(L, D) for name in norms},
       'attention': {
         # Queries are large enough for attention that is far from uniform.
         'query': 2 * normal(D, L, *E_attention, D, H, K),
@@ -414,7 +450,7 @@ def random_params(model: config.Model, rng: np.random.Generator) -> dict:
         'down': normal(F, L, *E_ffn, F, D),
       },
     },
-    'final_norm': {'scale': 1 + 0.3 * normal(1, D)},
+    'final_norm': norm_of(D),
   }
   if attention:
     params['blocks']['attention']['router'] = normal(D, L, D, *E_attention)
@@ -424,16 +460,22 @@ def random_params(model: config.Model, rng: np.random.Generator) -> dict:
     params['unembed'] = {'kernel': normal(D, D, V)}
   made = params['blocks']['attention']
   if model.qk_norm == 'head_rms':
-    made['query_shared_scale'] = 1 + 0.3 * normal(1, L, *E_attention, K)
-    made['key_shared_scale'] = 1 + 0.3 * normal(1, L, *E_kv, K)
+    made['query_shared_scale'] = one + 0.3 * normal(1, L, *E_attention, K)
+    made['key_shared_scale'] = one + 0.3 * normal(1, L, *E_kv, K)
   elif model.qk_norm != 'none':
     made['query_scale'] = 1 + 0.3 * normal(1, L, *E_attention, H, K)
     made['key_scale'] = 1 + 0.3 * normal(1, L, *E_kv, G, K)
   if model.biases != 'none':
     made['query_bias'] = normal(1, L, *E_attention, H, K)
     made['key_bias'], made['value_bias'] = normal(1, L, *E_kv, G, K), normal(1, L, *E_kv, G, K)
-  if model.biases == 'attention':
+  if model.biases in ('attention', 'all'):
     made['out_bias'] = normal(1, L, *E_attention, D)
+  fed = params['blocks']['ffn']
+  if model.ffn == 'gelu':
+    del fed['gate']
+  if model.biases == 'all':
+    fed |= {f'{name}_bias': normal(1, L, *E_ffn, F) for name in ('gate', 'up') if name in fed}
+    fed['down_bias'] = normal(1, L, *E_ffn, D)
   return params
 
 

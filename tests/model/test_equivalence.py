@@ -127,7 +127,7 @@ def test_without_renormalising_gates_scale_the_ffn(k):
   gates_BTE, _ = router.gates(jnp.asarray(y_BTD), mixed['router'])
   scale_BT = np.sort(gates_BTE)[..., -k:].sum(-1, keepdims=True)
   want = scale_BT * call(
-    functools.partial(ffn_lib.FFN, dense), layer(params, 'ffn', 0), y_BTD, tokens
+    functools.partial(ffn_lib.FFN, dense, Layout()), layer(params, 'ffn', 0), y_BTD, tokens
   )
   assert scale_BT.max() < 0.99
   experts = functools.partial(ffn_lib.MixtureOfFFN, model, Layout())

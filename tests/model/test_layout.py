@@ -175,9 +175,9 @@ def test_devices_whose_rows_do_not_fit_take_the_full_buffer(
   compiled, named, start, make_batch, monkeypatch, remat
 ):
   """As on TPUs: in one layer all tokens want one expert, and its device alone has too many."""
-  swiglu = grouped.swiglu
+  ffn = grouped.ffn
   with monkeypatch.context() as patch:
-    patch.setattr(grouped, 'swiglu', lambda *arguments: swiglu(*arguments[:-1], 'tpu'))
+    patch.setattr(grouped, 'ffn', lambda *arguments: ffn(*arguments[:-1], 'tpu'))
     program, (params, batch) = compiled('biased', (1, 2, 4, 1), config.Compute(remat=remat))
   text = program.as_text()
   assert ' conditional(' in text

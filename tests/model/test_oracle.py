@@ -124,7 +124,16 @@ def test_swiglu_worked_by_hand():
   }
   # silu(0) = 0 hides the first; silu(2) = 2 sigmoid(2), times up 6, times down 2.
   expected = 2 / (1 + math.exp(-2)) * 6 * 2
-  np.testing.assert_allclose(oracle.swiglu(w, np.array([2.0])), [expected], rtol=1e-14)
+  np.testing.assert_allclose(oracle.feed(w, np.array([2.0])), [expected], rtol=1e-14)
+
+
+def test_gelus_worked_by_hand():
+  w = {name: np.array([[float(i)]]) for i, name in enumerate(('gate', 'up', 'down'), 1)}
+  w |= {'up_bias': np.array([-1.0]), 'gate_bias': np.array([0.5]), 'down_bias': np.array([0.1])}
+  y = np.array([1.0])
+  # The normal distribution's share below 1 is 0.841345; the tanh formula's at 1.5, 0.933064.
+  np.testing.assert_allclose(oracle.feed(w, y, 'gelu'), [0.1 + 3 * 0.841345], atol=1e-5)
+  np.testing.assert_allclose(oracle.feed(w, y, 'geglu_tanh'), [0.1 + 3 * 1.5 * 0.933064], atol=1e-3)
 
 
 # Routers.

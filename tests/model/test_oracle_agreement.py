@@ -125,6 +125,9 @@ MHA = dict(num_kv_heads=2, head_dim=4)
 GQA = dict(num_heads=4, num_kv_heads=2)
 # The fields of other families than the paper's, each once, and in pairs where they meet.
 SEQUENTIAL = dict(block='sequential', norm='rmsnorm', rotary_layout='half')
+NEOX = dict(
+  block='parallel_two_norms', norm='layernorm_bias', rotary_layout='half', biases='all', ffn='gelu'
+)
 WINDOWS = dict(layer_types=('sliding', 'full'), window=2)
 LINEAR = config.RopeScaling('linear', 3.0)
 LLAMA3 = config.RopeScaling('llama3', 4.0, 16, low=0.3, high=1.5)
@@ -176,6 +179,31 @@ CASES = {
     ),
     'long',
   ),
+  'two_norms': Case(
+    model(**NEOX, **MHA, rotary_dim=2, tied_embeddings=False, **attention(2), **ffn(3, top_k=2))
+  ),
+  'two_norms_dense': Case(model(**NEOX, **MHA), 'long'),
+  'caps': Case(
+    model(
+      **SEQUENTIAL | dict(norm='rmsnorm_plus_one', norm_place='both', ffn='geglu_tanh'),
+      **GQA,
+      **WINDOWS,
+      qk_norm='head_rms',
+      attention_scale=0.7,
+      embedding_scale=1.5,
+      attention_cap=0.8,
+      logit_cap=1.5,
+      **ffn(2),
+    ),
+    'long',
+  ),
+  'biases_of_what_is_dropped': Case(
+    model(
+      **SEQUENTIAL, biases='all', **attention(2, shared_kv=True), **ffn(3, capacity_factor=1.0)
+    ),
+    'full',
+    shows=drops,
+  ),
   'linear_scaling': Case(model(rope_scaling=LINEAR, head_dim=4, **ffn(2)), 'short'),
   'bam_kv_experts': Case(model(**GQA, **attention(2), **ffn(3)), shows=spread),
   'bam_shared_kv': Case(model(**MHA, **attention(3, shared_kv=True), **ffn(2, top_k=2)), 'long'),
@@ -226,6 +254,9 @@ QUICK = {
     'thetas_of_windows',
     'factors',
     'ropes_of_experts',
+    'two_norms',
+    'caps',
+    'biases_of_what_is_dropped',
     'bam_kv_experts',
     'btx_top_3_of_6',
     'routed_attention_top_2',
@@ -419,12 +450,13 @@ def test_how_it_is_computed_changes_nothing(name, how):
     pytest.param('cpu', 1, 'all_to_one_expert', marks=SLOW),
     ('tpu', 1, 'btx_top_3_of_6'),
     pytest.param('tpu', 1, 'all_to_one_expert', marks=SLOW),
+    pytest.param('tpu', 1, 'two_norms', marks=SLOW),
   ],
 )
 def test_experts_of_any_platform_are_the_oracle(platform, rows, name, monkeypatch):
-  swiglu = grouped.swiglu
+  real = grouped.ffn
   monkeypatch.setattr(grouped, 'BLOCK_ROWS', {'cpu': rows})
-  monkeypatch.setattr(grouped, 'swiglu', lambda *arguments: swiglu(*arguments[:-1], platform))
+  monkeypatch.setattr(grouped, 'ffn', lambda *arguments: real(*arguments[:-1], platform))
   uncached = program.__wrapped__(CASES[name].model, FLOAT64)
   assert differences(uncached(*question(name)), expected(name), TOLERANCE['float64']) == {}
 

@@ -5,6 +5,7 @@ command, so that names, layouts, files and the keys of config.json are its own. 
 have the same bytes.
 """
 
+import copy
 import functools
 import os
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from flax import traverse_util
 
 from bam_jax import checkpoint, config
-from bam_jax.hf import exporting, names
+from bam_jax.hf import config_json, exporting, names
 from bam_jax.model import transformer
 from bam_jax.train import loss
 from tests.hf import folders
@@ -52,6 +53,11 @@ YARN = {
 }  # fmt: skip
 LINEAR = {'rope_type': 'linear', 'rope_theta': 30.0, 'factor': 3.0}
 RMS = dict(rms_norm_eps=1e-2) | THETA
+NEOX = dict(
+  layer_norm_eps=1e-2,
+  num_key_value_heads=None,
+  rope_parameters=THETA['rope_parameters'] | {'partial_rotary_factor': 0.5},
+)
 COHERE = dict(logit_scale=0.4, layer_norm_eps=1e-2) | THETA
 SLIDING = ['sliding_attention', 'full_attention'] * 2
 WINDOWS = dict(sliding_window=5, layer_types=SLIDING)
@@ -86,6 +92,17 @@ CASES = {
     'Phi3',
     RMS | dict(rope_parameters=THETA['rope_parameters'] | {'partial_rotary_factor': 0.5}),
   ),
+  'llama_mlp_bias': ('Llama', RMS | dict(attention_bias=True, mlp_bias=True)),
+  'neox': ('GPTNeoX', NEOX),
+  'neox_sequential': ('GPTNeoX', NEOX | dict(use_parallel_residual=False)),
+  'gemma2': ('Gemma2', RMS | WINDOWS | dict(
+    head_dim=8, query_pre_attn_scalar=5, attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
+  )),
+  'gemma3': ('Gemma3', RMS | WINDOWS | dict(
+    head_dim=8, query_pre_attn_scalar=5, rope_parameters={
+      'full_attention': LINEAR, 'sliding_attention': {'rope_type': 'default', 'rope_theta': 7.0},
+    },
+  )),
   'granite': (
     'Granite',
     RMS | dict(
@@ -110,7 +127,7 @@ def randomize(model) -> None:
     for name, parameter in model.named_parameters():
       noise = torch.randn(parameter.shape, generator=generator)
       if 'norm' in name:
-        parameter.copy_(1 + 0.3 * noise)
+        parameter.copy_(('Gemma' not in type(model).__name__) + 0.3 * noise)  # Gemma adds 1
       elif 'embed' in name:
         parameter.copy_(noise)
       else:
@@ -121,7 +138,9 @@ def make_folder(case: str, folder: Path):
   """A random model of theirs in float32, saved in a folder with a tokenizer."""
   kind, options = CASES[case][0], SIZES | CASES[case][1]
   dtype, size = options.pop('dtype', 'float32'), options.pop('max_shard_size', '5GB')
-  model_config = getattr(transformers, f'{kind}Config')(**options, attn_implementation='eager')
+  configs = {'Gemma3': 'Gemma3TextConfig'}
+  made = getattr(transformers, configs.get(kind, f'{kind}Config'))
+  model_config = made(**options, attn_implementation='eager')
   model = getattr(transformers, f'{kind}ForCausalLM')(model_config).eval()
   randomize(model)
   model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=size)
@@ -163,7 +182,11 @@ def make_batch(padding: int = 0) -> dict[str, np.ndarray]:
 
 
 def theirs(model, batch) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
-  """Logits, the mean NLL, and its gradient by their names."""
+  """Logits, the mean NLL, and its gradient by their names.
+
+  In float64 as far as their code goes: their float32 may be further from that than ours.
+  """
+  model = copy.deepcopy(model).double()
   logits_BTV = model(
     torch.tensor(batch['tokens'], dtype=torch.long),
     attention_mask=torch.tensor(batch['segments'], dtype=torch.long),
@@ -202,20 +225,22 @@ def compiled(folder: Path):
   return run, traverse_util.unflatten_dict(params, sep='/')
 
 
-def by_our_paths(tensors: dict[str, np.ndarray], model: config.Model) -> dict[str, np.ndarray]:
+def by_our_paths(tensors: dict, model: config.Model, architecture: str) -> dict[str, np.ndarray]:
   """Tensors of theirs as arrays of ours."""
-  table = names.tensors(model, any('qkv_proj' in name for name in tensors))
+  table, _ = config_json.tensors(model, {'architectures': [architecture]})
   made = {path: np.zeros(tensor.shape, np.float32) for path, tensor in table.items()}
   for name, parts in names.pieces(table).items():
+    if heads := table[parts[0].path].heads:
+      tensors = tensors | {name: names.regrouped(tensors[name], heads, 3)}
     for path, index, start, stop in parts:
       made[path][index] = names.to_ours(table[path], tensors[name][start:stop], np.float32)
   return made
 
 
-def check_same(got, want, model: config.Model, exclude=()) -> None:
+def check_same(got, want, model: config.Model, architecture: str, exclude=()) -> None:
   """Logits, loss and every gradient agree."""
   far = {'logits': distance(got[0], want[0]), 'loss': distance(got[1], want[1])}
-  wanted = by_our_paths(want[2], model)
+  wanted = by_our_paths(want[2], model, architecture)
   assert got[2].keys() == wanted.keys()
   for path in wanted.keys() - set(exclude):
     assert np.abs(wanted[path]).max() > 1e-4 or path.endswith('key_bias'), f'{path} does not matter'
@@ -227,7 +252,11 @@ def check_same(got, want, model: config.Model, exclude=()) -> None:
 def test_the_imported_model_is_theirs(imported):
   model, _, folder = imported
   batch = make_batch()
-  check_same(ours(folder, batch), theirs(model, batch), checkpoint.read_meta(folder).model)
+  want = theirs(model, batch)
+  if 'GPTNeoX' in type(model).__name__:  # whose head has another name on disk
+    want[2]['embed_out.weight'] = want[2].pop('lm_head.weight')
+  ours_model = checkpoint.read_meta(folder).model
+  check_same(ours(folder, batch), want, ours_model, type(model).__name__)
 
 
 def test_the_exported_model_is_theirs_to_the_bit(imported, tmp_path):

@@ -14,7 +14,7 @@ from bam_jax.model import transformer
 from bam_jax.parallel import sharding
 from bam_jax.recipes import graph, start
 from bam_jax.train import loop
-from bam_jax.upcycle import centroids, rules, sources
+from bam_jax.upcycle import centroids, sources
 from tests.model import oracle
 from tests.upcycle import memory
 
@@ -154,7 +154,7 @@ def untrained(model: config.Model, path: str) -> sources.Source:
   """Stands in for a trained source: what all share, and a little of its own."""
   own = memory.draw(model, ord(path[-1]))
   params = jax.tree.map(lambda x, y: x + 0.1 * y, memory.draw(model, 0), own)
-  for norm in rules.norm_names(model):
+  for norm in model.norms:
     params['blocks'][norm]['scale'] = np.ones_like(params['blocks'][norm]['scale'])
   return memory.source(model, params, path)
 

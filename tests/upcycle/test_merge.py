@@ -187,12 +187,15 @@ def test_without_renormalising_the_gate_scales_the_ffn(models, make_batch):
 
 
 SEQUENTIAL = dict(block='sequential', norm='rmsnorm', biases='qkv')
+GEMMA = dict(block='sequential', norm='rmsnorm_plus_one', norm_place='both', ffn='geglu_tanh')
+TWO_NORMS = dict(block='parallel_two_norms', ffn='gelu', biases='all')
 
 
 @pytest.mark.parametrize('method, norms, changes', [
   ('bam_kv_experts', 'mean', {}), slow('btx', 'mean', {}), slow('bam_shared_kv', 'mean', {}),
   ('bam_kv_experts', 'fold', {}), ('bam_kv_experts', 'fold', SEQUENTIAL),
-  slow('btx', 'fold', SEQUENTIAL),
+  slow('btx', 'fold', SEQUENTIAL), slow('bam_kv_experts', 'fold', GEMMA),
+  slow('bam_kv_experts', 'fold', TWO_NORMS),
 ])  # fmt: skip
 def test_a_router_that_knows_one_expert_gives_its_source(
   models, make_batch, method, norms, changes

@@ -38,6 +38,7 @@ def attention(
   segments_BT: jax.Array,
   platform: str,
   window: int = 0,
+  cap: float = 0.0,
 ) -> jax.Array:
   """Attention of each token to itself and what stands before it in its own segment.
 
@@ -48,12 +49,13 @@ def attention(
     segments_BT: int32, equal numbers for tokens of one document.
     platform: 'cpu', 'gpu' or 'tpu', whose kernel runs; it need not be the one at hand.
     window: tokens that a token sees at most, itself included; 0: all before it.
+    cap: of the scores, `cap tanh(score / cap)`; 0: none.
   """
   arrays = query_BTHK, key_BSGK, value_BSGK, segments_BT, window
   if platform == 'tpu':
-    return splash(*arrays)
-  if platform == 'cpu':
-    return blockwise.attention(*arrays)
+    return splash(*arrays, cap)
+  if platform == 'cpu' or cap:  # JAX's attention for GPUs has no cap
+    return blockwise.attention(*arrays, cap)
   T, _, K = query_BTHK.shape[1:]
   # What cuDNN takes on every GPU that has bfloat16; with a mask it wants an even length.
   cudnn = query_BTHK.dtype == jnp.bfloat16 and K % 8 == 0 and K <= 128 and T % 2 == 0
@@ -98,7 +100,13 @@ def dot_product(
 
 
 def splash(
-  query_BTHK, key_BSGK, value_BSGK, segments_BT, window: int = 0, interpret: bool = False
+  query_BTHK,
+  key_BSGK,
+  value_BSGK,
+  segments_BT,
+  window: int = 0,
+  cap: float = 0.0,
+  interpret: bool = False,
 ) -> jax.Array:
   """Splash attention for TPUs: only blocks that hold a visible pair of tokens are computed.
 
@@ -109,7 +117,7 @@ def splash(
   padding = -T % LANES
   ids_BT = jnp.pad(segments_BT, ((0, 0), (0, padding)))
   ids = splash_attention_kernel.SegmentIds(q=ids_BT, kv=ids_BT)
-  kernel = _splash_kernel(H, T + padding, window, interpret)
+  kernel = _splash_kernel(H, T + padding, window, cap, interpret)
   # XLA merges the transposes with the matmuls that make these three and take the result.
   query_BHTK, key_BGSK, value_BGSK = (
     jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
@@ -120,7 +128,9 @@ def splash(
 
 
 @functools.lru_cache  # planning the visible blocks looks at every pair of positions
-def _splash_kernel(num_heads: int, length: int, window: int, interpret: bool) -> Callable:
+def _splash_kernel(
+  num_heads: int, length: int, window: int, cap: float, interpret: bool
+) -> Callable:
   block = next(size for size in (BLOCK, 384, 256, LANES) if length % size == 0)
   fused_backward = length // block <= MAX_FUSED_BLOCKS
   sizes = splash_attention_kernel.BlockSizes(
@@ -140,5 +150,6 @@ def _splash_kernel(num_heads: int, length: int, window: int, interpret: bool) ->
       splash_attention_mask.MultiHeadMask([mask] * num_heads),
       block_sizes=sizes,
       residual_checkpoint_name=remat.HEADS,
+      attn_logits_soft_cap=cap or None,
       interpret=interpret,
     )

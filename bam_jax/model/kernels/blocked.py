@@ -1,4 +1,4 @@
-"""SwiGLU of experts for CPU and GPU: a loop over pieces of rows that are sorted by expert.
+"""FFN experts for CPU and GPU: a loop over pieces of rows that are sorted by expert.
 
 Legend: S rows of the buffer, R rows of a piece of it, E experts, D model, F hidden.
 """
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from bam_jax.model import remat
+from bam_jax.model.activation import Weights
 from bam_jax.model.dispatch import Slots
 
 _of, _rows = jax.lax.dynamic_index_in_dim, jax.lax.dynamic_slice_in_dim
@@ -19,8 +20,8 @@ MAX_PARTS = 8  # of one expert that are multiplied at once
 
 
 @jax.custom_vjp
-def swiglu(x_SD: jax.Array, weights: tuple, slots: Slots) -> jax.Array:
-  """SwiGLU by a loop over pieces of the buffer: up to `MAX_PARTS` parts of one expert in a row.
+def ffn(x_SD: jax.Array, weights: Weights, slots: Slots) -> jax.Array:
+  """The experts' FFN by a loop over pieces of the buffer: up to `MAX_PARTS` parts of one expert.
 
   It ends with the last part that holds a row. Large pieces are few: each copies its expert's
   weights, and adds to the sum of their gradient. Small parts leave little of the buffer empty.
@@ -29,47 +30,49 @@ def swiglu(x_SD: jax.Array, weights: tuple, slots: Slots) -> jax.Array:
 
 
 def _forward(x_SD, weights, slots):
-  F = weights[0].shape[-1]
-
   def piece(rows, start, expert, results):
     x_RD = _rows(x_SD, start, rows)
-    gate_DF, up_DF, down_FD = (_of(w, expert, keepdims=False) for w in weights)
-    gate_RF, up_RF = x_RD @ gate_DF, x_RD @ up_DF
-    output_RD = _gated(gate_RF, up_RF) @ down_FD
-    new = output_RD, gate_RF, up_RF
+    own = jax.tree.map(lambda w: _of(w, expert, keepdims=False), weights)
+    products = own.biased([x_RD @ into_DF for into_DF in own.into])
+    new = own.hidden(*products) @ own.down, *products
     return tuple(_set_rows(old, new, start) for old, new in zip(results, new))
 
-  hidden_SF = jnp.zeros((x_SD.shape[0], F), x_SD.dtype)
-  start = jnp.zeros_like(x_SD), hidden_SF, hidden_SF
-  output_SD, gate_SF, up_SF = _each_piece(x_SD.shape[0], slots, piece, start)
-  gate_SF, up_SF = (checkpoint_name(x, remat.HIDDEN) for x in (gate_SF, up_SF))
-  return output_SD, (x_SD, weights, slots, gate_SF, up_SF)
+  hidden_SF = jnp.zeros((x_SD.shape[0], weights.down.shape[1]), x_SD.dtype)
+  start = jnp.zeros_like(x_SD), *[hidden_SF] * len(weights.into)
+  output_SD, *products = _each_piece(x_SD.shape[0], slots, piece, start)
+  products = [checkpoint_name(x_SF, remat.HIDDEN) for x_SF in products]
+  return output_SD, (x_SD, weights, slots, products)
 
 
 def _backward(residuals, d_output_SD):
-  x_SD, weights, slots, gate_SF, up_SF = residuals
+  x_SD, weights, slots, products = residuals
   dtype = jnp.promote_types(x_SD.dtype, jnp.float32)
 
   def piece(rows, start, expert, gradients):
-    x_RD, gate_RF, up_RF, d_output_RD = (
-      _rows(x, start, rows) for x in (x_SD, gate_SF, up_SF, d_output_SD)
+    x_RD, d_output_RD, *products_RF = (
+      _rows(x, start, rows) for x in (x_SD, d_output_SD, *products)
     )
-    gate_DF, up_DF, down_FD = (_of(w, expert, keepdims=False) for w in weights)
-    hidden_RF, pull = jax.vjp(_gated, gate_RF, up_RF)
-    d_gate_RF, d_up_RF = pull(d_output_RD @ down_FD.T)
-    d_x_RD = d_gate_RF @ gate_DF.T + d_up_RF @ up_DF.T
-    pairs = (x_RD, d_gate_RF), (x_RD, d_up_RF), (hidden_RF, d_output_RD)
-    products = [jnp.einsum('ri,ro->io', *pair, preferred_element_type=dtype) for pair in pairs]
-    d_x_SD, *d_weights = gradients
-    sums = [_set_rows(d, _rows(d, expert, 1) + new, expert) for d, new in zip(d_weights, products)]
-    return _set_rows(d_x_SD, d_x_RD, start), *sums
+    own = jax.tree.map(lambda w: _of(w, expert, keepdims=False), weights)
+    hidden_RF, pull = jax.vjp(own.hidden, *products_RF)
+    d_products = pull(d_output_RD @ own.down.T)
+    d_x_RD = sum(d_RF @ into_DF.T for d_RF, into_DF in zip(d_products, own.into))
+    outer = partial(jnp.einsum, 'ri,ro->io', preferred_element_type=dtype)
+    new = Weights(
+      tuple(outer(x_RD, d_RF) for d_RF in d_products),
+      outer(hidden_RF, d_output_RD),
+      tuple(d_RF.sum(0, dtype=dtype) for d_RF in d_products) if own.biases else (),
+      own.ffn,
+    )
+    d_x_SD, sums = gradients
+    add = lambda d, new: _set_rows(d, _rows(d, expert, 1) + new, expert)
+    return _set_rows(d_x_SD, d_x_RD, start), jax.tree.map(add, sums, new)
 
-  start = jnp.zeros_like(x_SD), *(jnp.zeros(w.shape, dtype) for w in weights)
-  d_x_SD, *d_weights = _each_piece(x_SD.shape[0], slots, piece, start)
-  return d_x_SD, tuple(d.astype(x_SD.dtype) for d in d_weights), None
+  start = jnp.zeros_like(x_SD), jax.tree.map(lambda w: jnp.zeros(w.shape, dtype), weights)
+  d_x_SD, d_weights = _each_piece(x_SD.shape[0], slots, piece, start)
+  return d_x_SD, jax.tree.map(lambda d: d.astype(x_SD.dtype), d_weights), None
 
 
-swiglu.defvjp(_forward, _backward)
+ffn.defvjp(_forward, _backward)
 
 
 def _each_piece(num_rows: int, slots: Slots, piece: Callable, carry):
@@ -89,7 +92,3 @@ def _each_piece(num_rows: int, slots: Slots, piece: Callable, carry):
 
   more = lambda state: state[0] < ends_E[-1]
   return jax.lax.while_loop(more, step, (jnp.zeros_like(ends_E[0]), carry))[1]
-
-
-def _gated(gate_RF, up_RF) -> jax.Array:
-  return jax.nn.silu(gate_RF) * up_RF

@@ -13,23 +13,25 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from bam_jax.model import remat
+from bam_jax.model import activation, remat
 
 BLOCK = 128  # queries; their scores stay in a core's cache
 MAX_BLOCKS = 8  # so that long sequences compile fast
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attention(query_BTHK, key_BSGK, value_BSGK, segments_BT, window: int = 0) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def attention(
+  query_BTHK, key_BSGK, value_BSGK, segments_BT, window: int = 0, cap: float = 0.0
+) -> jax.Array:
   """What `kernels.attention.attention` computes."""
-  return _forward(query_BTHK, key_BSGK, value_BSGK, segments_BT, window)[0]
+  return _forward(query_BTHK, key_BSGK, value_BSGK, segments_BT, window, cap)[0]
 
 
-def _forward(query_BTHK, key_BSGK, value_BSGK, segments_BT, window):
+def _forward(query_BTHK, key_BSGK, value_BSGK, segments_BT, window, cap):
   query_BGRTK, key_BGSK, value_BGSK = _arrange(query_BTHK, key_BSGK, value_BSGK)
   outputs, logsumexps = [], []
   for start, end, first in _blocks(query_BTHK.shape[1], window):
-    scores_BGRtS = _scores(query_BGRTK, key_BGSK, segments_BT, start, end, first, window)
+    scores_BGRtS = _scores(query_BGRTK, key_BGSK, segments_BT, start, end, first, window, cap)
     largest_BGRt1 = scores_BGRtS.max(-1, keepdims=True)
     weights_BGRtS = jnp.exp(scores_BGRtS - largest_BGRt1)
     total_BGRt1 = weights_BGRtS.sum(-1, keepdims=True)
@@ -42,7 +44,7 @@ def _forward(query_BTHK, key_BSGK, value_BSGK, segments_BT, window):
   return _tokens_first(output_BGRTK), saved
 
 
-def _backward(window, saved, cotangent_BTHK):
+def _backward(window, cap, saved, cotangent_BTHK):
   query_BTHK, key_BSGK, value_BSGK, segments_BT, output_BGRTK, logsumexp_BGRT1 = saved
   query_BGRTK, key_BGSK, value_BGSK = _arrange(query_BTHK, key_BSGK, value_BSGK)
   cotangent_BGRTK = _heads_first(cotangent_BTHK, key_BSGK.shape[2])
@@ -55,13 +57,15 @@ def _backward(window, saved, cotangent_BTHK):
   for start, end, first in _blocks(query_BTHK.shape[1], window):
     part = (slice(None),) * 3 + (slice(start, end),)
     seen = (slice(None),) * 2 + (slice(first, end),)
-    scores_BGRtS = _scores(query_BGRTK, key_BGSK, segments_BT, start, end, first, window)
+    scores_BGRtS = _scores(query_BGRTK, key_BGSK, segments_BT, start, end, first, window, cap)
     weights_BGRtS = jnp.exp(scores_BGRtS - logsumexp_BGRT1[part])
     d_value_BGSK = d_value_BGSK.at[seen].add(
       _dot('bgrts,bgrtk->bgsk', weights_BGRtS, cotangent_BGRTK[part])
     )
     d_scores_BGRtS = _dot('bgrtk,bgsk->bgrts', cotangent_BGRTK[part], value_BGSK[seen])
     d_scores_BGRtS = weights_BGRtS * (d_scores_BGRtS - common_BGRT1[part])
+    if cap:
+      d_scores_BGRtS *= activation.slope(scores_BGRtS, cap)
     d_queries.append(_dot('bgrts,bgsk->bgrtk', d_scores_BGRtS, key_BGSK[seen]))
     d_key_BGSK = d_key_BGSK.at[seen].add(
       _dot('bgrts,bgrtk->bgsk', d_scores_BGRtS, query_BGRTK[part])
@@ -85,10 +89,13 @@ def _blocks(length: int, window: int) -> list[tuple[int, int, int]]:
   return [(start, min(start + size, length), first(start)) for start in range(0, length, size)]
 
 
-def _scores(query_BGRTK, key_BGSK, segments_BT, start: int, end: int, first: int, window: int):
+def _scores(
+  query_BGRTK, key_BGSK, segments_BT, start: int, end: int, first: int, window: int, cap: float
+):
   """Scores of the queries from `start` to `end` with the keys from `first` to `end`, float32."""
   seen = slice(first, end)
   scores_BGRtS = _dot('bgrtk,bgsk->bgrts', query_BGRTK[:, :, :, start:end], key_BGSK[:, :, seen])
+  scores_BGRtS = activation.capped(scores_BGRtS, cap)
   same_BtS = segments_BT[:, start:end, None] == segments_BT[:, None, seen]
   query_t1, key_S = jnp.arange(start, end)[:, None], jnp.arange(first, end)
   visible_BtS = (key_S <= query_t1) & same_BtS

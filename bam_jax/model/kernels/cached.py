@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from bam_jax.model import activation
+
 MAX_SCORES = 2**18  # of one head that exist at once
 BLOCK = 512  # slots, at most, where there would be more
 IN_ORDER = Layout(major_to_minor=tuple(range(5)))  # of XBGSK
@@ -39,32 +41,38 @@ class KVCache(NamedTuple):
 
 
 def attention(
-  query_BTHK: jax.Array, cache: KVCache, first_B: jax.Array, start: jax.Array, window: int = 0
+  query_BTHK: jax.Array,
+  cache: KVCache,
+  first_B: jax.Array,
+  start: jax.Array,
+  window: int = 0,
+  cap: float = 0.0,
 ) -> jax.Array:
   """Causal attention to a cache that holds the new tokens already; scores and softmax in float32.
 
   `first_B` are the slots of rows' first tokens, behind padding; `start` is the first new token's.
-  A token sees at most `window` tokens, itself included; 0: all before it.
+  A token sees at most `window` tokens, itself included; 0: all before it. `cap` is of the scores.
   """
   B, T, H, K = query_BTHK.shape
   key_BGSK, value_BGSK = cache.key[0], cache.value[0]
   G, S = key_BGSK.shape[1:3]
   query_BTGRK = query_BTHK.reshape(B, T, G, H // G, K) * K**-0.5
   if T * S <= MAX_SCORES:
-    scores_BGRTS = _scores(query_BTGRK, key_BGSK, 0, first_B, start, window)
+    scores_BGRTS = _scores(query_BTGRK, key_BGSK, 0, first_B, start, window, cap)
     weights_BGRTS = jax.nn.softmax(scores_BGRTS).astype(value_BGSK.dtype)
     heads_BGRTK = jnp.einsum('bgrts,bgsk->bgrtk', weights_BGRTS, value_BGSK)
   else:
-    heads_BGRTK = _in_blocks(query_BTGRK, key_BGSK, value_BGSK, first_B, start, window)
+    heads_BGRTK = _in_blocks(query_BTGRK, key_BGSK, value_BGSK, first_B, start, window, cap)
   return heads_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K).astype(query_BTHK.dtype)
 
 
-def _scores(query_BTGRK, key_BGSK, first_slot, first_B, start, window) -> jax.Array:
+def _scores(query_BTGRK, key_BGSK, first_slot, first_B, start, window, cap) -> jax.Array:
   """Scores BGRTS, float32, with keys whose slots begin at `first_slot`."""
   dtype = jnp.promote_types(query_BTGRK.dtype, jnp.float32)
   scores_BGRTS = jnp.einsum(
     'btgrk,bgsk->bgrts', query_BTGRK, key_BGSK, preferred_element_type=dtype
   )
+  scores_BGRTS = activation.capped(scores_BGRTS, cap)
   query_slot_T = start + jnp.arange(query_BTGRK.shape[1])
   slot_S = first_slot + jnp.arange(key_BGSK.shape[2])
   visible_BTS = (slot_S <= query_slot_T[:, None]) & (slot_S >= first_B[:, None, None])
@@ -73,7 +81,7 @@ def _scores(query_BTGRK, key_BGSK, first_slot, first_B, start, window) -> jax.Ar
   return jnp.where(visible_BTS[:, None, None], scores_BGRTS, jnp.finfo(dtype).min)
 
 
-def _in_blocks(query_BTGRK, key_BGSK, value_BGSK, first_B, start, window) -> jax.Array:
+def _in_blocks(query_BTGRK, key_BGSK, value_BGSK, first_B, start, window, cap) -> jax.Array:
   """Online softmax over the blocks of slots that a new token may see; arXiv 2205.14135."""
   B, T, G, R, K = query_BTGRK.shape
   S = key_BGSK.shape[2]
@@ -85,7 +93,7 @@ def _in_blocks(query_BTGRK, key_BGSK, value_BGSK, first_B, start, window) -> jax
     key_BGsK, value_BGsK = (
       jax.lax.dynamic_slice_in_dim(x, number * block, block, axis=2) for x in (key_BGSK, value_BGSK)
     )
-    scores_BGRTs = _scores(query_BTGRK, key_BGsK, number * block, first_B, start, window)
+    scores_BGRTs = _scores(query_BTGRK, key_BGsK, number * block, first_B, start, window, cap)
     new_BGRT = jnp.maximum(largest_BGRT, scores_BGRTs.max(-1))
     weights_BGRTs = jnp.exp(scores_BGRTs - new_BGRT[..., None])
     kept_BGRT = jnp.exp(largest_BGRT - new_BGRT)

@@ -1,4 +1,4 @@
-"""SwiGLU of experts without drops: rows sorted by expert meet the weights of their expert alone.
+"""FFN experts without drops: rows sorted by expert meet the weights of their expert alone.
 
 A buffer with room for whatever tokens choose is mostly empty: every kernel here reads from the
 experts' sizes how many rows there are, and computes no more than the tiles that hold them. Rows
@@ -8,6 +8,7 @@ Legend: A assignments of a token to an expert, S rows of the buffer, E experts, 
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -17,20 +18,19 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import xla_metadata
 
-from bam_jax.model import dispatch, remat
+from bam_jax.model import activation, dispatch, remat
+from bam_jax.model.activation import Weights
 from bam_jax.model.dispatch import Slots
 from bam_jax.model.kernels import blocked
-
-Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate EDF, up EDF, down EFD
 
 ROOM = 2  # over an even load, of the buffer that usually suffices
 BLOCK_ROWS = {'cpu': 64, 'gpu': 256}  # of a part of the buffer
 
 
-def swiglu(
+def ffn(
   x_AD: jax.Array, experts_A: jax.Array, weights: Weights, all_experts: int, platform: str
 ) -> jax.Array:
-  """`(silu(x W_gate) * (x W_up)) W_down` of each assignment's expert, dropping none.
+  """What each assignment's expert makes of it, but for the bias of its output, dropping none.
 
   Args:
     x_AD: of the weights' dtype; so is the result, (A, D), with zeros for assignments to none.
@@ -39,20 +39,20 @@ def swiglu(
     all_experts: on all devices of the `expert` group.
     platform: 'cpu', 'gpu' or 'tpu', which need not be the one at hand.
   """
-  num_experts = weights[0].shape[0]
+  num_experts = weights.down.shape[0]
   if platform == 'tpu':
     slots = dispatch.blocks(experts_A, num_experts, 1)
     usual = math.ceil(ROOM * experts_A.size * num_experts / all_experts)
     return two_buffers(usual, x_AD, weights, slots)
   # XLA for CPU and GPU knows `ragged_dot` only as a matmul of every row with every expert.
   slots = dispatch.blocks(experts_A, num_experts, min(BLOCK_ROWS[platform], experts_A.size))
-  output_SD = blocked.swiglu(dispatch.permute(x_AD, slots), weights, slots)
+  output_SD = blocked.ffn(dispatch.permute(x_AD, slots), weights, slots)
   return dispatch.unpermute(output_SD, slots)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def two_buffers(usual: int, x_AD: jax.Array, weights: Weights, slots: Slots) -> jax.Array:
-  """SwiGLU of each assignment, (A, D), with three grouped matmuls.
+  """What `ffn` returns, with two or three grouped matmuls.
 
   On one of n devices along `expert` a buffer for any choice is n times as long as an even load
   fills. Grouped matmuls skip the empty rows; what XLA computes between them, and what is saved for
@@ -66,35 +66,32 @@ def two_buffers(usual: int, x_AD: jax.Array, weights: Weights, slots: Slots) -> 
 
 
 def _forward(usual, x_AD, weights, slots):
-  *gate_and_up, down_EFD = weights
-
   def short(slots):
-    products = _products(slots, x_AD, *gate_and_up)
-    return _output(slots, *products, down_EFD), products
+    products = _products(slots, x_AD, weights)
+    return _output(slots, products, weights), products
 
   def full(slots):
-    nothing = jnp.zeros((usual, down_EFD.shape[1]), x_AD.dtype)
-    return short(slots)[0], (nothing, nothing)
+    nothing = jnp.zeros((usual, weights.down.shape[1]), x_AD.dtype)
+    return short(slots)[0], [nothing] * len(weights.into)
 
   output_AD, products = _either(usual, slots, short, full)
   # Of the full buffer none are saved: their memory would be set aside whether or not it is used.
-  products = tuple(checkpoint_name(product, remat.HIDDEN) for product in products)
+  products = [checkpoint_name(product, remat.HIDDEN) for product in products]
   return output_AD, (x_AD, weights, slots, products)
 
 
 def _backward(usual, saved, cotangent_AD):
   x_AD, weights, slots, products = saved
-  *gate_and_up, down_EFD = weights
 
   def short(slots, products=products):
-    _, pull = jax.vjp(functools.partial(_output, slots), *products, down_EFD)
-    *cotangents, d_down_EFD = pull(cotangent_AD)
-    _, pull = jax.vjp(functools.partial(_products, slots), x_AD, *gate_and_up)
-    d_x_AD, *d_gate_and_up = pull(tuple(cotangents))
-    return d_x_AD, (*d_gate_and_up, d_down_EFD)
+    _, pull = jax.vjp(functools.partial(_output, slots), products, weights)
+    d_products, d_weights = pull(cotangent_AD)
+    _, pull = jax.vjp(functools.partial(_products, slots), x_AD, weights)
+    d_x_AD, d_into = pull(d_products)
+    return d_x_AD, dataclasses.replace(d_into, down=d_weights.down)
 
   def full(slots):
-    return short(slots, _products(slots, x_AD, *gate_and_up))
+    return short(slots, _products(slots, x_AD, weights))
 
   return *_either(usual, slots, short, full), None
 
@@ -114,14 +111,15 @@ def _either(usual: int, slots: Slots, short: Callable, full: Callable):
   return jax.lax.cond(fits, lambda: short(first), lambda: full(slots))
 
 
-def _products(slots, x_AD, gate_EDF, up_EDF):
-  """The two that SwiGLU multiplies."""
+def _products(slots, x_AD, weights):
+  """The arguments of `weights.hidden`; parts are of one row."""
   x_SD = dispatch.permute(x_AD, slots)
-  return matmul(x_SD, gate_EDF, slots.sizes), matmul(x_SD, up_EDF, slots.sizes)
+  products = [matmul(x_SD, into_EDF, slots.sizes) for into_EDF in weights.into]
+  return weights.biased(products, lambda b_EF: activation.bias_rows(b_EF, slots.expert_of_part))
 
 
-def _output(slots, gate_SF, up_SF, down_EFD):
-  output_SD = matmul(jax.nn.silu(gate_SF) * up_SF, down_EFD, slots.sizes)
+def _output(slots, products, weights):
+  output_SD = matmul(weights.hidden(*products), weights.down, slots.sizes)
   return dispatch.unpermute(output_SD, slots)
 
 

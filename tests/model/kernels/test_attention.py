@@ -48,7 +48,7 @@ def inputs(length: int, H: int, G: int, K: int) -> tuple:
   return segments_BT.astype(np.int32), draw(H), draw(G), draw(G), draw(H)
 
 
-def reference(segments_BT, *arrays, window: int = 0) -> list[np.ndarray]:
+def reference(segments_BT, *arrays, window: int = 0, cap: float = 0.0) -> list[np.ndarray]:
   """The output, and the gradients of query, key and value, in float64."""
   query, key, value, cotangent = (np.asarray(x, np.float64) for x in arrays)
   (B, _, H, K), G = query.shape, key.shape[2]
@@ -57,27 +57,29 @@ def reference(segments_BT, *arrays, window: int = 0) -> list[np.ndarray]:
     visible_TS = oracle.visible(segments_BT[b], window)
     for h in range(H):
       g = h // (H // G)
-      scores_TS = np.where(visible_TS, query[b, :, h] @ key[b, :, g].T / np.sqrt(K), -np.inf)
-      weights_TS = oracle.softmax(scores_TS)
+      scores_TS = oracle.capped(query[b, :, h] @ key[b, :, g].T / np.sqrt(K), cap)
+      weights_TS = oracle.softmax(np.where(visible_TS, scores_TS, -np.inf))
       output[b, :, h] = weights_TS @ value[b, :, g]
       d_weights_TS = cotangent[b, :, h] @ value[b, :, g].T
       d_scores_TS = weights_TS * (d_weights_TS - (weights_TS * d_weights_TS).sum(1, keepdims=True))
+      d_scores_TS *= 1 - (scores_TS / cap) ** 2 if cap else 1
       d_query[b, :, h] = d_scores_TS @ key[b, :, g] / np.sqrt(K)
       d_key[b, :, g] += d_scores_TS.T @ query[b, :, h] / np.sqrt(K)
       d_value[b, :, g] += weights_TS.T @ cotangent[b, :, h]
   return [output, d_query, d_key, d_value]
 
 
-def agree(kernel, case, tolerance: float, window: int = 0) -> None:
+def agree(kernel, case, tolerance: float, window: int = 0, cap: float = 0.0) -> None:
   """The kernel's output and gradients are the reference's, relative to the largest element."""
   segments_BT, *arrays, cotangent = case
+  caps = (cap,) if cap else ()
 
   @jax.jit
   def run(*arrays):
-    output, pull = jax.vjp(lambda *qkv: kernel(*qkv, segments_BT, window), *arrays)
+    output, pull = jax.vjp(lambda *qkv: kernel(*qkv, segments_BT, window, *caps), *arrays)
     return output, *pull(cotangent)
 
-  for ours, theirs in zip(run(*arrays), reference(*case, window=window), strict=True):
+  for ours, theirs in zip(run(*arrays), reference(*case, window=window, cap=cap), strict=True):
     assert ours.dtype == cotangent.dtype
     largest = np.abs(theirs).max() or 1
     ours = np.asarray(ours, np.float64)
@@ -96,6 +98,11 @@ def test_agrees_with_the_oracle(kernel, shape):
 @pytest.mark.parametrize('kernel', KERNELS)
 def test_a_window_is_the_oracles(kernel, window):
   agree(KERNELS[kernel], inputs(*SHAPES['padded to two blocks']), 2e-6, window)
+
+
+@pytest.mark.parametrize('kernel', ['splash', 'blockwise'])  # JAX's attention has none
+def test_a_cap_is_the_oracles(kernel):
+  agree(KERNELS[kernel], inputs(*SHAPES['padded to two blocks']), 2e-6, 100, 0.5)
 
 
 @pytest.mark.parametrize('heads, groups', [(2, 2), (6, 2), (3, 1)])
@@ -174,6 +181,8 @@ def test_choice(monkeypatch, platform, dtype, length, head_dim, chosen):
   monkeypatch.setattr(blockwise, 'attention', lambda *arrays: 'blockwise')
   query = jax.ShapeDtypeStruct((1, length, 1, head_dim), dtype)
   assert attention.attention(query, None, None, None, platform) == chosen
+  cap = 'splash' if platform == 'tpu' else 'blockwise'
+  assert attention.attention(query, None, None, None, platform, cap=5.0) == cap
 
 
 def test_check_names_the_key_and_the_fix():

@@ -15,6 +15,7 @@ import pytest
 from jax.experimental import topologies
 
 from bam_jax.model import dispatch, remat
+from bam_jax.model.activation import Weights
 from bam_jax.model.kernels import blocked, few, grouped
 
 D, F = 6, 10
@@ -24,24 +25,33 @@ def draw(seed: int, *shape: int) -> np.ndarray:
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def weights_of(E: int, dtype=np.float32):
-  arrays = draw(1, E, D, F), draw(2, E, D, F), draw(3, E, F, D)
-  return tuple(jnp.asarray(array, dtype) for array in arrays)
+def weights_of(E: int, dtype=np.float32, kind: str = 'swiglu') -> Weights:
+  """Of `kind`, with biases unless that is SwiGLU."""
+  into, down = [draw(1, E, D, F), draw(2, E, D, F)], draw(3, E, F, D)
+  biases = [] if kind == 'swiglu' else [draw(5, E, F), draw(6, E, F)]
+  if kind == 'gelu':
+    into, biases = into[1:], biases[1:]
+  arrays = Weights(tuple(into), down, tuple(biases), kind)
+  return jax.tree.map(lambda array: jnp.asarray(array, dtype), arrays)
 
 
-def one_hot_swiglu(experts_A, x_AD, weights):
+def one_hot_ffn(experts_A, x_AD, weights):
   """Every expert on every row, those kept that the row wants."""
-  gate_EDF, up_EDF, down_EFD = weights
-  hidden_AEF = jax.nn.silu(jnp.einsum('ad,edf->aef', x_AD, gate_EDF))
-  hidden_AEF *= jnp.einsum('ad,edf->aef', x_AD, up_EDF)
-  chosen_AE = experts_A[:, None] == np.arange(gate_EDF.shape[0])
-  return jnp.einsum('aef,efd,ae->ad', hidden_AEF, down_EFD, chosen_AE)
+  products = [jnp.einsum('ad,edf->aef', x_AD, w_EDF) for w_EDF in weights.into]
+  products = [x + b for x, b in zip(products, weights.biases or [0, 0])]
+  kinds = {'swiglu': jax.nn.silu, 'geglu_tanh': jax.nn.gelu}
+  if weights.ffn == 'gelu':
+    hidden_AEF = products[0] * jax.scipy.stats.norm.cdf(products[0])
+  else:
+    hidden_AEF = kinds[weights.ffn](products[0]) * products[1]
+  chosen_AE = experts_A[:, None] == np.arange(weights.down.shape[0])
+  return jnp.einsum('aef,efd,ae->ad', hidden_AEF, weights.down, chosen_AE)
 
 
-def with_gradients(swiglu, experts_A, dtype=np.float32, E=3):
+def with_gradients(ffn, experts_A, dtype=np.float32, kind='swiglu'):
   """The output, and the gradients of rows and weights."""
   x_AD, cotangent_AD = (jnp.asarray(draw(i, experts_A.size, D), dtype) for i in (0, 4))
-  output, pull = jax.vjp(functools.partial(swiglu, experts_A), x_AD, weights_of(E, dtype))
+  output, pull = jax.vjp(functools.partial(ffn, experts_A), x_AD, weights_of(3, dtype, kind))
   return jax.tree.leaves((output, pull(cotangent_AD)))
 
 
@@ -118,11 +128,11 @@ BLOCKED = {
 def test_blocks_agree_with_one_hot(rows, experts, monkeypatch):
   monkeypatch.setattr(grouped, 'BLOCK_ROWS', {'cpu': rows})
   experts_A = np.array(experts, np.int32)
-  swiglu = lambda experts_A, x, weights: grouped.swiglu(x, experts_A, weights, 3, 'cpu')
+  ffn = lambda experts_A, x, weights: grouped.ffn(x, experts_A, weights, 3, 'cpu')
   with jax.enable_x64(True):
-    want = with_gradients(one_hot_swiglu, experts_A, np.float64)
+    want = with_gradients(one_hot_ffn, experts_A, np.float64)
     for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 5e-6)):
-      got = jax.jit(functools.partial(with_gradients, swiglu, dtype=dtype))(experts_A)
+      got = jax.jit(functools.partial(with_gradients, ffn, dtype=dtype))(experts_A)
       assert all(x.dtype == dtype for x in got)
       assert_near(got, want, tolerance)
 
@@ -132,10 +142,10 @@ def test_parts_past_the_last_are_not_visited():
   x, cotangent = draw(0, 10, D), draw(4, 10, D)
   x[4:] = cotangent[4:] = np.nan  # one row of expert 0 and two of expert 1 fill two parts of five
   x[1] = 0
-  output, pull = jax.vjp(lambda x, w: blocked.swiglu(x, w, slots), x, weights_of(2))
+  output, pull = jax.vjp(lambda x, w: blocked.ffn(x, w, slots), x, weights_of(2))
   d_x, d_weights = pull(cotangent)
   assert not output[4:].any() and not d_x[4:].any()
-  assert all(np.isfinite(d_w).all() and d_w.any() for d_w in d_weights)
+  assert all(np.isfinite(d_w).all() and d_w.any() for d_w in jax.tree.leaves(d_weights))
 
 
 # Grouped matmuls and two buffers, on TPU.
@@ -225,7 +235,7 @@ def buffered(usual: int, policy: str):
 def test_two_buffers_agree_with_one_hot(experts, policy, usual):
   experts_A = np.array(experts, np.int32)
   with jax.enable_x64(True):
-    want = with_gradients(one_hot_swiglu, experts_A, np.float64)
+    want = with_gradients(one_hot_ffn, experts_A, np.float64)
   assert_near(buffered(usual, policy)(experts_A), want, 5e-6)
 
 
@@ -276,14 +286,15 @@ KERNELS = {'loop': few.loop, 'visit': functools.partial(few.visit, interpret=Tru
 def test_few_rows_read_no_other_expert(kernel, name):
   E, D, F, experts = FEW[name]
   x, gate, up, down = draw(0, len(experts), D), draw(1, E, D, F), draw(2, E, D, F), draw(3, E, F, D)
-  weights = [w / np.sqrt(w.shape[1]) for w in (gate, up, down)]
+  matrices = [w / np.sqrt(w.shape[1]) for w in (gate, up, down)]
   experts_A = np.array(experts, np.int32)
-  wanted = one_hot_swiglu(experts_A, x, weights)
-  for w in weights:  # what is read of them would show
+  wanted = one_hot_ffn(experts_A, x, Weights(tuple(matrices[:2]), matrices[2]))
+  for w in matrices:  # what is read of them would show
     w[[expert for expert in range(E) if expert not in experts]] = np.nan
   if name == 'nobody':  # the grid's one step reads an expert, whose rows then count for nothing
-    weights = [np.nan_to_num(w) for w in weights]
-  output = jax.jit(KERNELS[kernel])(x, experts_A, tuple(map(jnp.asarray, weights)))
+    matrices = [np.nan_to_num(w) for w in matrices]
+  gate, up, down = map(jnp.asarray, matrices)
+  output = jax.jit(KERNELS[kernel])(x, experts_A, Weights((gate, up), down))
   np.testing.assert_allclose(output, wanted, atol=2e-5)
   assert output.dtype == x.dtype
 
@@ -291,18 +302,45 @@ def test_few_rows_read_no_other_expert(kernel, name):
 def test_visited_experts_sum_in_float32():
   D, F = 64, 256
   arrays = draw(0, 4, D), draw(1, 3, D, F) / 8, draw(2, 3, D, F) / 8, draw(3, 3, F, D) / 16
-  x, *weights = (jnp.asarray(array, jnp.bfloat16) for array in arrays)
+  x, gate, up, down = (jnp.asarray(array, jnp.bfloat16) for array in arrays)
+  weights = Weights((gate, up), down)
   experts_A = np.array([1, 0, 1, 1], np.int32)
-  output = KERNELS['visit'](x, experts_A, tuple(weights))
-  wanted = one_hot_swiglu(experts_A, np.float32(x), [np.float32(w) for w in weights])
+  output = KERNELS['visit'](x, experts_A, weights)
+  wanted = one_hot_ffn(experts_A, np.float32(x), jax.tree.map(np.float32, weights))
   assert output.dtype == jnp.bfloat16
   np.testing.assert_allclose(np.float32(output), wanted, atol=0.03)
 
 
 def test_on_tpus_few_rows_are_one_kernel():
   shapes = (1, 256), (2, 256, 512), (2, 256, 512), (2, 512, 256)
-  x, *weights = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
-  run = jax.jit(functools.partial(few.swiglu, platform='tpu'))
-  traced = run.trace(x, jax.ShapeDtypeStruct((1,), jnp.int32), tuple(weights))
+  x, gate, up, down = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+  run = jax.jit(functools.partial(few.ffn, platform='tpu'))
+  traced = run.trace(x, jax.ShapeDtypeStruct((1,), jnp.int32), Weights((gate, up), down))
   text = traced.lower(lowering_platforms=('tpu',)).as_text()
   assert text.count('tpu_custom_call') == 1 and 'visited_experts' in text
+
+
+# Other FFNs than SwiGLU, and biases.
+
+
+@pytest.mark.parametrize('kind', ['geglu_tanh', 'gelu'])
+@pytest.mark.parametrize('usual', [None, 9, 20], ids=['blocks', 'full', 'usual'])
+def test_other_ffns_with_biases_agree_with_one_hot(kind, usual, monkeypatch):
+  monkeypatch.setattr(grouped, 'BLOCK_ROWS', {'cpu': 4})
+  experts_A = np.array([0, 2, 3, 2, 2] * 3 + [1, 2, 2, 3, 2], np.int32)
+  blocks = lambda experts_A, x, weights: grouped.ffn(x, experts_A, weights, 3, 'cpu')
+  run = functools.partial(two_buffers, usual) if usual else blocks
+  want = with_gradients(one_hot_ffn, experts_A, kind=kind)
+  assert_near(jax.jit(functools.partial(with_gradients, run, kind=kind))(experts_A), want, 5e-6)
+
+
+@pytest.mark.parametrize('kind', ['geglu_tanh', 'gelu'])
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_few_rows_of_other_ffns(kernel, kind):
+  experts_A, x, weights = (
+    np.array([2, 3, 0, 0, 3], np.int32),
+    draw(0, 5, D),
+    weights_of(3, kind=kind),
+  )
+  output = jax.jit(KERNELS[kernel])(x, experts_A, weights)
+  np.testing.assert_allclose(output, one_hot_ffn(experts_A, x, weights), rtol=1e-5, atol=1e-4)
