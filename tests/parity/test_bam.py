@@ -52,7 +52,7 @@ def test_logits_and_gradients_are_ours(exported):
   buffers = {name: np.zeros(buffer.shape) for name, buffer in model.named_buffers()}
   expected[2].update({name: x for name, x in buffers.items() if 'correction_bias' in name})
   check_same(
-    got, expected, checkpoint.read_meta(folder).model, type(model).__name__, exclude=[BIAS]
+    got, [expected], checkpoint.read_meta(folder).model, type(model).__name__, exclude=[BIAS]
   )
 
 
