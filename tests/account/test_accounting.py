@@ -26,7 +26,8 @@ def experts(kind, least, **more):
 def models(draw):
   """Any model at all: blocks, biases, grouped queries, tied or not, dense, soft, routed, shared."""
   kv_heads = draw(st.integers(1, 3))
-  blocks = [('parallel', 'pre'), ('sequential', 'pre'), ('sequential', 'post')]
+  blocks = [('parallel', 'pre'), ('parallel_two_norms', 'pre')]
+  blocks += [('sequential', place) for place in ('pre', 'post', 'both')]
   block, norm_place = draw(st.sampled_from(blocks))
   return config.Model(
     vocab_size=draw(st.integers(2, 50)),
@@ -39,7 +40,9 @@ def models(draw):
     tied_embeddings=draw(st.booleans()),
     block=block,
     norm_place=norm_place,
-    biases=draw(st.sampled_from(['none', 'qkv', 'attention'])),
+    norm=draw(st.sampled_from(['layernorm', 'layernorm_bias', 'rmsnorm_plus_one'])),
+    biases=draw(st.sampled_from(['none', 'qkv', 'attention', 'all'])),
+    ffn=draw(st.sampled_from(['swiglu', 'gelu'])),
     qk_norm=draw(st.sampled_from(['none', 'head_layernorm', 'head_rms', 'all_rms'])),
     attention_experts=draw(experts(config.AttentionExperts, 0, shared_kv=st.booleans())),
     ffn_experts=draw(experts(config.FFNExperts, 1)),
@@ -56,7 +59,7 @@ def counted(model: config.Model) -> tuple[arithmetic.Parts, arithmetic.Parts]:
     *folders, name = sharding.path_of(key_path).split('/')
     part = {'embed': 'embeddings', 'unembed': 'embeddings'}.get(folders[-1], folders[-1])
     part = 'routers' if name in ('router', 'expert_bias') else part
-    part = 'norms' if name.endswith('scale') else part
+    part = 'norms' if name.endswith('scale') or name == 'bias' else part
     met = 1.0
     if part == 'ffn' and ffn:
       met = ffn.top_k / ffn.num_experts
@@ -94,10 +97,14 @@ def matmul_flops(jaxpr) -> int:
 
 
 # Not routed attention: there the program computes every expert, and the formula counts the top-k.
-@pytest.mark.parametrize('name', ['dense', 'untied', 'btx', 'bam_kv_experts', 'bam_shared_kv'])
+@pytest.mark.parametrize(
+  'name', ['dense', 'untied', 'gelu', 'btx', 'bam_kv_experts', 'bam_shared_kv']
+)
 def test_forward_flops_are_those_of_the_program(models, name):
   """Of what is traced, less what the formula names as no part of the model."""
-  model = models[name]
+  model = models['dense'] if name == 'gelu' else models[name]
+  if name == 'gelu':
+    model = dataclasses.replace(model, ffn='gelu', biases='all')
   if model.ffn_experts:  # full buffers and no empty rows
     options = dataclasses.replace(model.ffn_experts, capacity_factor=1.0)
     model = dataclasses.replace(model, ffn_experts=options)

@@ -18,18 +18,20 @@ from tests.upcycle.memory import draw, flat, mix, spelled_out, upcycle
 
 METHODS = typing.get_args(config.Method)
 STACKED = {
-  'bam_kv_experts': ('ffn', 'attention'),
-  'bam_shared_kv': ('ffn', 'attention/query', 'attention/out'),
-  'btx': ('ffn',),
-  'sparse': ('ffn',),
+  'bam_kv_experts': ('ffn/', 'attention'),
+  'bam_shared_kv': ('ffn/', 'attention/query', 'attention/out'),
+  'btx': ('ffn/',),
+  'sparse': ('ffn/',),
   'average': (),
 }
 
 
 @pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('name', ['dense', 'untied'])
+@pytest.mark.parametrize('name', ['dense', 'untied', 'biased'])
 def test_merged_arrays(models, name, method):
-  dense, how = models[name], upcycle(method)
+  biased = dict(block='parallel_two_norms', norm='layernorm_bias', biases='all', ffn='geglu_tanh')
+  more = biased if name == 'biased' else {}
+  dense, how = dataclasses.replace(models['dense' if more else name], **more), upcycle(method)
   sources = [draw(dense, seed) for seed in range(len(how.sources))]
   before = copy.deepcopy(sources)
   merged, arrays = flat(mix(sources, dense, how)), [flat(source) for source in sources]
