@@ -8,7 +8,7 @@ from bam_jax import config
 from bam_jax.config import strict
 from bam_jax.config.strict import require
 from bam_jax.hf import families, mixtures, names
-from bam_jax.hf.families import BAM, FAMILIES, LENGTH, Facts
+from bam_jax.hf.families import BAM, FAMILIES, GEMMA3_IMAGES, LENGTH, Facts
 from bam_jax.hf.mixtures import MIXTURES
 
 # Keys of the experts' options.
@@ -20,7 +20,16 @@ _FFN_EXPERTS = {
   'num_experts': 'num_experts', 'top_k': 'num_experts_per_tok', 'renormalize': 'norm_topk_prob',
   'capacity_factor': 'capacity_factor', 'expert_bias': 'use_expert_bias',
 }  # fmt: skip
+_READ = *FAMILIES, GEMMA3_IMAGES, BAM
 _ROPES = 'attention_expert_ropes'
+
+
+def of_text(config_json: Mapping[str, Any]) -> Mapping[str, Any]:
+  """What a config.json says of a text model; Gemma 3 may have that beside one of images."""
+  asked, text = config_json.get('architectures'), config_json.get('text_config')
+  if asked != [GEMMA3_IMAGES.architecture] or not isinstance(text, dict):
+    return config_json
+  return {LENGTH: 131_072} | text | {'architectures': asked}
 
 
 def to_model(config_json: Mapping[str, Any]) -> config.Model:
@@ -29,7 +38,7 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
   UserError names a key that describes a model unlike ours, is unknown and not turned off, or is
   missing and has no safe default.
   """
-  asked, known = config_json.get('architectures'), [*FAMILIES, BAM]
+  asked, known = config_json.get('architectures'), _READ
   found = [family for family in known if [family.architecture] == asked]
   mixed = any(config_json.get(key) for key in ('num_experts', 'num_local_experts'))
   name = str(asked).strip("[']")
@@ -53,7 +62,7 @@ def tensors(model: config.Model, config_json: Mapping[str, Any]) -> tuple[names.
   if mixture := [one for one in MIXTURES if [one.architecture] == config_json['architectures']]:
     return mixtures.tensors(mixture[0], model)
   asked = config_json['architectures']
-  renamed = [one.renamed for one in (*FAMILIES, BAM) if [one.architecture] == asked]
+  renamed = [one.renamed for one in _READ if [one.architecture] == asked]
   table = names.renamed(names.tensors(model), *renamed)
   for path, tensor in table.items():
     if '.query_key_value.' in tensor.name:

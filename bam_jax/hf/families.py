@@ -438,6 +438,19 @@ _GEMMA = _LLAMA | dict(
 _GEMMA_ALLOWED = dict.fromkeys(('hidden_act', 'hidden_activation'), ['gelu_pytorch_tanh'])
 _GEMMA_ALLOWED |= dict(cache_implementation=['hybrid'])
 
+_GEMMA3 = Family(
+  'Gemma3ForCausalLM', 'gemma3_text', _RMSNORM, _GEMMA | dict(qk_norm='head_rms'),
+  [*_gemma(None, None, 6), Part(_read_gemma3_rope, _write_gemma3_rope)], _GEMMA_ALLOWED,
+)  # fmt: skip
+# The text model of one that sees images, whose file omits what is as in transformers.
+GEMMA3_IMAGES = _GEMMA3._replace(
+  architecture='Gemma3ForConditionalGeneration',
+  fields=_GEMMA3.fields | dict(
+    vocab_size=262_208, d_model=2304, num_layers=26, num_heads=8, ffn_dim=9216
+  ),
+  renamed=[('model.', 'language_model.model.'), ('lm_head', 'language_model.lm_head')],
+)  # fmt: skip
+
 # A model of any family, computed by our own code, which adds experts.
 BAM = Family(
   'BamForCausalLM', 'bam', _LAYERNORM, dict(norm_epsilon=1e-5, tied_embeddings=True),
@@ -498,8 +511,5 @@ FAMILIES = [
     'Gemma2ForCausalLM', 'gemma2', _RMSNORM, _GEMMA, [*_gemma(50.0, 30.0, 2), _ROPE],
     _GEMMA_ALLOWED,
   ),
-  Family(
-    'Gemma3ForCausalLM', 'gemma3_text', _RMSNORM, _GEMMA | dict(qk_norm='head_rms'),
-    [*_gemma(None, None, 6), Part(_read_gemma3_rope, _write_gemma3_rope)], _GEMMA_ALLOWED,
-  ),
+  _GEMMA3,
 ]  # fmt: skip

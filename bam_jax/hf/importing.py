@@ -16,9 +16,12 @@ from bam_jax.errors import UserError
 from bam_jax.files import folders
 from bam_jax.hf import config_json, files, gguf, names
 from bam_jax.hf.files import Progress
+from bam_jax.model import rope
 
 # Tensors of older files that follow from config.json.
-_BUFFERS = 'rotary_emb.inv_freq', '.attention.bias', '.attention.masked_bias'
+_FREQUENCIES = 'rotary_emb.inv_freq'
+_BUFFERS = _FREQUENCIES, '.attention.bias', '.attention.masked_bias'
+_IMAGES = 'vision_tower.', 'multi_modal_projector.'  # beside a text model
 
 
 def convert(
@@ -79,7 +82,7 @@ def open_folder(
   where = folder if packed else folder / files.CONFIG
   facts = None if packed else files.read_json(where)
   try:
-    facts = gguf.config_json(packed) if packed else facts
+    facts = gguf.config_json(packed) if packed else config_json.of_text(facts)
     model = config_json.to_model(facts)
     length, method, experts = config_json.to_origin(facts)
   except UserError as error:
@@ -117,7 +120,7 @@ def _check(reader, table: names.Table, model: config.Model) -> None:
     name: (parts[-1].stop, *table[parts[0].path].theirs[1:])
     for name, parts in names.pieces(table).items()
   }
-  found = {name for name in reader.specs if not name.endswith(_BUFFERS)}
+  found = {n for n in reader.specs if not n.endswith(_BUFFERS) and not n.startswith(_IMAGES)}
   # PyTorch lists a tied head although it is the table; files may therefore contain both.
   if tied_twice := model.tied_embeddings and names.HEAD in reader.specs:
     expected[names.HEAD] = expected[names.TABLE]
@@ -126,6 +129,12 @@ def _check(reader, table: names.Table, model: config.Model) -> None:
     shape, described = reader.specs[name].shape, expected.get(name, 'no such tensor')
     wrong = f'{reader.folder} has {name} of shape {shape}; its config says {described}.'
     require(shape == described, wrong)
+  first = model.layer_kinds()[0]
+  for name in (name for name in reader.specs if name.endswith(_FREQUENCIES)):
+    wrong = f'{reader.folder} has {name} that differs from the frequencies of its config.json.'
+    want_R, _ = rope.frequencies(model, first.theta, first.scaling, jnp.float32)
+    fits = reader.specs[name].shape == want_R.shape
+    require(fits and np.allclose(reader.read(name), want_R, rtol=0.01, atol=1e-6), wrong)
   if tied_twice:
     wrong = 'is not the table, although tie_word_embeddings is true, and transformers 5 would serve'
     fix = 'set that to false, or delete the tensor'

@@ -107,6 +107,10 @@ MODELS = {
     'norm': 'rmsnorm_plus_one', 'norm_place': 'both', 'qk_norm': 'head_rms', 'ffn': 'geglu_tanh',
     'biases': 'all', 'attention_cap': 2.0, 'logit_cap': 9.0,
   },
+  'neox': _RMS | {
+    'block': 'parallel_two_norms', 'norm': 'layernorm_bias', 'biases': 'all', 'ffn': 'gelu',
+    'qk_norm': 'none', 'num_kv_heads': 6, 'logit_scale': 1.0, 'rotary_dim': 2,
+  },
   'ropes': _MIXTURE | {
     'attention_experts': config.AttentionExperts(
       3, ropes=(config.Rope(30.0), config.Rope(5.0), config.Rope(30.0, YARN))

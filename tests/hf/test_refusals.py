@@ -75,6 +75,10 @@ TENSORS = [
     'lm_head.weight is not the table, although tie_word_embeddings is true, and transformers 5 '
     'would serve it: set that to false, or delete the tensor',
   ),
+  (
+    {'model.layers.0.self_attn.rotary_emb.inv_freq': np.array([1, 0.5], 'f')},
+    'inv_freq that differs from the frequencies of its config.json',
+  ),
   ({'model.norm.weight': np.full(24, -np.inf, 'f')}, r'-inf at model.norm.weight\[0\]'),
 ]
 QUANTISED = np.ones((24, 24), np.int8)

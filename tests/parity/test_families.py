@@ -262,6 +262,27 @@ def test_the_imported_model_is_theirs(imported):
   check_same(ours(folder, batch), wants, ours_model, type(model).__name__)
 
 
+def test_the_text_model_of_one_that_sees_images(tmp_path):
+  words = SIZES | RMS | WINDOWS | dict(head_dim=8, query_pre_attn_scalar=5)
+  tower = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+  model_config = transformers.Gemma3Config(
+    text_config=words | dict(rope_parameters=None),
+    vision_config=tower | dict(image_size=28, patch_size=14),
+    mm_tokens_per_image=4,
+    boi_token_index=266,
+    eoi_token_index=267,
+    image_token_index=268,
+  )
+  model = transformers.Gemma3ForConditionalGeneration(model_config).eval()
+  randomize(model)
+  model.save_pretrained(tmp_path / 'hf')
+  folders.make_tokenizer().save(tmp_path / 'hf')
+  done = run('import-hf', f'--input={tmp_path}/hf', f'--output={tmp_path}/ours')
+  assert done.returncode == 0, done.stderr
+  want = model(torch.tensor(make_batch()['tokens'], dtype=torch.long)).logits
+  assert distance(ours(tmp_path / 'ours', make_batch())[0], want.detach()) < TOLERANCE
+
+
 def test_the_exported_model_is_theirs_to_the_bit(imported, tmp_path):
   model, source, folder = imported
   still = lambda done, total: None
