@@ -311,11 +311,14 @@ def test_visited_experts_sum_in_float32():
   np.testing.assert_allclose(np.float32(output), wanted, atol=0.03)
 
 
-def test_on_tpus_few_rows_are_one_kernel():
-  shapes = (1, 256), (2, 256, 512), (2, 256, 512), (2, 512, 256)
-  x, gate, up, down = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+@pytest.mark.parametrize('kind', ['swiglu', 'geglu_tanh', 'gelu'])
+def test_on_tpus_few_rows_are_one_kernel(kind):
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  count = 1 if kind == 'gelu' else 2
+  biases = () if kind == 'swiglu' else (array(2, 512),) * count
+  weights = Weights((array(2, 256, 512),) * count, array(2, 512, 256), biases, kind)
   run = jax.jit(functools.partial(few.ffn, platform='tpu'))
-  traced = run.trace(x, jax.ShapeDtypeStruct((1,), jnp.int32), Weights((gate, up), down))
+  traced = run.trace(array(1, 256), jax.ShapeDtypeStruct((1,), jnp.int32), weights)
   text = traced.lower(lowering_platforms=('tpu',)).as_text()
   assert text.count('tpu_custom_call') == 1 and 'visited_experts' in text
 
