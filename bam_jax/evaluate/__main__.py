@@ -10,7 +10,7 @@
 Every token of a document except BOS is scored once, EOS included; see docs/evaluate.md. Scores are
 bitwise independent of --batch_size, --mesh and --routing. Tables go to standard error; `--json`
 writes `data`, `split`, `dtype`, `mesh`, `confidence`, `resamples`, `seed`, `domains`, `notes`,
-`routing_page` (or null), and `rows`, one object a checkpoint, in order:
+and `rows`, one object a checkpoint, in order:
   label, checkpoint, run, step, method, tokenizer_hash: identity.
   window, stride: tokens read at once; tokens from one window's start to the next.
   domains (by name), overall: `documents`, `tokens`, `bytes`, `nll` (a sum, nats), and
@@ -53,7 +53,7 @@ flags.DEFINE_list('mesh', [], 'Devices along each axis: data=2,fsdp=4.')
 _RESAMPLES = flags.DEFINE_integer('resamples', 1000, 'Resamples of the bootstrap.', 1, 10**6)
 _CONFIDENCE = flags.DEFINE_float('confidence', 0.95, 'Level of the intervals.', 0.0, 1.0)
 flags.DEFINE_integer('seed', 0, 'Seed of the bootstrap, or of sampling.', lower_bound=0)
-_ROUTING = flags.DEFINE_string('routing', None, 'Folder for figures and a page about the routers.')
+_ROUTING = flags.DEFINE_string('routing', None, 'Folder for pictures of the routers.')
 
 _TASKS = flags.DEFINE_list('tasks', [], 'Instead of --data: tasks of lm-eval, .yaml files.')
 _FEW_SHOT = flags.DEFINE_integer('few_shot', None, "Solved examples; default: the task's.", 0, 1000)

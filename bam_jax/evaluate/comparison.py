@@ -116,7 +116,7 @@ def score(
       bar.advance(task)
       # Summed by window first and by document later, in an order that nothing else has a part in.
       nll[number] = scored.nll.sum(dtype=np.float64)
-      record.add(owners[number], number, scored.routing)
+      record.add(scored.routing)
     bar.remove_task(task)
     nll = np.bincount(owners, weights=nll, minlength=len(documents))
     for bad in np.flatnonzero(~np.isfinite(nll)):

@@ -1,4 +1,4 @@
-"""Where routers send tokens: sums by domain, and a few documents token by token.
+"""Where routers send tokens: sums by domain, and the pictures of them.
 
 A token counts once: in the window in which the token after it is scored. So BOS counts, and EOS,
 from which nothing is predicted, does not.
@@ -7,17 +7,15 @@ Legend: L layers, T tokens, E experts.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from scipy import special
 
 from bam_jax import checkpoint
 from bam_jax.evaluate.scorer import Routed
-
-SHOWN = 2  # documents of each domain that are kept token by token,
-SHOWN_TOKENS = 320  # and so many tokens of each
+from bam_jax.reports import figures
 
 
 class Record:
@@ -25,14 +23,10 @@ class Record:
 
   def __init__(self):
     self.tokens = 0
-    self._kept: dict[int, dict[int, Mapping[str, Routed]]] = {}  # document -> window -> routing
     self._sums: dict[str, dict[str, np.ndarray]] = {}
 
-  def add(self, document: int, window: int, routing: Mapping[str, Routed]) -> None:
-    """Counts the scored tokens of a window; keeps those of the first documents.
-
-    Numbers of windows grow within a document; windows may come in any order.
-    """
+  def add(self, routing: Mapping[str, Routed]) -> None:
+    """Counts the scored tokens of a window."""
     for name, routed in routing.items():
       gate_LTE = routed.gate_LTE.astype(np.float64)
       new = {
@@ -43,13 +37,6 @@ class Record:
       sums = self._sums.get(name, {})
       self._sums[name] = {key: sums.get(key, 0.0) + value for key, value in new.items()}
     self.tokens += next(iter(routing.values())).gate_LTE.shape[1] if routing else 0
-    if document < SHOWN:
-      self._kept.setdefault(document, {})[window] = routing
-
-  def shown(self, document: int) -> dict[str, Routed]:
-    """By router, what it did with the first tokens of one of the first documents."""
-    parts = [routing for _, routing in sorted(self._kept[document].items())]
-    return jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:, :SHOWN_TOKENS], *parts)
 
   def facts(self, domain: str, experts: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
     """By router and layer, means over the tokens: see `python -m bam_jax.evaluate --help`."""
@@ -78,3 +65,16 @@ def own_shares(facts: Mapping[str, Any]) -> list[list[str]]:
     for row in facts['rows']
     for router, by_domain in (row['routing'] or {}).items()
   ]
+
+
+def draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Draws the rows of `--json` that have routing into the folder, which exists.
+
+  `by_layer.png` is of all rows, `<number of the row>_<router>.png` of one.
+  """
+  figures.routers_by_layer(folder / 'by_layer.png', [row for row in rows if row['routing']])
+  for number, row in enumerate(rows):
+    for router, by_domain in (row['routing'] or {}).items():
+      loads = {domain: facts['load'] for domain, facts in by_domain.items()}
+      shown = row | {'experts': row['experts'][router], 'routing': {router: loads}}
+      figures.routing(folder / f'{number}_{router}.png', shown)

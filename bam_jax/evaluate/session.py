@@ -1,4 +1,4 @@
-"""A comparison as its reader at a terminal sees it: progress, tables, notes, and a page."""
+"""A comparison as its reader at a terminal sees it: progress, tables, notes, and pictures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from rich import progress
 
 from bam_jax import cli, config
 from bam_jax.config.strict import require
-from bam_jax.evaluate import comparison, corpus, page, routing
+from bam_jax.evaluate import comparison, corpus, routing
 from bam_jax.files import folders
 from bam_jax.reports import scores
 
@@ -22,8 +22,8 @@ def run(
 ) -> dict[str, Any]:
   """Compares checkpoints, prints what came out, and returns the facts of `--json`.
 
-  The page of the routers and its pictures go to `folder`, if given. UserError as in `enter`, and
-  when the folder cannot be written.
+  Pictures of the routers go to `folder`, if given. UserError as in `enter`, and when the folder
+  cannot be written.
   """
   entries = comparison.enter(checkpoints, domains, options)
   if folder is not None:
@@ -41,7 +41,6 @@ def run(
     'domains': [domain.name for domain in domains],
     'notes': comparison.notes(entries),
     'rows': comparison.compare(entries, domains, options),
-    'routing_page': None,
   }
   for table in tables(facts):
     console.print(table, '')
@@ -49,8 +48,8 @@ def run(
     console.print(note, soft_wrap=True)
   if folder is not None:
     with folders.writing(folder):
-      facts['routing_page'] = str(page.write(Path(folder), facts, entries, domains))
-    console.print(f'Open {facts["routing_page"]} in a browser.', soft_wrap=True)
+      routing.draw(Path(folder), facts['rows'])
+    console.print(f'Pictures of the routers are in {folder}.', soft_wrap=True)
   return facts
 
 
