@@ -10,8 +10,8 @@ quarter from each domain. A pre-trained model has much to lose and this budget i
 mixtures start where they are good already: routers toward their sources' data, and two FFN experts
 a token whose gates are divided by their sum, which is what MixtralForCausalLM computes for BTX.
 
-114 minutes of CPU time, an hour or two on two cores. `:smoke` runs the same graph for a few steps from a
-random model of the same shape made small.
+114 minutes of CPU time, an hour or two on two cores. `:smoke` runs the same graph for a few steps
+from a random model of the same shape made small.
 """
 
 from ml_collections import ConfigDict
