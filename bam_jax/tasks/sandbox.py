@@ -1,11 +1,13 @@
 """Runs programs that a model wrote, each in a limited process of its own.
 
 A program finds an empty folder, no environment, and of the interpreter the standard library. It
-cannot start processes or threads, open sockets, signal others, or exceed its processor time,
-address space and file size; it is killed when its time is over. It keeps the user's rights to
-files, which no limit here takes away: run programs that may be hostile in a container.
+cannot exceed its processor time, address space and file size, and is killed when its time is over.
+It keeps the user's rights and network, which no limit here takes away: run programs of models that
+you do not trust in a container.
 """
 
+import contextlib
+import os
 import secrets
 import signal
 import subprocess
@@ -46,11 +48,15 @@ def run(program: str) -> str:
     line = [sys.executable, '-I', '-S', '-B', LAUNCHER, *limits, source]
     with output.open('wb') as stderr:
       streams = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr)
-      options = dict(cwd=cwd, env={}, start_new_session=True, timeout=SECONDS)
+      process = subprocess.Popen(line, cwd=cwd, env={}, start_new_session=True, **streams)
       try:
-        status = subprocess.run(line, **streams, **options).returncode
-      except subprocess.TimeoutExpired:  # which has killed it; it has no children
+        status = process.wait(SECONDS)
+      except subprocess.TimeoutExpired:
         return 'time'
+      finally:
+        with contextlib.suppress(ProcessLookupError):
+          os.killpg(process.pid, signal.SIGKILL)  # and what root's programs may have started
+        process.wait()
     if status == passed:
       return ''
     text = output.read_bytes()[-OUTPUT_BYTES:].decode(errors='replace')
