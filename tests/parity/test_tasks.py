@@ -278,25 +278,6 @@ def test_mbpp(manager, tmp_path, program, value):
   assert author.contexts[0].endswith('assert callable(f)\n[BEGIN]\n')
 
 
-QUAC = {
-  'wikipedia_page_title': 'Cats', 'section_title': 'Mats', 'context': 'A cat sat. CANNOTANSWER',
-  'questions': ['Who sat?', 'Where?'], 'orig_answers': {'texts': ['A cat', 'CANNOTANSWER']},
-  'answers': {'texts': [['A cat', 'cat', 'CANNOTANSWER'], ['CANNOTANSWER', 'there']]},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize('answer, value', [('the cat!', 0.5), ('CANNOTANSWER', 0.5), ('x', 0.0)])
-def test_quac(manager, tmp_path, answer, value):
-  author = Author(answer)
-  results = lm_eval.simple_evaluate(
-    author, tasks=[local('bam_quac', tmp_path, train=[QUAC], validation=[QUAC])],
-    task_manager=manager,
-  )  # fmt: skip
-  assert results['results']['bam_quac']['f1,none'] == value
-  first = 'Cats: Mats\n\nA cat sat.\n\nQ: Who sat?\nA:'
-  assert author.contexts == [first, f'{first} A cat\nQ: Where?\nA:']
-
-
 def test_the_group(manager):
   """Its tasks are all known, with the paper's numbers of examples."""
   known = set(manager.all_tasks)
@@ -309,7 +290,7 @@ def test_the_group(manager):
     assert set(names) <= known
     shots[name] = member.get('num_fewshot')
   assert shots.pop('legalbench_international_citizenship_questions', '') is None
-  own = {shots.pop(name, '') for name in ('bam_humaneval', 'bam_mbpp', 'bam_quac')}
+  own = {shots.pop(name, '') for name in ('bam_humaneval', 'bam_mbpp')}
   assert own <= {None, ''}
   assert shots == {
     'gsm8k': 8, 'math': 4, 'nq_open': 0, 'triviaqa': 0, 'arc_easy': 0, 'arc_challenge': 0,
@@ -323,6 +304,6 @@ def test_tasks_that_run_code_without_our_limits(files, tmp_path):
   with pytest.raises(UserError, match='my_code .*--allow_generated_code'):
     check(files['code'], False)
   other = tmp_path / 'other.yaml'
-  other.write_text(files['code'].read_text().replace('scoring.human_eval', 'scoring.quac_f1'))
+  other.write_text(files['code'].read_text().replace('scoring.human_eval', 'scoring.mbpp_examples'))
   with pytest.raises(UserError, match='my_code .*bam_humaneval'):
     check(other, True)
