@@ -38,7 +38,6 @@ def run(
   require(installed, f'--tasks requires lm-eval, which is not installed: {INSTALL}.')
   manager, found = load(tasks)
   check_code(found, options.allow_generated_code)
-  check_examples(found, options.few_shot)
   scores = [_score(path, manager, tasks, found, options) for path in checkpoints]
   rows = [row for row, _ in scores]
   for row, samples in scores[1:]:
@@ -83,18 +82,6 @@ def check_code(tasks: Mapping[str, Any], allowed: bool) -> None:
     require(allowed, f'--tasks: {name} runs programs written by the model: {fix}.')
   if names:
     sandbox.require()
-
-
-def check_examples(tasks: Mapping[str, Any], few_shot: int | None) -> None:
-  """UserError when a task has fewer solved examples than each question is to follow."""
-  for name, task in tasks.items():
-    own = task.config.num_fewshot
-    wanted = own if few_shot is None or own == 0 else few_shot  # as in lm-eval
-    if wanted:
-      # Where examples are the questions, a question is not its own.
-      most = len(task.sampler.df) - (task.fewshot_cfg.split == task.config.test_split)
-      wrong = f'--tasks: {name} has at most {most} solved examples for a question'
-      require(wanted <= most, f'{wrong}, and {wanted} are asked for: lower --few_shot.')
 
 
 def _score(path, manager, asked, tasks, options) -> tuple[dict[str, Any], Samples]:
