@@ -55,8 +55,7 @@ _CONTEXT = flags.DEFINE_integer('context', None, "Decode: tokens a row; default:
 _DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['float32', 'bfloat16'], 'Decode: of all arrays.')
 _HLO = flags.DEFINE_string('hlo', None, "File for the optimized program's text.")
 _SEARCH = flags.DEFINE_bool('search', False, 'Search for mesh, remat and sequences a chip.')
-_SEARCH_SECONDS = flags.DEFINE_integer('search_seconds', 900, 'To begin compilations in.', 1)
-_TRAIN, _DECODE = (_SEQUENCES, _SEARCH, _SEARCH_SECONDS), (_BATCH, _CONTEXT, _DTYPE)
+_TRAIN, _DECODE = (_SEQUENCES, _SEARCH), (_BATCH, _CONTEXT, _DTYPE)
 
 
 def main() -> dict[str, Any]:
@@ -75,8 +74,7 @@ def main() -> dict[str, Any]:
     require(not flag.present, wrong)
   devices = target.devices()
   if _SEARCH.value:
-    limits = _SEQUENCES.value, _SEARCH_SECONDS.value
-    compiled, facts = search.search(job, target, devices, *limits)
+    compiled, facts = search.search(job, target, devices, _SEQUENCES.value)
   elif _PHASE.value == 'train':
     job = job.with_sequences(_SEQUENCES.value) if _SEQUENCES.value else job
     mesh = program.make_mesh(job, devices, target)

@@ -93,7 +93,7 @@ def test_a_token_of_experts_on_a_slice(tmp_path):
 @pytest.mark.slow
 def test_a_search_compiles_and_ranks():
   flags = (RECIPE, '--run=btx', '--topology=v5e:2x2', '--sequences_per_chip=2', '--search')
-  facts = facts_of(*flags, '--search_seconds=60')
+  facts = facts_of(*flags)
   times = [row['seconds']['roofline'] for row in facts['candidates'] if row['fits']]
   assert times and times == sorted(times) and facts['candidates'][0]['mesh'] == facts['mesh']
   assert all(flag.startswith('--config.runs.btx.') for flag in facts['flags'])
