@@ -21,7 +21,7 @@ tags: [{tags}]
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained('FOLDER')
+tokenizer = AutoTokenizer.from_pretrained('FOLDER'{trust})
 model = AutoModelForCausalLM.from_pretrained('FOLDER', dtype='auto'{trust})
 inputs = tokenizer('Once upon a time', return_tensors='pt', return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))

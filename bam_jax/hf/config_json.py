@@ -7,8 +7,9 @@ from typing import Any, get_args
 from bam_jax import config
 from bam_jax.config import strict
 from bam_jax.config.strict import require
-from bam_jax.hf import families, mixtures, names
-from bam_jax.hf.families import BAM, FAMILIES, GEMMA3_IMAGES, LENGTH, Facts
+from bam_jax.hf import families, mixtures, names, rotation
+from bam_jax.hf.facts import LENGTH, Facts
+from bam_jax.hf.families import BAM, FAMILIES, GEMMA3_IMAGES
 from bam_jax.hf.mixtures import MIXTURES
 
 # Keys of the experts' options.
@@ -49,7 +50,7 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
     return families.read(found[0], config_json)
   facts = Facts(config_json)
   groups = [Facts(rope_parameters=group) for group in facts.take(_ROPES, list, ())]
-  ropes = tuple(config.Rope(*families.rope(group, None).values()) for group in groups)
+  ropes = tuple(config.Rope(*rotation.read(group, None).values()) for group in groups)
   attention = _experts(facts, config.AttentionExperts, _ATTENTION_EXPERTS)
   attention = attention and dataclasses.replace(attention, ropes=ropes)
   ffn = _experts(facts, config.FFNExperts, _FFN_EXPERTS)
@@ -110,7 +111,7 @@ def from_model(
       facts |= {theirs: getattr(experts, ours) for ours, theirs in keys.items()}
   ropes = attention.ropes if attention else ()
   return facts | {
-    _ROPES: [families.rope_json(one.theta, one.scaling)['rope_parameters'] for one in ropes],
+    _ROPES: [rotation.write(one.theta, one.scaling)['rope_parameters'] for one in ropes],
     'auto_map': {
       'AutoConfig': 'configuration_bam.BamConfig',
       'AutoModel': 'modeling_bam.BamModel',
