@@ -5,8 +5,9 @@
 The folder holds config.json, tokenizer.json and safetensors, in one file or in several with their
 index, as `save_pretrained` or a download leaves them. It is read one tensor at a time, without
 torch, and nothing in it is executed or unpickled. Llama, Mistral, Qwen 2 and 3, SmolLM 3, OLMo 2
-and 3, Phi-3, Granite, Cohere and Cohere 2 are converted without loss, and BamForCausalLM, the
-output of `export-hf`. Any other model is refused with an error that says what does not fit.
+and 3, Phi-3, Granite, GPT-NeoX, Gemma 2 and 3, Cohere and Cohere 2 are converted without loss, and
+BamForCausalLM, the output of `export-hf`. Any other model is refused with an error that says what
+does not fit.
 
 --input may also be a GGUF file of Llama or Qwen 2, of which quantised values are unpacked.
 

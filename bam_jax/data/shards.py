@@ -201,8 +201,8 @@ def move_split(source: Path, split: str, target: Path) -> list[dict[str, Any]]:
     shard = dict(documents=len(ends), tokens=int(ends[-1]), bytes=int(byte_counts.sum()))
     shard['name'] = f'{name}-of-{len(names):05}'
     shard['sha256'] = {part: file_hash(file) for part, file in files.items()}
-    for part, file in files.items():
-      file.rename(target / f'{shard["name"]}.{part}.npy')
+    for part in reversed(PARTS):  # a shard of which some files have moved is not `is_written`
+      files[part].rename(target / f'{shard["name"]}.{part}.npy')
     shards.append(shard)
   return shards
 

@@ -107,6 +107,23 @@ def test_finished_shards_and_tokenizer_are_taken_over(small, tmp_path, monkeypat
   assert contents(tmp_path / 'data') == contents(tmp_path / 'fresh')
 
 
+@pytest.mark.parametrize('moved', range(4))
+def test_stopped_while_shards_are_moved_and_rerun(small, tmp_path, monkeypatch, moved):
+  rename, renamed = Path.rename, []
+
+  def some(path, target):
+    if len(renamed) == moved:
+      raise KeyboardInterrupt
+    renamed.append(rename(path, target))
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(Path, 'rename', some)
+    prepare(small, tmp_path / 'data', train_tokenizer=300)
+  prepare(small, tmp_path / 'data', train_tokenizer=300)
+  prepare(small, tmp_path / 'fresh', train_tokenizer=300)
+  assert contents(tmp_path / 'data') == contents(tmp_path / 'fresh')
+
+
 def test_another_plan_begins_anew(small, tmp_path, monkeypatch):
   with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
     patch.setattr(prepare_lib, '_assemble', lambda *args: 1 / 0)
