@@ -8,16 +8,15 @@ you do not trust in a container.
 
 import contextlib
 import os
+import resource
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 from bam_jax.config import strict
 
-LAUNCHER = str(Path(__file__).with_name('launcher.py'))
 SECONDS = 20  # wall-clock time, after which a program is killed
 CPU_SECONDS = 10
 MEMORY_BYTES = 2**30  # address space, the interpreter's included
@@ -38,26 +37,38 @@ def run(program: str) -> str:
   Returns '' if it ran to its end and nothing raised, else why it failed: 'time', or the end of what
   it wrote to standard error.
   """
-  # The launcher's status at the program's end: a program that exits early does not pass.
+  # The status at the program's end: one that exits early does not pass.
   passed = 100 + secrets.randbelow(100)
-  limits = map(str, (CPU_SECONDS, MEMORY_BYTES, FILE_BYTES, passed))
-  with tempfile.TemporaryDirectory(prefix='bam_jax_') as folder:
-    cwd, source, output = (Path(folder, name) for name in ('empty', 'program.py', 'output'))
-    cwd.mkdir()
-    source.write_text(program, encoding='utf-8', errors='surrogatepass')
-    line = [sys.executable, '-I', '-S', '-B', LAUNCHER, *limits, source]
-    with output.open('wb') as stderr:
-      streams = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr)
-      process = subprocess.Popen(line, cwd=cwd, env={}, start_new_session=True, **streams)
+  source = f'{program}\nraise SystemExit({passed})\n'.encode(errors='surrogatepass')
+  line = [sys.executable, '-I', '-S', '-B', '-']
+  with tempfile.TemporaryDirectory(prefix='bam_jax_') as cwd, tempfile.TemporaryFile() as stderr:
+    streams = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr)
+    with subprocess.Popen(line, cwd=cwd, env={}, start_new_session=True, **streams) as process:
       try:
-        status = process.wait(SECONDS)
+        _limit(process.pid)  # before the interpreter is given the program
+        process.communicate(source, SECONDS)
       except subprocess.TimeoutExpired:
         return 'time'
+      except (AttributeError, OSError) as error:
+        return f'limits: {error}'
       finally:
         with contextlib.suppress(ProcessLookupError):
           os.killpg(process.pid, signal.SIGKILL)  # and what root's programs may have started
-        process.wait()
-    if status == passed:
-      return ''
-    text = output.read_bytes()[-OUTPUT_BYTES:].decode(errors='replace')
+    stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - OUTPUT_BYTES))
+    text = stderr.read().decode(errors='replace')
+  status = process.returncode
+  if status == passed:
+    return ''
   return 'time' if status == -signal.SIGXCPU else text or f'status {status}'
+
+
+def _limit(process: int) -> None:
+  """Limits a process for good; OSError, or AttributeError, where that is not possible."""
+  for name, soft, hard in (
+    (resource.RLIMIT_CPU, CPU_SECONDS, CPU_SECONDS + 1),
+    (resource.RLIMIT_AS, MEMORY_BYTES, MEMORY_BYTES),
+    (resource.RLIMIT_FSIZE, FILE_BYTES, FILE_BYTES),
+    (resource.RLIMIT_CORE, 0, 0),
+    (resource.RLIMIT_NPROC, 0, 0),  # has no effect for root
+  ):
+    resource.prlimit(process, name, (soft, hard))

@@ -164,7 +164,6 @@ def test_a_newer_format(server, world, tmp_path):
 
 
 def test_no_module_reads_pickles():
-  """But for code that models write in a task: asked for by a flag, run by a child with limits."""
   package = ROOT / 'bam_jax'
   found = [
     path.relative_to(package).as_posix()
@@ -173,4 +172,4 @@ def test_no_module_reads_pickles():
       r'pickle\.load|allow_pickle=True|\beval\(|\bexec\(|torch\.load|marshal', path.read_text()
     )
   ]
-  assert found == ['tasks/launcher.py']
+  assert not found
