@@ -29,7 +29,7 @@ from absl import flags
 from bam_jax import cli
 from bam_jax.errors import UserError
 from bam_jax.files import folders
-from bam_jax.parallel import distributed, processes
+from bam_jax.parallel import distributed
 from bam_jax.prepare import recipe_data
 from bam_jax.recipes import graph, runner
 from bam_jax.reports import report
@@ -51,7 +51,6 @@ def main() -> dict[str, Any] | None:
     raise UserError(f'--workdir={path} is neither a folder nor gs://BUCKET/FOLDER.')
   workdir = folders.at(path)
   folders.check_bucket(workdir)
-  processes.check_shared(workdir)
   data_path = recipe.data.path.replace('{workdir}', str(workdir))
   recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=data_path))
   nodes = graph.resolve(recipe)

@@ -198,4 +198,3 @@ class Compute(Section):
   remat: Literal['auto', 'none', 'matmuls', 'attention', 'full'] = 'auto'
   loss_chunk: Count = 0  # tokens whose float32 logits exist at once; 0: all of a micro-batch
   unroll: Size = 1  # layers per step of the scan over layers
-  offload_optimizer: bool = False  # keep the optimizer's moments in host memory between steps

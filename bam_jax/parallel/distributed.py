@@ -11,16 +11,13 @@ version 5 on with mpi4py installed) or in a Kubernetes job (with the package `ku
 
 Every wait is bounded. Joining ends after `--join_timeout`. If a process is lost, the others exit:
 at once if the network reports a closed connection, else after `--lost_timeout`, through JAX's
-heartbeats, wherever they wait. In the latter case JAX aborts with a page of C++; our message comes
-last.
+heartbeats, wherever they wait. In the latter case JAX aborts with a message of its own.
 """
 
-import atexit
 import contextlib
 import importlib.util
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -73,19 +70,17 @@ def joined() -> Iterator[None]:
   told = flags.FLAGS
   pod = has_tpu(Path('/dev'))
   place = place_of(told.coordinator, told.process_count, told.process_id, pod)
-  witness = place and _join(place, told.join_timeout, told.lost_timeout)
-  if witness is None:
+  if place is None or not _join(place, told.join_timeout, told.lost_timeout):
     yield
     return
   this = f'process {jax.process_index()} of {jax.process_count()}'
-  witness.note(f'{this} was killed, or taken down by JAX since another one was lost: {AGAIN}.')
   try:
     yield
   except KeyboardInterrupt:
-    _leave('interrupted at once, nothing saved.', 128 + signal.SIGINT, witness)
+    _leave('interrupted at once, nothing saved.', 128 + signal.SIGINT)
   except Exception as error:
     if said := errors.sentence(error):
-      _leave(said, errors.USER_ERROR, witness, GRACE if jax.process_index() == 0 else 0.0)
+      _leave(said, errors.USER_ERROR, GRACE if jax.process_index() == 0 else 0.0)
     if said := _of_jax(error):
       why = f'({said}), most likely because another one was lost'
       sentence = f'{this} cannot continue {why}: {AGAIN}.'
@@ -93,7 +88,7 @@ def joined() -> Iterator[None]:
       traceback.print_exc()
       # Library threads report a lost process in messages of their own.
       sentence = f'{this} has failed, and the others end with it. If one was lost before, {AGAIN}.'
-    _leave(sentence, FAILED, witness)
+    _leave(sentence, FAILED)
 
 
 def _of_jax(error: BaseException | None) -> str:
@@ -131,18 +126,17 @@ def has_tpu(devices: Path) -> bool:
   return bool(chips) and 'tpu' in wanted and importlib.util.find_spec('libtpu') is not None
 
 
-def _join(place: Place, join_timeout: int, lost_timeout: int) -> '_Witness | None':
-  """Connects to the others; None if there are none."""
-  (coordinator, told, _), witness = place, _Witness()
+def _join(place: Place, join_timeout: int, lost_timeout: int) -> bool:
+  """Connects to the others; returns whether there are any."""
+  coordinator, told, _ = place
   # `stop` agrees on when to stop. JAX's own service would take SIGTERM away from Python, and knows
   # steps by their numbers, which begin again with every run of a recipe.
   jax.config.update('jax_enable_preemption_service', False)
   late = f'not all processes of the job joined within --join_timeout={join_timeout} s: start all'
   if coordinator:
     late += f' with --coordinator={coordinator}, and each with its own --process_id'
-  witness.note(f'{late}.')
   # At the end of JAX's own time-out, it aborts.
-  alarm = threading.Timer(join_timeout, _leave, [f'{late}.', errors.USER_ERROR, witness])
+  alarm = threading.Timer(join_timeout, _leave, [f'{late}.', errors.USER_ERROR])
   alarm.daemon = True
   alarm.start()
   try:
@@ -163,41 +157,19 @@ def _join(place: Place, join_timeout: int, lost_timeout: int) -> '_Witness | Non
     count = 1  # a TPU that belongs to no pod
   finally:
     alarm.cancel()
-    witness.note('')
   if told not in (None, count):
     said = f'--process_count={told}, but another process says {count}'
-    _leave(f'{said}: give every process the same count.', errors.USER_ERROR, witness)
-  return witness if count > 1 else None
+    _leave(f'{said}: give every process the same count.', errors.USER_ERROR)
+  return count > 1
 
 
-def _leave(sentence: str, status: int, witness: '_Witness', after: float = 0.0) -> NoReturn:
+def _leave(sentence: str, status: int, after: float = 0.0) -> NoReturn:
   """Exits without JAX's shutdown barrier, which the others may never reach."""
   sys.stdout.flush()
   sys.stderr.flush()
   # The sentence comes last, even if JAX's own threads are about to abort in C++.
   stderr = os.dup(2)
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-  witness.note('')
   os.write(stderr, f'{errors.program_name()}: {sentence}\n'.encode())
   time.sleep(after)
   os._exit(status)
-
-
-class _Witness:
-  """A shell that outlives this process and reports why it ended, if it could not do so itself."""
-
-  def __init__(self):
-    script = 'while read -r line; do said=$line; done; [ -z "$said" ] || printf "%s\\n" "$said" >&2'
-    self._shell = subprocess.Popen(
-      ['sh', '-c', script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-      start_new_session=True,  # out of Ctrl-C's way
-    )  # fmt: skip
-    # Before JAX has its farewell registered, hence after it.
-    atexit.register(self.note, '')
-
-  def note(self, sentence: str) -> None:
-    """Sets the message for the case that this process ends now; empty: none."""
-    line = f'{errors.program_name()}: {sentence}\n' if sentence else '\n'
-    with contextlib.suppress(BrokenPipeError):  # someone killed the shell
-      self._shell.stdin.write(line)
-      self._shell.stdin.flush()

@@ -7,8 +7,6 @@ from typing import Any
 
 import jax
 
-from bam_jax.parallel import sharding
-
 
 def free_bytes() -> int | None:
   """Free memory of a device, or of this machine for CPU devices; None if unknown."""
@@ -25,14 +23,10 @@ def free_bytes() -> int | None:
 
 
 def device_bytes(tree: Any) -> int:
-  """Bytes of one device's parts of arrays, given their shapes; what its host holds is not counted.
-
-  Arrays without a sharding are whole.
-  """
+  """Bytes of one device's parts of arrays, given their shapes; whole ones without a sharding."""
 
   def size(x: jax.ShapeDtypeStruct) -> int:
     shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-    on_host = x.sharding and x.sharding.memory_kind == sharding.HOST
-    return 0 if on_host else math.prod(shape) * x.dtype.itemsize
+    return math.prod(shape) * x.dtype.itemsize
 
   return sum(map(size, jax.tree.leaves(tree)))

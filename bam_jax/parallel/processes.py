@@ -7,10 +7,7 @@ flow must come from one process.
 import collections
 import functools
 import json
-import time
-import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,10 +20,7 @@ from jax.sharding import PartitionSpec as P
 from bam_jax import config, errors
 from bam_jax.config.strict import require
 from bam_jax.errors import UserError
-from bam_jax.files import folders
 from bam_jax.parallel import sharding
-
-SHARED_SECONDS = 30.0  # that a network file system may need to show a new file
 
 
 def decide[T](question: Callable[[], T]) -> T:
@@ -70,29 +64,6 @@ def gather(value: Any) -> list[Any]:
   sizes = multihost_utils.process_allgather(np.int32(text.size))
   texts = multihost_utils.process_allgather(np.resize(text, sizes.max()))
   return [json.loads(text[:size].tobytes()) for text, size in zip(texts, sizes)]
-
-
-def check_shared(folder: Path) -> None:
-  """UserError unless all processes see what process 0 writes to a folder, which it creates."""
-  if jax.process_count() == 1:
-    return
-
-  def write() -> str:
-    name = f'.job-{uuid.uuid4().hex}'
-    with folders.writing(folder):
-      folder.mkdir(parents=True, exist_ok=True)
-      (folder / name).touch()
-    return name
-
-  file = folder / decide(write)
-  deadline = time.monotonic() + SHARED_SECONDS
-  while not (seen := file.exists()) and time.monotonic() < deadline:
-    time.sleep(0.1)
-  try:
-    _all_agree(seen, f'do not see {folder} as process 0 does: name a folder that all hosts share')
-  finally:
-    if jax.process_index() == 0:
-      file.unlink()
 
 
 def check_mesh(mesh: config.Mesh, where: str) -> None:

@@ -19,7 +19,6 @@ from bam_jax.config.strict import require
 AXES = ('data', 'fsdp', 'expert', 'tensor')
 BATCH = P(('data', 'fsdp', 'expert'))
 FSDP = ('fsdp', 'expert')  # arrays without experts are sharded over that axis too
-HOST = 'pinned_host'  # the memory kind of a device's host
 VOCABULARY = ('tensor', 'expert', 'fsdp')  # fsdp innermost: its parts are contiguous
 
 # Of dense models. Output projections are sharded on their second-to-last dimension: a slice of D
@@ -154,13 +153,6 @@ def abstract(tree: Any, shardings: Any) -> Any:
   """Shapes and dtypes of `tree` at `shardings`: what to restore or to compute, and where."""
   place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   return jax.tree.map(place, tree, shardings)
-
-
-def on_host(shardings: Any) -> Any:
-  """The same shardings in host memory; counters stay on the devices."""
-  return jax.tree_util.tree_map_with_path(
-    lambda key_path, s: s.with_memory_kind(HOST) if path_of(key_path) else s, shardings
-  )
 
 
 def check(abstract: Any, mesh: config.Mesh, where: str) -> None:

@@ -134,27 +134,6 @@ def _decoded_share(tokenizer: Tokenizer, texts: list[str]) -> float:
   return kept / total if total else 1.0
 
 
-def changed_since(
-  manifest: Mapping[str, Any],
-  inputs: Mapping[str, str | os.PathLike],
-  tokenizer: Tokenizer | None,
-  train_tokenizer: int | None,
-) -> str:
-  """What differs from the inputs and the tokenizer that a dataset was prepared from; '' if nothing.
-
-  Files are compared by name and size.
-  """
-  read = dict(text_field=manifest['text_field'], valid_fraction=0.0, skip_unknown=True)
-  domains = [Domain.find(name, Path(path), **read) for name, path in inputs.items()]
-  listed = [entry for domain in domains for entry in domain.listing()]
-  now, then = ({(x['path'], x['bytes']) for x in some} for some in (listed, manifest['sources']))
-  if now != then:
-    return f'the file {min(now ^ then)[0]}'
-  made = manifest['tokenizer_from']
-  same = tokenizer.hash == made.get('hash') if tokenizer else train_tokenizer == made['vocab_size']
-  return '' if same else 'the tokenizer'
-
-
 def warnings(manifest: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[str]:
   """What a person should know of a prepared dataset, a line each."""
   found = []

@@ -22,21 +22,12 @@ def open_dataset(data: config.Data) -> shards.Dataset:
 def _prepare_missing(data: config.Data) -> None:
   path, options = folders.at(data.path), data.prepare
   folders.check_bucket(path)
-  if not options:
+  if not options or (path / shards.MANIFEST).exists():
     return
   source = str(sources.SAMPLE) if options.input == 'sample' else options.input
-  exists = (path / shards.MANIFEST).exists()
-  if exists and not Path(source).exists():
-    return  # the text may be gone, or on another machine
   domains = sources.find_domains([source])
   tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
   size = options.train_tokenizer or None
-  if exists:
-    changed = dataset.changed_since(shards.read_manifest(path), domains, tokenizer, size)
-    if changed:
-      what = f'{path} was prepared from other data than data.prepare describes ({changed} differs)'
-      print(f'WARNING: {what}; it is used as it is.', file=sys.stderr)
-    return
   print(f'Preparing {path} from {options.input}.', file=sys.stderr)
 
   def prepare_in(folder: Path) -> None:

@@ -66,19 +66,16 @@ class Domain:
     """Bytes of all files, as they lie on disk."""
     return sum(file.stat().st_size for file, _ in self.files)
 
-  def listing(self) -> list[dict[str, Any]]:
-    """Of every file its path inside the domain, split and bytes."""
-    names = [f'{self.name}/{file.relative_to(self.root).as_posix()}' for file, _ in self.files]
-    return [
-      dict(path=name, split=split, bytes=file.stat().st_size)
-      for name, (file, split) in zip(names, self.files)
-    ]
-
   def sources(self) -> list[dict[str, Any]]:
-    """The manifest's entry of every file: its `listing` and sha256."""
+    """Of every file its path inside the domain, split, bytes and sha256."""
+
+    def one(marked: tuple[Path, str | None]) -> dict[str, Any]:
+      file, split = marked
+      path = f'{self.name}/{file.relative_to(self.root).as_posix()}'
+      return dict(path=path, split=split, bytes=file.stat().st_size, sha256=file_hash(file))
+
     with concurrent.futures.ThreadPoolExecutor() as pool:
-      hashes = pool.map(file_hash, [file for file, _ in self.files])
-    return [entry | {'sha256': sha256} for entry, sha256 in zip(self.listing(), hashes)]
+      return list(pool.map(one, self.files))
 
   def read(self, progress: Callable[[int], None] = lambda done: None) -> Iterator[tuple[str, str]]:
     """Yields (split, text) of every document; calls `progress` with the bytes read so far."""

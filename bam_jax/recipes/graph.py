@@ -206,13 +206,13 @@ def _check_memory(node: Node, recipe: config.Recipe) -> None:
   run, model, name = node.run, node.model, f'config.runs.{node.name}'
   # The fake devices of a CPU share its memory.
   parts = config.Mesh() if jax.default_backend() == 'cpu' else run.mesh
-  copies = 2 if run.compute.offload_optimizer else 4  # gradients; two moments of AdamW
-  state = copies * 4 * arithmetic.parameters(model).total // parts.size
+  # Of float32: parameters, gradients, two moments of AdamW.
+  state = 4 * 4 * arithmetic.parameters(model).total // parts.size
   has = f'{free / 1e9:,.1f} GB are free: make'
   needs = f'needs {state / 1e9:,.1f} GB a device for parameters, gradients and optimizer'
   require(state <= free, f'{name} {needs}, and {has} model smaller or mesh larger.')
   # Gradients appear as activations are freed: only one of the two is complete at any time.
-  kept, itemsize = state * (copies - 1) // copies, jnp.dtype(run.compute.dtype).itemsize
+  kept, itemsize = state * 3 // 4, jnp.dtype(run.compute.dtype).itemsize
   for key, batch_size, grad_accum_steps, layers in (
     (f'{name}.batch_size', run.batch_size, run.grad_accum_steps, model.num_layers),
     ('config.evaluation.batch_size', recipe.evaluation.batch_size, 1, 1),

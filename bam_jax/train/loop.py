@@ -1,6 +1,8 @@
 """Trains one run from its first step, or its newest checkpoint, to its last."""
 
 import contextlib
+import faulthandler
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -48,15 +50,20 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
     first_step, state, saved = _start(job, mesh, checkpoints, batches)
     writer = stack.enter_context(log.Writer(job.folder, first_step))
     goodput.resume(saved.get('spent', {}), writer.dropped)
-    stalls = timing.StallWatch(name, first_step, run.watch.stall_seconds, goodput, log.note)
+
+    def alive(*step_and_facts: Any) -> None:
+      if seconds := run.watch.stall_seconds:
+        faulthandler.dump_traceback_later(seconds, file=sys.__stderr__)
+
     skips = guard.Skips(name, run.guard, checkpoints.newest_folder, saved.get('skipped', (0, 0)))
     steps = stack.enter_context(log.Log(job, first_step, writer, goodput))
-    hooks = hooks_lib.Hooks(stalls, skips, steps)
+    hooks = hooks_lib.Hooks(alive, skips, steps)
     profile = hooks_lib.Profile(job.folder / 'profile', run.watch, hooks.settle)
-    stack.enter_context(stalls)
     stack.callback(profile.close)
+    stack.callback(faulthandler.cancel_dump_traceback_later)
+    alive()
 
-    def evaluate(step: int, state: step_lib.State, between: Callable = stalls.alive) -> None:
+    def evaluate(step: int, state: step_lib.State, between: Callable = alive) -> None:
       hooks.settle()
       with goodput.spend('evaluate'):
         found = heldout.evaluate(job, state.params, recipe.evaluation.tokens, between)
@@ -82,7 +89,7 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
         raise stop.Stopped(signum)
 
     def stop_at_once() -> None:  # once the last step is saved
-      stalls.alive()
+      alive()
       stop_if_asked(total_steps, state)
 
     between_steps = (  # each after so many steps; 0: never

@@ -44,10 +44,7 @@ def abstract_state(
   """Shapes, dtypes and shardings of a run's state, between two steps."""
   params = transformer.Network(model, compute).abstract()
   state = State(params, jax.eval_shape(optimizer_lib.adamw(optimizer).init, params))
-  shardings = sharding.tree(state, mesh)
-  if compute.offload_optimizer:
-    shardings = shardings._replace(opt_state=sharding.on_host(shardings.opt_state))
-  return sharding.abstract(state, shardings)
+  return sharding.abstract(state, sharding.tree(state, mesh))
 
 
 @functools.lru_cache(maxsize=8)
@@ -67,8 +64,7 @@ def train_step(
   """
   network = transformer.Network(model, compute, mesh)
   adamw = optimizer_lib.adamw(optimizer)
-  abstract = abstract_state(model, compute, optimizer, mesh)
-  on_devices, replicated = sharding.tree(abstract.opt_state, mesh), NamedSharding(mesh, P())
+  abstract, replicated = abstract_state(model, compute, optimizer, mesh), NamedSharding(mesh, P())
   shardings = jax.tree.map(lambda x: x.sharding, abstract)._replace(history=replicated)
   bias_rate = loss.expert_bias_update_rate * optimizer_lib.factor('blocks/ffn/expert_bias', factors)
 
@@ -77,8 +73,6 @@ def train_step(
     (loss_value, sums), grads = gradients(network, loss, grad_accum_steps, state.params, batch)
     grads = optimizer_lib.freeze(grads, factors)
     norm = optax.tree.norm(grads)
-    if compute.offload_optimizer:
-      state = state._replace(opt_state=jax.device_put(state.opt_state, on_devices))
     updates, opt_state = adamw.update(grads, state.opt_state, state.params)
     params = optimizer_lib.apply_updates(state.params, updates, learning_rates, factors)
     if model.ffn_experts and model.ffn_experts.expert_bias and bias_rate:

@@ -1,22 +1,13 @@
-"""Where a run's wall time goes, over all of its attempts; a thread that reports stalled steps."""
+"""Where a run's wall time goes, over all of its attempts."""
 
 import contextlib
-import statistics
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Self
+from typing import Any
 
-KINDS = {  # of time, and what a run waits for while it is spent
-  'step': 'the devices',
-  'data': 'a batch of data',
-  'compile': 'the compiler',
-  'checkpoint': 'a checkpoint to be written',
-  'evaluate': 'the held-out losses',
-  'restart': 'what comes before the first step',  # and steps that are done again
-}
-USUAL = 10  # times the median step, and as long as was asked, is a stall
+# 'data' waits for a batch, 'checkpoint' for one to be written; 'restart' is what comes before the
+# first step, and steps that are done again.
+KINDS = ('step', 'data', 'compile', 'checkpoint', 'evaluate', 'restart')
 
 
 class Goodput:
@@ -69,53 +60,3 @@ class Goodput:
     now = self._clock()
     self._spent[self.kind] += now - self._since
     self.kind, self._since = kind, now
-
-
-class StallWatch:
-  """Reports a step that does not finish, once: a context manager, and a hook of finished steps.
-
-  A step is stalled after so many `seconds` (0: never) without a finished step or held-out batch, if
-  they are also USUAL times the median step. `goodput` knows what it waits for, `note` prints that.
-  """
-
-  def __init__(
-    self, name: str, first_step: int, seconds: float, goodput: Goodput, note: Callable[[str], None]
-  ):
-    self._name, self._seconds, self._goodput, self._note = name, seconds, goodput, note
-    self._first, self._step, self._reported = first_step, first_step, False
-    self._since, self._took = time.monotonic(), deque(maxlen=100)
-    self._ended = threading.Event()
-    self._thread = threading.Thread(target=self._look, name='stall watch', daemon=True)
-
-  def __enter__(self) -> Self:
-    if self._seconds:
-      self._thread.start()
-    return self
-
-  def __exit__(self, *error) -> None:
-    self._ended.set()
-    if self._seconds:
-      self._thread.join()
-
-  def __call__(self, step: int, facts: Mapping[str, Any] | None = None) -> None:
-    """A step has finished."""
-    since, stalled = self._since, self._reported
-    self.alive()
-    if self._step > self._first and not stalled:  # the first one compiles
-      self._took.append(self._since - since)
-    self._step = step
-
-  def alive(self) -> None:
-    """A part of what the run does between two steps is done."""
-    self._since, self._reported = time.monotonic(), False
-
-  def _look(self) -> None:
-    while not self._ended.wait(min(max(self._seconds / 20, 0.01), 3600)):
-      waited = time.monotonic() - self._since
-      usual = statistics.median(list(self._took)) if self._took else 0.0
-      if not self._reported and waited > max(self._seconds, USUAL * usual):
-        self._reported = True
-        self._note(
-          f'{self._name}: stalled, no step has finished for {waited:.0f} s after step '
-          f'{self._step:,}; it is waiting for {KINDS[self._goodput.kind]}'
-        )

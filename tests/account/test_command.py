@@ -139,11 +139,6 @@ def test_gathered_weights_are_counted_from_the_arrays(model):
   assert arithmetic.gathered_bytes(model, none, config.Mesh(data=2, tensor=2)) == 0
 
 
-def test_moments_on_the_host_take_no_room_on_a_device(models):
-  settings = config.Compute(offload_optimizer=True), config.Optimizer(), config.Mesh(fsdp=2)
-  assert accounting.state_bytes(models['btx'], *settings)['optimizer'] == 4  # a counter
-
-
 @pytest.mark.parametrize('recipe, flag, sentence', [
   ('nowhere.py', '--run=', '--config=nowhere.py cannot be read'),
   ('configs/quickstart.py', '--against=moe', '--against=moe is not in'),

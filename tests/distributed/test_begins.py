@@ -23,21 +23,13 @@ REFUSED = {
     'processes 1 do not have the same recipe, flags and data as process 0: start all processes '
     'with the same flags and files.',
   ),
-  'workdir': (
-    MESH,
-    '--workdir={folder}/{process}',
-    'processes 1 do not see {folder}/{process} as process 0 does: name a folder that all hosts '
-    'share.',
-  ),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', REFUSED)
 def test_all_refuse_what_one_cannot_do(text, tmp_path, name):
-  mesh, flags, sentence = [part.replace('{folder}', str(tmp_path)) for part in REFUSED[name]]
-  if name == 'workdir':
-    (tmp_path / '1').mkdir()
+  mesh, flags, sentence = REFUSED[name]
   with job(tmp_path, text, 2, mesh, *flags.split()) as both:
     ends = both.ends()
   for process, (status, told) in enumerate(ends):

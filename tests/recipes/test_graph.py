@@ -137,7 +137,7 @@ CHANGES = {
   "a specialist's data": (set_run('code', data={'code': 1.0}), {'code'} | MIXTURES),
   "a mixture's batch": (set_run('btx', batch_size=16), {'btx'}),
   'how a run is computed': (
-    set_run('seed', compute=dict(remat='full', loss_chunk=7, unroll=2, offload_optimizer=True)),
+    set_run('seed', compute=dict(remat='full', loss_chunk=7, unroll=2)),
     set(),
   ),
   'its dtype': (set_run('seed', compute={'dtype': 'bfloat16'}), EVERY),

@@ -85,20 +85,10 @@ def test_the_last_evaluation_may_be_stopped(tmp_path, execute, monkeypatch):
   assert domains('stopped') == domains('undisturbed')
 
 
-def test_a_dataset_of_other_text_is_said_to_be(tmp_path, text, capsys):
-  mine, path = tmp_path / 'mine', str(tmp_path / 'data')
+def test_a_dataset_is_prepared_once(tmp_path, text):
+  mine = tmp_path / 'mine'
   shutil.copytree(text, mine)
-
-  def said(**how) -> str:
-    data = config.Data(path, 16, config.Prepare(**{'input': str(mine), **how}))
-    capsys.readouterr()
-    assert recipe_data.open_dataset(data).manifest['tokenizer_from']['vocab_size'] == 300
-    return capsys.readouterr().err
-
-  assert 'WARNING' not in said(train_tokenizer=300) + said(train_tokenizer=300)
-  assert '(the tokenizer differs); it is used as it is' in said(train_tokenizer=310)
-  with open(mine / 'code' / 'train.jsonl', 'a') as file:
-    file.write('{"text": "more"}\n')
-  assert '(the file code/train.jsonl differs)' in said(train_tokenizer=300)
+  data = config.Data(str(tmp_path / 'data'), 16, config.Prepare(str(mine), train_tokenizer=300))
+  manifest = recipe_data.open_dataset(data).manifest
   shutil.rmtree(mine)  # the dataset alone is enough
-  assert said(train_tokenizer=300) == ''
+  assert recipe_data.open_dataset(data).manifest == manifest

@@ -1,5 +1,7 @@
 """The loop never waits for the devices, and sends them nothing but what it means to."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,7 @@ class Late:
 def train(tmp_path, dataset, recipe_dict, monkeypatch):
   """The function that trains six steps, each of them a function of (its number, its inputs)."""
 
-  def run(extra=lambda step, inputs: None) -> list:
+  def run(extra=lambda step, inputs: None, **watch) -> list:
     dispatched = []
 
     def step(state, batch, learning_rates):
@@ -41,7 +43,7 @@ def train(tmp_path, dataset, recipe_dict, monkeypatch):
     monkeypatch.setattr(step_lib, 'train_step', lambda *options: step)
     monkeypatch.setattr(heldout, 'evaluate', lambda *options: {})
     recipe_dict['runs'] = {'seed': recipe_dict['runs']['seed'] | {'intervals': {'log': 1}}}
-    recipe_dict['runs']['seed']['mesh'] = {'fsdp': 2}
+    recipe_dict['runs']['seed'] |= {'mesh': {'fsdp': 2}, 'watch': watch}
     runner.execute(config.parse(recipe_dict), tmp_path, dataset)
     return dispatched
 
@@ -65,3 +67,15 @@ def test_a_transfer_that_nobody_asked_for_raises(train):
 
   with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
     train(send)
+
+
+def test_a_stall_prints_the_stack_of_every_thread(train, capfd):
+  def hang(step: int, inputs: tuple) -> None:
+    time.sleep(1.5 if step == 3 else 0.0)
+
+  train(hang, stall_seconds=0.5)
+  told = capfd.readouterr().err
+  assert 'Timeout (0:00:00.500000)!' in told and told.count('Thread 0x') > 1
+  assert 'in hang' in told
+  time.sleep(0.6)
+  assert capfd.readouterr().err == '', 'a run that has ended cannot stall'
