@@ -3,29 +3,26 @@
     python -m bam_jax.aot --config=configs/large_2b.py --run=bam_kv --topology=v5p:4x4x4
     python -m bam_jax.aot --config=... --run=... --topology=v5e:4x4 --sequences_per_chip=2 --search
     python -m bam_jax.aot --config=... --run=... --topology=v5p:4x4x4 --slices=2 --hlo=step.txt
-    python -m bam_jax.aot --config=... --run=... --topology=v5e:2x2 --phase=decode --context=272 \
-        --config.runs.bam_kv.mesh.expert=4 --config.runs.bam_kv.mesh.fsdp=1
+    python -m bam_jax.aot --config=... --run=... --topology=v5e:2x2 --phase=decode --context=272
 
 Requires the TPU compiler on any Linux machine, `pip install 'jax[tpu]'`, but neither a TPU nor the
 recipe's data. Chips: v4, v5e, v5p, v6e. The mesh is the run's: `--config.runs.bam_kv.mesh.fsdp=16`.
-docs/aot.md explains the numbers and their assumptions.
+docs/aot.md explains the numbers.
 
 Tables go to standard error. `--json` writes, for one step, FLOPs of all chips, all else per chip:
   phase, run, label, topology, slices, chips, mesh, compute, batch_size, grad_accum_steps,
     sequences_per_chip, sequence_length, versions: what was compiled.
-  fits, reason, peak_bytes, hbm_limit_bytes, headroom_bytes, memory: `arguments`, `temporaries`,
-    `outputs`, `aliased`; the peak is their sum, aliased outputs counted once. `reason` is the
-    compiler's, for a step that does not fit; everything below is then unknown.
+  fits, hbm_limit_bytes, peak_bytes, headroom_bytes, memory: `arguments`, `temporaries`, `outputs`,
+    `aliased`; the peak is their sum, aliased outputs counted once. For a step that does not fit
+    `reason`, the compiler's, and nothing else.
   model_flops, compiled_flops, flops_ratio, uncounted_kernels: `matmul`, `grouped` (rows at even
-    load), `attention` and other kernels, `total`; over what the model needs without recomputation;
-    kernels of unknown FLOPs, and loops of unknown trips, which are counted once.
+    load), `attention` and other kernels, `total`; over what the model needs; what is not known.
   hbm_bytes: read and written.
   collectives: `kind`, `axes`, `count`, `asynchronous` (how many of them), `operand_bytes`,
     `wire_bytes` sent by a chip, `seconds` on its links.
   seconds, mfu, tokens_per_second_per_chip: three bounds: `roofline` (all overlaps), `in_order`,
     `no_overlap`; seconds also of `compute`, `hbm`, `wire` by axes, `between_slices`.
-With --phase=decode a step is one token of each row. It does not have `compute`, `grad_accum_steps`,
-`sequences_per_chip`, `sequence_length`, `tokens_per_second_per_chip`. Instead:
+With --phase=decode a step is one token of each row, with these keys of its own:
   dtype, context, slots: what was compiled; tokens of a row, and the cache's room for them.
   needed_bytes, hbm_ratio: `weights` and `cache` that a chip must read; `hbm_bytes` over them.
   tokens_per_second: of all rows, for each bound.

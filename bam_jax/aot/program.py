@@ -1,7 +1,6 @@
 """The step of a run, to train or to decode, compiled for devices that need not be there."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from bam_jax.recipes import graph
 from bam_jax.train import optimizer
 from bam_jax.train import step as step_lib
 
-UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+Compiled = jax.stages.Compiled | str  # or why the compiler refuses: the step does not fit
 
 
 @dataclass(frozen=True)
@@ -75,17 +74,6 @@ class Decode:
   def slots(self) -> int:
     """Of the cache, for each row: as `generate` rounds them up."""
     return generator.bucket(self.context)
-
-
-@dataclass(frozen=True)
-class Shortage:
-  """What the compiler says of a step that does not fit."""
-
-  needed_bytes: int | None  # None where it does not say
-  reason: str
-
-
-Compiled = jax.stages.Compiled | Shortage
 
 
 def make_job(recipe: config.Recipe, name: str) -> Job:
@@ -165,22 +153,18 @@ def _compile(lowered: jax.stages.Lowered) -> Compiled:
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    return _shortage(str(error))
+    return shortage(str(error))
 
 
-def _shortage(message: str) -> Shortage:
-  """The bytes in a message of the compiler, and its first sentence."""
-  size = r'([\d.]+)([KMGT])'
-  found = re.search(f'[Uu]sed {size}', message) or re.search(rf'\({size}\)', message)
-  needed = int(float(found[1]) * UNITS[found[2]]) if found else None
+def shortage(message: str) -> str:
+  """What a message of the compiler says is missing, without how it came to say so."""
   sentence = ' '.join(message.split())
-  reason = sentence[max(0, sentence.find('Ran out of memory')) :].split(' See ')[0][:300]
-  return Shortage(needed, reason)
+  return sentence[max(0, sentence.find('Ran out of memory')) :].split(' See ')[0][:300]
 
 
 def write_hlo(compiled: Compiled, path: str) -> None:
   """Writes the optimized HLO; UserError when the step does not fit, or the file is not written."""
-  fits = not isinstance(compiled, Shortage)
-  require(fits, f'--hlo={path} is not written: the step does not fit.')
+  refused = isinstance(compiled, str)
+  require(not refused, f'--hlo={path} is not written: the step does not fit.')
   with folders.writing(f'--hlo={path}'):
     Path(path).write_text(compiled.as_text(), encoding='utf-8')

@@ -17,7 +17,6 @@ from bam_jax.generate.decode import Decoder
 from bam_jax.model import arithmetic
 
 LIBRARIES = ('jax', 'jaxlib', 'libtpu')
-SIZES = dict(arguments='argument', temporaries='temp', outputs='output', aliased='alias')  # XLA's
 
 
 def train_facts(
@@ -70,15 +69,8 @@ def _common_facts(
   job: program.Job, topology: Topology, compiled: program.Compiled
 ) -> dict[str, Any]:
   """What was compiled for what, and whether it fits."""
-  if isinstance(compiled, program.Shortage):
-    peak, more = compiled.needed_bytes, {'fits': False, 'reason': compiled.reason}
-  else:
-    stats = compiled.memory_analysis()
-    memory = {key: getattr(stats, f'{name}_size_in_bytes') for key, name in SIZES.items()}
-    *held, aliased = memory.values()
-    peak, more = sum(held) - aliased, {'fits': True, 'memory': memory}
   limit = topology.chip.hbm_bytes
-  return {
+  facts = {
     'run': job.name,
     'label': job.run.label,
     'topology': topology.name,
@@ -86,11 +78,20 @@ def _common_facts(
     'chips': topology.size,
     'mesh': config.to_dict(job.run.mesh),
     'versions': {name: metadata.version(name) for name in LIBRARIES if util.find_spec(name)},
-    'peak_bytes': peak,
     'hbm_limit_bytes': limit,
-    'headroom_bytes': None if peak is None else limit - peak,
-    **more,
+    'fits': not isinstance(compiled, str),
   }
+  if not facts['fits']:
+    return facts | {'reason': compiled, 'peak_bytes': None, 'headroom_bytes': None}
+  stats = compiled.memory_analysis()
+  memory = {
+    'arguments': stats.argument_size_in_bytes,
+    'temporaries': stats.temp_size_in_bytes,
+    'outputs': stats.output_size_in_bytes,
+    'aliased': stats.alias_size_in_bytes,
+  }
+  peak = sum(memory.values()) - 2 * memory['aliased']
+  return facts | {'memory': memory, 'peak_bytes': peak, 'headroom_bytes': limit - peak}
 
 
 def _costs(
@@ -128,7 +129,7 @@ def _costs(
 
 def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
   """The facts of either phase, under the names that they have in `--json`."""
-  apart = ('collectives', 'label', 'slices', 'versions', 'compute', 'fits')
+  apart = 'collectives label slices versions compute fits candidates flags'.split()
   rows = {key: value for key, value in facts.items() if key not in apart}
   rows |= {f'compute.{key}': facts.get('compute', {}).get(key) for key in ('dtype', 'remat')}
   rows = [(key, text(key, value)) for key, value in rows.items() if value not in (None, '', [])]

@@ -7,12 +7,12 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from flax import traverse_util
 
 from bam_jax import cli, config
 from bam_jax.account import accounting
@@ -27,6 +27,7 @@ from bam_jax.parallel import sharding
 
 REMAT = typing.get_args(typing.get_type_hints(config.Compute)['remat'])[1:]  # 'none' first
 SLACK = 1.1  # layouts that are guessed to need this times the memory are not compiled
+KEYS = 'mesh', 'grad_accum_steps', 'sequences_per_chip', 'fits', 'peak_bytes'  # of a candidate
 TRIED = 8  # layouts at most that are compiled, in half a minute to three minutes each
 
 _state_bytes = functools.cache(accounting.state_bytes)
@@ -47,26 +48,30 @@ def search(
   hopeful = [x for x in possible if x[1] <= SLACK * chip.hbm_bytes] or possible
   tried, done = sorted(hopeful, key=lambda x: x[0])[:TRIED], []
   for number, (*_, layout) in enumerate(tried, 1):
-    sizes = accounting.mesh_text(vars(layout.run.mesh))
-    what = f'remat {layout.run.compute.remat}, {layout.sequences_per_chip} sequences a chip'
-    console.print(f'{number} of {len(tried)}: {sizes}, {what}')
     mesh = program.make_mesh(layout, devices, topology)
     compiled = program.compile_train(layout, mesh)
     facts = report.train_facts(layout, topology, mesh, compiled)
-    tokens = layout.run.batch_size * layout.sequence_length
-    rank = [facts['seconds'][k] / tokens for k in BOUNDS[:2]] if facts['fits'] else [math.inf]
-    done.append((rank, layout, compiled, facts))
-  done.sort(key=lambda x: x[0])  # by seconds a token
-  rows = [_row(facts) for *_, facts in done]
-  console.print(_table(rows), '')
-  _, best, compiled, facts = done[0]
+    row = {key: facts[key] for key in KEYS} | {'remat': layout.run.compute.remat}
+    speed, outcome = [0.0], 'does not fit'
+    if facts['fits']:
+      row |= {key: {name: facts[key][name] for name in BOUNDS} for key in ('seconds', 'mfu')}
+      speed = [facts['tokens_per_second_per_chip'][name] for name in BOUNDS[:2]]
+      values = row['peak_bytes'], row['seconds']['roofline'], row['mfu']['roofline']
+      peak, time, mfu = map(report.text, ('peak_bytes', 'seconds', 'mfu'), values)
+      outcome = f'{peak}, at least {time}, MFU {mfu}'
+    sizes = accounting.mesh_text(row['mesh'])
+    what = f'remat {row["remat"]}, {row["sequences_per_chip"]} sequences a chip'
+    console.print(f'{number} of {len(tried)}: {sizes}, {what}: {outcome}', soft_wrap=True)
+    done.append((speed, row, layout, compiled, facts))
+  done.sort(key=lambda x: x[0], reverse=True)
+  _, _, best, compiled, facts = done[0]
   wrong = f'None of the {len(done)} compiled layouts of {len(hopeful)} fits {topology.name}'
-  fix = 'use more chips, or fewer --sequences_per_chip.'
-  require(facts['fits'], f'{wrong}: {fix}')
-  before, after = _overrides(job.run), _overrides(best.run)
+  require(facts['fits'], f'{wrong}: use more chips, or fewer --sequences_per_chip.')
+  keys = lambda job: traverse_util.flatten_dict(config.to_dict(job.run), sep='.')
+  before, after = keys(job), keys(best)
   flags = [f'--{job.key}.{key}={new}' for key, new in after.items() if new != before[key]]
   console.print('The best of them:', *flags, sep='\n  ', end='\n\n')
-  return compiled, facts | {'candidates': rows, 'flags': flags}
+  return compiled, facts | {'candidates': [row for _, row, *_ in done], 'flags': flags}
 
 
 def layouts(job: Job, topology: Topology, sequences_per_chip: int | None) -> Iterator[Job]:
@@ -108,29 +113,29 @@ def guess(job: Job, chip: Chip) -> tuple[float, float]:
   """Seconds a token and bytes of memory of a layout, from the sizes of its arrays."""
   model, run, mesh = job.model, job.run, job.run.mesh
   attention, ffn, L = model.attention_experts, model.ffn_experts, model.num_layers
-  itemsize = jnp.dtype(run.compute.dtype).itemsize
   compute = dataclasses.replace(run.compute, remat='full')
   weights = arithmetic.gathered_bytes(model, compute, mesh)  # of a layer
   tokens = job.sequences_per_chip * job.sequence_length
-  residual = itemsize * tokens * model.d_model
+  channel = jnp.dtype(run.compute.dtype).itemsize * tokens
+  residual = channel * model.d_model
 
   # What a layer saves for the backward pass, and the FLOPs of what is computed again.
   gathered = residual * (mesh.expert if ffn else 1)
   heads = 2 * (model.num_heads + model.num_kv_heads) * (attention.num_experts if attention else 1)
-  attended = gathered + itemsize * tokens * heads * model.head_dim / mesh.tensor
-  room = min(mesh.expert, 2) * ffn.top_k if ffn else 1  # twice an even load
-  hidden = itemsize * tokens * room * len(model.ffn_inputs) * model.ffn_dim / mesh.tensor
-  hidden += gathered * ffn.top_k if ffn else 0
+  attended = gathered + channel * heads * model.head_dim / mesh.tensor
+  assignments = ffn.top_k if ffn else 0
+  room = min(mesh.expert, 2) * assignments or 1  # twice an even load
+  hidden = channel * room * len(model.ffn_inputs) * model.ffn_dim / mesh.tensor
+  hidden += gathered * assignments
   forward = arithmetic.forward_parts(model, job.sequence_length)
-  is_cut = mesh.fsdp * mesh.expert > 1
   saved, again = {
-    'none': ((1 if is_cut else 1.5) * (attended + hidden), 0),
+    'none': (attended + hidden, 0),
     'matmuls': (attended + hidden, 0),
     'attention': (attended, forward.ffn),
     'full': (0, forward.attention + forward.ffn),
   }[run.compute.remat]
 
-  keeps = run.compute.remat == 'none' and is_cut  # gathered weights for the backward pass
+  keeps = run.compute.remat == 'none'  # gathered weights for the backward pass
   state = _state_bytes(model, compute, run.optimizer, mesh)['total']
   logits = 4 * min(run.compute.loss_chunk or tokens, tokens) * model.vocab_size / mesh.tensor
   peak = state + L * (residual + saved) + (3 + keeps * L) * weights + logits
@@ -142,34 +147,10 @@ def guess(job: Job, chip: Chip) -> tuple[float, float]:
     'tensor': 8 * passes * residual,
     'data': state / 2,
   }
-  wire = [size * (1 - 1 / getattr(mesh, axis)) for axis, size in gathers.items()]
-  wire = [size / chip.link_bandwidth for size in wire]
+  share = {axis: (1 - 1 / getattr(mesh, axis)) / chip.link_bandwidth for axis in gathers}
+  wire = [size * share[axis] for axis, size in gathers.items()]
   step_tokens = run.batch_size * job.sequence_length
   flops = (arithmetic.training_flops(model, job.sequence_length) + again) * step_tokens
   seconds = flops / (mesh.size * chip.flops)
   # A little of what overlaps, so that of two layouts bound alike the one that sends less is first.
   return (max(seconds, *wire) + 0.1 * (seconds + sum(wire))) / step_tokens, peak
-
-
-def _overrides(run: config.Run) -> dict[str, Any]:
-  """The keys of a run that a layout sets."""
-  keys = {f'mesh.{axis}': size for axis, size in config.to_dict(run.mesh).items()}
-  keys |= {'batch_size': run.batch_size, 'grad_accum_steps': run.grad_accum_steps}
-  return keys | {'compute.remat': run.compute.remat}
-
-
-def _row(facts: dict[str, Any]) -> dict[str, Any]:
-  keys = ('mesh', 'grad_accum_steps', 'sequences_per_chip', 'fits', 'peak_bytes')
-  row = {key: facts[key] for key in keys} | {'remat': facts['compute']['remat']}
-  seconds = {name: facts['seconds'][name] for name in BOUNDS} if facts['fits'] else {}
-  return row | ({'seconds': seconds, 'mfu': facts['mfu']} if seconds else {})
-
-
-def _table(rows: Sequence[dict[str, Any]]):
-  body = []
-  for row in rows:
-    layout = accounting.mesh_text(row['mesh']), row['remat'], row['sequences_per_chip']
-    bounds = (report.text(key, row[key]['roofline']) for key in ('seconds', 'mfu') if row['fits'])
-    body.append([*layout, report.text('peak_bytes', row['peak_bytes']), *bounds])
-  columns = ('sequences a chip', 'peak', 'roofline', 'MFU')
-  return cli.table('Layouts compiled; without MFU: too large', ('mesh', 'remat'), columns, body)
