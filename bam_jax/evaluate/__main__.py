@@ -3,14 +3,11 @@
     python -m bam_jax.evaluate --checkpoint=runs/mine/seed --checkpoint=runs/mine/bam_kv \\
         --data=runs/mine/data
     python -m bam_jax.evaluate --checkpoint=DIR --data=law=acts.jsonl --data=code=py/ --stride=512
-    python -m bam_jax.evaluate --checkpoint=runs/mine/btx --checkpoint=runs/mine/bam_kv \\
-        --data=runs/mine/data --routing=routers/
     python -m bam_jax.evaluate --checkpoint=DIR --tasks=arc_easy,mine.yaml --max_documents=100
 
-Every token of a document except BOS is scored once, EOS included; see docs/evaluate.md. Scores are
-bitwise independent of --batch_size, --mesh and --routing. Tables go to standard error; `--json`
-writes `data`, `split`, `dtype`, `mesh`, `confidence`, `resamples`, `seed`, `domains`, `notes`,
-and `rows`, one object a checkpoint, in order:
+Every token of a document except BOS is scored once, EOS included; see docs/evaluate.md. Tables go
+to standard error; `--json` writes `data`, `split`, `dtype`, `mesh`, `confidence`, `resamples`,
+`seed`, `domains`, `notes`, and `rows`, one object a checkpoint, in order:
   label, checkpoint, run, step, method, tokenizer_hash: identity.
   window, stride: tokens read at once; tokens from one window's start to the next.
   domains (by name), overall: `documents`, `tokens`, `bytes`, `nll` (a sum, nats), and
@@ -44,7 +41,7 @@ _CHECKPOINT = flags.DEFINE_multi_string('checkpoint', [], 'A run, step, or outpu
 _DATA = flags.DEFINE_multi_string('data', [], 'A prepared dataset, or DOMAIN=PATH of text.')
 _SPLIT = flags.DEFINE_string('split', 'valid', 'Split of prepared datasets and of files so named.')
 _TEXT_FIELD = flags.DEFINE_string('text_field', 'text', 'JSON field or Parquet column of the text.')
-flags.DEFINE_integer('max_documents', None, 'Maximum of each domain or task.', 1)
+flags.DEFINE_integer('max_documents', None, 'Of each domain or task, whatever their lengths.', 1)
 flags.DEFINE_integer('window', None, 'Tokens at once; default: the training length.', 1)
 _STRIDE = flags.DEFINE_integer('stride', None, 'From window to window; default: the window.', 1)
 flags.DEFINE_integer('batch_size', 16, 'Windows on the devices at once.', lower_bound=1)

@@ -1,8 +1,7 @@
 """Checkpoints side by side on the same documents: their scores, intervals and differences.
 
-Confidence intervals are by the bootstrap over documents; Efron and Tibshirani, 1993, chapter 13.
-Documents of each domain are drawn with replacement, as many as there are: the tokens of one are not
-independent. All checkpoints are judged on the same draws, so differences are paired.
+Confidence intervals are by the bootstrap over documents, since the tokens of one are not
+independent; Efron and Tibshirani, 1993, chapter 13. All checkpoints are judged on the same draws.
 
 Legend: N documents of a domain, R resamples, C columns of sums.
 """
@@ -11,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from bam_jax.reports import scores
 
 
 class Options(NamedTuple):
-  """How checkpoints are evaluated, on documents or in tasks."""
+  """How checkpoints are evaluated: on documents, or in tasks."""
 
   dtype: str = 'float32'
   mesh: config.Mesh = config.Mesh()
@@ -70,6 +70,10 @@ def open_checkpoints(
   """What is small of each checkpoint; UserError for one that is given twice, or lacks devices."""
   require(paths, '--checkpoint=DIR is required; it may be repeated.')
   sharding.make_mesh(rows_mesh(mesh))
+  for path in paths:
+    foreign = any(Path(path).glob('*.safetensors'))
+    fix = f'run python -m bam_jax.convert import-hf --input={path} --output=DIR first.'
+    require(not foreign, f'--checkpoint={path} is a folder of transformers: {fix}')
   folders = [str(checkpoint.find(path)) for path in paths]
   for path, folder in zip(paths, folders):
     twice = f'--checkpoint={path} is given twice: name each checkpoint once.'
@@ -185,7 +189,6 @@ def _facts(
   confidence: float,
 ) -> dict[str, Any]:
   """A checkpoint's scores in one column of the table, and their differences to the first's."""
-  # The sums themselves, then those of each resample.
   sums_NC = total_C[None] if drawn_RC is None else np.concatenate([total_C[None], drawn_RC])
 
   def measure(values_N: np.ndarray) -> dict[str, float | None]:

@@ -15,8 +15,6 @@ from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.prepare import documents as documents_lib
 from bam_jax.prepare import sources
 
-ENCODED_AT_ONCE = 1000  # texts
-
 
 class Prepared:
   """The first documents of a split of a prepared domain, tokens of one tokenizer."""
@@ -44,21 +42,14 @@ class Text:
   def __init__(self, name: str, texts: Sequence[str]):
     self.name, self._texts = name, texts
     self.byte_counts = np.array([len(text.encode()) for text in texts], np.int64)
-    self._encoded: dict[tuple, list[np.ndarray]] = {}  # by tokenizer
 
   def check(self, tokenizer: Tokenizer, checkpoint: str) -> None:
     """Accepts any tokenizer."""
 
   def documents(self, tokenizer: Tokenizer) -> Sequence[np.ndarray]:
     """BOS, the text's tokens, and EOS, as `prepare` stores them."""
-    key = tokenizer.hash, tokenizer.bos_id, tokenizer.eos_id
-    if key not in self._encoded:
-      self._encoded[key] = [
-        np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
-        for texts in itertools.batched(self._texts, ENCODED_AT_ONCE)
-        for ids in tokenizer.encode_batch(list(texts))
-      ]
-    return self._encoded[key]
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    return [np.array([bos, *ids, eos], np.int32) for ids in tokenizer.encode_batch(self._texts)]
 
 
 Domain = Prepared | Text
@@ -69,8 +60,7 @@ def read(
 ) -> list[Domain]:
   """The domains that `--data` names, in order: folders of prepared datasets, DOMAIN=PATH for text.
 
-  `split` is of datasets, and of folders whose files are marked with one. UserError when something
-  cannot be read, holds no document, or names a domain again.
+  UserError when something cannot be read, holds no document, or names a domain again.
   """
   require(given, '--data=PREPARED_FOLDER or --data=DOMAIN=FILE is required.')
   domains: dict[str, Domain] = {}

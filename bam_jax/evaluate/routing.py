@@ -1,7 +1,6 @@
 """Where routers send tokens: sums by domain, and the pictures of them.
 
-A token counts once: in the window in which the token after it is scored. So BOS counts, and EOS,
-from which nothing is predicted, does not.
+A token counts where the token after it is scored: BOS does, and EOS does not.
 
 Legend: L layers, T tokens, E experts.
 """
@@ -68,10 +67,7 @@ def own_shares(facts: Mapping[str, Any]) -> list[list[str]]:
 
 
 def draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Draws the rows of `--json` that have routing into the folder, which exists.
-
-  `by_layer.png` is of all rows, `<number of the row>_<router>.png` of one.
-  """
+  """Draws `by_layer.png` of the rows of `--json`, and `<row's number>_<router>.png` of each."""
   figures.routers_by_layer(folder / 'by_layer.png', [row for row in rows if row['routing']])
   for number, row in enumerate(rows):
     for router, by_domain in (row['routing'] or {}).items():

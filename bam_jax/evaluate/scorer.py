@@ -53,8 +53,7 @@ def score(
 ) -> Scored:
   """The likelihood of every token (int32) but a row's first, under a dropless model.
 
-  Of each row `length_B` (int32) tokens are read, and what follows is padding. The mesh is one of
-  `rows_mesh`; `dtype` is that of activations and matrices.
+  Of each row `length_B` (int32) tokens are read. The mesh is one of `rows_mesh`.
   """
   network = transformer.Network(model, config.Compute(dtype=dtype), mesh)
   layout = network.layout
@@ -107,8 +106,8 @@ class Scorer:
   ):
     """Loads the checkpoint at or below `path`; UserError when it is damaged or does not fit.
 
-    Devices are used as `rows_mesh` has them, with `batch_size` windows on them at once, or one
-    group each, if that is more. `length` is in tokens, by default what the model was trained at.
+    `batch_size` windows, or one group a device, are on the devices of the mesh at once; `length`
+    is in tokens, by default what the model was trained at.
     """
     self.meta = checkpoint.read_meta(path)
     self.tokenizer = checkpoint.open_tokenizer(path, self.meta)
@@ -125,8 +124,8 @@ class Scorer:
   ) -> list[tuple[float, bool]]:
     """Log-likelihood (natural) of each continuation, and whether greedy decoding would give it.
 
-    Requests are tokens of context and continuation, at least one of each. A context that leaves no
-    room is cut from the left. `progress` is called with how many more of their windows are done.
+    Requests are tokens of context, cut from the left as needed, and of continuation, at least one
+    of each. `progress` is called with how many more of their windows are done.
     """
     pieces, owners = [], []
     for number, (context, continuation) in enumerate(requests):
@@ -146,7 +145,7 @@ class Scorer:
   def score(self, windows: Sequence[Window], routing: bool = False) -> Iterator[tuple[int, Scored]]:
     """Scores windows of at most `length + 1` tokens; results come with their numbers, in any order.
 
-    They have what the routers did if `routing` asks for it.
+    What the routers did is among them if `routing` asks for it.
     """
     running: collections.deque[tuple[Batch, Scored]] = collections.deque()
     for batch in windows_lib.batches(windows, self.length, self._platform, self._mesh.size):
@@ -164,7 +163,6 @@ class Scorer:
 def _finish(
   windows: Sequence[Window], batch: Batch, scores: Scored
 ) -> Iterator[tuple[int, Scored]]:
-  """Waits for the scores of a batch."""
   scores = jax.device_get(scores)
   for row, number in enumerate(batch.numbers):
     window = windows[number]

@@ -31,21 +31,23 @@ def run(
     require(routed, '--routing requires a checkpoint with routers: remove it.')
     with folders.writing(folder):
       Path(folder).mkdir(parents=True, exist_ok=True)
-  console = cli.console()
+  console, notes = cli.console(), comparison.notes(entries)
+  for note in notes:
+    console.print(note, soft_wrap=True)
   with progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-    for entry in entries:
+    for number, entry in enumerate(entries, 1):
+      if not console.is_terminal:
+        console.print(f'Scoring {entry.path} ({number} of {len(entries)})', soft_wrap=True)
       comparison.score(entry, domains, options, folder is not None, bar)
   facts = {
     'mesh': config.to_dict(options.mesh),
     **{key: getattr(options, key) for key in ('dtype', 'confidence', 'resamples', 'seed')},
     'domains': [domain.name for domain in domains],
-    'notes': comparison.notes(entries),
+    'notes': notes,
     'rows': comparison.compare(entries, domains, options),
   }
   for table in tables(facts):
     console.print(table, '')
-  for note in facts['notes']:
-    console.print(note, soft_wrap=True)
   if folder is not None:
     with folders.writing(folder):
       routing.draw(Path(folder), facts['rows'])
@@ -55,20 +57,23 @@ def run(
 
 def tables(facts: Mapping[str, Any]) -> list[rich.table.Table]:
   """The facts of `--json`, by domain: perplexity, bits per byte, and differences from the first."""
-  share, rows, domains = f'{100 * facts["confidence"]:g}%', facts['rows'], facts['domains']
+  rows, domains = facts['rows'], facts['domains']
+  share = f'{100 * facts["confidence"]:g}% interval'
+  scores_of = lambda row: (*row['domains'].values(), row['overall'])
+  known = any(score['perplexity']['low'] is not None for row in rows for score in scores_of(row))
+  interval, legend = (f', and its {share}', f'; *: the {share} excludes 0') if known else ('', '')
 
   def by_domain(title: str, rows: Sequence[Mapping], cell: Callable[[Mapping], str]):
-    scored = [[*map(row['domains'].get, domains), row['overall']] for row in rows]
-    lines = [[row['label'], *map(cell, line)] for row, line in zip(rows, scored)]
+    lines = [[row['label'], *map(cell, scores_of(row))] for row in rows]
     return cli.table(title, ['checkpoint'], [*domains, 'overall'], lines)
 
   perplexity = lambda score: _cell(score['perplexity'], scores.number)
   bits = lambda score: _cell(score['bits_per_byte'], '{:.4f}'.format)
   difference = lambda score: _cell(score['difference']['bits_per_byte'], '{:+.4f}'.format, '*')
-  made = [by_domain(f'Perplexity, and its {share} interval', rows, perplexity)]
-  made += [by_domain(f'Bits per byte, and its {share} interval', rows, bits)]
+  made = [by_domain(f'Perplexity{interval}', rows, perplexity)]
+  made += [by_domain(f'Bits per byte{interval}', rows, bits)]
   if len(rows) > 1:
-    title = f'Bits per byte minus those of {rows[0]["label"]}; *: the {share} interval excludes 0'
+    title = f'Bits per byte minus those of {rows[0]["label"]}{legend}'
     made.append(by_domain(title, rows[1:], difference))
   if shares := routing.own_shares(facts):
     title = "Tokens with their domain's expert"

@@ -1,9 +1,7 @@
 """Documents to windows that a model can read, and windows to padded batches of few shapes.
 
-A window is a piece of a document, of which the tokens from `first` on are scored and those before
-are what the model conditions on. Each is a row of its own: its scores depend on its own tokens and
-its group alone. A group is what a device computes at once; groups follow from the windows and the
-platform, not from the number of devices.
+Each window is a row of its own: its scores depend on its own tokens and its group alone. A group is
+what a device computes at once, and does not depend on the number of devices.
 
 Legend: B rows, S tokens of a row.
 """
@@ -24,7 +22,7 @@ class Window(NamedTuple):
   """Some consecutive tokens of a document."""
 
   tokens: np.ndarray  # one more than the model reads: the last one is scored and not read
-  first: int  # the first that is scored, at least 1
+  first: int  # the first that is scored, at least 1; the model conditions on those before
 
 
 class Batch(NamedTuple):
@@ -39,9 +37,8 @@ def cut(tokens: np.ndarray, length: int, stride: int, first: int = 1) -> Iterato
   """Windows that score every token from `first` on exactly once, in order.
 
   A document of at most `length + 1` tokens is one window. In a longer one each begins `stride`
-  tokens, 1 to `length`, after the one before and scores what that did not reach, with at least
-  `length - stride` tokens, and always one, before it. What stands before `first` is dropped, from
-  the left, as far as the rest needs the room.
+  tokens, 1 to `length`, after the one before and scores what that did not reach. What stands before
+  `first` is dropped, from the left, as far as the rest needs the room.
   """
   start, done = max(0, min(first - 1, len(tokens) - length - 1)), first
   while done < len(tokens):
@@ -51,9 +48,9 @@ def cut(tokens: np.ndarray, length: int, stride: int, first: int = 1) -> Iterato
 
 
 def batches(windows: Sequence[Window], length: int, platform: str, devices: int) -> Iterator[Batch]:
-  """All windows, at most `length + 1` tokens each, with others of similar length, longest first.
+  """All windows with others of similar length, longest first; rows are padded to a power of two.
 
-  Rows are padded to a power of two, at most `length`. `devices` of `platform` compute a batch.
+  A window has at most `length + 1` tokens; `devices` of `platform` compute a batch.
   """
   buckets: dict[int, list[int]] = {}
   for number, window in enumerate(windows):

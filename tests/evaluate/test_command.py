@@ -121,6 +121,14 @@ def test_every_number(runs, texts, command_doc):
           check(score['difference'][measure], value[i] - base[i], difference, certain)
 
 
+def test_notes_come_first_and_intervals_are_named_where_there_are_any(runs, texts, capsys):
+  facts = ask(runs, ['dense', 'bam'], texts[2:], window=LENGTH + 1)
+  said = capsys.readouterr().err
+  assert said.startswith(facts['notes'][0]) and 'Scoring' in said
+  assert 'Bits per byte minus' in said and 'interval' not in said
+  assert any('interval' in table.title for table in session.tables(ask(runs, ['dense'], texts)))
+
+
 def check(fact, value, drawn, certain):
   np.testing.assert_allclose(fact['value'], value, rtol=1e-9, atol=1e-12)
   if certain:
@@ -134,13 +142,15 @@ def check(fact, value, drawn, certain):
   ([], {}, None, '--checkpoint=DIR is required'),
   (['/nowhere'], {}, None, '/nowhere holds no checkpoint'),
   (['{dense}', '{dense}/checkpoints/1'], {}, None, 'is given twice'),
+  (['{model}'], {}, None, 'run python -m bam_jax.convert import-hf --input='),
   (['{dense}'], dict(window=8, stride=9), None, '--stride=9 is above the window of 8 tokens'),
   (['{dense}'], dict(mesh=config.Mesh(data=64)), None, 'make mesh smaller'),
   (['{dense}'], {}, '.', '--routing requires a checkpoint with routers'),
   (['{bam}'], {}, f'{__file__}/x', 'cannot be written: Not a directory'),
 ])  # fmt: skip
-def test_mistakes(runs, texts, paths, options, folder, sentence):
-  paths = [path.format(**runs) for path in paths]
+def test_mistakes(runs, texts, tmp_path, paths, options, folder, sentence):
+  (tmp_path / 'model.safetensors').touch()
+  paths = [path.format(**runs, model=tmp_path) for path in paths]
   with pytest.raises(UserError, match=re.escape(sentence)):
     session.run(paths, texts, comparison.Options(**options), folder)
 
