@@ -39,7 +39,7 @@ def _forward(x_SD, weights, slots):
 
   hidden_SF = jnp.zeros((x_SD.shape[0], weights.down.shape[1]), x_SD.dtype)
   start = jnp.zeros_like(x_SD), *[hidden_SF] * len(weights.into)
-  output_SD, *products = _each_piece(x_SD.shape[0], slots, piece, start)
+  output_SD, *products = each_piece(x_SD.shape[0], slots, piece, start)
   products = [checkpoint_name(x_SF, remat.HIDDEN) for x_SF in products]
   return output_SD, (x_SD, weights, slots, products)
 
@@ -68,14 +68,14 @@ def _backward(residuals, d_output_SD):
     return _set_rows(d_x_SD, d_x_RD, start), jax.tree.map(add, sums, new)
 
   start = jnp.zeros_like(x_SD), jax.tree.map(lambda w: jnp.zeros(w.shape, dtype), weights)
-  d_x_SD, d_weights = _each_piece(x_SD.shape[0], slots, piece, start)
+  d_x_SD, d_weights = each_piece(x_SD.shape[0], slots, piece, start)
   return d_x_SD, jax.tree.map(lambda d: d.astype(x_SD.dtype), d_weights), None
 
 
 ffn.defvjp(_forward, _backward)
 
 
-def _each_piece(num_rows: int, slots: Slots, piece: Callable, carry):
+def each_piece(num_rows: int, slots: Slots, piece: Callable, carry):
   """`carry = piece(rows, start, expert, carry)` for all pieces of the buffer; rows is static."""
   num_parts = slots.expert_of_part.size
   rows = num_rows // num_parts
