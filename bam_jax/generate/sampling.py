@@ -3,7 +3,7 @@
 Nothing is approximate: top-k keeps k words, of equal logits those with lower ids; top-p keeps a
 word if all that are more probable have less than `top_p` of the mass, equals alike.
 
-Legend: B batch, V vocabulary, N candidates, C blocks of them.
+Legend: B batch, V vocabulary, N candidates.
 """
 
 import math
@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from bam_jax.config.strict import require
-
-BLOCK = 512  # candidates of a block
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def sample(
     logits_BN, words_BN = jax.lax.top_k(logits_BN, min(top_k, logits_BN.shape[1]))
   if use_top_p:
     logits_BN = mask_top_p(logits_BN, top_p)
-  drawn_B = jax.vmap(_draw)(logits_BN, keys_B)
+  drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_BN)
   return jnp.take_along_axis(words_BN, drawn_B[:, None], axis=1)[:, 0] if top_k else drawn_B
 
 
@@ -77,13 +75,3 @@ def mask_top_p(logits_BN: jax.Array, top_p: jax.Array) -> jax.Array:
 
   least_B = jax.lax.fori_loop(0, 31, set_bit, jnp.zeros(logits_BN.shape[0], jnp.int32))
   return jnp.where(bits_BN >= least_B[:, None], logits_BN, -jnp.inf)
-
-
-def _draw(logits_N: jax.Array, key: jax.Array) -> jax.Array:
-  """A candidate with its softmax probability: first a block, then one of it, to need less noise."""
-  size = min(BLOCK, logits_N.shape[0])
-  padded = jnp.pad(logits_N, (0, -logits_N.shape[0] % size), constant_values=-jnp.inf)
-  logits_CN = padded.reshape(-1, size)
-  keys = jax.random.split(key)
-  block = jax.random.categorical(keys[0], jax.nn.logsumexp(logits_CN, axis=1))
-  return (block * size + jax.random.categorical(keys[1], logits_CN[block])).astype(jnp.int32)
