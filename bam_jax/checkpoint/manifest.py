@@ -12,6 +12,7 @@ import numpy as np
 
 from bam_jax import config
 
+NEW = -1  # in place of an expert's number: it is none of the mixture before
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
 
 
@@ -46,6 +47,16 @@ class Manifest:
   upcycle: config.Upcycle | None = None  # method and options, if it is a mixture
   seed: int = 0  # of what was drawn,
   name: str = ''  # with this: upcycle.merge.run_key(seed, name)
+  grown: 'Grown | None' = None  # if experts were added, dropped or replaced
+
+
+@dataclasses.dataclass(frozen=True)
+class Grown:
+  """How a mixture came from another one, by a change of its experts."""
+
+  experts: tuple[int, ...]  # the number that each of them had before; NEW for the last source
+  names: tuple[str, ...]  # of the experts before
+  manifest: Manifest | None  # of the mixture before
 
 
 class Hash:

@@ -4,10 +4,13 @@
     python -m bam_jax.convert inspect DIR [OTHER]
 
 Subcommands:
-  upcycle     mixes dense checkpoints into a mixture's checkpoint
-  import-hf   converts a Hugging Face model to a checkpoint
-  export-hf   converts a checkpoint to a Hugging Face model
-  inspect     describes a checkpoint, or compares two
+  upcycle         mixes dense checkpoints into a mixture's checkpoint
+  add-expert      adds a dense model to a mixture
+  drop-expert     drops an expert of a mixture
+  replace-expert  puts a dense model in the place of a mixture's expert
+  import-hf       converts a Hugging Face model to a checkpoint
+  export-hf       converts a checkpoint to a Hugging Face model
+  inspect         describes a checkpoint, or compares two
 
 `python -m bam_jax.convert SUBCOMMAND --help` lists its flags. An --output is complete or absent.
 """
@@ -17,6 +20,9 @@ from bam_jax import cli
 # Each is a module with flags, a docstring for --help, and `main`.
 SUBCOMMANDS = {
   'upcycle': 'bam_jax.convert.upcycle',
+  'add-expert': 'bam_jax.convert.experts',
+  'drop-expert': 'bam_jax.convert.experts',
+  'replace-expert': 'bam_jax.convert.experts',
   'import-hf': 'bam_jax.convert.import_hf',
   'export-hf': 'bam_jax.convert.export_hf',
   'inspect': 'bam_jax.convert.inspect',

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ from bam_jax.model import transformer
 from bam_jax.parallel import processes
 from bam_jax.upcycle import merge as merge_lib
 from bam_jax.upcycle import rules
-from bam_jax.upcycle.sources import Source, check_alike, check_different, fit_rows, ropes
+from bam_jax.upcycle.sources import Reader, Source, check_alike, check_different, fit_rows, ropes
 
 
 def specs(abstract: Any, dtype: np.dtype | None = None) -> dict[str, arrays.Spec]:
@@ -36,6 +37,21 @@ def to_mesh(merge: merge_lib.Merge, abstract: Any, shardings: Any) -> Any:
   Each process reads only what its devices need, and holds their parts and about one more array.
   UserError, in every process, when the sources cannot be mixed.
   """
+  return _to_mesh(functools.partial(merge_lib.regions, merge), abstract, shardings)
+
+
+def read_to_mesh(reader: Reader, abstract: Any, shardings: Any) -> Any:
+  """What a reader has, in the same way, cast to the dtypes of `abstract`."""
+
+  def regions(wanted, parts):
+    for path, spec in wanted.items():
+      index = tuple(slice(*bounds) for bounds in parts[path])
+      yield path, index, reader.read(path, index).astype(spec.dtype, copy=False)
+
+  return _to_mesh(regions, abstract, shardings)
+
+
+def _to_mesh(regions: Callable, abstract: Any, shardings: Any) -> Any:
   wanted, shardings = specs(abstract), traverse_util.flatten_dict(shardings, sep='/')
   parts = {}
   for path, spec in wanted.items():  # the smallest box around the parts of this process's devices
@@ -44,8 +60,7 @@ def to_mesh(merge: merge_lib.Merge, abstract: Any, shardings: Any) -> Any:
     parts[path] = tuple((min(a for a, _ in axis), max(b for _, b in axis)) for axis in axes)
   made, message = {}, ''
   try:
-    regions = merge_lib.regions(merge, wanted, parts)
-    for path, of_path in itertools.groupby(regions, operator.itemgetter(0)):
+    for path, of_path in itertools.groupby(regions(wanted, parts), operator.itemgetter(0)):
       made[path] = _assemble(wanted[path], shardings[path], parts[path], of_path)
   except UserError as error:  # other processes may not have seen it
     message = str(error)
@@ -116,6 +131,41 @@ def to_checkpoint(
       manifest=manifest.Manifest(
         command, manifest.now(), origins, rules.rules(mixture, upcycle.norms), upcycle, seed, name
       ),
+    )
+    checkpoint.write_meta(folder, meta)
+  return meta
+
+
+def copy_to_checkpoint(
+  output: epath.PathLike,
+  source: Source,
+  seed: int,
+  command: str,
+  progress: Callable[[int, int], None],
+) -> checkpoint.Meta:
+  """Writes a mixture with other experts, opened by `growth`, into a new checkpoint.
+
+  As `to_checkpoint`, but for `seed`, which is only recorded.
+  """
+  tokenizer, reader, done = source.tokenizer(), source.reader, 0
+  places = [(path, at) for path, spec in reader.specs.items() for at in arrays.pieces(path, spec)]
+  total = sum(spec.nbytes for spec in reader.specs.values())
+  with folders.new_folder(output, total) as folder:
+    with arrays.Writer(folder / 'params', reader.specs) as writer:
+      source.check()
+      regions = arrays.read_ahead((reader, path, index) for path, index in places)
+      for (path, index), array in zip(places, regions):
+        arrays.check_finite(array, source.path, path, reader.specs[path], index)
+        writer.write(path, index, array)
+        done += array.nbytes
+        progress(done, total)
+    tokenizer.save(folder)
+    meta = dataclasses.replace(
+      source.meta,
+      run=epath.Path(output).name,
+      step=0,
+      versions=manifest.versions(),
+      manifest=dataclasses.replace(source.meta.manifest, command=command, seed=seed),
     )
     checkpoint.write_meta(folder, meta)
   return meta

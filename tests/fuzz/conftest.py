@@ -37,6 +37,15 @@ class World:
         f'--from={self.dense}', f'--from={self.other}', '--method=bam_kv_experts',
         f'--output={output}',
       ],
+      'convert add-expert': [
+        f'--checkpoint={self.mixture}', f'--from={self.other}', f'--output={output}'
+      ],
+      'convert drop-expert': [
+        f'--checkpoint={self.mixture}', '--expert=1', f'--output={output}'
+      ],
+      'convert replace-expert': [
+        f'--checkpoint={self.mixture}', '--expert=1', f'--from={self.other}', f'--output={output}'
+      ],
       'convert import-hf': [f'--input={self.hf}', f'--output={output}'],
       'convert export-hf': [f'--checkpoint={self.mixture}', f'--output={output}'],
       'convert inspect': [str(self.dense), str(self.other)],
@@ -54,6 +63,7 @@ class World:
   def refused(self, command: str, output: Path) -> list[str]:
     """A command line that is refused in a moment, after its flags are read."""
     nowhere = {
+      **{f'convert {what}-expert': '--checkpoint=nowhere' for what in ('add', 'drop', 'replace')},
       'account': '--run=nowhere', 'evaluate': '--checkpoint=nowhere',
       'generate': '--checkpoint=nowhere', 'main': '--runs=nowhere',
     }  # fmt: skip
