@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Collection
 from pathlib import Path
 
-import jax
 from etils import epath
 
 from bam_jax.errors import UserError
@@ -83,46 +82,42 @@ def fault(folder: epath.PathLike, sums: Sums) -> str:
     return f'{error.filename or folder!r}: {error.strerror}'
   except ValueError as error:  # NUL, or half a surrogate pair
     return f'{name!r}: {error}'
-  # Another process may have sent the sums, as lists.
-  wrong = [name for name in sums if found[name] != tuple(sums[name])]
+  wrong = [name for name in sums if found[name] != sums[name]]
   return f'{wrong[0]} does not match its checksum' if wrong else ''
 
 
-def check(folder: epath.PathLike, items: Collection[str]) -> None:
-  """Raises Damaged unless the files of some items are as they were written."""
+def check(folder: epath.PathLike, items: Collection[str] = ()) -> None:
+  """Raises Damaged unless the files of some items, by default all, are as they were written."""
   if what := fault(folder, read(folder, items)):
-    raise Damaged(folder, what)
-
-
-def check_together(folder: epath.PathLike, items: Collection[str]) -> None:
-  """The same, where every process of a job asks: each reads its share of the files."""
-  if what := _fault_together(folder, items):
     raise Damaged(folder, what)
 
 
 def set_aside(folder: Path) -> list[str]:
   """Renames a run's newest checkpoints as long as they are damaged; returns a message for each.
 
-  All processes must call; together they read the newest checkpoint once. UserError when none is
-  whole; then none is renamed.
+  All processes must call; process 0 reads the newest checkpoint. UserError when none is whole; then
+  none is renamed.
   """
+  return processes.decide(lambda: _set_aside(folder))
+
+
+def _set_aside(folder: Path) -> list[str]:
+  names = (path.name for path in folder.glob('*') if folders.is_complete(path))
+  steps = sorted((name for name in names if name.isdecimal()), key=int, reverse=True)
   faults: dict[str, str] = {}
-  steps = processes.decide(lambda: _steps(folder))
   for step in steps:
-    if not (what := _fault_together(folder / step)):
+    try:
+      if not (folder / step / 'meta').is_dir():
+        raise Damaged(folder / step, 'it has no meta')
+      check(folder / step)
       break
-    faults[step] = what
+    except Damaged as damaged:
+      faults[step] = damaged.what
   if steps and len(faults) == len(steps):
     wrong = f'{folder / steps[0]} is damaged ({faults[steps[0]]}), and {folder} has no intact one'
     fix = f'restore a copy, or delete {folder} to train the run from scratch.'
     raise UserError(f'{wrong}: {fix}')
-  return processes.decide(lambda: [_rename(folder / step, what) for step, what in faults.items()])
-
-
-def _steps(folder: Path) -> list[str]:
-  """Names of the steps' folders, the newest first, whatever is in them."""
-  names = (path.name for path in folder.glob('*') if folders.is_complete(path))
-  return sorted((name for name in names if name.isdecimal()), key=int, reverse=True)
+  return [_rename(folder / step, what) for step, what in faults.items()]
 
 
 def _rename(folder: Path, what: str) -> str:
@@ -131,20 +126,6 @@ def _rename(folder: Path, what: str) -> str:
     epath.Path(aside).rmtree(missing_ok=True)
     folder.rename(aside)
   return f'{folder} is damaged ({what}): renamed to {aside.name}, resuming from the one before.'
-
-
-def _fault_together(folder: epath.PathLike, items: Collection[str] = ()) -> str:
-  def listed() -> Sums | str:
-    try:
-      return read(folder, items) if (folder / 'meta').is_dir() else 'it has no meta'
-    except Damaged as damaged:
-      return damaged.what
-
-  found = processes.decide(listed)
-  if isinstance(found, str):
-    return found
-  mine = dict(list(found.items())[jax.process_index() :: jax.process_count()])
-  return processes.first(fault(folder, mine))
 
 
 def _measure(folder: epath.PathLike, names: Collection[str]) -> Sums:

@@ -30,7 +30,6 @@ from bam_jax.model import transformer
 from bam_jax.parallel import processes, sharding
 
 FORMAT = 2  # of `meta`, and of the names of the parameters
-READERS = {1: 'd21418b'}  # the last commit that reads an older format
 SAVE_SECONDS = 3600  # timeout of an asynchronous save
 
 
@@ -173,7 +172,7 @@ def read_meta(path: epath.PathLike) -> Meta:
     return strict.from_dict(Meta, facts, str(folder / 'meta'))
   if not isinstance(version, int) or version < 1:
     raise UserError(f'{folder} is not a checkpoint of format {FORMAT}, the one this version reads.')
-  fix = f'read it with commit {READERS[version]}' if version in READERS else 'upgrade bam_jax'
+  fix = 'read it with commit d21418b' if version == 1 else 'upgrade bam_jax'
   raise UserError(f'{folder} has format {version}, and this version reads {FORMAT}: {fix}.')
 
 
@@ -231,7 +230,7 @@ def restore_params(path: epath.PathLike, params: Any) -> Any:
   UserError when the stored ones are damaged, or of another model.
   """
   folder = folders.absolute(find(path))
-  integrity.check_together(folder, ['params'])
+  processes.decide(lambda: integrity.check(folder, ['params']))
   _check_shapes(arrays.Reader(folder / 'params', check=False), params)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     return checkpointer.restore(folder / 'params', args=_restore_args(params))

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import select
 import shlex
 import signal
 import sys
@@ -54,12 +53,8 @@ def run(main: Callable[..., dict[str, Any] | None], max_arguments: int = 0) -> N
   except KeyboardInterrupt:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's exit must not raise a second one
     sys.exit(_refuse('interrupted.', 128 + signal.SIGINT))
-  except BrokenPipeError:
-    unread = [stream for stream in (sys.stdout, sys.stderr) if _reader_left(stream)]
-    if not unread:  # a pipe of the command's own
-      raise
-    for stream in unread:
-      _discard(stream)
+  except BrokenPipeError:  # as in `bam_jax.evaluate ... | head`
+    _discard(sys.stdout)
     sys.exit(128 + signal.SIGPIPE)
 
 
@@ -117,19 +112,16 @@ def table(
 
 @contextlib.contextmanager
 def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-  """A progress bar on standard error; yields the function to call with bytes done and in all."""
+  """A progress bar on a terminal; yields the function to call with bytes done and in all."""
   text = progress.TextColumn('{task.description}', markup=False)
   columns = text, progress.BarColumn(), progress.DownloadColumn(), progress.TimeRemainingColumn()
-  bar = progress.Progress(*columns, console=console())
-  task = bar.add_task(what, total=None)
-  with contextlib.ExitStack() as shown:
-
-    def show(done: int, total: int) -> None:
-      if not bar.live.is_started:  # a command that refuses its input at once shows no bar
-        shown.enter_context(bar)
-      bar.update(task, completed=done, total=total)
-
-    yield show
+  shown = console()
+  # Gone when it ends: a command that refuses its input leaves nothing but the reason.
+  with progress.Progress(
+    *columns, console=shown, transient=True, disable=not shown.is_terminal
+  ) as bar:
+    task = bar.add_task(what, total=None)
+    yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def parse_mesh(items: Sequence[str]) -> config.Mesh:
@@ -190,13 +182,6 @@ def _parse(argv: Sequence[str]) -> list[str]:
   except Exception as error:
     message = str(error) if isinstance(error, UserError) else recipe_file.explain(argv, error)
     sys.exit(_refuse(f'{message} (Try --help.)'))
-
-
-def _reader_left(stream: TextIO) -> bool:
-  """Whether a stream is a pipe whose reader has left."""
-  poll = select.poll()
-  poll.register(stream.fileno(), 0)
-  return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _discard(stream: TextIO) -> None:

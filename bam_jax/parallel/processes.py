@@ -46,9 +46,10 @@ def decide[T](question: Callable[[], T]) -> T:
 
 def same(facts: Any, what: str) -> None:
   """UserError, naming `what`, unless all processes have the same facts (JSON values)."""
-  wrong = f'do not have the same {what} as process 0'
-  fix = 'start all processes with the same flags and files'
-  _all_agree(facts == gather(facts)[0], f'{wrong}: {fix}')
+  everyone = gather(facts)
+  others = [str(process) for process, theirs in enumerate(everyone) if theirs != everyone[0]]
+  wrong = f'processes {", ".join(others)} do not have the same {what} as process 0'
+  require(not others, f'{wrong}: start all processes with the same flags and files.')
 
 
 def first(text: str) -> str:
@@ -111,8 +112,3 @@ def _on_devices(value: int) -> jax.Array:
   sharding = NamedSharding(jax.sharding.Mesh(jax.devices(), 'devices'), P('devices'))
   number = np.full(1, value, np.int32)
   return jax.make_array_from_callback((jax.device_count(),), sharding, lambda index: number)
-
-
-def _all_agree(agree: bool, sentence: str) -> None:
-  others = [str(process) for process, agrees in enumerate(gather(agree)) if not agrees]
-  require(not others, f'processes {", ".join(others)} {sentence}.')

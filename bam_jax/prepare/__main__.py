@@ -55,21 +55,21 @@ def main() -> dict[str, Any]:
     options |= dict(tokenizer=tokenizer, progress=progress)
     facts = dataset.prepare(domains, _OUTPUT.value, **options)
   facts |= dict(output=_OUTPUT.value, seconds=time.monotonic() - start, already_prepared=already)
-  _print(facts, tokenizer)
+  _print(facts)
   return facts
 
 
-def _print(facts: dict[str, Any], tokenizer: Tokenizer | None) -> None:
-  console, rows, decoded = cli.console(), [], facts.get('decoded', {})
+def _print(facts: dict[str, Any]) -> None:
+  console, rows = cli.console(), []
   for domain, splits in facts['domains'].items():
     for split, entry in splits.items():
       ratio, skipped = f'{entry["bytes"] / entry["tokens"]:.2f}', sum(entry['skipped'].values())
-      share = f'{decoded[domain]:.2%}' if domain in decoded else '-'
+      share = f'{facts["decoded"][domain]:.2%}'
       rows.append([domain, split, entry['documents'], entry['tokens'], ratio, skipped, share])
   title = f'{facts["output"]}, vocabulary {facts["tokenizer"]["vocab_size"]:,}'
   columns = 'documents', 'tokens', 'bytes/token', 'skipped', 'decoded'
   console.print(cli.table(title, ('domain', 'split'), columns, rows))
-  for warning in dataset.warnings(facts, tokenizer):
+  if warning := dataset.warning(facts):
     console.print(warning)
   if facts['left_out']:
     console.print('Left out (test split or unknown file type):', ', '.join(facts['left_out']))

@@ -26,7 +26,7 @@ from bam_jax.prepare.sources import TRAIN, VALID, Domain, hold_out
 VALID_FRACTION = 0.02
 SHARD_BYTES = 2**26  # of text, about
 TOKENIZER_BYTES = 2**23  # of each domain, to train a tokenizer on
-LOSSLESS = 0.999  # share of the text that must come back, or `warnings` says so
+LOSSLESS = 0.999  # share of the text that must come back, or `warning` says so
 DECODED_BYTES = 2**16  # of each domain, encoded and decoded to see what the tokenizer loses
 MIN_DECODED = 0.9
 
@@ -134,15 +134,11 @@ def _decoded_share(tokenizer: Tokenizer, texts: list[str]) -> float:
   return kept / total if total else 1.0
 
 
-def warnings(manifest: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[str]:
-  """What a person should know of a prepared dataset, a line each."""
-  found = []
-  decoded = manifest.get('decoded', {}).items()
-  if lossy := [f'{domain} ({share:.2%})' for domain, share in decoded if share < LOSSLESS]:
-    found.append(f'WARNING: the tokenizer reproduces only a part of the text in {", ".join(lossy)}')
-  if tokenizer and tokenizer.switched_off:
-    found.append(f'Switched off in the tokenizer: {", ".join(tokenizer.switched_off)}')
-  return found
+def warning(manifest: Mapping[str, Any]) -> str:
+  """What a person should know of a prepared dataset; '' if nothing."""
+  decoded = manifest['decoded'].items()
+  lossy = ', '.join(f'{domain} ({share:.2%})' for domain, share in decoded if share < LOSSLESS)
+  return lossy and f'WARNING: the tokenizer reproduces only a part of the text in {lossy}'
 
 
 def _encode(

@@ -32,7 +32,7 @@ def _prepare_missing(data: config.Data) -> None:
 
   def prepare_in(folder: Path) -> None:
     how = dict(tokenizer=tokenizer, train_tokenizer=size, skip_unknown=options.skip_unknown)
-    for warning in dataset.warnings(dataset.prepare(domains, folder, **how), tokenizer):
+    if warning := dataset.warning(dataset.prepare(domains, folder, **how)):
       print(warning, file=sys.stderr)
 
   remote.publish(path, prepare_in) if folders.in_bucket(path) else prepare_in(path)

@@ -14,7 +14,7 @@ from bam_jax import checkpoint, config
 from bam_jax.checkpoint import integrity
 from bam_jax.data import shards
 from bam_jax.files import folders
-from bam_jax.model import transformer
+from bam_jax.model import block, transformer
 from bam_jax.parallel import processes, sharding
 from bam_jax.recipes import graph
 from bam_jax.train import loop
@@ -39,7 +39,7 @@ def initial_params(
     case config.FromUpcycle(upcycle):
       paths = [_find(workdir / name) for name in upcycle.sources]
       for path in paths:
-        integrity.check_together(path, ['params'])
+        processes.decide(functools.partial(integrity.check, path, ['params']))
       opened = [sources.open_checkpoint(str(path)) for path in paths]
       sources.check_alike(opened, upcycle.method)
       merge = Merge(opened, upcycle, key)
@@ -69,19 +69,18 @@ def _centroids(recipe, nodes, node: graph.Node, dataset, merge: Merge) -> dict[s
     read = loop.batches_of(dataclasses.replace(nodes[name].run, **changes), recipe, dataset)
     batches.append([read[number] for number in range(count)])
 
-  network = transformer.Network(merge.sources[0].meta.model, run.compute, mesh)
-  abstract, average = network.abstract(), dict(average=upcycle.average, weights=upcycle.weights)
+  def means(merge: Merge, model: config.Model) -> block.Routing:
+    network = transformer.Network(model, run.compute, mesh)
+    abstract = network.abstract()
+    params = outputs.to_mesh(merge, abstract, sharding.tree(abstract, mesh))
+    return centroids.mean_inputs(network, params, batches, mesh)
+
+  average = dict(average=upcycle.average, weights=upcycle.weights)
   soup = merge._replace(upcycle=config.Upcycle(upcycle.sources, 'average', **average))
-  params = outputs.to_mesh(soup, abstract, sharding.tree(abstract, mesh))
-  means = centroids.mean_inputs(network, params, batches, mesh)
-  routers = centroids.routers(means, node.model, upcycle, merge.key)
+  inputs = means(soup, merge.sources[0].meta.model)
+  routers = centroids.routers(inputs, node.model, upcycle, merge.key)
   if node.model.block == 'sequential' and node.model.attention_experts:
     # Here FFN experts read what the mixture's own attention has added to.
-    network = transformer.Network(node.model.dropless(), run.compute, mesh)
-    abstract = network.abstract()
-    params = outputs.to_mesh(
-      merge._replace(routers=routers), abstract, sharding.tree(abstract, mesh)
-    )
-    own = centroids.mean_inputs(network, params, batches, mesh)
-    routers = centroids.routers(means._replace(ffn=own.ffn), node.model, upcycle, merge.key)
+    own = means(merge._replace(routers=routers), node.model.dropless())
+    routers = centroids.routers(inputs._replace(ffn=own.ffn), node.model, upcycle, merge.key)
   return routers

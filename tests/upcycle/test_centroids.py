@@ -129,7 +129,7 @@ def initial(recipe_dict, dataset, tmp_path, monkeypatch):
   """The function (run, mesh) -> (node, initial parameters), from sources that are untrained."""
   monkeypatch.setattr(centroids, 'CENTROID_TOKENS', 512)
   monkeypatch.setattr(checkpoint, 'find', lambda path: path)
-  monkeypatch.setattr(integrity, 'check_together', lambda *_: None)
+  monkeypatch.setattr(integrity, 'check', lambda *_: None)
   recipe_dict['runs']['seed']['data'] = {'general': 1.0}
   opened = lambda path: untrained(config.parse(recipe_dict).model, path)
   monkeypatch.setattr(sources, 'open_checkpoint', opened)
