@@ -60,15 +60,11 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
 
 def tensors(model: config.Model, config_json: Mapping[str, Any]) -> tuple[names.Table, dict]:
   """The tensors of a folder by our paths, and the shapes, by name, of others, which are zeros."""
-  if mixture := [one for one in MIXTURES if [one.architecture] == config_json['architectures']]:
-    return mixtures.tensors(mixture[0], model)
   asked = config_json['architectures']
-  renamed = [one.renamed for one in _READ if [one.architecture] == asked]
-  table = names.renamed(names.tensors(model), *renamed)
-  for path, tensor in table.items():
-    if '.query_key_value.' in tensor.name:
-      table[path] = tensor._replace(heads=model.num_heads)
-  return table, {}
+  (chosen,) = (one for one in (*_READ, *MIXTURES) if [one.architecture] == asked)
+  if chosen in MIXTURES:
+    return mixtures.tensors(chosen, model)
+  return names.renamed(names.tensors(model), chosen.renamed), {}
 
 
 def to_origin(config_json: Mapping[str, Any]) -> tuple[int, str | None, tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """Converts our checkpoints to folders for transformers, one tensor at a time, without torch."""
 
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,8 +40,7 @@ def convert(
     max_shard_size: of the values in a file, such as '5GB'.
     architecture: the class of transformers; None: the first that computes the model.
 
-  UserError if the checkpoint is damaged or has values that are NaN or infinite, or the output
-  exists or cannot be written.
+  UserError if the checkpoint is damaged or not finite, or the output cannot be written.
   """
   wrong = f'--output={output}: export to a local folder, and copy that to the bucket.'
   require(not folders.in_bucket(output), wrong)
@@ -79,11 +79,13 @@ def _specs(reader: arrays.Reader, table: names.Table, dtype: str | None) -> dict
   """The tensors by name: the embedding, then layer by layer, then the rest."""
   placed = []
   for name, parts in names.pieces(table).items():
-    path, index, *_ = parts[0]
+    path, index, _ = parts[0]
     # transformers keeps routers in float32, as training does.
     keep = dtype is None or 'router' in name
-    experts = () if '.experts.' in name else table[path].stacked[1:]  # that are in one tensor
-    shape = *experts, parts[-1].stop // (*experts, 1)[0], *table[path].theirs[1:]
+    rows, *rest = names.shape(table, parts)
+    # Experts that are in one tensor are its first axis.
+    experts = () if '.experts.' in name else table[path].stacked[1:]
+    shape = *experts, rows // math.prod(experts), *rest
     spec = arrays.Spec(shape, reader.specs[path].dtype if keep else jnp.dtype(dtype))
     outside = -1 if path.startswith('embed/') else float('inf')
     placed.append((index[0] if index else outside, name, spec))
@@ -98,16 +100,12 @@ def _tensors(
   regions = arrays.read_ahead((reader, *piece[:2]) for name in order for piece in pieces[name])
   total, done = sum(spec.nbytes for spec in specs.values()), 0
   for name in order:
-    (shape, dtype), rows = specs[name], []
-    for path, index, *_ in pieces[name]:
-      ours = next(regions)
-      values, spec = ours.astype(dtype, copy=False), reader.specs[path]
-      arrays.check_finite(values, reader.folder, path, spec, index)
-      rows.append(names.to_theirs(table[path], ours, dtype))
-    rows = rows or [np.zeros(shape, dtype)]
-    theirs = np.concatenate(rows) if len(rows) > 1 else rows[0]
-    if heads := pieces[name] and table[pieces[name][0].path].heads:
-      theirs = names.regrouped(theirs, 3, heads)
+    theirs, dtype = np.zeros(*specs[name]), specs[name].dtype
+    for path, index, rows in pieces[name]:
+      ours = next(regions).astype(dtype, copy=False)
+      arrays.check_finite(ours, reader.folder, path, reader.specs[path], index)
+      places = theirs.reshape(-1, *table[path].theirs[1:])
+      places[rows] = names.to_theirs(table[path], ours, dtype)
     done += theirs.nbytes
     progress(done, total)
     yield theirs

@@ -20,9 +20,8 @@ _IRRELEVANT = frozenset(
   """
   _name_or_path architectures attention_dropout auto_map bos_token_id classifier_dropout dtype
   embd_pdrop eos_token_id expert_sources hidden_dropout initializer_range max_position_embeddings
-  model_max_length model_type pad_token_id
-  pretraining_tp resid_pdrop rope_scaling_type torch_dtype transformers_version unk_token_id
-  upcycling_method use_cache
+  model_max_length model_type pad_token_id pretraining_tp resid_pdrop rope_scaling_type torch_dtype
+  transformers_version unk_token_id upcycling_method use_cache
   """.split()
 )
 _ACTIVATIONS = {'swiglu': 'silu', 'geglu_tanh': 'gelu_pytorch_tanh', 'gelu': 'gelu'}
@@ -82,22 +81,13 @@ def describes(family: Family, model: config.Model) -> bool:
     return False
 
 
-def _flag(key: str, field: str, value: str) -> Part:
+def _flag(key: str, field: str, value: str, default: bool = False) -> Part:
   """A key that is true if a field has a value."""
 
   def read_flag(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
-    return {field: value} if facts.take(key, bool, False) else {}
+    return {field: value} if facts.take(key, bool, default) else {}
 
   return Part(read_flag, lambda model: {key: getattr(model, field) == value})
-
-
-def _read_neox_block(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
-  parallel = facts.take('use_parallel_residual', bool, True)
-  return {'block': 'parallel_two_norms' if parallel else 'sequential'}
-
-
-def _write_neox_block(model: config.Model) -> dict[str, Any]:
-  return {'use_parallel_residual': model.block != 'sequential', 'attention_bias': True}
 
 
 def _read_mlp_bias(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
@@ -139,6 +129,7 @@ def _gemma(attention_cap: float | None, logit_cap: float | None, every: int) -> 
 
 _MLP_BIAS = Part(_read_mlp_bias, _write_mlp_bias)
 _BIASES = _flag('attention_bias', 'biases', 'attention')
+_NEOX_BLOCK = _flag('use_parallel_residual', 'block', 'parallel_two_norms', default=True)
 _LOGITS_SCALING = Part(
   lambda facts, fields: dict(logit_scale=1 / facts.take('logits_scaling', float, 1.0)),
   lambda model: {'logits_scaling': 1 / model.logit_scale},
@@ -191,8 +182,8 @@ _GRANITE_KEYS = _RMSNORM | dict(
 )  # fmt: skip
 _NEOX_KEYS = {k: v for k, v in _LAYERNORM.items() if k not in ('num_kv_heads', 'head_dim')}
 _NEOX = dict(
-  norm='layernorm_bias', rotary_layout='half', biases='all', ffn='gelu', tied_embeddings=False,
-  norm_epsilon=1e-5,
+  block='sequential', norm='layernorm_bias', rotary_layout='half', biases='all', ffn='gelu',
+  tied_embeddings=False, norm_epsilon=1e-5,
 )  # fmt: skip
 _QKV = tuple((f'.{letter}_proj', '.qkv_proj') for letter in 'qkv')
 _PHI3_NAMES = *_QKV, ('.gate_proj', '.gate_up_proj'), ('.up_proj', '.gate_up_proj')
@@ -259,11 +250,7 @@ FAMILIES = [
   ),
   Family('Olmo2ForCausalLM', 'olmo2', _RMSNORM, _OLMO, [rotation.ROPE, _BIASES]),
   Family(
-    'Olmo3ForCausalLM', 'olmo3', _RMSNORM, _OLMO,
-    [
-      _BIASES, layers.OLMO3,
-      rotation.NESTED,
-    ],
+    'Olmo3ForCausalLM', 'olmo3', _RMSNORM, _OLMO, [_BIASES, layers.OLMO3, rotation.NESTED]
   ),
   Family(
     'Phi3ForCausalLM', 'phi3', _RMSNORM, _LLAMA | dict(norm_epsilon=1e-5),
@@ -276,8 +263,7 @@ FAMILIES = [
   ),
   Family(
     'GPTNeoXForCausalLM', 'gpt_neox', _NEOX_KEYS, _NEOX,
-    [rotation.NEOX, Part(_read_neox_block, _write_neox_block)],
-    dict(hidden_act=['gelu'], attention_bias=[True]), _NEOX_NAMES,
+    [rotation.NEOX, _NEOX_BLOCK], dict(hidden_act=['gelu'], attention_bias=[True]), _NEOX_NAMES,
   ),
   Family(
     'Gemma2ForCausalLM', 'gemma2', _RMSNORM, _GEMMA, [*_gemma(50.0, 30.0, 2), rotation.ROPE],

@@ -116,10 +116,7 @@ def open_folder(
 
 def _check(reader, table: names.Table, model: config.Model) -> None:
   """UserError unless the folder has the tensors of the model, with their shapes, and no others."""
-  expected = {
-    name: (parts[-1].stop, *table[parts[0].path].theirs[1:])
-    for name, parts in names.pieces(table).items()
-  }
+  expected = {name: names.shape(table, parts) for name, parts in names.pieces(table).items()}
   found = {n for n in reader.specs if not n.endswith(_BUFFERS) and not n.startswith(_IMAGES)}
   # PyTorch lists a tied head although it is the table; files may therefore contain both.
   if tied_twice := model.tied_embeddings and names.HEAD in reader.specs:
@@ -148,17 +145,14 @@ def _copy(reader, table: names.Table, writer: arrays.Writer, progress: Progress)
   total = sum(reader.specs[name].nbytes for name in pieces)
   hashes, done = {}, 0
   for name, parts in pieces.items():
-    theirs = reader.read(name)
-    digest = manifest.Hash()
+    theirs, digest = reader.read(name), manifest.Hash()
     digest.update(theirs)
     hashes[name] = digest.hexdigest()
-    if heads := table[parts[0].path].heads:
-      theirs = names.regrouped(theirs, heads, 3)
-    for path, index, start, stop in parts:
-      dtype = writer.specs[path].dtype
-      rows, spec = theirs[start:stop].astype(dtype, copy=False), reader.specs[name]
-      arrays.check_finite(rows, reader.folder, name, spec, (slice(start, stop),))
-      writer.write(path, index, names.to_ours(table[path], theirs[start:stop], dtype))
     done += theirs.nbytes
+    dtype = writer.specs[parts[0].path].dtype
+    theirs = theirs.astype(dtype, copy=False)
+    arrays.check_finite(theirs, reader.folder, name, reader.specs[name])
+    for path, index, rows in parts:
+      writer.write(path, index, names.to_ours(table[path], theirs[rows], dtype))
     progress(done, total)
   return hashes

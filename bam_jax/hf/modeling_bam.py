@@ -38,10 +38,8 @@ class BamLayerNorm(nn.Module):
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
     y = x.float().unflatten(-1, (-1, *self.weight.shape))
-    if self.centred:
-      y = y - y.mean(-1, keepdim=True)
-    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.epsilon)
-    y = y * (self.offset + self.weight.float())
+    norm = F.layer_norm if self.centred else F.rms_norm
+    y = norm(y, y.shape[-1:], eps=self.epsilon) * (self.offset + self.weight.float())
     return (y if self.bias is None else y + self.bias.float()).view_as(x).to(x.dtype)
 
 
@@ -49,11 +47,6 @@ def block_norm(config: BamConfig) -> BamLayerNorm:
   """A norm of the residual stream."""
   centred, biased = config.norm.startswith('layernorm'), config.norm == 'layernorm_bias'
   return BamLayerNorm((config.hidden_size,), config, centred, biased)
-
-
-def capped(x: torch.Tensor, cap: float) -> torch.Tensor:
-  """`cap * tanh(x / cap)`; `x` for a cap of 0."""
-  return cap * torch.tanh(x / cap) if cap else x
 
 
 class BamRouter(nn.Linear):
@@ -310,7 +303,8 @@ class BamHead(nn.Linear):
     self.scale, self.cap = config.logit_scale, config.logit_cap
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    return capped(self.scale * super().forward(x), self.cap)
+    logits = self.scale * super().forward(x)
+    return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
 
 class BamForCausalLM(BamPreTrainedModel, GenerationMixin):

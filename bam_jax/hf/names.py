@@ -7,19 +7,36 @@ Legend: L layers, E experts, D model, H query heads, G key-value heads, K head, 
 """
 
 import itertools
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+from flax import traverse_util
 
 from bam_jax import config
+from bam_jax.model import transformer
+from bam_jax.parallel import sharding
 
 HEAD = 'lm_head.weight'
 TABLE = 'model.embed_tokens.weight'
-# The norms of a block; with others on outputs that of the FFN has a name of its own.
-_NORMS = {
+_MODULES = {
+  'embed': 'model.embed_tokens', 'final_norm': 'model.norm', 'unembed': 'lm_head',
+  'attention': 'self_attn', 'ffn': 'mlp',
   'norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm',
   'attention_out_norm': 'post_attention_layernorm', 'ffn_out_norm': 'post_feedforward_layernorm',
+}  # fmt: skip
+# In the order of the rows where several are one tensor.
+_PARAMETERS = {
+  'table': 'weight', 'kernel': 'weight', 'scale': 'weight', 'bias': 'bias',
+  'query': 'q_proj.weight', 'key': 'k_proj.weight', 'value': 'v_proj.weight',
+  'query_bias': 'q_proj.bias', 'key_bias': 'k_proj.bias', 'value_bias': 'v_proj.bias',
+  'query_scale': 'q_norm.weight', 'key_scale': 'k_norm.weight',
+  'query_shared_scale': 'q_norm.weight', 'key_shared_scale': 'k_norm.weight',
+  'out': 'o_proj.weight', 'out_bias': 'o_proj.bias', 'router': 'router.weight',
+  'gate': 'gate_proj.weight', 'up': 'up_proj.weight', 'down': 'down_proj.weight',
+  'gate_bias': 'gate_proj.bias', 'up_bias': 'up_proj.bias', 'down_bias': 'down_proj.bias',
+  'expert_bias': 'router.e_score_correction_bias',
 }  # fmt: skip
 STRIP = 32  # rows transposed at once: two cache lines of the output
 
@@ -32,7 +49,6 @@ class Tensor(NamedTuple):
   ours: tuple[int, ...]  # the other axes
   theirs: tuple[int, ...]  # matrices are (out, in) in transformers
   is_matrix: bool = False  # whether the array is transposed there
-  heads: int = 0  # of a tensor whose rows are queries, keys and values of one head after the other
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -44,60 +60,29 @@ Table = dict[str, Tensor]  # of a whole model, by our paths
 
 
 def tensors(model: config.Model) -> Table:
-  """All tensors of a model by our paths, in the order of computation."""
-  D, F, V, L = model.d_model, model.ffn_dim, model.vocab_size, model.num_layers
-  H, G, K = model.num_heads, model.num_kv_heads, model.head_dim
-  attention, ffn = model.attention_experts, model.ffn_experts
-  layer = 'model.layers.{0}.'
-  made = {}
-
-  def add(path, experts, module, name, ours, theirs) -> None:
-    """Adds an array of every layer and, if it has experts of its own, of every expert."""
-    prefix = f'{layer}{module}.experts.{{1}}.' if experts else f'{layer}{module}.'
-    stacked = (L, experts.num_experts) if experts else (L,)
-    is_matrix = name.endswith(('_proj.weight', 'router.weight'))
-    made[f'blocks/{path}'] = Tensor(f'{prefix}{name}', stacked, ours, theirs, is_matrix)
-
-  kv = None if attention and attention.shared_kv else attention
-  made['embed/table'] = Tensor(TABLE, (), (V, D), (V, D))
-  ends = {'scale': 'weight'} | ({'bias': 'bias'} if model.norm == 'layernorm_bias' else {})
-  norms = _NORMS | ({'ffn_norm': 'pre_feedforward_layernorm'} if model.norm_place == 'both' else {})
-  for ours, end in itertools.product(model.norms, ends):
-    name = f'{layer}{norms[ours]}.{ends[end]}'
-    made[f'blocks/{ours}/{end}'] = Tensor(name, (L,), (D,), (D,))
-  for ours, letter, experts, heads in (
-    ('query', 'q', attention, H), ('key', 'k', kv, G), ('value', 'v', kv, G)
-  ):  # fmt: skip
-    name, width = f'{letter}_proj', heads * K
-    add(f'attention/{ours}', experts, 'self_attn', f'{name}.weight', (D, heads, K), (width, D))
-    if model.biases != 'none':
-      add(f'attention/{ours}_bias', experts, 'self_attn', f'{name}.bias', (heads, K), (width,))
-    if ours != 'value' and model.qk_norm != 'none':
-      scale = 'shared_scale' if model.qk_norm == 'head_rms' else 'scale'
-      shape = (K,) if model.qk_norm == 'head_rms' else (heads, K)
-      theirs = (width,) if model.qk_norm == 'all_rms' else shape
-      name = f'{letter}_norm.weight'
-      add(f'attention/{ours}_{scale}', experts, 'self_attn', name, shape, theirs)
-  add('attention/out', attention, 'self_attn', 'o_proj.weight', (H, K, D), (D, H * K))
-  if model.biases in ('attention', 'all'):
-    add('attention/out_bias', attention, 'self_attn', 'o_proj.bias', (D,), (D,))
-  if attention:
-    E = attention.num_experts
-    add('attention/router', None, 'self_attn', 'router.weight', (D, E), (E, D))
-  for ours in (*model.ffn_inputs, 'down'):
-    shape = (F, D) if ours == 'down' else (D, F)
-    add(f'ffn/{ours}', ffn, 'mlp', f'{ours}_proj.weight', shape, shape[::-1])
-    if model.biases == 'all':
-      add(f'ffn/{ours}_bias', ffn, 'mlp', f'{ours}_proj.bias', shape[1:], shape[1:])
-  if ffn:
-    E = ffn.num_experts
-    add('ffn/router', None, 'mlp', 'router.weight', (D, E), (E, D))
-    if ffn.expert_bias:
-      add('ffn/expert_bias', None, 'mlp', 'router.e_score_correction_bias', (E,), (E,))
-  for end, theirs in ends.items():
-    made[f'final_norm/{end}'] = Tensor(f'model.norm.{theirs}', (), (D,), (D,))
-  if not model.tied_embeddings:
-    made['unembed/kernel'] = Tensor(HEAD, (), (D, V), (V, D), True)
+  """All tensors of a model by our paths; of those that may be one tensor the first rows first."""
+  order, modules = [*_PARAMETERS], _MODULES
+  if model.norm_place == 'both':  # the outputs' norms have the usual names of the inputs'
+    modules = modules | {'ffn_norm': 'pre_feedforward_layernorm'}
+  abstract = transformer.Network(model, config.Compute()).abstract()
+  leaves, made = traverse_util.flatten_dict(abstract, sep='/'), {}
+  for path in sorted(leaves, key=lambda path: order.index(path.split('/')[-1])):
+    part, parameter = path.removeprefix('blocks/').split('/')
+    leaf, module, stacked = leaves[path], modules[part], 0
+    if path.startswith('blocks/'):
+      of_experts = sharding.has_experts(path, leaf.ndim)
+      stacked = 1 + of_experts
+      module = f'model.layers.{{0}}.{module}' + ('.experts.{1}' if of_experts else '')
+    name, ours = f'{module}.{_PARAMETERS[parameter]}', leaf.shape[stacked:]
+    is_matrix = name.endswith(('_proj.weight', 'router.weight', HEAD))
+    if is_matrix:
+      inputs = math.prod(ours[:-1]) if parameter == 'out' else ours[0]
+      theirs = math.prod(ours) // inputs, inputs
+    elif name == TABLE or name.endswith('_norm.weight') and model.qk_norm != 'all_rms':
+      theirs = ours
+    else:
+      theirs = (math.prod(ours),)
+    made[path] = Tensor(name, leaf.shape[:stacked], ours, theirs, is_matrix)
   return made
 
 
@@ -108,18 +93,12 @@ def renamed(table: Table, parts: Iterable[tuple[str, str]]) -> Table:
   return table
 
 
-def regrouped(rows: np.ndarray, outer: int, inner: int) -> np.ndarray:
-  """Rows in `outer` groups of `inner` groups, as `inner` groups of `outer`."""
-  return rows.reshape(outer, inner, -1, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
-
-
 class Piece(NamedTuple):
   """A part of one of our arrays, and the rows of a tensor that it is."""
 
   path: str
   index: tuple[int, ...]  # layer and expert
-  start: int
-  stop: int
+  rows: slice | np.ndarray  # or their numbers
 
 
 def pieces(table: Table) -> dict[str, list[Piece]]:
@@ -128,11 +107,21 @@ def pieces(table: Table) -> dict[str, list[Piece]]:
   for path, tensor in table.items():
     for index in itertools.product(*map(range, tensor.stacked)):
       found.setdefault(tensor.name.format(*index), []).append((index, path))
-  for name, rows in found.items():
-    rows.sort(key=lambda row: row[0])  # expert by expert
-    stops = [0, *itertools.accumulate(table[path].theirs[0] for _, path in rows)]
-    found[name] = [Piece(path, index, *stops[n : n + 2]) for n, (index, path) in enumerate(rows)]
+  for name, parts in found.items():
+    parts.sort(key=lambda part: part[0])  # expert by expert
+    stops = [0, *itertools.accumulate(table[path].theirs[0] for _, path in parts)]
+    rows = itertools.starmap(slice, itertools.pairwise(stops))
+    if '.query_key_value.' in name:  # query, key and value of one head after the other
+      heads = table[parts[0][1]].ours[-2]
+      rows = np.arange(stops[-1]).reshape(heads, 3, -1).swapaxes(0, 1).reshape(3, -1)
+    found[name] = [Piece(path, index, some) for (index, path), some in zip(parts, rows)]
   return found
+
+
+def shape(table: Table, parts: Iterable[Piece]) -> tuple[int, ...]:
+  """The shape of the tensor that has these pieces."""
+  shapes = [table[part.path].theirs for part in parts]
+  return sum(rows for rows, *_ in shapes), *shapes[0][1:]
 
 
 def to_ours(tensor: Tensor, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

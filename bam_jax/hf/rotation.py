@@ -99,21 +99,20 @@ def _write_nested_rope(model: config.Model) -> dict[str, Any]:
   return {'rope_theta': model.rope_theta, 'rope_parameters': nested}
 
 
-def _read_phi3_rope(facts: Facts, fields: dict[str, Any], theta: float = 1e4) -> dict[str, Any]:
+def _read_phi3_rope(
+  facts: Facts, fields: dict[str, Any], theta: float = 1e4, part: float = 1.0
+) -> dict[str, Any]:
   facts.pop('original_max_position_embeddings', None)
-  part = facts.take('partial_rotary_factor', float, None)
-  for group in ('rope_parameters', 'rope_scaling'):
-    part = part or Facts(facts).take(group, dict, {}).get('partial_rotary_factor')
-  partial = dict(rotary_dim=int(fields['head_dim'] * part)) if part and part != 1 else {}
+  groups = [Facts(facts).take(key, dict, {}) for key in ('rope_parameters', 'rope_scaling')]
+  found = [one.take('partial_rotary_factor', float, None) for one in (facts, *map(Facts, groups))]
+  part = next(filter(None, found), part)
+  partial = dict(rotary_dim=int(fields['head_dim'] * part)) if part != 1 else {}
   return partial | read(facts, theta)
 
 
 def _read_neox_rope(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
   part, theta = facts.take('rotary_pct', float, 0.25), facts.take('rotary_emb_base', float, 1e4)
-  groups = [facts.get(key) or {} for key in ('rope_parameters', 'rope_scaling')]
-  if not any('partial_rotary_factor' in group for group in groups):
-    facts['partial_rotary_factor'] = part
-  return _read_phi3_rope(facts, fields, theta)
+  return _read_phi3_rope(facts, fields, theta, part)
 
 
 def _write_neox_rope(model: config.Model) -> dict[str, Any]:

@@ -66,26 +66,21 @@ class Reader:
   def __init__(self, reader: files.Reader | gguf.Reader, table: names.Table):
     self._reader, self._table, self._places, self.specs = reader, table, {}, {}
     for name, parts in names.pieces(table).items():
-      for path, index, start, stop in parts:
-        self._places[path, index] = name, slice(start, stop)
+      for path, index, rows in parts:
+        self._places[path, index] = name, rows
         self.specs[path] = arrays.Spec(table[path].shape, reader.specs[name].dtype)
 
   def read(self, path: str, index: arrays.Index = ()) -> np.ndarray:
     """A region of an array: of one layer, or some rows and columns of one without layers."""
-    tensor, dtype = self._table[path], self.specs[path].dtype
+    tensor = self._table[path]
     count = len(tensor.stacked)
     name, rows = self._places[path, tuple(index[:count])]
-    inside = (*index[count:], *[slice(None)] * (len(tensor.ours) - len(index[count:])))
-    if tensor.heads:
-      whole = names.regrouped(self._reader.read(name), tensor.heads, 3)
-      return names.to_ours(tensor, whole[rows], dtype)[inside]
-    if count or len(tensor.ours) < 2:
-      return names.to_ours(tensor, self._reader.read(name, rows), dtype)[inside]
-    # Of embeddings only the words that are asked for are read.
-    words = int(tensor.is_matrix)
-    start, stop, _ = inside[words].indices(tensor.ours[words])
-    shape = [*tensor.ours]
-    shape[words] = stop - start
-    part = self._reader.read(name, slice(start, stop))
-    part = names.to_ours(tensor._replace(ours=tuple(shape)), part, dtype)
-    return part[tuple(slice(None) if axis == words else one for axis, one in enumerate(inside))]
+    inside = tuple(index[count:])
+    if not count and len(tensor.ours) == 2:  # of embeddings, only the words that are asked for
+      inside = (*inside, slice(None), slice(None))[:2]
+      words, channels = inside[::-1] if tensor.is_matrix else inside
+      part = self._reader.read(name, words)[:, channels]
+      return np.ascontiguousarray(part.T if tensor.is_matrix else part)
+    is_slice = isinstance(rows, slice)
+    array = self._reader.read(name, rows) if is_slice else self._reader.read(name)[rows]
+    return names.to_ours(tensor, array, self.specs[path].dtype)[inside]

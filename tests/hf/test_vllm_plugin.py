@@ -1,5 +1,6 @@
 """What vLLM loads of us is light, and is where its entry point says."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -24,3 +25,12 @@ def test_the_model_file_imports_no_jax():
   lines = (ROOT / 'bam_jax/hf/vllm_bam.py').read_text(encoding='utf-8').splitlines()
   ours = {line.split()[1] for line in lines if line.startswith('from bam_jax')}
   assert ours == {'bam_jax.hf.modeling_bam'}
+
+
+def test_vllm_reads_every_field_or_refuses_other_values():
+  room = ROOT / 'bam_jax/hf'
+  model, ours = ((room / f'{name}_bam.py').read_text('utf-8') for name in ('vllm', 'configuration'))
+  fields = re.findall(r'^  (\w+):', ours, re.MULTILINE)
+  unread = {one for one in fields if f'config.{one}' not in model and f"'{one}'" not in model}
+  in_rotations = {'rotary_dim', 'window_rope_theta', 'attention_expert_ropes'}
+  assert len(fields) > 20 and unread == {'capacity_factor'} | in_rotations  # that is of training

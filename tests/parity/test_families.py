@@ -228,10 +228,8 @@ def by_our_paths(tensors: dict, model: config.Model, architecture: str) -> dict[
   table, _ = config_json.tensors(model, {'architectures': [architecture]})
   made = {path: np.zeros(tensor.shape, np.float32) for path, tensor in table.items()}
   for name, parts in names.pieces(table).items():
-    if heads := table[parts[0].path].heads:
-      tensors = tensors | {name: names.regrouped(tensors[name], heads, 3)}
-    for path, index, start, stop in parts:
-      made[path][index] = names.to_ours(table[path], tensors[name][start:stop], np.float32)
+    for path, index, rows in parts:
+      made[path][index] = names.to_ours(table[path], tensors[name][rows], np.float32)
   return made
 
 
