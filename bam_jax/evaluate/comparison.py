@@ -3,7 +3,7 @@
 Confidence intervals are by the bootstrap over documents, since the tokens of one are not
 independent; Efron and Tibshirani, 1993, chapter 13. All checkpoints are judged on the same draws.
 
-Legend: N documents of a domain, R resamples, C columns of sums.
+Legend: N documents, R resamples, C sums: bytes, then nats and tokens of each checkpoint.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from bam_jax.evaluate import corpus, routing, windows
 from bam_jax.evaluate.scorer import Scorer, rows_mesh
 from bam_jax.parallel import sharding
 from bam_jax.reports import scores
+from bam_jax.upcycle import growth
 
 
 class Options(NamedTuple):
@@ -35,6 +36,7 @@ class Options(NamedTuple):
   window: int | None = None  # tokens that are read at once; None: what each was trained at
   seed: int = 0  # of the resamples, or of sampling
   max_documents: int | None = None  # of a domain or task; None: all
+  without: Sequence[str] = ()  # experts that are left out of mixtures, by name or number
   # Of documents.
   stride: int | None = None  # tokens from one window to the next; None: the window's
   resamples: int = 1000
@@ -65,11 +67,11 @@ def identity(meta: checkpoint.Meta) -> dict[str, Any]:
 
 
 def open_checkpoints(
-  paths: Sequence[str], mesh: config.Mesh
+  paths: Sequence[str], options: Options
 ) -> list[tuple[checkpoint.Meta, Tokenizer]]:
   """What is small of each checkpoint; UserError for one that is given twice, or lacks devices."""
   require(paths, '--checkpoint=DIR is required; it may be repeated.')
-  sharding.make_mesh(rows_mesh(mesh))
+  sharding.make_mesh(rows_mesh(options.mesh))
   for path in paths:
     foreign = any(Path(path).glob('*.safetensors'))
     fix = f'run python -m bam_jax.convert import-hf --input={path} --output=DIR first.'
@@ -78,13 +80,13 @@ def open_checkpoints(
   for path, folder in zip(paths, folders):
     twice = f'--checkpoint={path} is given twice: name each checkpoint once.'
     require(folders.count(folder) == 1, twice)
-  metas = [checkpoint.read_meta(path) for path in paths]
-  return [(meta, checkpoint.open_tokenizer(path, meta)) for path, meta in zip(paths, metas)]
+  opened = [growth.open_without(path, options.without) for path in paths]
+  return [(source.meta, source.tokenizer()) for source in opened]
 
 
 def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Options) -> list[Entry]:
   """The checkpoints; UserError for one that does not go with the data or the options."""
-  opened, entries = open_checkpoints(paths, options.mesh), []
+  opened, entries = open_checkpoints(paths, options), []
   runs = [meta.run for meta, _ in opened]
   for path, (meta, tokenizer) in zip(paths, opened):
     for domain in domains:
@@ -106,7 +108,8 @@ def score(
   bar: progress.Progress,
 ) -> None:
   """Scores every document under one checkpoint, and records what its `routers` do if asked."""
-  scorer = Scorer(entry.path, options.dtype, options.mesh, options.batch_size, entry.window)
+  how = options.dtype, options.mesh, options.batch_size, entry.window, options.without
+  scorer = Scorer(entry.path, *how)
   for domain in domains:
     documents = domain.documents(entry.tokenizer)
     pieces, owners = [], []
@@ -136,16 +139,17 @@ def compare(
   entries: Sequence[Entry], domains: Sequence[corpus.Domain], options: Options
 ) -> list[dict[str, Any]]:
   """The rows of `--json`, of entries that were scored."""
-  # Columns of a domain's sums: bytes, then nats and tokens of each checkpoint.
-  sums, drawn = {}, {}
+  documents, sums = {}, {}  # by domain; the sums over its documents, and those of each resample
   for domain in domains:
     name = domain.name
     columns = [column for e in entries for column in (e.nll[name], e.tokens[name])]
-    sums[name] = np.stack([domain.byte_counts, *columns], axis=1).astype(np.float64)
-    if len(sums[name]) > 1:  # a single document says nothing of others: no interval
-      drawn[name] = resampled(sums[name], options.resamples, options.seed, name)
-  whole = {name: x.sum(0) for name, x in sums.items()}
-  everything = sum(drawn.values()) if len(drawn) == len(sums) else None
+    each_NC = np.stack([domain.byte_counts, *columns], axis=1).astype(np.float64)
+    documents[name], sums[name] = len(each_NC), each_NC.sum(0, keepdims=True)
+    if len(each_NC) > 1:  # a single document says nothing of others: no interval
+      drawn_RC = resampled(each_NC, options.resamples, options.seed, name)
+      sums[name] = np.concatenate([sums[name], drawn_RC])
+  known = min(map(len, sums.values()))
+  overall = sum(x[:known] for x in sums.values())
   rows = []
   for place, entry in enumerate(entries):
     same = entry.tokenizer.hash == entries[0].tokenizer.hash
@@ -160,8 +164,8 @@ def compare(
         **identity(entry.meta),
         'window': entry.window,
         'stride': entry.stride,
-        'domains': {name: facts(len(x), whole[name], drawn.get(name)) for name, x in sums.items()},
-        'overall': facts(sum(map(len, sums.values())), sum(whole.values()), everything),
+        'domains': {name: facts(documents[name], x) for name, x in sums.items()},
+        'overall': facts(sum(documents.values()), overall),
         'experts': experts,
         'routing': by_router or None,
       }
@@ -181,38 +185,35 @@ def resampled(sums_NC: np.ndarray, resamples: int, seed: int, name: str) -> np.n
 
 
 def _facts(
-  documents: int,
-  total_C: np.ndarray,
-  drawn_RC: np.ndarray | None,
-  place: int,
-  same: bool,
-  confidence: float,
+  documents: int, sums_RC: np.ndarray, place: int, same: bool, confidence: float
 ) -> dict[str, Any]:
-  """A checkpoint's scores in one column of the table, and their differences to the first's."""
-  sums_NC = total_C[None] if drawn_RC is None else np.concatenate([total_C[None], drawn_RC])
+  """A checkpoint's scores in one column of the table, and their differences to the first's.
 
-  def measure(values_N: np.ndarray) -> dict[str, float | None]:
+  Row 0 of the sums is that of the documents, others are resamples.
+  """
+
+  def measure(values_R: np.ndarray) -> dict[str, float | None]:
     tails = [(1 - confidence) / 2, 1 - (1 - confidence) / 2]
-    low, high = (None, None) if drawn_RC is None else np.quantile(values_N[1:], tails).tolist()
-    return {'value': float(values_N[0]), 'low': low, 'high': high}
+    low, high = np.quantile(values_R[1:], tails).tolist() if len(values_R) > 1 else (None, None)
+    return {'value': float(values_R[0]), 'low': low, 'high': high}
 
-  here, first = _measures(sums_NC, place), _measures(sums_NC, 0)
+  here, first = _measures(sums_RC, place), _measures(sums_RC, 0)
   difference = {name: measure(here[name] - first[name]) for name in here}
   if not same:
     difference |= {'nats_per_token': None, 'perplexity': None}
   return {
     'documents': documents,
-    'tokens': int(total_C[2 + 2 * place]),
-    'bytes': int(total_C[0]),
-    'nll': float(total_C[1 + 2 * place]),
+    'tokens': int(sums_RC[0, 2 + 2 * place]),
+    'bytes': int(sums_RC[0, 0]),
+    'nll': float(sums_RC[0, 1 + 2 * place]),
     **{name: measure(values) for name, values in here.items()},
     'difference': difference if place else None,
   }
 
 
-def _measures(sums_NC: np.ndarray, place: int) -> dict[str, np.ndarray]:
-  """Each measure of one checkpoint, (N,), given column sums."""
-  num_bytes, nll, tokens = sums_NC[:, [0, 1 + 2 * place, 2 + 2 * place]].T
+def _measures(sums_RC: np.ndarray, place: int) -> dict[str, np.ndarray]:
+  """Each measure of one checkpoint, (R,)."""
+  num_bytes, nll, tokens = sums_RC[:, [0, 1 + 2 * place, 2 + 2 * place]].T
   return {
     'nats_per_token': nll / tokens,
     'perplexity': np.exp(np.minimum(nll / tokens, scores.MAX_NATS)),

@@ -5,6 +5,7 @@ A token counts where the token after it is scored: BOS does, and EOS does not.
 Legend: L layers, T tokens, E experts.
 """
 
+import collections
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,15 @@ class Record:
 
   def __init__(self):
     self.tokens = 0
-    self._sums: dict[str, dict[str, np.ndarray]] = {}
+    self._sums = collections.defaultdict(lambda: collections.defaultdict(float))  # by router
 
   def add(self, routing: Mapping[str, Routed]) -> None:
     """Counts the scored tokens of a window."""
     for name, routed in routing.items():
-      gate_LTE = routed.gate_LTE.astype(np.float64)
-      new = {
-        'gate': gate_LTE.sum(1),
-        'load': routed.load_LTE.sum(1, dtype=np.float64),
-        'entropy': special.entr(gate_LTE).sum((1, 2)),
-      }
-      sums = self._sums.get(name, {})
-      self._sums[name] = {key: sums.get(key, 0.0) + value for key, value in new.items()}
+      gate_LTE, sums = routed.gate_LTE.astype(np.float64), self._sums[name]
+      sums['gate'] += gate_LTE.sum(1)
+      sums['load'] += routed.load_LTE.sum(1, dtype=np.float64)
+      sums['entropy'] += special.entr(gate_LTE).sum((1, 2))
     self.tokens += next(iter(routing.values())).gate_LTE.shape[1] if routing else 0
 
   def facts(self, domain: str, experts: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from bam_jax import checkpoint, config
+from bam_jax import config
 from bam_jax.config.strict import require
-from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.generate.decode import ROWS, Cache, Decoder
 from bam_jax.generate.sampling import SamplingParams, sample
 from bam_jax.parallel import memory
+from bam_jax.upcycle.sources import Source
 
 MAX_STEPS = 16  # of one call of `decode`
 PIECE = 512  # tokens of a prompt that are read at once
@@ -249,12 +249,11 @@ class Generator:
     require(needed <= free, f'{wrong} {fix}')
 
 
-def load(
-  path: str, model: config.Model, tokenizer: Tokenizer, dtype: str, mesh: jax.sharding.Mesh
-) -> Generator:
-  """The checkpoint at or below `path`, read an array at a time; UserError as in `open_params`."""
-  read, words = checkpoint.open_params(path, model).read, tokenizer.vocab_size
-  stops = [tokenizer.eos_id]
+def load(source: Source, dtype: str, mesh: jax.sharding.Mesh) -> Generator:
+  """An opened checkpoint, read an array at a time; UserError if it is damaged."""
+  source.check()
+  model, read, tokenizer = source.meta.model, source.reader.read, source.tokenizer()
+  stops, words = [tokenizer.eos_id], tokenizer.vocab_size
   return Generator(model, read, dtype=dtype, mesh=mesh, stops=stops, num_words=words)
 
 

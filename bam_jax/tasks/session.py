@@ -5,7 +5,6 @@ lm-eval is an optional dependency, so it is imported where it is used.
 
 import importlib.util
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import rich.table
+from scipy import stats
 
 from bam_jax import cli, config
 from bam_jax.config.strict import require
@@ -30,14 +30,14 @@ def run(
 ) -> dict[str, Any]:
   """Evaluates the checkpoints one after another; prints a table, and returns it as `--json` has it.
 
-  `tasks` are names of lm-eval's tasks and groups, `bam_paper` too, and its .yaml files. UserError
-  when one or a checkpoint is not found, or lm-eval is not installed.
+  UserError when a task or a checkpoint is not found, or lm-eval is not installed.
   """
-  comparison.open_checkpoints(checkpoints, options.mesh)  # what is wrong with one is told first
+  comparison.open_checkpoints(checkpoints, options)  # what is wrong with one is told first
   installed = importlib.util.find_spec('lm_eval')
   require(installed, f'--tasks requires lm-eval, which is not installed: {INSTALL}.')
   manager, found = load(tasks)
   check_code(found, options.allow_generated_code)
+  check_examples(found, options.few_shot)
   scores = [_score(path, manager, tasks, found, options) for path in checkpoints]
   rows = [row for row, _ in scores]
   for row, samples in scores[1:]:
@@ -84,6 +84,17 @@ def check_code(tasks: Mapping[str, Any], allowed: bool) -> None:
     sandbox.require()
 
 
+def check_examples(tasks: Mapping[str, Any], few_shot: int | None) -> None:
+  """UserError when a task has fewer solved examples than are asked for."""
+  for name, task in tasks.items():
+    if few_shot and task.config.num_fewshot != 0:  # a task that says 0 has none, whatever is asked
+      try:
+        task.fewshot_context(next(iter(task.eval_docs)), few_shot)
+      except (AssertionError, ValueError) as error:
+        wrong = f'--few_shot={few_shot}: {name} has fewer solved examples for a question'
+        raise UserError(f'{wrong} ({error}): lower it.') from error
+
+
 def _score(path, manager, asked, tasks, options) -> tuple[dict[str, Any], Samples]:
   """A row of `--json`, and lm-eval's samples; `manager` and `tasks` are the results of `load`."""
   import lm_eval
@@ -91,7 +102,7 @@ def _score(path, manager, asked, tasks, options) -> tuple[dict[str, Any], Sample
   from bam_jax.tasks import adapter
 
   how = options.dtype, options.mesh, options.batch_size, options.window, options.seed
-  model = adapter.Model(path, *how)
+  model = adapter.Model(path, *how, options.without)
   results = lm_eval.simple_evaluate(
     model,
     tasks=asked,
@@ -137,11 +148,10 @@ def add_differences(tasks: Mapping[str, Any], samples: Samples, first: Samples) 
   for name, facts in tasks.items():
     for metric, measure in facts['metrics'].items():
       ours, theirs = (_by_question(metric, some[name]) for some in (samples, first))
-      paired = ours and ours.keys() == theirs.keys()
-      d = np.array([ours[n] - theirs[n] for n in ours] if paired else [], np.float64)
-      measure['difference'] = float(d.mean()) if paired else None
-      error = float(d.std(ddof=1)) / math.sqrt(len(d)) if len(d) > 1 else None
-      measure['difference_stderr'] = error
+      paired = ours.keys() == theirs.keys()
+      d = np.array([ours[n] - theirs[n] for n in ours] if paired else [])
+      measure['difference'] = float(d.mean()) if len(d) else None
+      measure['difference_stderr'] = float(stats.sem(d)) if len(d) > 1 else None
 
 
 def _by_question(metric: str, samples: Sequence[Mapping[str, Any]]) -> dict[int, float]:

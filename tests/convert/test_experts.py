@@ -50,6 +50,17 @@ def test_there_and_back(server, world):
   assert server.run('convert inspect', 'other', folder=world).check().status == 0
 
 
+def test_generating_without_an_expert(server, world):
+  """What a checkpoint without it generates."""
+  run(server, world, 'drop-expert', '--checkpoint=bam', '--expert=code', '--output=two')
+  made = []
+  for flags in (['--checkpoint=bam', '--without=code'], ['--checkpoint=two'], ['--checkpoint=bam']):
+    done = server.run('generate', '--prompt=the cat', '--json=-', *flags, folder=world)
+    assert done.status == 0, done.stderr
+    made.append(json.loads(done.stdout)['rows'])
+  assert made[0] == made[1] != made[2]
+
+
 @pytest.mark.parametrize('command, flags, sentence', [
   ('add-expert', [], '--from is required.'),
   ('drop-expert', [], '--expert is required.'),

@@ -17,6 +17,8 @@ from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.evaluate import comparison, corpus, session, windows
 from bam_jax.evaluate.scorer import Scorer
+from bam_jax.upcycle import growth, outputs
+from bam_jax.upcycle.sources import open_checkpoint
 from tests.evaluate.folders import LENGTH, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +131,18 @@ def test_notes_come_first_and_intervals_are_named_where_there_are_any(runs, text
   assert any('interval' in table.title for table in session.tables(ask(runs, ['dense'], texts)))
 
 
+def test_without_experts_it_scores_what_drop_expert_makes(runs, texts, tmp_path):
+  dropped = str(tmp_path / 'dropped')
+  source = growth.drop(open_checkpoint(runs['bam']), ['general', '2'])
+  outputs.copy_to_checkpoint(dropped, source, 0, '', lambda *_: None)
+  mesh = config.Mesh(data=2, expert=2)
+  facts = ask(runs, ['bam'], texts, without=['2', 'general'], mesh=mesh)
+  [row], [want] = facts['rows'], ask({'dropped': dropped}, ['dropped'], texts)['rows']
+  assert row['run'] == row['label'] == 'bam_kv_experts without 2 and general'
+  assert row['experts'] == {'attention': ['code', 'math'], 'ffn': ['code', 'math']}
+  assert (row['domains'], row['experts']) == (want['domains'], want['experts'])
+
+
 def check(fact, value, drawn, certain):
   np.testing.assert_allclose(fact['value'], value, rtol=1e-9, atol=1e-12)
   if certain:
@@ -145,6 +159,8 @@ def check(fact, value, drawn, certain):
   (['{model}'], {}, None, 'run python -m bam_jax.convert import-hf --input='),
   (['{dense}'], dict(window=8, stride=9), None, '--stride=9 is above the window of 8 tokens'),
   (['{dense}'], dict(mesh=config.Mesh(data=64)), None, 'make mesh smaller'),
+  (['{dense}'], dict(without=['law']), None, 'is a dense model, without experts'),
+  (['{bam}'], dict(without=['x']), None, "no expert 'x'. Its experts are 0: general, 1: code"),
   (['{dense}'], {}, '.', '--routing requires a checkpoint with routers'),
   (['{bam}'], {}, f'{__file__}/x', 'cannot be written: Not a directory'),
 ])  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 from bam_jax import config
 from bam_jax.errors import UserError
 from bam_jax.generate import generator
+from bam_jax.upcycle.sources import open_checkpoint
 from tests.hf import folders
 
 ROOT = Path(__file__).parents[2]
@@ -62,4 +63,4 @@ def test_a_checkpoint_of_another_shape(tmp_path):
   other = folders.make_model('btx', ffn_dim=25)
   path = folders.write_checkpoint(tmp_path / 'run', other, folders.draw(folders.make_model('btx')))
   with pytest.raises(UserError, match=r'has blocks/ffn/\w+ of shape .* is expected: it is damaged'):
-    generator.load(str(path), other, folders.make_tokenizer(), 'float32', None)
+    generator.load(open_checkpoint(str(path)), 'float32', None)
