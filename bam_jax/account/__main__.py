@@ -1,11 +1,9 @@
 """Counts parameters, FLOPs and memory of a recipe's runs; requires neither data nor devices.
 
-    python -m bam_jax.account --config=configs/small_590m.py
     python -m bam_jax.account --config=configs/small_590m.py --run=bam_kv --context=256
     python -m bam_jax.account --config=configs/small_590m.py --against=btx
 
-Tables go to standard error, `--json` writes `recipe`, `context`, `against` and `rows`, one object
-a run, in the order of training:
+Tables go to standard error, `--json` writes `recipe`, `context`, `against` and `rows`, one a run:
   run, label, kind, method: as in the report of bam_jax.main.
   parameters, active_parameters: by part: `embeddings`, `norms`, `attention`, `ffn`, `routers`, and
     `total`. Active parameters are those one token uses: of routed experts the top-k.
@@ -40,8 +38,7 @@ _CONTEXT = flags.DEFINE_integer('context', None, 'Tokens; default: the sequence_
 
 def main() -> dict[str, Any]:
   """Counts what the flags select, and prints it."""
-  # Counting must not occupy the accelerator: another process may be training on it.
-  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_platforms', 'cpu')  # counting must not occupy the accelerator
   recipe = cli.read_recipe(_CONFIG)
   facts = accounting.account(recipe, _RUN.value or '', _CONTEXT.value or 0, _AGAINST.value or '')
   for table in accounting.tables(facts):

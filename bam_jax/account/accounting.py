@@ -106,13 +106,11 @@ def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
   of_memory = ['devices', 'parameters', 'gradients', 'optimizer', 'total', 'gathered', 'cache']
   against = f'; matched: for the training FLOPs of {facts["against"]}' if facts['against'] else ''
   of_budgets = [*(name.replace('_', ' ') for name in counts), 'training FLOPs']
-  title_of_memory = (
-    'Bytes a device, without activations; of gathered weights; of the KV cache a token'
-  )
+  holds = 'Bytes a device, without activations; of gathered weights; of the KV cache a token'
   return [
     cli.table('Parameters', ['run'], [*PARTS, 'total', 'active'], parameters),
     cli.table(title, ['run'], of_flops, flops),
-    cli.table(title_of_memory, ['run', 'mesh'], of_memory, states),
+    cli.table(holds, ['run', 'mesh'], of_memory, states),
     cli.table(f'Budgets{against}', ['run'], of_budgets, budgets),
   ]
 

@@ -38,7 +38,7 @@ class Job:
 
   @property
   def key(self) -> str:
-    """Of the run on the command line."""
+    """On the command line."""
     return f'config.runs.{self.name}'
 
   @property
@@ -105,7 +105,7 @@ def compile_train(job: Job, mesh: jax.sharding.Mesh) -> Compiled:
   rate = jax.ShapeDtypeStruct((2,), jnp.float32)
   # Not under `jax.set_mesh`, as training is: constants that a kernel computes while it is traced
   # would be computed on the mesh's devices, which are not there.
-  return _compile(step.lower(state, batch, rate))
+  return compile_lowered(step.lower(state, batch, rate))
 
 
 def make_decoder(job: Job, decode: Decode, mesh: jax.sharding.Mesh) -> Decoder:
@@ -124,7 +124,7 @@ def compile_decode(decoder: Decoder, decode: Decode, mesh: jax.sharding.Mesh) ->
   here = NamedSharding(mesh, P())  # of a single device, where arguments have no sharding
   placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here)
   arguments = generator.abstract_arguments(decoder, decode.batch_size, decode.slots)
-  return _compile(generator.decode.lower(program, *jax.tree.map(placed, arguments)))
+  return compile_lowered(generator.decode.lower(program, *jax.tree.map(placed, arguments)))
 
 
 def needed_bytes(decoder: Decoder, decode: Decode) -> dict[str, int]:
@@ -147,19 +147,15 @@ def needed_bytes(decoder: Decoder, decode: Decode) -> dict[str, int]:
   return {'weights': int(weights), 'cache': memory.device_bytes(state.cache)}
 
 
-def _compile(lowered: jax.stages.Lowered) -> Compiled:
+def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
+  """The program, or why it does not fit; any other error of the compiler is raised."""
   try:
     return lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    return shortage(str(error))
-
-
-def shortage(message: str) -> str:
-  """What a message of the compiler says is missing, without how it came to say so."""
-  sentence = ' '.join(message.split())
-  return sentence[max(0, sentence.find('Ran out of memory')) :].split(' See ')[0][:300]
+    sentence = ' '.join(str(error).split())
+    return sentence[max(0, sentence.find('Ran out of memory')) :].split(' See ')[0][:300]
 
 
 def write_hlo(compiled: Compiled, path: str) -> None:

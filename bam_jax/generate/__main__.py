@@ -5,10 +5,9 @@
     python -m bam_jax.generate --checkpoint=DIR --prompts=prompts.jsonl --num_samples=4 \
         --temperature=1 --json=samples.json
 
-A single continuation streams to standard output. `--mesh=expert=4` keeps each attention expert, its
-keys and values, and its share of the FFN experts on a separate device; data and fsdp split the rows
-of a batch, tensor splits heads and columns. A continuation ends at the tokenizer's EOS token, at a
-`--stop` text, or after --max_new_tokens.
+A single continuation streams to standard output, and ends at the tokenizer's EOS token, at a
+`--stop` text, or after --max_new_tokens. `--mesh=expert=4` puts each attention expert, its keys and
+values on a device of its own; data and fsdp split the rows of a batch.
 
 `--json` writes `checkpoint`, `dtype`, `mesh`, and `rows`, in the order of the prompts:
   prompt, sample: the prompt, and the index of the sample, from 0.
@@ -19,19 +18,18 @@ With `--json=-` nothing else is written to standard output.
 
 import functools
 import itertools
-import signal
 import sys
+import textwrap
 from typing import Any
 
 import jax
 from absl import flags
 
-from bam_jax import cli, config
+from bam_jax import checkpoint, cli, config
 from bam_jax.config.strict import require
 from bam_jax.generate import generator, text
 from bam_jax.generate.sampling import SamplingParams
 from bam_jax.parallel import sharding
-from bam_jax.upcycle import growth
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A run, a step, or an output of convert.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be repeated.')
@@ -45,7 +43,6 @@ _SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Continuations of each prompt.
 _STOP = flags.DEFINE_multi_string('stop', [], 'Text that ends a continuation; may be repeated.')
 _BATCH = flags.DEFINE_integer('batch_size', 8, 'Maximum continuations at once.', lower_bound=1)
 _DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Default: float32 only on CPU.')
-_WITHOUT = flags.DEFINE_list('without', [], 'Experts to leave out, by name or number.')
 _MESH = flags.DEFINE_list('mesh', [], 'Devices along each axis: data=2,expert=4.')
 
 
@@ -59,11 +56,9 @@ def main() -> dict[str, Any]:
   require(prompts, "--prompt='...' or --prompts=FILE is required.")
   dtype = _DTYPE.value or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
   path, sizes = _CHECKPOINT.value, cli.parse_mesh(_MESH.value)
-  source = growth.open_without(path, _WITHOUT.value)
-  meta, tokenizer = source.meta, source.tokenizer()
-  model = generator.load(source, dtype, sharding.make_mesh(sizes))
-  for signum in (signal.SIGPIPE, signal.SIGINT):
-    signal.signal(signum, signal.SIG_DFL)  # a reader that has seen enough: no traceback
+  meta = checkpoint.read_meta(path)
+  tokenizer = checkpoint.open_tokenizer(path, meta)
+  model = generator.load(path, meta.model, tokenizer, dtype, sharding.make_mesh(sizes))
   most = _MAX_NEW_TOKENS.value
   ids = [[tokenizer.bos_id, *tokens] for tokens in tokenizer.encode_batch(prompts)]
   longest, trained = max(map(len, ids)), meta.sequence_length
@@ -94,13 +89,13 @@ def main() -> dict[str, Any]:
     if stream:
       show(f'{rest}\n')
     else:
-      line = ' '.join(prompt.split())
-      line = line if len(line) <= 72 else f'{line[:71]}…'
+      line = textwrap.shorten(prompt, 72, placeholder='…')
       count = f' ({sample + 1} of {len(samples)})' if len(samples) > 1 else ''
       show(f'== {line}{count}\n{one.text}\n\n')
     reason = 'stop' if one.stopped else 'length' if len(one.tokens) == most else 'end'
-    fact = {'prompt': prompt, 'sample': sample, 'text': one.text, 'tokens': one.tokens}
-    facts.append(fact | {'reason': reason})
+    facts.append(
+      dict(prompt=prompt, sample=sample, text=one.text, tokens=one.tokens, reason=reason)
+    )
   return {'checkpoint': path, 'dtype': dtype, 'mesh': config.to_dict(sizes), 'rows': facts}
 
 

@@ -151,19 +151,15 @@ def routers_by_layer(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _heat_map(axis: Axes, load: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:
   shades = LinearSegmentedColormap.from_list('share', SHARES)
-  axis.imshow(load, cmap=shades, vmin=0.0, vmax=1.0, aspect='auto')
-  for i, j in np.ndindex(load.shape):
-    colour = 'white' if load[i, j] > 0.55 else INK
-    axis.text(j, i, f'{load[i, j]:.2f}', ha='center', va='center', color=colour, fontsize=6.5)
-  axis.set_xticks(range(len(columns)), columns)
-  axis.set_yticks(range(len(rows)), rows)
   axis.grid(False)
   axis.spines[:].set_visible(False)
-  # White lines between the cells.
-  axis.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)
-  axis.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)
-  axis.grid(which='minor', color='white', linewidth=1.5)
-  axis.tick_params(which='minor', length=0)
+  axis.pcolormesh(load, cmap=shades, vmin=0.0, vmax=1.0, edgecolors='white', linewidth=1.5)
+  for (i, j), share in np.ndenumerate(load):
+    look = dict(ha='center', va='center', color='white' if share > 0.55 else INK, fontsize=6.5)
+    axis.text(j + 0.5, i + 0.5, f'{share:.2f}', **look)
+  axis.set_xticks(np.arange(len(columns)) + 0.5, columns)
+  axis.set_yticks(np.arange(len(rows)) + 0.5, rows)
+  axis.set_ylim(len(rows), 0)  # the first row on top
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -111,7 +111,12 @@ def test_a_step_that_does_not_fit(make_job, tmp_path):
     'required for HLO temporaries (20.25G) exceeds available HBM (15.75G). HLO module: jit_step. '
     'See https://openxla.org/xla/errors/error_1000 for more details.'
   )
-  job, refused = make_job('btx', data=4), program.shortage(message)
+
+  def refuse():
+    raise jax.errors.JaxRuntimeError(message)
+
+  job = make_job('btx', data=4)
+  refused = program.compile_lowered(SimpleNamespace(compile=refuse))
   assert refused.startswith('Ran out of memory on HBM') and '20.25G' in refused
   facts = report.train_facts(job, TARGET, None, refused)
   assert not facts['fits'] and facts['peak_bytes'] is None

@@ -79,4 +79,6 @@ def test_as_many_examples_as_asked_for(path, tmp_path):
   file.write_text(json.dumps(task))
   options = comparison.Options('float32', few_shot=most)
   facts = session.run([path], [str(file)], options)
+  with pytest.raises(UserError, match='--few_shot=4: mine has fewer solved examples'):
+    session.run([path], [str(file)], options._replace(few_shot=most + 1))
   assert facts['rows'][0]['tasks']['mine']['few_shot'] == most
