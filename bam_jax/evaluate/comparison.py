@@ -24,6 +24,7 @@ from bam_jax.evaluate import corpus, routing, windows
 from bam_jax.evaluate.scorer import Scorer, rows_mesh
 from bam_jax.parallel import sharding
 from bam_jax.reports import scores
+from bam_jax.upcycle import growth
 
 
 class Options(NamedTuple):
@@ -35,6 +36,7 @@ class Options(NamedTuple):
   window: int | None = None  # tokens that are read at once; None: what each was trained at
   seed: int = 0  # of the resamples, or of sampling
   max_documents: int | None = None  # of a domain or task; None: all
+  without: Sequence[str] = ()  # experts that are left out of mixtures, by name or number
   # Of documents.
   stride: int | None = None  # tokens from one window to the next; None: the window's
   resamples: int = 1000
@@ -65,11 +67,11 @@ def identity(meta: checkpoint.Meta) -> dict[str, Any]:
 
 
 def open_checkpoints(
-  paths: Sequence[str], mesh: config.Mesh
+  paths: Sequence[str], options: Options
 ) -> list[tuple[checkpoint.Meta, Tokenizer]]:
   """What is small of each checkpoint; UserError for one that is given twice, or lacks devices."""
   require(paths, '--checkpoint=DIR is required; it may be repeated.')
-  sharding.make_mesh(rows_mesh(mesh))
+  sharding.make_mesh(rows_mesh(options.mesh))
   for path in paths:
     foreign = any(Path(path).glob('*.safetensors'))
     fix = f'run python -m bam_jax.convert import-hf --input={path} --output=DIR first.'
@@ -78,13 +80,13 @@ def open_checkpoints(
   for path, folder in zip(paths, folders):
     twice = f'--checkpoint={path} is given twice: name each checkpoint once.'
     require(folders.count(folder) == 1, twice)
-  metas = [checkpoint.read_meta(path) for path in paths]
-  return [(meta, checkpoint.open_tokenizer(path, meta)) for path, meta in zip(paths, metas)]
+  opened = [growth.open_without(path, options.without) for path in paths]
+  return [(source.meta, source.tokenizer()) for source in opened]
 
 
 def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Options) -> list[Entry]:
   """The checkpoints; UserError for one that does not go with the data or the options."""
-  opened, entries = open_checkpoints(paths, options.mesh), []
+  opened, entries = open_checkpoints(paths, options), []
   runs = [meta.run for meta, _ in opened]
   for path, (meta, tokenizer) in zip(paths, opened):
     for domain in domains:
@@ -106,7 +108,8 @@ def score(
   bar: progress.Progress,
 ) -> None:
   """Scores every document under one checkpoint, and records what its `routers` do if asked."""
-  scorer = Scorer(entry.path, options.dtype, options.mesh, options.batch_size, entry.window)
+  how = options.dtype, options.mesh, options.batch_size, entry.window, options.without
+  scorer = Scorer(entry.path, *how)
   for domain in domains:
     documents = domain.documents(entry.tokenizer)
     pieces, owners = [], []

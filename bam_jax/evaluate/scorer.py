@@ -21,6 +21,8 @@ from bam_jax.evaluate import windows as windows_lib
 from bam_jax.evaluate.windows import Batch, Window
 from bam_jax.model import parameters, transformer
 from bam_jax.parallel import sharding
+from bam_jax.upcycle import growth, outputs
+from bam_jax.upcycle.sources import Source
 
 Array = jax.Array | np.ndarray
 MAX_LOGITS = 2**25  # float32, of a device at once
@@ -103,17 +105,18 @@ class Scorer:
     mesh: config.Mesh = config.Mesh(),  # noqa: B008
     batch_size: int = 16,
     length: int | None = None,
+    without: Sequence[str] = (),
   ):
     """Loads the checkpoint at or below `path`; UserError when it is damaged or does not fit.
 
     `batch_size` windows, or one group a device, are on the devices of the mesh at once; `length`
-    is in tokens, by default what the model was trained at.
+    is in tokens, by default what the model was trained at; `without` has experts to leave out.
     """
-    self.meta = checkpoint.read_meta(path)
-    self.tokenizer = checkpoint.open_tokenizer(path, self.meta)
+    source = growth.open_without(path, without)
+    self.meta, self.tokenizer = source.meta, source.tokenizer()
     self.length = length or self.meta.sequence_length
     self._mesh, self._batch_size = sharding.make_mesh(rows_mesh(mesh)), batch_size
-    self._params = _load(path, self.meta.model, dtype, self._mesh)
+    self._params = _load(source, not without, dtype, self._mesh)
     self._compute = dict(model=self.meta.model.dropless(), dtype=dtype, mesh=self._mesh)
     self._platform = self._mesh.devices.flat[0].platform
 
@@ -171,10 +174,10 @@ def _finish(
     yield number, Scored(scores.nll[row, scored], scores.greedy[row, scored], routing)
 
 
-def _load(path: str, model: config.Model, dtype: str, mesh: jax.sharding.Mesh):
+def _load(source: Source, whole: bool, dtype: str, mesh: jax.sharding.Mesh):
   """Parameters on the mesh, matrices in the dtype in which they are used."""
-  abstract = transformer.Network(model, config.Compute()).abstract()
-  sharding.check_divides(abstract, mesh.shape, f'{path}: --mesh', sharding.spec_of)
+  abstract = transformer.Network(source.meta.model, config.Compute()).abstract()
+  sharding.check_divides(abstract, mesh.shape, f'{source.path}: --mesh', sharding.spec_of)
 
   def used(key_path, leaf, sharded):
     there = parameters.dtype_of(key_path[-1].key, dtype)
@@ -182,4 +185,7 @@ def _load(path: str, model: config.Model, dtype: str, mesh: jax.sharding.Mesh):
 
   shardings = sharding.tree(abstract, mesh)
   wanted = jax.tree_util.tree_map_with_path(used, abstract, shardings)
-  return checkpoint.restore_params(path, wanted)
+  if whole:
+    return checkpoint.restore_params(source.folder, wanted)
+  source.check()
+  return outputs.read_to_mesh(source.reader, wanted, shardings)

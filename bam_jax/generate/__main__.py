@@ -25,11 +25,12 @@ from typing import Any
 import jax
 from absl import flags
 
-from bam_jax import checkpoint, cli, config
+from bam_jax import cli, config
 from bam_jax.config.strict import require
 from bam_jax.generate import generator, text
 from bam_jax.generate.sampling import SamplingParams
 from bam_jax.parallel import sharding
+from bam_jax.upcycle import growth
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A run, a step, or an output of convert.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be repeated.')
@@ -43,6 +44,7 @@ _SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Continuations of each prompt.
 _STOP = flags.DEFINE_multi_string('stop', [], 'Text that ends a continuation; may be repeated.')
 _BATCH = flags.DEFINE_integer('batch_size', 8, 'Maximum continuations at once.', lower_bound=1)
 _DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Default: float32 only on CPU.')
+_WITHOUT = flags.DEFINE_list('without', [], 'Experts to leave out, by name or number.')
 _MESH = flags.DEFINE_list('mesh', [], 'Devices along each axis: data=2,expert=4.')
 
 
@@ -56,9 +58,9 @@ def main() -> dict[str, Any]:
   require(prompts, "--prompt='...' or --prompts=FILE is required.")
   dtype = _DTYPE.value or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
   path, sizes = _CHECKPOINT.value, cli.parse_mesh(_MESH.value)
-  meta = checkpoint.read_meta(path)
-  tokenizer = checkpoint.open_tokenizer(path, meta)
-  model = generator.load(path, meta.model, tokenizer, dtype, sharding.make_mesh(sizes))
+  source = growth.open_without(path, _WITHOUT.value)
+  meta, tokenizer = source.meta, source.tokenizer()
+  model = generator.load(source, dtype, sharding.make_mesh(sizes))
   most = _MAX_NEW_TOKENS.value
   ids = [[tokenizer.bos_id, *tokens] for tokens in tokenizer.encode_batch(prompts)]
   longest, trained = max(map(len, ids)), meta.sequence_length

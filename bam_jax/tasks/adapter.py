@@ -17,12 +17,13 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from bam_jax import checkpoint, config
+from bam_jax import config
 from bam_jax.config.strict import require
 from bam_jax.evaluate.scorer import Scorer
 from bam_jax.generate import generator, text
 from bam_jax.generate.sampling import SamplingParams
 from bam_jax.parallel import sharding
+from bam_jax.upcycle import growth
 
 MAX_NEW_TOKENS = 256  # where a task gives no number: lm-eval's own default
 # Options of other models' generation that are accepted, at the values that change nothing.
@@ -42,17 +43,19 @@ class Model(TemplateLM):
     batch_size: int = 16,
     max_length: int | None = None,
     seed: int = 0,
+    without: Sequence[str] = (),
   ):
     """Reads what the checkpoint is; its parameters are loaded by the first request.
 
     `batch_size` is rows on the devices at once; `max_length` tokens read at once, by default the
-    length trained at; `seed` of sampling. UserError when there is no such checkpoint.
+    length trained at; `seed` of sampling; `without`, experts to leave out. UserError when there is
+    no such checkpoint.
     """
     super().__init__()
     self._path, self._dtype, self._mesh, self._seed = path, dtype, mesh, seed
-    self.batch_size = batch_size
-    self.meta = checkpoint.read_meta(path)
-    self._tokenizer = checkpoint.open_tokenizer(path, self.meta)
+    self.batch_size, self._without = batch_size, without
+    self._source = growth.open_without(path, without)
+    self.meta, self._tokenizer = self._source.meta, self._source.tokenizer()
     self.max_length = max_length or self.meta.sequence_length
     self._loaded: Scorer | generator.Generator | None = None
     self._warned: set[str] = set()
@@ -98,7 +101,7 @@ class Model(TemplateLM):
         if not isinstance(self._loaded, Scorer):
           self._loaded = None  # frees the generator's memory first
           how = self._dtype, self._mesh, self.batch_size, self.max_length
-          self._loaded = Scorer(self._path, *how)
+          self._loaded = Scorer(self._path, *how, self._without)
         answers.update(zip(pairs, self._loaded.loglikelihoods(pairs, progress.update)))
     wrong = f'{self._path} gives a log-likelihood that is not finite: its training diverged.'
     require(all(math.isfinite(value) for value, _ in answers.values()), wrong)
@@ -144,8 +147,8 @@ class Model(TemplateLM):
       seen[how, prompt] += 1
     if made and not isinstance(self._loaded, generator.Generator):
       self._loaded = None  # frees the scorer's memory first
-      how = self.meta.model, self._tokenizer, self._dtype, sharding.make_mesh(self._mesh)
-      self._loaded = generator.load(self._path, *how)
+      mesh = sharding.make_mesh(self._mesh)
+      self._loaded = generator.load(self._source, self._dtype, mesh)
     # None: only on a terminal.
     with tqdm(total=len(requests), disable=disable_tqdm or None, desc='bam_jax') as progress:
       for how, batch in batches.items():

@@ -32,7 +32,7 @@ def run(
 
   UserError when a task or a checkpoint is not found, or lm-eval is not installed.
   """
-  comparison.open_checkpoints(checkpoints, options.mesh)  # what is wrong with one is told first
+  comparison.open_checkpoints(checkpoints, options)  # what is wrong with one is told first
   installed = importlib.util.find_spec('lm_eval')
   require(installed, f'--tasks requires lm-eval, which is not installed: {INSTALL}.')
   manager, found = load(tasks)
@@ -102,7 +102,7 @@ def _score(path, manager, asked, tasks, options) -> tuple[dict[str, Any], Sample
   from bam_jax.tasks import adapter
 
   how = options.dtype, options.mesh, options.batch_size, options.window, options.seed
-  model = adapter.Model(path, *how)
+  model = adapter.Model(path, *how, options.without)
   results = lm_eval.simple_evaluate(
     model,
     tasks=asked,
