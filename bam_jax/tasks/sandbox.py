@@ -18,9 +18,13 @@ import tempfile
 from bam_jax.config import strict
 
 SECONDS = 20  # wall-clock time, after which a program is killed
-CPU_SECONDS = 10
-MEMORY_BYTES = 2**30  # address space, the interpreter's included
-FILE_BYTES = 2**20  # of one file
+LIMITS = {
+  resource.RLIMIT_CPU: 10,  # seconds
+  resource.RLIMIT_AS: 2**30,  # bytes of address space, the interpreter's included
+  resource.RLIMIT_FSIZE: 2**20,  # bytes of one file
+  resource.RLIMIT_CORE: 0,
+  resource.RLIMIT_NPROC: 0,  # has no effect for root
+}
 OUTPUT_BYTES = 2000  # of standard error that are kept
 
 
@@ -45,7 +49,8 @@ def run(program: str) -> str:
     streams = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr)
     with subprocess.Popen(line, cwd=cwd, env={}, start_new_session=True, **streams) as process:
       try:
-        _limit(process.pid)  # before the interpreter is given the program
+        for name, most in LIMITS.items():  # before the interpreter is given the program
+          resource.prlimit(process.pid, name, (most, most + 1))
         process.communicate(source, SECONDS)
       except subprocess.TimeoutExpired:
         return 'time'
@@ -60,15 +65,3 @@ def run(program: str) -> str:
   if status == passed:
     return ''
   return 'time' if status == -signal.SIGXCPU else text or f'status {status}'
-
-
-def _limit(process: int) -> None:
-  """Limits a process for good; OSError, or AttributeError, where that is not possible."""
-  for name, soft, hard in (
-    (resource.RLIMIT_CPU, CPU_SECONDS, CPU_SECONDS + 1),
-    (resource.RLIMIT_AS, MEMORY_BYTES, MEMORY_BYTES),
-    (resource.RLIMIT_FSIZE, FILE_BYTES, FILE_BYTES),
-    (resource.RLIMIT_CORE, 0, 0),
-    (resource.RLIMIT_NPROC, 0, 0),  # has no effect for root
-  ):
-    resource.prlimit(process, name, (soft, hard))
