@@ -94,9 +94,9 @@ def compile_train(job: Job, mesh: jax.sharding.Mesh) -> Compiled:
   """Compiles the step that `bam_jax.main` runs; UserError for a mesh that does not divide it."""
   run, model = job.run, job.model
   sharding.check(transformer.Network(model, run.compute).abstract(), run.mesh, job.key)
-  factors = optimizer.factors_of(run)
+  factors, only_new = optimizer.factors_of(run), optimizer.only_new(run)
   how = run.compute, run.loss, run.optimizer, run.grad_accum_steps
-  step = step_lib.train_step(model, *how, mesh, factors)
+  step = step_lib.train_step(model, *how, mesh, factors, only_new=only_new)
   state = step_lib.abstract_state(model, run.compute, run.optimizer, mesh)
   dtypes = dict.fromkeys(('tokens', 'targets', 'segments', 'positions'), jnp.int32)
   dtypes['weights'] = jnp.float32

@@ -10,8 +10,8 @@ from bam_jax.config.model import (
   AttentionExperts, Compute, FFNExperts, LayerKind, Model, Rope, RopeScaling,
 )  # fmt: skip
 from bam_jax.config.recipe import (
-  complete, parents, parse, Data, Evaluation, FromCheckpoint, FromRun, FromUpcycle, Guard, Init,
-  Intervals, Loss, Mesh, Optimizer, Prepare, Recipe, Run, Schedule, Watch,
+  complete, parents, parse, Data, Evaluation, FromCheckpoint, FromGrow, FromRun, FromUpcycle, Guard,
+  Init, Intervals, Loss, Mesh, Optimizer, Prepare, Recipe, Run, Schedule, Watch,
 )  # fmt: skip
 from bam_jax.config.strict import to_dict
-from bam_jax.config.upcycle import Method, Upcycle
+from bam_jax.config.upcycle import Grow, Method, Upcycle

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from bam_jax.config import strict
 from bam_jax.config.model import Compute, Model
 from bam_jax.config.strict import Count, Fraction, NonNegative, Positive, PositiveInt, Size
-from bam_jax.config.upcycle import Upcycle
+from bam_jax.config.upcycle import Grow, Upcycle
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,14 @@ class FromUpcycle:
   upcycle: Upcycle
 
 
-Init = Literal['scratch'] | FromRun | FromCheckpoint | FromUpcycle
+@dataclass(frozen=True)
+class FromGrow:
+  """Start from a mixture run's final parameters, and a dense run's as one more expert."""
+
+  grow: Grow
+
+
+Init = Literal['scratch'] | FromRun | FromCheckpoint | FromUpcycle | FromGrow
 
 
 @dataclass(frozen=True)
@@ -250,6 +257,8 @@ def parents(run: Run) -> tuple[str, ...]:
   """The runs whose final parameters a run starts from."""
   if isinstance(run.init, FromRun):
     return (run.init.run,)
+  if isinstance(run.init, FromGrow):
+    return run.init.grow.mixture, run.init.grow.dense
   return run.init.upcycle.sources if isinstance(run.init, FromUpcycle) else ()
 
 

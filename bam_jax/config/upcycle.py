@@ -84,3 +84,18 @@ class Upcycle(Section):
   def copies(self) -> range:
     """Indices of the experts that are copies of the first source's."""
     return range(len(self.sources), self.experts)
+
+
+@dataclass(frozen=True)
+class Grow(Section):
+  """Add a dense run to a mixture, as its last expert."""
+
+  mixture: str = field(metadata={'key': 'from'})  # names of runs
+  dense: str = field(metadata={'key': 'with'})
+  router_init: Literal['random', 'zero'] = 'random'  # of the new columns, as in Upcycle
+  router_scale: NonNegative = 1.0
+  freeze_old: bool = False  # train routers and the new expert alone
+
+  def check(self):
+    scaled = f"router_scale={self.router_scale} has no effect with router_init='zero': remove it."
+    self.require(self.router_init != 'zero' or self.router_scale == 1, scaled)

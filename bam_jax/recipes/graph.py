@@ -20,7 +20,7 @@ from bam_jax.model import arithmetic, transformer
 from bam_jax.model.kernels import attention
 from bam_jax.parallel import memory, processes, sharding
 from bam_jax.train import optimizer
-from bam_jax.upcycle import rules
+from bam_jax.upcycle import growth, rules
 
 # What may change between two attempts at one run: none of it affects the parameters beyond the
 # order of sums, except `guard`, which must be changeable after it halted a run at a bad step.
@@ -129,6 +129,15 @@ def _model(
     case config.FromUpcycle(upcycle):
       model = _mixture(recipe, name, upcycle, nodes)
       return model, upcycle.method, rules.expert_names(upcycle, upcycle.sources)
+    case config.FromGrow(grow):
+      mixture, dense = nodes[grow.mixture], nodes[grow.dense].model
+      where = f'config.runs.{name}.init.grow'
+      names = growth.names_of(mixture.model, mixture.experts, f'{where}.from={grow.mixture!r}')
+      wrong = f'{where}.with={grow.dense!r} is no dense run of the model that'
+      fits = dense == mixture.model.dense()
+      require(fits, f'{wrong} {grow.mixture!r} is made of: branch one from the same seed.')
+      model = growth.resized(mixture.model, (*range(len(names)), growth.NEW), dense)
+      return model, mixture.method, (*names, grow.dense)
   return (model, method, experts) if model != model.dense() else (model, None, ())
 
 

@@ -1,5 +1,6 @@
 """Trains the selected runs of a recipe in order, skipping those that are finished."""
 
+import dataclasses
 import functools
 import json
 import platform
@@ -20,7 +21,7 @@ from bam_jax.model import arithmetic
 from bam_jax.parallel import processes
 from bam_jax.recipes import graph, start
 from bam_jax.train import log, loop, stop
-from bam_jax.upcycle import rules
+from bam_jax.upcycle import growth, rules
 
 
 def execute(
@@ -63,7 +64,7 @@ def execute(
         domains=domains,
         folder=folder,
         init=functools.partial(start.initial_params, recipe, nodes, node, workdir, dataset),
-        meta=functools.partial(_meta, recipe, node, workdir, dataset),
+        meta=functools.partial(_meta, recipe, node, workdir, dataset, _mixture(node, workdir)),
       )
       facts = loop.train(job, stopping, began)
       began = time.monotonic()
@@ -128,7 +129,21 @@ def _check_identity(folder: Path, node: graph.Node) -> None:
   raise UserError(f'{begun} ({"; ".join(changes[:3])}{more}): {fix}')
 
 
-def _meta(recipe: config.Recipe, node: graph.Node, workdir, dataset, step: int) -> checkpoint.Meta:
+def _mixture(node: graph.Node, workdir: Path) -> checkpoint.Meta | None:
+  """The record of the mixture that a run starts from, if it starts from one."""
+  match node.run.init:
+    case config.FromRun(name) | config.FromGrow(config.Grow(name)):
+      meta = checkpoint.read_meta(workdir / name)
+    case config.FromCheckpoint():
+      meta = node.origin.meta
+    case _:
+      return None
+  return meta if meta.model != meta.model.dense() else None
+
+
+def _meta(
+  recipe: config.Recipe, node: graph.Node, workdir, dataset, mixture, step: int
+) -> checkpoint.Meta:
   return checkpoint.Meta(
     format=checkpoint.FORMAT,
     model=node.model,
@@ -142,11 +157,13 @@ def _meta(recipe: config.Recipe, node: graph.Node, workdir, dataset, step: int) 
     versions=manifest.versions(),
     bos_token=dataset.manifest['tokenizer']['bos_token'],
     eos_token=dataset.manifest['tokenizer']['eos_token'],
-    manifest=_manifest(recipe, node, workdir),
+    manifest=_manifest(recipe, node, workdir, mixture),
   )
 
 
-def _manifest(recipe: config.Recipe, node: graph.Node, workdir: Path) -> manifest.Manifest | None:
+def _manifest(
+  recipe: config.Recipe, node: graph.Node, workdir: Path, mixture: checkpoint.Meta | None
+) -> manifest.Manifest | None:
   """What a run's first parameters were made from; hashes would require reading it again."""
   if node.run.init == 'scratch':
     return None
@@ -156,9 +173,14 @@ def _manifest(recipe: config.Recipe, node: graph.Node, workdir: Path) -> manifes
     path = lambda name: str(folders.absolute(workdir / name))
     names = config.parents(node.run)
     origins = tuple(manifest.Source(path(n), n, recipe.total_steps(n)) for n in names)
-  made = rules.rules(node.model, node.upcycle.norms) if node.upcycle else ()
   now, seed, name = manifest.now(), recipe.seed, node.name
-  return manifest.Manifest('', now, origins, made, node.upcycle, seed, name)
+  if isinstance(node.run.init, config.FromGrow):
+    record = growth.record(mixture, (*range(len(node.experts) - 1), growth.NEW), origins)
+    return dataclasses.replace(record, seed=seed, name=name)
+  made = rules.rules(node.model, node.upcycle.norms) if node.upcycle else ()
+  before = mixture and mixture.manifest  # what it says of a mixture's making stays true
+  upcycle, grown = (before.upcycle, before.grown) if before else (node.upcycle, None)
+  return manifest.Manifest('', now, origins, made, upcycle, seed, name, grown)
 
 
 def _result(recipe: config.Recipe, node: graph.Node) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from bam_jax.model import block, transformer
 from bam_jax.parallel import processes, sharding
 from bam_jax.recipes import graph
 from bam_jax.train import loop
-from bam_jax.upcycle import centroids, outputs, sources
+from bam_jax.upcycle import centroids, growth, outputs, sources
 from bam_jax.upcycle.merge import Merge, run_key
 
 
@@ -37,16 +37,18 @@ def initial_params(
     case 'scratch':
       return jax.jit(network.init, out_shardings=shardings)(key)
     case config.FromUpcycle(upcycle):
-      paths = [_find(workdir / name) for name in upcycle.sources]
-      for path in paths:
-        processes.decide(functools.partial(integrity.check, path, ['params']))
-      opened = [sources.open_checkpoint(str(path)) for path in paths]
+      opened = _open(workdir / name for name in upcycle.sources)
       sources.check_alike(opened, upcycle.method)
       merge = Merge(opened, upcycle, key)
       processes.decide(functools.partial(sources.check_different, merge.sources))
       if upcycle.router_init == 'centroids':
         merge = merge._replace(routers=_centroids(recipe, nodes, node, dataset, merge))
       return outputs.to_mesh(merge, abstract, shardings)
+    case config.FromGrow(grow):
+      mixture, dense = _open([workdir / grow.mixture, workdir / grow.dense])
+      grown = growth.add(mixture, dense, key, grow.router_init, grow.router_scale)
+      processes.decide(functools.partial(growth.check_new, mixture, grown))
+      return outputs.read_to_mesh(grown.reader, abstract, shardings)
     case config.FromRun(parent):
       path = workdir / parent
     case config.FromCheckpoint():
@@ -56,6 +58,14 @@ def initial_params(
 
 def _find(path: Path | str) -> Path:
   return folders.at(processes.decide(lambda: str(checkpoint.find(path))))
+
+
+def _open(paths: Iterable[Path]) -> list[sources.Source]:
+  """The newest checkpoints of runs, checked to be whole."""
+  found = [_find(path) for path in paths]
+  for path in found:
+    processes.decide(functools.partial(integrity.check, path, ['params']))
+  return [sources.open_checkpoint(str(path)) for path in found]
 
 
 def _centroids(recipe, nodes, node: graph.Node, dataset, merge: Merge) -> dict[str, np.ndarray]:

@@ -36,7 +36,7 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
   replicated = NamedSharding(mesh, P())
   train_step = step_lib.train_step(
     job.model, run.compute, run.loss, run.optimizer, run.grad_accum_steps, mesh,
-    optimizer.factors_of(run), run.guard,
+    optimizer.factors_of(run), run.guard, optimizer.only_new(run),
   )  # fmt: skip
   goodput = timing.Goodput(began)
 

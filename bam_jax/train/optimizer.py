@@ -80,6 +80,25 @@ def freeze(grads: dict, factors: Factors) -> dict:
   return jax.tree_util.tree_map_with_path(one, grads)
 
 
+def only_new(run: config.Run) -> bool:
+  """Whether a run trains routers and the last expert alone."""
+  return isinstance(run.init, config.FromGrow) and run.init.grow.freeze_old
+
+
+def of_new_expert(old: dict, new: dict) -> dict:
+  """`new` in routers and in the last expert of each array with experts, `old` everywhere else."""
+
+  def one(key_path, old, new):
+    if key_path[-1].key in parameters.ROUTERS:
+      return new
+    if not sharding.has_experts(sharding.path_of(key_path), old.ndim):
+      return old
+    last_E = jnp.arange(old.shape[1]) == old.shape[1] - 1
+    return jnp.where(last_E.reshape(-1, *[1] * (old.ndim - 2)), new, old)
+
+  return jax.tree_util.tree_map_with_path(one, old, new)
+
+
 def apply_updates(params: dict, updates: dict, learning_rates: jax.Array, factors: Factors) -> dict:
   """`params - factor * learning rate * updates`; a factor of 0 returns the array itself."""
 

@@ -57,6 +57,7 @@ def train_step(
   mesh: jax.sharding.Mesh,
   factors: optimizer_lib.Factors = (),
   guard: config.Guard = config.Guard(),  # noqa: B008
+  only_new: bool = False,
 ) -> Callable[[State, dict, jax.Array], tuple[State, StepMetrics]]:
   """The jitted `(state, batch, optimizer.learning_rates) -> (state, metrics)`.
 
@@ -72,9 +73,13 @@ def train_step(
   def step(state: State, batch: dict, learning_rates: jax.Array) -> tuple[State, StepMetrics]:
     (loss_value, sums), grads = gradients(network, loss, grad_accum_steps, state.params, batch)
     grads = optimizer_lib.freeze(grads, factors)
+    if only_new:
+      grads = optimizer_lib.of_new_expert(jax.tree.map(jnp.zeros_like, grads), grads)
     norm = optax.tree.norm(grads)
     updates, opt_state = adamw.update(grads, state.opt_state, state.params)
     params = optimizer_lib.apply_updates(state.params, updates, learning_rates, factors)
+    if only_new:
+      params = optimizer_lib.of_new_expert(state.params, params)
     if model.ffn_experts and model.ffn_experts.expert_bias and bias_rate:
       ffn, load_LE = params['blocks']['ffn'], sums.routing.ffn.load
       bias_LE = optimizer_lib.update_expert_bias(ffn['expert_bias'], load_LE, bias_rate)
