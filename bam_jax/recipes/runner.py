@@ -1,6 +1,5 @@
 """Trains the selected runs of a recipe in order, skipping those that are finished."""
 
-import dataclasses
 import functools
 import json
 import platform
@@ -21,7 +20,7 @@ from bam_jax.model import arithmetic
 from bam_jax.parallel import processes
 from bam_jax.recipes import graph, start
 from bam_jax.train import log, loop, stop
-from bam_jax.upcycle import growth, rules
+from bam_jax.upcycle import rules
 
 
 def execute(
@@ -173,13 +172,13 @@ def _manifest(
     path = lambda name: str(folders.absolute(workdir / name))
     names = config.parents(node.run)
     origins = tuple(manifest.Source(path(n), n, recipe.total_steps(n)) for n in names)
-  now, seed, name = manifest.now(), recipe.seed, node.name
-  if isinstance(node.run.init, config.FromGrow):
-    record = growth.record(mixture, (*range(len(node.experts) - 1), growth.NEW), origins)
-    return dataclasses.replace(record, seed=seed, name=name)
   made = rules.rules(node.model, node.upcycle.norms) if node.upcycle else ()
   before = mixture and mixture.manifest  # what it says of a mixture's making stays true
   upcycle, grown = (before.upcycle, before.grown) if before else (node.upcycle, None)
+  if isinstance(node.run.init, config.FromGrow):
+    experts = (*range(len(node.experts) - 1), manifest.NEW)
+    grown = manifest.Grown(experts, mixture.sources, before)
+  now, seed, name = manifest.now(), recipe.seed, node.name
   return manifest.Manifest('', now, origins, made, upcycle, seed, name, grown)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from bam_jax import checkpoint, config
+from bam_jax import config
 from bam_jax.checkpoint import arrays, manifest
 from bam_jax.checkpoint.manifest import NEW
 from bam_jax.config.strict import require
@@ -188,32 +188,22 @@ def _changed(
     own_keys = attention and not attention.shared_kv
     of_one = mixture._replace(meta=dataclasses.replace(meta, model=meta.model.dense()))
     check_alike([of_one, dense], 'bam_kv_experts' if own_keys else 'btx')
-  names = names_of(meta.model, meta.sources, mixture.path)
-  origins = [(str(folders.absolute(one.folder)), one.meta.run, one.meta.step) for one in both]
+  names, before = names_of(meta.model, meta.sources, mixture.path), meta.manifest
+  origins = tuple(
+    manifest.Source(str(folders.absolute(one.folder)), one.meta.run, one.meta.step) for one in both
+  )
+  grown = manifest.Grown(experts, meta.sources, before)
+  how = before and before.upcycle
   meta = dataclasses.replace(
     meta,
     model=resized(meta.model, experts, dense and dense.meta.model),
     sequence_length=min(one.meta.sequence_length for one in both),
     sources=tuple(dense.meta.run if number == NEW else names[number] for number in experts),
-    manifest=record(meta, experts, [manifest.Source(*origin) for origin in origins]),
+    manifest=manifest.Manifest('', manifest.now(), origins, (), how, grown=grown),
   )
   reader = _Changed(mixture, experts, dense, columns or {})
-  return mixture._replace(
-    meta=meta, reader=reader, check=lambda: [one.check() for one in both] and None
-  )
-
-
-def record(
-  before: checkpoint.Meta, experts: Sequence[int], sources: Sequence[manifest.Source]
-) -> manifest.Manifest:
-  """The manifest of a mixture, made from `sources`, with other experts than `before`."""
-  made = []
-  for rule in rules.rules(before.model):
-    how = 'experts' if rule.how == 'stack' else 'same' if rule.source else 'columns'
-    made.append(manifest.Made(rule.target, how, rule.target))
-  grown = manifest.Grown(tuple(experts), before.sources, before.manifest)
-  upcycle = before.manifest and before.manifest.upcycle
-  return manifest.Manifest('', manifest.now(), tuple(sources), tuple(made), upcycle, grown=grown)
+  check = lambda: [one.check() for one in both] and None
+  return mixture._replace(meta=meta, reader=reader, check=check)
 
 
 def open_without(path: str, experts: Sequence[str]) -> Source:

@@ -160,13 +160,9 @@ def copy_to_checkpoint(
         done += array.nbytes
         progress(done, total)
     tokenizer.save(folder)
-    meta = dataclasses.replace(
-      source.meta,
-      run=epath.Path(output).name,
-      step=0,
-      versions=manifest.versions(),
-      manifest=dataclasses.replace(source.meta.manifest, command=command, seed=seed),
-    )
+    facts = dict(run=epath.Path(output).name, step=0, versions=manifest.versions())
+    facts['manifest'] = dataclasses.replace(source.meta.manifest, command=command, seed=seed)
+    meta = dataclasses.replace(source.meta, **facts)
     checkpoint.write_meta(folder, meta)
   return meta
 
