@@ -1,7 +1,6 @@
 """Collectives of a program: what they send, between which devices, along which axes of the mesh.
 
-Within a slice of TPUs they are instructions; between slices, what each slice sends through its
-hosts. Devices are numbered by their position in the mesh.
+Devices are numbered by their position in the mesh.
 
 Wire bytes are what one device sends in the ring algorithms, which no algorithm beats for large
 arrays: of n devices with b bytes each, an all-gather sends (n-1) b, a reduce-scatter (n-1)/n b, an

@@ -15,7 +15,7 @@ _ARRAY = re.compile(r'([a-z]+\d*[a-z0-9]*)\[([\d,<= ]*)\](?:\{[^}]*?S\((\d+)\)[^
 _COMPUTATION = re.compile(
   r'^(ENTRY )?%([\w.\-]+) \([^\n]*\{\n(.*?)^\}[^}\n]*$', re.MULTILINE | re.DOTALL
 )
-_STATEMENT = re.compile(r'\s+(ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\(')
+_STATEMENT = re.compile(r'\s+(ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\(([^)]*)\)(.*)')
 _NEXT = re.compile(r'\n(?=\s+(?:ROOT )?%[\w.\-]+ = )')
 _NAME = re.compile(r'%([\w.\-]+)')
 _CALLS = re.compile(
@@ -109,10 +109,7 @@ def parse(text: str) -> Computation:
 def _instruction(
   statement: str, earlier: Computation, computations: dict[str, Computation]
 ) -> Instruction:
-  found = _STATEMENT.match(statement)
-  is_root, name, shape, opcode = found.groups()
-  end = _closing(statement, found.end())
-  literal, attributes = statement[found.end() : end], statement[end + 1 :]
+  is_root, name, shape, opcode, literal, attributes = _STATEMENT.match(statement).groups()
   calls = {
     key: [computations[called] for called in _NAME.findall(names) if called in computations]
     for key, names in _CALLS.findall(attributes)
@@ -128,20 +125,10 @@ def _instruction(
   return made
 
 
-def _closing(text: str, start: int) -> int:
-  """The position of the parenthesis that closes the one before `start`."""
-  depth, parentheses = 1, re.compile('[()]').finditer(text, start)
-  while depth:
-    found = next(parentheses)
-    depth += 1 if found[0] == '(' else -1
-  return found.start()
-
-
 def trip_count(loop: Instruction) -> int | None:
   """How often the body of a while loop runs; None where the text does not tell.
 
-  From XLA's annotation, or else from a condition `counter < limit`, the counter's initial value,
-  and what the body adds to it.
+  From XLA's annotation, or else from a condition `counter < limit`.
   """
   if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
     return int(known)

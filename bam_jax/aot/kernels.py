@@ -1,10 +1,9 @@
 """FLOPs and bytes of Mosaic (Pallas) kernels, about which HLO's text says little.
 
 - Grouped products, which XLA makes of `jax.lax.ragged_dot`: the estimate is for every row of the
-  buffer. Where a bound of the grid is known only at run time, the kernel visits as many tiles of
-  rows as the groups fill, and rows are counted at even load. The kernel's body is text, in which
-  the windows tell how often the grid fetches each operand from HBM.
-- Splash attention, which gives none: block sizes and the causal mask tell what blocks it visits.
+  buffer. Where a bound of the grid is known only at run time, rows are counted at even load. The
+  windows in the kernel's body tell how often the grid fetches each operand from HBM.
+- Splash attention: block sizes and the causal mask tell what blocks it visits.
 - Any other kernel: its own estimate, or none.
 """
 

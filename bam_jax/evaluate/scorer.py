@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from bam_jax import checkpoint, config
+from bam_jax import config
 from bam_jax.evaluate import windows as windows_lib
 from bam_jax.evaluate.windows import Batch, Window
 from bam_jax.model import parameters, transformer
@@ -116,7 +116,7 @@ class Scorer:
     self.meta, self.tokenizer = source.meta, source.tokenizer()
     self.length = length or self.meta.sequence_length
     self._mesh, self._batch_size = sharding.make_mesh(rows_mesh(mesh)), batch_size
-    self._params = _load(source, not without, dtype, self._mesh)
+    self._params = _load(source, dtype, self._mesh)
     self._compute = dict(model=self.meta.model.dropless(), dtype=dtype, mesh=self._mesh)
     self._platform = self._mesh.devices.flat[0].platform
 
@@ -174,18 +174,14 @@ def _finish(
     yield number, Scored(scores.nll[row, scored], scores.greedy[row, scored], routing)
 
 
-def _load(source: Source, whole: bool, dtype: str, mesh: jax.sharding.Mesh):
+def _load(source: Source, dtype: str, mesh: jax.sharding.Mesh):
   """Parameters on the mesh, matrices in the dtype in which they are used."""
   abstract = transformer.Network(source.meta.model, config.Compute()).abstract()
   sharding.check_divides(abstract, mesh.shape, f'{source.path}: --mesh', sharding.spec_of)
 
-  def used(key_path, leaf, sharded):
-    there = parameters.dtype_of(key_path[-1].key, dtype)
-    return jax.ShapeDtypeStruct(leaf.shape, there, sharding=sharded)
+  def used(key_path, leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, parameters.dtype_of(key_path[-1].key, dtype))
 
-  shardings = sharding.tree(abstract, mesh)
-  wanted = jax.tree_util.tree_map_with_path(used, abstract, shardings)
-  if whole:
-    return checkpoint.restore_params(source.folder, wanted)
+  wanted = jax.tree_util.tree_map_with_path(used, abstract)
   source.check()
-  return outputs.read_to_mesh(source.reader, wanted, shardings)
+  return outputs.read_to_mesh(source.reader, wanted, sharding.tree(abstract, mesh))

@@ -70,26 +70,21 @@ def main() -> dict[str, Any]:
     print(given, beyond, file=sys.stderr)
   samples = range(_SAMPLES.value)
   rows = [generator.Row(tokens, sample) for tokens in ids for sample in samples]
-  made = [text.Continuation(tokenizer, row.prompt, _STOP.value) for row in rows]
-  stream = len(rows) == 1
   file = sys.stderr if flags.FLAGS.json == '-' else sys.stdout
   show = functools.partial(print, end='', file=file, flush=True)
+  stream = len(rows) == 1
   if stream:
     show(prompts[0])
-
-  def watch(number: int, tokens: list[int]) -> bool:
-    shown = made[number].add(tokens)
-    if stream:
-      show(shown)
-    return made[number].stopped
-
-  every, how = 1 if stream else generator.MAX_STEPS, dict(seed=_SEED.value, watch=watch)
-  model.generate(rows, most, params, batch_size=_BATCH.value, every=every, **how)
+  shown = [show] if stream else []
+  made = [text.Continuation(tokenizer, row.prompt, _STOP.value, *shown) for row in rows]
+  every = 1 if stream else generator.MAX_STEPS
+  how = dict(seed=_SEED.value, batch_size=_BATCH.value, every=every)
+  model.generate(rows, most, params, watch=lambda row, tokens: made[row].add(tokens), **how)
   facts = []
   for (prompt, sample), one in zip(itertools.product(prompts, samples), made):
-    rest = one.finish()
+    one.finish()
     if stream:
-      show(f'{rest}\n')
+      show('\n')
     else:
       line = textwrap.shorten(prompt, 72, placeholder='…')
       count = f' ({sample + 1} of {len(samples)})' if len(samples) > 1 else ''

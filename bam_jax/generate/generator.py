@@ -1,8 +1,5 @@
 """Prompts to continuations: batches of similar length, padded to shapes that are compiled once.
 
-Two programs do the work: `prefill` reads a piece of the prompts into the KV cache, `decode` appends
-up to MAX_STEPS tokens to each row.
-
 Legend: B batch, T tokens of a piece, N tokens that a call appends, V vocabulary.
 """
 
@@ -113,13 +110,11 @@ def _advance(decoder, program: Program, params, state: State, tokens_BT, first_B
     logits_BV = jnp.where(words_V < program.num_words, logits_BV, -jnp.inf)
   filled = state.filled + tokens_BT.shape[1]
   # Of a row's own length and no more: its draws do not depend on what it shares a batch with.
-  keys_B = jax.vmap(_key)(state.noise_B2, filled - state.first_B)
+  fold_in = jax.random.fold_in
+  key = lambda noise, length: fold_in(fold_in(jax.random.key(noise[0]), noise[1]), length)
+  keys_B = jax.vmap(key)(state.noise_B2, filled - state.first_B)
   token_B = sample(logits_BV, keys_B, program.sampling, state.temperature, state.top_p)
   return state._replace(cache=cache, filled=filled, token_B=token_B)
-
-
-def _key(noise_2, number):
-  return jax.random.fold_in(jax.random.fold_in(jax.random.key(noise_2[0]), noise_2[1]), number)
 
 
 def abstract_arguments(decoder: Decoder, batch: int, slots: int) -> tuple:
@@ -159,10 +154,9 @@ class Generator:
     stops: Sequence[int] = (),
     num_words: int | None = None,
   ):
-    """Puts the parameters on the devices, by default one.
+    """Puts the parameters on the devices, by default one; tokens in `stops` finish a row.
 
-    `read` is (path, index) -> that region of a parameter; tokens in `stops` finish a row; the
-    others are those of `Program`.
+    `read` is (path, index) -> that region of a parameter, the others are those of `Program`.
     """
     self.decoder = Decoder(model, dtype, mesh)
     self.params = self.decoder.place(read)
@@ -183,8 +177,8 @@ class Generator:
     """The continuations of all rows, in their order, without what finished them.
 
     A row's draws depend on `seed`, its prompt and its sample alone. `watch` is called with a row's
-    index and its new tokens, the first and then at most `every` (up to MAX_STEPS); true finishes
-    the row. UserError when keys and values of a batch do not fit into memory.
+    index and its new tokens, at most `every` (up to MAX_STEPS); true finishes the row. UserError
+    when keys and values of a batch do not fit into memory.
     """
     made: list[list[int]] = [[] for _ in rows]
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].prompt))
@@ -239,11 +233,8 @@ class Generator:
     return State(cache, *map(put, rest, REST)), np.split(tokens_BT, length // piece, axis=1)
 
   def _check_room(self, batch: int, slots: int) -> None:
-    layout, free = self.decoder.layout, memory.free_bytes()
-    # All fake devices of a CPU share one memory.
-    here = layout.mesh.size if layout.mesh and layout.platform == 'cpu' else 1
-    needed = here * memory.device_bytes(self.decoder.abstract_cache(batch, slots))
-    free = needed if free is None else free
+    needed = memory.device_bytes(self.decoder.abstract_cache(batch, slots))
+    free = memory.free_bytes() or needed
     wrong = f'Keys and values of {batch} x {slots:,} tokens require {needed / 1e9:,.1f} GB, but'
     fix = f'{free / 1e9:,.1f} GB are free: lower --batch_size or --max_new_tokens.'
     require(needed <= free, f'{wrong} {fix}')

@@ -63,7 +63,7 @@ def mask_top_p(logits_BN: jax.Array, top_p: jax.Array) -> jax.Array:
   """Logits, those outside of top-p minus infinity; nucleus sampling, arXiv 1904.09751.
 
   The least probability that stays is found by bisection over the bits of a float32, whose order is
-  that of the numbers: 31 sums, where sorting 256,000 words takes CPUs twenty times as long.
+  that of the numbers: sorting 256,000 words takes CPUs twenty times as long.
   """
   probabilities_BN = jax.nn.softmax(logits_BN)
   bits_BN = jax.lax.bitcast_convert_type(probabilities_BN, jnp.int32)

@@ -1,7 +1,8 @@
 """Text around the model: prompts out of files, and tokens to text as they come."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bam_jax.config.strict import require
 from bam_jax.data.tokenizer import Tokenizer
@@ -34,34 +35,39 @@ def read_prompts(path: str) -> list[str]:
 class Continuation:
   """The text of one row, as its tokens come."""
 
-  def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()):
-    """Takes the prompt's tokens, and texts at the first of which the continuation ends."""
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    stops: Sequence[str] = (),
+    show: Callable[[str], Any] = lambda text: None,
+  ):
+    """Takes the prompt's tokens, texts at the first of which it ends, and who is shown new text."""
     self.text = ''  # what is certain so far: no half character, nothing that may begin a stop
     self.tokens: list[int] = []  # all of them, to the one that completes a stop
     self.stopped = False  # whether a stop was found, where `text` ends
-    self._tokenizer = tokenizer
+    self._tokenizer, self._show = tokenizer, show
     self._stops = [stop for stop in stops if stop]
     self._spelled = ''  # all that is spelled, stops or not
     self._window = list(prompt[-CONTEXT:])
     self._seen = len(tokenizer.decode(self._window))  # characters of the window
 
-  def add(self, tokens: Sequence[int]) -> str:
-    """Takes new tokens, none after a stop; returns what is new of the text."""
-    shown = ''
+  def add(self, tokens: Sequence[int]) -> bool:
+    """Takes new tokens, none after a stop; returns whether there was one."""
     for token in tokens:
-      if self.stopped:
-        break
-      self.tokens.append(token)
-      self._window.append(token)
-      shown += self._show(last=False)
-    return shown
+      if not self.stopped:
+        self.tokens.append(token)
+        self._window.append(token)
+        self._spell(last=False)
+    return self.stopped
 
-  def finish(self) -> str:
-    """Returns what was held back, now that no more tokens come."""
-    return '' if self.stopped else self._show(last=True)
+  def finish(self) -> None:
+    """Shows what was held back, now that no more tokens come."""
+    if not self.stopped:
+      self._spell(last=True)
 
-  def _show(self, last: bool) -> str:
-    """Spells what the window allows, and returns what of it cannot become a stop."""
+  def _spell(self, last: bool) -> None:
+    """Spells what the window allows, and shows what of it cannot become a stop."""
     text = self._tokenizer.decode(self._window)
     half = 0 if last else min(MAX_HALF, len(text) - len(text.rstrip(REPLACEMENT)))
     self._spelled += text[self._seen : len(text) - half]
@@ -74,9 +80,8 @@ class Continuation:
     end = min(found, default=len(self._spelled))
     if not found and not last:
       end -= max((_begun(self._spelled, stop) for stop in self._stops), default=0)
-    shown = self._spelled[len(self.text) : end]
-    self.text += shown
-    return shown
+    self._show(self._spelled[len(self.text) : end])
+    self.text = self._spelled[:end]
 
 
 def _begun(text: str, stop: str) -> int:

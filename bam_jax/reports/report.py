@@ -1,8 +1,4 @@
-"""The report of a recipe: what its runs reached and what they cost.
-
-`write` reads what each run left in its folder and writes `WORKDIR/report/`: `report.json` for a
-program, `report.md` and its pictures for a person.
-"""
+"""`WORKDIR/report/`: what the runs of a recipe reached and cost, as JSON, Markdown and pictures."""
 
 import json
 import math
@@ -32,14 +28,12 @@ COPIED = (
 def write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
   """Writes the report of the runs of a recipe, in order; returns what `report.json` holds.
 
-  `workdir` has `<run>/result.json` and `<run>/metrics.jsonl` of each finished run, and, if it is a
-  recipe's, `recipe.json`. UserError when a result cannot be read, or the report not written.
+  UserError when the result of a finished run cannot be read, or the report not written.
 
     name, recipe, domains, not_finished, pictures: `recipe` is `recipe.json`, or None.
     rows: of each finished run facts copied from its result, `training_flops`, `perplexity` (at most
-      exp(690)) and `bits_per_byte` by domain, `average_perplexity` and `average_bits_per_byte`
-      (arithmetic means over the domains), `experts` (their names) and `routing` (router -> domain
-      -> load [L][E]).
+      exp(690)) and `bits_per_byte` by domain, `average_perplexity` and `average_bits_per_byte`,
+      `experts` (their names) and `routing` (router -> domain -> load [L][E]).
   """
   workdir = folders.at(workdir)
   while True:

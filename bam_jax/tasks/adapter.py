@@ -153,11 +153,7 @@ class Model(TemplateLM):
     with tqdm(total=len(requests), disable=disable_tqdm or None, desc='bam_jax') as progress:
       for how, batch in batches.items():
         rows, started = zip(*batch)
-
-        def watch(number: int, tokens: list[int], started=started) -> bool:
-          started[number].add(tokens)
-          return started[number].stopped
-
+        watch = lambda number, tokens, started=started: started[number].add(tokens)
         options = dict(seed=self._seed, batch_size=self.batch_size, watch=watch)
         self._loaded.generate(rows, *how, **options)
         progress.update(len(batch))

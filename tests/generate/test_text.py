@@ -18,9 +18,12 @@ def tokenizer() -> Tokenizer:
 
 
 def pieces(tokenizer, prompt: str, continuation: str, stops=()) -> tuple[list[str], object]:
-  one = text.Continuation(tokenizer, [tokenizer.bos_id, *tokenizer.encode(prompt)], stops)
-  shown = [one.add([token]) for token in tokenizer.encode(continuation)]
-  return [*shown, one.finish()], one
+  shown, prompt = [], [tokenizer.bos_id, *tokenizer.encode(prompt)]
+  one = text.Continuation(tokenizer, prompt, stops, shown.append)
+  for token in tokenizer.encode(continuation):
+    one.add([token])
+  one.finish()
+  return shown, one
 
 
 @pytest.mark.parametrize('prompt', ['', 'the', 'Привет, '])
@@ -30,7 +33,9 @@ def test_no_half_character_is_shown(tokenizer, prompt):
   assert ''.join(shown) == one.text == WORDS * 8
   assert max(map(len, shown)) < 12  # and nothing waits for the end
   whole = text.Continuation(tokenizer, [tokenizer.bos_id])
-  assert whole.add(tokenizer.encode(WORDS)) + whole.finish() == WORDS
+  whole.add(tokenizer.encode(WORDS))
+  whole.finish()
+  assert whole.text == WORDS
 
 
 @pytest.mark.parametrize('stops, wanted', [
@@ -44,10 +49,9 @@ def test_stops(tokenizer, stops, wanted):
 
 
 def test_nothing_of_a_stop_is_shown_before_it_is_whole(tokenizer):
-  one = text.Continuation(tokenizer, [tokenizer.bos_id], ['###'])
-  shown = [one.add([token]) for token in tokenizer.encode('a##b###c')]
+  shown, one = pieces(tokenizer, '', 'a##b###c', ['###'])
   assert ''.join(shown) == 'a##b' and '#' not in shown[1]
-  assert one.stopped and one.add(tokenizer.encode('more')) == ''
+  assert one.stopped and one.add(tokenizer.encode('more')) and ''.join(shown) == 'a##b'
 
 
 def test_files_of_prompts(tmp_path):
