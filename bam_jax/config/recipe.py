@@ -79,13 +79,9 @@ class Intervals(strict.Section):
 
 @dataclass(frozen=True)
 class Guard(strict.Section):
-  """What happens at a step with a harmful loss or gradient."""
+  """What happens at a step that would do harm."""
 
   on_nan: Literal['halt', 'skip'] = 'halt'  # NaN or infinity in the loss or the gradient
-  on_spike: Literal['ignore', 'halt', 'skip'] = 'ignore'
-  # A spike: loss or gradient norm is this many standard deviations above its mean.
-  spike_deviations: Positive = 6.0
-  window: Annotated[int, (2, strict.MAX_SIZE)] = 128  # steps of that mean; no spikes before
   max_skipped: PositiveInt = 10  # consecutive steps, after which the run halts
 
 

@@ -43,8 +43,6 @@ def of_step(metrics: step_lib.StepMetrics) -> dict[str, Any]:
     'nll': float(metrics.sums.nll / max(float(metrics.sums.targets), 1.0)),
     'gradient_norm': float(metrics.gradient_norm),
   }
-  if metrics.spike is not None:
-    facts['spike'] = bool(metrics.spike)
   return facts | of_routers(metrics.sums.routing)
 
 

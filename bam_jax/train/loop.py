@@ -76,7 +76,6 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
       with goodput.spend('checkpoint'):
         data = {
           'iterator': batches.get_state(),
-          'history': guard.to_json(state.history),
           'skipped': skips.counts,
           'spent': goodput.spent(),
         }
@@ -159,9 +158,7 @@ def _start(
   else:
     params, opt_state, saved = checkpoints.restore(first_step, abstract.params, abstract.opt_state)
     batches.set_state(saved['iterator'])
-  history = guard.history(job.run.guard, saved.get('history'))
-  history = jax.device_put(history, NamedSharding(mesh, P()))
-  return first_step, step_lib.State(params, opt_state, history), saved
+  return first_step, step_lib.State(params, opt_state), saved
 
 
 def batches_of(

@@ -26,7 +26,6 @@ class State(NamedTuple):
 
   params: transformer.Params
   opt_state: Any
-  history: guard_lib.History | tuple[()] = ()
 
 
 class StepMetrics(NamedTuple):
@@ -35,7 +34,6 @@ class StepMetrics(NamedTuple):
   loss: jax.Array  # the objective: nats and the routers' losses
   gradient_norm: jax.Array  # before clipping
   sums: loss_lib.Metrics
-  spike: jax.Array | None = None  # whether it was one, if the guard asks
 
 
 def abstract_state(
@@ -66,7 +64,7 @@ def train_step(
   network = transformer.Network(model, compute, mesh)
   adamw = optimizer_lib.adamw(optimizer)
   abstract, replicated = abstract_state(model, compute, optimizer, mesh), NamedSharding(mesh, P())
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)._replace(history=replicated)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
   bias_rate = loss.expert_bias_update_rate * optimizer_lib.factor('blocks/ffn/expert_bias', factors)
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated))
@@ -84,9 +82,8 @@ def train_step(
       ffn, load_LE = params['blocks']['ffn'], sums.routing.ffn.load
       bias_LE = optimizer_lib.update_expert_bias(ffn['expert_bias'], load_LE, bias_rate)
       params['blocks']['ffn'] = ffn | {'expert_bias': bias_LE}
-    after = State(params, opt_state, state.history)
-    after, spike = guard_lib.select(guard, state, after, loss_value, norm)
-    return after, StepMetrics(loss_value, norm, sums, spike)
+    after = guard_lib.select(guard, state, State(params, opt_state), loss_value, norm)
+    return after, StepMetrics(loss_value, norm, sums)
 
   return step
 

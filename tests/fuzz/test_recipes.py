@@ -91,7 +91,7 @@ FRACTIONS = {
   f'runs.seed.{key}' for key in ('schedule.min_lr_ratio', 'optimizer.b1', 'optimizer.b2')
 }
 REFUSED_LATE = sorted(REFUSED - {'runs.seed.batch_size'})
-SIZES = REFUSED | {'seed', 'runs.seed.compute.unroll', 'runs.seed.guard.window'}  # of 32 bits
+SIZES = REFUSED | {'seed', 'runs.seed.compute.unroll'}  # of 32 bits
 
 
 def numbers() -> Iterator[tuple[str, bool]]:

@@ -1,4 +1,4 @@
-"""A step that would do harm leaves no trace; what a spike is; and when a run halts."""
+"""A step that would do harm leaves no trace; and when a run halts."""
 
 import math
 
@@ -28,7 +28,7 @@ def run(model, shape, how: config.Guard, batches, grad_accum_steps=1):
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
   with jax.set_mesh(mesh):
     opt_state = jax.jit(optimizer.adamw(OPTIMIZER).init, out_shardings=shardings)(params)
-    state = step.State(params, opt_state, guard.history(how))
+    state = step.State(params, opt_state)
     states, said = [jax.device_get(state)], []
     for batch in batches:
       state, metrics = take(state, sharding.put_batch(batch, mesh), RATES)
@@ -64,45 +64,9 @@ def test_a_step_with_nan_is_skipped_to_the_bit(models, make_batch, shape, grad_a
   assert same(states[3], clean[2])
 
 
-@pytest.mark.slow
-def test_a_batch_unlike_the_others_is_a_spike(models, make_batch):
-  """The model learns one batch by heart; then come other targets, for once."""
-  batch, steps = make_batch(8, 12, 1), 60
-  other = batch | {'targets': (batch['targets'] + 7) % 320}
-  how = config.Guard(on_spike='skip', window=8)
-  states, said = run(models['dense'], (1, 2, 1, 1), how, [batch] * steps + [other, batch])
-  assert [at for at, metrics in enumerate(said) if metrics.spike] == [steps]
-  assert said[steps].loss > said[steps - 1].loss
-  assert same(states[steps + 1], states[steps]), 'the history too'
-  assert states[-1].history.count == steps + 1 and not same(states[-1].params, states[-2].params)
-
-
-def test_a_history_is_what_numpy_says():
-  how, rng = config.Guard(on_spike='skip', window=5, spike_deviations=3), np.random.default_rng(0)
-  values = rng.normal(size=(40, 2)).astype(np.float32)
-  history, weights = guard.history(how), np.zeros(0)
-  for count, pair in enumerate(values, 1):
-    history = guard.add(how, history, *pair)
-    weights = np.full(count, 1 / count) if count <= 5 else np.append(0.8 * weights, 0.2)
-    mean = weights @ values[:count]
-    np.testing.assert_allclose(history.mean, mean, rtol=1e-4, atol=1e-6)
-    variance = weights @ (values[:count] - mean) ** 2
-    np.testing.assert_allclose(history.variance, variance, rtol=1e-4, atol=1e-6)
-  assert history.count == 40
-  assert same(guard.history(how, guard.to_json(history)), history)
-  far = history.mean + 3.1 * np.sqrt(history.variance)
-  assert guard.is_spike(how, history, far[0], history.mean[1])
-  assert guard.is_spike(how, history, history.mean[0], far[1])
-  assert not guard.is_spike(how, history, *(history.mean + 2.9 * np.sqrt(history.variance)))
-  assert not guard.is_spike(how, history, *(history.mean - 9.0)), 'a better loss is not a spike'
-  assert not guard.is_spike(how, history._replace(count=np.int32(4)), *far), 'too early'
-  still = history._replace(variance=np.zeros(2, np.float32))
-  assert not guard.is_spike(how, still, *history.mean), 'a constant loss is not a spike'
-
-
 NAN = {'loss': math.nan, 'gradient_norm': 1.0}
-SPIKE = {'loss': 9.0, 'gradient_norm': 1.0, 'spike': True}
-GOOD = {'loss': 1.0, 'gradient_norm': 1.0, 'spike': False}
+INFINITE = {'loss': 9.0, 'gradient_norm': math.inf}
+GOOD = {'loss': 1.0, 'gradient_norm': 1.0}
 
 
 def taken(skips: guard.Skips, step: int, facts: dict) -> bool:
@@ -115,18 +79,16 @@ def test_when_a_run_halts():
   assert taken(skips, 1, GOOD)
   with pytest.raises(UserError, match='NaN or infinity at step 2, .*; no checkpoint was saved'):
     skips(2, dict(NAN))
-  with pytest.raises(UserError, match='a spike at step 3, loss 9, gradient norm 1'):
-    guard.Skips('seed', config.Guard(on_spike='halt'), lambda: None)(3, dict(SPIKE))
 
 
 def test_too_many_in_a_row_halt_a_run_and_a_resume_counts_on():
-  how = config.Guard(on_nan='skip', on_spike='skip', max_skipped=3)
+  how = config.Guard(on_nan='skip', max_skipped=3)
   skips = guard.Skips('seed', how, lambda: None)
-  found = [taken(skips, at, facts) for at, facts in enumerate([NAN, SPIKE, GOOD, NAN, NAN])]
+  found = [taken(skips, at, facts) for at, facts in enumerate([NAN, INFINITE, GOOD, NAN, NAN])]
   assert found == [False, False, True, False, False] and skips.counts == (4, 2)
   again = guard.Skips('seed', how, lambda: None, list(skips.counts))  # as JSON gives it back
   assert not taken(again, 5, NAN)
   with pytest.raises(
     UserError, match='would skip step 6 after 3 others in a row .guard.max_skipped=3.'
   ):
-    again(6, dict(SPIKE))
+    again(6, dict(INFINITE))
