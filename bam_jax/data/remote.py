@@ -34,13 +34,10 @@ def publish(source: epath.Path, prepare: Callable[[Path], Any]) -> None:
 def fetch(source: epath.Path) -> Path:
   """This machine's copy of a dataset, for any number of processes; UserError when it has none."""
   manifest = shards.read_manifest(source)
-  width = shards.token_dtype(manifest['tokenizer']['vocab_size']).itemsize
-  splits = [entry for splits in manifest['domains'].values() for entry in splits.values()]
-  nbytes = sum(entry['tokens'] * width + entry['documents'] * 16 for entry in splits)
   copy = _cache((source / shards.MANIFEST).read_bytes())
   with FileLock(f'{copy}.lock'):
     if not copy.exists():
-      with folders.new_folder(copy, nbytes) as folder:
+      with folders.new_folder(copy) as folder:
         buckets.fetch(source, folder, [shards.MANIFEST, *shards.checksums(manifest)])
   return copy
 

@@ -35,20 +35,15 @@ EOS_TOKENS = (
 MIN_VOCAB = 258  # to train: 256 bytes, BOS and EOS
 MAX_VOCAB = 2**20  # to train; the trainer allocates room for all of it
 MAX_PRE_TOKEN = 1024  # bytes, in training: its time grows with the square of the longest
-FILE_BYTES = 2**28  # of a tokenizer's file, at most
 BATCH_BYTES = 2**22  # encoded at a time: each takes some 100 bytes until all are encoded
 
 
 def read_file(path: Path | epath.Path) -> bytes:
-  """A tokenizer's file, unparsed; UserError when it cannot be read or has over FILE_BYTES."""
+  """A tokenizer's file, unparsed; UserError when it cannot be read."""
   try:
-    with path.open('rb') as file:
-      content = file.read(FILE_BYTES + 1)
+    return path.read_bytes()
   except OSError as error:
     raise UserError(f'The tokenizer {path} cannot be read: {error.strerror or error}.') from error
-  wrong = f'{path} is larger than {FILE_BYTES >> 20} MiB: it is not a tokenizer.'
-  require(len(content) <= FILE_BYTES, wrong)
-  return content
 
 
 class Tokenizer:
