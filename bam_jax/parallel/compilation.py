@@ -19,12 +19,9 @@ def use_cache() -> None:
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
     folder = Path(home, 'bam_jax', 'compiled')  # JAX's keys have the processor and its features
-    try:
-      folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-      return  # a read-only home: compile every time
     jax.config.update('jax_compilation_cache_dir', str(folder))
     jax.config.update('jax_compilation_cache_max_size', MAX_BYTES)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', MIN_SECONDS)
-  # A full disk or a kill may leave a truncated file; JAX then recompiles, with a warning each time.
+  # A home may be read-only, and a full disk or a kill leave a truncated file: JAX then compiles
+  # anew, with a warning each time.
   warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')

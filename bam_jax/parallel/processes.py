@@ -97,18 +97,14 @@ def share_of_batch(mesh: jax.sharding.Mesh, where: str = 'the run') -> tuple[int
 
 def highest(value: int) -> jax.Array:
   """The maximum of all processes' numbers, on the devices; returns without waiting for it."""
-  return _max()(_on_devices(value))
+  maximum, numbers = _maximum(value)
+  return maximum(numbers)
 
 
-@functools.cache
-def _max() -> Callable[[jax.Array], jax.Array]:
-  everywhere = NamedSharding(jax.sharding.Mesh(jax.devices(), 'devices'), P())
-  return jax.jit(jnp.max, out_shardings=everywhere)
-
-
-@functools.cache
-def _on_devices(value: int) -> jax.Array:
-  """This process's number on each of its devices; cached, since it is needed every step."""
-  sharding = NamedSharding(jax.sharding.Mesh(jax.devices(), 'devices'), P('devices'))
-  number = np.full(1, value, np.int32)
-  return jax.make_array_from_callback((jax.device_count(),), sharding, lambda index: number)
+@functools.cache  # since it is needed every step
+def _maximum(value: int) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+  """The function, and its argument: this process's number on each of its devices."""
+  mesh = jax.sharding.Mesh(jax.devices(), 'devices')
+  own = np.full(jax.local_device_count(), value, np.int32)
+  numbers = jax.make_array_from_process_local_data(NamedSharding(mesh, P('devices')), own)
+  return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P())), numbers

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from bam_jax import config
-from bam_jax.errors import UserError
+from bam_jax.config.strict import require
 from bam_jax.model import parameters, transformer
 from bam_jax.parallel import sharding
 
@@ -121,21 +121,17 @@ def update_expert_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> j
 
 def check(run: config.Run, model: config.Model, where: str) -> None:
   """UserError when a pattern matches no parameter, or a model without routers is to warm them."""
-  if run.router_warmup_steps and model == model.dense():
-    raise UserError(
-      f'{where}.router_warmup_steps={run.router_warmup_steps} has no effect on a dense model, '
-      'which has no router: set it to 0.'
-    )
+  wrong = f'{where}.router_warmup_steps={run.router_warmup_steps} has no effect on a dense model'
+  routed = model != model.dense() or not run.router_warmup_steps
+  require(routed, f'{wrong}, which has no router: set it to 0.')
   if not run.learning_rate_factors:
     return
   abstract = transformer.Network(model, config.Compute()).abstract()
   paths = [sharding.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)]
   for pattern in run.learning_rate_factors:
-    if not any(_hit(pattern, path) for path in paths):
-      raise UserError(
-        f'{where}.learning_rate_factors has the pattern {pattern!r}, which matches no parameter: '
-        f'there are {", ".join(paths)}.'
-      )
+    wrong = f'{where}.learning_rate_factors has the pattern {pattern!r}, which matches no parameter'
+    matched = any(_hit(pattern, path) for path in paths)
+    require(matched, f'{wrong}: there are {", ".join(paths)}.')
 
 
 def _hit(pattern: str, path: str) -> bool:
