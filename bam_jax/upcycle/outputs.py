@@ -45,8 +45,10 @@ def read_to_mesh(reader: Reader, abstract: Any, shardings: Any) -> Any:
 
   def regions(wanted, parts):
     for path, spec in wanted.items():
-      index = tuple(slice(*bounds) for bounds in parts[path])
-      yield path, index, reader.read(path, index).astype(spec.dtype, copy=False)
+      for piece in arrays.pieces(path, spec):
+        if box := merge_lib.overlap(arrays.bounds(spec, piece), parts[path]):
+          index = tuple(slice(*bounds) for bounds in box)
+          yield path, index, reader.read(path, index).astype(spec.dtype, copy=False)
 
   return _to_mesh(regions, abstract, shardings)
 
