@@ -37,10 +37,11 @@ def main() -> dict[str, Any]:
   require(checkpoint and output, '--checkpoint and --output are required.')
   valid = re.fullmatch(r'[1-9]\d{0,8}[KMGT]B', size, re.ASCII)
   require(valid, f'--max_shard_size={size} is not a size such as 500MB or 5GB.')
-  options, start = dict(dtype=_DTYPE.value, max_shard_size=size), time.monotonic()
-  options['architecture'] = _ARCHITECTURE.value or None
+  options = dict(dtype=_DTYPE.value, architecture=_ARCHITECTURE.value or None)
+  start = time.monotonic()
   with cli.bytes_bar('Exporting') as progress:
-    facts = exporting.convert(checkpoint, output, **options, progress=progress)
+    facts = exporting.convert(checkpoint, output, max_shard_size=size, progress=progress, **options)
   seconds, count = time.monotonic() - start, len(facts['files'])
-  print(f'{output}: {facts["architecture"]} in {count} files, {seconds:.1f} s.', file=sys.stderr)
+  where = '1 file' if count == 1 else f'{count} files'
+  print(f'{output}: {facts["architecture"]} in {where}, {seconds:.1f} s.', file=sys.stderr)
   return {'output': output, 'seconds': seconds, **facts}

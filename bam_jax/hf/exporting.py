@@ -47,9 +47,9 @@ def convert(
   source = checkpoint.find(source)  # once: a run's newest may change
   meta = checkpoint.read_meta(source)
   tokenizer = checkpoint.open_tokenizer(source, meta)
-  origin = meta.sequence_length, meta.method, meta.sources
   reader = checkpoint.open_params(source, meta.model)
   biased = any(np.any(reader.read(path)) for path in reader.specs if path.endswith('expert_bias'))
+  origin = meta.sequence_length, meta.method, meta.sources
   facts = config_json.from_model(meta.model, *origin, architecture, biased)
   table, zeros = config_json.tensors(meta.model, facts)
   specs = _specs(reader, table, dtype)
@@ -76,20 +76,18 @@ def convert(
 
 
 def _specs(reader: arrays.Reader, table: names.Table, dtype: str | None) -> dict[str, arrays.Spec]:
-  """The tensors by name: the embedding, then layer by layer, then the rest."""
-  placed = []
-  for name, parts in names.pieces(table).items():
-    path, index, _ = parts[0]
+  """The tensors by name: those outside of layers, then layer by layer."""
+  found, pieces = {}, names.pieces(table)
+  for name in sorted(pieces, key=lambda name: pieces[name][0].index[:1]):
+    path = pieces[name][0].path
     # transformers keeps routers in float32, as training does.
     keep = dtype is None or 'router' in name
-    rows, *rest = names.shape(table, parts)
+    rows, *rest = names.shape(table, pieces[name])
     # Experts that are in one tensor are its first axis.
     experts = () if '.experts.' in name else table[path].stacked[1:]
     shape = *experts, rows // math.prod(experts), *rest
-    spec = arrays.Spec(shape, reader.specs[path].dtype if keep else jnp.dtype(dtype))
-    outside = -1 if path.startswith('embed/') else float('inf')
-    placed.append((index[0] if index else outside, name, spec))
-  return {name: spec for _, name, spec in sorted(placed, key=lambda item: item[0])}
+    found[name] = arrays.Spec(shape, reader.specs[path].dtype if keep else jnp.dtype(dtype))
+  return found
 
 
 def _tensors(

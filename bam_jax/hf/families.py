@@ -146,8 +146,6 @@ _OWN = (
 
 def _read_own(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
   own = {name: facts.pop(name) for name in _OWN if facts.get(name) is not None}
-  if facts.take('use_qk_norm', bool, False):  # of files from before there were several kinds
-    own['qk_norm'] = 'head_layernorm'
   fields = vars(strict.from_dict(config.Model, fields | own, 'config.json'))
   return fields | rotation.read(facts, None)
 

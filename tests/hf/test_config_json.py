@@ -121,6 +121,7 @@ def test_a_class_that_computes_another_model_is_refused():
     ),
     (LLAMA, 'Qwen3Moe', 'not Qwen3MoeForCausalLM: export as Qwen2MoeForCausalLM or Bam'),
     (LLAMA | {'head_dim': 10}, 'Qwen2Moe', 'not Qwen2MoeForCausalLM: export as BamForCausalLM'),
+    (LLAMA | {'attention_scale': 0.3}, 'Qwen2Moe', 'not Qwen2MoeForCausalLM: export as BamFor'),
     (COHERE, 'Cohere2Moe', 'by their sum: export as BamForCausalLM'),
     (OLMO2, 'Llama', 'not LlamaForCausalLM: export as FlexOlmoForCausalLM or Bam'),
   ],
@@ -133,12 +134,6 @@ def test_a_class_of_mixtures_with_other_gates_or_blocks_is_refused(blocks, archi
   assert config_json.to_model(json.loads(json.dumps(written))) == model
   with pytest.raises(UserError, match='MixtralForCausalLM is a mixture: a seed must be dense'):
     config_json.to_model(written | {'architectures': ['MixtralForCausalLM']})
-
-
-def test_a_mixture_from_before_there_were_several_norms():
-  written = config_json.from_model(make_model('btx'), 64, None, ())
-  old = {key: value for key, value in written.items() if key not in ('qk_norm', 'block', 'norm')}
-  assert config_json.to_model(old | {'use_qk_norm': True}) == make_model('btx')
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bam_jax import checkpoint, config
-from bam_jax.checkpoint import arrays
+from bam_jax.checkpoint import arrays, manifest
 from bam_jax.errors import UserError
 from bam_jax.hf import exporting, importing, source
 from bam_jax.upcycle import outputs
@@ -147,6 +147,11 @@ def test_sources_that_are_not_quite_alike(tmp_path, monkeypatch):
   table, head = (opened[n].reader.read(p) for n, p in enumerate(('embed/table', 'unembed/kernel')))
   got = folders.read_checkpoint(tmp_path / 'mix')['unembed/kernel']
   np.testing.assert_array_equal(got, (table.T + head) / 2)
+  # A source's hashes are of what was mixed, its copy of the table too.
+  hashes, copy = meta.manifest.sources[0].array_hashes, manifest.Hash()
+  copy.update(table.T)
+  assert hashes['unembed/kernel'] == copy.hexdigest()
+  assert hashes.keys() == {*opened[0].reader.specs, 'unembed/kernel'}
 
 
 def test_a_specialist_that_went_through_transformers_mixes_with_its_seed(tmp_path):

@@ -229,7 +229,8 @@ def by_our_paths(tensors: dict, model: config.Model, architecture: str) -> dict[
   made = {path: np.zeros(tensor.shape, np.float32) for path, tensor in table.items()}
   for name, parts in names.pieces(table).items():
     for path, index, rows in parts:
-      made[path][index] = names.to_ours(table[path], tensors[name][rows], np.float32)
+      places = tensors[name].reshape(-1, *table[path].theirs[1:])  # experts may be an axis
+      made[path][index] = names.to_ours(table[path], places[rows], np.float32)
   return made
 
 
