@@ -38,8 +38,10 @@ import jax
 from absl import flags
 
 from bam_jax import cli
+from bam_jax.account import accounting
 from bam_jax.aot import program, report, search, topology
 from bam_jax.config.strict import require
+from bam_jax.recipes import graph
 
 _CONFIG = cli.define_recipe()
 _RUN = flags.DEFINE_string('run', None, 'The run whose step to compile.')
@@ -63,7 +65,8 @@ def main() -> dict[str, Any]:
   recipe = cli.read_recipe(_CONFIG)
   for flag in (_RUN, _TOPOLOGY):
     require(flag.value, f'--{flag.name} is required.')
-  job = program.make_job(recipe, _RUN.value)
+  node = accounting.find_run(graph.resolve(recipe), 'run', _RUN.value)
+  job = program.Job(_RUN.value, node.model, node.run, recipe.data.sequence_length)
   target = topology.parse(_TOPOLOGY.value, _SLICES.value)
   other, unread = ('decode', _DECODE) if _PHASE.value == 'train' else ('train', _TRAIN)
   for flag in unread:

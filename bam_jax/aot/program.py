@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bam_jax import config
-from bam_jax.account import accounting
 from bam_jax.aot.topology import Topology
 from bam_jax.config.strict import require
 from bam_jax.files import folders
@@ -20,7 +19,6 @@ from bam_jax.generate import generator
 from bam_jax.generate.decode import Decoder
 from bam_jax.model import transformer
 from bam_jax.parallel import memory, sharding
-from bam_jax.recipes import graph
 from bam_jax.train import optimizer
 from bam_jax.train import step as step_lib
 
@@ -74,12 +72,6 @@ class Decode:
   def slots(self) -> int:
     """Of the cache, for each row: as `generate` rounds them up."""
     return generator.bucket(self.context)
-
-
-def make_job(recipe: config.Recipe, name: str) -> Job:
-  """The job of a recipe's run; UserError for a run that is not in it."""
-  node = accounting.find_run(graph.resolve(recipe), 'run', name)
-  return Job(name, node.model, node.run, recipe.data.sequence_length)
 
 
 def make_mesh(job: Job, devices: Sequence[Any], topology: Topology) -> jax.sharding.Mesh:

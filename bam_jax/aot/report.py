@@ -103,17 +103,14 @@ def _costs(
   total, peak = sum(flops.values()), topology.size * topology.chip.flops
   seconds = roofline.seconds(step, network, sizes)
   rows: dict[tuple[str, str], collections.Counter] = collections.defaultdict(collections.Counter)
-  for event in [event for event in step.events if event.collective]:
-    one = event.collective
-    numbers = {
-      'count': 1,
-      'asynchronous': int(event.asynchronous),
-      'operand_bytes': one.operand_bytes,
-      'wire_bytes': one.wire_bytes,
-      'seconds': sum(network.seconds(one)),
-    }
-    row = rows[one.kind, one.axes(sizes)]
-    row.update({name: event.times * number for name, number in numbers.items()})
+  for event in step.events:
+    if one := event.collective:
+      row = rows[one.kind, one.axes(sizes)]
+      row['count'] += event.times
+      row['asynchronous'] += event.times * event.asynchronous
+      row['operand_bytes'] += event.times * one.operand_bytes
+      row['wire_bytes'] += event.times * one.wire_bytes
+      row['seconds'] += event.times * sum(network.seconds(one))
   collectives = [{'kind': kind, 'axes': axes, **row} for (kind, axes), row in rows.items()]
   return {
     'model_flops': model_flops,
@@ -129,10 +126,9 @@ def _costs(
 
 def tables(facts: dict[str, Any]) -> list[rich.table.Table]:
   """The facts of either phase, under the names that they have in `--json`."""
-  apart = 'collectives label slices versions compute fits candidates flags'.split()
-  rows = {key: value for key, value in facts.items() if key not in apart}
-  rows |= {f'compute.{key}': facts.get('compute', {}).get(key) for key in ('dtype', 'remat')}
-  rows = [(key, text(key, value)) for key, value in rows.items() if value not in (None, '', [])]
+  apart = 'collectives label slices versions fits candidates flags'.split()
+  known = {key: value for key, value in facts.items() if value not in (None, '', [])}
+  rows = [(key, text(key, value)) for key, value in known.items() if key not in apart]
   slices = f'{facts["slices"]} x ' if facts['slices'] > 1 else ''
   fits = 'fits' if facts['fits'] else 'does not fit'
   summary = cli.table(f'{facts["run"]} {fits} {slices}{facts["topology"]}', ('', ''), (), rows)

@@ -73,9 +73,8 @@ class DecodeLayout(Layout):
 class Apart:
   """An array with experts on axis 0 as one array for each expert of a device.
 
-  Inside `Layout.spread` the model uses it like the array: `shape`, `dtype`, and an expert's own
-  array by its number. Part i of the E / n on each of n devices has shape (n, ...) and holds the
-  experts i, i + E / n, ...: cut along its first axis it gives every device one.
+  Inside `Layout.spread` the model uses it like the array. Part i of the E / n on each of n devices
+  has shape (n, ...) and holds the experts i, i + E / n, ...
   """
 
   parts: tuple[jax.Array, ...]
@@ -93,10 +92,7 @@ class Apart:
 
 
 class Decoder:
-  """A model as a function of its parameters as they lie for generation, and a cache.
-
-  On a mesh `read` is one device's part, to be called inside `layout.spread`.
-  """
+  """A model as a function of its parameters as they lie for generation, and a cache."""
 
   def __init__(self, model: config.Model, dtype: str, mesh: jax.sharding.Mesh | None):
     """`model` is any variant, and drops no tokens; `dtype` is of weights, activations and cache."""
@@ -111,11 +107,11 @@ class Decoder:
   def read(
     self, params: dict, cache: Cache, tokens_BT: jax.Array, first_B: jax.Array, start
   ) -> tuple[jax.Array, Cache]:
-    """Reads new tokens, which take the slots from `start` on, and adds them to the cache.
+    """Reads new tokens, which take the slots from `start` on: one device's part of `layout.spread`.
 
     `params` is what `place` returned; `tokens_BT`, `start` and `first_B` are int32. What stands
-    before slot `first_B` of a row is padding. Returns the cache, and scores of the token that
-    follows the last one (B, V), float32, the same on all devices of a row.
+    before slot `first_B` of a row is padding. Returns scores of the token that follows the last one
+    (B, V), float32, and the cache with the new tokens.
     """
     positions_BT = start + jnp.arange(tokens_BT.shape[1]) - first_B[:, None]
     segments_BT = (positions_BT >= 0).astype(jnp.int32)
@@ -142,8 +138,7 @@ class Decoder:
   def place(self, read: Read) -> dict[str, Any]:
     """Parameters on the devices, a layer and an expert at a time; UserError as in `check`.
 
-    Norms and routers stay float32. `blocks` becomes a list with a tree for each layer, in which
-    arrays of experts are `Apart`.
+    `blocks` becomes a list with a tree for each layer, in which arrays of experts are `Apart`.
     """
     self.check('--mesh')
 
