@@ -92,10 +92,5 @@ class Grow(Section):
 
   mixture: str = field(metadata={'key': 'from'})  # names of runs
   dense: str = field(metadata={'key': 'with'})
-  router_init: Literal['random', 'zero'] = 'random'  # of the new columns, as in Upcycle
-  router_scale: NonNegative = 1.0
+  router_init: Literal['random', 'zero'] = 'random'  # of the new columns
   freeze_old: bool = False  # train routers and the new expert alone
-
-  def check(self):
-    scaled = f"router_scale={self.router_scale} has no effect with router_init='zero': remove it."
-    self.require(self.router_init != 'zero' or self.router_scale == 1, scaled)

@@ -34,10 +34,9 @@ _OUTPUT = flags.DEFINE_string('output', None, 'Folder to create.')
 _FROM = flags.DEFINE_string('from', None, 'The dense model to add, or to replace an expert by.')
 _EXPERT = flags.DEFINE_string('expert', None, 'Name or number of the expert to drop or replace.')
 _INIT = flags.DEFINE_enum('router_init', 'random', ('random', 'zero'), "An added expert's columns.")
-_SCALE = flags.DEFINE_float('router_scale', 1.0, 'Standard deviation of these times sqrt(D).', 0.0)
-_SEED = flags.DEFINE_integer('seed', 0, 'Seed of these.', 0, 2**32 - 1)
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of random ones.', 0, 2**32 - 1)
 USED = {
-  'add-expert': ('from', 'router_init', 'router_scale', 'seed'),
+  'add-expert': ('from', 'router_init', 'seed'),
   'drop-expert': ('expert',),
   'replace-expert': ('expert', 'from'),
 }
@@ -49,19 +48,16 @@ def main() -> dict[str, Any]:
   for flag in (_CHECKPOINT, _OUTPUT, _FROM, _EXPERT):
     needed = flag.name in ('checkpoint', 'output', *USED[name])
     require(flag.value or not needed, f'--{flag.name} is required.')
-  for flag in (_FROM, _EXPERT, _INIT, _SCALE, _SEED):
+  for flag in (_FROM, _EXPERT, _INIT, _SEED):
     used = flag.name in USED[name] or not flag.present
     require(used, f'--{flag.name} has no effect on {name}: remove it.')
-  scaled = _SCALE.present and _INIT.value == 'zero'
-  require(not scaled, '--router_scale has no effect with --router_init=zero: remove it.')
   mixture = sources.open_checkpoint(_CHECKPOINT.value)
   if name == 'drop-expert':
     changed = growth.drop(mixture, [_EXPERT.value])
   else:
     dense = hf_source.open_any(_FROM.value)
     if name == 'add-expert':
-      key = merge.run_key(_SEED.value, '')
-      changed = growth.add(mixture, dense, key, _INIT.value, _SCALE.value)
+      changed = growth.add(mixture, dense, merge.run_key(_SEED.value, ''), _INIT.value)
     else:
       changed = growth.replace(mixture, dense, _EXPERT.value)
     growth.check_new(mixture, changed)

@@ -63,7 +63,7 @@ def execute(
         domains=domains,
         folder=folder,
         init=functools.partial(start.initial_params, recipe, nodes, node, workdir, dataset),
-        meta=functools.partial(_meta, recipe, node, workdir, dataset, _mixture(node, workdir)),
+        meta=functools.partial(_meta, recipe, node, dataset, _manifest(recipe, node, workdir)),
       )
       facts = loop.train(job, stopping, began)
       began = time.monotonic()
@@ -128,21 +128,7 @@ def _check_identity(folder: Path, node: graph.Node) -> None:
   raise UserError(f'{begun} ({"; ".join(changes[:3])}{more}): {fix}')
 
 
-def _mixture(node: graph.Node, workdir: Path) -> checkpoint.Meta | None:
-  """The record of the mixture that a run starts from, if it starts from one."""
-  match node.run.init:
-    case config.FromRun(name) | config.FromGrow(config.Grow(name)):
-      meta = checkpoint.read_meta(workdir / name)
-    case config.FromCheckpoint():
-      meta = node.origin.meta
-    case _:
-      return None
-  return meta if meta.model != meta.model.dense() else None
-
-
-def _meta(
-  recipe: config.Recipe, node: graph.Node, workdir, dataset, mixture, step: int
-) -> checkpoint.Meta:
+def _meta(recipe: config.Recipe, node: graph.Node, dataset, made, step: int) -> checkpoint.Meta:
   return checkpoint.Meta(
     format=checkpoint.FORMAT,
     model=node.model,
@@ -156,13 +142,11 @@ def _meta(
     versions=manifest.versions(),
     bos_token=dataset.manifest['tokenizer']['bos_token'],
     eos_token=dataset.manifest['tokenizer']['eos_token'],
-    manifest=_manifest(recipe, node, workdir, mixture),
+    manifest=made,
   )
 
 
-def _manifest(
-  recipe: config.Recipe, node: graph.Node, workdir: Path, mixture: checkpoint.Meta | None
-) -> manifest.Manifest | None:
+def _manifest(recipe: config.Recipe, node: graph.Node, workdir: Path) -> manifest.Manifest | None:
   """What a run's first parameters were made from; hashes would require reading it again."""
   if node.run.init == 'scratch':
     return None
@@ -172,12 +156,15 @@ def _manifest(
     path = lambda name: str(folders.absolute(workdir / name))
     names = config.parents(node.run)
     origins = tuple(manifest.Source(path(n), n, recipe.total_steps(n)) for n in names)
-  made = rules.rules(node.model, node.upcycle.norms) if node.upcycle else ()
-  before = mixture and mixture.manifest  # what it says of a mixture's making stays true
-  upcycle, grown = (before.upcycle, before.grown) if before else (node.upcycle, None)
-  if isinstance(node.run.init, config.FromGrow):
-    experts = (*range(len(node.experts) - 1), manifest.NEW)
-    grown = manifest.Grown(experts, mixture.sources, before)
+  upcycle, grown = node.upcycle, None
+  made = rules.rules(node.model, upcycle.norms) if upcycle else ()
+  if node.kind == 'mixture' and not upcycle:  # how the mixture that it starts from was made
+    meta = node.origin.meta if node.origin else checkpoint.read_meta(workdir / names[0])
+    before = meta.manifest
+    upcycle, grown = (before.upcycle, before.grown) if before else (None, None)
+    if isinstance(node.run.init, config.FromGrow):
+      experts = (*range(len(node.experts) - 1), manifest.NEW)
+      grown = manifest.Grown(experts, meta.sources, before)
   now, seed, name = manifest.now(), recipe.seed, node.name
   return manifest.Manifest('', now, origins, made, upcycle, seed, name, grown)
 

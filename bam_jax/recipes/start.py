@@ -46,7 +46,7 @@ def initial_params(
       return outputs.to_mesh(merge, abstract, shardings)
     case config.FromGrow(grow):
       mixture, dense = _open([workdir / grow.mixture, workdir / grow.dense])
-      grown = growth.add(mixture, dense, key, grow.router_init, grow.router_scale)
+      grown = growth.add(mixture, dense, key, grow.router_init)
       processes.decide(functools.partial(growth.check_new, mixture, grown))
       return outputs.read_to_mesh(grown.reader, abstract, shardings)
     case config.FromRun(parent):

@@ -131,22 +131,21 @@ def drop(mixture: Source, experts: Sequence[str]) -> Source:
   return _changed(mixture, left)
 
 
-def add(
-  mixture: Source, dense: Source, key: jax.Array, init: str = 'random', scale: float = 1.0
-) -> Source:
+def add(mixture: Source, dense: Source, key: jax.Array, init: str = 'random') -> Source:
   """The mixture with a dense model as its last expert; UserError if it does not fit.
 
-  Its column of every router is 0, for init='zero', or drawn as `merge.drawn` draws, by the key, the
-  expert's name and its number. Biases of routers are 0.
+  Its column of every router is 0, for init='zero', or drawn like random ones of the mixture, by the
+  key, the expert's name and its number. Biases of routers are 0.
   """
-  count, columns = len(names_of(mixture.meta.model, (), mixture.path)), {}
-  for rule in rules.rules(mixture.meta.model):
+  model, made = mixture.meta.model, mixture.meta.manifest and mixture.meta.manifest.upcycle
+  count, columns = len(names_of(model, (), mixture.path)), {}
+  for rule in rules.rules(model):
     if not rule.source:
       shape = mixture.reader.specs[rule.target].shape[:-1]
       columns[rule.target] = np.zeros(shape, np.float32)
       if rule.how == 'router' and init == 'random':
         rng = options.generator(key, f'{rule.target}/{dense.meta.run}', count)
-        deviation = scale / math.sqrt(shape[-1])
+        deviation = (made.router_scale if made else 1.0) / math.sqrt(shape[-1])
         columns[rule.target] = deviation * rng.standard_normal(shape, np.float32)
   return _changed(mixture, (*range(count), NEW), dense, columns)
 

@@ -66,7 +66,6 @@ def test_generating_without_an_expert(server, world):
   ('drop-expert', [], '--expert is required.'),
   ('drop-expert', ['--expert=law', '--from=hub'], '--from has no effect on drop-expert: remove it'),
   ('replace-expert', ['--expert=0', '--from=hub', '--seed=1'], '--seed has no effect on replace-'),
-  ('add-expert', ['--from=hub', '--router_init=zero', '--router_scale=2'], '--router_scale has no'),
   ('drop-expert', ['--expert=math'], "bam has no expert 'math'. Its experts are 0: seed, 1: code"),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence(server, world, command, flags, sentence):

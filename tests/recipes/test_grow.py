@@ -26,7 +26,7 @@ def recipe(recipe_dict) -> dict:
   runs['bam']['init']['upcycle'] |= {'norms': 'fold', 'expert_bias': True}
   runs['longer'] = runs['bam'] | {'init': {'run': 'bam'}}
   runs['grown'] = runs['bam'] | {'init': grow(), 'mesh': {'expert': 2}}
-  runs['frozen'] = runs['grown'] | {'init': grow(freeze_old=True, router_scale=2.0)}
+  runs['frozen'] = runs['grown'] | {'init': grow(freeze_old=True)}
   for name, run in runs.items():
     steps = {'seed': 0, 'bam': 0, 'grown': 0, 'frozen': 2}.get(name, 1)
     run |= {'tokens': steps * 8 * 16, 'schedule': run['schedule'] | {'warmup_steps': 0}}
@@ -40,8 +40,8 @@ def test_a_run_that_grows_a_mixture(recipe, dataset, tmp_path):
   params = lambda name: values(checkpoint.find(tmp_path / name))
   mixture, math = (open_checkpoint(str(tmp_path / name)) for name in ('longer', 'math'))
   before, grown, frozen = params('longer'), params('grown'), params('frozen')
-  for name, scale in (('grown', 1.0), ('frozen', 2.0)):
-    added = growth.add(mixture, math, run_key(0, name), scale=scale).reader
+  for name in ('grown', 'frozen'):
+    added = growth.add(mixture, math, run_key(0, name)).reader
     for path, after in params(name).items():
       start, axis = added.read(path), after.ndim - 1 if path.endswith('router') else 1
       if name == 'grown':
@@ -75,7 +75,6 @@ def test_a_run_that_grows_a_mixture(recipe, dataset, tmp_path):
   (grow(**{'from': 'code'}), "grow.from='code' is a dense model, without experts: name a mixture"),
   (grow(**{'with': 'bam'}), "grow.with='bam' is no dense run of the model that 'longer' is made"),
   (grow(**{'with': 'nobody'}), "names 'nobody', which is not one of"),
-  (grow(router_init='zero', router_scale=2.0), 'router_scale=2.0 has no effect'),
   ({'grow': {'from': 'longer'}}, 'init.grow.with is missing'),
 ])  # fmt: skip
 def test_what_cannot_grow(recipe, init, sentence):

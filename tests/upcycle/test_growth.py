@@ -189,14 +189,15 @@ def test_an_expert_that_no_router_chooses_changes_nothing(models, runs, make_bat
 
 
 def test_draws(runs, tmp_path):
-  """By the seed, the expert's name and its number; of the asked length."""
+  """By the seed, the expert's name and its number; as long as the mixture's own."""
   mixture, path = mix(runs, tmp_path / 'mix'), 'blocks/ffn/router'
   law, other = (open_checkpoint(str(runs / 'law')) for _ in range(2))
   other = other._replace(meta=dataclasses.replace(other.meta, run='other'))
   column = lambda mixture, *how: growth.add(mixture, *how).reader.read(path)[..., -1]
   first = column(mixture, law, KEY)
   np.testing.assert_array_equal(column(mixture, law, KEY), first)
-  np.testing.assert_allclose(column(mixture, law, KEY, 'random', 2.0), 2 * first, rtol=1e-6)
+  scaled = mix(runs, tmp_path / 'scaled', router_scale=2.0)
+  np.testing.assert_allclose(column(scaled, law, KEY), 2 * first, rtol=1e-6)
   three = growth.add(mixture, law, KEY)
   for draws in (
     column(mixture, law, merge.run_key(1, '')), column(mixture, other, KEY),
