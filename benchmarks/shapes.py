@@ -10,7 +10,7 @@ MIXTURES = ('btx', 'bam_shared_kv', 'bam_kv_experts')
 
 
 def get_config(dtype: str = 'float32'):
-  """Runs `dense`, `btx`, `bam_shared_kv` and `bam_kv_experts`."""
+  """Runs `dense`, `btx`, `bam_shared_kv`, `bam_kv_experts`, and `bam_routed`: shared KV, top-1."""
   common = {
     'data': {'text': 1.0},
     'tokens': 2048,
@@ -24,6 +24,8 @@ def get_config(dtype: str = 'float32'):
   for method in MIXTURES:
     upcycle = {'from': ['dense', 'two', 'three', 'four'], 'method': method}
     runs[method] = {'label': method, 'init': {'upcycle': upcycle}, **common}
+  routed = upcycle | {'method': 'bam_shared_kv', 'attention_top_k': 1, 'router_input': 'prefix'}
+  runs['bam_routed'] = {'label': 'bam_routed', 'init': {'upcycle': routed}, **common}
   return config.complete(
     {
       'name': 'shapes',

@@ -132,6 +132,8 @@ class Model(Section):
   logit_cap: NonNegative = 0.0
   attention_experts: AttentionExperts | None = None
   ffn_experts: FFNExperts | None = None
+  # What routers read: the token, or the mean of its document up to and including it.
+  router_input: Literal['token', 'prefix'] = 'token'
 
   def check(self):
     num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
@@ -151,6 +153,8 @@ class Model(Section):
     )
     known = all(0 <= layer < L for layer in self.nope_layers)
     self.require(known, f'nope_layers={list(self.nope_layers)} has a number that is not a layer.')
+    routed = self.attention_experts or self.ffn_experts or self.router_input == 'token'
+    self.require(routed, "router_input='prefix' has no effect without experts: remove it.")
 
   @property
   def norms(self) -> tuple[str, ...]:
@@ -158,6 +162,11 @@ class Model(Section):
     before = ('norm',) if self.block == 'parallel' else ('norm', 'ffn_norm')
     after = ('attention_out_norm', 'ffn_out_norm') if self.norm_place != 'pre' else ()
     return after if self.norm_place == 'post' else before + after
+
+  @property
+  def soft_attention(self) -> bool:
+    """Whether every token visits every attention expert."""
+    return bool(self.attention_experts and not self.attention_experts.top_k)
 
   @property
   def ffn_inputs(self) -> tuple[str, ...]:
@@ -178,7 +187,8 @@ class Model(Section):
 
   def dense(self) -> 'Model':
     """The same model without experts."""
-    return dataclasses.replace(self, attention_experts=None, ffn_experts=None)
+    experts = dict(attention_experts=None, ffn_experts=None, router_input='token')
+    return dataclasses.replace(self, **experts)
 
   def dropless(self) -> 'Model':
     """The same model without a capacity: a token's output does not depend on other tokens' load."""

@@ -21,10 +21,12 @@ class Upcycle(Section):
   attention_top_k: Count = 0  # of the attention experts; 0 is soft
   renormalize: bool = False  # divide the k gates by their sum
   capacity_factor: NonNegative = 0.0  # of the FFN experts' buffers; 0 is dropless
-  router_scale: NonNegative = 1.0  # standard deviation of new routers, times sqrt(D)
+  # Standard deviation of random routers, times sqrt(D); of fitted ones see docs/options.md.
+  router_scale: NonNegative = 1.0
   # The rest goes beyond the paper and is off by default: docs/options.md.
-  # 'zero': equal gates; 'centroids': columns of length router_scale towards each source's data.
-  router_init: Literal['random', 'zero', 'centroids'] = 'random'
+  router_input: Literal['token', 'prefix'] = 'token'  # or the mean of the document so far
+  # 'zero': equal gates; 'centroids' and 'ridge': fitted to each source's data.
+  router_init: Literal['random', 'zero', 'centroids', 'ridge'] = 'random'
   average: Literal['mean', 'weighted', 'first'] = 'mean'  # of the sources, if not stacked
   weights: tuple[float, ...] = ()  # of the sources, in any unit, for 'weighted'
   # 'fold': each source's norm before a part goes into its own experts' matrices.
@@ -48,16 +50,17 @@ class Upcycle(Section):
     self.require(enough, f'{few}: each is an expert.')
     attention = self.method in ('bam_kv_experts', 'bam_shared_kv')
     experts = f'{self.experts} experts'
-    zero, centroids = self.router_init == 'zero', self.router_init == 'centroids'
+    zero = self.router_init == 'zero'
     fold = self.norms == 'fold'
     for key, given, where in (
       ('num_experts', average and num_experts > len(sources), 'which has no experts'),
-      ('router_init', average and (zero or centroids), 'which has no router'),
+      ('router_init', average and (zero or self.fits_routers), 'which has no router'),
+      ('router_input', average and self.router_input != 'token', 'which has no router'),
       ('norms', fold and average, 'which has no experts'),
       ('norms', fold and sparse, 'with a single source'),
       ('expert_bias', average and self.expert_bias, 'which has no router'),
       ('attention_top_k', self.attention_top_k and not attention, 'which has no attention experts'),
-      ('router_init', sparse and centroids, 'with a single source'),
+      ('router_init', sparse and self.fits_routers, 'with a single source'),
       ('drop_ratio', self.drop_ratio and not self.copies, f'none of whose {experts} is a copy'),
       ('noise', self.noise and not self.copies, f'none of whose {experts} is a copy'),
     ):
@@ -65,8 +68,8 @@ class Upcycle(Section):
       self.require(not given, f'{value}, {where}: remove it.')
     scaled = f"router_scale={self.router_scale} has no effect with router_init='zero': remove it."
     self.require(not zero or self.router_scale == 1, scaled)
-    wrong = "router_init='centroids' reads averaged norms: set norms='mean', or 'random'."
-    self.require(not (fold and centroids), wrong)
+    wrong = f"router_init={self.router_init!r} reads averaged norms: set norms='mean', or 'random'."
+    self.require(not (fold and self.fits_routers), wrong)
     unused = f"{weights=} has no effect with average={self.average!r}: set average='weighted'."
     self.require(not weights or self.average == 'weighted', unused)
     fits = self.average != 'weighted' or len(weights) == len(sources)
@@ -74,6 +77,11 @@ class Upcycle(Section):
     self.require(fits, f'{weights=} has {len(weights)} numbers: {need}.')
     for weight in weights:
       self.require(0 < weight < math.inf, f'{weights=} has {weight}, which is not positive.')
+
+  @property
+  def fits_routers(self) -> bool:
+    """Whether routers are made from the sources' data."""
+    return self.router_init in ('centroids', 'ridge')
 
   @property
   def experts(self) -> int:

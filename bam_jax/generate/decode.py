@@ -6,7 +6,7 @@ new token of every row has the same slot.
 
 A generated token reads every weight once and does little with it, so nothing may be gathered or
 copied for it. Each layer's array is a buffer of its own, and so is each expert's: on CPU a slice of
-a stack is a copy. On TPU alone a layer's FFN experts are one, for their kernel. Over a mesh
+a stack is a copy. On TPU alone a layer's routed experts are one, for their kernels. Over a mesh
 
 - `data` and `fsdp` cut the rows of the batch, and no weight;
 - `expert` cuts the attention experts, with their keys and values, the hidden columns of every FFN
@@ -32,12 +32,13 @@ from jax.sharding import PartitionSpec as P
 from bam_jax import config
 from bam_jax.model import norm, parameters, rope, transformer, vocabulary
 from bam_jax.model.block import Block
-from bam_jax.model.kernels.cached import KVCache
+from bam_jax.model.kernels.cached import KVCache, LayerCache
 from bam_jax.parallel import sharding
 from bam_jax.parallel.collectives import Layout
 
 ROWS = P(('data', 'fsdp'))
-Cache = list[list[KVCache]]  # of each layer, of each set of keys and values on a device
+Cache = list[LayerCache]
+_PROJECTIONS = ('blocks/attention/query', 'blocks/attention/out')
 Read = Callable[[str, Any], Any]  # (path, index) -> that region of a parameter
 
 
@@ -58,10 +59,6 @@ class DecodeLayout(Layout):
   def scatter(self, x: jax.Array, *axes: str, dimension: int = 0) -> jax.Array:
     """The sum of `x` over the devices along the axes."""
     return self.sum(x, *axes)
-
-  def local_numbers(self, experts: jax.Array, count: int) -> jax.Array:
-    """`experts`: a device has a part of every FFN expert."""
-    return experts
 
   def concatenate(self, x: jax.Array, *axes: str, dimension: int = 0) -> jax.Array:
     """The parts of `x` along the axes, such as the scores of words."""
@@ -123,10 +120,10 @@ class Decoder:
     updated = []
     # Not a scan: it would copy each layer's slice of the weights, and of the cache, before use.
     kinds = rope.kind_of_layer(self.model) or [None] * self.model.num_layers
-    for weights, caches, kind in zip(params['blocks'], cache, kinds, strict=True):
+    for weights, of_layer, kind in zip(params['blocks'], cache, kinds, strict=True):
       tokens = dataclasses.replace(here, kind=kind)
-      x_BTD, _, caches = nnx.merge(self._graph, weights)(x_BTD, tokens, tokens, caches)
-      updated.append(caches)
+      x_BTD, _, of_layer = nnx.merge(self._graph, weights)(x_BTD, tokens, tokens, of_layer)
+      updated.append(of_layer)
     hidden_BD = norm.normalize(self.model, x_BTD[:, -1], **params['final_norm'])
     logits_BW = self.network.logits(params, hidden_BD)
     return self.layout.concatenate(logits_BW, 'tensor', 'expert', dimension=1), updated
@@ -166,7 +163,12 @@ class Decoder:
     shape = parts, batch, self.model.num_kv_heads, slots, self.model.head_dim
     spec = P('expert' if parts > 1 else None, *ROWS, 'tensor')
     x = jax.ShapeDtypeStruct(shape, self.dtype, sharding=self.sharding(spec))
-    return [[KVCache(x, x)] * sets] * self.model.num_layers
+    sums = []
+    for part in (experts, self.model.ffn_experts):
+      prefix = part and self.model.router_input == 'prefix'
+      of_rows = dict(dtype=jnp.float32, sharding=self.sharding(ROWS))
+      sums.append(jax.ShapeDtypeStruct((batch, part.num_experts), **of_rows) if prefix else None)
+    return [LayerCache([KVCache(x, x)] * sets, *sums)] * self.model.num_layers
 
   def specs(self) -> tuple[dict[str, Any], Cache]:
     """PartitionSpecs of parameters and cache; on one device, which needs none, each is None."""
@@ -189,8 +191,9 @@ class Decoder:
     def of_layer(layer, key_path, leaf):
       path = f'blocks/{sharding.path_of(key_path)}'
       spec = _spec(path, leaf.ndim)[1:]
-      stacked = layout.platform == 'tpu' or path.endswith('_bias')
-      stacked = stacked and _of_ffn_experts(path, leaf.ndim)
+      ffn, biases = _of_ffn_experts(path, leaf.ndim), path.endswith('_bias')
+      routed = path in _PROJECTIONS and not self.model.soft_attention
+      stacked = ffn and biases or layout.platform == 'tpu' and (ffn or routed)
       if stacked or not sharding.has_experts(path, leaf.ndim):
         return one(path, leaf, (layer,), spec)
       count = leaf.shape[1] // (layout.sizes['expert'] if 'expert' in spec[0] else 1)

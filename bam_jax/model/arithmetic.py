@@ -141,14 +141,14 @@ def gathered_bytes(model: config.Model, compute: config.Compute, mesh: config.Me
   """Bytes of weights that a device of a mesh holds gathered while it computes gradients.
 
   They are one layer's, or with remat='none' those of all layers, in the compute dtype, except for
-  experts on other devices; 0 where no weights are sharded.
+  FFN and soft attention experts on other devices; 0 where no weights are sharded.
   """
   if mesh.fsdp * mesh.expert == 1:
     return 0
   attention, ffn = model.attention_experts, model.ffn_experts
   matrices = _attention_matrices(model, attention.num_experts if attention else 1)
   shared = matrices  # by all experts, and so not on other devices
-  if attention:
+  if model.soft_attention:
     keys_and_values = model.num_layers * 2 * model.d_model * model.num_kv_heads * model.head_dim
     shared = keys_and_values if attention.shared_kv else 0
   numbers = shared + (matrices - shared) // mesh.expert

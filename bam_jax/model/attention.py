@@ -4,7 +4,6 @@ Legend: B batch, T and S sequence, D model, H query heads, G key-value heads, K 
 """
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 from bam_jax import config
 from bam_jax.model import parameters, remat, rope, router
 from bam_jax.model.kernels import attention as kernels
-from bam_jax.model.kernels import cached
-from bam_jax.model.kernels.cached import KVCache
+from bam_jax.model.kernels import cached, projection
+from bam_jax.model.kernels.cached import KVCache, LayerCache
 from bam_jax.model.norm import factor, layer_norm, new_scale, rms_norm
 from bam_jax.model.rope import Tokens, apply_rope
 from bam_jax.parallel.collectives import Layout
@@ -57,21 +56,20 @@ class Attention(nnx.Module):
     self.out_bias = parameters.full((L, *E, D), 0) if biased else None
 
   def __call__(
-    self, y_BTD: jax.Array, tokens: Tokens, caches: Sequence[KVCache] | None = None
-  ) -> tuple[jax.Array, router.Choices | None, list[KVCache] | None]:
-    """One layer's attention of normalised tokens (B, T, D).
+    self, y_BTD: jax.Array, tokens: Tokens, cache: LayerCache | None = None
+  ) -> tuple[jax.Array, router.Choices | None, LayerCache | None]:
+    """One layer's attention of normalised tokens (B, T, D), and of those in a cache.
 
-    Given `caches` of earlier tokens, one for each set of keys and values on this device, it is to
-    these too. Returns (B, T, D), the router's choices, and the caches with these tokens in them.
+    Returns (B, T, D), the router's choices, and the cache with these tokens in it.
     """
     y_BTD = y_BTD.astype(self.query.dtype)
     key, value = self.keys_and_values(y_BTD, ..., tokens)
-    cache = caches[0].update(key, value, tokens.start) if caches else None
-    heads_BTHK = self.heads(y_BTD, ..., key, value, tokens, cache)
+    held = cache and cache.keys_values[0].update(key, value, tokens.start)
+    heads_BTHK = self.heads(self.queries(y_BTD, ...), ..., key, value, tokens, held)
     output_BTD = jnp.einsum('bthk,hkd->btd', heads_BTHK, self.out[...])
     if self.out_bias is not None:
       output_BTD += self.layout.once(self.out_bias[...], 'tensor')
-    return output_BTD, None, caches and [cache]
+    return output_BTD, None, cache and cache._replace(keys_values=[held])
 
   def keys_and_values(self, y_BTD: jax.Array, expert, tokens: Tokens):
     """Rotated keys and values, both BTGK, of one expert; `...` stands for all there is."""
@@ -84,15 +82,18 @@ class Attention(nnx.Module):
     name = remat.KEY_VALUE
     return checkpoint_name(key_BTGK, name), checkpoint_name(value_BTGK, name)
 
-  def heads(
-    self, y_BTD: jax.Array, expert, key_BTGK, value_BTGK, tokens: Tokens, cache: KVCache | None
-  ) -> jax.Array:
-    """What the heads of one expert read from keys and values, BTHK."""
-    model = self.model
+  def queries(self, y_BTD: jax.Array, expert) -> jax.Array:
+    """Queries of one expert, BTHK, normalised and not rotated."""
     query_BTHK = jnp.einsum('btd,dhk->bthk', y_BTD, self.query[expert])
-    if model.biases != 'none':
+    if self.model.biases != 'none':
       query_BTHK += self.query_bias[expert]
-    query_BTHK = self.normalize_heads(query_BTHK, 'query', expert, model.num_heads)
+    return self.normalize_heads(query_BTHK, 'query', expert, self.model.num_heads)
+
+  def heads(
+    self, query_BTHK: jax.Array, expert, key_BTGK, value_BTGK, tokens: Tokens, cache: KVCache | None
+  ) -> jax.Array:
+    """What the heads of one expert, or more of them with its keys, read from these: BTHK."""
+    model = self.model
     query_BTHK = self.rotate(query_BTHK, tokens, expert)
     if model.attention_scale:  # kernels divide by the root of K
       query_BTHK *= jnp.asarray(model.attention_scale * model.head_dim**0.5, query_BTHK.dtype)
@@ -112,11 +113,19 @@ class Attention(nnx.Module):
 
   def normalize_heads(self, x_BTHK: jax.Array, which: str, expert, num_heads: int) -> jax.Array:
     """The norm of `which`, 'query' or 'key', with `num_heads` heads on all devices together."""
-    kind, epsilon = self.model.qk_norm, self.model.norm_epsilon
-    if kind == 'none':
+    if self.model.qk_norm == 'none':
       return x_BTHK
-    name = f'{which}_shared_scale' if kind == 'head_rms' else f'{which}_scale'
-    scale = factor(self.model, getattr(self, name)[expert])
+    return self.scaled_heads(x_BTHK, self.head_scales(which)[expert], num_heads)
+
+  def head_scales(self, which: str) -> jax.Array:
+    """The parameter of the norm of `which`: [E]HK, or [E]K for all heads."""
+    name = f'{which}_shared_scale' if self.model.qk_norm == 'head_rms' else f'{which}_scale'
+    return getattr(self, name)
+
+  def scaled_heads(self, x_BTHK: jax.Array, scale, num_heads: int) -> jax.Array:
+    """The norm of queries or keys with these parameters, which broadcast to HK."""
+    kind, epsilon = self.model.qk_norm, self.model.norm_epsilon
+    scale = factor(self.model, scale)
     if kind == 'all_rms':
       normed_BTHK = rms_norm_of_heads(self.layout, x_BTHK, scale, epsilon, num_heads)
     else:
@@ -128,7 +137,8 @@ class Attention(nnx.Module):
     """RoPE of one expert's queries or keys."""
     number = None
     if self.options and self.options.ropes:
-      number = self.layout.first_number(self.query.shape[0]) + expert
+      num_experts = self.options.num_experts
+      number = self.layout.first_number(self.query.shape[0], num_experts) + expert
     if tokens.start is not None:
       # Else XLA for TPU rearranges the weights into pairs, in a copy, for the few rows of a decode.
       x_BTHK = jax.lax.optimization_barrier(x_BTHK)
@@ -138,37 +148,111 @@ class Attention(nnx.Module):
 class MixtureOfAttention(Attention):
   """`sum_j g_j MHA_j(y)` with the gates of the query's token; paper section 3."""
 
-  def __call__(self, y_BTD, tokens, caches=None):
+  def __call__(self, y_BTD, tokens, cache=None):
     """What `Attention` returns, as far as the experts on this device go."""
-    gates_BTE, logits_BTE = router.gates(y_BTD, self.router[...])
-    weights_BTE, chosen_BTE = gates_BTE, None  # soft routing: every token visits every expert
-    if self.options.top_k:
-      gates_BTk, experts_BTk, chosen_BTE = router.top_k(
-        gates_BTE, self.options.top_k, self.options.renormalize
+    if self.model.router_input == 'prefix':
+      gates_BTE, logits_BTE, sum_BE = router.prefix_gates(
+        y_BTD, self.router[...], tokens, cache and cache.attention_sum
       )
-      one_hot_BTkE = jax.nn.one_hot(experts_BTk, gates_BTE.shape[-1])
-      weights_BTE = jnp.einsum('btk,btke->bte', gates_BTk, one_hot_BTkE)
-
-    num_experts, shared_kv = self.query.shape[0], self.options.shared_kv
+      cache = cache and cache._replace(attention_sum=sum_BE)
+    else:
+      gates_BTE, logits_BTE = router.gates(y_BTD, self.router[...])
     y_BTD = y_BTD.astype(self.query.dtype)
-    weights_BTE = self.layout.local_columns(weights_BTE, num_experts).astype(y_BTD.dtype)
-    output_BTD, updated, cache = 0, [], None
+    if self.options.top_k:
+      top_k, renormalize = self.options.top_k, self.options.renormalize
+      gates_BTk, experts_BTk, chosen_BTE = router.top_k(gates_BTE, top_k, renormalize)
+      output_BTD, held = self.routed(y_BTD, gates_BTk, experts_BTk, tokens, cache)
+    else:  # soft routing: every token visits every expert
+      chosen_BTE = None
+      output_BTD, held = self.soft(y_BTD, gates_BTE, tokens, cache)
+    choices = router.Choices(gates_BTE, logits_BTE, chosen_BTE, jnp.zeros((), jnp.int32))
+    return output_BTD, choices, cache and cache._replace(keys_values=held)
+
+  def soft(
+    self, y_BTD, gates_BTE, tokens: Tokens, cache: LayerCache | None
+  ) -> tuple[jax.Array, list[KVCache]]:
+    """Every expert's attention times its gate, (B, T, D), and the caches."""
+    num_experts, output_BTD, updated = self.query.shape[0], 0, []
+    gates_BTE = self.layout.local_columns(gates_BTE, num_experts).astype(y_BTD.dtype)
     # A loop is the fastest form on CPU (folding the experts into the batch costs 6%, vmap 34%) and
     # leaves every expert a plain attention that a kernel can take.
     for expert in range(num_experts):
-      if expert == 0 or not shared_kv:
-        key, value = self.keys_and_values(y_BTD, ... if shared_kv else expert, tokens)
-        if caches:
-          cache = caches[expert].update(key, value, tokens.start)
-          updated.append(cache)
-      heads_BTHK = self.heads(y_BTD, expert, key, value, tokens, cache)
-      heads_BTHK = heads_BTHK * weights_BTE[:, :, expert, None, None]
+      if expert == 0 or not self.options.shared_kv:
+        key, value, held = self.held_keys_and_values(y_BTD, expert, tokens, cache)
+        updated.append(held)
+      queries = self.queries(y_BTD, expert)
+      heads_BTHK = self.heads(queries, expert, key, value, tokens, held)
+      heads_BTHK = heads_BTHK * gates_BTE[:, :, expert, None, None]
       output_BTD += jnp.einsum('bthk,hkd->btd', heads_BTHK, self.out[expert])
       if self.out_bias is not None:
         bias_D = self.layout.once(self.out_bias[expert], 'tensor')
-        output_BTD += weights_BTE[:, :, expert, None] * bias_D
-    choices = router.Choices(gates_BTE, logits_BTE, chosen_BTE, jnp.zeros((), jnp.int32))
-    return output_BTD, choices, caches and updated
+        output_BTD += gates_BTE[:, :, expert, None] * bias_D
+    return output_BTD, updated
+
+  def routed(
+    self, y_BTD, gates_BTk, experts_BTk, tokens: Tokens, cache: LayerCache | None
+  ) -> tuple[jax.Array, list[KVCache]]:
+    """The attention of the k experts that each token chose, times their gates, and the caches.
+
+    Queries and outputs are computed for these experts alone. Keys and values are computed for all
+    tokens, since a later token may choose any expert.
+    """
+    num_experts, platform = self.query.shape[0], self.layout.platform
+    B, T, k = experts_BTk.shape
+    decoding = tokens.start is not None
+    experts_BTk = self.layout.local_numbers(experts_BTk, num_experts, self.options.num_experts)
+    experts_BTk = jnp.where(tokens.real_BT[..., None], experts_BTk, num_experts)
+    slots = projection.slots(experts_BTk.reshape(-1), num_experts, platform)
+    y_AD = jnp.repeat(y_BTD.reshape(B * T, -1), k, axis=0)
+    query_AX = projection.project(y_AD, self.query[...], slots, platform, decoding)
+    query_BTkHK = query_AX.reshape(B, T, k, -1, self.model.head_dim)
+
+    def chosen(x_EX) -> jax.Array:
+      """What belongs to each token's experts, BTkX."""
+      stacked_EX = jnp.stack([x_EX[expert] for expert in range(num_experts)])
+      one_hot_BTkE = jax.nn.one_hot(experts_BTk, num_experts, dtype=stacked_EX.dtype)
+      return jnp.tensordot(one_hot_BTkE, stacked_EX, 1)
+
+    if self.model.biases != 'none':
+      query_BTkHK += chosen(self.query_bias)
+    if self.model.qk_norm != 'none':
+      scales = chosen(self.head_scales('query'))
+      scales = scales[..., None, :] if self.model.qk_norm == 'head_rms' else scales
+      query_BTkHK = self.scaled_heads(query_BTkHK, scales, self.model.num_heads)
+
+    if self.options.shared_kv:
+      key, value, held = self.held_keys_and_values(y_BTD, 0, tokens, cache)
+      # The heads of all k experts that read the same keys stand side by side.
+      G = key.shape[2]
+      grouped_BTGkRK = query_BTkHK.reshape(B, T, k, G, -1, self.model.head_dim).swapaxes(2, 3)
+      query_BTHK = grouped_BTGkRK.reshape(B, T, -1, self.model.head_dim)
+      heads_BTHK = self.heads(query_BTHK, ..., key, value, tokens, held)
+      heads_BTkHK = heads_BTHK.reshape(grouped_BTGkRK.shape).swapaxes(2, 3)
+      updated = [held]
+    else:
+      heads_BTkHK, updated = 0, []
+      for expert in range(num_experts):
+        key, value, held = self.held_keys_and_values(y_BTD, expert, tokens, cache)
+        updated.append(held)
+        mine_BTk11 = (experts_BTk == expert)[..., None, None]
+        query_BTHK = jnp.where(mine_BTk11, query_BTkHK, 0).sum(2)
+        heads_BTHK = self.heads(query_BTHK, expert, key, value, tokens, held)
+        heads_BTkHK += jnp.where(mine_BTk11, heads_BTHK[:, :, None], 0)
+
+    weights_BTk = jnp.where(experts_BTk < num_experts, gates_BTk, 0).astype(y_BTD.dtype)
+    heads_AX = heads_BTkHK.reshape(query_AX.shape)
+    output_AD = projection.project(heads_AX, self.out[...], slots, platform, decoding)
+    output_BTkD = output_AD.reshape(B, T, k, -1)
+    if self.out_bias is not None:
+      output_BTkD += self.layout.once(chosen(self.out_bias), 'tensor')
+    return jnp.einsum('btkd,btk->btd', output_BTkD, weights_BTk), updated
+
+  def held_keys_and_values(self, y_BTD, expert: int, tokens: Tokens, cache: LayerCache | None):
+    """Keys and values of one expert, or the shared ones, BTGK, and the cache with them in it."""
+    number = 0 if self.options.shared_kv else expert
+    key, value = self.keys_and_values(y_BTD, ... if self.options.shared_kv else expert, tokens)
+    held = cache and cache.keys_values[number].update(key, value, tokens.start)
+    return key, value, held
 
 
 def rms_norm_of_heads(

@@ -9,6 +9,7 @@ from flax import nnx
 from bam_jax import config
 from bam_jax.model.attention import Attention, MixtureOfAttention
 from bam_jax.model.ffn import FFN, MixtureOfFFN
+from bam_jax.model.kernels.cached import LayerCache
 from bam_jax.model.norm import Norm
 from bam_jax.model.rope import Tokens
 from bam_jax.model.router import Choices, Statistics
@@ -29,6 +30,9 @@ class Block(nnx.Module):
   for its own tokens, and its experts' parts for the tokens of the whole group: these are gathered,
   and the sum of what the experts made is reduced to the tokens' owners. A parallel block does both
   once, a sequential one for each part.
+
+  Routed attention counts as dense in training: its tokens stay, and its experts' weights are
+  gathered. Elsewhere most scores of a token would be of experts that it did not choose.
   """
 
   def __init__(
@@ -39,6 +43,8 @@ class Block(nnx.Module):
     `decoding` says that few tokens come at a time, so that reading weights takes the time.
     """
     self.model, self.layout = model, layout
+    # Whether tokens go to the attention experts. A decoder's few do, whatever chooses the experts.
+    self.gathers_attention = model.soft_attention or decoding and bool(model.attention_experts)
     norm = lambda name: (
       Norm((model.num_layers, model.d_model), model) if name in model.norms else None
     )
@@ -56,67 +62,68 @@ class Block(nnx.Module):
     x_BTD: jax.Array,
     tokens: Tokens,
     group: Tokens,
-    caches: list | None = None,
+    cache: LayerCache | None = None,
     keep_inputs: bool = False,
-  ) -> tuple[jax.Array, Routing, list | None]:
+  ) -> tuple[jax.Array, Routing, LayerCache | None]:
     """One layer.
 
     Args:
       x_BTD: the residual stream of this device's tokens, in the compute dtype.
       tokens: their metadata.
       group: that of all tokens of the `expert` group.
-      caches: of earlier tokens; see `Attention`.
+      cache: of earlier tokens.
       keep_inputs: return what attention and FFN read, BTD, in place of choices. A parallel block
         must be dense.
 
     Returns:
-      The residual stream, what the routers chose for the group's tokens, and the caches.
+      The residual stream, what the routers chose for the tokens that their experts read here, and
+      the cache.
     """
     if self.model.block == 'sequential':
-      return self.sequential(x_BTD, tokens, group, caches, keep_inputs)
+      return self.sequential(x_BTD, tokens, group, cache, keep_inputs)
     # x is gathered, not norm(x): it is in the compute dtype already, and so routers see the norm's
     # float32 result whether or not there is a mesh.
     gather, reduce = self.layout.gather_tokens, self.layout.reduce_tokens
-    attention_experts, ffn_experts = self.model.attention_experts, self.model.ffn_experts
+    gathers_attention, ffn_experts = self.gathers_attention, self.model.ffn_experts
     norm, ffn_norm = self.norm, self.ffn_norm or self.norm
-    if not attention_experts and not ffn_experts:  # dense
+    if not gathers_attention and not ffn_experts:  # dense
       z_BTD = norm(x_BTD)
       y_BTD = ffn_norm(x_BTD) if self.ffn_norm else z_BTD
-      attended_BTD, attention_choices, caches = self.attention(z_BTD, tokens, caches)
-      fed_BTD, ffn_choices = self.ffn(y_BTD, tokens)
+      attended_BTD, attention_choices, cache = self.attention(z_BTD, tokens, cache)
+      fed_BTD, ffn_choices, cache = self.ffn(y_BTD, tokens, cache)
       added_BTD = attended_BTD + fed_BTD
       if keep_inputs:
         attention_choices, ffn_choices = z_BTD, y_BTD
-    elif attention_experts and ffn_experts:  # BAM: gather once, reduce once
+    elif gathers_attention and ffn_experts:  # BAM: gather once, reduce once
       all_BTD = gather(x_BTD)
       z_BTD = norm(all_BTD)
       y_BTD = ffn_norm(all_BTD) if self.ffn_norm else z_BTD
-      attended_BTD, attention_choices, caches = self.attention(z_BTD, group, caches)
-      fed_BTD, ffn_choices = self.ffn(y_BTD, group)
+      attended_BTD, attention_choices, cache = self.attention(z_BTD, group, cache)
+      fed_BTD, ffn_choices, cache = self.ffn(y_BTD, group, cache)
       added_BTD = reduce(attended_BTD + fed_BTD)
-    elif ffn_experts:  # BTX
-      attended_BTD, attention_choices, caches = self.attention(norm(x_BTD), tokens, caches)
-      fed_BTD, ffn_choices = self.ffn(ffn_norm(gather(x_BTD)), group)
+    elif ffn_experts:  # BTX, and BAM with routed attention
+      attended_BTD, attention_choices, cache = self.attention(norm(x_BTD), tokens, cache)
+      fed_BTD, ffn_choices, cache = self.ffn(ffn_norm(gather(x_BTD)), group, cache)
       added_BTD = attended_BTD + reduce(fed_BTD)
-    else:  # a mixture of attention alone
-      attended_BTD, attention_choices, caches = self.attention(norm(gather(x_BTD)), group, caches)
-      fed_BTD, ffn_choices = self.ffn(ffn_norm(x_BTD), tokens)
+    else:  # a soft mixture of attention alone
+      attended_BTD, attention_choices, cache = self.attention(norm(gather(x_BTD)), group, cache)
+      fed_BTD, ffn_choices, cache = self.ffn(ffn_norm(x_BTD), tokens, cache)
       added_BTD = fed_BTD + reduce(attended_BTD)
     x_BTD = x_BTD + self.scaled(self.layout.sum(added_BTD, 'tensor'))
-    return x_BTD, Routing(attention_choices, ffn_choices), caches
+    return x_BTD, Routing(attention_choices, ffn_choices), cache
 
-  def sequential(self, x_BTD, tokens: Tokens, group: Tokens, caches: list | None, keep_inputs):
+  def sequential(self, x_BTD, tokens: Tokens, group: Tokens, cache: LayerCache | None, keep_inputs):
     """`x' = x + attention(norm(x)); x' + ffn(ffn_norm(x'))`, or with norms on the sums too."""
-    experts = self.model.attention_experts
+    experts = self.gathers_attention
     z_BTD, here = self.inputs(x_BTD, tokens, group, experts, self.norm)
-    attended_BTD, attention_choices, caches = self.attention(z_BTD, here, caches)
+    attended_BTD, attention_choices, cache = self.attention(z_BTD, here, cache)
     x_BTD += self.outputs(attended_BTD, experts, self.attention_out_norm)
     experts = self.model.ffn_experts
     y_BTD, here = self.inputs(x_BTD, tokens, group, experts, self.ffn_norm)
-    fed_BTD, ffn_choices = self.ffn(y_BTD, here)
+    fed_BTD, ffn_choices, cache = self.ffn(y_BTD, here, cache)
     x_BTD += self.outputs(fed_BTD, experts, self.ffn_out_norm)
     choices = (z_BTD, y_BTD) if keep_inputs else (attention_choices, ffn_choices)
-    return x_BTD, Routing(*choices), caches
+    return x_BTD, Routing(*choices), cache
 
   def inputs(self, x_BTD, tokens: Tokens, group: Tokens, experts, norm: Norm | None):
     """What a part reads, of the whole group if it has experts, and the metadata of these tokens."""

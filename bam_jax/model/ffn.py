@@ -15,6 +15,7 @@ from bam_jax import config
 from bam_jax.model import activation, dispatch, parameters, remat, router
 from bam_jax.model.activation import Weights
 from bam_jax.model.kernels import few, grouped
+from bam_jax.model.kernels.cached import LayerCache
 from bam_jax.model.rope import Tokens
 from bam_jax.parallel.collectives import Layout
 
@@ -53,8 +54,10 @@ class FFN(nnx.Module):
     biases = arrays('_bias') if self.model.biases == 'all' else ()
     return Weights(arrays(''), self.down[...], biases, self.model.ffn)
 
-  def __call__(self, y_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, None]:
-    """One layer's FFN of normalised tokens (B, T, D); no router chooses."""
+  def __call__(
+    self, y_BTD: jax.Array, tokens: Tokens, cache: LayerCache | None = None
+  ) -> tuple[jax.Array, router.Choices | None, LayerCache | None]:
+    """One layer's FFN of normalised tokens (B, T, D), its router's choices, and the cache."""
     # As a matrix: XLA's backward pass on CPU takes three times as long for more dimensions.
     x_ND = y_BTD.astype(self.up.dtype).reshape(-1, y_BTD.shape[-1])
     weights = self.weights
@@ -63,28 +66,34 @@ class FFN(nnx.Module):
     output_ND = weights.hidden(*products) @ weights.down
     if weights.biases:
       output_ND += self.layout.once(self.down_bias[...], 'tensor')
-    return output_ND.reshape(y_BTD.shape), None
+    return output_ND.reshape(y_BTD.shape), None, cache
 
 
 class MixtureOfFFN(FFN):
   """`sum over the top-k of p_i FFN_i(y)` with p the softmax over all the experts."""
 
-  def __call__(self, y_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, router.Choices]:
-    """One layer's mixture of normalised tokens (B, T, D), as far as this device's experts go."""
+  def __call__(self, y_BTD, tokens, cache=None):
+    """What `FFN` returns, as far as the experts on this device go."""
     num_experts, k = self.up.shape[0], self.options.top_k
-    gates_BTE, logits_BTE = router.gates(y_BTD, self.router[...])
+    if self.model.router_input == 'prefix':
+      gates_BTE, logits_BTE, sum_BE = router.prefix_gates(
+        y_BTD, self.router[...], tokens, cache and cache.ffn_sum
+      )
+      cache = cache and cache._replace(ffn_sum=sum_BE)
+    else:
+      gates_BTE, logits_BTE = router.gates(y_BTD, self.router[...])
     bias_E = self.expert_bias[...] if self.options.expert_bias else None
     gates_BTk, experts_BTk, chosen_BTE = router.top_k(
       gates_BTE, k, self.options.renormalize, bias_E
     )
     # Padding, and what other devices' experts compute, is assigned to no expert here.
-    experts_BTk = self.layout.local_numbers(experts_BTk, num_experts)
+    experts_BTk = self.layout.local_numbers(experts_BTk, num_experts, self.options.num_experts)
     experts_A = jnp.where(tokens.real_BT[..., None], experts_BTk, num_experts).reshape(-1)
     x_AD = jnp.repeat(y_BTD.astype(self.up.dtype).reshape(-1, y_BTD.shape[-1]), k, axis=0)
     output_AD, dropped = self.experts(x_AD, experts_A)
     output_BTkD = checkpoint_name(output_AD, remat.EXPERT_OUTPUTS).reshape(*gates_BTk.shape, -1)
     output_BTD = jnp.einsum('btkd,btk->btd', output_BTkD, gates_BTk.astype(output_AD.dtype))
-    return output_BTD, router.Choices(gates_BTE, logits_BTE, chosen_BTE, dropped)
+    return output_BTD, router.Choices(gates_BTE, logits_BTE, chosen_BTE, dropped), cache
 
   def experts(self, x_AD: jax.Array, experts_A: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Each assignment by its expert, (A, D), and the number of assignments that were dropped."""

@@ -17,6 +17,7 @@ class Tokens:
   """Metadata of tokens (B, T): this device's, or those of its whole `expert` group."""
 
   segments_BT: jax.Array  # int32, the document of each token within its row; 0 is padding
+  positions_BT: jax.Array  # int32, within its document
   # ([N,] [E,] B, T, 1, R) float32, for the kinds of layers if there are several, and experts' own.
   sin: jax.Array
   cos: jax.Array
@@ -90,10 +91,10 @@ def metadata(
     return tuple(map(jnp.stack, zip(*(rotation(layer, rope) for rope in ropes))))
 
   if numbers is None:
-    return Tokens(segments_BT, *of_layer(0), **cached)
+    return Tokens(segments_BT, positions_BT, *of_layer(0), **cached)
   first_layers = map(numbers.index, range(len(set(numbers))))
   sin, cos = map(jnp.stack, zip(*map(of_layer, first_layers)))
-  return Tokens(segments_BT, sin, cos, **cached)
+  return Tokens(segments_BT, positions_BT, sin, cos, **cached)
 
 
 def apply_rope(

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bam_jax.model.rope import Tokens
+
 
 class Choices(NamedTuple):
   """What one router decided for each token; after the scan over layers with a leading axis L."""
@@ -42,11 +44,48 @@ class Statistics(NamedTuple):
 
 def gates(y_BTD: jax.Array, router_DE: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Softmax gates over all the experts and their logits, BTE, float32 whatever `y_BTD` is."""
+  logits_BTE = logits(y_BTD, router_DE)
+  return jax.nn.softmax(logits_BTE), logits_BTE
+
+
+def prefix_gates(
+  y_BTD: jax.Array, router_DE: jax.Array, tokens: Tokens, sum_BE: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """As `gates`, of a router that reads the mean of its document so far; and the sum to go on with.
+
+  The router is linear, so the mean is one of E logits instead of D channels. `sum_BE`, float32, is
+  what an earlier call returned for the tokens before these of the same documents; by default none.
+  """
+  logits_BTE, sum_BE = prefix_mean(logits(y_BTD, router_DE), tokens, sum_BE)
+  return jax.nn.softmax(logits_BTE), logits_BTE, sum_BE
+
+
+def logits(y_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
+  """A router's logits of every token, BTE, float32 whatever `y_BTD` is."""
   dtype = jnp.promote_types(y_BTD.dtype, jnp.float32)
-  logits_BTE = jnp.einsum(
+  return jnp.einsum(
     'btd,de->bte', y_BTD.astype(dtype), router_DE, precision=jax.lax.Precision.HIGHEST
   )
-  return jax.nn.softmax(logits_BTE), logits_BTE
+
+
+def prefix_mean(
+  x_BTE: jax.Array, tokens: Tokens, sum_BE: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """The mean of `x` over each token's document up to and including it, and the sums at the end.
+
+  A segmented scan: a difference of cumulative sums would cancel. Padding counts for nothing.
+  """
+  x_BTE = jnp.where(tokens.real_BT[..., None], x_BTE, 0)
+  first_BT1 = tokens.positions_BT[..., None] == 0
+
+  def add(earlier, later):
+    (sum_earlier, first_earlier), (sum_later, first_later) = earlier, later
+    return jnp.where(first_later, sum_later, sum_earlier + sum_later), first_earlier | first_later
+
+  sums_BTE, _ = jax.lax.associative_scan(add, (x_BTE, first_BT1), axis=1)
+  if sum_BE is not None:
+    sums_BTE += sum_BE[:, None]
+  return sums_BTE / (tokens.positions_BT[..., None] + 1), sums_BTE[:, -1]
 
 
 def top_k(

@@ -1,6 +1,7 @@
 """The whole model: Flax modules underneath, functions of a nested dict of arrays on top."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -14,7 +15,7 @@ from bam_jax.model.norm import Norm
 from bam_jax.parallel.collectives import Layout
 
 Params = dict[str, Any]  # nested; layers on axis 0, experts on axis 1
-Collect = Literal['statistics', 'choices', 'inputs']
+Collect = Literal['statistics', 'choices'] | Callable[[jax.Array, rope.Tokens, jax.Array], Any]
 
 
 class Transformer(nnx.Module):
@@ -41,27 +42,25 @@ class Transformer(nnx.Module):
     x_BTD = vocabulary.embed(layout, self.embed.table[...], tokens_BT, dtype)
     x_BTD *= jnp.asarray(self.model.embedding_scale, dtype)
     here = rope.metadata(segments_BT, positions_BT, self.model, dtype)
-    gathered = layout.gather_tokens(segments_BT), layout.gather_tokens(positions_BT)
-    group = rope.metadata(*gathered, self.model, dtype)
+    of_group = layout.gather_tokens(segments_BT), layout.gather_tokens(positions_BT)
+    group = rope.metadata(*of_group, self.model, dtype)
     counted_BT = layout.mask_gathered(group.real_BT)  # each token once, on its owner
-    experts = self.model.attention_experts, self.model.ffn_experts
+    # Which tokens a part reads here: the group's, or this device's.
+    gathered = self.model.soft_attention, self.model.ffn_experts
+    read = [(group, counted_BT) if part else (here, here.real_BT) for part in gathered]
+    travelling = '' if self.model.soft_attention else 'blocks/attention'
     graph, layers = nnx.split(self.blocks)
     kind_L = rope.kind_of_layer(self.model)
 
     def layer(x_BTD, params_and_kind):
       params, kind = params_and_kind
       tokens = [dataclasses.replace(part, kind=kind) for part in (here, group)]
-      block = nnx.merge(graph, layout.weights(params, 'blocks'))
-      x_BTD, routing, _ = block(x_BTD, *tokens, keep_inputs=collect == 'inputs')
-      if collect == 'inputs':
-        masks = [counted_BT if part else here.real_BT for part in experts]
-        sums = [
-          jnp.einsum('btd,bt->d', y.astype(jnp.float32), mask_BT.astype(jnp.float32))
-          for y, mask_BT in zip(routing, masks)
-        ]
-        routing = Routing(*sums)
+      block = nnx.merge(graph, layout.weights(params, 'blocks', travelling))
+      x_BTD, routing, _ = block(x_BTD, *tokens, keep_inputs=callable(collect))
+      if callable(collect):
+        routing = Routing(*(collect(y_BTD, *of) for y_BTD, of in zip(routing, read)))
       if collect == 'statistics':
-        routing = Routing(*(c and router.statistics(c, counted_BT) for c in routing))
+        routing = Routing(*(c and router.statistics(c, of[1]) for c, of in zip(routing, read)))
       return x_BTD, routing
 
     # Where no weights are gathered, 'none' saves what is elementwise too: such a model has memory.
@@ -108,11 +107,11 @@ class Network:
       segments_BT: int32, the document of a token within its row; 0 is padding.
       positions_BT: int32, the position of a token within its document.
       collect: 'statistics' of the routers, sums over the tokens; their 'choices' for each token;
-        or, of a dense model or sequential blocks, 'inputs', sums over the tokens of what attention
-        and FFN read.
+        or, of a dense model or sequential blocks, a function of what attention and FFN read, BTD,
+        the Tokens that these are, and which of them count on this device, bool BT.
 
     Returns:
-      (B, T, D) float32; Routing of Statistics, Choices, or float32 D, with a leading axis L.
+      (B, T, D) float32; Routing of Statistics, Choices, or the function's, with a leading axis L.
     """
     # Casting the whole tree first lets a sharded weight travel in the compute dtype. The table is
     # cast where its rows are read.

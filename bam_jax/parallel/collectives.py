@@ -122,27 +122,27 @@ class Layout:
     local = owner == jax.lax.axis_index('expert')
     return jnp.where(local.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
 
-  def first_number(self, count: int) -> jax.Array | int:
+  def first_number(self, count: int, num_experts: int) -> jax.Array | int:
     """The number among all experts of the first of the `count` on this device."""
-    return count * jax.lax.axis_index('expert') if self.over('expert') else 0
+    return count * jax.lax.axis_index('expert') if count < num_experts else 0
 
   def local_columns(self, x_BTE: jax.Array, count: int) -> jax.Array:
     """The columns of the `count` experts on this device."""
-    if not self.over('expert'):
-      return x_BTE
-    return jax.lax.dynamic_slice_in_dim(x_BTE, self.first_number(count), count, axis=-1)
+    first = self.first_number(count, x_BTE.shape[-1])
+    return jax.lax.dynamic_slice_in_dim(x_BTE, first, count, axis=-1)
 
-  def local_numbers(self, experts: jax.Array, count: int) -> jax.Array:
+  def local_numbers(self, experts: jax.Array, count: int, num_experts: int) -> jax.Array:
     """Indices of experts among the `count` on this device; `count` for those on others."""
-    if not self.over('expert'):
+    if count == num_experts:
       return experts
-    local = experts - self.first_number(count)
+    local = experts - self.first_number(count, num_experts)
     return jnp.where((local >= 0) & (local < count), local, count)
 
-  def weights(self, layer: dict, path: str) -> dict:
+  def weights(self, layer: dict, path: str, travelling: str = '') -> dict:
     """One layer's weights, gathered except over `tensor` and, for experts, `expert`.
 
-    `layer` has this device's shard of each array, without the layer axis; `path` is its own.
+    `layer` has this device's shard of each array, without the layer axis; `path` is its own. All
+    experts of arrays below `travelling`, a path, are gathered too.
     """
     if not self.gathers:
       return layer
@@ -150,7 +150,9 @@ class Layout:
     def one(key_path, x):
       name = f'{path}/{sharding.path_of(key_path)}'
       spec = sharding.spec_of(name, x.ndim + 1)
-      kept = ('tensor', 'expert') if sharding.has_experts(name, x.ndim + 1) else ('tensor',)
+      stays = sharding.has_experts(name, x.ndim + 1)
+      stays = stays and not (travelling and name.startswith(travelling))
+      kept = ('tensor', 'expert') if stays else ('tensor',)
       whole = x
       for dimension, axes in enumerate(spec[1:]):
         cut = tuple(axis for axis in sharding.names(axes) if axis not in kept)

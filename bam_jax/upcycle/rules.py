@@ -32,7 +32,8 @@ def mixture_model(
       capacity_factor=upcycle.capacity_factor,
       expert_bias=upcycle.expert_bias,
     )
-  mixture = dataclasses.replace(dense, attention_experts=attention, ffn_experts=ffn)
+  parts = dict(attention_experts=attention, ffn_experts=ffn, router_input=upcycle.router_input)
+  mixture = dataclasses.replace(dense, **parts)
   if upcycle.norms == 'fold':
     folds(mixture)
   return mixture

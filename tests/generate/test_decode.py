@@ -25,6 +25,7 @@ QUICK = {
   ('bam_kv_experts', (1, 1, 1, 1)),
   ('untied', (1, 2, 2, 2)),
   ('norms_of_shared_heads', (1, 2, 2, 2)),
+  ('prefix', (1, 2, 2, 2)),
 }
 
 

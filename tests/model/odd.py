@@ -89,6 +89,14 @@ MODELS: dict[str, tuple[str, dict]] = {
   'dense_biases': ('dense', dict(biases='all', logit_cap=0.7)),
   'sequential_btx': ('btx', dict(block='sequential', nope_layers=(0,), embedding_scale=3.0)),
   'biased': ('btx', dict(ffn_experts=config.FFNExperts(4, expert_bias=True))),
+  'prefix': (
+    'bam_shared_kv',
+    dict(
+      router_input='prefix',
+      attention_experts=config.AttentionExperts(4, top_k=2, shared_kv=True),
+      ffn_experts=config.FFNExperts(4, top_k=2),
+    ),
+  ),
   'attention_experts_alone': ('bam_kv_experts', dict(ffn_experts=None, logit_scale=0.5)),
   'room_for_all': ('bam_kv_experts', dict(ffn_experts=config.FFNExperts(4, capacity_factor=4.0))),
   'with_a_capacity': (

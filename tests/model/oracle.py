@@ -222,6 +222,15 @@ def feed(w: dict, y_D: np.ndarray, kind: str = 'swiglu') -> np.ndarray:
   return hidden_F @ w['down'] + w.get('down_bias', 0)
 
 
+def read_by_router(model: config.Model, y_BTD: np.ndarray, segments_BT: np.ndarray) -> np.ndarray:
+  """Each token (N, D), or the mean of its document up to and including it."""
+  if model.router_input == 'token':
+    return y_BTD.reshape(-1, y_BTD.shape[-1])
+  seen_BTT = np.stack([visible(segments_T) for segments_T in segments_BT])
+  rows = zip(y_BTD, seen_BTT)
+  return np.stack([y_TD[seen_T].mean(0) for y_TD, seen_TT in rows for seen_T in seen_TT])
+
+
 def choose(
   kind: str,
   router_DE: np.ndarray,
@@ -269,7 +278,7 @@ def attention(
 ) -> tuple[np.ndarray, list[Route]]:
   """One attention, or the mixture of attention: sum_j g_j MHA_j(y)."""
   experts = model.attention_experts
-  B, T, D = y_BTD.shape
+  B, T, _ = y_BTD.shape
 
   def one(w, expert=0):
     rows = zip(y_BTD, segments_BT, positions_BT)
@@ -277,9 +286,8 @@ def attention(
 
   if experts is None:
     return one(w), []
-  route = choose(
-    'attention', w['router'], y_BTD.reshape(-1, D), experts.top_k, segments_BT.ravel() > 0
-  )
+  read_ND = read_by_router(model, y_BTD, segments_BT)
+  route = choose('attention', w['router'], read_ND, experts.top_k, segments_BT.ravel() > 0)
   gates_BTE = gates_of(route, experts.renormalize).reshape(B, T, -1)
   out_BTD = np.zeros_like(y_BTD)
   for e in range(experts.num_experts):
@@ -300,9 +308,9 @@ def ffn(
     for n, y_D in enumerate(y_ND):
       out_ND[n] = feed(w, y_D, model.ffn)
     return out_ND.reshape(y_BTD.shape), []
-  route = choose(
-    'ffn', w['router'], y_ND, experts.top_k, segments_BT.ravel() > 0, experts.capacity_factor
-  )
+  read_ND = read_by_router(model, y_BTD, segments_BT)
+  real_N = segments_BT.ravel() > 0
+  route = choose('ffn', w['router'], read_ND, experts.top_k, real_N, experts.capacity_factor)
   gates_NE = gates_of(route, experts.renormalize)
   for n, y_D in enumerate(y_ND):
     for e in route.choices_NC[n][route.kept_NC[n]]:

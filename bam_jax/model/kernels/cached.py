@@ -40,6 +40,15 @@ class KVCache(NamedTuple):
     return KVCache(write(self.key, key_BTGK), write(self.value, value_BTGK))
 
 
+class LayerCache(NamedTuple):
+  """What one layer keeps of a row's earlier tokens."""
+
+  keys_values: list[KVCache]  # of all attention experts, or of each on this device
+  # Where routers read the prefix, the sums of their logits over the row so far: BE, float32.
+  attention_sum: jax.Array | None = None
+  ffn_sum: jax.Array | None = None
+
+
 def attention(
   query_BTHK: jax.Array,
   cache: KVCache,
