@@ -33,14 +33,10 @@ def convert(
 ) -> dict[str, Any]:
   """Writes a folder that AutoModelForCausalLM and AutoTokenizer load; returns facts about it.
 
-  Args:
-    source: the checkpoint: a step's folder, or a run's.
-    output: the folder; must not exist.
-    dtype: of the tensors except routers, which keep theirs; None: the checkpoint's.
-    max_shard_size: of the values in a file, such as '5GB'.
-    architecture: the class of transformers; None: the first that computes the model.
-
-  UserError if the checkpoint is damaged or not finite, or the output cannot be written.
+  `dtype` is that of tensors except routers, which keep theirs; None: the checkpoint's. Files have
+  values of at most `max_shard_size`, such as '5GB'. `architecture` is the class of transformers;
+  None: the first that computes the model. UserError if the checkpoint is damaged or not finite, or
+  the output exists or cannot be written.
   """
   wrong = f'--output={output}: export to a local folder, and copy that to the bucket.'
   require(not folders.in_bucket(output), wrong)

@@ -33,18 +33,12 @@ def convert(
   progress: Progress,
   **words: str | None,
 ) -> checkpoint.Meta:
-  """Writes a checkpoint of the model in a folder, with its tokenizer beside it; returns its `meta`.
+  """Writes a checkpoint of the model in a folder or GGUF file, and its tokenizer; returns `meta`.
 
-  Args:
-    source: the folder, with config.json and safetensors, in one file or in several and an index;
-      or a GGUF file.
-    output: the checkpoint; must not exist.
-    dtype: of its arrays, 'float32' or 'bfloat16'; values are rounded to nearest.
-    command: recorded in the manifest.
-    words: the tokenizer and its tokens, as in `open_folder`.
-
-  UserError if the model is not supported, its files are damaged or do not fit its config.json, or
-  the output exists or cannot be written.
+  `words` are the tokenizer and its tokens, as in `open_folder`. Values are rounded to nearest if
+  `dtype`, 'float32' or 'bfloat16', is the narrower. `command` is recorded. UserError if the model
+  is not supported, its files are damaged or do not fit its config.json, or the output exists or
+  cannot be written.
   """
   meta, tokenizer, reader, table = open_folder(source, **words)
   specs = {path: arrays.Spec(tensor.shape, jnp.dtype(dtype)) for path, tensor in table.items()}
