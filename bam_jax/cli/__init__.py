@@ -117,9 +117,8 @@ def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
   columns = text, progress.BarColumn(), progress.DownloadColumn(), progress.TimeRemainingColumn()
   shown = console()
   # Gone when it ends: a command that refuses its input leaves nothing but the reason.
-  with progress.Progress(
-    *columns, console=shown, transient=True, disable=not shown.is_terminal
-  ) as bar:
+  bar = progress.Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal)
+  with bar:
     task = bar.add_task(what, total=None)
     yield lambda done, total: bar.update(task, completed=done, total=total)
 

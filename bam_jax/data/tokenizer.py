@@ -13,7 +13,6 @@ from typing import Any, Self
 
 import sentencepiece
 import tokenizers
-from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -36,14 +35,6 @@ MIN_VOCAB = 258  # to train: 256 bytes, BOS and EOS
 MAX_VOCAB = 2**20  # to train; the trainer allocates room for all of it
 MAX_PRE_TOKEN = 1024  # bytes, in training: its time grows with the square of the longest
 BATCH_BYTES = 2**22  # encoded at a time: each takes some 100 bytes until all are encoded
-
-
-def read_file(path: Path | epath.Path) -> bytes:
-  """A tokenizer's file, unparsed; UserError when it cannot be read."""
-  try:
-    return path.read_bytes()
-  except OSError as error:
-    raise UserError(f'The tokenizer {path} cannot be read: {error.strerror or error}.') from error
 
 
 class Tokenizer:
@@ -97,10 +88,11 @@ class Tokenizer:
       file = found[0]
     wrong = f'{path} is not a tokenizer: give a tokenizer.json or a .model.'
     require(file.suffix in names, wrong)
-    content, others = read_file(file), (file.parent / name for name in (CONFIG_FILE, TEMPLATE_FILE))
-    beside = {other.name: read_file(other) for other in others if other.is_file()}
+    require(file.is_file(), f'The tokenizer {file} cannot be read: there is no such file.')
+    others = [file.parent / name for name in (CONFIG_FILE, TEMPLATE_FILE)]
+    beside = {other.name: other.read_bytes() for other in others if other.is_file()}
     try:
-      return cls(content, names[file.suffix], bos_token, eos_token, beside)
+      return cls(file.read_bytes(), names[file.suffix], bos_token, eos_token, beside)
     except UserError as error:
       raise UserError(f'The tokenizer {file} {error}') from error
 

@@ -31,6 +31,7 @@ from absl import flags
 
 from bam_jax import errors
 from bam_jax.config.strict import require
+from bam_jax.files import folders
 
 FAILED = 1  # exit status of an error, if Python can choose it
 AGAIN = 'start all processes again with the same command, which resumes from the newest checkpoint'
@@ -93,11 +94,9 @@ def joined() -> Iterator[None]:
 
 def _of_jax(error: BaseException | None) -> str:
   """The first line of the JAX error that an error is or was caused by; '' if there is none."""
-  while error is not None:
-    if errors.of_jax(error):
-      return (str(error).splitlines() or [type(error).__name__])[0]
+  while error is not None and not errors.of_jax(error):
     error = error.__cause__ or error.__context__
-  return ''
+  return folders.first_line(error) if error else ''
 
 
 def place_of(

@@ -40,20 +40,17 @@ class Profile:
   """Records some steps in the job's first process; `settle` waits for one under way."""
 
   def __init__(self, folder: Path, watch: config.Watch, settle: Callable[[], None]):
-    self._first = watch.profile_from if jax.process_index() == 0 else 0
-    self._last = self._first and self._first + watch.profile_steps - 1  # 0: none
+    self._first = watch.profile_from if jax.process_index() == 0 else 0  # 0: none
+    self._end = self._first and self._first + watch.profile_steps
     self._folder, self._settle, self._recording = folder, settle, contextlib.ExitStack()
 
   def before(self, step: int) -> None:
-    """Starts the recording, if this step is its first."""
+    """Starts the recording before its first step, and writes it after its last."""
     if step == self._first:
       self._settle()
       folder = self._recording.enter_context(buckets.drafts(self._folder))
       self._recording.enter_context(jax.profiler.trace(folder))
-
-  def after(self, step: int) -> None:
-    """Writes the recording, if this step is its last."""
-    if step == self._last:
+    elif step == self._end:
       self._settle()
       self.close()
 

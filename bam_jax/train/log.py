@@ -38,12 +38,12 @@ PEAK_FLOPS = {
 def of_step(metrics: step_lib.StepMetrics) -> dict[str, Any]:
   """A step's metrics as plain numbers; waits for the step."""
   metrics = jax.device_get(metrics)
-  facts = {
+  return {
     'loss': float(metrics.loss),
     'nll': float(metrics.sums.nll / max(float(metrics.sums.targets), 1.0)),
     'gradient_norm': float(metrics.gradient_norm),
+    **of_routers(metrics.sums.routing),
   }
-  return facts | of_routers(metrics.sums.routing)
 
 
 def of_routers(routing: block.Routing) -> dict[str, Any]:

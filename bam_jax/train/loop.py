@@ -108,7 +108,6 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
       ):
         state, step_metrics = train_step(state, batch, rates)
       hooks.dispatched(step, step_metrics)
-      profile.after(step)
       for do, every in between_steps:
         if every and step % every == 0 and step < total_steps:
           do(step, state)
