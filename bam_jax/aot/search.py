@@ -123,10 +123,9 @@ def guess(job: Job, chip: Chip) -> tuple[float, float]:
   gathered = residual * (mesh.expert if ffn else 1)
   heads = 2 * (model.num_heads + model.num_kv_heads) * (attention.num_experts if attention else 1)
   attended = gathered + channel * heads * model.head_dim / mesh.tensor
-  assignments = ffn.top_k if ffn else 0
-  room = min(mesh.expert, 2) * assignments or 1  # twice an even load
+  room = min(mesh.expert, 2) * ffn.top_k if ffn else 1  # twice an even load
   hidden = channel * room * len(model.ffn_inputs) * model.ffn_dim / mesh.tensor
-  hidden += gathered * assignments
+  hidden += gathered * ffn.top_k if ffn else 0
   forward = arithmetic.forward_parts(model, job.sequence_length)
   saved, again = {
     'none': (attended + hidden, 0),

@@ -45,7 +45,6 @@ flags.DEFINE_list('without', [], 'Experts to leave out of every mixture, by name
 flags.DEFINE_integer('max_documents', None, 'Of each domain or task, whatever their lengths.', 1)
 flags.DEFINE_integer('window', None, 'Tokens at once; default: the training length.', 1)
 _STRIDE = flags.DEFINE_integer('stride', None, 'From window to window; default: the window.', 1)
-flags.DEFINE_integer('batch_size', 16, 'Windows on the devices at once.', lower_bound=1)
 flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Default: float32 only on CPU.')
 flags.DEFINE_list('mesh', [], 'Devices along each axis: data=2,fsdp=4.')
 _RESAMPLES = flags.DEFINE_integer('resamples', 1000, 'Resamples of the bootstrap.', 1, 10**6)
@@ -54,6 +53,7 @@ flags.DEFINE_integer('seed', 0, 'Seed of the bootstrap, or of sampling.', lower_
 _ROUTING = flags.DEFINE_string('routing', None, 'Folder for pictures of the routers.')
 
 _TASKS = flags.DEFINE_list('tasks', [], 'Instead of --data: tasks of lm-eval, .yaml files.')
+_BATCH = flags.DEFINE_integer('batch_size', 16, 'Tasks: texts generated at once.', lower_bound=1)
 _FEW_SHOT = flags.DEFINE_integer('few_shot', None, "Solved examples; default: the task's.", 0, 1000)
 _ALLOW = flags.DEFINE_bool('allow_generated_code', False, 'Allow programs written by the model.')
 
@@ -67,7 +67,7 @@ def main() -> dict[str, Any]:
   if _TASKS.value:
     _refuse('with --tasks', _DATA, _SPLIT, _TEXT_FIELD, _STRIDE, _RESAMPLES, _CONFIDENCE, _ROUTING)
     return tasks_session.run(_CHECKPOINT.value, _TASKS.value, options)
-  _refuse('without --tasks', _FEW_SHOT, _ALLOW)
+  _refuse('without --tasks', _BATCH, _FEW_SHOT, _ALLOW)
   domains = corpus.read(_DATA.value, _SPLIT.value, _TEXT_FIELD.value, options.max_documents)
   facts = session.run(_CHECKPOINT.value, domains, options, _ROUTING.value)
   return {'data': _DATA.value, 'split': _SPLIT.value} | facts

@@ -32,7 +32,6 @@ class Options(NamedTuple):
 
   dtype: str = 'float32'
   mesh: config.Mesh = config.Mesh()
-  batch_size: int = 16
   window: int | None = None  # tokens that are read at once; None: what each was trained at
   seed: int = 0  # of the resamples, or of sampling
   max_documents: int | None = None  # of a domain or task; None: all
@@ -42,6 +41,7 @@ class Options(NamedTuple):
   resamples: int = 1000
   confidence: float = 0.95
   # Of tasks.
+  batch_size: int = 16  # texts that are generated at once
   few_shot: int | None = None  # examples before each question; None: as each task says
   allow_generated_code: bool = False
 
@@ -108,7 +108,7 @@ def score(
   bar: progress.Progress,
 ) -> None:
   """Scores every document under one checkpoint, and records what its `routers` do if asked."""
-  how = options.dtype, options.mesh, options.batch_size, entry.window, options.without
+  how = options.dtype, options.mesh, entry.window, options.without
   scorer = Scorer(entry.path, *how)
   for domain in domains:
     documents = domain.documents(entry.tokenizer)

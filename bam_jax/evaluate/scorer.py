@@ -6,7 +6,6 @@ it has cuts them, to be gathered a layer at a time: all are `fsdp` here.
 Legend: B rows, T tokens that are read, S = T + 1, D model, V vocabulary, L layers, E experts.
 """
 
-import collections
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -103,19 +102,18 @@ class Scorer:
     path: str,
     dtype: str = 'float32',
     mesh: config.Mesh = config.Mesh(),  # noqa: B008
-    batch_size: int = 16,
     length: int | None = None,
     without: Sequence[str] = (),
   ):
     """Loads the checkpoint at or below `path`; UserError when it is damaged or does not fit.
 
-    `batch_size` windows, or one group a device, are on the devices of the mesh at once; `length`
-    is in tokens, by default what the model was trained at; `without` has experts to leave out.
+    `length` is in tokens, by default what the model was trained at; `without` has experts to leave
+    out.
     """
     source = growth.open_without(path, without)
     self.meta, self.tokenizer = source.meta, source.tokenizer()
     self.length = length or self.meta.sequence_length
-    self._mesh, self._batch_size = sharding.make_mesh(rows_mesh(mesh)), batch_size
+    self._mesh = sharding.make_mesh(rows_mesh(mesh))
     self._params = _load(source, dtype, self._mesh)
     self._compute = dict(model=self.meta.model.dropless(), dtype=dtype, mesh=self._mesh)
     self._platform = self._mesh.devices.flat[0].platform
@@ -150,17 +148,15 @@ class Scorer:
 
     What the routers did is among them if `routing` asks for it.
     """
-    running: collections.deque[tuple[Batch, Scored]] = collections.deque()
+    before = None
     for batch in windows_lib.batches(windows, self.length, self._platform, self._mesh.size):
-      rows = sum(len(other.length_B) for other, _ in running) + len(batch.length_B)
-      while running and rows > self._batch_size:
-        rows -= len(running[0][0].length_B)
-        yield from _finish(windows, *running.popleft())
       arrays = jax.device_put((batch.tokens_BS, batch.length_B), sharding.batch(self._mesh))
       scores = score(self._params, *arrays, **self._compute)
-      running.append((batch, scores if routing else scores._replace(routing={})))
-    for batch, scores in running:
-      yield from _finish(windows, batch, scores)
+      if before:  # while the devices compute
+        yield from _finish(windows, *before)
+      before = batch, scores if routing else scores._replace(routing={})
+    if before:
+      yield from _finish(windows, *before)
 
 
 def _finish(

@@ -1,8 +1,7 @@
 """The model as a reader of new tokens after those in its KV cache: of prompts, or one at a time.
 
-It is the training model's own block, with other layouts of the weights, attention to a cache, and a
-kernel for few rows. Rows of a batch end together: shorter ones have padding in front, so that the
-new token of every row has the same slot.
+It is the training model's own block, with other layouts of the weights and attention to a cache.
+Rows of a batch end together: shorter ones have padding in front.
 
 A generated token reads every weight once and does little with it, so nothing may be gathered or
 copied for it. Each layer's array is a buffer of its own, and so is each expert's: on CPU a slice of
@@ -10,8 +9,7 @@ a stack is a copy. On TPU alone a layer's routed experts are one, for their kern
 
 - `data` and `fsdp` cut the rows of the batch, and no weight;
 - `expert` cuts the attention experts, with their keys and values, the hidden columns of every FFN
-  expert, and the vocabulary; all devices along it see the same tokens, and one sum adds what they
-  computed. With whole FFN experts most devices would be idle while one reads the expert of a token;
+  expert (with whole ones most devices would be idle while one reads a token's), and the vocabulary;
 - `tensor` cuts heads, hidden columns and the vocabulary, as in training.
 
 Legend: L layers, E experts, B batch, T new tokens, S slots, V vocabulary, W local words.

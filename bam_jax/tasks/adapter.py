@@ -47,7 +47,7 @@ class Model(TemplateLM):
   ):
     """Reads what the checkpoint is; its parameters are loaded by the first request.
 
-    `batch_size` is rows on the devices at once; `max_length` tokens read at once, by default the
+    `batch_size` is texts generated at once; `max_length` tokens read at once, by default the
     length trained at; `seed` of sampling; `without`, experts to leave out. UserError when there is
     no such checkpoint.
     """
@@ -100,8 +100,8 @@ class Model(TemplateLM):
       with tqdm(total=len(pairs), disable=disable_tqdm or None, desc='bam_jax') as progress:
         if not isinstance(self._loaded, Scorer):
           self._loaded = None  # frees the generator's memory first
-          how = self._dtype, self._mesh, self.batch_size, self.max_length
-          self._loaded = Scorer(self._path, *how, self._without)
+          how = self._dtype, self._mesh, self.max_length, self._without
+          self._loaded = Scorer(self._path, *how)
         answers.update(zip(pairs, self._loaded.loglikelihoods(pairs, progress.update)))
     wrong = f'{self._path} gives a log-likelihood that is not finite: its training diverged.'
     require(all(math.isfinite(value) for value, _ in answers.values()), wrong)

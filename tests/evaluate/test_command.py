@@ -43,7 +43,7 @@ def test_two_checkpoints_on_any_mesh(runs, dataset, server, tmp_path, command_do
   facts = json.loads(one.stdout)  # and nothing else is there
   pictures = 'by_layer.png', '1_attention.png', '1_ffn.png'  # of the second checkpoint
   assert sorted(file.name for file in folder.iterdir()) == sorted(pictures)
-  flags += ['--mesh=data=2,fsdp=2,expert=2', '--batch_size=3']
+  flags += ['--mesh=data=2,fsdp=2,expert=2']
   line = [sys.executable, '-m', 'bam_jax.evaluate', *flags]
   devices = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '8'}
   eight = subprocess.run(line, cwd=ROOT, capture_output=True, env=devices)

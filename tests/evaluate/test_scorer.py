@@ -81,13 +81,11 @@ def alone(saved, pieces):
 
 
 @pytest.mark.parametrize('shape', ['data', 'all', *slow(['tensor', 'fsdp'])])
-def test_no_mesh_and_no_batch_changes_a_bit(saved, pieces, alone, shape):
+def test_no_mesh_changes_a_bit(saved, pieces, alone, shape):
   mesh = config.Mesh(*MESHES[shape])
-  want = alone('bam_kv_experts')
-  for batch_size in (1, 5, 64):
-    found = exact(Scorer(saved('bam_kv_experts'), 'float32', mesh, batch_size), pieces)
-    for a, b in zip(found, want):
-      np.testing.assert_array_equal(a, b)
+  found = exact(Scorer(saved('bam_kv_experts'), 'float32', mesh), pieces)
+  for a, b in zip(found, alone('bam_kv_experts')):
+    np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.slow
@@ -99,7 +97,7 @@ def test_no_mesh_and_no_batch_changes_a_bit(saved, pieces, alone, shape):
   ],
 )
 def test_no_model_changes_a_bit(saved, pieces, alone, name, dtype, shape):
-  found = exact(Scorer(saved(name), dtype, config.Mesh(*MESHES[shape]), 7), pieces, routing=True)
+  found = exact(Scorer(saved(name), dtype, config.Mesh(*MESHES[shape])), pieces, routing=True)
   for a, b in zip(found, alone(name, dtype)):
     np.testing.assert_array_equal(a, b)
 
@@ -122,11 +120,11 @@ def test_weights_are_cut(saved):
 
 
 def test_groups_of_an_accelerator(saved, pieces, alone, monkeypatch):
-  """Rows beside each other: near what they are alone, and exact whatever the mesh and the batch."""
+  """Rows beside each other: near what they are alone, and exact whatever the mesh."""
   monkeypatch.setattr(windows, 'GROUP_TOKENS', 4 * LENGTH)
   found = []
-  for mesh, batch_size in ((config.Mesh(), 1), (config.Mesh(data=2, fsdp=2), 50)):
-    scorer = Scorer(saved('bam_kv_experts'), 'float32', mesh, batch_size)
+  for mesh in (config.Mesh(), config.Mesh(data=2, fsdp=2)):
+    scorer = Scorer(saved('bam_kv_experts'), 'float32', mesh)
     scorer._platform = 'gpu'
     found.append(exact(scorer, pieces))
   for a, b, single in zip(*found, alone('bam_kv_experts')):
@@ -179,7 +177,7 @@ def test_loglikelihoods(models, saved, start):
     )  # fmt: skip
     said.append(int(logits[0, -1].argmax()))
   requests.append((context, said))
-  found = Scorer(saved('bam_kv_experts'), batch_size=2).loglikelihoods(requests)
+  found = Scorer(saved('bam_kv_experts')).loglikelihoods(requests)
   for (context, continuation), (total, greedy) in zip(requests, found):
     tokens, room = [*context, *continuation], LENGTH + 1
     if len(continuation) <= LENGTH:
