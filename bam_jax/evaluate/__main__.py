@@ -41,7 +41,7 @@ _CHECKPOINT = flags.DEFINE_multi_string('checkpoint', [], 'A run, step, or outpu
 _DATA = flags.DEFINE_multi_string('data', [], 'A prepared dataset, or DOMAIN=PATH of text.')
 _SPLIT = flags.DEFINE_string('split', 'valid', 'Split of prepared datasets and of files so named.')
 _TEXT_FIELD = flags.DEFINE_string('text_field', 'text', 'JSON field or Parquet column of the text.')
-flags.DEFINE_list('without', [], 'Experts to leave out of every mixture, by name or number.')
+flags.DEFINE_list('without', [], 'Experts to leave out of every checkpoint, by name or number.')
 flags.DEFINE_integer('max_documents', None, 'Of each domain or task, whatever their lengths.', 1)
 flags.DEFINE_integer('window', None, 'Tokens at once; default: the training length.', 1)
 _STRIDE = flags.DEFINE_integer('stride', None, 'From window to window; default: the window.', 1)

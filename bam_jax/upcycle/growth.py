@@ -6,7 +6,7 @@ columns of routers that stay are the same bytes, so that dropping an expert undo
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -64,13 +64,7 @@ class _Changed:
   `columns` has the new expert's column by router, and by bias of routers.
   """
 
-  def __init__(
-    self,
-    mixture: Source,
-    experts: Sequence[int],
-    dense: Source | None,
-    columns: Mapping[str, np.ndarray],
-  ):
+  def __init__(self, mixture: Source, experts, dense: Source | None, columns):
     self._mixture, self._experts, self._dense, self._columns = mixture, experts, dense, columns
     model, made = mixture.meta.model, mixture.meta.manifest and mixture.meta.manifest.upcycle
     self._folds = rules.folds(model) if made and made.norms == 'fold' else {}
@@ -103,17 +97,16 @@ class _Changed:
     """A region of the new expert's array, or of its column."""
     if path in self._columns:
       return self._columns[path][tuple(box)]
-    layers, *rest = box
-    return np.stack([self._layer(path, n, rest) for n in range(layers.start, layers.stop)])
-
-  def _layer(self, path: str, layer: int, rest: Sequence[slice]) -> np.ndarray:
-    reader, index = self._dense.reader, (layer, *rest)
-    array = reader.read(path, index)
-    arrays.check_finite(array, self._dense.path, path, reader.specs[path], index)
-    if norm := self._folds.get(path):
-      scale_D = reader.read(norm, (layer,)).astype(np.float32)[rest[0]] + self._plus_one
-      array = array.astype(np.float32) * scale_D.reshape(-1, *[1] * (array.ndim - 1))
-    return array
+    reader, (layers, *rest), made = self._dense.reader, box, []
+    for layer in range(layers.start, layers.stop):  # one at a time, as some sources are read
+      index = layer, *rest
+      array = reader.read(path, index)
+      arrays.check_finite(array, self._dense.path, path, reader.specs[path], index)
+      if norm := self._folds.get(path):
+        scale_D = reader.read(norm, (layer,)).astype(np.float32)[rest[0]] + self._plus_one
+        array = array.astype(np.float32) * scale_D.reshape(-1, *[1] * (array.ndim - 1))
+      made.append(array)
+    return np.stack(made)
 
 
 def drop(mixture: Source, experts: Sequence[str]) -> Source:
@@ -174,12 +167,7 @@ def check_new(mixture: Source, grown: Source) -> None:
       raise UserError(f'{wrong}: give another model.')
 
 
-def _changed(
-  mixture: Source,
-  experts: tuple[int, ...],
-  dense: Source | None = None,
-  columns: Mapping[str, np.ndarray] | None = None,
-) -> Source:
+def _changed(mixture: Source, experts: tuple[int, ...], dense=None, columns=()) -> Source:
   """The mixture with other experts, as if it were a checkpoint in the mixture's place."""
   meta, both = mixture.meta, (mixture, *((dense,) if dense else ()))
   if dense:
@@ -188,11 +176,9 @@ def _changed(
     of_one = mixture._replace(meta=dataclasses.replace(meta, model=meta.model.dense()))
     check_alike([of_one, dense], 'bam_kv_experts' if own_keys else 'btx')
   names, before = names_of(meta.model, meta.sources, mixture.path), meta.manifest
-  origins = tuple(
-    manifest.Source(str(folders.absolute(one.folder)), one.meta.run, one.meta.step) for one in both
-  )
-  grown = manifest.Grown(experts, meta.sources, before)
-  how = before and before.upcycle
+  path = lambda source: str(folders.absolute(source.folder))
+  origins = tuple(manifest.Source(path(one), one.meta.run, one.meta.step) for one in both)
+  how, grown = before and before.upcycle, manifest.Grown(experts, meta.sources, before)
   meta = dataclasses.replace(
     meta,
     model=resized(meta.model, experts, dense and dense.meta.model),
@@ -200,7 +186,7 @@ def _changed(
     sources=tuple(dense.meta.run if number == NEW else names[number] for number in experts),
     manifest=manifest.Manifest('', manifest.now(), origins, (), how, grown=grown),
   )
-  reader = _Changed(mixture, experts, dense, columns or {})
+  reader = _Changed(mixture, experts, dense, columns)
   check = lambda: [one.check() for one in both] and None
   return mixture._replace(meta=meta, reader=reader, check=check)
 
