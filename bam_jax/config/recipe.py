@@ -92,7 +92,7 @@ class Watch(strict.Section):
   profile_from: Count = 0  # the first step that jax.profiler records, into <run>/profile; 0: none
   profile_steps: PositiveInt = 3
   # A run that finishes no step for this many seconds prints the stack of every thread; 0: never.
-  stall_seconds: Annotated[float, (0, 10**9)] = 600.0
+  stall_seconds: NonNegative = 600.0
 
 
 @dataclass(frozen=True)

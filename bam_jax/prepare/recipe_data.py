@@ -27,12 +27,11 @@ def _prepare_missing(data: config.Data) -> None:
   source = str(sources.SAMPLE) if options.input == 'sample' else options.input
   domains = sources.find_domains([source])
   tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
-  size = options.train_tokenizer or None
   print(f'Preparing {path} from {options.input}.', file=sys.stderr)
 
   def prepare_in(folder: Path) -> None:
-    how = dict(tokenizer=tokenizer, train_tokenizer=size, skip_unknown=options.skip_unknown)
-    if warning := dataset.warning(dataset.prepare(domains, folder, **how)):
+    how = dict(train_tokenizer=options.train_tokenizer or None, skip_unknown=options.skip_unknown)
+    if warning := dataset.warning(dataset.prepare(domains, folder, tokenizer=tokenizer, **how)):
       print(warning, file=sys.stderr)
 
   remote.publish(path, prepare_in) if folders.in_bucket(path) else prepare_in(path)

@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,7 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
     goodput.resume(saved.get('spent', {}), writer.dropped)
 
     def alive(*step_and_facts: Any) -> None:
-      if seconds := run.watch.stall_seconds:
+      if seconds := min(run.watch.stall_seconds, threading.TIMEOUT_MAX):
         faulthandler.dump_traceback_later(seconds, file=sys.__stderr__)
 
     skips = guard.Skips(name, run.guard, checkpoints.newest_folder, saved.get('skipped', (0, 0)))
