@@ -54,8 +54,11 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
   attention = _experts(facts, config.AttentionExperts, _ATTENTION_EXPERTS)
   attention = attention and dataclasses.replace(attention, ropes=ropes)
   ffn = _experts(facts, config.FFNExperts, _FFN_EXPERTS)
+  read = facts.take('router_input', str, 'token')
+  require(read in ('token', 'prefix'), f"router_input={read!r} is neither 'token' nor 'prefix'.")
   dense = families.read(BAM, facts)
-  return dataclasses.replace(dense, attention_experts=attention, ffn_experts=ffn)
+  experts = dict(attention_experts=attention, ffn_experts=ffn, router_input=read)
+  return dataclasses.replace(dense, **experts)
 
 
 def tensors(model: config.Model, config_json: Mapping[str, Any]) -> tuple[names.Table, dict]:
@@ -107,6 +110,7 @@ def from_model(
       facts |= {theirs: getattr(experts, ours) for ours, theirs in keys.items()}
   ropes = attention.ropes if attention else ()
   return facts | {
+    'router_input': model.router_input,
     _ROPES: [rotation.write(one.theta, one.scaling)['rope_parameters'] for one in ropes],
     'auto_map': {
       'AutoConfig': 'configuration_bam.BamConfig',

@@ -38,6 +38,7 @@ class BamConfig(CohereConfig):
   num_experts_per_tok: int = 1  # FFN experts for each token
   norm_topk_prob: bool = False  # divide the gates of the chosen ones by their sum
   use_expert_bias: bool = False  # a bias in the choice of FFN experts, not in their gates
+  router_input: str = 'token'  # what routers read; 'prefix': the mean of the tokens so far
   capacity_factor: float = 0.0  # of the FFN experts in training; no token is dropped here
 
   def __post_init__(self, **kwargs):

@@ -60,6 +60,8 @@ def objection(mixture: Mixture, model: config.Model, length: int, biased: bool) 
   computed = kind != 'qwen2_moe' or model.head_dim * model.num_heads == model.d_model
   if not fits or not computed or kind == 'qwen3_moe' and model.window:
     return f'This model is not {name}'
+  if model.router_input != 'token':
+    return f'Routers read the prefix, and those of {name} the token'
   if biased:
     return f'The expert_bias is not zero, and {name} has none'
   if mixture.renormalizes and not ffn.renormalize and ffn.top_k < ffn.num_experts:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import CohereForCausalLM, CoherePreTrainedModel, DynamicCache, GenerationMixin
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -59,8 +60,9 @@ class BamRouter(nn.Linear):
     bias = torch.zeros(num_experts) if expert_bias else None
     self.register_buffer('e_score_correction_bias', bias)
 
-  def forward(self, y_BTD: torch.Tensor) -> torch.Tensor:
-    gates = F.linear(y_BTD.float(), self.weight.float()).softmax(-1)
+  def forward(self, y_BTD: torch.Tensor, prefix: 'Prefix | None' = None, number: int = 0):
+    logits = F.linear(y_BTD.float(), self.weight.float())
+    gates = (prefix.mean(logits, number) if prefix else logits).softmax(-1)
     if not self.top_k:
       return gates
     scores = gates.detach()
@@ -70,6 +72,56 @@ class BamRouter(nn.Linear):
     chosen = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]
     gates = torch.zeros_like(gates).scatter(-1, chosen, gates.gather(-1, chosen))
     return gates / gates.sum(-1, keepdim=True) if self.renormalize else gates
+
+
+class RouterSums(DynamicLayer):
+  """The entry of a cache, after its layers', with sums of routers' logits: BRE, and tokens: B11."""
+
+  def crop(self, tokens_to_remove: int) -> None:
+    """A sum does not tell what its last tokens added."""
+    if tokens_to_remove:
+      raise NotImplementedError("router_input='prefix' cannot take tokens back out of its cache.")
+
+
+class Prefix:
+  """The means that routers read: of the logits of all tokens up to each, without padding."""
+
+  def __init__(self, config: BamConfig, real_BT: torch.Tensor, cache):
+    layers = cache.layers if cache is not None else []
+    held = [layer for layer in layers if isinstance(layer, RouterSums)]
+    self.held = held[0] if held else RouterSums()
+    shape = 2 * config.num_hidden_layers, max(config.num_attention_experts, config.num_experts)
+    if not held:
+      self.held.keys = torch.zeros(len(real_BT), *shape, device=real_BT.device)
+      self.held.values = torch.zeros(len(real_BT), 1, 1, device=real_BT.device)
+      self.held.is_initialized = True
+    self.real_BT1 = real_BT.float().unsqueeze(-1)
+    self.count_BT1 = self.held.values + self.real_BT1.cumsum(1)
+    self.sums = self.held.keys.clone()
+
+  def mean(self, logits_BTE: torch.Tensor, number: int) -> torch.Tensor:
+    """What the router of this number reads, in place of each token's logits."""
+    E = logits_BTE.shape[-1]
+    sums_BTE = self.held.keys[:, number, None, :E] + (logits_BTE * self.real_BT1).cumsum(1)
+    self.sums[:, number, :E] = sums_BTE[:, -1].detach()
+    return sums_BTE / self.count_BT1.clamp(min=1)
+
+  def keep(self, cache) -> None:
+    """Adds these tokens to a cache."""
+    self.held.keys, self.held.values = self.sums, self.count_BT1[:, -1:]
+    if not any(layer is self.held for layer in cache.layers):
+      cache.layers.append(self.held)
+
+
+def real_tokens(mask: torch.Tensor | None, x_BTD: torch.Tensor, seen: int) -> torch.Tensor:
+  """Which tokens (B, T) are no padding, from a mask (B, S), or (B, 1, T, S) of what each sees."""
+  B, T, _ = x_BTD.shape
+  if mask is None:
+    return torch.ones(B, T, dtype=torch.bool, device=x_BTD.device)
+  if mask.dim() == 2:
+    return mask[:, -T:].bool()
+  itself = mask[:, 0].diagonal(seen, -2, -1)[:, :T]
+  return (itself if itself.dtype == torch.bool else itself == 0).expand(B, T)
 
 
 def rotations(config: BamConfig, layer_type: str, positions_BT: torch.Tensor) -> torch.Tensor:
@@ -140,7 +192,9 @@ class BamAttention(BamProjections):
       top_k, renormalize = config.num_attention_experts_per_tok, config.norm_topk_attention
       self.router = BamRouter(config.hidden_size, E, top_k, renormalize)
 
-  def forward(self, y: torch.Tensor, position_embeddings, attention_mask, cache=None, **kwargs):
+  def forward(
+    self, y: torch.Tensor, position_embeddings, attention_mask, cache=None, prefix=None, **kwargs
+  ):
     """The output (B, T, D) for `y` (B, T, D), and weights if the kernel has them."""
     config, K, E = self.config, self.config.head_dim, self.config.num_attention_experts
     owners, shared = self.experts if E else [self], E and config.shared_kv
@@ -169,7 +223,7 @@ class BamAttention(BamProjections):
     if shared:
       heads = heads.unflatten(2, (config.num_key_value_heads, E, -1)).transpose(2, 3)
     heads = heads.reshape(*y.shape[:2], E, -1)
-    gates = self.router(y).to(y.dtype).unsqueeze(-1)  # (B, T, E, 1)
+    gates = self.router(y, prefix, 2 * self.layer_idx).to(y.dtype).unsqueeze(-1)  # (B, T, E, 1)
     # After the projection, so that a gate is that of the bias too.
     outputs = [gates[:, :, e] * expert.o_proj(heads[:, :, e]) for e, expert in enumerate(owners)]
     return sum(outputs), weights
@@ -187,7 +241,7 @@ class BamMLP(nn.Module):
     self.up_proj = nn.Linear(D, hidden, bias=biased)
     self.down_proj = nn.Linear(hidden, D, bias=biased)
 
-  def forward(self, y: torch.Tensor) -> torch.Tensor:
+  def forward(self, y: torch.Tensor, prefix=None) -> torch.Tensor:
     up = self.up_proj(y)
     if self.kind == 'gelu':
       return self.down_proj(F.gelu(up))
@@ -199,14 +253,15 @@ class BamMLP(nn.Module):
 class BamSparseMLP(nn.Module):
   """The sum of the top-k FFN experts of each token, weighted with their gates."""
 
-  def __init__(self, config: BamConfig):
+  def __init__(self, config: BamConfig, layer_idx: int):
     super().__init__()
+    self.layer_idx = layer_idx
     E, top_k, renormalize = config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
     self.router = BamRouter(config.hidden_size, E, top_k, renormalize, config.use_expert_bias)
     self.experts = nn.ModuleList(BamMLP(config) for _ in range(E))
 
-  def forward(self, y_BTD: torch.Tensor) -> torch.Tensor:
-    gates = self.router(y_BTD).to(y_BTD.dtype).flatten(0, 1)
+  def forward(self, y_BTD: torch.Tensor, prefix: Prefix | None = None) -> torch.Tensor:
+    gates = self.router(y_BTD, prefix, 2 * self.layer_idx + 1).to(y_BTD.dtype).flatten(0, 1)
     tokens = y_BTD.flatten(0, 1)
     output = torch.zeros_like(tokens)
     for e, expert in enumerate(self.experts):
@@ -222,7 +277,7 @@ class BamLayer(GradientCheckpointingLayer):
     super().__init__()
     self.sequential, self.scale = config.block == 'sequential', config.residual_scale
     self.self_attn = BamAttention(config, layer_idx)
-    self.mlp = BamSparseMLP(config) if config.num_experts else BamMLP(config)
+    self.mlp = BamSparseMLP(config, layer_idx) if config.num_experts else BamMLP(config)
     # On the inputs and on the outputs of the two parts: names of modules, '' for none.
     before, after = ['', ''], ['', '']
     if config.norm_place != 'post':
@@ -234,16 +289,16 @@ class BamLayer(GradientCheckpointingLayer):
       setattr(self, name, block_norm(config))
     self.before, self.after = before, after
 
-  def forward(self, x: torch.Tensor, **kwargs) -> torch.Tensor:
+  def forward(self, x: torch.Tensor, prefix: Prefix | None = None, **kwargs) -> torch.Tensor:
     """The residual stream (B, T, D) after the layer."""
     norm = lambda name, x: getattr(self, name)(x) if name else x
     y = norm(self.before[0], x)
-    attended, _ = self.self_attn(y, **kwargs)
+    attended, _ = self.self_attn(y, prefix=prefix, **kwargs)
     if not self.sequential:
       y = norm(self.before[1], x) if self.before[1] else y
-      return x + self.scale * (attended + self.mlp(y))
+      return x + self.scale * (attended + self.mlp(y, prefix))
     x = x + self.scale * norm(self.after[0], attended)
-    return x + self.scale * norm(self.after[1], self.mlp(norm(self.before[1], x)))
+    return x + self.scale * norm(self.after[1], self.mlp(norm(self.before[1], x), prefix))
 
 
 class BamPreTrainedModel(CoherePreTrainedModel):
@@ -281,17 +336,24 @@ class BamModel(BamPreTrainedModel):
     cache = past_key_values if cache is None else cache  # its name before transformers 5.24, since
     if use_cache and cache is None:
       cache = DynamicCache(config=config)
+    seen = cache.get_seq_length() if cache is not None else 0
     if position_ids is None:
-      seen = cache.get_seq_length() if cache is not None else 0
       position_ids = (torch.arange(x.shape[1], device=x.device) + seen)[None]
     masks = attention_mask  # which `generate` may have made of it, by the types of layers
     if not isinstance(masks, dict):
       masks = create_masks_for_generate(config, x, attention_mask, cache, position_ids)
+    prefix = None
+    if config.router_input == 'prefix':
+      mask = next(iter(masks.values())) if isinstance(attention_mask, dict) else attention_mask
+      prefix = Prefix(config, real_tokens(mask, x, seen), cache)
     turns = {kind: rotations(config, kind, position_ids) for kind in masks}
     x = x * config.embedding_scale
     for layer, kind in zip(self.layers, config.layer_types):
       options = dict(position_embeddings=turns[kind], position_ids=position_ids, cache=cache)
+      options['prefix'] = prefix
       x = layer(x, attention_mask=masks[kind], **options, **kwargs)
+    if prefix and cache is not None:
+      prefix.keep(cache)
     return BaseModelOutputWithPast(self.norm(x), cache)
 
 

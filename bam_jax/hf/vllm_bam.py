@@ -40,6 +40,7 @@ _COMPUTED = {
   'biases': ('none', 'qkv', 'attention'),
   'hidden_act': ('silu',),
   'ffn': ('swiglu',),
+  'router_input': ('token',),
   'attention_cap': (0.0,),
   'logit_cap': (0.0,),
 }

@@ -75,6 +75,13 @@ MODELS = {
     'attention_experts': config.AttentionExperts(3, top_k=2, renormalize=True),
     'ffn_experts': config.FFNExperts(4, top_k=3, renormalize=True, expert_bias=True),
   },
+  'prefix': _MIXTURE | {
+    'attention_experts': config.AttentionExperts(3, top_k=1), 'router_input': 'prefix',
+  },
+  'prefix_sliding': _SHARED | _RMS | {
+    'layer_types': ('sliding',) * 3, 'window': 5, 'router_input': 'prefix',
+    'ffn_experts': config.FFNExperts(4),
+  },
   # Blocks of other families: every field, and fields that meet in one array or one layer.
   'sequential': _MIXTURE | _RMS | {'biases': 'attention', 'head_dim': 6, 'qk_norm': 'none'},
   'post': _MIXTURE | _RMS | {

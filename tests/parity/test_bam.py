@@ -17,7 +17,7 @@ FELT = dict(rope_theta=30.0, norm_epsilon=1e-2, logit_scale=0.4)
 BIAS = 'blocks/ffn/expert_bias'
 # Dense models of the paper's block have a class of transformers: test_families.
 CASES = [name for name in folders.MODELS if name not in ('dense', 'no_qk_norm', 'untied', 'neox')]
-some = pytest.mark.parametrize('exported', ['routed', 'post', 'head_rms_shared'], indirect=True)
+some = pytest.mark.parametrize('exported', ['prefix', 'post', 'head_rms_shared'], indirect=True)
 
 
 def load(folder, **options):
