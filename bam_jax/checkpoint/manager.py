@@ -23,7 +23,7 @@ from bam_jax import config
 from bam_jax.checkpoint import arrays, integrity
 from bam_jax.checkpoint.manifest import Manifest
 from bam_jax.config import strict
-from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer
+from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer, read_file
 from bam_jax.errors import UserError
 from bam_jax.files import folders, json_file
 from bam_jax.model import transformer
@@ -203,7 +203,7 @@ def find_tokenizer(path: epath.PathLike) -> epath.Path:
   for place in places:
     for name in (HUGGING_FACE_FILE, SENTENCEPIECE_FILE):
       file = place / name
-      if file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() == meta.tokenizer_hash:
+      if file.exists() and hashlib.sha256(read_file(file)).hexdigest() == meta.tokenizer_hash:
         return file
   raise UserError(
     f'{folder} lacks its tokenizer, SHA-256 {meta.tokenizer_hash[:12]}..., which is not in '

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer
+from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer, read_file
 from bam_jax.errors import UserError
 from bam_jax.files import folders, json_file
 
@@ -133,7 +133,7 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
   folder = Path(path)
   manifest = read_manifest(folder)
   file = folder / manifest['tokenizer']['file']
-  found = file.is_file() and file_hash(file)
+  found = file.is_file() and hashlib.sha256(read_file(file)).hexdigest()
   if found != manifest['tokenizer']['hash']:
     raise UserError(f'{file} is missing or not the tokenizer of {MANIFEST}: {FIX}.')
   dataset = Dataset(folder, manifest)

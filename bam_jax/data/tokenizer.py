@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import sentencepiece
 import tokenizers
+from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -34,7 +35,20 @@ EOS_TOKENS = (
 MIN_VOCAB = 258  # to train: 256 bytes, BOS and EOS
 MAX_VOCAB = 2**20  # to train; the trainer allocates room for all of it
 MAX_PRE_TOKEN = 1024  # bytes, in training: its time grows with the square of the longest
+FILE_BYTES = 2**28  # of a tokenizer's file, at most
 BATCH_BYTES = 2**22  # encoded at a time: each takes some 100 bytes until all are encoded
+
+
+def read_file(path: Path | epath.Path) -> bytes:
+  """A tokenizer's file, unparsed; UserError when it cannot be read or has over FILE_BYTES."""
+  try:
+    with path.open('rb') as file:
+      content = file.read(FILE_BYTES + 1)
+  except OSError as error:
+    raise UserError(f'The tokenizer {path} cannot be read: {error.strerror or error}.') from error
+  wrong = f'{path} is larger than {FILE_BYTES >> 20} MiB: it is not a tokenizer.'
+  require(len(content) <= FILE_BYTES, wrong)
+  return content
 
 
 class Tokenizer:
@@ -88,11 +102,10 @@ class Tokenizer:
       file = found[0]
     wrong = f'{path} is not a tokenizer: give a tokenizer.json or a .model.'
     require(file.suffix in names, wrong)
-    require(file.is_file(), f'The tokenizer {file} cannot be read: there is no such file.')
-    others = [file.parent / name for name in (CONFIG_FILE, TEMPLATE_FILE)]
-    beside = {other.name: other.read_bytes() for other in others if other.is_file()}
+    content, others = read_file(file), (file.parent / name for name in (CONFIG_FILE, TEMPLATE_FILE))
+    beside = {other.name: read_file(other) for other in others if other.is_file()}
     try:
-      return cls(file.read_bytes(), names[file.suffix], bos_token, eos_token, beside)
+      return cls(content, names[file.suffix], bos_token, eos_token, beside)
     except UserError as error:
       raise UserError(f'The tokenizer {file} {error}') from error
 

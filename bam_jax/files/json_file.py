@@ -1,4 +1,4 @@
-"""JSON from untrusted files, with one kind of error."""
+"""JSON from untrusted files: bounded in memory, with one kind of error."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,19 @@ from etils import epath
 
 from bam_jax.errors import UserError
 
+MAX_BYTES = 2**26
+
 
 def load(path: Path | epath.Path) -> Any:
-  """The value in a file; OSError, or ValueError if it is not UTF-8 or JSON, or nested too deep."""
-  return loads(path.read_bytes().decode())
+  """The value in a file.
+
+  OSError; ValueError if it exceeds MAX_BYTES, is not UTF-8 or JSON, or is nested too deep.
+  """
+  with path.open('rb') as file:
+    content = file.read(MAX_BYTES + 1)
+  if len(content) > MAX_BYTES:
+    raise ValueError(f'it is larger than {MAX_BYTES >> 20} MiB')
+  return loads(content.decode())
 
 
 def load_record(path: Path | epath.Path) -> dict[str, Any] | None:
