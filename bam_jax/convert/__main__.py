@@ -5,6 +5,7 @@
 
 Subcommands:
   upcycle         mixes dense checkpoints into a mixture's checkpoint
+  mix             the same, ready to use without training, and scores it
   add-expert      adds a dense model to a mixture
   drop-expert     drops an expert of a mixture
   replace-expert  puts a dense model in the place of a mixture's expert
@@ -20,6 +21,7 @@ from bam_jax import cli
 # Each is a module with flags, a docstring for --help, and `main`.
 SUBCOMMANDS = {
   'upcycle': 'bam_jax.convert.upcycle',
+  'mix': 'bam_jax.convert.mix',
   'add-expert': 'bam_jax.convert.experts',
   'drop-expert': 'bam_jax.convert.experts',
   'replace-expert': 'bam_jax.convert.experts',

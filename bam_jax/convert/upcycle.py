@@ -10,6 +10,11 @@ source's for all. Other differences of architecture, differing tokenizers, a rep
 and a full disk are errors; --output is complete or absent. A recipe trains the result with
 init={'checkpoint': DIR}; docs/options.md explains the options.
 
+With --router_init=centroids or ridge, routers are fitted on text: --router_data=NAME=PATH gives a
+domain of each source, by the source's run or in their order, as a prepared dataset that has the
+domain, or as text that `prepare` reads. The dense average of the sources (and in sequential blocks
+the mixture) then runs on this machine's devices, those of --mesh.
+
 `--json` writes `output`, `seconds` and `meta`: the model, and under `manifest` the sources with
 their hashes and what became of every array.
 """
@@ -19,14 +24,18 @@ import sys
 import time
 from typing import Any, get_args
 
+import jax
 from absl import flags
 
 from bam_jax import cli, config
 from bam_jax.config import strict
+from bam_jax.convert import fitting
 from bam_jax.errors import UserError
 from bam_jax.hf import source as hf_source
-from bam_jax.upcycle import outputs, rules
+from bam_jax.upcycle import outputs, routers, rules
+from bam_jax.upcycle.sources import Source
 
+INITS = ('random', 'zero', 'centroids', 'ridge')
 ROUTINGS = ('soft', 'top1', 'top2')  # attention_top_k is the index
 
 _FROM = flags.DEFINE_multi_string('from', [], 'A dense checkpoint; repeated, in order.')
@@ -41,7 +50,8 @@ _KEYS = (
   flags.DEFINE_bool('renormalize', False, 'Divide the k gates by their sum.'),
   flags.DEFINE_float('capacity_factor', 0.0, 'Of the FFN experts; 0 is dropless.'),
   flags.DEFINE_bool('expert_bias', False, "A bias that balances the FFN experts' loads."),
-  flags.DEFINE_enum('router_init', 'random', ('random', 'zero'), 'centroids: only in a recipe.'),
+  flags.DEFINE_enum('router_input', 'token', ('token', 'prefix'), "prefix: the document's mean."),
+  flags.DEFINE_enum('router_init', 'random', INITS, 'centroids, ridge: fitted to --router_data.'),
   flags.DEFINE_float('router_scale', 1.0, 'Standard deviation of random routers times sqrt(D).'),
   flags.DEFINE_enum('average', 'mean', ('mean', 'weighted', 'first'), 'Of arrays without experts.'),
   flags.DEFINE_enum('norms', 'mean', ('mean', 'fold'), "fold: into the source's own experts."),
@@ -51,6 +61,9 @@ _KEYS = (
 _ROPE = flags.DEFINE_enum('rope', 'own', ('own', 'first'), "Rotary positions; or the first's.")
 _UNTIE = flags.DEFINE_bool('untie', False, 'Give tied sources a copy of the table as a head.')
 _LENGTH = flags.DEFINE_integer('length', 0, 'Of training texts; default: the shortest.', 0)
+_DATA = flags.DEFINE_multi_string('router_data', [], "NAME=PATH: text of a source's domain.")
+_TOKENS = flags.DEFINE_integer('router_tokens', routers.FIT_TOKENS, 'Of each, to fit routers.', 1)
+_MESH = flags.DEFINE_list('mesh', [], 'Devices along each axis that fit routers: fsdp=4.')
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'Dtype on disk.')
 _SEED = flags.DEFINE_integer('seed', 0, "Seed of the draws; or a recipe's seed.", 0, 2**32 - 1)
 _NAME = flags.DEFINE_string('name', '', "A recipe's run, to reproduce its draws.")
@@ -58,6 +71,15 @@ _NAME = flags.DEFINE_string('name', '', "A recipe's run, to reproduce its draws.
 
 def main() -> dict[str, Any]:
   """Mixes the checkpoints that the flags name; returns facts about the mixture."""
+  facts, *_ = mix('router_data', scored=0)
+  return facts
+
+
+def mix(data: str, scored: int) -> tuple[dict[str, Any], list[Source], list[fitting.Domain]]:
+  """The same; and the sources, and the domains that routers were fitted on.
+
+  The domains are given by the flag `data`, and keep up to `scored` documents apart for scores.
+  """
   output, start = _OUTPUT.value, time.monotonic()
   given = _FROM.value and all(_FROM.value) and _METHOD.value and output
   strict.require(given, '--from, --method and --output are required.')
@@ -74,20 +96,34 @@ def main() -> dict[str, Any]:
       weights=weights,
       **{flag.name: flag.value for flag in _KEYS},
     )
+    for flag in (_DATA, _TOKENS, _MESH):
+      unused = f'--{flag.name} has no effect with --router_init={upcycle.router_init}: remove it.'
+      strict.require(upcycle.fits_routers or not flag.present, unused)
     sources = [hf_source.open_any(path) for path in upcycle.sources]
     tied = not _UNTIE.value or any(one.meta.model.tied_embeddings for one in sources)
     strict.require(tied, '--untie has no effect, since no source is tied: remove it.')
     sources = hf_source.adapt(sources, _ROPE.value == 'first', _UNTIE.value, _LENGTH.value)
+    domains, fit = [], None
+    if upcycle.fits_routers:
+      tokens, seed = _TOKENS.value, _SEED.value
+      domains = fitting.read(data, _DATA.value, sources, tokens, seed, scored)
+      fit = fitting.fitter(domains, tokens, cli.parse_mesh(_MESH.value), dtype(), seed)
     how = upcycle, _SEED.value, _NAME.value, _DTYPE.value, cli.command()
     with cli.bytes_bar('Mixing') as progress:
-      meta = outputs.to_checkpoint(output, sources, *how, progress)
+      meta = outputs.to_checkpoint(output, sources, *how, progress, fit)
   except UserError as error:
     raise UserError(_by_flags(str(error))) from None
   seconds = time.monotonic() - start
   if warning := rules.warning(meta.model):
     print(warning, file=sys.stderr)
   print(f'{output}: made in {seconds:.1f} s.', file=sys.stderr)
-  return {'output': output, 'seconds': seconds, 'meta': strict.to_dict(meta)}
+  facts = {'output': output, 'seconds': seconds, 'meta': strict.to_dict(meta)}
+  return facts, sources, domains
+
+
+def dtype() -> str:
+  """Of activations where models run."""
+  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
 
 
 def _by_flags(message: str) -> str:

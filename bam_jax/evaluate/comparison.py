@@ -25,6 +25,7 @@ from bam_jax.evaluate.scorer import Scorer, rows_mesh
 from bam_jax.parallel import sharding
 from bam_jax.reports import scores
 from bam_jax.upcycle import growth
+from bam_jax.upcycle.sources import Source
 
 
 class Options(NamedTuple):
@@ -56,6 +57,7 @@ class Entry:
   tokenizer: Tokenizer
   window: int
   stride: int
+  opened: Source | None = None  # what to score, if it is not at the path
   nll: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # float64 (N,), nats
   tokens: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # (N,), scored ones
   records: dict[str, routing.Record] = dataclasses.field(default_factory=dict)  # if asked for
@@ -109,7 +111,7 @@ def score(
 ) -> None:
   """Scores every document under one checkpoint, and records what its `routers` do if asked."""
   how = options.dtype, options.mesh, entry.window, options.without
-  scorer = Scorer(entry.path, *how)
+  scorer = Scorer(entry.opened or entry.path, *how)
   for domain in domains:
     documents = domain.documents(entry.tokenizer)
     pieces, owners = [], []

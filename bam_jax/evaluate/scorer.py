@@ -99,18 +99,19 @@ class Scorer:
 
   def __init__(
     self,
-    path: str,
+    path: str | Source,
     dtype: str = 'float32',
     mesh: config.Mesh = config.Mesh(),  # noqa: B008
     length: int | None = None,
     without: Sequence[str] = (),
   ):
-    """Loads the checkpoint at or below `path`; UserError when it is damaged or does not fit.
+    """Loads the checkpoint at or below `path`, or an opened model; UserError if it is damaged or
+    does not fit.
 
     `length` is in tokens, by default what the model was trained at; `without` has experts to leave
     out.
     """
-    source = growth.open_without(path, without)
+    source = growth.open_without(path, without) if isinstance(path, str) else path
     self.meta, self.tokenizer = source.meta, source.tokenizer()
     self.length = length or self.meta.sequence_length
     self._mesh = sharding.make_mesh(rows_mesh(mesh))

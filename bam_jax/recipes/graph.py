@@ -103,11 +103,9 @@ def resolve(recipe: config.Recipe, data_hash: str = '') -> dict[str, Node]:
 
 def _depends_on_micro_batches(run: config.Run, model: config.Model) -> bool:
   balances = run.loss.load_balance and run.loss.balance_over == 'micro_batch'
-  centroids = (
-    isinstance(run.init, config.FromUpcycle) and run.init.upcycle.router_init == 'centroids'
-  )
+  fits = isinstance(run.init, config.FromUpcycle) and run.init.upcycle.fits_routers
   ffn = model.ffn_experts
-  return bool(ffn and (balances or ffn.capacity_factor or centroids))
+  return bool(ffn and (balances or ffn.capacity_factor or fits))
 
 
 def digest(facts: Any) -> str:
@@ -151,9 +149,9 @@ def _mixture(recipe, name, upcycle: config.Upcycle, nodes) -> config.Model:
     require(model == nodes[first].model, wrong)
     shares = sorted((domain, round(x / sum(data.values()), 6)) for domain, x in data.items())
     other = seen.setdefault(tuple(shares), source)
-    wrong = f"{where}.router_init='centroids' cannot distinguish {other!r} from {source!r}"
-    fix = "which have the same data: set router_init='random'."
-    require(upcycle.router_init != 'centroids' or other == source, f'{wrong}, {fix}')
+    wrong = f'{where}.router_init={upcycle.router_init!r} cannot distinguish {other!r} from'
+    fix = f"{source!r}, which have the same data: set router_init='random'."
+    require(not upcycle.fits_routers or other == source, f'{wrong} {fix}')
   try:
     return rules.mixture_model(nodes[first].model, upcycle)
   except UserError as error:
@@ -177,9 +175,9 @@ def check(
     wrong = f'config.evaluation.{batch_size=} is not a multiple of {parts}.'
     require(batch_size % mesh.batch_shards == 0, wrong)
     attention.check(node.model, recipe.data.sequence_length, jax.default_backend())
-    centroids = node.upcycle and node.upcycle.router_init == 'centroids'
+    fits = node.upcycle and node.upcycle.fits_routers
     # Which need the dense average on the mixture's mesh.
-    for model in (node.model, *((node.model.dense(),) if centroids else ())):
+    for model in (node.model, *((node.model.dense(),) if fits else ())):
       sharding.check(transformer.Network(model, node.run.compute).abstract(), mesh, where)
     processes.check_mesh(mesh, where)
     _check_memory(node, recipe)
@@ -198,8 +196,8 @@ def _check_data(node: Node, nodes: Mapping[str, Node], dataset: shards.Dataset) 
     if meta.tokenizer_hash != dataset.tokenizer_hash:
       found = checkpoint.open_tokenizer(folder, meta).difference(dataset.tokenizer())
       require(not found, f'{wrong} {dataset.path} ({found}): {fix}.')
-  centroids = node.upcycle and node.upcycle.router_init == 'centroids'
-  for reader in (node.name, *(node.upcycle.sources if centroids else ())):
+  fits = node.upcycle and node.upcycle.fits_routers
+  for reader in (node.name, *(node.upcycle.sources if fits else ())):
     for domain in nodes[reader].run.data:
       names, has = f'config.runs.{reader}.data names the domain {domain!r}', dataset.domains
       require(domain in has, f'{names}; {dataset.path} has {", ".join(has)}.')

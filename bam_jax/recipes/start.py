@@ -14,11 +14,11 @@ from bam_jax import checkpoint, config
 from bam_jax.checkpoint import integrity
 from bam_jax.data import shards
 from bam_jax.files import folders
-from bam_jax.model import block, transformer
+from bam_jax.model import transformer
 from bam_jax.parallel import processes, sharding
 from bam_jax.recipes import graph
 from bam_jax.train import loop
-from bam_jax.upcycle import centroids, growth, outputs, sources
+from bam_jax.upcycle import growth, outputs, routers, sources
 from bam_jax.upcycle.merge import Merge, run_key
 
 
@@ -41,8 +41,8 @@ def initial_params(
       sources.check_alike(opened, upcycle.method)
       merge = Merge(opened, upcycle, key)
       processes.decide(functools.partial(sources.check_different, merge.sources))
-      if upcycle.router_init == 'centroids':
-        merge = merge._replace(routers=_centroids(recipe, nodes, node, dataset, merge))
+      if upcycle.fits_routers:
+        merge = merge._replace(routers=_routers(recipe, nodes, node, dataset, merge))
       return outputs.to_mesh(merge, abstract, shardings)
     case config.FromGrow(grow):
       mixture, dense = _open([workdir / grow.mixture, workdir / grow.dense])
@@ -68,29 +68,14 @@ def _open(paths: Iterable[Path]) -> list[sources.Source]:
   return [sources.open_checkpoint(str(path)) for path in found]
 
 
-def _centroids(recipe, nodes, node: graph.Node, dataset, merge: Merge) -> dict[str, np.ndarray]:
+def _routers(recipe, nodes, node: graph.Node, dataset, merge: Merge) -> dict[str, np.ndarray]:
   """A mixture's routers, from the first training batches of each source."""
   run, upcycle, mesh = node.run, merge.upcycle, sharding.make_mesh(node.run.mesh)
   rows = run.batch_size // run.grad_accum_steps  # of a micro-batch, which the mesh can hold
-  count = math.ceil(centroids.CENTROID_TOKENS / (rows * recipe.data.sequence_length))
+  count = math.ceil(routers.FIT_TOKENS / (rows * recipe.data.sequence_length))
   batches = []
   for name in upcycle.sources:
     changes = dict(batch_size=rows, grad_accum_steps=1, mesh=run.mesh)
     read = loop.batches_of(dataclasses.replace(nodes[name].run, **changes), recipe, dataset)
     batches.append([read[number] for number in range(count)])
-
-  def means(merge: Merge, model: config.Model) -> block.Routing:
-    network = transformer.Network(model, run.compute, mesh)
-    abstract = network.abstract()
-    params = outputs.to_mesh(merge, abstract, sharding.tree(abstract, mesh))
-    return centroids.mean_inputs(network, params, batches, mesh)
-
-  average = dict(average=upcycle.average, weights=upcycle.weights)
-  soup = merge._replace(upcycle=config.Upcycle(upcycle.sources, 'average', **average))
-  inputs = means(soup, merge.sources[0].meta.model)
-  routers = centroids.routers(inputs, node.model, upcycle, merge.key)
-  if node.model.block == 'sequential' and node.model.attention_experts:
-    # Here FFN experts read what the mixture's own attention has added to.
-    own = means(merge._replace(routers=routers), node.model.dropless())
-    routers = centroids.routers(inputs._replace(ffn=own.ffn), node.model, upcycle, merge.key)
-  return routers
+  return routers.fit(merge, node.model, batches, mesh, run.compute)

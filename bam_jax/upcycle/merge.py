@@ -29,7 +29,7 @@ class Merge(NamedTuple):
   sources: Sequence[Source]  # in the experts' order; additional experts copy the first
   upcycle: config.Upcycle
   key: jax.Array  # of the random draws
-  routers: Mapping[str, np.ndarray] = {}  # LDE by path, for `router_init='centroids'`
+  routers: Mapping[str, np.ndarray] = {}  # LDE by path, if they are fitted to data
 
 
 def run_key(seed: int, name: str) -> jax.Array:
@@ -98,7 +98,7 @@ def drawn(merge: Merge, rule: manifest.Made, shape: tuple[int, ...]) -> np.ndarr
   """A bias of zeros, or a router LDE: given, or normal with deviation `router_scale / sqrt(D)`."""
   if rule.how == 'zero':
     return np.zeros(shape, np.float32)
-  if merge.upcycle.router_init == 'centroids':
+  if merge.upcycle.fits_routers:
     return merge.routers[rule.target]
   scale = merge.upcycle.router_scale if merge.upcycle.router_init == 'random' else 0.0
   key = jax.random.fold_in(merge.key, zlib.crc32(rule.target.encode()))

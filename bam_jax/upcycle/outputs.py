@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,7 +47,8 @@ def read_to_mesh(reader: Reader, abstract: Any, shardings: Any) -> Any:
     for path, spec in wanted.items():
       for piece in arrays.pieces(path, spec):
         if box := merge_lib.overlap(arrays.bounds(spec, piece), parts[path]):
-          index = tuple(slice(*bounds) for bounds in box)
+          layer = [axis for axis in piece if isinstance(axis, int)]
+          index = (*layer, *(slice(*bounds) for bounds in box[len(layer) :]))
           yield path, index, reader.read(path, index).astype(spec.dtype, copy=False)
 
   return _to_mesh(regions, abstract, shardings)
@@ -100,17 +101,16 @@ def to_checkpoint(
   dtype: str,
   command: str,
   progress: Callable[[int, int], None],
+  fit: Callable[[merge_lib.Merge, config.Model], Mapping[str, np.ndarray]] | None = None,
 ) -> checkpoint.Meta:
   """Mixes opened dense models, those of `upcycle.sources`, into a new checkpoint, a new folder.
 
   With a recipe's seed and run name, random draws equal the recipe's. `dtype` is 'float32' or
   'bfloat16'; `command` is recorded; `progress` is called with the bytes read and written
-  so far, and their total. UserError, and no folder, when the sources cannot be mixed or
+  so far, and their total. `fit` makes the routers by path where they are fitted to data, from the
+  merge and the mixture's model. UserError, and no folder, when the sources cannot be mixed or
   something cannot be read or written.
   """
-  if upcycle.router_init == 'centroids':
-    fix = "upcycle in a recipe, or choose 'random' or 'zero'."
-    raise UserError(f"router_init='centroids' requires the sources' training data: {fix}")
   check_alike(sources, upcycle.method)
   merge = merge_lib.Merge(fit_rows(sources), upcycle, merge_lib.run_key(seed, name))
   first = merge.sources[0]
@@ -118,6 +118,8 @@ def to_checkpoint(
   mixture = rules.mixture_model(first.meta.model, upcycle, ropes(merge.sources))
   wanted = specs(transformer.Network(mixture, config.Compute()).abstract(), jnp.dtype(dtype))
   with folders.new_folder(output, sum(spec.nbytes for spec in wanted.values())) as folder:
+    if upcycle.fits_routers:
+      merge = merge._replace(routers=fit(merge, mixture))
     with arrays.Writer(folder / 'params', wanted) as writer:
       origins = _write(merge, writer, progress)
     tokenizer.save(folder)

@@ -138,7 +138,7 @@ THREE = (1.0, 2.0, 3.0)
   ('btx', dict(drop_ratio=0.5, num_experts=0), ['drop_ratio=0.5', 'none']),
   ('average', dict(num_experts=4), ['num_experts=4', "'average', which has no experts"]),
   ('average', dict(router_init='zero'), ['router_init', 'no router']),
-  ('sparse', dict(router_init='centroids'), ['router_init', 'sparse']),
+  ('sparse', dict(router_init='ridge'), ['router_init', 'sparse']),
   ('sparse', dict(norms='fold'), ["norms='fold'", 'single source']),
   ('bam_kv_experts', dict(norms='fold', router_init='centroids'), ["norms='mean', or 'random'"]),
   ('btx', dict(router_init='zero', router_scale=2.0), ['router_scale=2.0']),
