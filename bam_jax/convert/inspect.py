@@ -143,6 +143,8 @@ def tables(facts: Mapping[str, Any]) -> list[rich.table.Table]:
     ]
   meta, made = facts['meta'], facts['meta']['manifest'] or {}
   about = meta | made | {'manifest': None, 'made': None, 'sources': meta['sources']}
+  if grown := made.get('grown'):
+    about['grown'] = f'experts {_cell(grown["experts"])} of {_cell(grown["names"])}; -1: a new one'
   rows = [{'key': k, 'value': v} for k, v in about.items() if v not in (None, '', [])]
   how = {row['target']: row['how'] for row in made.get('made', ())}
   parameters = [row | {'made_by': how.get(row['path'])} for row in facts['arrays']]

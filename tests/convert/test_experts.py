@@ -44,7 +44,8 @@ def test_there_and_back(server, world):
   for path in ('blocks/ffn/up', 'blocks/attention/key'):
     np.testing.assert_array_equal(other[path][:, 1], more[path][:, 3])
   assert checkpoint.read_meta(world / 'other').manifest.command.endswith('--json=-')
-  assert server.run('convert inspect', 'other', folder=world).check().status == 0
+  shown = server.run('convert inspect', 'other', folder=world).check().stderr
+  assert 'experts 0 -1 2 of seed code law; -1: a new one' in shown
 
 
 def test_generating_without_an_expert(server, world):
