@@ -88,7 +88,7 @@ def score(
 
   def entry(source: sources.Source) -> comparison.Entry:
     label, tokenizer = source.meta.run, mixture.tokenizer()
-    return comparison.Entry(source.path, label, source.meta, tokenizer, window, window, source)
+    return comparison.Entry(source, label, tokenizer, window, window)
 
   console, mixed, rows = cli.console(), entry(mixture), []
   with progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:

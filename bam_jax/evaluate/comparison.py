@@ -51,13 +51,11 @@ class Options(NamedTuple):
 class Entry:
   """One checkpoint, and what it scored by domain."""
 
-  path: str
+  source: Source
   label: str
-  meta: checkpoint.Meta
   tokenizer: Tokenizer
   window: int
   stride: int
-  opened: Source | None = None  # what to score, if it is not at the path
   nll: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # float64 (N,), nats
   tokens: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # (N,), scored ones
   records: dict[str, routing.Record] = dataclasses.field(default_factory=dict)  # if asked for
@@ -68,10 +66,8 @@ def identity(meta: checkpoint.Meta) -> dict[str, Any]:
   return {key: getattr(meta, key) for key in ('run', 'step', 'method', 'tokenizer_hash')}
 
 
-def open_checkpoints(
-  paths: Sequence[str], options: Options
-) -> list[tuple[checkpoint.Meta, Tokenizer]]:
-  """What is small of each checkpoint; UserError for one that is given twice, or lacks devices."""
+def open_checkpoints(paths: Sequence[str], options: Options) -> list[Source]:
+  """The checkpoints, not read yet; UserError for one that is given twice, or lacks devices."""
   require(paths, '--checkpoint=DIR is required; it may be repeated.')
   sharding.make_mesh(rows_mesh(options.mesh))
   for path in paths:
@@ -82,15 +78,15 @@ def open_checkpoints(
   for path, folder in zip(paths, folders):
     twice = f'--checkpoint={path} is given twice: name each checkpoint once.'
     require(folders.count(folder) == 1, twice)
-  opened = [growth.open_without(path, options.without) for path in paths]
-  return [(source.meta, source.tokenizer()) for source in opened]
+  return [growth.open_without(path, options.without) for path in paths]
 
 
 def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Options) -> list[Entry]:
   """The checkpoints; UserError for one that does not go with the data or the options."""
   opened, entries = open_checkpoints(paths, options), []
-  runs = [meta.run for meta, _ in opened]
-  for path, (meta, tokenizer) in zip(paths, opened):
+  runs = [source.meta.run for source in opened]
+  for source in opened:
+    (path, _, meta, *_), tokenizer = source, source.tokenizer()
     for domain in domains:
       domain.check(tokenizer, path)
     window = options.window or meta.sequence_length
@@ -98,7 +94,7 @@ def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Optio
     wrong = f'--{stride=} is above the window of {window} tokens and would skip tokens: lower it.'
     require(stride <= window, wrong)
     label = meta.run if runs.count(meta.run) == 1 else path
-    entries.append(Entry(path, label, meta, tokenizer, window, stride))
+    entries.append(Entry(source, label, tokenizer, window, stride))
   return entries
 
 
@@ -110,8 +106,7 @@ def score(
   bar: progress.Progress,
 ) -> None:
   """Scores every document under one checkpoint, and records what its `routers` do if asked."""
-  how = options.dtype, options.mesh, entry.window, options.without
-  scorer = Scorer(entry.opened or entry.path, *how)
+  scorer = Scorer(entry.source, options.dtype, options.mesh, entry.window)
   for domain in domains:
     documents = domain.documents(entry.tokenizer)
     pieces, owners = [], []
@@ -129,7 +124,7 @@ def score(
     bar.remove_task(task)
     nll = np.bincount(owners, weights=nll, minlength=len(documents))
     for bad in np.flatnonzero(~np.isfinite(nll)):
-      wrong = f'{entry.path} has no finite likelihood for document {bad} of {domain.name}'
+      wrong = f'{entry.source.path} has no finite likelihood for document {bad} of {domain.name}'
       raise UserError(f'{wrong}: its parameters are damaged, or its training diverged.')
     entry.nll[domain.name] = nll
     entry.tokens[domain.name] = np.array([len(tokens) - 1 for tokens in documents])
@@ -156,14 +151,14 @@ def compare(
   for place, entry in enumerate(entries):
     same = entry.tokenizer.hash == entries[0].tokenizer.hash
     facts = functools.partial(_facts, place=place, same=same, confidence=options.confidence)
-    experts = routing.expert_names(entry.meta)
+    experts = routing.expert_names(entry.source.meta)
     records = {name: record.facts(name, experts) for name, record in entry.records.items()}
     by_router = {r: {name: x[r] for name, x in records.items()} for r in experts if records}
     rows.append(
       {
         'label': entry.label,
-        'checkpoint': entry.path,
-        **identity(entry.meta),
+        'checkpoint': entry.source.path,
+        **identity(entry.source.meta),
         'window': entry.window,
         'stride': entry.stride,
         'domains': {name: facts(documents[name], x) for name, x in sums.items()},
@@ -226,10 +221,10 @@ def _measures(sums_RC: np.ndarray, place: int) -> dict[str, np.ndarray]:
 def notes(entries: Sequence[Entry]) -> list[str]:
   """What a reader should know of the numbers, in sentences."""
   found = [
-    f'{entry.label} was trained on sequences of {entry.meta.sequence_length:,} tokens and reads '
-    f'{entry.window:,} at once: likelihoods beyond the trained length may be unreliable.'
+    f'{entry.label} was trained on sequences of {entry.source.meta.sequence_length:,} tokens and '
+    f'reads {entry.window:,} at once: likelihoods beyond the trained length may be unreliable.'
     for entry in entries
-    if entry.window > entry.meta.sequence_length
+    if entry.window > entry.source.meta.sequence_length
   ]
   if len({entry.tokenizer.hash for entry in entries}) > 1:
     found.append('The tokenizers differ: compare bits per byte, not perplexity.')

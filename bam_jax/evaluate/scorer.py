@@ -20,8 +20,8 @@ from bam_jax.evaluate import windows as windows_lib
 from bam_jax.evaluate.windows import Batch, Window
 from bam_jax.model import parameters, transformer
 from bam_jax.parallel import sharding
-from bam_jax.upcycle import growth, outputs
-from bam_jax.upcycle.sources import Source
+from bam_jax.upcycle import outputs
+from bam_jax.upcycle.sources import Source, open_checkpoint
 
 Array = jax.Array | np.ndarray
 MAX_LOGITS = 2**25  # float32, of a device at once
@@ -103,15 +103,13 @@ class Scorer:
     dtype: str = 'float32',
     mesh: config.Mesh = config.Mesh(),  # noqa: B008
     length: int | None = None,
-    without: Sequence[str] = (),
   ):
     """Loads the checkpoint at or below `path`, or an opened model; UserError if it is damaged or
     does not fit.
 
-    `length` is in tokens, by default what the model was trained at; `without` has experts to leave
-    out.
+    `length` is in tokens, by default what the model was trained at.
     """
-    source = growth.open_without(path, without) if isinstance(path, str) else path
+    source = open_checkpoint(path) if isinstance(path, str) else path
     self.meta, self.tokenizer = source.meta, source.tokenizer()
     self.length = length or self.meta.sequence_length
     self._mesh = sharding.make_mesh(rows_mesh(mesh))

@@ -27,7 +27,7 @@ def run(
   """
   entries = comparison.enter(checkpoints, domains, options)
   if folder is not None:
-    routed = any(routing.expert_names(entry.meta) for entry in entries)
+    routed = any(routing.expert_names(entry.source.meta) for entry in entries)
     require(routed, '--routing requires a checkpoint with routers: remove it.')
     with folders.writing(folder):
       Path(folder).mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def run(
   with progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
     for number, entry in enumerate(entries, 1):
       if not console.is_terminal:
-        console.print(f'Scoring {entry.path} ({number} of {len(entries)})', soft_wrap=True)
+        console.print(f'Scoring {entry.source.path} ({number} of {len(entries)})', soft_wrap=True)
       comparison.score(entry, domains, options, folder is not None, bar)
   facts = {
     'mesh': config.to_dict(options.mesh),

@@ -53,7 +53,7 @@ class Model(TemplateLM):
     """
     super().__init__()
     self._path, self._dtype, self._mesh, self._seed = path, dtype, mesh, seed
-    self.batch_size, self._without = batch_size, without
+    self.batch_size = batch_size
     self._source = growth.open_without(path, without)
     self.meta, self._tokenizer = self._source.meta, self._source.tokenizer()
     self.max_length = max_length or self.meta.sequence_length
@@ -100,8 +100,7 @@ class Model(TemplateLM):
       with tqdm(total=len(pairs), disable=disable_tqdm or None, desc='bam_jax') as progress:
         if not isinstance(self._loaded, Scorer):
           self._loaded = None  # frees the generator's memory first
-          how = self._dtype, self._mesh, self.max_length, self._without
-          self._loaded = Scorer(self._path, *how)
+          self._loaded = Scorer(self._source, self._dtype, self._mesh, self.max_length)
         answers.update(zip(pairs, self._loaded.loglikelihoods(pairs, progress.update)))
     wrong = f'{self._path} gives a log-likelihood that is not finite: its training diverged.'
     require(all(math.isfinite(value) for value, _ in answers.values()), wrong)
