@@ -270,14 +270,12 @@ class BamSparseMLP(nn.Module):
     return output.view_as(y_BTD)
 
 
-class BamLayer(GradientCheckpointingLayer):
-  """Attention and FFN, side by side or one after the other, and their norms."""
+class BamBlock(nn.Module):
+  """A block's norms, and attention and FFN between them: side by side, or one after the other."""
 
-  def __init__(self, config: BamConfig, layer_idx: int):
+  def __init__(self, config: BamConfig):
     super().__init__()
     self.sequential, self.scale = config.block == 'sequential', config.residual_scale
-    self.self_attn = BamAttention(config, layer_idx)
-    self.mlp = BamSparseMLP(config, layer_idx) if config.num_experts else BamMLP(config)
     # On the inputs and on the outputs of the two parts: names of modules, '' for none.
     before, after = ['', ''], ['', '']
     if config.norm_place != 'post':
@@ -289,16 +287,30 @@ class BamLayer(GradientCheckpointingLayer):
       setattr(self, name, block_norm(config))
     self.before, self.after = before, after
 
-  def forward(self, x: torch.Tensor, prefix: Prefix | None = None, **kwargs) -> torch.Tensor:
-    """The residual stream (B, T, D) after the layer."""
+  def residual(self, x: torch.Tensor, attention, ffn) -> torch.Tensor:
+    """The residual stream after the block, whose parts are functions."""
     norm = lambda name, x: getattr(self, name)(x) if name else x
     y = norm(self.before[0], x)
-    attended, _ = self.self_attn(y, prefix=prefix, **kwargs)
+    attended = attention(y)
     if not self.sequential:
       y = norm(self.before[1], x) if self.before[1] else y
-      return x + self.scale * (attended + self.mlp(y, prefix))
+      return x + self.scale * (attended + ffn(y))
     x = x + self.scale * norm(self.after[0], attended)
-    return x + self.scale * norm(self.after[1], self.mlp(norm(self.before[1], x), prefix))
+    return x + self.scale * norm(self.after[1], ffn(norm(self.before[1], x)))
+
+
+class BamLayer(GradientCheckpointingLayer, BamBlock):
+  """A block and its parts."""
+
+  def __init__(self, config: BamConfig, layer_idx: int):
+    super().__init__(config)
+    self.self_attn = BamAttention(config, layer_idx)
+    self.mlp = BamSparseMLP(config, layer_idx) if config.num_experts else BamMLP(config)
+
+  def forward(self, x: torch.Tensor, prefix: Prefix | None = None, **kwargs) -> torch.Tensor:
+    """The residual stream (B, T, D) after the layer."""
+    attention = lambda y: self.self_attn(y, prefix=prefix, **kwargs)[0]
+    return self.residual(x, attention, lambda y: self.mlp(y, prefix))
 
 
 class BamPreTrainedModel(CoherePreTrainedModel):

@@ -19,7 +19,6 @@ from vllm import distributed
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.layers import linear
-from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -27,9 +26,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
   ParallelLMHead,
   VocabParallelEmbedding,
 )
+from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
-from bam_jax.hf.modeling_bam import BamLayerNorm, BamRouter, rotate, rotations
+from bam_jax.hf.modeling_bam import BamBlock, BamLayerNorm, BamRouter, block_norm, rotate, rotations
 
 # What is computed here, of the fields that choose between formulas.
 _COMPUTED = {
@@ -182,21 +182,6 @@ class BamAttention(nn.Module):
     return output if self.out_bias is None else output + gates_TE @ self.out_bias
 
 
-class BamMLP(nn.Module):
-  """A dense FFN."""
-
-  def __init__(self, config, prefix: str):
-    super().__init__()
-    D, F = config.hidden_size, config.intermediate_size
-    up, down = f'{prefix}.gate_up_proj', f'{prefix}.down_proj'
-    self.gate_up_proj = linear.MergedColumnParallelLinear(D, [F, F], bias=False, prefix=up)
-    self.down_proj = linear.RowParallelLinear(F, D, bias=False, prefix=down)
-    self.activation = SiluAndMul()
-
-  def forward(self, y_TD: torch.Tensor) -> torch.Tensor:
-    return self.down_proj(self.activation(self.gate_up_proj(y_TD)[0]))[0]
-
-
 class BamSparseMLP(nn.Module):
   """FFN experts, by vLLM's kernels; gates are a softmax over all, as in the paper."""
 
@@ -222,34 +207,21 @@ class BamSparseMLP(nn.Module):
     return self.experts(y_TD, nn.functional.linear(y_TD.float(), self.router.weight))
 
 
-class BamLayer(nn.Module):
-  """Attention and FFN, side by side or one after the other, and their norms."""
+class BamLayer(BamBlock):
+  """A block and its parts."""
 
   def __init__(self, vllm_config: VllmConfig, layer: int, prefix: str):
-    super().__init__()
     config = vllm_config.model_config.hf_config
-    self.pre, self.sequential = config.norm_place == 'pre', config.block == 'sequential'
-    self.scale, self.kind = config.residual_scale, config.layer_types[layer]
+    super().__init__(config)
+    self.kind, sizes = config.layer_types[layer], (config.hidden_size, config.intermediate_size)
     self.self_attn = BamAttention(vllm_config, layer, f'{prefix}.self_attn')
-    self.mlp = (BamSparseMLP if config.num_experts else BamMLP)(config, f'{prefix}.mlp')
-    norm = lambda: BamLayerNorm((config.hidden_size,), config, config.norm == 'layernorm')
-    if self.pre:
-      self.input_layernorm = norm()
-    if self.sequential:
-      self.post_attention_layernorm = norm()
-    if not self.pre:
-      self.post_feedforward_layernorm = norm()
+    if config.num_experts:
+      self.mlp = BamSparseMLP(config, f'{prefix}.mlp')
+    else:
+      self.mlp = LlamaMLP(*sizes, config.hidden_act, prefix=f'{prefix}.mlp')
 
   def forward(self, x_TD: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    y = self.input_layernorm(x_TD) if self.pre else x_TD
-    attended = self.self_attn(y, turns)
-    if not self.sequential:
-      return x_TD + self.scale * (attended + self.mlp(y))
-    if self.pre:
-      x_TD = x_TD + self.scale * attended
-      return x_TD + self.scale * self.mlp(self.post_attention_layernorm(x_TD))
-    x_TD = x_TD + self.scale * self.post_attention_layernorm(attended)
-    return x_TD + self.scale * self.post_feedforward_layernorm(self.mlp(x_TD))
+    return self.residual(x_TD, lambda y_TD: self.self_attn(y_TD, turns), self.mlp)
 
 
 @support_torch_compile
@@ -263,7 +235,7 @@ class BamModel(nn.Module):
     self.embed_tokens = VocabParallelEmbedding(config.vocab_size, D)
     layers = range(config.num_hidden_layers)
     self.layers = nn.ModuleList(BamLayer(vllm_config, n, f'{prefix}.layers.{n}') for n in layers)
-    self.norm = BamLayerNorm((D,), config, config.norm == 'layernorm')
+    self.norm = block_norm(config)
     positions = torch.arange(vllm_config.model_config.max_model_len)[None]
     for kind in set(config.layer_types):  # (2, positions, 1 or E, R)
       self.register_buffer(kind, rotations(config, kind, positions)[:, 0, :, :, 0], False)
