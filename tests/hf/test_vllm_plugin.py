@@ -28,8 +28,8 @@ def test_the_model_file_imports_no_jax():
 
 
 def test_vllm_reads_every_field_or_refuses_other_values():
-  room = ROOT / 'bam_jax/hf'
-  model, ours = ((room / f'{name}_bam.py').read_text('utf-8') for name in ('vllm', 'configuration'))
+  paths = (ROOT / f'bam_jax/hf/{name}_bam.py' for name in ('vllm', 'configuration'))
+  model, ours = (path.read_text(encoding='utf-8') for path in paths)
   fields = re.findall(r'^  (\w+):', ours, re.MULTILINE)
   unread = {one for one in fields if f'config.{one}' not in model and f"'{one}'" not in model}
   shared = {'rotary_dim', 'window_rope_theta', 'attention_expert_ropes', 'residual_scale'}
