@@ -1,6 +1,5 @@
 """Text of the sources' domains: some of it to fit a mixture's routers on, the rest to score it."""
 
-import itertools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +12,11 @@ import numpy as np
 from bam_jax import config
 from bam_jax.config.strict import require
 from bam_jax.data import mixture, shards
-from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.evaluate import corpus
 from bam_jax.model import arithmetic, transformer
 from bam_jax.model.kernels import attention
 from bam_jax.parallel import memory, processes, sharding
-from bam_jax.prepare import sources as prepare
+from bam_jax.prepare.dataset import prepare
 from bam_jax.upcycle import routers
 from bam_jax.upcycle.merge import Merge
 from bam_jax.upcycle.sources import Source
@@ -28,95 +26,54 @@ MAX_LENGTH = 2048  # of the sequences that are read at once, where models take l
 BATCH_TOKENS = 4096  # read at once, rounded up to a sequence for every part of the mesh
 
 
-class Encoded:
-  """Documents in memory, with what `mixture` reads of a shard's."""
-
-  def __init__(self, documents: Sequence[np.ndarray]):
-    self._documents = documents
-    self.lengths = np.array([len(tokens) for tokens in documents], np.int64)
-
-  def read(self, index: int, start: int, stop: int) -> np.ndarray:
-    """Tokens `start` to `stop` of one document."""
-    return self._documents[index][start:stop]
-
-
 class Domain(NamedTuple):
-  """The text of one source's domain."""
+  """The text of one source's domain, as tokens."""
 
   name: str
-  fitted: Encoded | shards.Documents  # BOS and EOS included
-  scored: corpus.Domain | None  # other documents, if asked for
+  fitted: shards.Documents
+  scored: corpus.Prepared | None  # other documents, if asked for
 
 
 def read(
-  flag: str, given: Sequence[str], opened: Sequence[Source], tokens: int, seed: int, scored: int
+  flag: str, items: Sequence[str], opened: Sequence[Source], tokens: int, scored: int, folder: Path
 ) -> list[Domain]:
   """The domain of every source, in their order, from items NAME=PATH of a flag.
 
   A domain that has a source's run name is that source's, the others belong to the other sources in
-  order. PATH is a prepared dataset that has the domain, whose train split is for fitting and whose
-  valid split is for scores; or text as `prepare` reads it, split in the same way. Of a text at
-  least `tokens` tokens are for fitting, from random documents. Up to `scored` documents are kept
-  for scores; with 0 all text without files for validation is for fitting. UserError where a source
-  has no domain, a domain too little text, or something cannot be read.
+  order. PATH is a prepared dataset that has the domain, whose train split is for fitting and
+  whose valid split is for scores; or text, which is prepared in `folder`. Up to `scored` documents
+  are for scores; with 0 all text without files for validation is for fitting. UserError where a
+  source has no domain, a domain fewer than `tokens` for fitting, or something cannot be read.
   """
-  paths: dict[str, Path] = {}
-  for item in given:
+  given: dict[str, Path] = {}
+  for item in items:
     name, _, path = item.partition('=')
-    known = path and shards.DOMAIN_NAME.fullmatch(name)
-    require(known, f'--{flag}={item} is not NAME=PATH: name the domain of a source.')
-    require(name not in paths, f'--{flag}={item}: the domain {name} is given twice.')
-    paths[name] = Path(path)
+    known = path and shards.DOMAIN_NAME.fullmatch(name) and name not in given
+    require(known, f'--{flag}={item} is not NAME=PATH with another domain for each source.')
+    given[name] = Path(path)
   runs = [source.meta.run for source in opened]
-  others = iter([name for name in paths if name not in runs])
-  names = [run if run in paths else next(others, '') for run in runs]
-  missing = [run for run, name in zip(runs, names) if not name]
+  others = iter([name for name in given if name not in runs])
+  names = [run if run in given else next(others, '') for run in runs]
+  missing = ', '.join(run for run, name in zip(runs, names) if not name)
   fix = f'give --{flag}=NAME=PATH once for each --from, by its run or in their order.'
-  require(not missing, f'--{flag} has no text for the source {", ".join(missing)}: {fix}')
-  unread = ', '.join(paths.keys() - set(names))
-  require(len(set(names)) == len(paths), f'--{flag}={unread} belongs to no source: {fix}')
+  require(not missing, f'--{flag} has no text for the source {missing}: {fix}')
+  unread = ', '.join(given.keys() - set(names))
+  require(len(set(names)) == len(given), f'--{flag}={unread} belongs to no source: {fix}')
   tokenizer, found = opened[0].tokenizer(), []
+  texts = {name: path for name, path in given.items() if not (path / shards.MANIFEST).exists()}
+  if texts:
+    held_out = SCORED if scored else 0.0
+    prepare(texts, folder / 'text', tokenizer=tokenizer, valid_fraction=held_out, min_decoded=0.0)
   for name in names:
-    where = f'--{flag}={name}={paths[name]}'
-    if (paths[name] / shards.MANIFEST).exists():
-      domain = _prepared(name, paths[name], tokenizer, opened[0].path, scored)
-    else:
-      domain = _text(where, name, paths[name], tokenizer, tokens, seed, scored)
-    count = int(domain.fitted.lengths.sum())
-    few = f'{where} has {count:,} tokens to fit routers on, below --router_tokens={tokens}'
-    require(count >= tokens, f'{few}: give more text, or lower it.')
-    found.append(domain)
+    dataset = shards.open_dataset(folder / 'text' if name in texts else given[name])
+    fitted = dataset.documents(name, 'train')
+    corpus.Prepared(name, dataset, 'train', None).check(tokenizer, opened[0].path)
+    few = f'{given[name]} has {fitted.num_tokens:,} tokens of {name} to fit routers on'
+    fix = f'give more text than --router_tokens={tokens}, or lower it.'
+    require(fitted.num_tokens >= tokens, f'{few}: {fix}')
+    apart = corpus.Prepared(name, dataset, 'valid', scored) if scored else None
+    found.append(Domain(name, fitted, apart))
   return found
-
-
-def _prepared(name: str, path: Path, tokenizer: Tokenizer, source: str, scored: int) -> Domain:
-  dataset = shards.open_dataset(path)
-  fitted = dataset.documents(name, prepare.TRAIN)
-  corpus.Prepared(name, dataset, prepare.TRAIN, None).check(tokenizer, source)
-  held_out = corpus.Prepared(name, dataset, prepare.VALID, scored) if scored else None
-  return Domain(name, fitted, held_out)
-
-
-def _text(
-  where: str, name: str, path: Path, tokenizer: Tokenizer, tokens: int, seed: int, scored: int
-) -> Domain:
-  domain = prepare.Domain.find(name, path, 'text', SCORED if scored else 0.0)
-  [domain] = prepare.hold_out([domain])
-  texts = {prepare.TRAIN: [], prepare.VALID: []}
-  for split, text in domain.read():
-    texts[split].append(text)
-  fix = 'give more documents, or files named valid*'
-  require(texts[prepare.VALID] or not scored, f'{where} leaves no document to score: {fix}.')
-  order = np.random.default_rng(seed).permutation(len(texts[prepare.TRAIN])).tolist()
-  documents, count = [], 0
-  for numbers in itertools.batched(order, 64):
-    some = corpus.Text(name, [texts[prepare.TRAIN][number] for number in numbers])
-    documents += some.documents(tokenizer)
-    count = sum(map(len, documents))
-    if count >= tokens:
-      break
-  held_out = corpus.Text(name, texts[prepare.VALID][:scored]) if scored else None
-  return Domain(name, Encoded(documents), held_out)
 
 
 def fitter(

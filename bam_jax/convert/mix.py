@@ -13,13 +13,15 @@ scored.
 
 Prints perplexities on every domain's text, of the mixture and beside them those of the domain's
 source. `--json` writes what `upcycle` writes, and
-  average: `mixture`, `sources`: the means of the perplexities.
+  average: `mixture`, `source`: the means of the perplexities.
   domains: a list with `domain`, `source` (its run), and `scores`: `mixture` and `source`, each with
     `documents`, `tokens`, `perplexity`, `bits_per_byte` and so on, as `evaluate` writes them;
     `difference` is from the source.
 """
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,25 +58,24 @@ def main() -> dict[str, Any]:
   require(fits, f'{wrong}: run convert upcycle and evaluate.')
   if method == 'btx':  # which has no attention experts
     flags.FLAGS.set_default('attention_routing', 'soft')
-  facts, opened, domains = upcycle.mix('data', _MAX_DOCUMENTS.value)
   mesh = cli.parse_mesh(flags.FLAGS['mesh'].value)
   options = comparison.Options(dtype=upcycle.dtype(), mesh=mesh)
-  mixture = sources.open_checkpoint(facts['output'])
-  facts['domains'] = score(mixture, opened, domains, options)
-  values = {key: [value(row, key) for row in facts['domains']] for key in ('mixture', 'source')}
-  mean = {key: float(np.mean(of_domains)) for key, of_domains in values.items()}
-  facts['average'] = {'mixture': mean['mixture'], 'sources': mean['source']}
-  lines = []
-  for row in facts['domains']:
-    size = [row['scores']['mixture'][key] for key in ('documents', 'tokens')]
-    lines.append(
-      [row['domain'], row['source'], *size, *_cells(value(row, 'mixture'), value(row, 'source'))]
-    )
-  lines.append(['average', '', '', '', *_cells(mean['mixture'], mean['source'])])
+  with tempfile.TemporaryDirectory() as folder:
+    facts, opened, domains = upcycle.mix('data', _MAX_DOCUMENTS.value, Path(folder))
+    rows = score(sources.open_checkpoint(facts['output']), opened, domains, options)
+  keys = 'mixture', 'source'
+  values = [[row['scores'][key]['perplexity']['value'] for key in keys] for row in rows]
+  mean = np.mean(values, axis=0).tolist()
+  sizes = [[row['scores']['mixture'][key] for key in ('documents', 'tokens')] for row in rows]
+  lines = [
+    [row['domain'], row['source'], *size, *map(scores.number, pair), f'{pair[0] / pair[1]:.3f}']
+    for row, size, pair in zip(rows, sizes, values)
+  ]
+  lines.append(['average', *[''] * 3, *map(scores.number, mean), f'{mean[0] / mean[1]:.3f}'])
   columns = 'documents', 'tokens', 'mixture', 'source', 'ratio'
   title = 'Perplexity on text that routers were not fitted on'
   cli.console().print(cli.table(title, ['domain', 'its source'], columns, lines))
-  return facts
+  return facts | {'domains': rows, 'average': dict(zip(keys, mean))}
 
 
 def score(
@@ -101,12 +102,3 @@ def score(
       of = {key: row['domains'][text.name] for key, row in zip(('source', 'mixture'), found)}
       rows.append({'domain': text.name, 'source': source.meta.run, 'scores': of})
   return rows
-
-
-def value(row: dict[str, Any], key: str) -> float:
-  """The perplexity of the mixture or the source in a row of `score`."""
-  return row['scores'][key]['perplexity']['value']
-
-
-def _cells(mixture: float, source: float) -> list[str]:
-  return [scores.number(mixture), scores.number(source), f'{mixture / source:.3f}']

@@ -21,7 +21,9 @@ their hashes and what became of every array.
 
 import re
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any, get_args
 
 import jax
@@ -71,14 +73,18 @@ _NAME = flags.DEFINE_string('name', '', "A recipe's run, to reproduce its draws.
 
 def main() -> dict[str, Any]:
   """Mixes the checkpoints that the flags name; returns facts about the mixture."""
-  facts, *_ = mix('router_data', scored=0)
+  with tempfile.TemporaryDirectory() as folder:
+    facts, *_ = mix('router_data', 0, Path(folder))
   return facts
 
 
-def mix(data: str, scored: int) -> tuple[dict[str, Any], list[Source], list[fitting.Domain]]:
+def mix(
+  data: str, scored: int, folder: Path
+) -> tuple[dict[str, Any], list[Source], list[fitting.Domain]]:
   """The same; and the sources, and the domains that routers were fitted on.
 
-  The domains are given by the flag `data`, and keep up to `scored` documents apart for scores.
+  The domains are given by the flag `data`, and keep up to `scored` documents apart for scores; text
+  is prepared in `folder`.
   """
   output, start = _OUTPUT.value, time.monotonic()
   given = _FROM.value and all(_FROM.value) and _METHOD.value and output
@@ -106,7 +112,7 @@ def mix(data: str, scored: int) -> tuple[dict[str, Any], list[Source], list[fitt
     domains, fit = [], None
     if upcycle.fits_routers:
       tokens, seed = _TOKENS.value, _SEED.value
-      domains = fitting.read(data, _DATA.value, sources, tokens, seed, scored)
+      domains = fitting.read(data, _DATA.value, sources, tokens, scored, folder)
       fit = fitting.fitter(domains, tokens, cli.parse_mesh(_MESH.value), dtype(), seed)
     how = upcycle, _SEED.value, _NAME.value, _DTYPE.value, cli.command()
     with cli.bytes_bar('Mixing') as progress:

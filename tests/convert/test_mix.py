@@ -88,7 +88,7 @@ FITTED = '--method=btx', '--router_init=ridge'
   ('mix', DATA[:2], '--data has no text for the source law: give'),
   ('mix', [*DATA, '--data=x=law.jsonl'], '--data=x belongs to no source'),
   ('mix', [*DATA[:2], '--data=law.jsonl'], '--data=law.jsonl is not NAME=PATH'),
-  ('mix', DATA, 'tokens to fit routers on, below --router_tokens=32768: give more text, or lower'),
+  ('mix', DATA, 'tokens of general to fit routers on: give more text than --router_tokens=32768'),
   ('mix', [*DATA[1:], '--data=math=data', TOKENS], "data has no domain 'math'"),
   ('mix', [*DATA, '--method=average'], 'make no mixture with fitted routers: run convert upcycle'),
   ('mix', [*DATA, TOKENS, '--mesh=fsdp=8'], 'requires 8 devices, but there are 1'),
