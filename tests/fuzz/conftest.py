@@ -37,6 +37,11 @@ class World:
         f'--from={self.dense}', f'--from={self.other}', '--method=bam_kv_experts',
         f'--output={output}',
       ],
+      'convert mix': [
+        f'--from={self.dense}', f'--from={self.other}', f'--output={output}',
+        f'--data=code={self.text}/code', f'--data=general={self.text}/general',
+        '--router_tokens=100',
+      ],
       'convert add-expert': [
         f'--checkpoint={self.mixture}', f'--from={self.other}', f'--output={output}'
       ],
@@ -67,7 +72,7 @@ class World:
       'account': '--run=nowhere', 'evaluate': '--checkpoint=nowhere',
       'generate': '--checkpoint=nowhere', 'main': '--runs=nowhere',
     }  # fmt: skip
-    if command == 'convert upcycle':
+    if command in ('convert upcycle', 'convert mix'):
       return ['--from=nowhere', '--from=there', '--method=bam_kv_experts', f'--output={output}']
     return [*self.checked(command, output), *filter(None, [nowhere.get(command)])]
 
