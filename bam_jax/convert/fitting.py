@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,26 +76,32 @@ def read(
   return found
 
 
-def fitter(
-  domains: Sequence[Domain], tokens: int, sizes: config.Mesh, dtype: str, seed: int
-) -> Callable[[Merge, config.Model], Mapping[str, np.ndarray]]:
-  """The function that fits a merge's routers on `tokens` tokens of each source's domain."""
+def fit(
+  domains: Sequence[Domain],
+  tokens: int,
+  sizes: config.Mesh,
+  seed: int,
+  merge: Merge,
+  model: config.Model,
+) -> dict[str, np.ndarray]:
+  """The routers by path of the mixture `model`, fitted on `tokens` tokens of each domain."""
+  mesh = sharding.make_mesh(sizes)
+  length = min(MAX_LENGTH, *(source.meta.sequence_length for source in merge.sources))
+  rows = sizes.batch_shards * max(1, BATCH_TOKENS // (length * sizes.batch_shards))
+  attention.check(model, length, jax.default_backend())
+  _check_devices(merge, model, sizes)
+  how = dict(sequence_length=length, batch_size=rows, seed=seed)
+  batches = []
+  for name, documents, _ in domains:
+    share = processes.share_of_batch(mesh)
+    laid = mixture.batches({name: documents}, {name: 1.0}, **how, share=share)
+    batches.append([laid[number] for number in range(math.ceil(tokens / (rows * length)))])
+  return routers.fit(merge, model, batches, mesh, config.Compute(dtype=dtype()))
 
-  def fit(merge: Merge, model: config.Model) -> Mapping[str, np.ndarray]:
-    mesh = sharding.make_mesh(sizes)
-    length = min(MAX_LENGTH, *(source.meta.sequence_length for source in merge.sources))
-    rows = sizes.batch_shards * max(1, BATCH_TOKENS // (length * sizes.batch_shards))
-    attention.check(model, length, jax.default_backend())
-    _check_devices(merge, model, sizes)
-    batches = []
-    for name, documents, _ in domains:
-      how = dict(sequence_length=length, batch_size=rows, seed=seed)
-      share = processes.share_of_batch(mesh)
-      laid = mixture.batches({name: documents}, {name: 1.0}, **how, share=share)
-      batches.append([laid[number] for number in range(math.ceil(tokens / (rows * length)))])
-    return routers.fit(merge, model, batches, mesh, config.Compute(dtype=dtype))
 
-  return fit
+def dtype() -> str:
+  """Of activations, where models run."""
+  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
 
 
 def _check_devices(merge: Merge, model: config.Model, sizes: config.Mesh) -> None:

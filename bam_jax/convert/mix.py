@@ -59,7 +59,7 @@ def main() -> dict[str, Any]:
   if method == 'btx':  # which has no attention experts
     flags.FLAGS.set_default('attention_routing', 'soft')
   mesh = cli.parse_mesh(flags.FLAGS['mesh'].value)
-  options = comparison.Options(dtype=upcycle.dtype(), mesh=mesh)
+  options = comparison.Options(dtype=fitting.dtype(), mesh=mesh)
   with tempfile.TemporaryDirectory() as folder:
     facts, opened, domains = upcycle.mix('data', _MAX_DOCUMENTS.value, Path(folder))
     rows = score(sources.open_checkpoint(facts['output']), opened, domains, options)
@@ -86,11 +86,8 @@ def score(
 ) -> list[dict[str, Any]]:
   """The scores of the mixture on every domain, and of the domain's source."""
   window = min(fitting.MAX_LENGTH, mixture.meta.sequence_length)
-
-  def entry(source: sources.Source) -> comparison.Entry:
-    label, tokenizer = source.meta.run, mixture.tokenizer()
-    return comparison.Entry(source, label, tokenizer, window, window)
-
+  how = mixture.tokenizer(), window, window
+  entry = lambda source: comparison.Entry(source, source.meta.run, *how)
   console, mixed, rows = cli.console(), entry(mixture), []
   with progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
     texts = [domain.scored for domain in domains]

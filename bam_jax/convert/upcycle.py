@@ -19,6 +19,7 @@ the mixture) then runs on this machine's devices, those of --mesh.
 their hashes and what became of every array.
 """
 
+import functools
 import re
 import sys
 import tempfile
@@ -26,7 +27,6 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-import jax
 from absl import flags
 
 from bam_jax import cli, config
@@ -113,7 +113,8 @@ def mix(
     if upcycle.fits_routers:
       tokens, seed = _TOKENS.value, _SEED.value
       domains = fitting.read(data, _DATA.value, sources, tokens, scored, folder)
-      fit = fitting.fitter(domains, tokens, cli.parse_mesh(_MESH.value), dtype(), seed)
+      mesh = cli.parse_mesh(_MESH.value)
+      fit = functools.partial(fitting.fit, domains, tokens, mesh, seed)
     how = upcycle, _SEED.value, _NAME.value, _DTYPE.value, cli.command()
     with cli.bytes_bar('Mixing') as progress:
       meta = outputs.to_checkpoint(output, sources, *how, progress, fit)
@@ -125,11 +126,6 @@ def mix(
   print(f'{output}: made in {seconds:.1f} s.', file=sys.stderr)
   facts = {'output': output, 'seconds': seconds, 'meta': strict.to_dict(meta)}
   return facts, sources, domains
-
-
-def dtype() -> str:
-  """Of activations where models run."""
-  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
 
 
 def _by_flags(message: str) -> str:
