@@ -30,6 +30,7 @@ from bam_jax.model import transformer
 from bam_jax.parallel import processes, sharding
 
 FORMAT = 2  # of `meta`, and of the names of the parameters
+REMOVED = 'drop_ratio', 'noise'  # options of a merge that mixtures of before may name
 SAVE_SECONDS = 3600  # timeout of an asynchronous save
 
 
@@ -169,6 +170,8 @@ def read_meta(path: epath.PathLike) -> Meta:
     raise UserError(f'{folder}/meta cannot be read ({error}): the checkpoint is damaged.') from None
   version = facts.get('format') if isinstance(facts, dict) else None
   if version == FORMAT:
+    for option in REMOVED:
+      ((facts.get('manifest') or {}).get('upcycle') or {}).pop(option, None)
     return strict.from_dict(Meta, facts, str(folder / 'meta'))
   if not isinstance(version, int) or version < 1:
     raise UserError(f'{folder} is not a checkpoint of format {FORMAT}, the one this version reads.')

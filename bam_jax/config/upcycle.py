@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bam_jax.config.strict import Count, Fraction, NonNegative, PositiveInt, Section
+from bam_jax.config.strict import Count, NonNegative, PositiveInt, Section
 
 Method = Literal['bam_kv_experts', 'bam_shared_kv', 'btx', 'sparse', 'average']
 
@@ -31,8 +31,6 @@ class Upcycle(Section):
   weights: tuple[float, ...] = ()  # of the sources, in any unit, for 'weighted'
   # 'fold': each source's norm before a part goes into its own experts' matrices.
   norms: Literal['mean', 'fold'] = 'mean'
-  drop_ratio: Fraction = 0.0  # of the hidden dimensions of copied FFN experts to redraw
-  noise: NonNegative = 0.0  # added to copied experts, in standard deviations of each array
   expert_bias: bool = False  # of the FFN experts
 
   def check(self):
@@ -49,7 +47,6 @@ class Upcycle(Section):
     enough = not num_experts or num_experts >= len(sources)
     self.require(enough, f'{few}: each is an expert.')
     attention = self.method in ('bam_kv_experts', 'bam_shared_kv')
-    experts = f'{self.experts} experts'
     zero = self.router_init == 'zero'
     fold = self.norms == 'fold'
     for key, given, where in (
@@ -61,8 +58,6 @@ class Upcycle(Section):
       ('expert_bias', average and self.expert_bias, 'which has no router'),
       ('attention_top_k', self.attention_top_k and not attention, 'which has no attention experts'),
       ('router_init', sparse and self.fits_routers, 'with a single source'),
-      ('drop_ratio', self.drop_ratio and not self.copies, f'none of whose {experts} is a copy'),
-      ('noise', self.noise and not self.copies, f'none of whose {experts} is a copy'),
     ):
       value = f'{key}={getattr(self, key)!r} has no effect with method {self.method!r}'
       self.require(not given, f'{value}, {where}: remove it.')

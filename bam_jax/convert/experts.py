@@ -26,8 +26,9 @@ from absl import flags
 
 from bam_jax import cli, errors
 from bam_jax.config.strict import require, to_dict
+from bam_jax.convert import writing
 from bam_jax.hf import source as hf_source
-from bam_jax.upcycle import growth, merge, outputs, sources
+from bam_jax.upcycle import growth, merge, sources
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'The mixture: a run, step, or output.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to create.')
@@ -63,7 +64,7 @@ def main() -> dict[str, Any]:
     growth.check_new(mixture, changed)
   output, how = _OUTPUT.value, (_SEED.value, cli.command())
   with cli.bytes_bar('Writing') as progress:
-    meta = outputs.copy_to_checkpoint(output, changed, *how, progress)
+    meta = writing.copy_to_checkpoint(output, changed, *how, progress)
   seconds, names = time.monotonic() - start, ', '.join(meta.sources)
   print(f'{output}: experts {names}, made in {seconds:.1f} s.', file=sys.stderr)
   return {'output': output, 'seconds': seconds, 'meta': to_dict(meta)}

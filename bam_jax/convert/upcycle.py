@@ -31,10 +31,10 @@ from absl import flags
 
 from bam_jax import cli, config
 from bam_jax.config import strict
-from bam_jax.convert import fitting
+from bam_jax.convert import fitting, writing
 from bam_jax.errors import UserError
 from bam_jax.hf import source as hf_source
-from bam_jax.upcycle import outputs, routers, rules
+from bam_jax.upcycle import routers, rules
 from bam_jax.upcycle.sources import Source
 
 INITS = ('random', 'zero', 'centroids', 'ridge')
@@ -57,8 +57,6 @@ _KEYS = (
   flags.DEFINE_float('router_scale', 1.0, 'Standard deviation of random routers times sqrt(D).'),
   flags.DEFINE_enum('average', 'mean', ('mean', 'weighted', 'first'), 'Of arrays without experts.'),
   flags.DEFINE_enum('norms', 'mean', ('mean', 'fold'), "fold: into the source's own experts."),
-  flags.DEFINE_float('drop_ratio', 0.0, 'Share of the hidden dimensions of copies to redraw.'),
-  flags.DEFINE_float('noise', 0.0, 'Added to copies, in standard deviations of each array.'),
 )
 _ROPE = flags.DEFINE_enum('rope', 'own', ('own', 'first'), "Rotary positions; or the first's.")
 _UNTIE = flags.DEFINE_bool('untie', False, 'Give tied sources a copy of the table as a head.')
@@ -117,7 +115,7 @@ def mix(
       fit = functools.partial(fitting.fit, domains, tokens, mesh, seed)
     how = upcycle, _SEED.value, _NAME.value, _DTYPE.value, cli.command()
     with cli.bytes_bar('Mixing') as progress:
-      meta = outputs.to_checkpoint(output, sources, *how, progress, fit)
+      meta = writing.to_checkpoint(output, sources, *how, progress, fit)
   except UserError as error:
     raise UserError(_by_flags(str(error))) from None
   seconds = time.monotonic() - start

@@ -49,7 +49,7 @@ def regions(
   `on_read` is called with each region read: index of the source, path, index and values.
   UserError when a value is NaN or infinite, or reading fails.
   """
-  sources, upcycle, key, _ = merge
+  sources, upcycle, *_ = merge
   mixture = rules.mixture_model(sources[0].meta.model, upcycle)
   table = rules.rules(mixture, upcycle.norms)
   folds = rules.folds(mixture) if upcycle.norms == 'fold' else {}
@@ -78,8 +78,7 @@ def regions(
       yield rule.target, index, np.full(array.shape, not plus_one, dtype)
     for expert in experts:
       layer, *rest = index
-      made = options.expert(rule.target, array, layer, expert, upcycle, key)
-      yield rule.target, (layer, expert, *rest), made.astype(dtype, copy=False)
+      yield rule.target, (layer, expert, *rest), array.astype(dtype, copy=False)
     if rule.how == 'mean':
       held.append(array)
       if len(held) == len(sources):
@@ -112,13 +111,11 @@ def _jobs(merge: Merge, table, wanted, parts):
   for rule in filter(lambda rule: rule.source, table):
     part, stack = parts[rule.target], rule.how == 'stack'
     needed = part[:1] + part[2:] if stack else part
-    # Dropping and noise take statistics of an expert's whole matrix.
-    whole = stack and (upcycle.drop_ratio or upcycle.noise)
     # The target's dtype, since regions must be whole chunks of the target.
     spec = merge.sources[0].reader.specs[rule.source]._replace(dtype=wanted[rule.target].dtype)
     for index in arrays.pieces(rule.source, spec):
       box = overlap(arrays.bounds(spec, index), needed)
-      if box and not whole:
+      if box:
         kept = [axis for axis in index if isinstance(axis, int)]
         index = (*kept, *(slice(start, stop) for start, stop in box[len(kept) :]))
       for source in range(len(merge.sources)) if box else ():

@@ -60,7 +60,7 @@ def test_a_mixture_in_one_command(server, world):
   assert facts['average']['mixture'] == pytest.approx(mean)
 
   flags = '--method=bam_kv_experts', '--attention_routing=top1', '--renormalize', TOKENS
-  flags += '--router_input=prefix', '--router_init=ridge', '--output=same'
+  flags += '--router_input=prefix', '--router_init=ridge', '--router_scale=8', '--output=same'
   # By the name of a run, whatever the order; the others in theirs.
   named = [f'--router_data={data[number]}' for number in (2, 0, 1)]
   run(server, world, 'convert upcycle', *FROM, *flags, *named)
@@ -76,7 +76,7 @@ def test_text_without_splits_is_scored_where_routers_were_not_fitted(server, wor
   assert [row['scores']['mixture']['documents'] for row in facts['domains']] == [3, 3, 3]
   assert facts['meta']['model']['attention_experts'] is None
   router_LDE = folders.read_checkpoint(world / 'halves')['blocks/ffn/router']
-  np.testing.assert_allclose(np.linalg.norm(router_LDE, axis=1), 1, rtol=1e-5)
+  np.testing.assert_allclose(np.linalg.norm(router_LDE, axis=1), 8, rtol=1e-5)
 
 
 DATA = '--data=general=data', '--data=code=text/code', '--data=law=law.jsonl'

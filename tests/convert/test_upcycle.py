@@ -129,7 +129,7 @@ MIX = 'upcycle', '--from=x', '--from=z', '--method=btx', '--output=y'
   ([], ['upcycle', 'inspect', '--help']), (['upcylce'], ['upcylce', 'upcycle']),
   (['upcycle', '--method=bam'], ['--method', 'bam_kv_experts']),
   ([*MIX, '--experts=1'], ['--experts=1', "--from=['x', 'z']"]),
-  ([*MIX, '--noise=0'], ['x holds no checkpoint']),
+  ([*MIX, '--top_k=1'], ['x holds no checkpoint']),
 ])  # fmt: skip
 def test_misuse_is_answered_in_a_sentence(server, arguments, words):
   done = server.run('convert', *arguments)

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from bam_jax import config
+from bam_jax.convert import writing
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.evaluate import comparison, corpus, session, windows
 from bam_jax.evaluate.scorer import Scorer
-from bam_jax.upcycle import growth, outputs
+from bam_jax.upcycle import growth
 from bam_jax.upcycle.sources import open_checkpoint
 from tests.evaluate.folders import LENGTH, write_checkpoint
 
@@ -134,7 +135,7 @@ def test_notes_come_first_and_intervals_are_named_where_there_are_any(runs, text
 def test_without_experts_it_scores_what_drop_expert_makes(runs, texts, tmp_path):
   dropped = str(tmp_path / 'dropped')
   source = growth.drop(open_checkpoint(runs['bam']), ['general', '2'])
-  outputs.copy_to_checkpoint(dropped, source, 0, '', lambda *_: None)
+  writing.copy_to_checkpoint(dropped, source, 0, '', lambda *_: None)
   mesh = config.Mesh(data=2, expert=2)
   facts = ask(runs, ['bam'], texts, without=['2', 'general'], mesh=mesh)
   [row], [want] = facts['rows'], ask({'dropped': dropped}, ['dropped'], texts)['rows']

@@ -12,8 +12,8 @@ import sentencepiece
 from gguf import GGMLQuantizationType as Type
 
 from bam_jax import checkpoint, config
+from bam_jax.convert import writing
 from bam_jax.hf import gguf, source
-from bam_jax.upcycle import outputs
 from tests.hf import folders, gguf_files
 from tests.hf.test_importing import check_refused, convert
 
@@ -74,7 +74,7 @@ def test_files_are_mixed_where_they_are_beside_folders(tmp_path):
   for number, pair in enumerate(((one, other), (one_too, other))):
     how = config.Upcycle(tuple(each.path for each in pair), 'bam_kv_experts')
     output = tmp_path / f'mix{number}'
-    outputs.to_checkpoint(output, pair, how, 3, 'bam', 'float32', '', lambda *_: None)
+    writing.to_checkpoint(output, pair, how, 3, 'bam', 'float32', '', lambda *_: None)
     made.append(folders.read_checkpoint(output))
     assert checkpoint.read_meta(output).model.tied_embeddings is False
   for path, array in made[1].items():

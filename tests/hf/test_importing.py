@@ -7,9 +7,9 @@ import pytest
 
 from bam_jax import checkpoint, config
 from bam_jax.checkpoint import arrays, manifest
+from bam_jax.convert import writing
 from bam_jax.errors import UserError
 from bam_jax.hf import exporting, importing, source
-from bam_jax.upcycle import outputs
 from tests.hf import folders
 from tests.hf.folders import CONFIG, MODEL, cohere_tensors
 
@@ -118,7 +118,7 @@ def test_folders_are_mixed_where_they_are(tmp_path):
   for which, name in enumerate(('from_folders', 'from_imports')):
     pair = [both[which] for both in opened]
     how = config.Upcycle(tuple(one.path for one in pair), 'bam_kv_experts', num_experts=4)
-    outputs.to_checkpoint(tmp_path / name, pair, how, 3, 'bam', 'float32', '', lambda *_: None)
+    writing.to_checkpoint(tmp_path / name, pair, how, 3, 'bam', 'float32', '', lambda *_: None)
   left, right = (checkpoint.read_meta(tmp_path / n) for n in ('from_folders', 'from_imports'))
   assert left.model == right.model and len(left.model.attention_experts.ropes) == 4
   left, right = (folders.read_checkpoint(tmp_path / n) for n in ('from_folders', 'from_imports'))
@@ -135,7 +135,7 @@ def test_sources_that_are_not_quite_alike(tmp_path, monkeypatch):
     for n, one in enumerate(facts)
   ]
   how = config.Upcycle(tuple(one.path for one in opened), 'btx')
-  make = lambda adapted: outputs.to_checkpoint(
+  make = lambda adapted: writing.to_checkpoint(
     tmp_path / 'mix', adapted, how, 3, 'bam', 'float32', '', lambda *_: None
   )
   with pytest.raises(UserError, match='tied_embeddings: True -> False.*--untie copies the table'):
@@ -165,5 +165,5 @@ def test_a_specialist_that_went_through_transformers_mixes_with_its_seed(tmp_pat
   assert opened[0].meta.tokenizer_hash != opened[1].meta.tokenizer_hash
   upcycle = config.Upcycle(tuple(one.path for one in opened), 'bam_kv_experts')
   how = dict(seed=3, name='', dtype='float32', command='', progress=lambda *_: None)
-  meta = outputs.to_checkpoint(tmp_path / 'mix', opened, upcycle, **how)
+  meta = writing.to_checkpoint(tmp_path / 'mix', opened, upcycle, **how)
   assert meta.sources == ('seed', 'hf')

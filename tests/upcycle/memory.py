@@ -103,9 +103,7 @@ def spelled_out(
       made[rule.target] = np.empty(shape, np.float32)
       for layer, expert in np.ndindex(shape[:2]):
         array = sources[expert if expert < len(sources) else 0][rule.source][layer]
-        made[rule.target][layer, expert] = options.expert(
-          rule.target, array, layer, expert, upcycle, key
-        )
+        made[rule.target][layer, expert] = array
     else:
       made[rule.target] = merge.drawn(merge.Merge((), upcycle, key), rule, shape)
   return made

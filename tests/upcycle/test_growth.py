@@ -8,6 +8,7 @@ import pytest
 
 from bam_jax import checkpoint, config
 from bam_jax.config import strict
+from bam_jax.convert import writing
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
 from bam_jax.upcycle import growth, merge, outputs
@@ -37,13 +38,13 @@ def mix(runs, output, method='bam_kv_experts', names=NAMES[:2], dtype='float32',
   """A mixture of some of the runs, opened."""
   how = config.Upcycle(tuple(str(runs / name) for name in names), method, **changes)
   opened = [open_checkpoint(path) for path in how.sources]
-  outputs.to_checkpoint(output, opened, how, 3, '', dtype, 'convert', lambda *_: None)
+  writing.to_checkpoint(output, opened, how, 3, '', dtype, 'convert', lambda *_: None)
   return open_checkpoint(str(output))
 
 
 def write(output, changed):
   """A mixture with other experts as a checkpoint, opened."""
-  outputs.copy_to_checkpoint(output, changed, 0, 'the command', lambda *_: None)
+  writing.copy_to_checkpoint(output, changed, 0, 'the command', lambda *_: None)
   return open_checkpoint(str(output))
 
 

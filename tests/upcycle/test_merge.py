@@ -74,9 +74,9 @@ MESHES = [config.Mesh(data=2, fsdp=2, tensor=2), config.Mesh(fsdp=2, expert=2, t
 
 
 @pytest.mark.parametrize('method, changes', [
-  ('bam_shared_kv', dict(norms='fold')), ('sparse', dict(drop_ratio=0.5)),
+  ('bam_shared_kv', dict(norms='fold')), ('sparse', {}),
   *(slow(method, {}) for method in METHODS),
-  ('bam_kv_experts', dict(drop_ratio=0.3, noise=0.05, average='first', expert_bias=True)),
+  ('bam_kv_experts', dict(average='first', expert_bias=True)),
 ])  # fmt: skip
 def test_no_mesh_changes_a_bit(models, method, changes):
   changes |= {} if method == 'average' else {'num_experts': 6}

@@ -10,11 +10,9 @@ import pytest
 from bam_jax import config
 from bam_jax.errors import UserError
 from bam_jax.model import router
-from bam_jax.upcycle import options, rules
+from bam_jax.upcycle import rules
 from tests.upcycle import memory
 from tests.upcycle.memory import KEY, upcycle
-
-FFN = ('blocks/ffn/gate', 'blocks/ffn/up', 'blocks/ffn/down')
 
 
 def mix(dense, mixed: config.Upcycle, key=KEY, shift: float = 0.0, **more) -> dict:
@@ -50,72 +48,6 @@ def test_a_weighted_mean_or_the_first_source(models, method, weights):
   assert differing(merged, plain) <= averaged(dense, method)
 
 
-def changed_dimensions(path: str, before: np.ndarray, after: np.ndarray) -> list[set[int]]:
-  """By layer, the hidden dimensions of one expert LDF or LFD that changed."""
-  axis = 1 if path.endswith('down') else 2
-  odd = (before != after).any(axis=3 - axis)
-  return [set(np.flatnonzero(row).tolist()) for row in odd]
-
-
-@pytest.mark.parametrize('method', ['bam_kv_experts', 'sparse'])
-def test_dropped_dimensions_are_one_choice_for_each_expert(models, method):
-  dense = models['dense']
-  plain = mix(dense, upcycle(method))
-  merged = mix(dense, upcycle(method, drop_ratio=0.25))
-  assert differing(plain, merged) == set(FFN)
-  changes = range(5) if method == 'sparse' else range(3, 5)
-  choices = []
-  for expert in range(5):
-    by_array = [changed_dimensions(p, plain[p][:, expert], merged[p][:, expert]) for p in FFN]
-    assert by_array[0] == by_array[1] == by_array[2], 'gate, up and down drop the same dimensions'
-    sizes = {len(chosen) for chosen in by_array[0]}
-    assert sizes == ({dense.ffn_dim // 4} if expert in changes else {0})
-    choices += [frozenset(chosen) for chosen in by_array[0] if chosen]
-  assert len(set(choices)) == dense.num_layers * len(changes), 'each layer and expert its own'
-  for layer in range(dense.num_layers):
-    chosen = options.dropped(layer, 4, dense.ffn_dim, 0.25, KEY)
-    assert set(chosen.tolist()) in choices
-
-
-def test_dropped_weights_keep_their_mean_and_deviation(models):
-  dense = dataclasses.replace(models['dense'], d_model=96, ffn_dim=256)
-  plain = mix(dense, upcycle('btx'), shift=3.0)
-  merged = mix(dense, upcycle('btx', drop_ratio=0.5), shift=3.0)
-  for path in FFN:
-    for expert in (3, 4):
-      before, after = plain[path][1, expert], merged[path][1, expert]
-      new = before != after
-      assert new.mean() == pytest.approx(0.5, abs=1e-3)
-      old, fresh = before[new], after[new]
-      assert fresh.mean() == pytest.approx(old.mean(), abs=5 * old.std() / new.sum() ** 0.5)
-      assert fresh.std() == pytest.approx(old.std(), rel=0.03)
-      assert abs(np.corrcoef(old, fresh)[0, 1]) < 0.05
-      kurtosis = np.mean(((fresh - fresh.mean()) / fresh.std()) ** 4)
-      assert kurtosis == pytest.approx(3, abs=0.3), 'it is normal'
-
-
-@pytest.mark.parametrize('method', ['bam_shared_kv', 'sparse'])
-def test_noise_is_added_to_copies_only(models, method):
-  dense = dataclasses.replace(models['dense'], d_model=64, ffn_dim=128)
-  plain = mix(dense, upcycle(method))
-  merged = mix(dense, upcycle(method, noise=0.1))
-  table = rules.rules(rules.mixture_model(dense, upcycle(method)))
-  assert differing(plain, merged) == {rule.target for rule in table if rule.how == 'stack'}
-  originals = len(upcycle(method).sources)
-  noises = []
-  for path in differing(plain, merged):
-    np.testing.assert_array_equal(merged[path][:, :originals], plain[path][:, :originals])
-    for expert in range(originals, 5):
-      for layer in range(dense.num_layers):
-        noise = merged[path][layer, expert] - plain[path][layer, expert]
-        want = 0.1 * plain[path][layer, expert].std()
-        assert noise.std() == pytest.approx(want, rel=0.1)
-        assert abs(noise.mean()) < 5 * want / noise.size**0.5
-        noises.append(noise.ravel()[:100] / want)
-  alike = np.abs(np.corrcoef(noises) - np.eye(len(noises))).max()
-  assert alike < 0.6, 'no two arrays, layers or experts get the same noise'
-
-
 def test_routers_of_zeros_and_given_ones(models):
   dense, router = models['dense'], np.arange(2 * 32 * 5, dtype=np.float32).reshape(2, 32, 5)
   merged = mix(dense, upcycle('bam_kv_experts', router_init='zero'))
@@ -134,8 +66,6 @@ THREE = (1.0, 2.0, 3.0)
   ('btx', dict(weights=THREE), ['weights=[1.0, 2.0, 3.0]', "'weighted'"]),
   ('btx', dict(average='weighted', weights=THREE[:2]), ['has 2', "['seed', 'code', 'law']"]),
   ('average', dict(average='weighted', weights=(1.0, 0.0, 2.0)), ['0.0, which is not positive']),
-  ('btx', dict(drop_ratio=1.5), ['drop_ratio=1.5']),
-  ('btx', dict(drop_ratio=0.5, num_experts=0), ['drop_ratio=0.5', 'none']),
   ('average', dict(num_experts=4), ['num_experts=4', "'average', which has no experts"]),
   ('average', dict(router_init='zero'), ['router_init', 'no router']),
   ('sparse', dict(router_init='ridge'), ['router_init', 'sparse']),

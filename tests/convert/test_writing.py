@@ -11,10 +11,11 @@ import pytest
 from bam_jax import checkpoint, config
 from bam_jax.checkpoint import arrays
 from bam_jax.config import strict
+from bam_jax.convert import writing
 from bam_jax.errors import UserError
 from bam_jax.parallel import sharding
 from bam_jax.recipes import graph, start
-from bam_jax.upcycle import merge, outputs, rules
+from bam_jax.upcycle import merge, rules
 from bam_jax.upcycle.sources import open_checkpoint
 from tests.upcycle.memory import NAMES, TOKENIZER, abstract, draw, flat, save, spelled_out, values
 
@@ -51,17 +52,17 @@ def how(folder, method: str, **changes) -> config.Upcycle:
 def convert(output, upcycle: config.Upcycle, **changes) -> checkpoint.Meta:
   facts = dict(seed=3, name='bam', dtype='float32', command='convert', progress=lambda *_: None)
   opened = [open_checkpoint(path) for path in upcycle.sources]
-  return outputs.to_checkpoint(output, opened, upcycle, **(facts | changes))
+  return writing.to_checkpoint(output, opened, upcycle, **(facts | changes))
 
 
 OPTIONS = {
   'folded': dict(norms='fold'),
   'weighted': dict(average='weighted', weights=(1.0, 2.0, 5.0)),
   'everything': dict(
-    drop_ratio=0.5, noise=0.05, average='first', expert_bias=True, router_scale=2.0, top_k=2,
+    average='first', expert_bias=True, router_scale=2.0, top_k=2,
     renormalize=True, capacity_factor=1.5,
   ),
-  'zero': dict(router_init='zero', drop_ratio=0.3),
+  'zero': dict(router_init='zero'),
 }  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def test_bfloat16(tmp_path, sources):
 
 def test_what_the_checkpoint_says_of_itself(tmp_path, models, sources):
   folder, params = sources
-  upcycle = how(folder, 'bam_shared_kv', num_experts=4, noise=0.5)
+  upcycle = how(folder, 'bam_shared_kv', num_experts=4)
   convert(tmp_path / 'mix', upcycle, command='the command')
   names = sorted(one.name for one in (tmp_path / 'mix').iterdir())
   assert names == ['checksums', 'meta', 'params', 'tokenizer.json']
