@@ -41,6 +41,7 @@ DEFAULTS = dict(
   renormalize=True,
   router_input='prefix',
   router_init='ridge',
+  router_scale=8.0,  # of no effect on gates of 1; soft ones would be too even with 1
 )
 
 _MAX_DOCUMENTS = flags.DEFINE_integer('max_documents', 1000, 'To score of each domain.', 1)

@@ -54,7 +54,7 @@ _KEYS = (
   flags.DEFINE_bool('expert_bias', False, "A bias that balances the FFN experts' loads."),
   flags.DEFINE_enum('router_input', 'token', ('token', 'prefix'), "prefix: the document's mean."),
   flags.DEFINE_enum('router_init', 'random', INITS, 'centroids, ridge: fitted to --router_data.'),
-  flags.DEFINE_float('router_scale', 1.0, 'Standard deviation of random routers times sqrt(D).'),
+  flags.DEFINE_float('router_scale', 1.0, 'Of random routers: deviation times sqrt(D).'),
   flags.DEFINE_enum('average', 'mean', ('mean', 'weighted', 'first'), 'Of arrays without experts.'),
   flags.DEFINE_enum('norms', 'mean', ('mean', 'fold'), "fold: into the source's own experts."),
 )

@@ -16,7 +16,7 @@ def get_config(argument: str) -> ConfigDict:
     intervals=dict(log=1, evaluate=20, checkpoint=10),
     mesh=mesh,
   )
-  upcycle = {'from': ('seed', 'code'), 'method': 'bam_kv_experts', 'router_init': 'centroids'}
+  upcycle = {'from': ('seed', 'code'), 'method': 'bam_kv_experts', 'router_init': 'ridge'}
   return config.complete(
     dict(
       name='job',
