@@ -38,7 +38,7 @@ class Moments(NamedTuple):
   """Of what a router reads over each source's tokens, float64."""
 
   mean_SLD: np.ndarray
-  gram_LDD: np.ndarray | None  # mean of x x^T in which every source counts alike; for 'ridge'
+  gram_LDD: np.ndarray  # mean of x x^T in which every source counts alike; LD0 for 'centroids'
 
 
 def fit(
@@ -84,7 +84,7 @@ def moments(
   mesh: jax.sharding.Mesh,
   upcycle: config.Upcycle,
 ) -> block.Routing:
-  """The Moments of what each layer's two routers read, if there are any.
+  """The Moments of what the routers beside each layer's two parts read.
 
   The network is dense, or of sequential blocks; its parameters lie on the mesh as in training.
   Sums over a batch are float32, those over batches float64.
@@ -116,9 +116,7 @@ def moments(
     mean_2LDX = total_2LDX / tokens
     means.append(mean_2LDX[..., 0])
     grams_2LDD = grams_2LDD + mean_2LDX[..., 1:] / len(batches)
-  ridge = upcycle.router_init == 'ridge'
-  parts = zip(np.stack(means, axis=1), grams_2LDD)
-  return block.Routing(*(Moments(mean_SLD, gram if ridge else None) for mean_SLD, gram in parts))
+  return block.Routing(*map(Moments, np.stack(means, axis=1), grams_2LDD))
 
 
 def from_moments(
