@@ -10,7 +10,7 @@ them equally. Parameters are random. CPU seconds are those of this process: on a
 vary less than wall time.
 
 The roofline is the larger of the times for the necessary reads and for the necessary FLOPs: every
-weight that the tokens use, of routed FFN experts those chosen by a token of the batch (with evenly
+weight that the tokens use, of routed experts those chosen by a token of the batch (with evenly
 loaded routers), and the keys and values so far. The paper reports, relative to BTX and in total,
 1.28 for KV experts and 1.24 for shared KV.
 
@@ -145,11 +145,20 @@ def run(model: generator.Generator, batch: int) -> np.ndarray:
 def needs(model: config.Model, batch: int, tokens: int, context: int) -> tuple[float, float]:
   """Bytes and FLOPs to read `tokens` of each row, after which there are `context`."""
   parts, itemsize = arithmetic.total_parts(model), jnp.dtype(_DTYPE.value).itemsize
-  ffn = parts.ffn
-  if model.ffn_experts:
-    ffn *= 1 - (1 - model.ffn_experts.top_k / model.ffn_experts.num_experts) ** (batch * tokens)
+  active = arithmetic.active_parts(model)
+
+  def read(experts, total: int, active: int) -> float:
+    """Numbers of a part of which each token meets k of N experts, and all the rest."""
+    if not experts or not 0 < experts.top_k < experts.num_experts:
+      return total
+    N, k = experts.num_experts, experts.top_k
+    of_one, missed = (total - active) / (N - k), N * (1 - k / N) ** (batch * tokens)
+    return total - missed * of_one
+
+  attention = read(model.attention_experts, parts.attention, active.attention)
+  ffn = read(model.ffn_experts, parts.ffn, active.ffn)
   words = model.vocab_size * model.d_model  # of the output; of the input a few rows
-  weights = words + parts.norms + parts.attention + ffn + parts.routers
+  weights = words + parts.norms + attention + ffn + parts.routers
   cache = arithmetic.cache_bytes(model, _DTYPE.value) * batch * context
   seen = context if tokens > 1 else 2 * context  # the arithmetic takes half of it on average
   flops = arithmetic.forward_flops(model, seen) - 2 * words
