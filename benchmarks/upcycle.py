@@ -35,7 +35,7 @@ from bam_jax.checkpoint import manifest
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
-from bam_jax.upcycle import options, outputs, rules
+from bam_jax.upcycle import merge, outputs, rules
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the checkpoints.')
 _LAYERS = flags.DEFINE_integer(
@@ -122,7 +122,7 @@ def _mix_in_memory(model: config.Model, upcycle: config.Upcycle, output: Path) -
   wanted, params = outputs.specs(_abstract(mixture)), {}
   for rule in rules.rules(mixture):
     if rule.how == 'mean':
-      params[rule.target] = options.average([one[rule.source] for one in flat], upcycle)
+      params[rule.target] = merge.average([one[rule.source] for one in flat], upcycle)
     elif rule.how == 'stack':
       params[rule.target] = np.stack([one[rule.source] for one in flat], axis=1)
     else:

@@ -150,13 +150,10 @@ class MixtureOfAttention(Attention):
 
   def __call__(self, y_BTD, tokens, cache=None):
     """What `Attention` returns, as far as the experts on this device go."""
-    if self.model.router_input == 'prefix':
-      gates_BTE, logits_BTE, sum_BE = router.prefix_gates(
-        y_BTD, self.router[...], tokens, cache and cache.attention_sum
-      )
-      cache = cache and cache._replace(attention_sum=sum_BE)
-    else:
-      gates_BTE, logits_BTE = router.gates(y_BTD, self.router[...])
+    prefix = tokens if self.model.router_input == 'prefix' else None
+    gates_BTE, logits_BTE, sum_BE = router.gates(
+      y_BTD, self.router[...], prefix, cache and cache.attention_sum
+    )
     y_BTD = y_BTD.astype(self.query.dtype)
     if self.options.top_k:
       top_k, renormalize = self.options.top_k, self.options.renormalize
@@ -166,7 +163,7 @@ class MixtureOfAttention(Attention):
       chosen_BTE = None
       output_BTD, held = self.soft(y_BTD, gates_BTE, tokens, cache)
     choices = router.Choices(gates_BTE, logits_BTE, chosen_BTE, jnp.zeros((), jnp.int32))
-    return output_BTD, choices, cache and cache._replace(keys_values=held)
+    return output_BTD, choices, cache and LayerCache(held, sum_BE, cache.ffn_sum)
 
   def soft(
     self, y_BTD, gates_BTE, tokens: Tokens, cache: LayerCache | None
@@ -199,12 +196,11 @@ class MixtureOfAttention(Attention):
     """
     num_experts, platform = self.query.shape[0], self.layout.platform
     B, T, k = experts_BTk.shape
-    decoding = tokens.start is not None
     experts_BTk = self.layout.local_numbers(experts_BTk, num_experts, self.options.num_experts)
     experts_BTk = jnp.where(tokens.real_BT[..., None], experts_BTk, num_experts)
     slots = projection.slots(experts_BTk.reshape(-1), num_experts, platform)
     y_AD = jnp.repeat(y_BTD.reshape(B * T, -1), k, axis=0)
-    query_AX = projection.project(y_AD, self.query[...], slots, platform, decoding)
+    query_AX = projection.project(y_AD, self.query[...], slots, platform, bool(cache))
     query_BTkHK = query_AX.reshape(B, T, k, -1, self.model.head_dim)
 
     def chosen(x_EX) -> jax.Array:
@@ -227,8 +223,7 @@ class MixtureOfAttention(Attention):
       grouped_BTGkRK = query_BTkHK.reshape(B, T, k, G, -1, self.model.head_dim).swapaxes(2, 3)
       query_BTHK = grouped_BTGkRK.reshape(B, T, -1, self.model.head_dim)
       heads_BTHK = self.heads(query_BTHK, ..., key, value, tokens, held)
-      heads_BTkHK = heads_BTHK.reshape(grouped_BTGkRK.shape).swapaxes(2, 3)
-      updated = [held]
+      heads_BTkHK, updated = heads_BTHK.reshape(grouped_BTGkRK.shape).swapaxes(2, 3), [held]
     else:
       heads_BTkHK, updated = 0, []
       for expert in range(num_experts):
@@ -239,13 +234,12 @@ class MixtureOfAttention(Attention):
         heads_BTHK = self.heads(query_BTHK, expert, key, value, tokens, held)
         heads_BTkHK += jnp.where(mine_BTk11, heads_BTHK[:, :, None], 0)
 
-    weights_BTk = jnp.where(experts_BTk < num_experts, gates_BTk, 0).astype(y_BTD.dtype)
     heads_AX = heads_BTkHK.reshape(query_AX.shape)
-    output_AD = projection.project(heads_AX, self.out[...], slots, platform, decoding)
-    output_BTkD = output_AD.reshape(B, T, k, -1)
+    output_AD = projection.project(heads_AX, self.out[...], slots, platform, bool(cache))
+    output_BTkD = output_AD.reshape(B, T, k, -1)  # zeros for experts on other devices
     if self.out_bias is not None:
       output_BTkD += self.layout.once(chosen(self.out_bias), 'tensor')
-    return jnp.einsum('btkd,btk->btd', output_BTkD, weights_BTk), updated
+    return jnp.einsum('btkd,btk->btd', output_BTkD, gates_BTk.astype(y_BTD.dtype)), updated
 
   def held_keys_and_values(self, y_BTD, expert: int, tokens: Tokens, cache: LayerCache | None):
     """Keys and values of one expert, or the shared ones, BTGK, and the cache with them in it."""

@@ -42,30 +42,22 @@ class Statistics(NamedTuple):
   dropped: jax.Array  # (), int32: assignments that found their expert's buffer full
 
 
-def gates(y_BTD: jax.Array, router_DE: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Softmax gates over all the experts and their logits, BTE, float32 whatever `y_BTD` is."""
-  logits_BTE = logits(y_BTD, router_DE)
-  return jax.nn.softmax(logits_BTE), logits_BTE
+def gates(
+  y_BTD: jax.Array, router_DE: jax.Array, tokens: Tokens | None = None, sum_BE=None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """Softmax gates over all the experts and their logits, BTE, float32 whatever `y_BTD` is.
 
-
-def prefix_gates(
-  y_BTD: jax.Array, router_DE: jax.Array, tokens: Tokens, sum_BE: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """As `gates`, of a router that reads the mean of its document so far; and the sum to go on with.
-
-  The router is linear, so the mean is one of E logits instead of D channels. `sum_BE`, float32, is
-  what an earlier call returned for the tokens before these of the same documents; by default none.
+  Given `tokens`, the router reads the mean of each token's document so far; it is linear, so this
+  is a mean of E logits. `sum_BE`, float32, is what an earlier call returned last for the tokens
+  before these of the same documents; by default there are none.
   """
-  logits_BTE, sum_BE = prefix_mean(logits(y_BTD, router_DE), tokens, sum_BE)
-  return jax.nn.softmax(logits_BTE), logits_BTE, sum_BE
-
-
-def logits(y_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
-  """A router's logits of every token, BTE, float32 whatever `y_BTD` is."""
   dtype = jnp.promote_types(y_BTD.dtype, jnp.float32)
-  return jnp.einsum(
+  logits_BTE = jnp.einsum(
     'btd,de->bte', y_BTD.astype(dtype), router_DE, precision=jax.lax.Precision.HIGHEST
   )
+  if tokens is not None:
+    logits_BTE, sum_BE = prefix_mean(logits_BTE, tokens, sum_BE)
+  return jax.nn.softmax(logits_BTE), logits_BTE, sum_BE
 
 
 def prefix_mean(

@@ -17,7 +17,7 @@ from bam_jax.checkpoint.manifest import NEW
 from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 from bam_jax.files import folders
-from bam_jax.upcycle import options, rules
+from bam_jax.upcycle import merge, rules
 from bam_jax.upcycle.sources import Source, check_alike, open_checkpoint
 
 
@@ -137,7 +137,7 @@ def add(mixture: Source, dense: Source, key: jax.Array, init: str = 'random') ->
       shape = mixture.reader.specs[rule.target].shape[:-1]
       columns[rule.target] = np.zeros(shape, np.float32)
       if rule.how == 'router' and init == 'random':
-        rng = options.generator(key, f'{rule.target}/{dense.meta.run}', count)
+        rng = merge.generator(key, f'{rule.target}/{dense.meta.run}', count)
         deviation = (made.router_scale if made else 1.0) / math.sqrt(shape[-1])
         columns[rule.target] = deviation * rng.standard_normal(shape, np.float32)
   return _changed(mixture, (*range(count), NEW), dense, columns)

@@ -16,7 +16,7 @@ import numpy as np
 
 from bam_jax import config
 from bam_jax.checkpoint import arrays, manifest
-from bam_jax.upcycle import options, rules
+from bam_jax.upcycle import rules
 from bam_jax.upcycle.sources import Source
 
 Box = tuple[tuple[int, int], ...]  # start and stop on every axis of an array
@@ -35,6 +35,12 @@ class Merge(NamedTuple):
 def run_key(seed: int, name: str) -> jax.Array:
   """The key of a run's random draws, independent of the recipe's other runs."""
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+def generator(key: jax.Array, name: str, *numbers: int) -> np.random.Generator:
+  """A NumPy generator seeded by the arguments; it draws on the host, whatever an expert's size."""
+  words = np.asarray(jax.random.key_data(key)).tolist()
+  return np.random.default_rng([*words, zlib.crc32(name.encode()), *numbers])
 
 
 def regions(
@@ -82,9 +88,24 @@ def regions(
     if rule.how == 'mean':
       held.append(array)
       if len(held) == len(sources):
-        mean = options.average(held, upcycle)
+        mean = average(held, upcycle)
         yield rule.target, index, mean.astype(dtype, copy=False)
         held = []
+
+
+def average(arrays: Sequence[np.ndarray], upcycle: config.Upcycle) -> np.ndarray:
+  """Averages an array without experts over the sources.
+
+  'mean' is the paper's uniform mean. 'weighted' is the mean by `weights`, which need not add up to
+  1; model soups, arXiv 2203.05482. 'first' is the first source's array; FlexOlmo, arXiv 2507.07024.
+  """
+  if upcycle.average == 'first':
+    return arrays[0].copy()
+  if upcycle.average == 'mean':
+    return sum(arrays[1:], start=arrays[0]) / len(arrays)
+  shares = np.asarray(upcycle.weights) / max(upcycle.weights)  # whose sum cannot overflow
+  terms = [array * share for array, share in zip(arrays, (shares / shares.sum()).tolist())]
+  return sum(terms[1:], start=terms[0])
 
 
 def overlap(one: Box, other: Box) -> Box:

@@ -26,8 +26,8 @@ from bam_jax.data import mixture
 from bam_jax.errors import UserError
 from bam_jax.model import block, router, transformer
 from bam_jax.parallel import sharding
-from bam_jax.upcycle import options, outputs, rules
-from bam_jax.upcycle.merge import Merge
+from bam_jax.upcycle import outputs, rules
+from bam_jax.upcycle.merge import Merge, generator
 
 FIT_TOKENS = 32_768  # read of each source's data, rounded up to whole batches
 RIDGE = 0.1  # penalty, as a share of the mean square of a channel; 0.001 to 0.3 did as well
@@ -139,7 +139,7 @@ def columns(found: Moments, path: str, upcycle: config.Upcycle, key: jax.Array) 
     what = f'finds no difference between the data of from={list(upcycle.sources)}'
     fix = "give the sources different data, or set router_init='random'."
     raise UserError(f'router_init={upcycle.router_init!r} {what}: {fix}')
-  draws = options.generator(key, path)
+  draws = generator(key, path)
   turns_CLD = draws.standard_normal((len(upcycle.copies), *away_SLD.shape[1:]))
   if upcycle.router_init == 'ridge':
     columns_ELD = ridge(found, away_SLD, turns_CLD)

@@ -14,7 +14,7 @@ from bam_jax.checkpoint import arrays, manifest
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.model import transformer
 from bam_jax.parallel import sharding
-from bam_jax.upcycle import merge, options, outputs, rules
+from bam_jax.upcycle import merge, outputs, rules
 from bam_jax.upcycle.sources import Source
 
 KEY = jax.random.key(11)
@@ -98,7 +98,7 @@ def spelled_out(
   for rule in rules.rules(mixture):
     shape = flat(abstract(mixture))[rule.target].shape
     if rule.how == 'mean':
-      made[rule.target] = options.average([one[rule.source] for one in sources], upcycle)
+      made[rule.target] = merge.average([one[rule.source] for one in sources], upcycle)
     elif rule.how == 'stack':
       made[rule.target] = np.empty(shape, np.float32)
       for layer, expert in np.ndindex(shape[:2]):
