@@ -41,6 +41,7 @@ class Step:
   expert: int
   remat: str = 'full'
   block: str = ''  # of a model of Llama 2 7B's shape, instead of the recipe's own model
+  top_k: int = 0  # attention experts a token visits; 0: all
 
   columns: ClassVar = (
     'run', 'topology', 'fsdp x expert', 'sequences a chip', 'remat', 'peak GiB', 'compiled / model',
@@ -56,7 +57,14 @@ class Step:
       f'--sequences_per_chip={self.sequences}', f'{key}.mesh.fsdp={self.fsdp}',
       f'{key}.mesh.expert={self.expert}', f'{key}.compute.remat={self.remat}',
       *self.shape(),
+      *([f'{key}.init.upcycle.attention_top_k={self.top_k}'] if self.top_k else []),
     ]  # fmt: skip
+
+  @property
+  def name(self) -> str:
+    """The run, and in what it differs from the recipe's."""
+    block = f', {self.block} block' if self.block else ''
+    return f'{self.run}{block}{f", top-{self.top_k} attention" if self.top_k else ""}'
 
   def shape(self) -> list[str]:
     """Flags of the model's shape."""
@@ -67,8 +75,7 @@ class Step:
     """A row of Markdown."""
     peak = facts['peak_bytes']
     what = [
-      f'{self.run}, {self.block} block' if self.block else self.run, self.topology,
-      f'{self.fsdp} x {self.expert}', str(self.sequences), self.remat,
+      self.name, self.topology, f'{self.fsdp} x {self.expert}', str(self.sequences), self.remat,
       '-' if peak is None else f'{peak / GIB:.1f}',
     ]  # fmt: skip
     if not facts['fits']:
@@ -158,6 +165,7 @@ TABLES = {
     [
       *(Step(run, 'v5p:4x4x4', 4, 16, 4, 'matmuls') for run in RUNS[1:]),
       *(Step(run, 'v5p:4x4x4', 4, 16, 4, 'none') for run in RUNS[1:]),
+      Step('bam_shared_kv', 'v5p:4x4x4', 4, 16, 4, 'none', top_k=1),
     ],
   ),
   'blocks': (
@@ -206,7 +214,7 @@ def overhead(row: Step, facts: dict[str, Any], btx: dict[str, Any]) -> list[str]
     facts['peak_bytes'] / btx['peak_bytes'],
     *(facts['seconds'][name] / btx['seconds'][name] for name in ('roofline', 'in_order')),
   )
-  return [f'{row.run}, {row.remat}', *(f'{ratio:.2f}' for ratio in ratios)]
+  return [f'{row.name}, {row.remat}', *(f'{ratio:.2f}' for ratio in ratios)]
 
 
 def markdown(columns: Sequence[str], names: int, body: Sequence[Sequence[str]]) -> list[str]:
@@ -221,7 +229,8 @@ def make(title: str, rows: Sequence[Step | Token]) -> str:
   body, beside = [], []
   for row in rows:
     facts = made[row] = compile_row(row)
-    btx = made.get(dataclasses.replace(row, run='btx'))
+    changes = {'top_k': 0} if isinstance(row, Step) else {}
+    btx = made.get(dataclasses.replace(row, run='btx', **changes))
     body.append(row.cells(facts, btx))
     print(' | '.join(body[-1]), file=sys.stderr, flush=True)
     if isinstance(row, Step) and row.run.startswith('bam') and btx and facts['fits']:

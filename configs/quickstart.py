@@ -18,6 +18,8 @@ from bam_jax import config
 from bam_jax.errors import UserError
 
 SPECIALTIES = ('code', 'law', 'math')
+# Routers that read the document so far, fitted to the specialists' data before any training.
+PREFIX = dict(router_input='prefix', router_init='ridge', router_scale=8.0)
 
 
 def get_config(argument: str = '') -> ConfigDict:
@@ -52,6 +54,11 @@ def get_config(argument: str = '') -> ConfigDict:
       btx=mixture('BTX', 'btx'),
       bam_shared_kv=mixture('BAM, shared KV', 'bam_shared_kv'),
       bam_kv=mixture('BAM, KV experts', 'bam_kv_experts'),
+      bam_top1=mixture('BAM, shared KV, top-1', 'bam_shared_kv', attention_top_k=1, **PREFIX),
+      untrained=mixture(
+        'BAM, untrained', 'bam_kv_experts', attention_top_k=1, renormalize=True, **PREFIX
+      )
+      | dict(tokens=0, schedule=dict(peak_learning_rate=2e-3, warmup_steps=0)),
     ),
   )
   return config.complete(recipe)
@@ -82,11 +89,11 @@ def specialist(domain: str) -> dict:
   )
 
 
-def mixture(label: str, method: str) -> dict:
+def mixture(label: str, method: str, **upcycle) -> dict:
   """Mix: the seed and the three specialists in one model; equal data for every method."""
   return dict(
     label=label,
-    init=dict(upcycle={'from': ('seed', *SPECIALTIES), 'method': method}),
+    init=dict(upcycle={'from': ('seed', *SPECIALTIES), 'method': method, **upcycle}),
     data=dict(general=0.25, code=0.25, law=0.25, math=0.25),
     data_seed=2,
     tokens=750_000,
