@@ -48,6 +48,7 @@ def test_there_and_back(server, world):
   assert 'experts 0 -1 2 of seed code law; -1: a new one' in shown
 
 
+@pytest.mark.slow
 def test_generating_without_an_expert(server, world):
   """What a checkpoint without it generates."""
   run(server, world, 'drop-expert', '--checkpoint=bam', '--expert=code', '--output=two')

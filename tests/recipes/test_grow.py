@@ -35,6 +35,7 @@ def recipe(recipe_dict) -> dict:
   return recipe_dict
 
 
+@pytest.mark.slow
 def test_a_run_that_grows_a_mixture(recipe, dataset, tmp_path):
   runner.execute(config.parse(recipe), tmp_path, dataset)
   params = lambda name: values(checkpoint.find(tmp_path / name))
