@@ -110,7 +110,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(text, undisturbed, tmp_path
 
 
 @pytest.mark.slow
-def test_twenty_signals_at_random_moments(text, tmp_path):
+def test_ten_signals_at_random_moments(text, tmp_path):
   """From the first import to the report: whenever SIGTERM comes, the end is the undisturbed one."""
   flags = [
     '--runs=seed',
@@ -123,7 +123,7 @@ def test_twenty_signals_at_random_moments(text, tmp_path):
   assert run(text, undisturbed, *flags).returncode == 0
   seconds = time.monotonic() - began
   chance, ends = random.Random(0), []
-  for _ in range(20):
+  for _ in range(10):
     process = start(text, stopped, *flags)
     time.sleep(chance.uniform(0, seconds))
     process.send_signal(signal.SIGTERM)

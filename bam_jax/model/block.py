@@ -76,8 +76,7 @@ class Block(nnx.Module):
         must be dense.
 
     Returns:
-      The residual stream, what the routers chose for the tokens that their experts read here, and
-      the cache.
+      The residual stream, what routers chose for the tokens that experts read here, and the cache.
     """
     if self.model.block == 'sequential':
       return self.sequential(x_BTD, tokens, group, cache, keep_inputs)

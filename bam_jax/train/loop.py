@@ -53,7 +53,8 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
     goodput.resume(saved.get('spent', {}), writer.dropped)
 
     def alive(*step_and_facts: Any) -> None:
-      if seconds := min(run.watch.stall_seconds, threading.TIMEOUT_MAX):
+      if run.watch.stall_seconds:  # within a second, threads that are at work would be shown
+        seconds = min(max(run.watch.stall_seconds, 1.0), threading.TIMEOUT_MAX)
         faulthandler.dump_traceback_later(seconds, file=sys.__stderr__)
 
     skips = guard.Skips(name, run.guard, checkpoints.newest_folder, saved.get('skipped', (0, 0)))

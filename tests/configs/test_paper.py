@@ -157,9 +157,7 @@ def test_the_public_model_has_its_own_shape():
 
 SMOKES = {
   'small_590m': 'small_590m.py:smoke',
-  'large_2b': 'large_2b.py:smoke',
   'ablations:bam_top2': 'ablations.py:bam_top2,smoke',
-  'reproduction': 'reproduction.py:smoke',
   'smollm2': 'smollm2.py:smoke',
 }
 

@@ -87,7 +87,8 @@ def each_command(server, world, tmp_path, name: str, few: bool) -> None:
 
 def damage_all(server, world, tmp_path, name: str, few: bool) -> None:
   for relative in files_of(getattr(world, name)):
-    for fault in faults(getattr(world, name) / relative, tmp_path):
+    kinds = faults(getattr(world, name) / relative, tmp_path)
+    for fault in kinds if few else ('missing', 'flipped', 'a pickle'):
       folder = tmp_path / 'damaged'
       shutil.rmtree(folder, ignore_errors=True)
       shutil.copytree(getattr(world, name), folder)

@@ -71,11 +71,11 @@ def test_a_transfer_that_nobody_asked_for_raises(train):
 
 def test_a_stall_prints_the_stack_of_every_thread(train, capfd):
   def hang(step: int, inputs: tuple) -> None:
-    time.sleep(1.5 if step == 3 else 0.0)
+    time.sleep(2.0 if step == 3 else 0.0)
 
-  train(hang, stall_seconds=0.5)
+  train(hang, stall_seconds=0.5)  # which counts as a second
   told = capfd.readouterr().err
-  assert 'Timeout (0:00:00.500000)!' in told and told.count('Thread 0x') > 1
+  assert 'Timeout (0:00:01)!' in told and told.count('Thread 0x') > 1
   assert 'in hang' in told
-  time.sleep(0.6)
+  time.sleep(1.1)
   assert capfd.readouterr().err == '', 'a run that has ended cannot stall'
