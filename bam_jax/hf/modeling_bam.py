@@ -114,7 +114,7 @@ class Prefix:
 
 
 def real_tokens(mask: torch.Tensor | None, x_BTD: torch.Tensor, seen: int) -> torch.Tensor:
-  """Which tokens (B, T) are no padding, from a mask (B, S), or (B, 1, T, S) of what each sees."""
+  """Which tokens (B, T) are not padding, from a mask (B, S), or (B, 1, T, S) of what each sees."""
   B, T, _ = x_BTD.shape
   if mask is None:
     return torch.ones(B, T, dtype=torch.bool, device=x_BTD.device)

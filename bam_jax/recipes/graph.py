@@ -131,7 +131,7 @@ def _model(
       mixture, dense = nodes[grow.mixture], nodes[grow.dense].model
       where = f'config.runs.{name}.init.grow'
       names = growth.names_of(mixture.model, mixture.experts, f'{where}.from={grow.mixture!r}')
-      wrong = f'{where}.with={grow.dense!r} is no dense run of the model that'
+      wrong = f'{where}.with={grow.dense!r} is not a dense run of the model that'
       fits = dense == mixture.model.dense()
       require(fits, f'{wrong} {grow.mixture!r} is made of: branch one from the same seed.')
       model = growth.resized(mixture.model, (*range(len(names)), growth.NEW), dense)
