@@ -74,7 +74,7 @@ def test_a_run_that_grows_a_mixture(recipe, dataset, tmp_path):
 
 @pytest.mark.parametrize('init, sentence', [
   (grow(**{'from': 'code'}), "grow.from='code' is a dense model, without experts: name a mixture"),
-  (grow(**{'with': 'bam'}), "grow.with='bam' is not a dense run of the model that 'longer' is made"),
+  (grow(**{'with': 'bam'}), "grow.with='bam' is not a dense run of the model that 'longer'"),
   ({'grow': {'from': 'longer'}}, 'init.grow.with is missing'),
 ])  # fmt: skip
 def test_what_cannot_grow(recipe, init, sentence):
