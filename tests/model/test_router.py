@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bam_jax.model import router
+from bam_jax.model.rope import Tokens
 from bam_jax.train import optimizer
 
 
@@ -37,3 +38,21 @@ def test_equal_loads_move_no_bias(seed):
   assert not optimizer.update_expert_bias(bias_LE, load_LE, 0.1).any()
   moved = optimizer.update_expert_bias(bias_LE, load_LE + np.array([1, 0, 0, 0]), 0.1)
   np.testing.assert_allclose(moved, [[-0.1, 0.1, 0.1, 0.1]])
+
+
+def test_prefix_means_in_pieces_and_behind_padding():
+  """A row may begin in a later piece than the first: what stands before it counts for nothing."""
+  rng, first_B, T = np.random.default_rng(0), np.array([0, 2, 6]), 9
+  x_BTE = rng.normal(size=(3, T, 4)).astype(np.float32)
+  positions_BT = np.maximum(np.arange(T) - first_B[:, None], 0)
+  segments_BT = (np.arange(T) >= first_B[:, None]).astype(np.int32)
+  for ends in ([9], [4, 9], [1, 2, 8, 9], range(1, 10)):
+    start, sum_BE, found = 0, np.zeros((3, 4), np.float32), []
+    for end in ends:
+      tokens = Tokens(segments_BT[:, start:end], positions_BT[:, start:end], None, None)
+      mean_BTE, sum_BE = router.prefix_mean(jnp.asarray(x_BTE[:, start:end]), tokens, sum_BE)
+      found.append(mean_BTE)
+      start = end
+    for row, first in enumerate(first_B):
+      want = np.cumsum(x_BTE[row, first:], 0) / np.arange(1, T - first + 1)[:, None]
+      np.testing.assert_allclose(np.concatenate(found, 1)[row, first:], want, atol=1e-6)
