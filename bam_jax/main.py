@@ -51,8 +51,11 @@ def main() -> dict[str, Any] | None:
     raise UserError(f'--workdir={path} is neither a folder nor gs://BUCKET/FOLDER.')
   workdir = folders.at(path)
   folders.check_bucket(workdir)
-  data_path = recipe.data.path.replace('{workdir}', str(workdir))
-  recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=data_path))
+  path, *more = (
+    at.replace('{workdir}', str(workdir)) for at in (recipe.data.path, *recipe.data.more)
+  )
+  data = dataclasses.replace(recipe.data, path=path, more=tuple(more))
+  recipe = dataclasses.replace(recipe, data=data)
   nodes = graph.resolve(recipe)
   dataset = recipe_data.open_dataset(recipe.data)
   try:

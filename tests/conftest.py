@@ -21,7 +21,7 @@ from etils import epath
 
 import bam_jax
 from bam_jax import config
-from bam_jax.data import shards
+from bam_jax.data import store
 from bam_jax.files import folders
 from bam_jax.prepare import dataset as prepare_lib
 from tests.commands import Server
@@ -194,7 +194,7 @@ def make_batch():
 
 
 @pytest.fixture(scope='session')
-def dataset(tmp_path_factory) -> shards.Dataset:
+def dataset(tmp_path_factory) -> store.Dataset:
   """Four prepared domains, each with words of its own, and a tokenizer of 320 tokens."""
   folder = tmp_path_factory.mktemp('dataset')
   rng = np.random.default_rng(0)
@@ -209,7 +209,7 @@ def dataset(tmp_path_factory) -> shards.Dataset:
       path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
   inputs = {domain: folder / 'text' / domain for domain in WORDS}
   prepare_lib.prepare(inputs, folder / 'tokens', train_tokenizer=SIZES['vocab_size'])
-  return shards.open_dataset(folder / 'tokens')
+  return store.open_dataset(folder / 'tokens')
 
 
 @pytest.fixture(scope='session')

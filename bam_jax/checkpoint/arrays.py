@@ -9,9 +9,6 @@ import concurrent.futures
 import contextlib
 import itertools
 import math
-import os
-import re
-import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
@@ -74,7 +71,9 @@ class Reader:
       ('fill_missing_data_reads', 'recheck_cached_data', 'recheck_cached_metadata'), False
     )
     try:
-      store = ts.KvStore.open({'driver': 'ocdbt', 'base': _base(folder)}, context=context).result()
+      store = ts.KvStore.open(
+        {'driver': 'ocdbt', 'base': folders.url(folder)}, context=context
+      ).result()
       keys = sorted(key.decode() for key in store.list().result())
       names = [key.removesuffix('/.zarray') for key in keys if key.endswith('/.zarray')]
       opening = {
@@ -83,7 +82,9 @@ class Reader:
       }
       self._stores = {path: future.result() for path, future in opening.items()}
     except (OSError, ValueError) as error:
-      raise UserError(f'{folder} cannot be read ({reason(error)}): it is damaged.') from error
+      raise UserError(
+        f'{folder} cannot be read ({folders.reason(error)}): it is damaged.'
+      ) from error
     require(self._stores, f'{folder} holds no arrays: it is damaged, or not a checkpoint.')
     self.specs = {
       path: Spec(tuple(store.shape), store.dtype.numpy_dtype)
@@ -96,7 +97,9 @@ class Reader:
       return self._stores[path][index].read().result()
     except (OSError, ValueError) as error:
       where = f'{path} of {self.folder}'
-      raise UserError(f'{where} cannot be read ({reason(error)}): it is damaged.') from error
+      raise UserError(
+        f'{where} cannot be read ({folders.reason(error)}): it is damaged.'
+      ) from error
 
 
 class Writer:
@@ -255,15 +258,7 @@ def writing(folder: epath.PathLike) -> Iterator[None]:
     except (OSError, ValueError) as error:
       if jax.process_count() > 1 and errors.of_jax(error):  # another process was lost
         raise
-      raise UserError(f'{folder} cannot be written: {reason(error)}.') from error
-
-
-def reason(error: Exception) -> str:
-  """The cause in an error of tensorstore or of the system, in a few words."""
-  if isinstance(error, OSError) and error.strerror:
-    return error.strerror
-  system = re.search(r"os_error_code='(\d+)'", str(error))
-  return os.strerror(int(system[1])) if system else str(error).split(' [')[0].strip()
+      raise UserError(f'{folder} cannot be written: {folders.reason(error)}.') from error
 
 
 def _stacked(path: str, spec: Spec) -> int:
@@ -276,10 +271,7 @@ def _stacked(path: str, spec: Spec) -> int:
 def _store(folder: epath.PathLike, path: str) -> dict[str, Any]:
   """The tensorstore spec of one array."""
   name = path.replace('/', '.') + '/'
-  return {'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': _base(folder), 'path': name}}
-
-
-def _base(folder: epath.PathLike) -> str:
-  """The URL of a folder."""
-  path = f'{folder}/' if folders.in_bucket(folder) else f'file://{os.path.abspath(folder)}/'
-  return urllib.parse.quote(path, safe=':/')
+  return {
+    'driver': 'zarr',
+    'kvstore': {'driver': 'ocdbt', 'base': folders.url(folder), 'path': name},
+  }

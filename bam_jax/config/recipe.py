@@ -171,6 +171,7 @@ class Prepare(strict.Section):
   train_tokenizer: Count = 0  # vocabulary of a byte-level BPE to train; 0 uses `tokenizer`
   tokenizer: str = ''  # a tokenizer.json or SentencePiece model
   skip_unknown: bool = False  # leave out files of a kind that cannot be read
+  min_decoded: Fraction = 0.9  # of the characters that the tokenizer must give back
 
   def check(self):
     both = bool(self.train_tokenizer) == bool(self.tokenizer)
@@ -179,10 +180,11 @@ class Prepare(strict.Section):
 
 @dataclass(frozen=True)
 class Data(strict.Section):
-  """Token shards, as bam_jax.prepare writes them."""
+  """Prepared datasets, as bam_jax.prepare writes them."""
 
-  path: str  # "{workdir}" in it is replaced by --workdir
+  path: str  # on a disk or in gs://; "{workdir}" in it is replaced by --workdir
   sequence_length: Size  # T, tokens of a training sequence
+  more: tuple[str, ...] = ()  # other datasets of the same tokenizer, whose domains are added
   prepare: Prepare | None = None
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from bam_jax import config
 from bam_jax.config.strict import require
-from bam_jax.data import mixture, shards
+from bam_jax.data import mixture, store
 from bam_jax.evaluate import corpus
 from bam_jax.model import arithmetic, transformer
 from bam_jax.model.kernels import attention
@@ -30,7 +30,7 @@ class Domain(NamedTuple):
   """The text of one source's domain, as tokens."""
 
   name: str
-  fitted: shards.Documents
+  fitted: store.Documents
   scored: corpus.Prepared | None  # other documents, if asked for
 
 
@@ -48,7 +48,7 @@ def read(
   given: dict[str, Path] = {}
   for item in items:
     name, _, path = item.partition('=')
-    known = path and shards.DOMAIN_NAME.fullmatch(name) and name not in given
+    known = path and store.DOMAIN_NAME.fullmatch(name) and name not in given
     require(known, f'--{flag}={item} is not NAME=PATH with another domain for each source.')
     given[name] = Path(path)
   runs = [source.meta.run for source in opened]
@@ -60,12 +60,12 @@ def read(
   unread = ', '.join(given.keys() - set(names))
   require(len(set(names)) == len(given), f'--{flag}={unread} belongs to no source: {fix}')
   tokenizer, found = opened[0].tokenizer(), []
-  texts = {name: path for name, path in given.items() if not (path / shards.MANIFEST).exists()}
+  texts = {name: path for name, path in given.items() if not (path / store.MANIFEST).exists()}
   if texts:
     held_out = SCORED if scored else 0.0
     prepare(texts, folder / 'text', tokenizer=tokenizer, valid_fraction=held_out, min_decoded=0.0)
   for name in names:
-    dataset = shards.open_dataset(folder / 'text' if name in texts else given[name])
+    dataset = store.open_dataset(folder / 'text' if name in texts else given[name])
     fitted = dataset.documents(name, 'train')
     corpus.Prepared(name, dataset, 'train', None).check(tokenizer, opened[0].path)
     few = f'{given[name]} has {fitted.num_tokens:,} tokens of {name} to fit routers on'

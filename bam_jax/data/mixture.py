@@ -1,75 +1,61 @@
 """Batches from weighted domains: batch `n` is a pure function of the seed and `n`.
 
 A run resumes at any step, on any number of hosts, with the very batches that it would have seen.
-The documents of a domain are packed into sequences of one length, hence a domain's share of the
-sequences is its share of the tokens.
+The documents of a domain lie end to end and are cut into windows of one length, hence a domain's
+share of the sequences is its share of the tokens.
 
-Legend: B batch, T sequence.
+Legend: B batch, T sequence, S = T + 1.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
 
 from bam_jax.config.strict import require
-from bam_jax.data.shards import Documents
+from bam_jax.data import store
+from bam_jax.data.store import Documents
 
 Batch = dict[str, np.ndarray]
+MAX_WINDOWS = 2**32 - 1  # of one domain; grain's shuffle without memory has numbers of 32 bits
 
 
-class PackedSequences(grain.sources.RandomAccessDataSource):
-  """One domain's documents, laid end to end and cut into sequences of length T.
+def num_windows(documents: Documents, sequence_length: int) -> int:
+  """How many windows of T + 1 tokens hold every (input, next token) pair of some documents.
 
-  The concatenation is virtual: only the documents' offsets are held. A window is T + 1 tokens and
-  the next one starts T later, so that a window's last target is the next one's first input and
-  every (input, next token) pair of the corpus is in exactly one window.
-
-  Item `i` is a dict of arrays of length T:
-    tokens: int32, the inputs.
-    targets: int32, the token after each input.
-    segments: int32, 1, 2, ... by document in order of appearance; 0 is padding, which only the
-      tail of the last item has.
-    positions: int32, counted from 0 at the start of each document's piece in the window.
-    weights: float32, 1 where input and target lie in the same document, else 0.
-
-  `seed` shuffles the documents, each `[BOS] + tokens + [EOS]`; None keeps them in order.
+  The next window starts T later, so that a window's last target is the next one's first input and
+  every pair is in exactly one.
   """
+  return math.ceil(max(documents.num_tokens - 1, 0) / sequence_length)
 
-  def __init__(self, documents: Documents, sequence_length: int, seed: int | None):
-    order = np.arange(len(documents.lengths))
-    self._documents = documents
-    self._sequence_length = sequence_length
-    self._order = order if seed is None else np.random.default_rng(seed).permutation(order)
-    self._bounds = np.concatenate([[0], np.cumsum(documents.lengths[self._order], dtype=np.int64)])
 
-  def __len__(self) -> int:
-    return math.ceil(max(int(self._bounds[-1]) - 1, 0) / self._sequence_length)
+def read(windows: Sequence[tuple[Documents, int]], sequence_length: int) -> Batch:
+  """Windows of some documents by their numbers, all read at once, as arrays of [B, T].
 
-  def __getitem__(self, record_key: int) -> Batch:
-    start = record_key * self._sequence_length
-    stop = min(start + self._sequence_length + 1, int(self._bounds[-1]))
-    first, last = np.searchsorted(self._bounds, (start, stop - 1), side='right') - 1
-    cuts = np.clip(self._bounds[first : last + 2], start, stop)
-    sizes = np.diff(cuts)  # of each document's piece in the window
-    skipped = cuts[:-1] - self._bounds[first : last + 1]  # tokens of it before the window
-
-    tokens, segments, positions = np.zeros((3, self._sequence_length + 1), np.int32)
-    segments[: stop - start] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
-    positions[: stop - start] = np.arange(stop - start) - np.repeat(cuts[:-1] - start, sizes)
-    filled = 0
-    for i, skip, size in zip(self._order[first : last + 1], skipped.tolist(), sizes.tolist()):
-      tokens[filled : filled + size] = self._documents.read(int(i), skip, skip + size)
-      filled += size
-    same_document = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
-    return {
-      'tokens': tokens[:-1],
-      'targets': tokens[1:],
-      'segments': segments[:-1],
-      'positions': positions[:-1],
-      'weights': same_document.astype(np.float32),
-    }
+  tokens: int32, the inputs.
+  targets: int32, the token after each input.
+  segments: int32, 1, 2, ... by document in order of appearance; 0 is padding, which only the tail
+    of the last window has, and all of one whose number is past it.
+  positions: int32, counted from 0 at the start of each document's piece in the window.
+  weights: float32, 1 where input and target lie in the same document, else 0.
+  """
+  places = [(documents, int(number) * sequence_length) for documents, number in windows]
+  ids_BS, begins_BS = store.read(places, sequence_length + 1)
+  left_B1 = np.array([[documents.num_tokens - start] for documents, start in places])
+  place_S = np.arange(sequence_length + 1)
+  valid_BS = place_S < left_B1
+  begins_BS[:, 0] = True
+  segments_BS = np.cumsum(begins_BS, axis=1, dtype=np.int32) * valid_BS
+  positions_BS = place_S - np.maximum.accumulate(place_S * begins_BS, axis=1)
+  same_document = (segments_BS[:, 1:] == segments_BS[:, :-1]) & valid_BS[:, 1:]
+  return {
+    'tokens': ids_BS[:, :-1],
+    'targets': ids_BS[:, 1:],
+    'segments': segments_BS[:, :-1],
+    'positions': (positions_BS * valid_BS)[:, :-1].astype(np.int32),
+    'weights': same_document.astype(np.float32),
+  }
 
 
 def batches(
@@ -95,33 +81,41 @@ def batches(
 
   Returns:
     A random-access dataset. Its item `n` is this process's part of the batch of step `n`: the
-    arrays of `PackedSequences`, [B / parts, T]. The parts, joined in their order, are the same
-    batch whatever their number.
+    arrays of `read`, [B / parts, T]. The parts, joined in their order, are the same batch whatever
+    their number.
   """
-  sequences = []
-  for name in sorted(weights):
-    seeds = np.random.SeedSequence([seed, *name.encode()]).generate_state(2)
-    document_seed, sequence_seed = seeds.tolist()
-    packed = PackedSequences(documents[name], sequence_length, document_seed)
-    require(len(packed), f'The domain {name!r} has no text to train on: prepare it again.')
-    sequences.append(grain.MapDataset.source(packed).shuffle(sequence_seed).repeat())
+  names, order = sorted(weights), []
+  for domain, name in enumerate(names):
+    count = num_windows(documents[name], sequence_length)
+    require(count, f'The domain {name!r} has no text to train on: prepare it again.')
+    wrong = f'The domain {name!r} has {count:,} sequences, more than {MAX_WINDOWS:,}, the most that'
+    fix = 'can be shuffled: raise sequence_length, or divide the domain.'
+    require(count <= MAX_WINDOWS, f'{wrong} {fix}')
+    window_seed = int(np.random.SeedSequence([seed, *name.encode()]).generate_state(1)[0])
+    shuffled = grain.MapDataset.range(count).shuffle(window_seed).repeat()
+    order.append(shuffled.map(lambda number, domain=domain: np.array([domain, number])))
 
   # Grain scales the smallest weight to 100 and truncates the others: round them before it does.
-  shares = [round(100 * weights[name] / min(weights.values())) for name in sorted(weights)]
-  mixed = grain.MapDataset.mix(sequences, shares)
-  # Sliced after batching, a process holds consecutive rows of each global batch; it reads no more
-  # than those, because items are made only when asked for.
+  shares = [round(100 * weights[name] / min(weights.values())) for name in names]
+  # Only numbers so far, [B / parts, 2]. Sliced after batching, a process holds consecutive rows of
+  # each global batch; it reads no more than those, because items are made only when asked for.
   part, parts = share
-  return mixed.batch(batch_size // parts, drop_remainder=True)[part::parts]
+  mixed = grain.MapDataset.mix(order, shares)
+  mine = mixed.batch(batch_size // parts, drop_remainder=True)[part::parts]
+
+  def windows(rows_B2: np.ndarray) -> list[tuple[Documents, int]]:
+    return [(documents[names[domain]], number) for domain, number in rows_B2]
+
+  return mine.map(lambda rows_B2: read(windows(rows_B2), sequence_length))
 
 
 def iterate(batches: grain.MapDataset[Batch], prefetch: int) -> grain.DatasetIterator[Batch]:
-  """Iterates over batches, with `prefetch` of them made ahead in a thread (0: none).
+  """Iterates over batches, with `prefetch` of them made ahead in threads (0: none).
 
   `get_state()` and `set_state()` of the iterator resume exactly, on any number of processes.
   """
-  # One thread: more of them only fight for the interpreter's lock, and are slower.
-  options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
+  # As many threads as batches: one waits for its storage as a whole, and a bucket takes long.
+  options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
   return iter(batches.to_iter_dataset(options))
 
 
@@ -130,16 +124,12 @@ def heldout(
 ) -> Iterator[Batch]:
   """One pass over one domain's held-out documents, in order; arguments as for `batches`.
 
-  Yields this process's rows of each batch: the arrays of `PackedSequences`, [B / parts, T].
-  The last batch is filled up with padding, so that all have one shape and every process has as
-  many. The weights add up to the number of targets: that of all tokens less one a document.
+  Yields this process's rows of each batch: the arrays of `read`, [B / parts, T]. The last batch is
+  filled up with padding, so that all have one shape and every process has as many. The weights add
+  up to the number of targets: that of all tokens less one a document.
   """
   part, parts = share
-  local_size = batch_size // parts
-  packed = PackedSequences(documents, sequence_length, None)
-  for start in range(0, len(packed), batch_size):
-    start += part * local_size
-    rows = [packed[i] for i in range(start, min(start + local_size, len(packed)))]
-    rows = rows or [{key: np.zeros_like(value) for key, value in packed[0].items()}]
-    fill = ((0, local_size - len(rows)), (0, 0))
-    yield {key: np.pad(np.stack([row[key] for row in rows]), fill) for key in rows[0]}
+  rows = batch_size // parts
+  for start in range(0, num_windows(documents, sequence_length), batch_size):
+    start += part * rows
+    yield read([(documents, number) for number in range(start, start + rows)], sequence_length)

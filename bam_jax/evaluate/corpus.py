@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from bam_jax.config.strict import require
-from bam_jax.data import shards
+from bam_jax.data import store
 from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.files import folders
 from bam_jax.prepare import documents as documents_lib
 from bam_jax.prepare import sources
 
@@ -19,10 +20,10 @@ from bam_jax.prepare import sources
 class Prepared:
   """The first documents of a split of a prepared domain, tokens of one tokenizer."""
 
-  def __init__(self, name: str, dataset: shards.Dataset, split: str, max_documents: int | None):
+  def __init__(self, name: str, dataset: store.Dataset, split: str, max_documents: int | None):
     self.name, self._dataset = name, dataset
     self._documents = dataset.documents(name, split)
-    self.byte_counts = self._documents.byte_counts[:max_documents]  # int64, of each text
+    self.byte_counts = self._documents.byte_counts(max_documents)  # int64, of each text
 
   def check(self, tokenizer: Tokenizer, checkpoint: str) -> None:
     """UserError unless the dataset was prepared with this tokenizer."""
@@ -33,7 +34,7 @@ class Prepared:
 
   def documents(self, tokenizer: Tokenizer) -> Sequence[np.ndarray]:
     """The tokens of each document, in order."""
-    return [self._documents[number] for number in range(len(self.byte_counts))]
+    return list(itertools.islice(self._documents, len(self.byte_counts)))
 
 
 class Text:
@@ -75,15 +76,15 @@ def read(
 
 
 def _read(item: str, split: str, text_field: str, max_documents: int | None) -> list[Domain]:
-  if Path(item, shards.MANIFEST).exists():
-    dataset = shards.open_dataset(item)
+  if (folders.at(item) / store.MANIFEST).exists():
+    dataset = store.open_dataset(item)
     return [Prepared(name, dataset, split, max_documents) for name in dataset.domains]
   name, equals, path = item.partition('=')
-  wrong = f'--data={item} is not a prepared dataset (it has no {shards.MANIFEST})'
+  wrong = f'--data={item} is not a prepared dataset (it has no {store.MANIFEST})'
   fix = f'write --data=DOMAIN={item} for text.'
   require(equals, f'{wrong} and does not name a domain: {fix}')
   wrong = f'--data={item}: a domain name has letters, digits, "_", "-" and ".".'
-  require(shards.DOMAIN_NAME.fullmatch(name), wrong)
+  require(store.DOMAIN_NAME.fullmatch(name), wrong)
   files = _files(Path(path), split)
   texts = (one.text for file in files for one in documents_lib.read_documents(file, text_field))
   return [Text(name, list(itertools.islice(filter(None, texts), max_documents)))]

@@ -5,8 +5,10 @@ import errno
 import fcntl
 import glob
 import os
+import re
 import secrets
 import shutil
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +80,20 @@ def writing(path: epath.PathLike) -> Iterator[None]:
     if not in_bucket(path) or type(error).__module__.split('.')[0] not in CLIENTS:
       raise
     raise UserError(f'{path} cannot be written: {first_line(error)}.') from error
+
+
+def url(folder: epath.PathLike) -> str:
+  """A folder as tensorstore names it."""
+  path = f'{folder}/' if in_bucket(folder) else f'file://{os.path.abspath(folder)}/'
+  return urllib.parse.quote(path, safe=':/')
+
+
+def reason(error: Exception) -> str:
+  """The cause in an error of tensorstore or of the system, in a few words."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  system = re.search(r"os_error_code='(\d+)'", str(error))
+  return os.strerror(int(system[1])) if system else str(error).split(' [')[0].strip()
 
 
 def first_line(error: BaseException) -> str:

@@ -1,12 +1,14 @@
-"""Documents to token shards: restartable, and the same bytes each time.
+"""Text to a prepared dataset: restartable, in bounded memory, and the same bytes each time.
 
 The text of every split is cut into shards of about as many bytes, which the tokenizers' threads
-encode, into `DIR.partial`. A rerun skips the shards that are there. When all are, one rename makes
-`DIR` appear, whole.
+encode, into `DIR.partial`, and shards are shuffled into the store. A rerun skips what is there.
+When all is, one rename makes `DIR` appear, whole. A bucket has no rename: the store is written in
+place, the manifest last, and `.partial` lies in the user's cache.
 """
 
 import collections
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -16,15 +18,17 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from etils import epath
 
-import bam_jax.data.shards as shards_lib
 from bam_jax.config.strict import require
+from bam_jax.data import store
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, Tokenizer, batches
 from bam_jax.files import folders
+from bam_jax.prepare import shuffle
 from bam_jax.prepare.sources import TRAIN, VALID, Domain, hold_out
 
 VALID_FRACTION = 0.02
-SHARD_BYTES = 2**26  # of text, about
+SHARD_BYTES = 2**26  # of text, about, encoded at once
 TOKENIZER_BYTES = 2**23  # of each domain, to train a tokenizer on
 LOSSLESS = 0.999  # share of the text that must come back, or `warning` says so
 DECODED_BYTES = 2**16  # of each domain, encoded and decoded to see what the tokenizer loses
@@ -41,6 +45,7 @@ def prepare(
   text_field: str = 'text',
   skip_unknown: bool = False,
   min_decoded: float = MIN_DECODED,
+  shuffle_seed: int = 0,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
   """Prepares a dataset, or returns at once when `output` already holds it; returns the manifest.
@@ -58,14 +63,15 @@ def prepare(
   UserError when the inputs or options are unfit, or the disk takes no more: `output` is then not
   there, and another attempt goes on from what `output`.partial holds.
   """
-  output, inputs = Path(output), {name: Path(path) for name, path in inputs.items()}
+  output, inputs = folders.at(output), {name: Path(path) for name, path in inputs.items()}
+  remote = folders.in_bucket(output)
   wrong = 'Exactly one of --tokenizer=PATH and --train_tokenizer=SIZE is required.'
   require((tokenizer is None) != (train_tokenizer is None), wrong)
   wrong = f'--valid_fraction={valid_fraction:g} must be at least 0 and less than 1.'
   require(0 <= valid_fraction < 1, wrong)
   for path in inputs.values():
     wrong = f'--output={output} is inside the input {path}: choose another folder.'
-    require(not output.resolve().is_relative_to(path.resolve()), wrong)
+    require(remote or not output.resolve().is_relative_to(path.resolve()), wrong)
 
   read = dict(text_field=text_field, valid_fraction=valid_fraction)
   domains = [
@@ -73,24 +79,26 @@ def prepare(
     for name, path in sorted(inputs.items())
   ]
   plan = {
-    'format': shards_lib.FORMAT,
+    'format': store.FORMAT,
     'sources': [source for domain in domains for source in domain.sources()],
     'left_out': [path for domain in domains for path in domain.left_out],
     **read,
     'shard_bytes': SHARD_BYTES,
+    'shuffle_seed': shuffle_seed,
     'tokenizer_from': {'vocab_size': train_tokenizer, 'bytes_per_domain': TOKENIZER_BYTES},
   }
   if tokenizer:
     plan['tokenizer_from'] = _tokenizer_facts(tokenizer)
-  partial = Path(f'{os.path.abspath(output)}.partial')  # of "." too
-  if (output / shards_lib.MANIFEST).is_file():
-    manifest = shards_lib.open_dataset(output).manifest
+  partial = _cache(output) if remote else Path(f'{os.path.abspath(output)}.partial')  # of "." too
+  if (output / store.MANIFEST).exists():
+    manifest = store.open_dataset(output).manifest
     wrong = f'{output} was prepared from other inputs or options: choose another --output.'
     require(manifest == manifest | plan, wrong)
     shutil.rmtree(partial, ignore_errors=True)
     return manifest
   wrong = f'{output} exists and is not a prepared dataset: choose another --output.'
-  require(not output.exists() or output.is_dir() and not any(output.iterdir()), wrong)
+  new = remote or not output.exists() or output.is_dir() and not any(output.iterdir())
+  require(new, wrong)
 
   # The readers report what is wrong with an input; what is left is a disk that takes no more.
   domains = hold_out(domains)
@@ -108,10 +116,13 @@ def prepare(
       plan['decoded'][domain.name] = share = _decoded_share(tokenizer, texts)
       wrong = f'The tokenizer reproduces {share:.1%} of the text of {domain.name}: choose another'
       require(share >= min_decoded, f'{wrong} one, or lower --min_decoded={min_decoded:g}.')
-    _encode(tokenizer, domains, partial / 'shards', progress)
-    manifest = _assemble(partial, plan, domains, tokenizer)
-    folders.sync(partial / 'dataset')  # a dataset that exists is whole, even after a power cut
-    (partial / 'dataset').rename(output)
+    _encode(tokenizer, domains, partial / 'shards', shuffle_seed, progress)
+    root = output if remote else partial / 'dataset'
+    manifest = plan | _shuffle(partial / 'shards', root, shuffle_seed, domains, tokenizer)
+    folders.write_file(root / store.MANIFEST, json.dumps(manifest, indent=1) + '\n')
+    if not remote:
+      folders.sync(root)  # a dataset that exists is whole, even after a power cut
+      root.rename(output)
     shutil.rmtree(partial)
   return manifest
 
@@ -134,34 +145,46 @@ def _decoded_share(tokenizer: Tokenizer, texts: list[str]) -> float:
   return kept / total if total else 1.0
 
 
-def warning(manifest: Mapping[str, Any]) -> str:
-  """What a person should know of a prepared dataset; '' if nothing."""
+def warnings(manifest: Mapping[str, Any]) -> list[str]:
+  """What a person should know of a prepared dataset."""
   decoded = manifest['decoded'].items()
   lossy = ', '.join(f'{domain} ({share:.2%})' for domain, share in decoded if share < LOSSLESS)
-  return lossy and f'WARNING: the tokenizer reproduces only a part of the text in {lossy}'
+  off = ', '.join(manifest['switched_off'])
+  known = lossy and f'WARNING: the tokenizer reproduces only a part of the text in {lossy}'
+  return [*filter(None, [known, off and f'Switched off in the tokenizer: {off}.'])]
 
 
 def _encode(
-  tokenizer: Tokenizer, domains: list[Domain], folder: Path, progress: Callable[[int, int], None]
+  tokenizer: Tokenizer,
+  domains: list[Domain],
+  folder: Path,
+  seed: int,
+  progress: Callable[[int, int], None],
 ) -> None:
   """Reads all domains, and writes the shards that are not there yet."""
-  dtype = shards_lib.token_dtype(tokenizer.vocab_size)
+  dtype = store.token_dtype(tokenizer.vocab_size)
   before, total = 0, sum(domain.size for domain in domains)
   for domain in domains:
     (folder / domain.name).mkdir(parents=True, exist_ok=True)
     report = lambda done, before=before: progress(before + done, total)
     for name, texts in _cut(domain.read(report)):
       path = folder / domain.name / name
-      if shards_lib.is_written(path):
+      if shuffle.is_written(path):
         continue
       documents = [
         np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype)
         for batch in batches(texts)  # lists of ids take many times their text's memory
         for ids in tokenizer.encode_batch(batch)
       ]
-      shards_lib.write(path, documents, [len(text.encode()) for text in texts])
+      byte_counts = [len(text.encode()) for text in texts]
+      shuffle.write_shard(path, documents, byte_counts, _seed(seed, domain.name, name))
     before += domain.size
   progress(total, total)
+
+
+def _seed(seed: int, *names: str) -> list[int]:
+  """A domain's documents are shuffled alike whatever domains are beside it."""
+  return [seed, *'/'.join(names).encode()]
 
 
 def _cut(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
@@ -171,44 +194,50 @@ def _cut(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str]]
     held[split].append(text)
     sizes[split] += len(text)
     if sizes[split] >= SHARD_BYTES:
-      yield f'{split}-{counts[split]:05}', held.pop(split)
+      yield f'{split}-{counts[split]:06}', held.pop(split)
       counts[split] += 1
       sizes[split] = 0
   for split, texts in held.items():
-    yield f'{split}-{counts[split]:05}', texts
+    yield f'{split}-{counts[split]:06}', texts
 
 
-def _assemble(
-  partial: Path, plan: dict[str, Any], domains: list[Domain], tokenizer: Tokenizer
+def _shuffle(
+  shards: Path, root: Path | epath.Path, seed: int, domains: list[Domain], tokenizer: Tokenizer
 ) -> dict[str, Any]:
-  """Gathers the shards in `partial`/dataset, and writes the manifest."""
-  dataset, entries = partial / 'dataset', {}
-  shutil.rmtree(dataset, ignore_errors=True)
+  """Writes all but the manifest below `root`; returns what it says beside the plan."""
+  entries, dtype = {}, store.token_dtype(tokenizer.vocab_size)
   for domain in domains:
-    (folder := dataset / domain.name).mkdir(parents=True)
-    splits = entries[domain.name] = {}
+    found, splits = {}, entries.setdefault(domain.name, {})
     for split in (TRAIN, VALID):
-      if shards := shards_lib.move_split(partial / 'shards' / domain.name, split, folder):
-        splits[split] = {
-          **{key: sum(s[key] for s in shards) for key in ('documents', 'tokens', 'bytes')},
-          'skipped': {why: domain.skipped[split, why] for why in ('empty', 'in_valid')},
-          'shards': shards,
-        }
+      paths = sorted((shards / domain.name).glob(f'{split}-*.documents'))
+      if paths:
+        found[split] = [path.with_suffix('') for path in paths]
     marked, wrong = {mark for _, mark in domain.files}, f'The domain {domain.name} has no document'
-    require(TRAIN in splits or marked == {VALID}, f'{wrong} left for train: add more text.')
+    require(TRAIN in found or marked == {VALID}, f'{wrong} left for train: add more text.')
     fix = f'raise --valid_fraction={domain.valid_fraction:g} (0 holds nothing out).'
     wanted = VALID in marked or domain.valid_fraction > 0
-    require(VALID in splits or not wanted, f'{wrong} for valid: add a valid file, or {fix}')
-  tokenizer.save(dataset)
-  manifest = {
-    **plan,
+    require(VALID in found or not wanted, f'{wrong} for valid: add a valid file, or {fix}')
+    for split, paths in found.items():
+      where, done = root / domain.name / split, shards / domain.name / f'{split}.done'
+      order = _seed(seed, domain.name, split)
+      splits[split] = {
+        **shuffle.write_split(paths, where, dtype, order, done),
+        'skipped': {why: domain.skipped[split, why] for why in ('empty', 'in_valid')},
+      }
+  tokenizer.save(root)
+  return {
     'created_by': f'bam_jax.prepare, tokenizers {tokenizers.__version__}',
     'tokenizer': _tokenizer_facts(tokenizer),
+    'switched_off': list(tokenizer.switched_off),
     'domains': entries,
   }
-  text = json.dumps(manifest, indent=1) + '\n'
-  (dataset / shards_lib.MANIFEST).write_text(text, encoding='utf-8')
-  return manifest
+
+
+def _cache(output: epath.Path) -> Path:
+  """Where this machine keeps unfinished work on a dataset in a bucket."""
+  home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+  name = hashlib.sha256(os.fspath(output).encode()).hexdigest()[:16]
+  return Path(home) / 'bam_jax' / 'data' / name
 
 
 @contextlib.contextmanager

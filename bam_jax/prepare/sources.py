@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bam_jax.config.strict import require
-from bam_jax.data.shards import DOMAIN_NAME, file_hash
+from bam_jax.data.store import DOMAIN_NAME, file_hash
 from bam_jax.prepare.documents import EXTENSIONS, extension, read_documents
 
 SAMPLE = Path(__file__).parent / 'sample'  # the text that is shipped with bam_jax
@@ -25,7 +25,8 @@ _MARKS = {
 }
 # A whole word at the start: testimony.txt is not a test set.
 _MARK = re.compile(f'({"|".join(_MARKS)})(?![a-z])', re.IGNORECASE)
-_ABOUT = ('readme', 'notice', 'license', 'licence', 'copying')
+# The whole name: licenses.csv and notices.jsonl are data.
+_ABOUT = re.compile(r'(readme|notice|licen[sc]e|copying)(\.(md|txt|rst))?', re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _digest(text: str) -> bytes:
 
 
 def _is_about(file: Path) -> bool:
-  return file.name.lower().startswith(_ABOUT)
+  return bool(_ABOUT.fullmatch(file.name))
 
 
 def find_files(path: Path, skip_unknown: bool = False) -> tuple[list[Path], list[Path]]:

@@ -14,7 +14,7 @@ from etils import epath
 from bam_jax import checkpoint, config
 from bam_jax.checkpoint import integrity
 from bam_jax.config.strict import require
-from bam_jax.data import shards
+from bam_jax.data import store
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic, transformer
 from bam_jax.model.kernels import attention
@@ -159,7 +159,7 @@ def _mixture(recipe, name, upcycle: config.Upcycle, nodes) -> config.Model:
 
 
 def check(
-  recipe: config.Recipe, nodes: Mapping[str, Node], dataset: shards.Dataset, asked: Sequence[str]
+  recipe: config.Recipe, nodes: Mapping[str, Node], dataset: store.Dataset, asked: Sequence[str]
 ) -> tuple[str, ...]:
   """The domains to evaluate; UserError if the data, the devices or the mesh do not suffice."""
   domains, batch_size = recipe.evaluation.domains or dataset.domains, recipe.evaluation.batch_size
@@ -184,7 +184,7 @@ def check(
   return tuple(domains)
 
 
-def _check_data(node: Node, nodes: Mapping[str, Node], dataset: shards.Dataset) -> None:
+def _check_data(node: Node, nodes: Mapping[str, Node], dataset: store.Dataset) -> None:
   vocab_size, tokens = node.model.vocab_size, dataset.manifest['tokenizer']['vocab_size']
   wrong = f'config.model.{vocab_size=} is below the {tokens} tokens of the tokenizer in'
   require(vocab_size >= tokens, f'{wrong} {dataset.path}: raise it to {tokens}.')

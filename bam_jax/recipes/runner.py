@@ -13,7 +13,7 @@ import jax
 from bam_jax import checkpoint, config
 from bam_jax.checkpoint import manifest
 from bam_jax.config import strict
-from bam_jax.data import shards
+from bam_jax.data import store
 from bam_jax.errors import UserError
 from bam_jax.files import claims, folders, json_file
 from bam_jax.model import arithmetic
@@ -24,7 +24,7 @@ from bam_jax.upcycle import rules
 
 
 def execute(
-  recipe: config.Recipe, workdir: Path, dataset: shards.Dataset, only: Sequence[str] = ()
+  recipe: config.Recipe, workdir: Path, dataset: store.Dataset, only: Sequence[str] = ()
 ) -> None:
   """Trains the unfinished runs among `only`, or of all, in order.
 
@@ -190,7 +190,7 @@ def _write_json(path: Path, facts: dict[str, Any]) -> None:
     folders.write_file(path, json.dumps(facts, indent=1) + '\n')
 
 
-def _copy_tokenizer(dataset: shards.Dataset, folder: Path) -> None:
+def _copy_tokenizer(dataset: store.Dataset, folder: Path) -> None:
   """Copies the tokenizer next to a run's checkpoints, which may outlive the data."""
   name = dataset.manifest['tokenizer']['file']
   if jax.process_index() == 0 and not (folder / name).exists():

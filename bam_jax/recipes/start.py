@@ -12,7 +12,7 @@ import numpy as np
 
 from bam_jax import checkpoint, config
 from bam_jax.checkpoint import integrity
-from bam_jax.data import shards
+from bam_jax.data import store
 from bam_jax.files import folders
 from bam_jax.model import transformer
 from bam_jax.parallel import processes, sharding
@@ -27,7 +27,7 @@ def initial_params(
   nodes: Mapping[str, graph.Node],
   node: graph.Node,
   workdir: Path,
-  dataset: shards.Dataset,
+  dataset: store.Dataset,
   shardings: Any,
 ) -> transformer.Params:
   """The parameters that a run starts from, laid out by `shardings`; all processes must call."""

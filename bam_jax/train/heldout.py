@@ -40,11 +40,11 @@ def evaluate(
       sums = jax.tree.map(lambda x: np.asarray(x, np.float64).sum(0), sums)
       total = sums if total is None else jax.tree.map(np.add, total, sums)
       between()
-    tokens_read, targets = int(total.targets), documents.num_tokens - len(documents)
+    tokens_read, targets = int(total.targets), documents.num_tokens - documents.num_documents
     results[domain] = {
       'nll': float(total.nll),
       'tokens': tokens_read,
-      'bytes': int(documents.byte_counts.sum()) * tokens_read / targets,
+      'bytes': documents.num_bytes * tokens_read / targets,
       'routing': log.of_routers(total.routing),
     }
   return results

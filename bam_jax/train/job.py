@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bam_jax import checkpoint, config
-from bam_jax.data import shards
+from bam_jax.data import store
 from bam_jax.model import transformer
 
 
@@ -18,7 +18,7 @@ class Job:
   run: config.Run
   model: config.Model
   recipe: config.Recipe
-  dataset: shards.Dataset
+  dataset: store.Dataset
   domains: tuple[str, ...]  # to evaluate
   folder: Path  # of the run
   init: Callable[[Any], transformer.Params]  # from the parameters' shardings

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from bam_jax import checkpoint, config, errors
 from bam_jax.checkpoint import integrity
-from bam_jax.data import mixture, shards
+from bam_jax.data import mixture, store
 from bam_jax.errors import UserError
 from bam_jax.parallel import processes, sharding
 from bam_jax.train import guard, heldout, log, optimizer, stop, timing
@@ -163,7 +163,7 @@ def _start(
 
 
 def batches_of(
-  run: config.Run, recipe: config.Recipe, dataset: shards.Dataset
+  run: config.Run, recipe: config.Recipe, dataset: store.Dataset
 ) -> grain.MapDataset[mixture.Batch]:
   """The training batches of a run, by step; this process's rows of each."""
   return mixture.batches(

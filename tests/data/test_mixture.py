@@ -18,16 +18,31 @@ class Documents:
   """Documents in memory, no token twice, so that a pair of tokens names one place."""
 
   def __init__(self, lengths, first_token=1):
-    self.lengths = np.asarray(lengths, np.int64)
-    ends = first_token + np.cumsum(self.lengths)
-    self.arrays = [np.arange(end - n, end, dtype=np.uint32) for n, end in zip(lengths, ends)]
+    ends = np.cumsum([0, *lengths])
+    self.num_tokens, self.reads = int(ends[-1]), []
+    self.arrays = [np.arange(a, b) + first_token for a, b in zip(ends, ends[1:])]
+    self.values = np.zeros((2, self.num_tokens), np.uint32)
+    self.values[0] = np.arange(self.num_tokens) + first_token
+    self.values[1, ends[:-1]] = 1
 
-  def read(self, i, start, stop):
-    assert 0 <= start < stop <= self.lengths[i]
-    return self.arrays[i][start:stop]
+  def request(self, start, size):
+    self.reads.append(start)
+    return self.values[:, start : start + size]
+
+  def finish(self, name, values):
+    return values
 
   def pairs(self):
     return Counter(pair for array in self.arrays for pair in zip(array[:-1], array[1:]))
+
+
+def windows(documents, sequence_length):
+  """All windows of some documents, in order."""
+  count = mixture.num_windows(documents, sequence_length)
+  batch = mixture.read([(documents, i) for i in range(count)], sequence_length)
+  assert {key: value.dtype for key, value in batch.items()} == ARRAYS
+  assert all(value.shape == (count, sequence_length) for value in batch.values())
+  return [{key: value[i] for key, value in batch.items()} for i in range(count)]
 
 
 def pairs(items):
@@ -64,18 +79,12 @@ def same(left, right):
 
 @settings(max_examples=50, deadline=None)
 @given(
-  lengths=st.lists(st.integers(2, 20), min_size=1, max_size=12),
-  sequence_length=st.integers(1, 25),
-  seed=st.none() | st.integers(0, 5),
+  lengths=st.lists(st.integers(2, 20), min_size=1, max_size=12), sequence_length=st.integers(1, 25)
 )
-def test_every_pair_once(lengths, sequence_length, seed):
+def test_every_pair_once(lengths, sequence_length):
   documents = Documents(lengths)
-  packed = mixture.PackedSequences(documents, sequence_length, seed)
-  items = [packed[i] for i in range(len(packed))]
+  items = windows(documents, sequence_length)
   assert pairs(items) == documents.pairs()
-  for item in items:
-    assert {key: value.dtype for key, value in item.items()} == ARRAYS
-    assert all(value.shape == (sequence_length,) for value in item.values())
   assert all((item['segments'] > 0).all() for item in items[:-1])
 
 
@@ -86,8 +95,7 @@ def test_every_pair_once(lengths, sequence_length, seed):
 def test_segments_and_positions(lengths, sequence_length):
   documents = Documents(lengths)
   owner = {token: i for i, array in enumerate(documents.arrays) for token in array}
-  packed = mixture.PackedSequences(documents, sequence_length, 3)
-  for item in (packed[i] for i in range(len(packed))):
+  for item in windows(documents, sequence_length):
     pieces = []
     for token, segment, position in zip(item['tokens'], item['segments'], item['positions']):
       if segment == 0:
@@ -103,7 +111,7 @@ def test_segments_and_positions(lengths, sequence_length):
 
 def test_an_epoch_is_each_sequence_once_and_the_next_is_shuffled_anew():
   documents = domains()['code']
-  count = len(mixture.PackedSequences(documents, 16, None))
+  count = mixture.num_windows(documents, 16)
   stream = mixture.batches(
     {'code': documents}, {'code': 2.0}, sequence_length=16, batch_size=1, seed=0
   )
@@ -182,6 +190,21 @@ def test_heldout_counts_every_target_once(lengths, sequence_length, processes):
     assert np.array_equal(tokens[: sum(lengths) - 1], np.arange(1, sum(lengths))), 'in order'
 
 
-def test_an_empty_domain_is_explained():
+def test_a_process_reads_its_own_rows_and_no_others():
+  everything, each = domains(), [domains() for _ in range(4)]
+  weights, how = dict(general=2, code=1, law=1), dict(sequence_length=16, batch_size=8, seed=7)
+  mixture.batches(everything, weights, **how)[5]
+  for part, documents in enumerate(each):
+    mixture.batches(documents, weights, **how, share=(part, 4))[5]
+  for name, documents in everything.items():
+    assert sum((own[name].reads for own in each), []) == documents.reads
+
+
+def test_a_domain_that_cannot_be_read_is_explained():
+  how = dict(sequence_length=4, batch_size=1, seed=0)
   with pytest.raises(UserError, match="'code' has no text"):
-    mixture.batches({'code': Documents([])}, {'code': 1.0}, sequence_length=4, batch_size=1, seed=0)
+    mixture.batches({'code': Documents([])}, {'code': 1.0}, **how)
+  large = Documents([2])
+  large.num_tokens = 4 * 2**32
+  with pytest.raises(UserError, match="'code' has 4,294,967,296 sequences, more than .* raise seq"):
+    mixture.batches({'code': large}, {'code': 1.0}, **how)

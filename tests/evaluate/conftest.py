@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from bam_jax.data import shards
+from bam_jax.data import store
 from bam_jax.evaluate import windows
 from tests.evaluate.folders import LENGTH, write_checkpoint
 from tests.model import oracle
@@ -40,7 +40,7 @@ def saved(models, start, dataset, tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
-def documents(dataset: shards.Dataset) -> list[np.ndarray]:
+def documents(dataset: store.Dataset) -> list[np.ndarray]:
   """Held-out documents of 10 to 60 words: some fit a window, and some take several."""
   return [d for name in ('code', 'law') for d in dataset.documents(name, 'valid')]
 

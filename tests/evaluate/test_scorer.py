@@ -144,7 +144,7 @@ def tight(models, start, dataset, tmp_path_factory) -> tuple[config.Model, str]:
 def test_documents_are_what_training_holds_out(tight, start, dataset):
   """Whole documents in one long sequence, as a run's report packs them; neither drops a token."""
   documents = dataset.documents('code', 'valid')
-  (batch,) = mixture.heldout(documents, sequence_length=int(documents.lengths.sum()), batch_size=1)
+  (batch,) = mixture.heldout(documents, sequence_length=documents.num_tokens, batch_size=1)
   mesh = sharding.make_mesh(config.Mesh())
   evaluate = step.evaluation_step(tight[0], config.Compute(), mesh)
   sums = jax.device_get(evaluate(start('btx'), sharding.put_batch(batch, mesh)))

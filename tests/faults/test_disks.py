@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from bam_jax.data import shards
+from bam_jax.data import store
 from bam_jax.errors import UserError
 from bam_jax.prepare import dataset as prepare
 from bam_jax.reports import report
@@ -59,54 +59,27 @@ def test_prepare_goes_on_when_there_is_room_again(text, disk, tmp_path):
   assert prepare.prepare(inputs, small / 'data', train_tokenizer=300) == prepare.prepare(
     inputs, tmp_path / 'data', train_tokenizer=300
   )
-  shards.open_dataset(small / 'data').verify()
+  for split in store.open_dataset(small / 'data').splits('code'):
+    assert list(store.open_dataset(small / 'data').documents('code', split))
 
 
 @pytest.mark.slow
-def test_data_that_is_cut_short_while_a_run_reads_it(text, undisturbed, tmp_path):
-  """A sentence, where a mapped file would end the process without a word."""
-  shutil.copytree(undisturbed / 'data', tmp_path / 'data')
-  flags = [
-    *SEED,
-    f'--config.runs.seed.tokens={2000 * 64}',
-    '--config.runs.seed.intervals.checkpoint=5',
-  ]
-  running = start(text, tmp_path, *flags)
-  wait_for_step(tmp_path / 'seed', 12, running)
-  for path in (tmp_path / 'data').glob('*/train*.tokens.npy'):
-    with open(path, 'r+b') as file:
-      file.truncate(500)
-  _, stderr = running.communicate(timeout=60)
-  done = subprocess.CompletedProcess([], running.returncode, '', stderr)
-  assert_sentence(done, 'tokens.npy has been cut short since it was opened')
-  assert_sentence(run(text, tmp_path, *flags), 'tokens.npy is cut short')
-  for path in (undisturbed / 'data').glob('*/train*.tokens.npy'):
-    shutil.copy(path, tmp_path / 'data' / path.parent.name)
-  again = start(text, tmp_path, *flags)
-  try:
-    told = again.stderr.readline()
-    while 'resumes at' not in told and again.poll() is None:
-      told = again.stderr.readline()
-    assert 'seed: resumes at step' in told
-  finally:
-    again.kill()
-    again.communicate()
-
-
-@pytest.mark.slow
-def test_data_that_disappears_while_a_run_reads_it(text, undisturbed, tmp_path):
-  """What is open is read on; what is opened later, the held-out text, is a sentence."""
+@pytest.mark.parametrize('how', ['cut short', 'gone'])
+def test_data_that_is_damaged_while_a_run_reads_it(text, undisturbed, tmp_path, how):
+  """What is read is read on; what is opened later, the held-out text, is a sentence."""
   shutil.copytree(undisturbed / 'data', tmp_path / 'data')
   running = start(text, tmp_path, *SEED)
   wait_for_step(tmp_path / 'seed', 1, running)
-  gone = list((tmp_path / 'data').glob('*/*.npy'))
-  for path in gone:
+  damaged = [path for path in (tmp_path / 'data').glob('*/valid/tokens/c/**/*') if path.is_file()]
+  for path in damaged:
     path.unlink()
+    if how == 'cut short':
+      path.write_bytes(b'half')
   _, stderr = running.communicate(timeout=60)
   done = subprocess.CompletedProcess([], running.returncode, '', stderr)
-  assert_sentence(done, 'tokens.npy is missing: prepare the dataset again')
-  assert_sentence(run(text, tmp_path, *SEED), 'npy is missing')
-  for path in gone:
+  assert_sentence(done, 'valid/tokens is damaged or not whole', 'copy or prepare the dataset')
+  assert_sentence(run(text, tmp_path, *SEED), 'valid/tokens is damaged or not whole')
+  for path in damaged:
     shutil.copy(undisturbed / path.relative_to(tmp_path), path)
   again = run(text, tmp_path, *SEED)
   assert again.returncode == 0 and 'seed: resumes at step' in again.stderr, again.stderr

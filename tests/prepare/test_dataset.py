@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from bam_jax.data import shards
-from bam_jax.data.shards import open_dataset
+from bam_jax.data.store import open_dataset
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.prepare import dataset as prepare_lib
+from bam_jax.prepare import shuffle
 from bam_jax.prepare.dataset import prepare
 
 
@@ -76,7 +76,7 @@ def test_killed_and_rerun_gives_the_same_bytes(sources, undisturbed, tmp_path):
   output, partial = tmp_path / 'data', tmp_path / 'data.partial'
   flags = [f'--input={sources}', f'--output={output}', '--train_tokenizer=400']
   process = subprocess.Popen(command(*flags), stderr=subprocess.DEVNULL)
-  while len(list(partial.glob('shards/*/*.npy'))) < 1:
+  while len(list(partial.glob('shards/*/*.tokens'))) < 1:
     assert process.poll() is None, 'finished before it could be killed'
     time.sleep(0.002)
   process.kill()
@@ -91,42 +91,25 @@ def test_killed_and_rerun_gives_the_same_bytes(sources, undisturbed, tmp_path):
 
 def test_finished_shards_and_tokenizer_are_taken_over(small, tmp_path, monkeypatch):
   with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-    patch.setattr(prepare_lib, '_assemble', lambda *args: 1 / 0)
+    patch.setattr(prepare_lib, '_shuffle', lambda *args: 1 / 0)
     prepare(small, tmp_path / 'data', train_tokenizer=300)
   assert not (tmp_path / 'data').exists()
-  *_, missing = sorted((tmp_path / 'data.partial').glob('shards/a/train-*.bytes.npy'))
+  *_, missing = sorted((tmp_path / 'data.partial').glob('shards/a/train-*.documents'))
   missing.unlink()
-  written, write = [], shards.write
+  written, write = [], shuffle.write_shard
   with monkeypatch.context() as patch:
     patch.setattr(Tokenizer, 'train', lambda *args: 1 / 0)
     record = lambda path, *arrays: (written.append(path.name), write(path, *arrays))
-    patch.setattr(shards, 'write', record)
+    patch.setattr(shuffle, 'write_shard', record)
     prepare(small, tmp_path / 'data', train_tokenizer=300)
-  assert written == [missing.name.removesuffix('.bytes.npy')] and written != ['train-00000']
-  prepare(small, tmp_path / 'fresh', train_tokenizer=300)
-  assert contents(tmp_path / 'data') == contents(tmp_path / 'fresh')
-
-
-@pytest.mark.parametrize('moved', range(4))
-def test_stopped_while_shards_are_moved_and_rerun(small, tmp_path, monkeypatch, moved):
-  rename, renamed = Path.rename, []
-
-  def some(path, target):
-    if len(renamed) == moved:
-      raise KeyboardInterrupt
-    renamed.append(rename(path, target))
-
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(Path, 'rename', some)
-    prepare(small, tmp_path / 'data', train_tokenizer=300)
-  prepare(small, tmp_path / 'data', train_tokenizer=300)
+  assert written == [missing.stem] and written != ['train-000000']
   prepare(small, tmp_path / 'fresh', train_tokenizer=300)
   assert contents(tmp_path / 'data') == contents(tmp_path / 'fresh')
 
 
 def test_another_plan_begins_anew(small, tmp_path, monkeypatch):
   with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-    patch.setattr(prepare_lib, '_assemble', lambda *args: 1 / 0)
+    patch.setattr(prepare_lib, '_shuffle', lambda *args: 1 / 0)
     prepare(small, tmp_path / 'data', train_tokenizer=300)
   for name in ('data', 'fresh'):
     prepare(small, tmp_path / name, train_tokenizer=301)
@@ -158,7 +141,7 @@ def test_two_at_once_are_refused(small, tmp_path, monkeypatch):
       prepare(small, tmp_path / 'data', train_tokenizer=300)
     raise ZeroDivisionError
 
-  monkeypatch.setattr(prepare_lib, '_assemble', second)
+  monkeypatch.setattr(prepare_lib, '_shuffle', second)
   with pytest.raises(ZeroDivisionError):
     prepare(small, tmp_path / 'data', train_tokenizer=300)
 
@@ -204,7 +187,7 @@ def test_marked_files_copies_empty_texts_and_what_is_left_out(tmp_path):
   with pytest.raises(UserError, match='a/odd.csv is none of .jsonl'):
     prepare(inputs, tmp_path / 'data', **how)
   manifest = prepare(inputs, tmp_path / 'data', **how, valid_fraction=0, skip_unknown=True)
-  assert texts_of(tmp_path / 'data', 'a', 'train') == ['one', 'two', 'two']
+  assert sorted(texts_of(tmp_path / 'data', 'a', 'train')) == ['one', 'two', 'two']
   assert texts_of(tmp_path / 'data', 'b', 'train') == ['three']
   assert texts_of(tmp_path / 'data', 'a', 'valid') == ['held']
   splits = manifest['domains']['a']
@@ -231,9 +214,21 @@ def test_a_tokenizer_that_loses_text_is_told(tmp_path):
     return prepare({'a': source}, tmp_path / name, **options)['decoded']['a']
 
   assert decoded('a whale', 'good') == 1
+  (warning,) = prepare_lib.warnings({'decoded': {'a': 0.7, 'b': 1.0}, 'switched_off': []})
+  assert warning == 'WARNING: the tokenizer reproduces only a part of the text in a (70.00%)'
   with pytest.raises(UserError, match='reproduces 70.0% of the text of a: .* --min_decoded=0.9'):
     decoded('abcdefgXYZ', 'bad')
   assert decoded('abcdefgXYZ', 'bad', min_decoded=0.5) == 0.7
+
+
+def test_what_a_tokenizer_asks_for_in_vain_is_told(tmp_path):
+  facts = json.loads(Tokenizer.train(['the whale'], 270)._content)
+  facts['model']['dropout'] = 0.3
+  (tmp_path / 'tokenizer.json').write_text(json.dumps(facts))
+  source = write_lines(tmp_path / 'a.jsonl', ['the whale'] * 9)
+  how = dict(tokenizer=Tokenizer.load(tmp_path / 'tokenizer.json'), valid_fraction=0)
+  manifest = prepare({'a': source}, tmp_path / 'data', **how)
+  assert prepare_lib.warnings(manifest) == ['Switched off in the tokenizer: dropout.']
 
 
 @pytest.mark.parametrize(

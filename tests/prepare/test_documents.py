@@ -135,6 +135,20 @@ def test_find_files_is_sorted_and_names_what_it_leaves(tmp_path):
       find_files(path)
 
 
+@pytest.mark.parametrize('name', ['licenses.csv', 'notices.jsonl.bz2', 'readme_first.tsv'])
+def test_data_is_not_taken_for_a_note(tmp_path, name):
+  write(tmp_path / 'a.txt', 'x')
+  write(tmp_path / 'README.md', 'about')
+  assert find_files(tmp_path)[1] == [] and find_domains([str(tmp_path)]) == {
+    'a': tmp_path / 'a.txt'
+  }
+  write(tmp_path / name, 'x')
+  with pytest.raises(UserError, match=f'{name} is none of .jsonl'):
+    find_files(tmp_path)
+  write(tmp_path / 'notices.jsonl', '{"text": "x"}')
+  assert 'notices' in find_domains([str(tmp_path)])
+
+
 @pytest.mark.parametrize('link', ['.', 'inner'])
 def test_no_document_is_read_twice_by_a_link(tmp_path, link):
   write(tmp_path / 'inner' / 'a.txt', 'text')

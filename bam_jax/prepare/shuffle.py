@@ -1,0 +1,126 @@
+"""Documents in random order, in two passes over the disk and in bounded memory.
+
+The first pass writes shards of encoded documents, each in a random order of its own. The second
+fills one partition of the store after the other: it draws how many documents of each shard belong
+to the partition, reads these, which lie side by side, and orders them anew. Every order of all
+documents is equally likely, and the same seed gives the same one.
+
+Legend: S shards, M documents of a partition.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from bam_jax.data import store
+from bam_jax.errors import UserError
+from bam_jax.files import folders
+
+PARTITION_TOKENS = 2**25  # in expectation: what the second pass holds, a few times
+PARTITION_DOCUMENTS = 2**18
+FACTS = np.dtype([('tokens', np.int64), ('bytes', np.int64)])  # of a document
+
+
+def write_shard(
+  path: Path, documents: Sequence[np.ndarray], byte_counts: Sequence[int], seed: Sequence[int]
+) -> None:
+  """First pass: the ids of some documents to PATH.tokens, their sizes to PATH.documents."""
+  order = np.random.default_rng(seed).permutation(len(documents))
+  facts = np.array([(len(documents[i]), byte_counts[i]) for i in order], FACTS)
+  folders.write_file(f'{path}.tokens', np.concatenate([documents[i] for i in order]).tobytes())
+  folders.write_file(f'{path}.documents', facts.tobytes())
+
+
+def is_written(path: Path) -> bool:
+  """Whether all of a shard is there, since its last file is."""
+  return Path(f'{path}.documents').exists()
+
+
+def write_split(
+  shards: Sequence[Path],
+  folder: Path | epath.Path,
+  dtype: np.dtype,
+  seed: Sequence[int],
+  progress: Path,
+) -> dict[str, int]:
+  """Second pass: the shards of a split to its arrays in `folder`; returns the sums of the manifest.
+
+  What is done is kept in the file `progress`, from which another attempt goes on. UserError when
+  the arrays cannot be written.
+  """
+  sums, count_S = np.zeros(3, np.int64), np.zeros(len(shards), np.int64)
+  for number, shard in enumerate(shards):
+    facts = np.fromfile(f'{shard}.documents', FACTS)
+    count_S[number] = len(facts)
+    sums += len(facts), facts['tokens'].sum(), facts['bytes'].sum()
+  num_documents, num_tokens, _ = sums.tolist()
+  partitions = max(-(-num_tokens // PARTITION_TOKENS), -(-num_documents // PARTITION_DOCUMENTS))
+
+  begun = progress.exists()
+  done = dict(np.load(progress)) if begun else _nothing(len(shards), dtype)
+  try:
+    tokens = store.create(folder / 'tokens', (2, num_tokens), dtype, begun)
+    sizes = store.create(folder / 'bytes', (num_documents,), np.dtype(np.uint32), begun)
+    for partition in range(int(done['partition']), partitions):
+      rng = np.random.default_rng([*seed, partition])
+      left = partitions - partition
+      take_S = rng.binomial(count_S - done['documents_S'], 1 / left)
+      documents, byte_counts = _take(shards, take_S, done, dtype)
+      order = rng.permutation(len(documents))
+      lengths_M = np.array([len(documents[i]) for i in order], np.int64)
+      rows = np.zeros((2, lengths_M.sum()), dtype)
+      if len(order):
+        rows[0] = np.concatenate([documents[i] for i in order])
+        rows[1, np.cumsum(lengths_M) - lengths_M] = 1
+      _append(tokens, done, 'tokens', rows, left == 1)
+      _append(sizes, done, 'bytes', byte_counts[order].astype(np.uint32), left == 1)
+      done['partition'] = np.int64(partition + 1)
+      np.savez(content := io.BytesIO(), **done)
+      folders.write_file(progress, content.getvalue())
+  except (OSError, ValueError) as error:
+    raise UserError(f'{folder} cannot be written: {folders.reason(error)}.') from error
+  return dict(zip(store.SUMS, sums.tolist()))
+
+
+def _nothing(shards: int, dtype: np.dtype) -> dict[str, np.ndarray]:
+  """By shard what is read of it; by array what waits for a whole shard of it, and its place."""
+  return {
+    'partition': np.int64(0),
+    'documents_S': np.zeros(shards, np.int64),
+    'tokens_S': np.zeros(shards, np.int64),
+    'tokens': np.zeros((2, 0), dtype),
+    'tokens_written': np.int64(0),
+    'bytes': np.zeros(0, np.uint32),
+    'bytes_written': np.int64(0),
+  }
+
+
+def _take(
+  shards: Sequence[Path], take_S: np.ndarray, done: dict[str, Any], dtype: np.dtype
+) -> tuple[list[np.ndarray], np.ndarray]:
+  """The next so many documents of each shard, and the bytes of their texts."""
+  documents, byte_counts = [], [np.zeros(0, np.int64)]
+  for number in np.flatnonzero(take_S):
+    first, place = int(done['documents_S'][number]), int(done['tokens_S'][number])
+    shard, count = shards[number], int(take_S[number])
+    facts = np.fromfile(f'{shard}.documents', FACTS, count, offset=first * FACTS.itemsize)
+    ends = np.cumsum(facts['tokens'])
+    ids = np.fromfile(f'{shard}.tokens', dtype, int(ends[-1]), offset=place * dtype.itemsize)
+    documents += np.split(ids, ends[:-1])
+    byte_counts.append(facts['bytes'])
+    done['documents_S'][number] += count
+    done['tokens_S'][number] += ends[-1]
+  return documents, np.concatenate(byte_counts)
+
+
+def _append(array: Any, done: dict[str, Any], name: str, values: np.ndarray, last: bool) -> None:
+  """Writes whole shards of an array, at the end the rest; keeps what is less."""
+  held, first = np.concatenate([done[name], values], axis=-1), int(done[f'{name}_written'])
+  size = held.shape[-1] if last else held.shape[-1] // store.SHARD * store.SHARD
+  if size:
+    array[..., first : first + size].write(held[..., :size]).result()
+  done[name], done[f'{name}_written'] = held[..., size:].copy(), np.int64(first + size)
