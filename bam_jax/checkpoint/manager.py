@@ -72,11 +72,15 @@ class _ChecksumsSave(ocp.args.CheckpointArgs):
 class Checkpoints:
   """The checkpoints of one run; writing is asynchronous."""
 
-  def __init__(self, folder: Path, keep: int):
-    """Opens the folder, which need not exist; `integrity.set_aside` comes before."""
+  def __init__(self, folder: Path, keep: int, keep_every: int = 0):
+    """Opens the folder, which need not exist; `integrity.set_aside` comes before.
+
+    It keeps the newest checkpoints, and those of steps that `keep_every` divides, if not 0.
+    """
     self.folder = folder
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
+      keep_period=keep_every or None,
       async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
       single_host_load_and_broadcast=True,  # one view of the disk, for all processes
     )

@@ -74,7 +74,8 @@ class Intervals(strict.Section):
   log: PositiveInt = 10
   evaluate: Count = 0
   checkpoint: Count = 0
-  keep: PositiveInt = 2  # checkpoints to keep on disk
+  keep: PositiveInt = 2  # checkpoints to keep, the newest
+  keep_every: Count = 0  # and for ever those of steps that it divides; 0: none
 
 
 @dataclass(frozen=True)

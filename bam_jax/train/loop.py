@@ -45,7 +45,9 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
     stack.enter_context(jax.set_mesh(mesh))
     for sentence in integrity.set_aside(job.folder / 'checkpoints'):
       log.note(sentence)
-    checkpoints = checkpoint.Checkpoints(job.folder / 'checkpoints', run.intervals.keep)
+    checkpoints = checkpoint.Checkpoints(
+      job.folder / 'checkpoints', run.intervals.keep, run.intervals.keep_every
+    )
     stack.push(lambda kind, error, trace: _close(checkpoints, error))
     batches = mixture.iterate(batches_of(run, recipe, job.dataset), prefetch=4)
     first_step, state, saved = _start(job, mesh, checkpoints, batches)

@@ -256,3 +256,12 @@ def test_a_tokenizer_is_found_where_it_may_be(tmp_path, models, place):
     checkpoint.find_tokenizer(tmp_path / 'run')
   (tmp_path / place / 'tokenizer.model').write_bytes(b'right')
   assert checkpoint.find_tokenizer(tmp_path / 'run') == tmp_path / place / 'tokenizer.model'
+
+
+def test_the_newest_and_every_third_are_kept(tmp_path, models):
+  state = draw(models['dense'], (1, 1, 1, 1), 0)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, keep_every=3)
+  for at in (2, 3, 4, 6, 7):
+    checkpoints.save(at, *state[:2], {}, meta(models['dense'], at))
+  checkpoints.close()
+  assert {path.name for path in tmp_path.iterdir()} == {'3', '6', '7'}
