@@ -185,8 +185,8 @@ class Data(strict.Section):
 
   path: str  # on a disk or in gs://; "{workdir}" in it is replaced by --workdir
   sequence_length: Size  # T, tokens of a training sequence
-  more: tuple[str, ...] = ()  # other datasets of the same tokenizer, whose domains are added
   prepare: Prepare | None = None
+  more: tuple[str, ...] = ()  # other datasets of the same tokenizer, whose domains are added
 
 
 @dataclass(frozen=True)
