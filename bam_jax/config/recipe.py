@@ -143,6 +143,7 @@ class Run(strict.Section):
   # Factors of the learning rate of groups of parameters, by path prefix or a pattern such as
   # "blocks/*/key". 0 freezes; the longest match wins.
   learning_rate_factors: Mapping[str, float] = field(default_factory=dict)
+  freeze: tuple[str, ...] = ()  # groups with the factor 0: "embed", "unembed", "final_norm"
   data_seed: Count = 0  # runs with equal data, seed and batch size see the same batches
   loss: Loss = Loss()
   compute: Compute = Compute()

@@ -59,7 +59,7 @@ def learning_rates(recipe: config.Recipe, name: str, step: int) -> np.ndarray:
 
 def factors_of(run: config.Run) -> Factors:
   """The factors of a run's learning rates; hashable, as the key of a compiled step must be."""
-  return tuple(sorted(run.learning_rate_factors.items()))
+  return tuple(sorted({**run.learning_rate_factors, **dict.fromkeys(run.freeze, 0.0)}.items()))
 
 
 def factor(path: str, factors: Factors) -> float:
@@ -124,12 +124,13 @@ def check(run: config.Run, model: config.Model, where: str) -> None:
   wrong = f'{where}.router_warmup_steps={run.router_warmup_steps} has no effect on a dense model'
   routed = model != model.dense() or not run.router_warmup_steps
   require(routed, f'{wrong}, which has no router: set it to 0.')
-  if not run.learning_rate_factors:
+  if not factors_of(run):
     return
   abstract = transformer.Network(model, config.Compute()).abstract()
   paths = [sharding.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)]
-  for pattern in run.learning_rate_factors:
-    wrong = f'{where}.learning_rate_factors has the pattern {pattern!r}, which matches no parameter'
+  for pattern, _ in factors_of(run):
+    key = 'freeze' if pattern in run.freeze else 'learning_rate_factors'
+    wrong = f'{where}.{key} has the pattern {pattern!r}, which matches no parameter'
     matched = any(_hit(pattern, path) for path in paths)
     require(matched, f'{wrong}: there are {", ".join(paths)}.')
 

@@ -131,6 +131,12 @@ def test_the_longest_match_wins():
   assert {path: optimizer.factor(path, factors[::-1]) for path in want} == want
 
 
+def test_freeze_is_a_factor_of_zero(recipe_dict):
+  recipe_dict['runs']['seed'] |= dict(freeze=('embed',), learning_rate_factors={'blocks': 0.5})
+  run = config.parse(recipe_dict).runs['seed']
+  assert optimizer.factors_of(run) == (('blocks', 0.5), ('embed', 0.0))
+
+
 def test_routers_learn_first(biased, make_batch):
   call, state = compiled(biased, make_batch(4, 8))
   before = flat(state.params)
@@ -148,6 +154,7 @@ def test_routers_learn_first(biased, make_batch):
     ('seed', {'router_warmup_steps': 1}, 'runs.seed.router_warmup_steps=1 .* dense'),
     ('bam', {'router_warmup_steps': 6}, 'runs.bam.router_warmup_steps=6 .* 6 steps'),
     ('btx', {'learning_rate_factors': {'blocks/x': 0.0}}, "btx.* 'blocks/x'.* blocks/ffn/router"),
+    ('seed', {'freeze': ('embed', 'unembed')}, "seed.freeze .* 'unembed', which matches no param"),
     ('seed', {'learning_rate_factors': {'embed': -1}}, r"learning_rate_factors\['embed'\]=-1"),
     ('seed', {'loss': {'expert_bias_update_rate': -0.1}}, 'expert_bias_update_rate=-0.1'),
     ('seed', {'loss': {'balance_over': 'batch'}}, "balance_over.*'global_batch'"),
