@@ -14,7 +14,7 @@ import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
-from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.data.tokenizer import MAX_PRE_TOKEN, Tokenizer
 from bam_jax.errors import UserError
 
 TEXTS = [f'The {i}th whale swam; def f(x): return x + {i}\n' for i in range(200)]
@@ -48,6 +48,11 @@ def test_trained_vocabulary():
   assert len(BYTE_LEVEL.encode('1234')) == 4
   with pytest.raises(UserError, match='--train_tokenizer=257 is not from 258 to'):
     Tokenizer.train(TEXTS, 257)
+
+
+def test_a_run_without_spaces_is_cut_in_training():
+  piece = 'x' + 'a' * (MAX_PRE_TOKEN - 2) + 'y'  # only two of them, joined, have `yx`
+  assert Tokenizer.train([4 * piece], 300)._content == Tokenizer.train(4 * [piece], 300)._content
 
 
 def test_save_and_load_are_exact(tmp_path, sentence_piece):
