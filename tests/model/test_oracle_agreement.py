@@ -327,7 +327,7 @@ def measure(logits_BTV: np.ndarray, routes: list[oracle.Route], batch: dict) -> 
   nll_BT = oracle.logsumexp(logits_BTV) - np.take_along_axis(
     logits_BTV, batch['targets'][..., None], -1
   ).squeeze(-1)
-  out = {'nll': (batch['weights'] * nll_BT).sum(), 'targets': batch['weights'].sum()}
+  out = {'nll': (batch['weights'] * nll_BT).sum(), 'targets': np.count_nonzero(batch['weights'])}
   real_N = batch['segments'].ravel() > 0
   for kind in {route.kind for route in routes}:
     layers = []

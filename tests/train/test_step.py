@@ -3,6 +3,7 @@
 Compiled without XLA's optimisations: compiling is what these tests spend their time on.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -82,11 +83,18 @@ def check_equal(got, want, tolerance=1e-5) -> None:
 def test_the_step_learns(run, start):
   after, metrics, *_ = run('bam_kv_experts')
   assert metrics.gradient_norm > OPTIMIZER.clip_norm, 'or nothing here tests the clipping'
-  assert metrics.sums.targets < 8 * 12 and metrics.sums.routing.ffn.tokens[0] < 8 * 12
+  assert metrics.sums.targets.dtype == np.int32 and metrics.sums.targets < 8 * 12
+  assert metrics.sums.routing.ffn.tokens[0] < 8 * 12
   moments, before = leaves(after.opt_state), leaves(start('bam_kv_experts'))
   for name, value in leaves(after.params).items():
     assert np.abs(value - before[name]).max() > 1e-3, name
     assert np.abs(moments[next(k for k in moments if '.mu' in k and k.endswith(name))]).max() > 0
+
+
+def test_it_counts_more_targets_than_float32_can(models):
+  batch = dict.fromkeys(('weights', 'segments'), np.ones(2**24 + 1, np.float32))
+  network = transformer.Network(models['dense'], config.Compute())
+  assert [*map(int, loss_lib.totals(network, batch))] == 2 * [2**24 + 1]
 
 
 def test_what_is_reported_is_before_clipping(models, start, run, make_batch):
@@ -189,10 +197,17 @@ def test_bfloat16_computes_and_keeps_float32(run):
 
 def test_evaluation_sums_what_training_does(models, start, make_batch, run):
   _, metrics, *_ = run('bam_kv_experts')
+  model, params = models['bam_kv_experts'], start('bam_kv_experts')
+  ffn = dataclasses.replace(model.ffn_experts, capacity_factor=1.0)
   mesh = sharding.make_mesh(config.Mesh(1, 1, 2, 1))
   with jax.set_mesh(mesh):
     batch = sharding.put_batch(make_batch(8, 12, seed=1), mesh)
-    evaluate = step.evaluation_step(models['bam_kv_experts'], config.Compute(), mesh)
-    sums = evaluate(start('bam_kv_experts'), batch)
+    evaluate, tight = (
+      step.evaluation_step(one, config.Compute(), mesh)
+      for one in (model, dataclasses.replace(model, ffn_experts=ffn))
+    )
+    sums = evaluate(params, batch)
+    alike = batch | {'tokens': 0 * batch['tokens']}  # which all choose the same experts
+    check_equal(tight(params, alike), evaluate(params, alike))
   assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(sums)), 'of each device by itself'
   check_equal(jax.tree.map(lambda x: np.asarray(x).sum(0, x.dtype), sums), metrics.sums)
