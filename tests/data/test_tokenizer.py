@@ -82,16 +82,13 @@ def hugging_face(*specials):
   return tokenizer
 
 
-@pytest.mark.parametrize(
-  'specials, names',
-  [
-    (
-      ['<EOS_TOKEN>', '<BOS_TOKEN>', '<|END_OF_TURN_TOKEN|>'],
-      ('<BOS_TOKEN>', '<|END_OF_TURN_TOKEN|>'),
-    ),
-    (['<|endoftext|>'], ('<|endoftext|>', '<|endoftext|>')),
-  ],
-)
+@pytest.mark.parametrize('specials, names', [
+  (
+    ['<EOS_TOKEN>', '<BOS_TOKEN>', '<|END_OF_TURN_TOKEN|>'],
+    ('<BOS_TOKEN>', '<|END_OF_TURN_TOKEN|>'),
+  ),
+  (['<|endoftext|>'], ('<|endoftext|>', '<|endoftext|>')),
+])  # fmt: skip
 def test_well_known_tokens(specials, names):
   tokenizer = Tokenizer(hugging_face(*specials).to_str().encode(), 'tokenizer.json')
   assert (tokenizer.bos_token, tokenizer.eos_token) == names
@@ -163,17 +160,13 @@ UNIGRAM = tokenizers.models.Unigram([(word, -1.0) for word in dict.fromkeys(LETT
 WORDS = {word: number for number, word in enumerate(dict.fromkeys(LETTERS))}
 
 
-@pytest.mark.parametrize(
-  'content',
-  [
-    added(UNIGRAM, True),
-    added(UNIGRAM, False),
-    added(tokenizers.models.BPE(WORDS, [], unk_token='<unk>'), False),
-    added(tokenizers.models.WordLevel(WORDS, '<unk>'), True),
-    pieces(vocab_size=70, bos_id=-1, eos_id=-1, user_defined_symbols=['<s>', '</s>']),
-  ],
-  ids=['unigram', 'unigram, not special', 'bpe, not special', 'words', 'user-defined'],
-)
+@pytest.mark.parametrize('content', [
+  added(UNIGRAM, True),
+  added(UNIGRAM, False),
+  added(tokenizers.models.BPE(WORDS, [], unk_token='<unk>'), False),
+  added(tokenizers.models.WordLevel(WORDS, '<unk>'), True),
+  pieces(vocab_size=70, bos_id=-1, eos_id=-1, user_defined_symbols=['<s>', '</s>']),
+], ids=['unigram', 'unigram, not special', 'bpe, not special', 'words', 'user'])  # fmt: skip
 def test_no_text_has_the_id_of_bos_or_eos(content):
   """HTML has `<s>` and `</s>`, which must not end a document."""
   name = 'tokenizer.model' if isinstance(content, bytes) else 'tokenizer.json'

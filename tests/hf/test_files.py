@@ -55,15 +55,12 @@ def test_one_file_and_several_and_links_read_alike(folder, tmp_path_factory):
       assert read.dtype == array.dtype and read.tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize(
-  'changes, named',
-  [
-    (dict(b=None), f'maps b to None; it is in {A}'),
-    (dict(z=B), f'maps z to {B}; it is in None'),
-    (dict(b=B), f'maps b to {B}; it is in {A}'),
-    (dict(z='other.safetensors'), 'has no other.safetensors'),
-  ],
-)
+@pytest.mark.parametrize('changes, named', [
+  (dict(b=None), f'maps b to None; it is in {A}'),
+  (dict(z=B), f'maps z to {B}; it is in None'),
+  (dict(b=B), f'maps b to {B}; it is in {A}'),
+  (dict(z='other.safetensors'), 'has no other.safetensors'),
+])  # fmt: skip
 def test_an_index_that_does_not_fit_its_files(folder, changes, named):
   change_index(folder, **changes)
   with pytest.raises(UserError, match=named):

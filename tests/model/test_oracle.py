@@ -248,21 +248,17 @@ def test_gradient_of_a_known_function():
   assert params['a']['x'].tolist() == [2, 3]
 
 
-@pytest.mark.parametrize(
-  'model',
-  [
-    tiny(
-      attention_experts=config.AttentionExperts(2),
-      ffn_experts=config.FFNExperts(3, top_k=2, capacity_factor=1.0),
-    ),
-    tiny(
-      tied_embeddings=False,
-      attention_experts=config.AttentionExperts(3, top_k=2, shared_kv=True, renormalize=True),
-      ffn_experts=config.FFNExperts(2, renormalize=True),
-    ),
-  ],
-  ids=['soft', 'routed'],
-)
+@pytest.mark.parametrize('model', [
+  tiny(
+    attention_experts=config.AttentionExperts(2),
+    ffn_experts=config.FFNExperts(3, top_k=2, capacity_factor=1.0),
+  ),
+  tiny(
+    tied_embeddings=False,
+    attention_experts=config.AttentionExperts(3, top_k=2, shared_kv=True, renormalize=True),
+    ffn_experts=config.FFNExperts(2, renormalize=True),
+  ),
+], ids=['soft', 'routed'])  # fmt: skip
 def test_complex_step_agrees_with_finite_differences(model):
   rng = np.random.default_rng(10)
   inputs, params = batch(rng), oracle.random_params(model, rng)

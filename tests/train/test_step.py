@@ -116,15 +116,11 @@ def test_what_is_reported_is_before_clipping(models, start, run, make_batch):
 
 
 # All the meshes for all the variants: tests/model/test_layout.py, which compares gradients.
-@pytest.mark.parametrize(
-  'variant, shape',
-  [
-    ('bam_kv_experts', (1, 2, 4, 1)),
-    slow('dense', (1, 2, 2, 2)),
-    slow('btx', (2, 2, 2, 1)),
-  ],
-  ids=str,
-)
+@pytest.mark.parametrize('variant, shape', [
+  ('bam_kv_experts', (1, 2, 4, 1)),
+  slow('dense', (1, 2, 2, 2)),
+  slow('btx', (2, 2, 2, 1)),
+], ids=str)  # fmt: skip
 def test_many_devices_are_one_device(run, variant, shape):
   one, one_metrics, *_ = run(variant)
   many, many_metrics, abstract, before = run(variant, shape)
@@ -136,15 +132,12 @@ def test_many_devices_are_one_device(run, variant, shape):
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before)), 'the state is donated'
 
 
-@pytest.mark.parametrize(
-  'variant, shape, grad_accum_steps, loss',
-  [
-    ('dense', ONE, 4, LOSS),
-    # The balancing loss is of each micro-batch's own loads: without it the sums are exact.
-    slow('bam_kv_experts', ONE, 2, Z),
-    slow('bam_kv_experts', (1, 2, 2, 2), 2, Z),
-  ],
-)
+@pytest.mark.parametrize('variant, shape, grad_accum_steps, loss', [
+  ('dense', ONE, 4, LOSS),
+  # The balancing loss is of each micro-batch's own loads: without it the sums are exact.
+  slow('bam_kv_experts', ONE, 2, Z),
+  slow('bam_kv_experts', (1, 2, 2, 2), 2, Z),
+])  # fmt: skip
 def test_micro_batches_are_the_batch(run, make_batch, variant, shape, grad_accum_steps, loss):
   micro = step.micro_batches(Layout(None), make_batch(8, 12, seed=1), grad_accum_steps)
   targets, tokens = micro['weights'].sum((1, 2)), (micro['segments'] > 0).sum((1, 2))
@@ -168,15 +161,11 @@ def test_every_micro_batch_has_all_domains_and_the_same_rows_on_a_mesh():
   np.testing.assert_array_equal(np.sort(jax.jit(spread)(rows)), np.sort(one))
 
 
-@pytest.mark.parametrize(
-  'variant, how',
-  [
-    ('dense', dict(unroll=2, remat='matmuls', loss_chunk=7)),
-    slow('bam_kv_experts', dict(remat='full')),
-    slow('untied', dict(loss_chunk=96)),
-  ],
-  ids=str,
-)
+@pytest.mark.parametrize('variant, how', [
+  ('dense', dict(unroll=2, remat='matmuls', loss_chunk=7)),
+  slow('bam_kv_experts', dict(remat='full')),
+  slow('untied', dict(loss_chunk=96)),
+], ids=str)  # fmt: skip
 def test_how_it_is_computed_changes_nothing(run, variant, how):
   plain, plain_metrics, *_ = run(variant)
   other, other_metrics, *_ = run(variant, compute=config.Compute(**how))
