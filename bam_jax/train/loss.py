@@ -49,8 +49,7 @@ def objective(
   metrics are sums over this device's rows. Micro-batches' losses add up too, if given the totals of
   the whole step and, when router losses cover the whole step, its routing, `whole`.
   """
-  layout = network.layout
-  metrics = nll(network, params, batch)
+  layout, metrics = network.layout, nll(network, params, batch)
   here = totals(network, batch)
   step_targets, step_tokens = step or here
   over = layout.total(jax.lax.stop_gradient(metrics.routing)) if whole is None else whole
