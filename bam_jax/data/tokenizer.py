@@ -1,5 +1,6 @@
 """One small interface over Hugging Face `tokenizer.json` and SentencePiece `.model` files."""
 
+import codecs
 import contextlib
 import hashlib
 import itertools
@@ -40,7 +41,7 @@ BATCH_BYTES = 2**22  # encoded at a time: each takes some 100 bytes until all ar
 
 
 def read_file(path: Path | epath.Path) -> bytes:
-  """A tokenizer's file, unparsed; UserError when it cannot be read or has over FILE_BYTES."""
+  """A tokenizer's file without a byte-order mark; UserError if unreadable or over FILE_BYTES."""
   try:
     with path.open('rb') as file:
       content = file.read(FILE_BYTES + 1)
@@ -48,7 +49,7 @@ def read_file(path: Path | epath.Path) -> bytes:
     raise UserError(f'The tokenizer {path} cannot be read: {error.strerror or error}.') from error
   wrong = f'{path} is larger than {FILE_BYTES >> 20} MiB: it is not a tokenizer.'
   require(len(content) <= FILE_BYTES, wrong)
-  return content
+  return content.removeprefix(codecs.BOM_UTF8)
 
 
 class Tokenizer:

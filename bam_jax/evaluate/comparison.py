@@ -149,7 +149,7 @@ def compare(
   overall = sum(x[:known] for x in sums.values())
   rows = []
   for place, entry in enumerate(entries):
-    same = entry.tokenizer.hash == entries[0].tokenizer.hash
+    same = not entries[0].tokenizer.difference(entry.tokenizer)
     facts = functools.partial(_facts, place=place, same=same, confidence=options.confidence)
     experts = routing.expert_names(entry.source.meta)
     records = {name: record.facts(name, experts) for name, record in entry.records.items()}
@@ -226,7 +226,7 @@ def notes(entries: Sequence[Entry]) -> list[str]:
     for entry in entries
     if entry.window > entry.source.meta.sequence_length
   ]
-  if len({entry.tokenizer.hash for entry in entries}) > 1:
+  if any(entries[0].tokenizer.difference(entry.tokenizer) for entry in entries):
     found.append('The tokenizers differ: compare bits per byte, not perplexity.')
   if len({(entry.window, entry.stride) for entry in entries}) > 1:
     found.append('The windows differ: set --window and --stride to compare equal contexts.')

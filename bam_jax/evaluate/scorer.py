@@ -65,7 +65,7 @@ def score(
     segments_BT = (position_T < length_B[:, None]).astype(jnp.int32)
     positions_BT = jnp.broadcast_to(position_T, inputs_BT.shape)
     hidden_BTD, routing = network.hidden(
-      params, inputs_BT, segments_BT, positions_BT, collect='choices'
+      params, inputs_BT, segments_BT, positions_BT, collect='assignments'
     )
     routed = {k: Routed(x.gates_BTE, x.load_BTE) for k, x in routing._asdict().items() if x}
     tied = model.tied_embeddings

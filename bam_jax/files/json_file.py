@@ -20,7 +20,7 @@ def load(path: Path | epath.Path) -> Any:
     content = file.read(MAX_BYTES + 1)
   if len(content) > MAX_BYTES:
     raise ValueError(f'it is larger than {MAX_BYTES >> 20} MiB')
-  return loads(content.decode())
+  return loads(content.decode('utf-8-sig'))  # with or without a byte-order mark
 
 
 def load_record(path: Path | epath.Path) -> dict[str, Any] | None:

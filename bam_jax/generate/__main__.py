@@ -61,12 +61,12 @@ def main() -> dict[str, Any]:
   source = growth.open_without(path, _WITHOUT.value)
   meta, tokenizer = source.meta, source.tokenizer()
   model = generator.load(source, dtype, sharding.make_mesh(sizes))
-  most = _MAX_NEW_TOKENS.value
+  max_new_tokens = _MAX_NEW_TOKENS.value
   ids = [[tokenizer.bos_id, *tokens] for tokens in tokenizer.encode_batch(prompts)]
   longest, trained = max(map(len, ids)), meta.sequence_length
-  if longest + most > trained:
-    given = f'WARNING: the longest prompt has {longest:,} tokens plus up to {most:,} new ones; the'
-    beyond = f'model was trained on sequences of {trained:,}, and text beyond that may be poor.'
+  if longest + max_new_tokens > trained:
+    given = f'WARNING: the longest prompt has {longest:,} tokens plus up to {max_new_tokens:,} new'
+    beyond = f'ones; the model was trained on sequences of {trained:,}, text beyond may be poor.'
     print(given, beyond, file=sys.stderr)
   samples = range(_SAMPLES.value)
   rows = [generator.Row(tokens, sample) for tokens in ids for sample in samples]
@@ -79,7 +79,8 @@ def main() -> dict[str, Any]:
   made = [text.Continuation(tokenizer, row.prompt, _STOP.value, *shown) for row in rows]
   every = 1 if stream else generator.MAX_STEPS
   how = dict(seed=_SEED.value, batch_size=_BATCH.value, every=every)
-  model.generate(rows, most, params, watch=lambda row, tokens: made[row].add(tokens), **how)
+  watch = lambda row, tokens: made[row].add(tokens)
+  model.generate(rows, max_new_tokens, params, watch=watch, **how)
   facts = []
   for (prompt, sample), one in zip(itertools.product(prompts, samples), made):
     one.finish()
@@ -89,7 +90,7 @@ def main() -> dict[str, Any]:
       line = textwrap.shorten(prompt, 72, placeholder='…')
       count = f' ({sample + 1} of {len(samples)})' if len(samples) > 1 else ''
       show(f'== {line}{count}\n{one.text}\n\n')
-    reason = 'stop' if one.stopped else 'length' if len(one.tokens) == most else 'end'
+    reason = 'stop' if one.stopped else 'length' if len(one.tokens) == max_new_tokens else 'end'
     facts.append(
       dict(prompt=prompt, sample=sample, text=one.text, tokens=one.tokens, reason=reason)
     )

@@ -32,7 +32,9 @@ def write(folder: Path, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
   backend.no_padding()
   if 'dropout' in tokenizer.switched_off:
     backend.model.dropout = None
-  begins_with_bos = backend.encode('').ids == [tokenizer.bos_id]
+  text = backend.encode('', add_special_tokens=False)
+  text.pad(1, pad_id=tokenizer.bos_id + 1)  # some token, since BOS may be EOS too
+  begins_with_bos = backend.post_process(text).ids == [tokenizer.bos_id, tokenizer.bos_id + 1]
   if not begins_with_bos:
     _begin_with_bos(backend, tokenizer)
   if tokenizer.switched_off or not begins_with_bos:

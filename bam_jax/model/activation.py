@@ -49,6 +49,6 @@ def capped(x: jax.Array, cap: float) -> jax.Array:
   return cap * jnp.tanh(x / cap) if cap else x
 
 
-def slope(capped_x: jax.Array, cap: float) -> jax.Array:
+def derivative(capped_x: jax.Array, cap: float) -> jax.Array:
   """The derivative of `capped` from its result, and 0 for a score that was masked."""
   return 1 - (jnp.maximum(capped_x, -cap) / cap) ** 2

@@ -57,10 +57,10 @@ class Attention(nnx.Module):
 
   def __call__(
     self, y_BTD: jax.Array, tokens: Tokens, cache: LayerCache | None = None
-  ) -> tuple[jax.Array, router.Choices | None, LayerCache | None]:
+  ) -> tuple[jax.Array, router.Assignments | None, LayerCache | None]:
     """One layer's attention of normalised tokens (B, T, D), and of those in a cache.
 
-    Returns (B, T, D), the router's choices, and the cache with these tokens in it.
+    Returns (B, T, D), the router's assignments, and the cache with these tokens in it.
     """
     y_BTD = y_BTD.astype(self.query.dtype)
     key, value = self.keys_and_values(y_BTD, ..., tokens)
@@ -162,8 +162,8 @@ class MixtureOfAttention(Attention):
     else:  # soft routing: every token visits every expert
       chosen_BTE = None
       output_BTD, held = self.soft(y_BTD, gates_BTE, tokens, cache)
-    choices = router.Choices(gates_BTE, logits_BTE, chosen_BTE, jnp.zeros((), jnp.int32))
-    return output_BTD, choices, cache and LayerCache(held, sum_BE, cache.ffn_sum)
+    assignments = router.Assignments(gates_BTE, logits_BTE, chosen_BTE, jnp.zeros((), jnp.int32))
+    return output_BTD, assignments, cache and LayerCache(held, sum_BE, cache.ffn_sum)
 
   def soft(
     self, y_BTD, gates_BTE, tokens: Tokens, cache: LayerCache | None

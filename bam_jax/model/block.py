@@ -12,15 +12,15 @@ from bam_jax.model.ffn import FFN, MixtureOfFFN
 from bam_jax.model.kernels.cached import LayerCache
 from bam_jax.model.norm import Norm
 from bam_jax.model.rope import Tokens
-from bam_jax.model.router import Choices, Statistics
+from bam_jax.model.router import Assignments, Statistics
 from bam_jax.parallel.collectives import Layout
 
 
 class Routing(NamedTuple):
   """Of the two routers, None where the model has no such router; or what the two parts read."""
 
-  attention: Choices | Statistics | jax.Array | None
-  ffn: Choices | Statistics | jax.Array | None
+  attention: Assignments | Statistics | jax.Array | None
+  ffn: Assignments | Statistics | jax.Array | None
 
 
 class Block(nnx.Module):
@@ -61,7 +61,7 @@ class Block(nnx.Module):
     self,
     x_BTD: jax.Array,
     tokens: Tokens,
-    group: Tokens,
+    gathered: Tokens,
     cache: LayerCache | None = None,
     keep_inputs: bool = False,
   ) -> tuple[jax.Array, Routing, LayerCache | None]:
@@ -70,16 +70,15 @@ class Block(nnx.Module):
     Args:
       x_BTD: the residual stream of this device's tokens, in the compute dtype.
       tokens: their metadata.
-      group: that of all tokens of the `expert` group.
+      gathered: that of all tokens of the `expert` group.
       cache: of earlier tokens.
-      keep_inputs: return what attention and FFN read, BTD, in place of choices. A parallel block
-        must be dense.
+      keep_inputs: return what the parts of a dense or sequential block read, BTD, not assignments.
 
     Returns:
       The residual stream, what routers chose for the tokens that experts read here, and the cache.
     """
     if self.model.block == 'sequential':
-      return self.sequential(x_BTD, tokens, group, cache, keep_inputs)
+      return self.sequential(x_BTD, tokens, gathered, cache, keep_inputs)
     # x is gathered, not norm(x): it is in the compute dtype already, and so routers see the norm's
     # float32 result whether or not there is a mesh.
     gather, reduce = self.layout.gather_tokens, self.layout.reduce_tokens
@@ -88,46 +87,46 @@ class Block(nnx.Module):
     if not gathers_attention and not ffn_experts:  # dense
       z_BTD = norm(x_BTD)
       y_BTD = ffn_norm(x_BTD) if self.ffn_norm else z_BTD
-      attended_BTD, attention_choices, cache = self.attention(z_BTD, tokens, cache)
-      fed_BTD, ffn_choices, cache = self.ffn(y_BTD, tokens, cache)
+      attended_BTD, attention_routing, cache = self.attention(z_BTD, tokens, cache)
+      fed_BTD, ffn_routing, cache = self.ffn(y_BTD, tokens, cache)
       added_BTD = attended_BTD + fed_BTD
       if keep_inputs:
-        attention_choices, ffn_choices = z_BTD, y_BTD
+        attention_routing, ffn_routing = z_BTD, y_BTD
     elif gathers_attention and ffn_experts:  # BAM: gather once, reduce once
       all_BTD = gather(x_BTD)
       z_BTD = norm(all_BTD)
       y_BTD = ffn_norm(all_BTD) if self.ffn_norm else z_BTD
-      attended_BTD, attention_choices, cache = self.attention(z_BTD, group, cache)
-      fed_BTD, ffn_choices, cache = self.ffn(y_BTD, group, cache)
+      attended_BTD, attention_routing, cache = self.attention(z_BTD, gathered, cache)
+      fed_BTD, ffn_routing, cache = self.ffn(y_BTD, gathered, cache)
       added_BTD = reduce(attended_BTD + fed_BTD)
     elif ffn_experts:  # BTX, and BAM with routed attention
-      attended_BTD, attention_choices, cache = self.attention(norm(x_BTD), tokens, cache)
-      fed_BTD, ffn_choices, cache = self.ffn(ffn_norm(gather(x_BTD)), group, cache)
+      attended_BTD, attention_routing, cache = self.attention(norm(x_BTD), tokens, cache)
+      fed_BTD, ffn_routing, cache = self.ffn(ffn_norm(gather(x_BTD)), gathered, cache)
       added_BTD = attended_BTD + reduce(fed_BTD)
     else:  # a soft mixture of attention alone
-      attended_BTD, attention_choices, cache = self.attention(norm(gather(x_BTD)), group, cache)
-      fed_BTD, ffn_choices, cache = self.ffn(ffn_norm(x_BTD), tokens, cache)
+      attended_BTD, attention_routing, cache = self.attention(norm(gather(x_BTD)), gathered, cache)
+      fed_BTD, ffn_routing, cache = self.ffn(ffn_norm(x_BTD), tokens, cache)
       added_BTD = fed_BTD + reduce(attended_BTD)
     x_BTD = x_BTD + self.scaled(self.layout.sum(added_BTD, 'tensor'))
-    return x_BTD, Routing(attention_choices, ffn_choices), cache
+    return x_BTD, Routing(attention_routing, ffn_routing), cache
 
-  def sequential(self, x_BTD, tokens: Tokens, group: Tokens, cache: LayerCache | None, keep_inputs):
+  def sequential(self, x_BTD, tokens: Tokens, gathered: Tokens, cache, keep_inputs):
     """`x' = x + attention(norm(x)); x' + ffn(ffn_norm(x'))`, or with norms on the sums too."""
     experts = self.gathers_attention
-    z_BTD, here = self.inputs(x_BTD, tokens, group, experts, self.norm)
-    attended_BTD, attention_choices, cache = self.attention(z_BTD, here, cache)
+    z_BTD, here = self.inputs(x_BTD, tokens, gathered, experts, self.norm)
+    attended_BTD, attention_routing, cache = self.attention(z_BTD, here, cache)
     x_BTD += self.outputs(attended_BTD, experts, self.attention_out_norm)
     experts = self.model.ffn_experts
-    y_BTD, here = self.inputs(x_BTD, tokens, group, experts, self.ffn_norm)
-    fed_BTD, ffn_choices, cache = self.ffn(y_BTD, here, cache)
+    y_BTD, here = self.inputs(x_BTD, tokens, gathered, experts, self.ffn_norm)
+    fed_BTD, ffn_routing, cache = self.ffn(y_BTD, here, cache)
     x_BTD += self.outputs(fed_BTD, experts, self.ffn_out_norm)
-    choices = (z_BTD, y_BTD) if keep_inputs else (attention_choices, ffn_choices)
-    return x_BTD, Routing(*choices), cache
+    routing = (z_BTD, y_BTD) if keep_inputs else (attention_routing, ffn_routing)
+    return x_BTD, Routing(*routing), cache
 
-  def inputs(self, x_BTD, tokens: Tokens, group: Tokens, experts, norm: Norm | None):
+  def inputs(self, x_BTD, tokens: Tokens, gathered: Tokens, experts, norm: Norm | None):
     """What a part reads, of the whole group if it has experts, and the metadata of these tokens."""
     if experts:
-      x_BTD, tokens = self.layout.gather_tokens(x_BTD), group
+      x_BTD, tokens = self.layout.gather_tokens(x_BTD), gathered
     return norm(x_BTD) if norm else x_BTD, tokens
 
   def outputs(self, y_BTD, experts, norm: Norm | None) -> jax.Array:

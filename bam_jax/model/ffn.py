@@ -56,8 +56,8 @@ class FFN(nnx.Module):
 
   def __call__(
     self, y_BTD: jax.Array, tokens: Tokens, cache: LayerCache | None = None
-  ) -> tuple[jax.Array, router.Choices | None, LayerCache | None]:
-    """One layer's FFN of normalised tokens (B, T, D), its router's choices, and the cache."""
+  ) -> tuple[jax.Array, router.Assignments | None, LayerCache | None]:
+    """One layer's FFN of normalised tokens (B, T, D), its router's assignments, and the cache."""
     # As a matrix: XLA's backward pass on CPU takes three times as long for more dimensions.
     x_ND = y_BTD.astype(self.up.dtype).reshape(-1, y_BTD.shape[-1])
     weights = self.weights
@@ -91,7 +91,7 @@ class MixtureOfFFN(FFN):
     output_AD, dropped = self.experts(x_AD, experts_A)
     output_BTkD = checkpoint_name(output_AD, remat.EXPERT_OUTPUTS).reshape(*gates_BTk.shape, -1)
     output_BTD = jnp.einsum('btkd,btk->btd', output_BTkD, gates_BTk.astype(output_AD.dtype))
-    return output_BTD, router.Choices(gates_BTE, logits_BTE, chosen_BTE, dropped), cache
+    return output_BTD, router.Assignments(gates_BTE, logits_BTE, chosen_BTE, dropped), cache
 
   def experts(self, x_AD: jax.Array, experts_A: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Each assignment by its expert, (A, D), and the number of assignments that were dropped."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from bam_jax.model.rope import Tokens
 
 
-class Choices(NamedTuple):
+class Assignments(NamedTuple):
   """What one router decided for each token; after the scan over layers with a leading axis L."""
 
   gates_BTE: jax.Array  # of all the experts, before the top-k
@@ -102,9 +102,9 @@ def top_k(
   return gates_BTk, experts_BTk, chosen_BTE
 
 
-def statistics(choices: Choices, counted_BT: jax.Array) -> Statistics:
+def statistics(assignments: Assignments, counted_BT: jax.Array) -> Statistics:
   """Sums over the tokens that the bool `counted_BT` marks; padding counts for nothing."""
-  gates_BTE, logits_BTE, chosen_BTE, dropped = choices
+  gates_BTE, logits_BTE, chosen_BTE, dropped = assignments
   counted = counted_BT.astype(gates_BTE.dtype)
   gate_E = jnp.einsum('bte,bt->e', gates_BTE, counted)
   if chosen_BTE is None:

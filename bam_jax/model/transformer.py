@@ -15,7 +15,7 @@ from bam_jax.model.norm import Norm
 from bam_jax.parallel.collectives import Layout
 
 Params = dict[str, Any]  # nested; layers on axis 0, experts on axis 1
-Collect = Literal['statistics', 'choices'] | Callable[[jax.Array, rope.Tokens, jax.Array], Any]
+Collect = Literal['statistics', 'assignments'] | Callable[[jax.Array, rope.Tokens, jax.Array], Any]
 
 
 class Transformer(nnx.Module):
@@ -42,19 +42,19 @@ class Transformer(nnx.Module):
     x_BTD = vocabulary.embed(layout, self.embed.table[...], tokens_BT, dtype)
     x_BTD *= jnp.asarray(self.model.embedding_scale, dtype)
     here = rope.metadata(segments_BT, positions_BT, self.model, dtype)
-    of_group = layout.gather_tokens(segments_BT), layout.gather_tokens(positions_BT)
-    group = rope.metadata(*of_group, self.model, dtype)
-    counted_BT = layout.mask_gathered(group.real_BT)  # each token once, on its owner
-    # Which tokens a part reads here: the group's, or this device's.
-    gathered = self.model.soft_attention, self.model.ffn_experts
-    read = [(group, counted_BT) if part else (here, here.real_BT) for part in gathered]
+    arrays = layout.gather_tokens(segments_BT), layout.gather_tokens(positions_BT)
+    gathered = rope.metadata(*arrays, self.model, dtype)
+    counted_BT = layout.mask_gathered(gathered.real_BT)  # each token once, on its owner
+    # Which tokens a part reads here: the gathered, or this device's.
+    experts = self.model.soft_attention, self.model.ffn_experts
+    read = [(gathered, counted_BT) if part else (here, here.real_BT) for part in experts]
     travelling = '' if self.model.soft_attention else 'blocks/attention'
     graph, layers = nnx.split(self.blocks)
     kind_L = rope.kind_of_layer(self.model)
 
     def layer(x_BTD, params_and_kind):
       params, kind = params_and_kind
-      tokens = [dataclasses.replace(part, kind=kind) for part in (here, group)]
+      tokens = [dataclasses.replace(part, kind=kind) for part in (here, gathered)]
       block = nnx.merge(graph, layout.weights(params, 'blocks', travelling))
       x_BTD, routing, _ = block(x_BTD, *tokens, keep_inputs=callable(collect))
       if callable(collect):
@@ -106,12 +106,12 @@ class Network:
       tokens_BT: int32.
       segments_BT: int32, the document of a token within its row; 0 is padding.
       positions_BT: int32, the position of a token within its document.
-      collect: 'statistics' of the routers, sums over the tokens; their 'choices' for each token;
+      collect: 'statistics' of the routers, sums over the tokens; 'assignments' of each token;
         or, of a dense model or sequential blocks, a function of what attention and FFN read, BTD,
         the Tokens that these are, and which of them count on this device, bool BT.
 
     Returns:
-      (B, T, D) float32; Routing of Statistics, Choices, or the function's, with a leading axis L.
+      (B, T, D) float32; Routing of Statistics, Assignments or the function's, a leading axis L.
     """
     # Casting the whole tree first lets a sharded weight travel in the compute dtype. The table is
     # cast where its rows are read.

@@ -128,7 +128,7 @@ def nll_sum(
       d_logits_NW = jnp.exp(logits_NW - logsumexp_N[:, None])
       d_logits_NW -= jax.nn.one_hot(local_N, logits_NW.shape[1], dtype=d_logits_NW.dtype)
       if cap:
-        d_logits_NW *= activation.slope(logits_NW, cap)
+        d_logits_NW *= activation.derivative(logits_NW, cap)
       d_logits_NW = (scale * weights_N[:, None] * d_logits_NW).astype(dtype)
       einsum = partial(jnp.einsum, preferred_element_type=grad_dtype)
       if transposed:

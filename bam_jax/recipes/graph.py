@@ -95,7 +95,8 @@ def resolve(recipe: config.Recipe, data_hash: str = '') -> dict[str, Node]:
       identity['grad_accum_steps'] = run.grad_accum_steps
     if origin:  # identified by content, not by path
       folder, meta = origin
-      content = digest([config.to_dict(meta), integrity.read(folder, ['params'])])
+      names = sorted(path.name for path in folder.glob('params/d/*'))  # random ones, of new files
+      content = digest([config.to_dict(meta), integrity.read(folder, ['params']) or names])
       identity['init'] = {'checkpoint': dict(run=meta.run, step=meta.step, hash=content)}
     nodes[name] = Node(name, run, model, identity, method, experts, origin)
   return nodes

@@ -49,8 +49,8 @@ def run(program: str) -> str:
     streams = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr)
     with subprocess.Popen(line, cwd=cwd, env={}, start_new_session=True, **streams) as process:
       try:
-        for name, most in LIMITS.items():  # before the interpreter is given the program
-          resource.prlimit(process.pid, name, (most, most + 1))
+        for name, max_value in LIMITS.items():  # before the interpreter is given the program
+          resource.prlimit(process.pid, name, (max_value, max_value + 1))
         process.communicate(source, SECONDS)
       except subprocess.TimeoutExpired:
         return 'time'

@@ -32,7 +32,7 @@ def run(
 
   UserError when a task or a checkpoint is not found, or lm-eval is not installed.
   """
-  comparison.open_checkpoints(checkpoints, options)  # what is wrong with one is told first
+  comparison.open_checkpoints(checkpoints, options)  # what is wrong with one is reported first
   installed = importlib.util.find_spec('lm_eval')
   require(installed, f'--tasks requires lm-eval, which is not installed: {INSTALL}.')
   manager, found = load(tasks)

@@ -40,7 +40,7 @@ def of_step(metrics: step_lib.StepMetrics) -> dict[str, Any]:
   metrics = jax.device_get(metrics)
   return {
     'loss': float(metrics.loss),
-    'nll': float(metrics.sums.nll / max(float(metrics.sums.targets), 1.0)),
+    'nll': float(metrics.sums.nll) / max(int(metrics.sums.targets), 1),
     'gradient_norm': float(metrics.gradient_norm),
     **of_routers(metrics.sums.routing),
   }

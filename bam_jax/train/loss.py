@@ -16,7 +16,7 @@ class Metrics(NamedTuple):
   """Sums over a batch: those of batches and micro-batches add up."""
 
   nll: jax.Array  # nats, over the targets that count
-  targets: jax.Array  # that count
+  targets: jax.Array  # that count, int32
   routing: block.Routing
 
 
@@ -25,13 +25,14 @@ def nll(network: transformer.Network, params: transformer.Params, batch: dict) -
   inputs = batch['tokens'], batch['segments'], batch['positions']
   hidden_BTD, routing = network.hidden(params, *inputs)
   total = network.nll_sum(params, hidden_BTD, batch['targets'], batch['weights'])
-  return Metrics(total, batch['weights'].sum(), routing)
+  return Metrics(total, jnp.sum(batch['weights'] > 0, dtype=jnp.int32), routing)
 
 
 def totals(network: transformer.Network, batch: dict) -> tuple[jax.Array, jax.Array]:
-  """A batch's targets that count, weighted, and its real tokens, int32, over all devices."""
+  """A batch's targets that count, and its real tokens, int32, over all devices."""
+  targets = jnp.sum(batch['weights'] > 0, dtype=jnp.int32)  # a sum in float32 ends at 2^24
   tokens = jnp.sum(batch['segments'] > 0, dtype=jnp.int32)
-  return network.layout.total((batch['weights'].sum(), tokens))
+  return network.layout.total((targets, tokens))
 
 
 def objective(
@@ -48,16 +49,13 @@ def objective(
   metrics are sums over this device's rows. Micro-batches' losses add up too, if given the totals of
   the whole step and, when router losses cover the whole step, its routing, `whole`.
   """
-  layout = network.layout
-  metrics = nll(network, params, batch)
+  layout, metrics = network.layout, nll(network, params, batch)
   here = totals(network, batch)
   step_targets, step_tokens = step or here
+  over = layout.total(jax.lax.stop_gradient(metrics.routing)) if whole is None else whole
+  routers = router_loss(network.model, loss, metrics.routing, over)
   if whole is None:  # means over this micro-batch's tokens, weighted by its share of the step's
-    over = layout.total(jax.lax.stop_gradient(metrics.routing))
-    routers = router_loss(network.model, loss, metrics.routing, over)
     routers *= here[1] / jnp.maximum(step_tokens, 1)
-  else:
-    routers = router_loss(network.model, loss, metrics.routing, whole)
   value = metrics.nll / jnp.maximum(step_targets, 1) + routers
   return value / layout.copies, metrics
 

@@ -65,7 +65,8 @@ def train_step(
   adamw = optimizer_lib.adamw(optimizer)
   abstract, replicated = abstract_state(model, compute, optimizer, mesh), NamedSharding(mesh, P())
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  bias_rate = loss.expert_bias_update_rate * optimizer_lib.factor('blocks/ffn/expert_bias', factors)
+  expert_bias_update_rate = loss.expert_bias_update_rate
+  expert_bias_update_rate *= optimizer_lib.factor('blocks/ffn/expert_bias', factors)
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated))
   def step(state: State, batch: dict, learning_rates: jax.Array) -> tuple[State, StepMetrics]:
@@ -78,9 +79,9 @@ def train_step(
     params = optimizer_lib.apply_updates(state.params, updates, learning_rates, factors)
     if only_new:
       params = optimizer_lib.of_new_expert(state.params, params)
-    if model.ffn_experts and model.ffn_experts.expert_bias and bias_rate:
-      ffn, load_LE = params['blocks']['ffn'], sums.routing.ffn.load
-      bias_LE = optimizer_lib.update_expert_bias(ffn['expert_bias'], load_LE, bias_rate)
+    if model.ffn_experts and model.ffn_experts.expert_bias and expert_bias_update_rate:
+      ffn, update = params['blocks']['ffn'], optimizer_lib.update_expert_bias
+      bias_LE = update(ffn['expert_bias'], sums.routing.ffn.load, expert_bias_update_rate)
       params['blocks']['ffn'] = ffn | {'expert_bias': bias_LE}
     after = guard_lib.select(guard, state, State(params, opt_state), loss_value, norm)
     return after, StepMetrics(loss_value, norm, sums)

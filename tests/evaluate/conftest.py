@@ -1,11 +1,13 @@
 """Checkpoints on disk of the tiny models, for whatever loads them."""
 
 import functools
+import json
 
 import numpy as np
 import pytest
 
 from bam_jax.data import store
+from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.evaluate import windows
 from tests.evaluate.folders import LENGTH, write_checkpoint
 from tests.model import oracle
@@ -25,15 +27,16 @@ def start(models):
 
 @pytest.fixture(scope='session')
 def saved(models, start, dataset, tmp_path_factory):
-  """The function name -> the folder of a checkpoint of that model."""
+  """The function name -> the folder of a checkpoint; mixtures' tokenizer is in other bytes."""
   folder = tmp_path_factory.mktemp('saved')
 
   @functools.cache
   def make(name: str) -> str:
-    facts = {}
+    tokenizer, facts = dataset.tokenizer(), {}
     if models[name].ffn_experts:
       facts = dict(sources=('general', 'code', 'law', 'math'), method=name)
-    tokenizer = dataset.tokenizer()
+      words = json.loads(tokenizer.save(folder).read_bytes())
+      tokenizer = Tokenizer(json.dumps(words).encode(), tokenizer.file_name)
     return str(write_checkpoint(folder / name, models[name], start(name), tokenizer, **facts))
 
   return make

@@ -89,13 +89,10 @@ def test_no_mesh_changes_a_bit(saved, pieces, alone, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  'name, dtype, shape',
-  [
-    *((name, 'float32', 'all') for name in ('untied', *OTHERS)),
-    *(('routed_attention', 'bfloat16', shape) for shape in MESHES),
-  ],
-)
+@pytest.mark.parametrize('name, dtype, shape', [
+  *((name, 'float32', 'all') for name in ('untied', *OTHERS)),
+  *(('routed_attention', 'bfloat16', shape) for shape in MESHES),
+])  # fmt: skip
 def test_no_model_changes_a_bit(saved, pieces, alone, name, dtype, shape):
   found = exact(Scorer(saved(name), dtype, config.Mesh(*MESHES[shape])), pieces, routing=True)
   for a, b in zip(found, alone(name, dtype)):

@@ -108,21 +108,24 @@ def template(text: str) -> processors.TemplateProcessing:
   return processors.TemplateProcessing(single=text, special_tokens=specials)
 
 
-@pytest.mark.parametrize(
-  'rule, kept',
-  [
-    (None, False),
-    (template('<|bos|> $A'), True),
-    (template('<|bos|> $A <|eos|>'), False),
-    (processors.Sequence([processors.ByteLevel(), template('$A <|eos|>')]), False),
-  ],
-)
+AFTER = template('$A <|bos|>')  # of a tokenizer with one token as BOS and EOS
+
+
+@pytest.mark.parametrize('rule, kept', [
+  (None, False),
+  (template('<|bos|> $A'), True),
+  (template('<|bos|> $A <|eos|>'), False),
+  (processors.Sequence([processors.ByteLevel(), template('$A <|eos|>')]), False),
+  (AFTER, False),
+])  # fmt: skip
 def test_a_text_begins_as_our_documents_do_and_does_not_end(tmp_path, rule, kept):
   """Whatever the tokenizer adds by itself, a prompt is what `generate` feeds the model."""
   backend = tokenizers.Tokenizer.from_file(str(folders.make_tokenizer().save(tmp_path)))
   if rule is not None:
     backend.post_processor = rule
   content = backend.to_str().encode()
+  if rule is AFTER:
+    content = content.replace(b'<|bos|>', b'<|endoftext|>').replace(b'<|eos|>', b'<|other|>')
   ours = with_tokenizer(tmp_path / 'a', content)
   convert(tmp_path / 'a', tmp_path / 'hf')
   file, text = tmp_path / 'hf' / 'tokenizer.json', ' the cat: def f(7)'

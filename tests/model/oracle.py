@@ -381,14 +381,14 @@ def router_z(route: Route, real_N: np.ndarray) -> complex:
 
 
 def loss(params: dict, model: config.Model, loss_config: config.Loss, batch: dict) -> complex:
-  """What training minimises: mean NLL of the weighted targets plus the routers' losses."""
+  """What training minimises: weighted NLL over targets that count, plus the routers' losses."""
   logits_BTV, routes = forward(
     params, model, batch['tokens'], batch['segments'], batch['positions']
   )
   nll_BT = logsumexp(logits_BTV)
   for b, t in np.ndindex(nll_BT.shape):
     nll_BT[b, t] -= logits_BTV[b, t, batch['targets'][b, t]]
-  total = (batch['weights'] * nll_BT).sum() / batch['weights'].sum()
+  total = (batch['weights'] * nll_BT).sum() / np.count_nonzero(batch['weights'])
   real_N = batch['segments'].ravel() > 0
   for route in routes:
     if route.top_k:

@@ -13,8 +13,8 @@ from bam_jax.train import optimizer
 @jax.jit
 def statistics(gates_BTE, real_BT) -> router.Statistics:
   _, _, chosen_BTE = router.top_k(gates_BTE, 3, renormalize=False)
-  choices = router.Choices(gates_BTE, jnp.log(gates_BTE), chosen_BTE, jnp.zeros((), jnp.int32))
-  return router.statistics(choices, real_BT)
+  made = router.Assignments(gates_BTE, jnp.log(gates_BTE), chosen_BTE, jnp.zeros((), jnp.int32))
+  return router.statistics(made, real_BT)
 
 
 def test_loads_add_up_to_every_assignment():

@@ -4,11 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
 
 from bam_jax import checkpoint, config
-from bam_jax.checkpoint import integrity
+from bam_jax.checkpoint import arrays, integrity
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.model import arithmetic
@@ -102,6 +103,20 @@ def test_a_checkpoint_is_known_by_what_it_is(recipe_dict, write):
   integrity.write(path, path / 'checksums')
   recipe_dict['runs']['seed']['init'] = {'checkpoint': str(path)}
   assert not digests(recipe_dict).items() & before.items()
+
+
+def test_without_checksums_a_checkpoint_is_known_by_its_files(recipe_dict, write, tmp_path):
+  """Those of a bucket have none, nor have copies of them."""
+  found = []
+  for value in (0, 1):
+    path, specs = epath.Path(write('one')), {'x': arrays.Spec((2, 3), np.dtype(np.float32))}
+    with arrays.Writer(path / 'params', specs) as writer:
+      writer.write('x', (), np.full((2, 3), value, np.float32))
+    shutil.rmtree(path / 'checksums')
+    for place in (path, shutil.copytree(path, tmp_path / f'copy{value}')):
+      recipe_dict['runs']['seed']['init'] = {'checkpoint': str(place)}
+      found.append(digests(recipe_dict)['seed'])
+  assert found[0] == found[1] != found[2] == found[3]
 
 
 def digests(recipe: dict, data_hash: str = '') -> dict[str, str]:

@@ -70,8 +70,8 @@ def test_half_a_line_is_dropped(tmp_path):
     assert [line['step'] for line in lines(tmp_path)] == [1, 11]
 
 
-def step_metrics(loss_value=3.0, gradient_norm=0.5, ffn=None, targets=4.0) -> step.StepMetrics:
-  sums = loss.Metrics(np.float32(10), np.float32(targets), block.Routing(None, ffn))
+def step_metrics(loss_value=3.0, gradient_norm=0.5, ffn=None, targets=4) -> step.StepMetrics:
+  sums = loss.Metrics(np.float32(10), np.int32(targets), block.Routing(None, ffn))
   return step.StepMetrics(np.float32(loss_value), np.float32(gradient_norm), sums)
 
 

@@ -48,16 +48,12 @@ def reference(params: dict, gradients: list[dict], options: config.Optimizer) ->
   return params
 
 
-@pytest.mark.parametrize(
-  'options',
-  [
-    config.Optimizer(),
-    config.Optimizer(weight_decay=0.5, b1=0.7, b2=0.8, epsilon=0.1, clip_norm=2.0),
-    config.Optimizer(clip_norm=0, weight_decay=0),
-    config.Optimizer(b1=0, b2=0, epsilon=1.0),
-  ],
-  ids=str,
-)
+@pytest.mark.parametrize('options', [
+  config.Optimizer(),
+  config.Optimizer(weight_decay=0.5, b1=0.7, b2=0.8, epsilon=0.1, clip_norm=2.0),
+  config.Optimizer(clip_norm=0, weight_decay=0),
+  config.Optimizer(b1=0, b2=0, epsilon=1.0),
+], ids=str)  # fmt: skip
 def test_adamw(options):
   rng = np.random.default_rng(0)
   start = params = tree(rng)

@@ -3,6 +3,7 @@
 Compiled without XLA's optimisations: compiling is what these tests spend their time on.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -82,11 +83,18 @@ def check_equal(got, want, tolerance=1e-5) -> None:
 def test_the_step_learns(run, start):
   after, metrics, *_ = run('bam_kv_experts')
   assert metrics.gradient_norm > OPTIMIZER.clip_norm, 'or nothing here tests the clipping'
-  assert metrics.sums.targets < 8 * 12 and metrics.sums.routing.ffn.tokens[0] < 8 * 12
+  assert metrics.sums.targets.dtype == np.int32 and metrics.sums.targets < 8 * 12
+  assert metrics.sums.routing.ffn.tokens[0] < 8 * 12
   moments, before = leaves(after.opt_state), leaves(start('bam_kv_experts'))
   for name, value in leaves(after.params).items():
     assert np.abs(value - before[name]).max() > 1e-3, name
     assert np.abs(moments[next(k for k in moments if '.mu' in k and k.endswith(name))]).max() > 0
+
+
+def test_it_counts_more_targets_than_float32_can(models):
+  batch = dict.fromkeys(('weights', 'segments'), np.ones(2**24 + 1, np.float32))
+  network = transformer.Network(models['dense'], config.Compute())
+  assert [*map(int, loss_lib.totals(network, batch))] == 2 * [2**24 + 1]
 
 
 def test_what_is_reported_is_before_clipping(models, start, run, make_batch):
@@ -108,15 +116,11 @@ def test_what_is_reported_is_before_clipping(models, start, run, make_batch):
 
 
 # All the meshes for all the variants: tests/model/test_layout.py, which compares gradients.
-@pytest.mark.parametrize(
-  'variant, shape',
-  [
-    ('bam_kv_experts', (1, 2, 4, 1)),
-    slow('dense', (1, 2, 2, 2)),
-    slow('btx', (2, 2, 2, 1)),
-  ],
-  ids=str,
-)
+@pytest.mark.parametrize('variant, shape', [
+  ('bam_kv_experts', (1, 2, 4, 1)),
+  slow('dense', (1, 2, 2, 2)),
+  slow('btx', (2, 2, 2, 1)),
+], ids=str)  # fmt: skip
 def test_many_devices_are_one_device(run, variant, shape):
   one, one_metrics, *_ = run(variant)
   many, many_metrics, abstract, before = run(variant, shape)
@@ -128,15 +132,12 @@ def test_many_devices_are_one_device(run, variant, shape):
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before)), 'the state is donated'
 
 
-@pytest.mark.parametrize(
-  'variant, shape, grad_accum_steps, loss',
-  [
-    ('dense', ONE, 4, LOSS),
-    # The balancing loss is of each micro-batch's own loads: without it the sums are exact.
-    slow('bam_kv_experts', ONE, 2, Z),
-    slow('bam_kv_experts', (1, 2, 2, 2), 2, Z),
-  ],
-)
+@pytest.mark.parametrize('variant, shape, grad_accum_steps, loss', [
+  ('dense', ONE, 4, LOSS),
+  # The balancing loss is of each micro-batch's own loads: without it the sums are exact.
+  slow('bam_kv_experts', ONE, 2, Z),
+  slow('bam_kv_experts', (1, 2, 2, 2), 2, Z),
+])  # fmt: skip
 def test_micro_batches_are_the_batch(run, make_batch, variant, shape, grad_accum_steps, loss):
   micro = step.micro_batches(Layout(None), make_batch(8, 12, seed=1), grad_accum_steps)
   targets, tokens = micro['weights'].sum((1, 2)), (micro['segments'] > 0).sum((1, 2))
@@ -160,15 +161,11 @@ def test_every_micro_batch_has_all_domains_and_the_same_rows_on_a_mesh():
   np.testing.assert_array_equal(np.sort(jax.jit(spread)(rows)), np.sort(one))
 
 
-@pytest.mark.parametrize(
-  'variant, how',
-  [
-    ('dense', dict(unroll=2, remat='matmuls', loss_chunk=7)),
-    slow('bam_kv_experts', dict(remat='full')),
-    slow('untied', dict(loss_chunk=96)),
-  ],
-  ids=str,
-)
+@pytest.mark.parametrize('variant, how', [
+  ('dense', dict(unroll=2, remat='matmuls', loss_chunk=7)),
+  slow('bam_kv_experts', dict(remat='full')),
+  slow('untied', dict(loss_chunk=96)),
+], ids=str)  # fmt: skip
 def test_how_it_is_computed_changes_nothing(run, variant, how):
   plain, plain_metrics, *_ = run(variant)
   other, other_metrics, *_ = run(variant, compute=config.Compute(**how))
@@ -189,10 +186,17 @@ def test_bfloat16_computes_and_keeps_float32(run):
 
 def test_evaluation_sums_what_training_does(models, start, make_batch, run):
   _, metrics, *_ = run('bam_kv_experts')
+  model, params = models['bam_kv_experts'], start('bam_kv_experts')
+  ffn = dataclasses.replace(model.ffn_experts, capacity_factor=1.0)
   mesh = sharding.make_mesh(config.Mesh(1, 1, 2, 1))
   with jax.set_mesh(mesh):
     batch = sharding.put_batch(make_batch(8, 12, seed=1), mesh)
-    evaluate = step.evaluation_step(models['bam_kv_experts'], config.Compute(), mesh)
-    sums = evaluate(start('bam_kv_experts'), batch)
+    evaluate, tight = (
+      step.evaluation_step(one, config.Compute(), mesh)
+      for one in (model, dataclasses.replace(model, ffn_experts=ffn))
+    )
+    sums = evaluate(params, batch)
+    alike = batch | {'tokens': 0 * batch['tokens']}  # which all choose the same experts
+    check_equal(tight(params, alike), evaluate(params, alike))
   assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(sums)), 'of each device by itself'
   check_equal(jax.tree.map(lambda x: np.asarray(x).sum(0, x.dtype), sums), metrics.sums)

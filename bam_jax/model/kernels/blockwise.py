@@ -65,7 +65,7 @@ def _backward(window, cap, saved, cotangent_BTHK):
     d_scores_BGRtS = _dot('bgrtk,bgsk->bgrts', cotangent_BGRTK[part], value_BGSK[seen])
     d_scores_BGRtS = weights_BGRtS * (d_scores_BGRtS - common_BGRT1[part])
     if cap:
-      d_scores_BGRtS *= activation.slope(scores_BGRtS, cap)
+      d_scores_BGRtS *= activation.derivative(scores_BGRtS, cap)
     d_queries.append(_dot('bgrts,bgsk->bgrtk', d_scores_BGRtS, key_BGSK[seen]))
     d_key_BGSK = d_key_BGSK.at[seen].add(
       _dot('bgrts,bgrtk->bgsk', d_scores_BGRtS, query_BGRTK[part])
