@@ -38,7 +38,7 @@ from bam_jax import cli
 from bam_jax.data import mixture, store
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
-from bam_jax.prepare import dataset
+from bam_jax.prepare import dataset, shuffle
 
 PARTS = 'size', 'hosts', 'disk', 'bucket', 'prepare'
 SIZES = 10**6, 10**9, 10**12
@@ -93,11 +93,11 @@ def _made_up(workdir: Path, tokens: int, real: bool = False) -> Path:
     ('tokens', (2, tokens), dtype),
     ('bytes', (documents,), np.dtype(np.uint32)),
   ):
-    array = store.create(folder / 'text' / 'train' / name, shape, kind, False)
-    files = -(-shape[-1] // store.SHARD)
+    array = shuffle.create(folder / 'text' / 'train' / name, shape, kind, False)
+    files = -(-shape[-1] // shuffle.SHARD)
     for number in range(files if real else 1):
-      first = number * store.SHARD
-      size = min(store.SHARD, shape[-1] - first)
+      first = number * shuffle.SHARD
+      size = min(shuffle.SHARD, shape[-1] - first)
       values = np.full((*shape[:-1], size), 4 * DOCUMENT, kind)
       if name == 'tokens':
         values[0] = np.minimum(rng.zipf(1.2, size), WORDS - 1)  # about as compressible as text

@@ -34,8 +34,6 @@ MANIFEST = 'manifest.json'
 DOMAIN_NAME = re.compile(r'[A-Za-z0-9][\w.-]*', re.ASCII)  # also of splits
 SUMS = ('documents', 'tokens', 'bytes')  # of a split, in the manifest
 FIX = 'copy or prepare the dataset again'
-CHUNK = 2**13  # values along the last axis: what is read for a sequence, and has a checksum
-SHARD = 2**23  # a file's; it ends with an index of 16 bytes a chunk
 CACHE_BYTES = 2**23  # of indexes and chunks
 REQUESTS = 128  # in flight to a bucket, where each takes tens of milliseconds
 BLOCK = 2**20  # tokens read at once of documents in order
@@ -44,27 +42,6 @@ BLOCK = 2**20  # tokens read at once of documents in order
 def token_dtype(vocab_size: int) -> np.dtype:
   """The narrowest of uint16 and uint32 that holds every id."""
   return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-
-
-def create(
-  folder: Path | epath.Path, shape: Sequence[int], dtype: np.dtype, begun: bool
-) -> ts.TensorStore:
-  """A new array in place of what `folder` holds, or one that was `begun` before.
-
-  It is to be written in whole shards along its last axis.
-  """
-  cut = lambda size: [*shape[:-1], size]
-  little = {'name': 'bytes', 'configuration': {'endian': 'little'}}
-  crc, zstd = {'name': 'crc32c'}, {'name': 'zstd', 'configuration': {'level': 1}}
-  inner = {'chunk_shape': cut(CHUNK), 'codecs': [little, zstd, crc], 'index_codecs': [little, crc]}
-  metadata = {
-    'shape': list(shape),
-    'data_type': dtype.name,
-    'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': cut(SHARD)}},
-    'codecs': [{'name': 'sharding_indexed', 'configuration': inner}],
-  }
-  spec = {'driver': 'zarr3', 'kvstore': folders.url(folder), 'metadata': metadata}
-  return ts.open(spec, create=not begun, delete_existing=not begun, open=begun).result()
 
 
 class Documents:
@@ -258,9 +235,3 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
       for key in SUMS:
         if not (isinstance(entry[key], int) and entry[key] > 0):
           raise TypeError(f'{domain}.{split}.{key}')
-
-
-def file_hash(path: Path) -> str:
-  """SHA-256 of a file, in hex."""
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -14,15 +14,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorstore as ts
 from etils import epath
 
 from bam_jax.data import store
 from bam_jax.errors import UserError
 from bam_jax.files import folders
 
+CHUNK = 2**13  # values along the last axis: what is read for a sequence, and has a checksum
+SHARD = 2**23  # a file's; it ends with an index of 16 bytes a chunk
 PARTITION_TOKENS = 2**25  # in expectation: what the second pass holds, a few times
 PARTITION_DOCUMENTS = 2**18
 FACTS = np.dtype([('tokens', np.int64), ('bytes', np.int64)])  # of a document
+
+
+def create(
+  folder: Path | epath.Path, shape: Sequence[int], dtype: np.dtype, begun: bool
+) -> ts.TensorStore:
+  """A new array in place of what `folder` holds, or one that was `begun` before.
+
+  It is to be written in whole shards along its last axis.
+  """
+  cut = lambda size: [*shape[:-1], size]
+  little = {'name': 'bytes', 'configuration': {'endian': 'little'}}
+  crc, zstd = {'name': 'crc32c'}, {'name': 'zstd', 'configuration': {'level': 1}}
+  inner = {'chunk_shape': cut(CHUNK), 'codecs': [little, zstd, crc], 'index_codecs': [little, crc]}
+  metadata = {
+    'shape': list(shape),
+    'data_type': dtype.name,
+    'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': cut(SHARD)}},
+    'codecs': [{'name': 'sharding_indexed', 'configuration': inner}],
+  }
+  spec = {'driver': 'zarr3', 'kvstore': folders.url(folder), 'metadata': metadata}
+  return ts.open(spec, create=not begun, delete_existing=not begun, open=begun).result()
 
 
 def write_shard(
@@ -63,8 +87,8 @@ def write_split(
   begun = progress.exists()
   done = dict(np.load(progress)) if begun else _nothing(len(shards), dtype)
   try:
-    tokens = store.create(folder / 'tokens', (2, num_tokens), dtype, begun)
-    sizes = store.create(folder / 'bytes', (num_documents,), np.dtype(np.uint32), begun)
+    tokens = create(folder / 'tokens', (2, num_tokens), dtype, begun)
+    sizes = create(folder / 'bytes', (num_documents,), np.dtype(np.uint32), begun)
     for partition in range(int(done['partition']), partitions):
       rng = np.random.default_rng([*seed, partition])
       left = partitions - partition
@@ -120,7 +144,7 @@ def _take(
 def _append(array: Any, done: dict[str, Any], name: str, values: np.ndarray, last: bool) -> None:
   """Writes whole shards of an array, at the end the rest; keeps what is less."""
   held, first = np.concatenate([done[name], values], axis=-1), int(done[f'{name}_written'])
-  size = held.shape[-1] if last else held.shape[-1] // store.SHARD * store.SHARD
+  size = held.shape[-1] if last else held.shape[-1] // SHARD * SHARD
   if size:
     array[..., first : first + size].write(held[..., :size]).result()
   done[name], done[f'{name}_written'] = held[..., size:].copy(), np.int64(first + size)

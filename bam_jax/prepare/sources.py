@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bam_jax.config.strict import require
-from bam_jax.data.store import DOMAIN_NAME, file_hash
+from bam_jax.data.store import DOMAIN_NAME
 from bam_jax.prepare.documents import EXTENSIONS, extension, read_documents
 
 SAMPLE = Path(__file__).parent / 'sample'  # the text that is shipped with bam_jax
@@ -107,6 +107,12 @@ def hold_out(domains: Sequence[Domain]) -> list[Domain]:
     for text, _ in read_documents(file, domain.text_field)
   )
   return [dataclasses.replace(domain, held_out=held_out) for domain in domains]
+
+
+def file_hash(path: Path) -> str:
+  """SHA-256 of a file, in hex."""
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _digest(text: str) -> bytes:

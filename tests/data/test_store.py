@@ -32,8 +32,8 @@ def made(tmp_path_factory):
   write_lines(root / 'law', SPLITS)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(dataset, 'SHARD_BYTES', 600)
-    patch.setattr(store, 'CHUNK', 32)
-    patch.setattr(store, 'SHARD', 256)
+    patch.setattr(shuffle, 'CHUNK', 32)
+    patch.setattr(shuffle, 'SHARD', 256)
     patch.setattr(shuffle, 'PARTITION_TOKENS', 300)
     prepare({'law': root / 'law'}, root / 'data', train_tokenizer=270)
   return root / 'data'

@@ -12,8 +12,8 @@ DTYPE = np.dtype(np.uint16)
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
   for where, name, value in (
-    (store, 'CHUNK', 4),
-    (store, 'SHARD', 16),
+    (shuffle, 'CHUNK', 4),
+    (shuffle, 'SHARD', 16),
     (shuffle, 'PARTITION_TOKENS', 20),
   ):
     monkeypatch.setattr(where, name, value)
