@@ -36,9 +36,8 @@ from absl import flags
 
 from bam_jax import cli
 from bam_jax.data import mixture, store
-from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
-from bam_jax.prepare import dataset, shuffle
+from bam_jax.prepare import dataset, shuffle, training
 
 PARTS = 'size', 'hosts', 'disk', 'bucket', 'prepare'
 SIZES = 10**6, 10**9, 10**12
@@ -110,7 +109,7 @@ def _made_up(workdir: Path, tokens: int, real: bool = False) -> Path:
         source = Path(shutil.copy(shards / '0', shards / str(number)))
       else:
         os.link(source, shards / str(number))
-  tokenizer = Tokenizer.train(['a'], 258)
+  tokenizer = training.train(['a'], 258)
   tokenizer.save(folder)
   manifest = {
     'format': store.FORMAT,

@@ -32,9 +32,9 @@ from flax import traverse_util
 
 from bam_jax import checkpoint, cli, config
 from bam_jax.checkpoint import manifest
-from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.model import transformer
+from bam_jax.prepare import training
 from bam_jax.upcycle import merge, outputs, rules
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the checkpoints.')
@@ -89,7 +89,7 @@ def main() -> dict[str, Any] | None:
 def _make(model: config.Model, folder: Path, seed: int) -> None:
   """A dense checkpoint of noise, as the training loop saves it."""
   folder.mkdir(parents=True, exist_ok=True)
-  tokenizer = Tokenizer.train(['a'], 258)
+  tokenizer = training.train(['a'], 258)
   tokenizer.save(folder)
   rng = np.random.default_rng(seed)
   specs = outputs.specs(_abstract(model))

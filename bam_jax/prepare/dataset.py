@@ -24,7 +24,7 @@ from bam_jax.config.strict import require
 from bam_jax.data import store
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, Tokenizer, batches
 from bam_jax.files import folders
-from bam_jax.prepare import shuffle
+from bam_jax.prepare import shuffle, training
 from bam_jax.prepare.sources import TRAIN, VALID, Domain, hold_out
 
 VALID_FRACTION = 0.02
@@ -108,7 +108,7 @@ def prepare(
       if not (trained / HUGGING_FACE_FILE).exists():
         texts = (text for domain in domains for text in _head(domain, TOKENIZER_BYTES, TRAIN))
         trained.mkdir(exist_ok=True)
-        Tokenizer.train(texts, train_tokenizer).save(trained)
+        training.train(texts, train_tokenizer).save(trained)
       tokenizer = Tokenizer.load(trained)
     plan['decoded'] = {}
     for domain in domains:

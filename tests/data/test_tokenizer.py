@@ -14,11 +14,12 @@ import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
-from bam_jax.data.tokenizer import MAX_PRE_TOKEN, Tokenizer
+from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
+from bam_jax.prepare import training
 
 TEXTS = [f'The {i}th whale swam; def f(x): return x + {i}\n' for i in range(200)]
-BYTE_LEVEL = Tokenizer.train(TEXTS, 280)
+BYTE_LEVEL = training.train(TEXTS, 280)
 
 
 def pieces(**options) -> bytes:
@@ -47,12 +48,12 @@ def test_trained_vocabulary():
   assert len(BYTE_LEVEL.encode(TEXTS[0])) < len(TEXTS[0]) / 2
   assert len(BYTE_LEVEL.encode('1234')) == 4
   with pytest.raises(UserError, match='--train_tokenizer=257 is not from 258 to'):
-    Tokenizer.train(TEXTS, 257)
+    training.train(TEXTS, 257)
 
 
 def test_a_run_without_spaces_is_cut_in_training():
-  piece = 'x' + 'a' * (MAX_PRE_TOKEN - 2) + 'y'  # only two of them, joined, have `yx`
-  assert Tokenizer.train([4 * piece], 300)._content == Tokenizer.train(4 * [piece], 300)._content
+  piece = 'x' + 'a' * (training.MAX_PRE_TOKEN - 2) + 'y'  # only two of them, joined, have `yx`
+  assert training.train([4 * piece], 300)._content == training.train(4 * [piece], 300)._content
 
 
 def test_save_and_load_are_exact(tmp_path, sentence_piece):
@@ -202,7 +203,7 @@ def test_an_interrupt_ends_training():
   program = (
     'from bam_jax.data.tokenizer import Tokenizer; import random; r = random.Random(0);'
     'texts = ["".join(r.choices("abcdefgh ", k=400_000)) for _ in range(40)];'
-    'print("taken", flush=True); Tokenizer.train(texts, 60_000)'
+    'print("taken", flush=True); training.train(texts, 60_000)'
   )
   pipes = dict.fromkeys(('stdout', 'stderr'), subprocess.PIPE)
   with subprocess.Popen([sys.executable, '-c', program], text=True, **pipes) as process:

@@ -14,10 +14,10 @@ import pytest
 
 from bam_jax import config
 from bam_jax.convert import writing
-from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.evaluate import comparison, corpus, session, windows
 from bam_jax.evaluate.scorer import Scorer
+from bam_jax.prepare import training
 from bam_jax.upcycle import growth
 from bam_jax.upcycle.sources import open_checkpoint
 from tests.evaluate.folders import LENGTH, write_checkpoint
@@ -29,7 +29,7 @@ MEASURES = 'nats_per_token', 'perplexity', 'bits_per_byte'
 @pytest.fixture(scope='module')
 def runs(models, saved, start, tmp_path_factory) -> dict[str, str]:
   """A dense run, a mixture, and a dense run with a tokenizer of its own."""
-  own = Tokenizer.train(['the court shall act'] * 9, 270)
+  own = training.train(['the court shall act'] * 9, 270)
   folder = tmp_path_factory.mktemp('runs') / 'other'
   other = write_checkpoint(folder, models['dense'], start('dense', seed=2), own)
   return {'dense': saved('dense'), 'bam': saved('bam_kv_experts'), 'other': str(other)}

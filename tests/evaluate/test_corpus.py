@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.evaluate import corpus
+from bam_jax.prepare import training
 
 TEXTS = ['the court shall', '', 'naïve café', 'z']
 
@@ -29,7 +29,7 @@ def test_text_is_read_by_each_tokenizer(files, dataset):
   assert (law.name, code.name) == ('law', 'code')
   full = [text for text in TEXTS if text]
   assert law.byte_counts.tolist() == [len(text.encode()) for text in full]
-  tokenizers = dataset.tokenizer(), Tokenizer.train(TEXTS, 258)
+  tokenizers = dataset.tokenizer(), training.train(TEXTS, 258)
   for tokenizer in (*tokenizers, tokenizers[0]):
     law.check(tokenizer, 'any')
     documents = law.documents(tokenizer)

@@ -7,6 +7,7 @@ import pytest
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.generate import text
+from bam_jax.prepare import training
 
 WORDS = 'Größe Москва 東京 🦀🦀 naïve end. '
 
@@ -14,7 +15,7 @@ WORDS = 'Größe Москва 東京 🦀🦀 naïve end. '
 @pytest.fixture(scope='module')
 def tokenizer() -> Tokenizer:
   """Bytes and hardly more: characters are spelled by several tokens."""
-  return Tokenizer.train(['the cat sat on the mat '] * 50, 270)
+  return training.train(['the cat sat on the mat '] * 50, 270)
 
 
 def pieces(tokenizer, prompt: str, continuation: str, stops=()) -> tuple[list[str], object]:

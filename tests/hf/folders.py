@@ -13,6 +13,7 @@ from bam_jax.checkpoint import arrays, manifest
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.files.folders import new_folder
 from bam_jax.model import transformer
+from bam_jax.prepare import training
 
 # No two sizes that matter are equal, so that no transposition goes unseen.
 CONFIG = {
@@ -140,7 +141,7 @@ def make_model(name: str = 'dense', **changes) -> config.Model:
 @functools.cache
 def make_tokenizer() -> Tokenizer:
   """A byte-level tokenizer of at most 266 tokens."""
-  return Tokenizer.train(['the cat sat on the mat', 'def f(x): return the cat'], 266)
+  return training.train(['the cat sat on the mat', 'def f(x): return the cat'], 266)
 
 
 def draw(model: config.Model, seed: int = 0) -> dict[str, np.ndarray]:

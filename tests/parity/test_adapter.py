@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.evaluate import comparison
 from tests.evaluate.folders import write_checkpoint
@@ -15,13 +14,14 @@ pytest.importorskip('lm_eval', reason='lm-eval is an extra: make test-parity ins
 
 from lm_eval.api.instance import Instance  # noqa: E402
 
+from bam_jax.prepare import training
 from bam_jax.tasks import adapter, session  # noqa: E402
 
 
 @pytest.fixture(scope='module')
 def path(tmp_path_factory) -> str:
   """A model whose tokenizer has whole words, so that half a word and its rest are other tokens."""
-  tokenizer = Tokenizer.train(['the answer hello world until whale captain'] * 50, 400)
+  tokenizer = training.train(['the answer hello world until whale captain'] * 50, 400)
   model = make_model(vocab_size=400)
   folder = tmp_path_factory.mktemp('runs') / 'run'
   return str(write_checkpoint(folder, model, memory.draw(model, 0), tokenizer))

@@ -14,7 +14,7 @@ from bam_jax.data.store import open_dataset
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.prepare import dataset as prepare_lib
-from bam_jax.prepare import shuffle
+from bam_jax.prepare import shuffle, training
 from bam_jax.prepare.dataset import prepare
 
 
@@ -98,7 +98,7 @@ def test_finished_shards_and_tokenizer_are_taken_over(small, tmp_path, monkeypat
   missing.unlink()
   written, write = [], shuffle.write_shard
   with monkeypatch.context() as patch:
-    patch.setattr(Tokenizer, 'train', lambda *args: 1 / 0)
+    patch.setattr(training, 'train', lambda *args: 1 / 0)
     record = lambda path, *arrays: (written.append(path.name), write(path, *arrays))
     patch.setattr(shuffle, 'write_shard', record)
     prepare(small, tmp_path / 'data', train_tokenizer=300)
@@ -222,7 +222,7 @@ def test_a_tokenizer_that_loses_text_is_told(tmp_path):
 
 
 def test_what_a_tokenizer_asks_for_in_vain_is_told(tmp_path):
-  facts = json.loads(Tokenizer.train(['the whale'], 270)._content)
+  facts = json.loads(training.train(['the whale'], 270)._content)
   facts['model']['dropout'] = 0.3
   (tmp_path / 'tokenizer.json').write_text(json.dumps(facts))
   source = write_lines(tmp_path / 'a.jsonl', ['the whale'] * 9)

@@ -11,16 +11,16 @@ from flax import traverse_util
 
 from bam_jax import checkpoint, config
 from bam_jax.checkpoint import arrays, manifest
-from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.model import transformer
 from bam_jax.parallel import sharding
+from bam_jax.prepare import training
 from bam_jax.upcycle import merge, outputs, rules
 from bam_jax.upcycle.sources import Source
 
 KEY = jax.random.key(11)
 NAMES = ('seed', 'code', 'law')
 ONE_DEVICE = config.Mesh()
-TOKENIZER = Tokenizer.train(['a'], 258)._content
+TOKENIZER = training.train(['a'], 258)._content
 
 
 class Reader:
