@@ -256,11 +256,11 @@ def _prepare(workdir: Path) -> dict[str, Any]:
     path, output = workdir / 'text' / f'{size}.jsonl', workdir / f'prepared_{size}'
     if not path.exists():
       path.parent.mkdir(exist_ok=True)
+      pool = [' '.join(rng.choice(words, 400)) for _ in range(5_000)]
       with open(path, 'w') as file:
         while file.tell() < size:
-          file.writelines(
-            json.dumps({'text': ' '.join(rng.choice(words, 400))}) + '\n' for _ in range(500)
-          )
+          pairs = rng.integers(len(pool), size=(5_000, 2))
+          file.writelines(json.dumps({'text': f'{pool[a]} {pool[b]}'}) + '\n' for a, b in pairs)
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, '-m', 'bam_jax.prepare', f'--input=text={path}']
     start = time.monotonic()
