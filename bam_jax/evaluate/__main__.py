@@ -55,7 +55,6 @@ _ROUTING = flags.DEFINE_string('routing', None, 'Folder for pictures of the rout
 _TASKS = flags.DEFINE_list('tasks', [], 'Instead of --data: tasks of lm-eval, .yaml files.')
 _BATCH = flags.DEFINE_integer('batch_size', 16, 'Tasks: texts generated at once.', lower_bound=1)
 _FEW_SHOT = flags.DEFINE_integer('few_shot', None, "Solved examples; default: the task's.", 0, 1000)
-_ALLOW = flags.DEFINE_bool('allow_generated_code', False, 'Allow programs written by the model.')
 
 
 def main() -> dict[str, Any]:
@@ -67,7 +66,7 @@ def main() -> dict[str, Any]:
   if _TASKS.value:
     _refuse('with --tasks', _DATA, _SPLIT, _TEXT_FIELD, _STRIDE, _RESAMPLES, _CONFIDENCE, _ROUTING)
     return tasks_session.run(_CHECKPOINT.value, _TASKS.value, options)
-  _refuse('without --tasks', _BATCH, _FEW_SHOT, _ALLOW)
+  _refuse('without --tasks', _BATCH, _FEW_SHOT)
   domains = corpus.read(_DATA.value, _SPLIT.value, _TEXT_FIELD.value, options.max_documents)
   facts = session.run(_CHECKPOINT.value, domains, options, _ROUTING.value)
   return {'data': _DATA.value, 'split': _SPLIT.value} | facts

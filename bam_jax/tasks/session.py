@@ -18,7 +18,6 @@ from bam_jax import cli, config
 from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 from bam_jax.evaluate import comparison
-from bam_jax.tasks import sandbox, scoring
 
 GROUPS = str(Path(__file__).parent / 'groups')  # our own tasks, as lm-eval's .yaml files
 INSTALL = "pip install '.[tasks]' in a clone of bam_jax"
@@ -36,7 +35,10 @@ def run(
   installed = importlib.util.find_spec('lm_eval')
   require(installed, f'--tasks requires lm-eval, which is not installed: {INSTALL}.')
   manager, found = load(tasks)
-  check_code(found, options.allow_generated_code)
+  for name, task in found.items():
+    wrong = f'--tasks: {name} runs programs written by the model'
+    fix = 'remove it, or run lm-eval itself, which asks for confirm_run_unsafe_code'
+    require(not getattr(task, 'UNSAFE_CODE', False), f'{wrong}: {fix} (docs/evaluate.md).')
   check_examples(found, options.few_shot)
   scores = [_score(path, manager, tasks, found, options) for path in checkpoints]
   rows = [row for row, _ in scores]
@@ -71,19 +73,6 @@ def load(tasks: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     raise UserError(f'--tasks={",".join(tasks)} cannot be loaded ({reason}): {hint}.') from error
 
 
-def check_code(tasks: Mapping[str, Any], allowed: bool) -> None:
-  """UserError when tasks run what a model writes and may not, or cannot do it within limits."""
-  names = [name for name, task in tasks.items() if getattr(task, 'UNSAFE_CODE', False)]
-  for name in names:
-    limited = tasks[name].config.process_results in (scoring.human_eval, scoring.mbpp)
-    fix = 'use bam_humaneval or bam_mbpp'
-    require(limited, f'--tasks: {name} runs programs outside the sandbox: {fix}.')
-    fix = 'set --allow_generated_code, or remove the task'
-    require(allowed, f'--tasks: {name} runs programs written by the model: {fix}.')
-  if names:
-    sandbox.require()
-
-
 def check_examples(tasks: Mapping[str, Any], few_shot: int | None) -> None:
   """UserError when a task has fewer solved examples than are asked for."""
   for name, task in tasks.items():
@@ -109,7 +98,6 @@ def _score(path, manager, asked, tasks, options) -> tuple[dict[str, Any], Sample
     task_manager=manager,
     num_fewshot=options.few_shot,
     limit=options.max_documents,
-    confirm_run_unsafe_code=options.allow_generated_code,
   )
   row = {
     'checkpoint': path,
