@@ -21,10 +21,8 @@ to standard error; `--json` writes `data`, `split`, `dtype`, `mesh`, `confidence
     domain's specialist became (null without one).
 
 With `--tasks` instead of `--data` it writes `tasks`, `dtype`, `mesh`, `few_shot`, `max_documents`,
-and `rows`, one object a checkpoint: checkpoint, run, step, method, tokenizer_hash, window, and
-  tasks: by name `few_shot`, `questions`, and `metrics`, each with `value` and `stderr` (or null);
-    for later checkpoints also `difference` from the first, with `difference_stderr`.
-  groups: by name the metrics over all of a group's questions.
+and `rows`, one object a checkpoint: checkpoint, run, step, method, tokenizer_hash, window, and of
+lm-eval's own results `results`, `groups`, `n-shot`, `n-samples` and `versions`.
 """
 
 from typing import Any

@@ -160,6 +160,8 @@ CHOICE = [
   {'context': 'def', 'choices': ['f', 'x', 'return'], 'answer': 2},
   {'context': 'the', 'choices': ['cat', 'mat', 'x'], 'answer': 1},
 ]
+
+
 @pytest.fixture(scope='module')
 def task(tmp_path_factory) -> Path:
   """A task, as a .yaml file beside its data."""
@@ -188,10 +190,10 @@ def test_the_command(both, task, tmp_path):
   assert done.returncode == 0, done.stderr
   facts = json.loads((tmp_path / 'facts').read_text())
   [row] = facts['rows']
-  assert set(row['tasks']) == {'my_choice'} and row['window'] == LENGTH
+  assert set(row['results']) == {'my_choice'} and row['window'] == LENGTH
   want = scored(both[1], task)['results']['my_choice']['acc,none']
-  assert row['tasks']['my_choice']['metrics']['acc']['value'] == want
-  assert row['tasks']['my_choice']['questions'] == len(CHOICE)
+  assert row['results']['my_choice']['acc,none'] == want
+  assert row['n-samples']['my_choice']['effective'] == len(CHOICE)
   assert 'my_choice' in done.stderr
   done = run('bam_jax.evaluate', f'--checkpoint={path}', '--tasks=no.yaml')
   assert done.returncode == 2 and '--tasks=no.yaml cannot be loaded' in done.stderr
@@ -220,5 +222,3 @@ def test_the_group():
     'gsm8k': 8, 'math': 4, 'nq_open': 0, 'triviaqa': 0, 'arc_easy': 0, 'arc_challenge': 0,
     'social_iqa': 0, 'piqa': 0, 'winogrande': 0, 'mmlu': 5,
   }  # fmt: skip
-
-
