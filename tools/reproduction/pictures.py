@@ -1,17 +1,20 @@
 """The pictures of docs/results.md, from the facts of the seeds."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from bam_jax.reports import figures
 from tools.reproduction import compare, pages, paper
 from tools.reproduction.compare import COLUMNS, Seeds
 from tools.reproduction.recipe import reproduction
 
+PANELS = {'seed': 'Seed', 'specialist': 'Specialists', 'mixture': 'Mixtures'}
 CURVES = ('seed', 'code', 'law', 'math', 'btx', 'btx_6_top3', *pages.BAMS, 'dense')
 SAME_BATCHES = ('bam_kv', 'bam_shared_kv', 'btx_6_top3', 'average', 'sparse', 'dense')  # as BTX
 ROUTED = ('btx', 'bam_kv', 'bam_shared_kv')
@@ -38,7 +41,7 @@ def draw(seeds: Seeds, folder: Path) -> dict[str, str]:
   if rows:
     drawn['loss_curves.png'] = f'Loss by step, seed {seeds[0]["seed"]}'
     metrics = {row['run']: _metrics(row) for row in rows}
-    figures.loss_curves(folder / 'loss_curves.png', rows, metrics)
+    loss_curves(folder / 'loss_curves.png', rows, metrics)
   if any({'btx', name} <= seed['runs'].keys() for seed in seeds for name in SAME_BATCHES):
     drawn['loss_against_btx.png'] = 'Training loss against that of BTX on the same batches'
     loss_against_btx(folder / 'loss_against_btx.png', seeds)
@@ -48,6 +51,55 @@ def draw(seeds: Seeds, folder: Path) -> dict[str, str]:
       drawn[name] = f'Routing of {row["label"]}, seed {seeds[0]["seed"]}'
       figures.routing(folder / name, row)
   return drawn
+
+
+def loss_curves(
+  path: Path, rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
+  """Draws the negative log-likelihood of each run in training, and its held-out loss as dots.
+
+  `metrics` are the lines of each run, in order of steps.
+  """
+  kinds = [kind for kind in PANELS if any(row['kind'] == kind for row in rows)]
+  with figures.style():
+    figure = Figure(figsize=(1.0 + 3.4 * len(kinds), 3.2), layout='constrained')
+    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for axis, kind in zip(axes, kinds):
+      for i, row in enumerate(row for row in rows if row['kind'] == kind):
+        _loss_curve(axis, row, metrics[row['run']], figures.COLOURS[i % len(figures.COLOURS)])
+      axis.set(title=PANELS[kind], xlabel='step')
+      axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+      if axis.get_legend_handles_labels()[0]:
+        axis.legend(handlelength=1.4)
+    axes[0].set_ylabel('loss (nats per token)')
+    figures.save(figure, path)
+
+
+def _loss_curve(
+  axis: Axes, row: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], colour: str
+) -> None:
+  train = np.array([(line['step'], line['nll']) for line in lines if 'nll' in line])
+  if len(train):
+    axis.plot(*train.T, color=colour, alpha=0.22, linewidth=0.8)
+    axis.plot(train[:, 0], smooth(train[:, 1]), color=colour, label=row['label'])
+  held_out = [(line['step'], valid_loss(row, line['valid'])) for line in lines if line.get('valid')]
+  if held_out:
+    dots = dict(marker='o', linestyle='', markersize=4.5, markeredgecolor='white', clip_on=False)
+    axis.plot(*np.array(held_out).T, color=colour, **dots)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+  """The mean over about a tenth of the run, centred but for its end."""
+  # Symmetric at the start, where a lopsided window would lower a steep curve.
+  reaches = enumerate(min(len(values) // 20, i) for i in range(len(values)))
+  return np.array([values[i - reach : i + reach + 1].mean() for i, reach in reaches])
+
+
+def valid_loss(row: Mapping[str, Any], valid: Mapping[str, float]) -> float:
+  """A specialist's held-out loss on its own domain, another run's mean over the domains."""
+  if row['kind'] == 'specialist' and row['run'] in valid:
+    return valid[row['run']]
+  return sum(valid.values()) / len(valid)
 
 
 def against_btx(path: Path, seeds: Seeds) -> None:
@@ -75,7 +127,7 @@ def against_btx(path: Path, seeds: Seeds) -> None:
     axes[0].set_yticks(range(len(names)), [pages.label(name) for name in names])
     axes[0].invert_yaxis()
     figure.supxlabel('perplexity against BTX: dots our seeds, diamonds the paper', fontsize=8)
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def loss_against_btx(path: Path, seeds: Seeds) -> None:
@@ -93,12 +145,12 @@ def loss_against_btx(path: Path, seeds: Seeds) -> None:
       if not pairs:
         continue
       steps = sorted(set.intersection(*(set(losses) for pair in pairs for losses in pair)))
-      gaps = [figures.smooth(np.array([run[s] - btx[s] for s in steps])) for run, btx in pairs]
+      gaps = [smooth(np.array([run[s] - btx[s] for s in steps])) for run, btx in pairs]
       axis.plot(steps, np.transpose(gaps), color=colour, alpha=0.22, linewidth=0.8)
       axis.plot(steps, np.mean(gaps, axis=0), color=colour, label=pages.label(name))
     axis.set(xlabel='step', ylabel='loss less that of BTX (nats per token)')
     axis.legend()
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def learning_rates(path: Path, seeds: Seeds) -> None:
@@ -119,7 +171,7 @@ def learning_rates(path: Path, seeds: Seeds) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set(xlabel='peak learning rate', ylabel='average perplexity')
     axis.legend()
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def _metrics(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -128,8 +180,3 @@ def _metrics(row: dict[str, Any]) -> list[dict[str, Any]]:
     *({'step': step, 'nll': nll} for step, nll in row['nll']),
     *({'step': step, 'valid': valid} for step, valid in row['valid'] if step < row['step']),
   ]
-
-
-def _save(figure: Figure, path: Path) -> None:
-  # Without the library's version in the file, the same numbers give the same bytes.
-  figure.savefig(path, metadata={'Software': None})
