@@ -14,14 +14,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 INK = '#2b2f36'
 # Okabe and Ito's palette, safe for the colour-blind, without its yellow, too pale for a line.
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#5b5b5b')
 SHARES = ['#fbfbf9', '#cfe3ee', '#7fb4d6', '#2a7fb5', '#083d66']  # from none to all of the tokens
-MARKERS = 'osD^vPX'  # tell lines apart without colours
-NAMES = {'attention': 'attention router', 'ffn': 'FFN router'}
 ROUTERS = {'attention': 'Attention router: mean gate', 'ffn': 'FFN router: share of the tokens'}
 
 
@@ -61,41 +58,6 @@ def routing(path: Path, row: Mapping[str, Any]) -> None:
         axis.tick_params(axis='x', rotation=90 if num_experts > 4 else 0)
       part.supxlabel('expert', fontsize=8)
       part.supylabel('domain', fontsize=8)
-    save(figure, path)
-
-
-def routers_by_layer(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Draws for each router the share with the own expert and the entropy, a line a checkpoint.
-
-  `rows` are those of `evaluate --json` with routers.
-  """
-  routers = [router for router in ROUTERS if any(router in row['routing'] for row in rows)]
-  quantities = {
-    'own_share': 'share of the tokens with\nthe expert of their domain',
-    'entropy': 'entropy of the gates (nats)',
-  }
-  lines = {}
-  with style():
-    figure = Figure(figsize=(1.2 + 3.6 * len(routers), 5.2), layout='constrained')
-    axes = figure.subplots(2, len(routers), squeeze=False, sharex='col', sharey='row')
-    for (quantity, title), pair in zip(quantities.items(), axes):
-      for router, axis in zip(routers, pair):
-        for i, row in enumerate(rows):
-          domains = row['routing'].get(router, {}).values()
-          values = [facts[quantity] for facts in domains if facts[quantity] is not None]
-          if values:
-            mean_L = np.mean(values, axis=0)
-            look = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)])
-            layers = np.arange(1, len(mean_L) + 1)
-            lines[i], *_ = axis.plot(layers, mean_L, **look, markersize=4, clip_on=False)
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-      pair[0].set_ylabel(title)
-      pair[0].set_ylim(bottom=0)  # of both, when all lines are there
-    for router, above, below in zip(routers, *axes):
-      above.set_title(NAMES[router])
-      below.set_xlabel('layer')
-    handles, labels = [lines[i] for i in range(len(rows))], [row['label'] for row in rows]
-    figure.legend(handles, labels, loc='outside lower center', ncols=min(3, len(labels)))
     save(figure, path)
 
 
