@@ -16,8 +16,6 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 INK = '#2b2f36'
-# Okabe and Ito's palette, safe for the colour-blind, without its yellow, too pale for a line.
-COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#5b5b5b')
 SHARES = ['#fbfbf9', '#cfe3ee', '#7fb4d6', '#2a7fb5', '#083d66']  # from none to all of the tokens
 ROUTERS = {'attention': 'Attention router: mean gate', 'ffn': 'FFN router: share of the tokens'}
 

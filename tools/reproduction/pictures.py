@@ -14,6 +14,8 @@ from tools.reproduction import compare, pages, paper
 from tools.reproduction.compare import COLUMNS, Seeds
 from tools.reproduction.recipe import reproduction
 
+# Okabe and Ito's palette, safe for the colour-blind, without its yellow, too pale for a line.
+COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#5b5b5b')
 PANELS = {'seed': 'Seed', 'specialist': 'Specialists', 'mixture': 'Mixtures'}
 CURVES = ('seed', 'code', 'law', 'math', 'btx', 'btx_6_top3', *pages.BAMS, 'dense')
 SAME_BATCHES = ('bam_kv', 'bam_shared_kv', 'btx_6_top3', 'average', 'sparse', 'dense')  # as BTX
@@ -66,7 +68,7 @@ def loss_curves(
     axes = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axis, kind in zip(axes, kinds):
       for i, row in enumerate(row for row in rows if row['kind'] == kind):
-        _loss_curve(axis, row, metrics[row['run']], figures.COLOURS[i % len(figures.COLOURS)])
+        _loss_curve(axis, row, metrics[row['run']], COLOURS[i % len(COLOURS)])
       axis.set(title=PANELS[kind], xlabel='step')
       axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
       if axis.get_legend_handles_labels()[0]:
@@ -115,12 +117,10 @@ def against_btx(path: Path, seeds: Seeds) -> None:
       for line, name in enumerate(names):
         changes = compare.changes(seeds, name, 'btx', column)
         values = [100 * value for value in changes.values] if changes else []
-        axis.plot(
-          values, [line] * len(values), 'o', color=figures.COLOURS[0], markersize=5, alpha=0.7
-        )
+        axis.plot(values, [line] * len(values), 'o', color=COLOURS[0], markersize=5, alpha=0.7)
         printed = compare.printed_change(paper.ALL, name, 'btx', column)
         if printed is not None:
-          style = dict(color=figures.COLOURS[1], markersize=5, markerfacecolor='none')
+          style = dict(color=COLOURS[1], markersize=5, markerfacecolor='none')
           axis.plot([100 * printed], [line], 'D', **style)
       axis.set(title=column, xlabel='%')
       axis.margins(x=0.15)
@@ -136,7 +136,7 @@ def loss_against_btx(path: Path, seeds: Seeds) -> None:
     figure = Figure(figsize=(6.4, 3.6), layout='constrained')
     axis = figure.subplots()
     axis.axhline(0, color=figures.INK, linewidth=0.8)
-    for colour, name in zip(figures.COLOURS, SAME_BATCHES):
+    for colour, name in zip(COLOURS, SAME_BATCHES):
       pairs = [
         (dict(seed['runs'][name]['nll']), dict(seed['runs']['btx']['nll']))
         for seed in seeds
@@ -158,7 +158,7 @@ def learning_rates(path: Path, seeds: Seeds) -> None:
   with figures.style():
     figure = Figure(figsize=(4.4, 3.2), layout='constrained')
     axis = figure.subplots()
-    for colour, name in zip(figures.COLOURS, reproduction.SWEPT):
+    for colour, name in zip(COLOURS, reproduction.SWEPT):
       there = {peak: some for peak, some in sorted(pages.sweep(seeds, name).items()) if some}
       means = [some.mean for some in there.values()]
       axis.plot(list(there), means, color=colour, label=pages.label(name))
