@@ -69,7 +69,7 @@ def main() -> dict[str, Any] | None:
   runner.write_command(workdir, recipe, cli.command())
   facts = report.write(workdir, list(nodes))
   rich.console.Console(stderr=True).print(report.table(facts))
-  print(f'{workdir}/report/report.md has this table, the costs and the figures.', file=sys.stderr)
+  print(f'{workdir}/report/report.md has this table, the costs and the routing.', file=sys.stderr)
   return facts
 
 

@@ -27,7 +27,7 @@ With --phase=decode a step is one token of each row, with these keys of its own:
   needed_bytes, hbm_ratio: `weights` and `cache` that a chip must read; `hbm_bytes` over them.
   tokens_per_second: of all rows, for each bound.
 With --search:
-  candidates, flags: what was compiled, best first: `mesh`, `remat`, `grad_accum_steps`,
+  candidates, flags: what was compiled, best first: `mesh`, `compute`, `grad_accum_steps`,
     `sequences_per_chip`, `fits`, `peak_bytes`, `seconds`, `mfu`; and the overrides that give the
     best, which all other keys describe.
 """
@@ -52,7 +52,6 @@ _SEQUENCES = flags.DEFINE_integer('sequences_per_chip', None, 'In a step without
 _BATCH = flags.DEFINE_integer('batch_size', 1, 'Decode: number of rows.', lower_bound=1)
 _CONTEXT = flags.DEFINE_integer('context', None, "Decode: tokens a row; default: the recipe's.", 1)
 _DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['float32', 'bfloat16'], 'Decode: of all arrays.')
-_HLO = flags.DEFINE_string('hlo', None, "File for the optimized program's text.")
 _SEARCH = flags.DEFINE_bool('search', False, 'Search for mesh, remat and sequences a chip.')
 _TRAIN, _DECODE = (_SEQUENCES, _SEARCH), (_BATCH, _CONTEXT, _DTYPE)
 
@@ -74,12 +73,11 @@ def main() -> dict[str, Any]:
     require(not flag.present, wrong)
   devices = target.devices()
   if _SEARCH.value:
-    compiled, facts = search.search(job, target, devices, _SEQUENCES.value)
+    facts = search.search(job, target, devices, _SEQUENCES.value)
   elif _PHASE.value == 'train':
     job = job.with_sequences(_SEQUENCES.value) if _SEQUENCES.value else job
     mesh = program.make_mesh(job, devices, target)
-    compiled = program.compile_train(job, mesh)
-    facts = report.train_facts(job, target, mesh, compiled)
+    facts = report.train_facts(job, target, mesh, program.compile_train(job, mesh))
   else:
     context = _CONTEXT.value or recipe.data.sequence_length
     decode = program.Decode(_BATCH.value, context, _DTYPE.value)
@@ -89,8 +87,6 @@ def main() -> dict[str, Any]:
     facts = report.decode_facts(job, decode, target, mesh, decoder, compiled)
   for table in report.tables(facts):
     cli.console().print(table, '')
-  if _HLO.value:
-    program.write_hlo(compiled, _HLO.value)
   return facts
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 from bam_jax import config
 from bam_jax.aot.topology import Topology
 from bam_jax.config.strict import require
-from bam_jax.files import folders
 from bam_jax.generate import generator
 from bam_jax.generate.decode import Decoder
 from bam_jax.model import transformer
@@ -148,11 +146,3 @@ def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
       raise
     sentence = ' '.join(str(error).split())
     return sentence[max(0, sentence.find('Ran out of memory')) :].split(' See ')[0][:300]
-
-
-def write_hlo(compiled: Compiled, path: str) -> None:
-  """Writes the optimized HLO; UserError when the step does not fit, or the file is not written."""
-  refused = isinstance(compiled, str)
-  require(not refused, f'--hlo={path} is not written: the step does not fit.')
-  with folders.writing(f'--hlo={path}'):
-    Path(path).write_text(compiled.as_text(), encoding='utf-8')

@@ -27,7 +27,10 @@ from bam_jax.parallel import sharding
 
 REMAT = typing.get_args(typing.get_type_hints(config.Compute)['remat'])[1:]  # 'none' first
 SLACK = 1.1  # layouts that are guessed to need this times the memory are not compiled
-KEYS = 'mesh', 'grad_accum_steps', 'sequences_per_chip', 'fits', 'peak_bytes'  # of a candidate
+KEYS = (  # of a candidate
+  'mesh', 'compute', 'grad_accum_steps', 'sequences_per_chip', 'fits', 'peak_bytes', 'seconds',
+  'mfu',
+)  # fmt: skip
 TRIED = 8  # layouts at most that are compiled, in half a minute to three minutes each
 
 _state_bytes = functools.cache(accounting.state_bytes)
@@ -35,8 +38,8 @@ _state_bytes = functools.cache(accounting.state_bytes)
 
 def search(
   job: Job, topology: Topology, devices: Sequence[Any], sequences_per_chip: int | None
-) -> tuple[program.Compiled, dict[str, Any]]:
-  """The layout with the least roofline time a token of those compiled, and its facts.
+) -> dict[str, Any]:
+  """The facts of the layout with the least roofline time a token of those compiled.
 
   They have `candidates` and `flags`. UserError when no layout is legal, or no compiled one fits.
   """
@@ -49,29 +52,27 @@ def search(
   tried, done = sorted(hopeful, key=lambda x: x[0])[:TRIED], []
   for number, (*_, layout) in enumerate(tried, 1):
     mesh = program.make_mesh(layout, devices, topology)
-    compiled = program.compile_train(layout, mesh)
-    facts = report.train_facts(layout, topology, mesh, compiled)
-    row = {key: facts[key] for key in KEYS} | {'remat': layout.run.compute.remat}
+    facts = report.train_facts(layout, topology, mesh, program.compile_train(layout, mesh))
     speed, outcome = [0.0], 'does not fit'
     if facts['fits']:
-      row |= {key: {name: facts[key][name] for name in BOUNDS} for key in ('seconds', 'mfu')}
       speed = [facts['tokens_per_second_per_chip'][name] for name in BOUNDS[:2]]
-      values = row['peak_bytes'], row['seconds']['roofline'], row['mfu']['roofline']
+      values = facts['peak_bytes'], facts['seconds']['roofline'], facts['mfu']['roofline']
       peak, time, mfu = map(report.text, ('peak_bytes', 'seconds', 'mfu'), values)
       outcome = f'{peak}, at least {time}, MFU {mfu}'
-    sizes = accounting.mesh_text(row['mesh'])
-    what = f'remat {row["remat"]}, {row["sequences_per_chip"]} sequences a chip'
+    sizes, remat = accounting.mesh_text(facts['mesh']), layout.run.compute.remat
+    what = f'remat {remat}, {facts["sequences_per_chip"]} sequences a chip'
     console.print(f'{number} of {len(tried)}: {sizes}, {what}: {outcome}', soft_wrap=True)
-    done.append((speed, row, layout, compiled, facts))
+    done.append((speed, layout, facts))
   done.sort(key=lambda x: x[0], reverse=True)
-  _, _, best, compiled, facts = done[0]
+  _, best, facts = done[0]
   wrong = f'None of the {len(done)} compiled layouts of {len(hopeful)} fits {topology.name}'
   require(facts['fits'], f'{wrong}: use more chips, or fewer --sequences_per_chip.')
   keys = lambda job: traverse_util.flatten_dict(config.to_dict(job.run), sep='.')
   before, after = keys(job), keys(best)
   flags = [f'--{job.key}.{key}={new}' for key, new in after.items() if new != before[key]]
   console.print('The best of them:', *flags, sep='\n  ', end='\n\n')
-  return compiled, facts | {'candidates': [row for _, row, *_ in done], 'flags': flags}
+  rows = [{key: found[key] for key in KEYS if key in found} for *_, found in done]
+  return facts | {'candidates': rows, 'flags': flags}
 
 
 def layouts(job: Job, topology: Topology, sequences_per_chip: int | None) -> Iterator[Job]:

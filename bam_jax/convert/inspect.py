@@ -7,10 +7,9 @@ Each is a run's folder (its newest checkpoint), a step's, or an output of `conve
 are compared array by array, by ||A - B|| / ||A|| and the cosine similarity; then by part of the
 model, which shows how far a specialist has moved from its seed, and where. Arrays are streamed.
 
-`--json` writes for one `checkpoint`, `meta`, `arrays` (`path`, `shape`, `dtype`, `bytes`, `mean`,
-`std`, `min`, `max` of the finite values, `not_finite` the number of the others) and `groups`; for
-two `a`, `b`, `arrays` (`path`, `{a,b}_{shape,dtype}`, `distance`, `cosine`, `equal`; null where
-shapes differ) and `groups`.
+`--json` writes for one `checkpoint`, `meta`, `arrays` (`path`, `shape`, `dtype`, `bytes`) and
+`groups`; for two `a`, `b`, `arrays` (`path`, `{a,b}_{shape,dtype}`, `distance`, `cosine`, `equal`;
+null where shapes differ) and `groups`.
 """
 
 import collections
@@ -35,7 +34,7 @@ def main(*paths: str) -> dict[str, Any]:
   """Prints and returns the facts about one checkpoint, or the differences of two."""
   require(paths, 'The path of a checkpoint is required, or two paths to compare.')
   with cli.bytes_bar('Reading') as progress:
-    facts = describe(*paths, progress) if len(paths) == 1 else compare(*paths, progress)
+    facts = describe(*paths) if len(paths) == 1 else compare(*paths, progress)
   cli.console().print(*tables(facts))
   return facts
 
@@ -48,18 +47,14 @@ def group_of(path: str) -> str:
   return next((parts[word] for word in path.split('/') if word in parts), 'norms')
 
 
-def describe(path: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
-  """The facts about one checkpoint: its `meta`, and for every array shape, dtype and values."""
+def describe(path: str) -> dict[str, Any]:
+  """The facts about one checkpoint: its `meta`, and the shape and dtype of every array."""
   folder = checkpoint.find(path)
-  meta = strict.to_dict(checkpoint.read_meta(folder))  # first: what is refused is not read whole
-  reader = arrays.Reader(folder / 'params')
-  moments = collections.defaultdict(list)
-  for name, (piece,) in _pieces([reader], list(reader.specs), progress):
-    moments[name].append(_moments(piece))
+  meta = strict.to_dict(checkpoint.read_meta(folder))
   rows, groups = [], {group: dict(group=group, parameters=0, bytes=0) for group in GROUPS}
-  for name, spec in reader.specs.items():
-    facts = dict(path=name, shape=list(spec.shape), dtype=str(spec.dtype), bytes=spec.nbytes)
-    rows.append(facts | _statistics(moments[name]))
+  for name, spec in arrays.Reader(folder / 'params').specs.items():
+    shape, dtype = list(spec.shape), str(spec.dtype)
+    rows.append(dict(path=name, shape=shape, dtype=dtype, bytes=spec.nbytes))
     groups[group_of(name)]['parameters'] += math.prod(spec.shape)
     groups[group_of(name)]['bytes'] += spec.nbytes
   groups = [group for group in groups.values() if group['bytes']]
@@ -107,24 +102,6 @@ def _pieces(
     yield name, pieces
 
 
-def _moments(piece: np.ndarray) -> list[float]:
-  """Number of values that are not finite; of the others count, sum, squares, -min, max."""
-  values = piece[np.isfinite(piece)].astype(np.float64)
-  low, high = values.min(initial=math.inf), values.max(initial=-math.inf)
-  return [piece.size - values.size, values.size, values.sum(), values @ values, -low, high]
-
-
-def _statistics(moments: list[list[float]]) -> dict[str, float | None]:
-  not_finite, count, total, squares = np.sum(moments, axis=0)[:4]
-  facts = dict(mean=None, std=None, min=None, max=None, not_finite=int(not_finite))
-  if count:
-    low, high = np.max(moments, axis=0)[4:]
-    mean = float(total / count)
-    std = math.sqrt(max(0.0, squares / count - mean**2))
-    facts |= dict(mean=mean, std=std, min=float(-low), max=float(high))
-  return facts
-
-
 def _distance(products: np.ndarray) -> dict[str, Any]:
   """||A - B|| / ||A|| and the cosine, from the sums of a a, b b, a b and (a - b)^2."""
   aa, bb, ab, dd = map(float, products)
@@ -148,12 +125,11 @@ def tables(facts: Mapping[str, Any]) -> list[rich.table.Table]:
   rows = [{'key': k, 'value': v} for k, v in about.items() if v not in (None, '', [])]
   how = {row['target']: row['how'] for row in made.get('made', ())}
   parameters = [row | {'made_by': how.get(row['path'])} for row in facts['arrays']]
-  right = ['bytes', 'mean', 'std', 'min', 'max', 'not_finite']
   sources = made.get('sources', ())
   return [
     _table(facts['checkpoint'], ['key', 'value'], [], rows),
     *([_table('Made from', ['path', 'run'], ['step', 'hash'], sources)] if sources else []),
-    _table('Parameters', ['path', 'shape', 'dtype', 'made_by'], right, parameters),
+    _table('Parameters', ['path', 'shape', 'dtype', 'made_by'], ['bytes'], parameters),
     _table('In all', ['group'], ['parameters', 'bytes'], facts['groups']),
   ]
 

@@ -21,10 +21,8 @@ to standard error; `--json` writes `data`, `split`, `dtype`, `mesh`, `confidence
     domain's specialist became (null without one).
 
 With `--tasks` instead of `--data` it writes `tasks`, `dtype`, `mesh`, `few_shot`, `max_documents`,
-and `rows`, one object a checkpoint: checkpoint, run, step, method, tokenizer_hash, window, and
-  tasks: by name `few_shot`, `questions`, and `metrics`, each with `value` and `stderr` (or null);
-    for later checkpoints also `difference` from the first, with `difference_stderr`.
-  groups: by name the metrics over all of a group's questions.
+and `rows`, one object a checkpoint: checkpoint, run, step, method, tokenizer_hash, window, and of
+lm-eval's own results `results`, `groups`, `n-shot`, `n-samples` and `versions`.
 """
 
 from typing import Any
@@ -55,7 +53,6 @@ _ROUTING = flags.DEFINE_string('routing', None, 'Folder for pictures of the rout
 _TASKS = flags.DEFINE_list('tasks', [], 'Instead of --data: tasks of lm-eval, .yaml files.')
 _BATCH = flags.DEFINE_integer('batch_size', 16, 'Tasks: texts generated at once.', lower_bound=1)
 _FEW_SHOT = flags.DEFINE_integer('few_shot', None, "Solved examples; default: the task's.", 0, 1000)
-_ALLOW = flags.DEFINE_bool('allow_generated_code', False, 'Allow programs written by the model.')
 
 
 def main() -> dict[str, Any]:
@@ -67,7 +64,7 @@ def main() -> dict[str, Any]:
   if _TASKS.value:
     _refuse('with --tasks', _DATA, _SPLIT, _TEXT_FIELD, _STRIDE, _RESAMPLES, _CONFIDENCE, _ROUTING)
     return tasks_session.run(_CHECKPOINT.value, _TASKS.value, options)
-  _refuse('without --tasks', _BATCH, _FEW_SHOT, _ALLOW)
+  _refuse('without --tasks', _BATCH, _FEW_SHOT)
   domains = corpus.read(_DATA.value, _SPLIT.value, _TEXT_FIELD.value, options.max_documents)
   facts = session.run(_CHECKPOINT.value, domains, options, _ROUTING.value)
   return {'data': _DATA.value, 'split': _SPLIT.value} | facts

@@ -44,7 +44,6 @@ class Options(NamedTuple):
   # Of tasks.
   batch_size: int = 16  # texts that are generated at once
   few_shot: int | None = None  # examples before each question; None: as each task says
-  allow_generated_code: bool = False
 
 
 @dataclasses.dataclass

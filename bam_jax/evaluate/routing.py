@@ -64,8 +64,7 @@ def own_shares(facts: Mapping[str, Any]) -> list[list[str]]:
 
 
 def draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Draws `by_layer.png` of the rows of `--json`, and `<row's number>_<router>.png` of each."""
-  figures.routers_by_layer(folder / 'by_layer.png', [row for row in rows if row['routing']])
+  """Draws `<row's number>_<router>.png` of the rows of `--json`."""
   for number, row in enumerate(rows):
     for router, by_domain in (row['routing'] or {}).items():
       loads = {domain: facts['load'] for domain, facts in by_domain.items()}

@@ -1,7 +1,5 @@
 """The README.md of an exported folder, for readers who do not know bam_jax."""
 
-import os
-
 from bam_jax import checkpoint
 from bam_jax.data.tokenizer import HUGGING_FACE_FILE, Tokenizer
 from bam_jax.hf.families import BAM
@@ -43,7 +41,6 @@ def text(meta: checkpoint.Meta, architecture: str, tokenizer: Tokenizer) -> str:
   facts = [
     f'`{architecture}`, {counts.total:,} parameters, {counts.active:,} of them active for a token.',
     f'Exported by bam_jax: step {meta.step}, trained on {meta.sequence_length:,} tokens at once.',
-    f'Tokenizer: {tokenizer.vocab_size:,} tokens, SHA-256 `{meta.tokenizer_hash}`.',
   ]
   if attention := meta.model.attention_experts:
     routing = f'top-{attention.top_k}' if attention.top_k else 'soft'
@@ -54,12 +51,6 @@ def text(meta: checkpoint.Meta, architecture: str, tokenizer: Tokenizer) -> str:
   if meta.method:
     experts = ', '.join(meta.sources)
     facts.append(f'Method: `{meta.method}`. Sources, in the order of the experts: {experts}.')
-  for source in meta.manifest.sources if meta.manifest else ():
-    name = source.run or os.path.basename(source.path)  # a whole path is private
-    step = '' if source.step is None else f', step {source.step}'
-    content = f', content hash `{source.hash}`' if source.hash else ''
-    facts.append(f'Made from `{name}`{step}{content}.')
-  facts.append(f'Versions: {", ".join(f"{name} {v}" for name, v in meta.versions.items())}.')
   coded = architecture == BAM.architecture
   card = _CARD.format(
     tags='bam_jax, mixture-of-experts' if attention or ffn else 'bam_jax',

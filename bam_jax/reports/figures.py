@@ -1,4 +1,4 @@
-"""Pictures: loss curves, and where routers send tokens.
+"""Pictures of where routers send tokens, and the style of all pictures.
 
 Legend: L layers, E experts.
 """
@@ -14,70 +14,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 INK = '#2b2f36'
-# Okabe and Ito's palette, safe for the colour-blind, without its yellow, too pale for a line.
-COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#5b5b5b')
 SHARES = ['#fbfbf9', '#cfe3ee', '#7fb4d6', '#2a7fb5', '#083d66']  # from none to all of the tokens
-MARKERS = 'osD^vPX'  # tell lines apart without colours
-PANELS = {'seed': 'Seed', 'specialist': 'Specialists', 'mixture': 'Mixtures'}
-NAMES = {'attention': 'attention router', 'ffn': 'FFN router'}
 ROUTERS = {'attention': 'Attention router: mean gate', 'ffn': 'FFN router: share of the tokens'}
 
 
 def style() -> contextlib.AbstractContextManager:
   """The style of all pictures, for the figures made and saved inside."""
   return matplotlib.style.context('bam_jax.reports.pictures')
-
-
-def loss_curves(
-  path: Path, rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> None:
-  """Draws the negative log-likelihood of each run in training, and its held-out loss as dots.
-
-  `metrics` are the lines of each run, in order of steps.
-  """
-  kinds = [kind for kind in PANELS if any(row['kind'] == kind for row in rows)]
-  with style():
-    figure = Figure(figsize=(1.0 + 3.4 * len(kinds), 3.2), layout='constrained')
-    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
-    for axis, kind in zip(axes, kinds):
-      for i, row in enumerate(row for row in rows if row['kind'] == kind):
-        _loss_curve(axis, row, metrics[row['run']], COLOURS[i % len(COLOURS)])
-      axis.set(title=PANELS[kind], xlabel='step')
-      axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-      if axis.get_legend_handles_labels()[0]:
-        axis.legend(handlelength=1.4)
-    axes[0].set_ylabel('loss (nats per token)')
-    _save(figure, path)
-
-
-def _loss_curve(
-  axis: Axes, row: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], colour: str
-) -> None:
-  train = np.array([(line['step'], line['nll']) for line in lines if 'nll' in line])
-  if len(train):
-    axis.plot(*train.T, color=colour, alpha=0.22, linewidth=0.8)
-    axis.plot(train[:, 0], smooth(train[:, 1]), color=colour, label=row['label'])
-  held_out = [(line['step'], valid_loss(row, line['valid'])) for line in lines if line.get('valid')]
-  if held_out:
-    dots = dict(marker='o', linestyle='', markersize=4.5, markeredgecolor='white', clip_on=False)
-    axis.plot(*np.array(held_out).T, color=colour, **dots)
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-  """The mean over about a tenth of the run, centred but for its end."""
-  # Symmetric at the start, where a lopsided window would lower a steep curve.
-  reaches = enumerate(min(len(values) // 20, i) for i in range(len(values)))
-  return np.array([values[i - reach : i + reach + 1].mean() for i, reach in reaches])
-
-
-def valid_loss(row: Mapping[str, Any], valid: Mapping[str, float]) -> float:
-  """A specialist's held-out loss on its own domain, another run's mean over the domains."""
-  if row['kind'] == 'specialist' and row['run'] in valid:
-    return valid[row['run']]
-  return sum(valid.values()) / len(valid)
 
 
 def routing(path: Path, row: Mapping[str, Any]) -> None:
@@ -111,42 +56,7 @@ def routing(path: Path, row: Mapping[str, Any]) -> None:
         axis.tick_params(axis='x', rotation=90 if num_experts > 4 else 0)
       part.supxlabel('expert', fontsize=8)
       part.supylabel('domain', fontsize=8)
-    _save(figure, path)
-
-
-def routers_by_layer(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Draws for each router the share with the own expert and the entropy, a line a checkpoint.
-
-  `rows` are those of `evaluate --json` with routers.
-  """
-  routers = [router for router in ROUTERS if any(router in row['routing'] for row in rows)]
-  quantities = {
-    'own_share': 'share of the tokens with\nthe expert of their domain',
-    'entropy': 'entropy of the gates (nats)',
-  }
-  lines = {}
-  with style():
-    figure = Figure(figsize=(1.2 + 3.6 * len(routers), 5.2), layout='constrained')
-    axes = figure.subplots(2, len(routers), squeeze=False, sharex='col', sharey='row')
-    for (quantity, title), pair in zip(quantities.items(), axes):
-      for router, axis in zip(routers, pair):
-        for i, row in enumerate(rows):
-          domains = row['routing'].get(router, {}).values()
-          values = [facts[quantity] for facts in domains if facts[quantity] is not None]
-          if values:
-            mean_L = np.mean(values, axis=0)
-            look = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)])
-            layers = np.arange(1, len(mean_L) + 1)
-            lines[i], *_ = axis.plot(layers, mean_L, **look, markersize=4, clip_on=False)
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-      pair[0].set_ylabel(title)
-      pair[0].set_ylim(bottom=0)  # of both, when all lines are there
-    for router, above, below in zip(routers, *axes):
-      above.set_title(NAMES[router])
-      below.set_xlabel('layer')
-    handles, labels = [lines[i] for i in range(len(rows))], [row['label'] for row in rows]
-    figure.legend(handles, labels, loc='outside lower center', ncols=min(3, len(labels)))
-    _save(figure, path)
+    save(figure, path)
 
 
 def _heat_map(axis: Axes, load: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:
@@ -162,6 +72,7 @@ def _heat_map(axis: Axes, load: np.ndarray, columns: Sequence[str], rows: Sequen
   axis.set_ylim(len(rows), 0)  # the first row on top
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+  """Writes a picture."""
   # Without the library's version in the file, the same numbers give the same bytes.
   figure.savefig(path, metadata={'Software': None})

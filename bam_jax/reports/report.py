@@ -15,7 +15,6 @@ from rich.text import Text
 from bam_jax.errors import UserError
 from bam_jax.files import buckets, folders, json_file
 from bam_jax.reports import figures, scores
-from bam_jax.train import log
 from bam_jax.train.log import duration
 
 Row = dict[str, Any]
@@ -65,7 +64,7 @@ def _write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
   folder = workdir / 'report'
   # Each file appears whole: jobs that train other runs of the workdir write the report too.
   with folders.writing(folder), buckets.drafts(folder) as drafts:
-    report['pictures'] = _draw(workdir, drafts, rows) if rows else []
+    report['pictures'] = _draw(drafts, rows)
   folders.write_file(folder / 'report.json', json.dumps(report, indent=1) + '\n')
   folders.write_file(folder / 'report.md', markdown(report))
   return report
@@ -98,11 +97,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     'The same losses for each byte of text, which do not depend on the tokenizer.',
     '## Cost',
     _cost_table(report),
-    'Each row is that run alone: a mixture also depends on the runs it was made from.',
-    '## Loss',
-    '![Loss by step](loss_curves.png)',
-    "Lines: training loss without the routers' auxiliary losses, smoothed. Dots: held-out loss, of"
-    ' its own domain for a specialist and the mean over the domains for the others.',
+    'Each row is that run alone: a mixture also depends on the runs it was made from. Its losses by'
+    ' step are in `tensorboard` and `metrics.jsonl` of its folder.',
   ]
   routed = [row for row in report['rows'] if row['routing']]
   if routed:
@@ -141,23 +137,11 @@ def _average(values: Mapping[str, float], domains: Sequence[str]) -> float | Non
   return sum(map(values.get, domains)) / len(domains) if len(values) == len(domains) else None
 
 
-def _draw(workdir: Path | epath.Path, folder: Path, rows: Sequence[Row]) -> list[str]:
-  lines = {row['run']: _metrics(workdir / row['run'] / 'metrics.jsonl') for row in rows}
-  figures.loss_curves(folder / 'loss_curves.png', rows, lines)
-  pictures = ['loss_curves.png']
-  for row in rows:
-    if row['routing']:
-      pictures.append(f'routing_{row["run"]}.png')
-      figures.routing(folder / pictures[-1], row)
-  return pictures
-
-
-def _metrics(path: Path | epath.Path) -> list[dict[str, Any]]:
-  """One line a step, in order; held-out losses and times have lines of their own."""
-  lines: dict[int, dict[str, Any]] = {}
-  for _, line in log.read_lines(path):
-    lines[line['step']] = lines.get(line['step'], {}) | line
-  return [lines[step] for step in sorted(lines)]
+def _draw(folder: Path, rows: Sequence[Row]) -> list[str]:
+  pictures = {f'routing_{row["run"]}.png': row for row in rows if row['routing']}
+  for name, row in pictures.items():
+    figures.routing(folder / name, row)
+  return list(pictures)
 
 
 def _score_table(report: Mapping[str, Any], score: str) -> str:

@@ -51,13 +51,13 @@ SMALL = '--config=configs/small_590m.py'
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_mixture_on_a_slice(tmp_path):
+def test_a_mixture_on_a_slice():
   key = '--config.runs.bam_kv'
   flags = (
     SMALL, '--run=bam_kv', '--topology=v5e:2x4', '--sequences_per_chip=2', f'{key}.mesh.fsdp=2',
     f'{key}.mesh.expert=4', f'{key}.compute.remat=full',
   )  # fmt: skip
-  facts = facts_of(*flags, f'--hlo={tmp_path}/step.txt')
+  facts = facts_of(*flags)
   assert facts['fits'] and facts['chips'] == 8 and not facts['uncounted_kernels']
   assert 1.0 < facts['flops_ratio'] < 1.4  # the blocks' forward pass twice, the logits' once
   # Nine grouped products a layer of the three weights, and those that are computed again.
@@ -67,24 +67,22 @@ def test_a_mixture_on_a_slice(tmp_path):
   assert {('all-gather', 'expert'), ('reduce-scatter', 'expert'), ('all-gather', 'fsdp')} <= kinds
   reduced = sum(r['wire_bytes'] for r in facts['collectives'] if r['kind'] == 'all-reduce')
   assert reduced < 0.1e9
-  assert 'ENTRY' in (tmp_path / 'step.txt').read_text()
 
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_token_of_experts_on_a_slice(tmp_path):
+def test_a_token_of_experts_on_a_slice():
   """Four chips, each with an attention expert: a token reads what it must, at BTX's speed."""
   key, made = '--config.runs', {}
   for run in ('btx', 'bam_kv'):
     mesh = f'{key}.{run}.mesh.expert=4', f'{key}.{run}.mesh.fsdp=1', f'{key}.{run}.mesh.data=1'
     flags = (SMALL, f'--run={run}', '--topology=v5e:2x2', '--phase=decode', '--context=272', *mesh)
-    made[run] = facts_of(*flags, f'--hlo={tmp_path}/{run}.txt')
+    made[run] = facts_of(*flags)
     # Weights of experts that nobody visits are not read, and nothing is read twice.
     assert made[run]['fits'] and made[run]['hbm_ratio'] < 1.1
     assert not made[run]['uncounted_kernels']
     counts = {row['kind']: row['count'] for row in made[run]['collectives']}
     assert counts['all-reduce'] == 7  # six layers, and the embedding
-    assert 'visited_experts' in (tmp_path / f'{run}.txt').read_text()
   ratio = made['bam_kv']['seconds']['roofline'] / made['btx']['seconds']['roofline']
   assert ratio < 1.05
 

@@ -105,7 +105,7 @@ def shown(facts: dict) -> str:
   return text.getvalue()
 
 
-def test_a_step_that_does_not_fit(make_job, tmp_path):
+def test_a_step_that_does_not_fit(make_job):
   message = (
     'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory '
     'required for HLO temporaries (20.25G) exceeds available HBM (15.75G). HLO module: jit_step. '
@@ -121,11 +121,6 @@ def test_a_step_that_does_not_fit(make_job, tmp_path):
   facts = report.train_facts(job, TARGET, None, refused)
   assert not facts['fits'] and facts['peak_bytes'] is None
   assert all(word in shown(facts) for word in ('does not fit', 'hbm_limit_bytes', 'jit_step'))
-  with pytest.raises(UserError, match='--hlo=x is not written: the step does not fit'):
-    program.write_hlo(refused, 'x')
-  compiled = jax.jit(lambda x: x + 1).lower(1.0).compile()
-  with pytest.raises(UserError, match='--hlo=.* cannot be written: No such file or directory'):
-    program.write_hlo(compiled, str(tmp_path / 'nowhere' / 'file'))
 
 
 def flops_of(job: program.Job) -> float:

@@ -21,51 +21,28 @@ def shown(facts: dict) -> str:
   return console.file.getvalue()
 
 
-still = lambda done, total: None  # shows no progress
-
-
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
   monkeypatch.setattr(arrays, 'CHUNK_BYTES', 2000)
 
 
-@pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
-def test_a_description(tmp_path, dtype):
-  model, seen = make_model('btx'), []
-  values = {path: a.astype(dtype) for path, a in draw(model).items()}
+def test_a_description(tmp_path):
+  model = make_model('btx')
+  values = {path: a.astype(jnp.bfloat16) for path, a in draw(model).items()}
   path = write_checkpoint(tmp_path / 'one', model, values)
-  facts = inspect.describe(path, lambda *both: seen.append(both))
-  total = sum(array.nbytes for array in values.values())
-  assert seen[-1] == (total, total)
+  facts = inspect.describe(path)
   assert facts['checkpoint'] == str(path)
   assert facts['meta']['model']['ffn_experts']['num_experts'] == 4
   assert [row['path'] for row in facts['arrays']] == sorted(values)
   for row in facts['arrays']:
-    array = values[row['path']].astype(np.float64)
-    assert row['shape'] == list(array.shape) and row['dtype'] == np.dtype(dtype).name
-    assert row['bytes'] == values[row['path']].nbytes
-    assert row['mean'] == pytest.approx(array.mean(), rel=1e-12, abs=1e-15)
-    assert row['std'] == pytest.approx(array.std(), rel=1e-12)
-    assert (row['min'], row['max'], row['not_finite']) == (array.min(), array.max(), 0)
+    array = values[row['path']]
+    assert row['shape'] == list(array.shape) and row['dtype'] == 'bfloat16'
+    assert row['bytes'] == array.nbytes
   by_group = {row['group']: row['parameters'] for row in facts['groups']}
   assert sum(by_group.values()) == sum(array.size for array in values.values())
   assert by_group['routers'] == values['blocks/ffn/router'].size
   assert by_group['embeddings'] == values['embed/table'].size
   assert 'btx' in shown(facts) or 'blocks/ffn/router' in shown(facts)
-
-
-def test_what_is_not_finite_is_counted(tmp_path):
-  values = draw(make_model())
-  up = values['blocks/ffn/up']
-  up[1, 3, 4], up[0, 2, :2], values['final_norm/scale'][:] = np.nan, np.inf, np.nan
-  facts = inspect.describe(write_checkpoint(tmp_path / 'one', make_model(), values), still)
-  rows = {row['path']: row for row in facts['arrays']}
-  assert rows['blocks/ffn/up']['not_finite'] == 3
-  mean = up[np.isfinite(up)].mean(dtype=np.float64)
-  assert rows['blocks/ffn/up']['mean'] == pytest.approx(mean, rel=1e-12)
-  norm = rows['final_norm/scale']
-  assert (norm['mean'], norm['std'], norm['min'], norm['not_finite']) == (None, None, None, 24)
-  assert shown(facts)
 
 
 def test_a_comparison(tmp_path):
@@ -77,7 +54,10 @@ def test_a_comparison(tmp_path):
     write_checkpoint(tmp_path / name, model, values)
     for name, values in (('a', ours), ('b', theirs))
   ]
-  facts = inspect.compare(*paths, still)
+  seen = []
+  facts = inspect.compare(*paths, lambda *both: seen.append(both))
+  total = 2 * sum(array.nbytes for array in ours.values())
+  assert seen[-1] == (total, total)
   assert [facts['a'], facts['b']] == list(map(str, paths))
   rows = {row['path']: row for row in facts['arrays']}
   assert list(rows) == sorted(ours)
@@ -110,7 +90,7 @@ def test_checkpoints_of_different_models_are_compared_as_far_as_they_go(tmp_path
   dense = write_checkpoint(tmp_path / 'dense', make_model(), draw(make_model()))
   halves = {path: a.astype(jnp.bfloat16) for path, a in draw(make_model('btx')).items()}
   mixed = write_checkpoint(tmp_path / 'mixed', make_model('btx'), halves)
-  facts = inspect.compare(dense, mixed, still)
+  facts = inspect.compare(dense, mixed, lambda *_: None)
   rows = {row['path']: row for row in facts['arrays']}
   assert rows['blocks/ffn/up']['a_shape'] == [3, 24, 20]
   assert rows['blocks/ffn/up']['b_shape'] == [3, 4, 24, 20]
@@ -121,4 +101,4 @@ def test_checkpoints_of_different_models_are_compared_as_far_as_they_go(tmp_path
   narrow = make_model(d_model=16, vocab_size=30, num_layers=1)
   other = write_checkpoint(tmp_path / 'narrow', narrow, draw(narrow))
   with pytest.raises(UserError, match='nothing can be compared'):
-    inspect.compare(dense, other, still)
+    inspect.compare(dense, other, lambda *_: None)

@@ -81,4 +81,4 @@ def test_as_many_examples_as_asked_for(path, tmp_path):
   facts = session.run([path], [str(file)], options)
   with pytest.raises(UserError, match='--few_shot=4: mine has fewer solved examples'):
     session.run([path], [str(file)], options._replace(few_shot=most + 1))
-  assert facts['rows'][0]['tasks']['mine']['few_shot'] == most
+  assert facts['rows'][0]['n-shot']['mine'] == most

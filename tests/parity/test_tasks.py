@@ -21,7 +21,6 @@ import lm_eval  # noqa: E402
 import tokenizers  # noqa: E402
 import yaml  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
@@ -161,38 +160,21 @@ CHOICE = [
   {'context': 'def', 'choices': ['f', 'x', 'return'], 'answer': 2},
   {'context': 'the', 'choices': ['cat', 'mat', 'x'], 'answer': 1},
 ]
-CODE = [{
-  'prompt': 'def add(a, b):\n', 'entry_point': 'add',
-  'test': 'def check(candidate):\n  assert candidate(1, 2) == 3\n',
-}]  # fmt: skip
-KINDS = {
-  'choice': {
-    'output_type': 'multiple_choice', 'doc_to_text': 'context', 'doc_to_choice': 'choices',
-    'doc_to_target': 'answer', 'fewshot_split': 'test',
-  },
-  'code': {
-    'output_type': 'generate_until', 'doc_to_text': 'prompt', 'doc_to_target': 'test',
-    'unsafe_code': True, 'generation_kwargs': {'until': ['\ndef'], 'max_gen_toks': 20},
-    'metric_list': [{'metric': 'pass_at_1', 'aggregation': 'mean', 'higher_is_better': True}],
-  },
-}  # fmt: skip
 
 
 @pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  """Tasks of each kind, as .yaml files beside their data, by name."""
+def task(tmp_path_factory) -> Path:
+  """A task, as a .yaml file beside its data."""
   folder = tmp_path_factory.mktemp('questions')
-  made = {}
-  for name, rows in (('choice', CHOICE), ('code', CODE)):
-    data = folder / f'{name}.jsonl'
-    data.write_text('\n'.join(map(json.dumps, rows)))
-    kwargs = {'data_files': {'test': str(data)}, 'cache_dir': str(folder / 'cache')}
-    task = {'task': f'my_{name}', 'dataset_path': 'json', 'dataset_kwargs': kwargs}
-    text = yaml.safe_dump(task | {'test_split': 'test'} | KINDS[name])
-    if name == 'code':
-      text += 'process_results: !function bam_jax.tasks.scoring.human_eval\n'
-    made[name] = folder / f'my_{name}.yaml'
-    made[name].write_text(text)
+  data, made = folder / 'choice.jsonl', folder / 'my_choice.yaml'
+  data.write_text('\n'.join(map(json.dumps, CHOICE)))
+  kwargs = {'data_files': {'test': str(data)}, 'cache_dir': str(folder / 'cache')}
+  facts = {
+    'task': 'my_choice', 'dataset_path': 'json', 'dataset_kwargs': kwargs, 'test_split': 'test',
+    'output_type': 'multiple_choice', 'doc_to_text': 'context', 'doc_to_choice': 'choices',
+    'doc_to_target': 'answer', 'fewshot_split': 'test',
+  }  # fmt: skip
+  made.write_text(yaml.safe_dump(facts))
   return made
 
 
@@ -201,86 +183,32 @@ def scored(model, path) -> dict:
   return lm_eval.simple_evaluate(model, tasks=[str(path)], log_samples=True)
 
 
-def test_the_command(both, files, tmp_path):
+def test_the_command(both, task, tmp_path):
   path = both[2]
-  tasks = f'--tasks={files["choice"]}'
+  tasks = f'--tasks={task}'
   done = run('bam_jax.evaluate', f'--checkpoint={path}', tasks, f'--json={tmp_path}/facts')
   assert done.returncode == 0, done.stderr
   facts = json.loads((tmp_path / 'facts').read_text())
   [row] = facts['rows']
-  assert set(row['tasks']) == {'my_choice'} and row['window'] == LENGTH
-  want = scored(both[1], files['choice'])['results']['my_choice']['acc,none']
-  assert row['tasks']['my_choice']['metrics']['acc']['value'] == want
-  assert row['tasks']['my_choice']['questions'] == len(CHOICE)
+  assert set(row['results']) == {'my_choice'} and row['window'] == LENGTH
+  want = scored(both[1], task)['results']['my_choice']['acc,none']
+  assert row['results']['my_choice']['acc,none'] == want
+  assert row['n-samples']['my_choice']['effective'] == len(CHOICE)
   assert 'my_choice' in done.stderr
   done = run('bam_jax.evaluate', f'--checkpoint={path}', '--tasks=no.yaml')
   assert done.returncode == 2 and '--tasks=no.yaml cannot be loaded' in done.stderr
 
 
-def test_code_is_not_run_unless_that_is_said(both, files):
-  path, file, options = str(both[2]), str(files['code']), comparison.Options('float32')
-  with pytest.raises(UserError, match='my_code.*--allow_generated_code'):
-    session.run([path], [file], options)
-  facts = session.run([path], [file], options._replace(allow_generated_code=True))
-  assert facts['rows'][0]['tasks']['my_code']['metrics']['pass_at_1']['value'] == 0
-  with pytest.raises(ValueError, match='unsafe'):
-    lm_eval.simple_evaluate(both[0], tasks=[file])
+def test_a_task_that_runs_programs_of_the_model_is_refused(both, task):
+  other = task.with_name('code.yaml')
+  other.write_text(task.read_text() + 'unsafe_code: true\n')
+  with pytest.raises(UserError, match='my_choice runs programs .*: remove it, or run lm-eval'):
+    session.run([str(both[2])], [str(other)], comparison.Options('float32'))
 
 
-class Author(LM):
-  """Writes one and the same program."""
-
-  def __init__(self, program: str):
-    super().__init__()
-    self.program, self.contexts = program, []
-
-  def generate_until(self, requests):
-    self.contexts += [one.args[0] for one in requests]
-    return [self.program] * len(requests)
-
-  def loglikelihood(self, requests):
-    raise NotImplementedError
-
-  loglikelihood_rolling = loglikelihood
-
-
-@pytest.fixture(scope='module')
-def manager() -> TaskManager:
-  """lm-eval's tasks, which it takes seconds to find, and ours."""
-  return TaskManager(include_path=session.GROUPS)
-
-
-def local(name: str, tmp_path, **splits) -> dict:
-  """A task of ours whose data is in files."""
-  for split, rows in splits.items():
-    (tmp_path / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-  files = {split: str(tmp_path / f'{split}.jsonl') for split in splits}
-  kwargs = {'data_files': files, 'cache_dir': str(tmp_path / 'cache')}
-  changes = {'dataset_path': 'json', 'dataset_name': None, 'dataset_kwargs': kwargs}
-  return {'group': 'local', 'task': [{'task': name, **changes}]}
-
-
-@pytest.mark.parametrize('program, value', [('f = lambda x: x', 1.0), ('f = print', 0.0)])
-def test_mbpp(manager, tmp_path, program, value):
-  rows = [
-    {'task_id': n, 'text': f'Task {n}.', 'code': f'code {n}', 'test_setup_code': '',
-     'test_list': [f'assert f({n}) == {n}', f'assert f({n}1) == {n}1', 'assert callable(f)']}
-    for n in range(1, 11)
-  ]  # fmt: skip
-  author = Author(program)
-  results = lm_eval.simple_evaluate(
-    author, tasks=[local('bam_mbpp', tmp_path, test=rows[5:7], prompt=rows)],
-    task_manager=manager, confirm_run_unsafe_code=True,
-  )  # fmt: skip
-  assert results['results']['bam_mbpp']['pass_at_1,none'] == value
-  solved = [f'[BEGIN]\ncode {n}\n[DONE]' in author.contexts[0] for n in range(1, 11)]
-  assert solved == [n in (2, 3, 4) for n in range(1, 11)]
-  assert author.contexts[0].endswith('assert callable(f)\n[BEGIN]\n')
-
-
-def test_the_group(manager):
+def test_the_group():
   """Its tasks are all known, with the paper's numbers of examples."""
-  known = set(manager.all_tasks)
+  known = set(TaskManager().all_tasks)
   group = yaml.safe_load((Path(session.GROUPS) / 'bam_paper.yaml').read_text())
   shots = {}
   for member in group['task']:
@@ -290,20 +218,7 @@ def test_the_group(manager):
     assert set(names) <= known
     shots[name] = member.get('num_fewshot')
   assert shots.pop('legalbench_international_citizenship_questions', '') is None
-  own = {shots.pop(name, '') for name in ('bam_humaneval', 'bam_mbpp')}
-  assert own <= {None, ''}
   assert shots == {
     'gsm8k': 8, 'math': 4, 'nq_open': 0, 'triviaqa': 0, 'arc_easy': 0, 'arc_challenge': 0,
     'social_iqa': 0, 'piqa': 0, 'winogrande': 0, 'mmlu': 5,
   }  # fmt: skip
-
-
-def test_tasks_that_run_code_without_our_limits(files, tmp_path):
-  check = lambda file, allowed: session.check_code(session.load([str(file)])[1], allowed)
-  check(files['code'], True)
-  with pytest.raises(UserError, match='my_code .*--allow_generated_code'):
-    check(files['code'], False)
-  other = tmp_path / 'other.yaml'
-  other.write_text(files['code'].read_text().replace('scoring.human_eval', 'scoring.mbpp_examples'))
-  with pytest.raises(UserError, match='my_code .*bam_humaneval'):
-    check(other, True)

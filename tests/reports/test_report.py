@@ -50,9 +50,6 @@ def save(workdir, results):
     folder = workdir / r['run']
     folder.mkdir(parents=True)
     (folder / 'result.json').write_text(json.dumps(r))
-    lines = [{'step': s, 'nll': 5.0 - s / 50} for s in range(1, 51)]
-    lines[-1]['valid'] = dict.fromkeys(r['domains'], 4.0)
-    (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
   return [r['run'] for r in results]
 
 
@@ -92,7 +89,7 @@ def test_tables_by_hand(tmp_path):
   # The files are what is returned.
   assert json.loads((tmp_path / 'report' / 'report.json').read_text()) == found
   assert found['recipe'] is None and found['name'] == tmp_path.name
-  assert found['pictures'] == ['loss_curves.png', 'routing_bam.png', 'routing_btx.png']
+  assert found['pictures'] == ['routing_bam.png', 'routing_btx.png']
   assert all(name in page for name in found['pictures'])
   # The same numbers give the same bytes.
   (tmp_path / 'again').mkdir()
@@ -104,11 +101,10 @@ def test_tables_by_hand(tmp_path):
 
 
 def test_runs_of_other_kinds(tmp_path):
-  """Not finished; made of other experts than there are sources; without one domain or a curve."""
+  """Not finished; made of other experts than there are sources; without one domain."""
   odd = [RESULTS[0], RESULTS[2] | {'sources': ['seed']}]
   odd.append(result('btx', None, 4.0, 'btx', SOURCES, ['ffn']))
   runs = save(tmp_path, odd)
-  (tmp_path / 'seed' / 'metrics.jsonl').unlink()
   found, console = report.write(tmp_path, [*runs, 'law']), Console(width=90, file=io.StringIO())
   console.print(report.table(found))
   assert found['not_finished'] == ['law']

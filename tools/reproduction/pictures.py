@@ -1,17 +1,22 @@
 """The pictures of docs/results.md, from the facts of the seeds."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from bam_jax.reports import figures
 from tools.reproduction import compare, pages, paper
 from tools.reproduction.compare import COLUMNS, Seeds
 from tools.reproduction.recipe import reproduction
 
+# Okabe and Ito's palette, safe for the colour-blind, without its yellow, too pale for a line.
+COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#5b5b5b')
+PANELS = {'seed': 'Seed', 'specialist': 'Specialists', 'mixture': 'Mixtures'}
 CURVES = ('seed', 'code', 'law', 'math', 'btx', 'btx_6_top3', *pages.BAMS, 'dense')
 SAME_BATCHES = ('bam_kv', 'bam_shared_kv', 'btx_6_top3', 'average', 'sparse', 'dense')  # as BTX
 ROUTED = ('btx', 'bam_kv', 'bam_shared_kv')
@@ -38,7 +43,7 @@ def draw(seeds: Seeds, folder: Path) -> dict[str, str]:
   if rows:
     drawn['loss_curves.png'] = f'Loss by step, seed {seeds[0]["seed"]}'
     metrics = {row['run']: _metrics(row) for row in rows}
-    figures.loss_curves(folder / 'loss_curves.png', rows, metrics)
+    loss_curves(folder / 'loss_curves.png', rows, metrics)
   if any({'btx', name} <= seed['runs'].keys() for seed in seeds for name in SAME_BATCHES):
     drawn['loss_against_btx.png'] = 'Training loss against that of BTX on the same batches'
     loss_against_btx(folder / 'loss_against_btx.png', seeds)
@@ -48,6 +53,55 @@ def draw(seeds: Seeds, folder: Path) -> dict[str, str]:
       drawn[name] = f'Routing of {row["label"]}, seed {seeds[0]["seed"]}'
       figures.routing(folder / name, row)
   return drawn
+
+
+def loss_curves(
+  path: Path, rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
+  """Draws the negative log-likelihood of each run in training, and its held-out loss as dots.
+
+  `metrics` are the lines of each run, in order of steps.
+  """
+  kinds = [kind for kind in PANELS if any(row['kind'] == kind for row in rows)]
+  with figures.style():
+    figure = Figure(figsize=(1.0 + 3.4 * len(kinds), 3.2), layout='constrained')
+    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for axis, kind in zip(axes, kinds):
+      for i, row in enumerate(row for row in rows if row['kind'] == kind):
+        _loss_curve(axis, row, metrics[row['run']], COLOURS[i % len(COLOURS)])
+      axis.set(title=PANELS[kind], xlabel='step')
+      axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+      if axis.get_legend_handles_labels()[0]:
+        axis.legend(handlelength=1.4)
+    axes[0].set_ylabel('loss (nats per token)')
+    figures.save(figure, path)
+
+
+def _loss_curve(
+  axis: Axes, row: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], colour: str
+) -> None:
+  train = np.array([(line['step'], line['nll']) for line in lines if 'nll' in line])
+  if len(train):
+    axis.plot(*train.T, color=colour, alpha=0.22, linewidth=0.8)
+    axis.plot(train[:, 0], smooth(train[:, 1]), color=colour, label=row['label'])
+  held_out = [(line['step'], valid_loss(row, line['valid'])) for line in lines if line.get('valid')]
+  if held_out:
+    dots = dict(marker='o', linestyle='', markersize=4.5, markeredgecolor='white', clip_on=False)
+    axis.plot(*np.array(held_out).T, color=colour, **dots)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+  """The mean over about a tenth of the run, centred but for its end."""
+  # Symmetric at the start, where a lopsided window would lower a steep curve.
+  reaches = enumerate(min(len(values) // 20, i) for i in range(len(values)))
+  return np.array([values[i - reach : i + reach + 1].mean() for i, reach in reaches])
+
+
+def valid_loss(row: Mapping[str, Any], valid: Mapping[str, float]) -> float:
+  """A specialist's held-out loss on its own domain, another run's mean over the domains."""
+  if row['kind'] == 'specialist' and row['run'] in valid:
+    return valid[row['run']]
+  return sum(valid.values()) / len(valid)
 
 
 def against_btx(path: Path, seeds: Seeds) -> None:
@@ -63,19 +117,17 @@ def against_btx(path: Path, seeds: Seeds) -> None:
       for line, name in enumerate(names):
         changes = compare.changes(seeds, name, 'btx', column)
         values = [100 * value for value in changes.values] if changes else []
-        axis.plot(
-          values, [line] * len(values), 'o', color=figures.COLOURS[0], markersize=5, alpha=0.7
-        )
+        axis.plot(values, [line] * len(values), 'o', color=COLOURS[0], markersize=5, alpha=0.7)
         printed = compare.printed_change(paper.ALL, name, 'btx', column)
         if printed is not None:
-          style = dict(color=figures.COLOURS[1], markersize=5, markerfacecolor='none')
+          style = dict(color=COLOURS[1], markersize=5, markerfacecolor='none')
           axis.plot([100 * printed], [line], 'D', **style)
       axis.set(title=column, xlabel='%')
       axis.margins(x=0.15)
     axes[0].set_yticks(range(len(names)), [pages.label(name) for name in names])
     axes[0].invert_yaxis()
     figure.supxlabel('perplexity against BTX: dots our seeds, diamonds the paper', fontsize=8)
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def loss_against_btx(path: Path, seeds: Seeds) -> None:
@@ -84,7 +136,7 @@ def loss_against_btx(path: Path, seeds: Seeds) -> None:
     figure = Figure(figsize=(6.4, 3.6), layout='constrained')
     axis = figure.subplots()
     axis.axhline(0, color=figures.INK, linewidth=0.8)
-    for colour, name in zip(figures.COLOURS, SAME_BATCHES):
+    for colour, name in zip(COLOURS, SAME_BATCHES):
       pairs = [
         (dict(seed['runs'][name]['nll']), dict(seed['runs']['btx']['nll']))
         for seed in seeds
@@ -93,12 +145,12 @@ def loss_against_btx(path: Path, seeds: Seeds) -> None:
       if not pairs:
         continue
       steps = sorted(set.intersection(*(set(losses) for pair in pairs for losses in pair)))
-      gaps = [figures.smooth(np.array([run[s] - btx[s] for s in steps])) for run, btx in pairs]
+      gaps = [smooth(np.array([run[s] - btx[s] for s in steps])) for run, btx in pairs]
       axis.plot(steps, np.transpose(gaps), color=colour, alpha=0.22, linewidth=0.8)
       axis.plot(steps, np.mean(gaps, axis=0), color=colour, label=pages.label(name))
     axis.set(xlabel='step', ylabel='loss less that of BTX (nats per token)')
     axis.legend()
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def learning_rates(path: Path, seeds: Seeds) -> None:
@@ -106,7 +158,7 @@ def learning_rates(path: Path, seeds: Seeds) -> None:
   with figures.style():
     figure = Figure(figsize=(4.4, 3.2), layout='constrained')
     axis = figure.subplots()
-    for colour, name in zip(figures.COLOURS, reproduction.SWEPT):
+    for colour, name in zip(COLOURS, reproduction.SWEPT):
       there = {peak: some for peak, some in sorted(pages.sweep(seeds, name).items()) if some}
       means = [some.mean for some in there.values()]
       axis.plot(list(there), means, color=colour, label=pages.label(name))
@@ -119,7 +171,7 @@ def learning_rates(path: Path, seeds: Seeds) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set(xlabel='peak learning rate', ylabel='average perplexity')
     axis.legend()
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def _metrics(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -128,8 +180,3 @@ def _metrics(row: dict[str, Any]) -> list[dict[str, Any]]:
     *({'step': step, 'nll': nll} for step, nll in row['nll']),
     *({'step': step, 'valid': valid} for step, valid in row['valid'] if step < row['step']),
   ]
-
-
-def _save(figure: Figure, path: Path) -> None:
-  # Without the library's version in the file, the same numbers give the same bytes.
-  figure.savefig(path, metadata={'Software': None})
