@@ -110,8 +110,8 @@ def rules(mixture: config.Model, norms: str = 'mean') -> tuple[manifest.Made, ..
   if not mixture.tied_embeddings:
     hows['unembed/kernel'] = 'mean'
   if mixture.embedding_rank:
-    for path in EMBEDDINGS.keys() & hows.keys():
-      hows |= {path: 'differences', EMBEDDINGS[path]: 'directions'}
+    for path, directions in EMBEDDINGS.items():
+      hows |= {path: 'differences', directions: 'directions'} if path in hows else {}
     hows['embed/router'] = 'router'
   if attention:
     hows['blocks/attention/router'] = 'router'
