@@ -134,6 +134,8 @@ class Model(Section):
   ffn_experts: FFNExperts | None = None
   # What routers read: the token, or the mean of its document up to and including it.
   router_input: Literal['token', 'prefix'] = 'token'
+  # Rank of each FFN expert's differences from the embeddings, at most D/8; 0: it has none.
+  embedding_rank: Count = 0
 
   def check(self):
     num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
@@ -155,6 +157,16 @@ class Model(Section):
     self.require(known, f'nope_layers={list(self.nope_layers)} has a number that is not a layer.')
     routed = self.attention_experts or self.ffn_experts or self.router_input == 'token'
     self.require(routed, "router_input='prefix' has no effect without experts: remove it.")
+    rank, largest = self.embedding_rank, self.d_model // 8
+    unused = f'embedding_rank={rank} has no effect without ffn_experts: remove it.'
+    self.require(self.ffn_experts or not rank, unused)
+    wrong = f'embedding_rank={rank} is above d_model / 8 = {largest}: lower it.'
+    self.require(rank <= largest, wrong)
+
+  @property
+  def embedding_columns(self) -> int:
+    """Columns of the embeddings beside d_model: the rank for each expert."""
+    return self.embedding_rank * self.ffn_experts.num_experts if self.embedding_rank else 0
 
   @property
   def norms(self) -> tuple[str, ...]:
@@ -187,8 +199,8 @@ class Model(Section):
 
   def dense(self) -> 'Model':
     """The same model without experts."""
-    experts = dict(attention_experts=None, ffn_experts=None, router_input='token')
-    return dataclasses.replace(self, **experts)
+    experts = dict(attention_experts=None, ffn_experts=None)
+    return dataclasses.replace(self, **experts, router_input='token', embedding_rank=0)
 
   def dropless(self) -> 'Model':
     """The same model without a capacity: a token's output does not depend on other tokens' load."""

@@ -32,6 +32,8 @@ class Upcycle(Section):
   # 'fold': each source's norm before a part goes into its own experts' matrices.
   norms: Literal['mean', 'fold'] = 'mean'
   expert_bias: bool = False  # of the FFN experts
+  # Keep each source's embeddings as differences of this rank, at most D/8, from the average.
+  embedding_rank: Count = 0
 
   def check(self):
     sources, weights, num_experts = list(self.sources), list(self.weights), self.num_experts
@@ -55,6 +57,8 @@ class Upcycle(Section):
       ('router_input', average and self.router_input != 'token', 'which has no router'),
       ('norms', fold and average, 'which has no experts'),
       ('norms', fold and sparse, 'with a single source'),
+      ('embedding_rank', average and self.embedding_rank, 'which has no experts'),
+      ('embedding_rank', sparse and self.embedding_rank, 'with a single source'),
       ('expert_bias', average and self.expert_bias, 'which has no router'),
       ('attention_top_k', self.attention_top_k and not attention, 'which has no attention experts'),
       ('router_init', sparse and self.fits_routers, 'with a single source'),

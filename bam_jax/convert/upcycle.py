@@ -55,6 +55,7 @@ _KEYS = (
   flags.DEFINE_enum('router_input', 'token', ('token', 'prefix'), "prefix: the document's mean."),
   flags.DEFINE_enum('router_init', 'random', INITS, 'centroids, ridge: fitted to --router_data.'),
   flags.DEFINE_float('router_scale', 1.0, 'Of random routers: deviation times sqrt(D).'),
+  flags.DEFINE_integer('embedding_rank', 0, "Of the sources' own embeddings; at most D/8."),
   flags.DEFINE_enum('average', 'mean', ('mean', 'weighted', 'first'), 'Of arrays without experts.'),
   flags.DEFINE_enum('norms', 'mean', ('mean', 'fold'), "fold: into the source's own experts."),
 )

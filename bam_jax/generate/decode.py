@@ -115,14 +115,22 @@ class Decoder:
     here = rope.metadata(segments_BT, positions_BT, self.model, self.dtype, **cached)
     x_BTD = vocabulary.embed(self.layout, params['embed']['table'], tokens_BT, self.dtype)
     x_BTD *= jnp.asarray(self.model.embedding_scale, x_BTD.dtype)
-    updated = []
+    updated, model = [], self.model
+    if model.embedding_columns:
+      first_norm, sum_BE = params['blocks'][0].get('norm'), cache[-1].ffn_sum
+      mixed = vocabulary.mixed(model, x_BTD, params['embed'], first_norm, here, sum_BE)
+      x_BTD, gates_BTX, sum_BE = mixed
     # Not a scan: it would copy each layer's slice of the weights, and of the cache, before use.
     kinds = rope.kind_of_layer(self.model) or [None] * self.model.num_layers
-    for weights, of_layer, kind in zip(params['blocks'], cache, kinds, strict=True):
+    for weights, of_layer, kind in zip(params['blocks'], cache[: len(kinds)], kinds, strict=True):
       tokens = dataclasses.replace(here, kind=kind)
       x_BTD, _, of_layer = nnx.merge(self._graph, weights)(x_BTD, tokens, tokens, of_layer)
       updated.append(of_layer)
     hidden_BD = norm.normalize(self.model, x_BTD[:, -1], **params['final_norm'])
+    if model.embedding_columns:
+      directions_XD = params['embed' if model.tied_embeddings else 'unembed']['directions']
+      hidden_BD = vocabulary.widened(hidden_BD, gates_BTX[:, -1], directions_XD, self.dtype)
+      updated.append(LayerCache([], None, sum_BE))
     logits_BW = self.network.logits(params, hidden_BD)
     return self.layout.concatenate(logits_BW, 'tensor', 'expert', dimension=1), updated
 
@@ -166,7 +174,9 @@ class Decoder:
       prefix = part and self.model.router_input == 'prefix'
       of_rows = dict(dtype=jnp.float32, sharding=self.sharding(ROWS))
       sums.append(jax.ShapeDtypeStruct((batch, part.num_experts), **of_rows) if prefix else None)
-    return [LayerCache([KVCache(x, x)] * sets, *sums)] * self.model.num_layers
+    layers = [LayerCache([KVCache(x, x)] * sets, *sums)] * self.model.num_layers
+    # The router of embeddings keeps sums too.
+    return layers + [LayerCache([], None, sums[1])] * bool(self.model.embedding_rank)
 
   def specs(self) -> tuple[dict[str, Any], Cache]:
     """PartitionSpecs of parameters and cache; on one device, which needs none, each is None."""

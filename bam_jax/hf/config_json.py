@@ -92,6 +92,8 @@ def from_model(
   not. BamForCausalLM computes every model. `biased` says that an `expert_bias` is not zero.
   """
   dense, attention = model.dense(), model.attention_experts
+  no_class = f'No class of transformers has embedding_rank={model.embedding_rank}'
+  require(not model.embedding_rank, f'{no_class}: mix with embedding_rank=0 to export.')
   wrong = {one.architecture: mixtures.objection(one, model, length, biased) for one in MIXTURES}
   fitting = [one for one in FAMILIES if model == dense and families.describes(one, model)]
   fitting += [one for one in MIXTURES if not wrong[one.architecture]]

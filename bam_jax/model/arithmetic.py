@@ -68,13 +68,14 @@ def _parts(model: config.Model, queries: int, ffns: int) -> Parts:
   biases = (queries * H + 2 * kv * G) * K if model.biases != 'none' else 0
   biases += queries * D if model.biases in ('attention', 'all') else 0
   ffn_biases = len(model.ffn_inputs) * model.ffn_dim + D if model.biases == 'all' else 0
+  X, ends = model.embedding_columns, 1 if model.tied_embeddings else 2
   of_norm = 2 * D if model.norm == 'layernorm_bias' else D
   return Parts(
-    embeddings=model.vocab_size * D * (1 if model.tied_embeddings else 2),
+    embeddings=ends * (model.vocab_size * (D + X) + X * D),
     norms=(L * len(model.norms) + 1) * of_norm + L * scales,
     attention=_attention_matrices(model, queries) + L * biases,
     ffn=_ffn_matrices(model, ffns) + L * ffns * ffn_biases,
-    routers=L * (D * _router_columns(model) + (ffn.num_experts if ffn and ffn.expert_bias else 0)),
+    routers=D * _router_columns(model) + (L * ffn.num_experts if ffn and ffn.expert_bias else 0),
   )
 
 
@@ -103,16 +104,17 @@ def forward_parts(model: config.Model, context: int) -> Parts:
   free, so that `embeddings` is the output embedding alone. What is computed for padding, masked
   scores or experts that routing leaves out is not part of the model.
   """
-  queries = _queries_met(model)
+  queries, D, X = _queries_met(model), model.d_model, model.embedding_columns
   # Scores and sums are 4 FLOPs for each channel of a head and token seen: twice these on average.
   windows = [kind.window for kind in model.layer_kinds()]
   seen = [2 * w - w * w // context if 0 < w < context else context for w in windows]
   return Parts(
-    embeddings=2 * model.d_model * model.vocab_size,
+    # Of experts' differences all are computed, whatever their gates.
+    embeddings=2 * (D + X) * model.vocab_size + 4 * X * D,
     attention=2 * _attention_matrices(model, queries)
     + sum(2 * queries * model.num_heads * model.head_dim * tokens for tokens in seen),
     ffn=2 * _ffn_matrices(model, model.ffn_experts.top_k if model.ffn_experts else 1),
-    routers=2 * model.num_layers * model.d_model * _router_columns(model),
+    routers=2 * D * _router_columns(model),
   )
 
 
@@ -170,5 +172,6 @@ def _key_values(model: config.Model) -> int:
 
 
 def _router_columns(model: config.Model) -> int:
-  """Experts that a layer's routers choose among."""
-  return sum(e.num_experts for e in (model.attention_experts, model.ffn_experts) if e)
+  """Experts that the routers of all layers, and that of the embeddings, choose among."""
+  columns = sum(e.num_experts for e in (model.attention_experts, model.ffn_experts) if e)
+  return model.num_layers * columns + (model.ffn_experts.num_experts if model.embedding_rank else 0)

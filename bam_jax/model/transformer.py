@@ -24,20 +24,28 @@ class Transformer(nnx.Module):
   def __init__(
     self, model: config.Model, compute: config.Compute, layout: Layout, *, rngs: nnx.Rngs
   ):
-    """Parameters: `embed/table` VD, `blocks`, `final_norm` and, untied, `unembed/kernel` DV."""
+    """Parameters: `embed/table` VD, `blocks`, `final_norm` and, untied, `unembed/kernel` DV.
+
+    With `embedding_rank` these are V(D+X) and (D+X)V, and there are `embed/router` DE,
+    `embed/directions` XD and, untied, `unembed/directions` XD; see `vocabulary.mixed`.
+    """
     self.model, self.compute, self.layout = model, compute, layout
-    V, D = model.vocab_size, model.d_model
+    V, D, X = model.vocab_size, model.d_model, model.embedding_columns
     self.embed, self.unembed = nnx.Module(), nnx.Module()
-    self.embed.table = parameters.normal(rngs, (V, D), D)
+    self.embed.table = parameters.normal(rngs, (V, D + X), D)
     self.blocks = Block(model, layout, rngs=rngs)
     self.final_norm = Norm((D,), model)
     if not model.tied_embeddings:
-      self.unembed.kernel = parameters.normal(rngs, (D, V), D)
+      self.unembed.kernel = parameters.normal(rngs, (D + X, V), D)
+    if X:
+      self.embed.router = parameters.normal(rngs, (D, model.ffn_experts.num_experts), D)
+      for end in (self.embed,) if model.tied_embeddings else (self.embed, self.unembed):
+        end.directions = parameters.normal(rngs, (X, D), D)
 
   def __call__(
     self, tokens_BT, segments_BT, positions_BT, collect: Collect = 'statistics'
   ) -> tuple[jax.Array, Routing]:
-    """Hidden states after the final norm (B, T, D), and what `hidden` says of every layer."""
+    """What `hidden` says."""
     layout, dtype = self.layout, jnp.dtype(self.compute.dtype)
     x_BTD = vocabulary.embed(layout, self.embed.table[...], tokens_BT, dtype)
     x_BTD *= jnp.asarray(self.model.embedding_scale, dtype)
@@ -50,6 +58,11 @@ class Transformer(nnx.Module):
     read = [(gathered, counted_BT) if part else (here, here.real_BT) for part in experts]
     travelling = '' if self.model.soft_attention else 'blocks/attention'
     graph, layers = nnx.split(self.blocks)
+    layers = nnx.to_pure_dict(layers)
+    if mixed := self.model.embedding_columns:
+      embed = nnx.to_pure_dict(nnx.state(self.embed))
+      first_norm = jax.tree.map(lambda x: x[0], layers.get('norm'))
+      x_BTD, gates_BTX, _ = vocabulary.mixed(self.model, x_BTD, embed, first_norm, here)
     kind_L = rope.kind_of_layer(self.model)
 
     def layer(x_BTD, params_and_kind):
@@ -66,9 +79,13 @@ class Transformer(nnx.Module):
     # Where no weights are gathered, 'none' saves what is elementwise too: such a model has memory.
     if (kind := remat.resolve(self.compute.remat, layout.gathers)) != 'none' or layout.gathers:
       layer = remat.checkpoint(layer, kind)
-    layers = nnx.to_pure_dict(layers), jnp.asarray(kind_L) if kind_L else None
+    layers = layers, jnp.asarray(kind_L) if kind_L else None
     x_BTD, collected = jax.lax.scan(layer, x_BTD, layers, unroll=self.compute.unroll)
-    return self.final_norm(x_BTD), collected
+    hidden_BTD = self.final_norm(x_BTD)
+    if mixed:
+      end = self.embed if self.model.tied_embeddings else self.unembed
+      hidden_BTD = vocabulary.widened(hidden_BTD, gates_BTX, end.directions[...], dtype)
+    return hidden_BTD, collected
 
 
 class Network:
@@ -111,7 +128,8 @@ class Network:
         the Tokens that these are, and which of them count on this device, bool BT.
 
     Returns:
-      (B, T, D) float32; Routing of Statistics, Assignments or the function's, a leading axis L.
+      (B, T, D) float32, with `embedding_rank` as `vocabulary.widened`; Routing of Statistics,
+      Assignments or the function's, a leading axis L.
     """
     # Casting the whole tree first lets a sharded weight travel in the compute dtype. The table is
     # cast where its rows are read.

@@ -4,7 +4,13 @@
 words are computed where the words lie, for the tokens of the whole group. Over `fsdp` whichever is
 less moves: the tokens to the words or the words to the tokens.
 
-Legend: B batch, T sequence, D model, V vocabulary, N tokens, W words of this device.
+With `embedding_rank` r each of E experts has its own embeddings, up to a difference of rank r from
+what they share: `table + sum_e g_e A_e B_e`, A_e (V, r), B_e (r, D). Columns D, D + 1, ... of the
+table are A_1, A_2, ..., and the B_e lie below each other in `directions`. One router gives the
+gates of both ends. It reads what the first layer's attention would without the differences. Scores
+are still one product: of `[h, g_1 h B_1^T, ...]` with the table.
+
+Legend: B batch, T sequence, D model, V vocabulary, N tokens, W words of this device, X = E r.
 """
 
 import math
@@ -14,7 +20,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bam_jax.model import activation
+from bam_jax import config
+from bam_jax.model import activation, norm, router
+from bam_jax.model.rope import Tokens
 from bam_jax.parallel.collectives import Layout
 
 
@@ -58,6 +66,48 @@ def embed(layout: Layout, table: jax.Array, tokens_BT: jax.Array, dtype) -> jax.
   rows_BTD = jnp.where(here_BT[..., None], rows_BTD, 0).astype(dtype)
   # One device alone has a token's row: the sum is exact in any dtype.
   return layout.sum(layout.scatter(rows_BTD, *words.tokens_over), 'tensor')
+
+
+def mixed(
+  model: config.Model,
+  rows_BTX: jax.Array,
+  embed: dict,
+  first_norm: dict | None,
+  tokens: Tokens,
+  sum_BE: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """Embeddings with the experts' differences, BTD, and the gates of those, BTX, float32.
+
+  Args:
+    model: with an `embedding_rank`.
+    rows_BTX: rows of the table, of D + X columns.
+    embed: `router` and `directions`.
+    first_norm: parameters of the first layer's norm before attention; None: it has none.
+    tokens: metadata of the same tokens.
+    sum_BE: see `router.gates`, which also returns it.
+  """
+  x_BTD, words_BTX = rows_BTX[..., : model.d_model], rows_BTX[..., model.d_model :]
+  y_BTD = norm.normalize(model, x_BTD, **first_norm) if first_norm else x_BTD
+  prefix = tokens if model.router_input == 'prefix' else None
+  gates_BTE, _, sum_BE = router.gates(y_BTD, embed['router'], prefix, sum_BE)
+  *_, chosen_BTE = router.top_k(gates_BTE, model.ffn_experts.top_k, False)
+  gates_BTE *= chosen_BTE
+  if model.ffn_experts.renormalize:
+    gates_BTE /= gates_BTE.sum(-1, keepdims=True)
+  gates_BTX = jnp.repeat(gates_BTE, model.embedding_rank, axis=-1)
+  words_BTX *= gates_BTX.astype(x_BTD.dtype)
+  return x_BTD + words_BTX @ embed['directions'].astype(x_BTD.dtype), gates_BTX, sum_BE
+
+
+def widened(hidden_BTD, gates_BTX, directions_XD: jax.Array, dtype) -> jax.Array:
+  """What the output embedding multiplies, (..., D + X): `[h, g_1 h B_1^T, ...]`."""
+  products_BTX = jnp.einsum(
+    '...d,xd->...x',
+    hidden_BTD.astype(dtype),
+    directions_XD.astype(dtype),
+    preferred_element_type=hidden_BTD.dtype,
+  )
+  return jnp.concatenate([hidden_BTD, gates_BTX * products_BTX], -1)
 
 
 def nll_sum(

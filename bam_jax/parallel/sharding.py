@@ -52,6 +52,7 @@ NORMS = (
 REPLICATED = (
   *(f'{norm}/{name}' for norm in NORMS for name in ('scale', 'bias')),
   'blocks/attention/router', 'blocks/ffn/router', 'blocks/ffn/expert_bias',
+  'embed/router', 'embed/directions', 'unembed/directions',
 )  # fmt: skip
 
 

@@ -46,7 +46,9 @@ def resized(
   mixture: config.Model, experts: Sequence[int], dense: config.Model | None = None
 ) -> config.Model:
   """The mixture with other experts: numbers of its own ones, or NEW for the dense model."""
-  attention, ffn = mixture.attention_experts, mixture.ffn_experts
+  attention, ffn, rank = mixture.attention_experts, mixture.ffn_experts, mixture.embedding_rank
+  wrong = f'A mixture with embedding_rank={rank} has embeddings that depend on all of its sources'
+  require(not rank, f'{wrong}: mix the ones that you want anew.')
   if attention:
     own = config.Rope(mixture.rope_theta, mixture.rope_scaling)
     ropes = attention.ropes or (own,) * attention.num_experts

@@ -17,7 +17,7 @@ import numpy as np
 from bam_jax import config
 from bam_jax.checkpoint import arrays, manifest
 from bam_jax.upcycle import rules
-from bam_jax.upcycle.sources import Source
+from bam_jax.upcycle.sources import WORDS, Source
 
 Box = tuple[tuple[int, int], ...]  # start and stop on every axis of an array
 Region = tuple[str, arrays.Index, np.ndarray]  # a part of an array: its path, where, and values
@@ -68,6 +68,13 @@ def regions(
       array = drawn(merge, rule, wanted[rule.target].shape)
       yield rule.target, (), array.astype(wanted[rule.target].dtype)
 
+  directions = {}  # E'rD float64, of the sources, by the path of the embeddings
+  for rule in table:
+    if rule.how == 'directions':
+      found = directions[rule.source] = directions_of(sources, upcycle, rule.source)
+      array = np.concatenate([*found, *[found[0]] * len(upcycle.copies)])
+      yield rule.target, (), array.astype(wanted[rule.target].dtype)
+
   jobs = list(_jobs(merge, table, wanted, parts))
   reads = arrays.read_ahead((sources[n].reader, rule.source, index) for rule, n, index, _ in jobs)
   held: list[np.ndarray] = []  # arrays of a mean, until every source was read
@@ -85,11 +92,15 @@ def regions(
     for expert in experts:
       layer, *rest = index
       yield rule.target, (layer, expert, *rest), array.astype(dtype, copy=False)
-    if rule.how == 'mean':
+    if rule.how in ('mean', 'differences'):
       held.append(array)
       if len(held) == len(sources):
-        mean = average(held, upcycle)
-        yield rule.target, index, mean.astype(dtype, copy=False)
+        made = average(held, upcycle)
+        if rule.how == 'differences':
+          axis = WORDS[rule.target]
+          made = beside(made, held, directions[rule.target], len(upcycle.copies), axis)
+          index = (slice(None), index[1]) if axis else index[:1]
+        yield rule.target, index, made.astype(dtype, copy=False)
         held = []
 
 
@@ -106,6 +117,45 @@ def average(arrays: Sequence[np.ndarray], upcycle: config.Upcycle) -> np.ndarray
   shares = np.asarray(upcycle.weights) / max(upcycle.weights)  # whose sum cannot overflow
   terms = [array * share for array, share in zip(arrays, (shares / shares.sum()).tolist())]
   return sum(terms[1:], start=terms[0])
+
+
+def directions_of(
+  sources: Sequence[Source], upcycle: config.Upcycle, path: str
+) -> list[np.ndarray]:
+  """The rows (r, D) that span each source's difference from the average embedding best; float64.
+
+  They are right singular vectors of the difference: eigenvectors of its D x D Gram matrix, which is
+  summed up a region at a time.
+  """
+  spec, D = sources[0].reader.specs[path], sources[0].meta.model.d_model
+  grams_SDD = np.zeros((len(sources), D, D))
+  for index in arrays.pieces(path, spec):
+    own = []
+    for source in sources:
+      own.append(source.reader.read(path, index).astype(np.float32, copy=False))
+      arrays.check_finite(own[-1], source.path, path, spec, index)
+    mean = average(own, upcycle)
+    for gram_DD, array in zip(grams_SDD, own):
+      difference = (array - mean).astype(np.float64)
+      difference_WD = difference.T if WORDS[path] else difference
+      gram_DD += difference_WD.T @ difference_WD
+  _, vectors_SDD = np.linalg.eigh(grams_SDD)
+  found = [vectors_DD.T[::-1][: upcycle.embedding_rank] for vectors_DD in vectors_SDD]
+  # An eigenvector's sign is arbitrary: every process must choose the same.
+  largest = [np.take_along_axis(x, np.abs(x).argmax(1)[:, None], 1) for x in found]
+  return [x_rD * np.sign(x_r1) for x_rD, x_r1 in zip(found, largest)]
+
+
+def beside(
+  mean: np.ndarray, own: Sequence[np.ndarray], directions, copies: int, axis: int
+) -> np.ndarray:
+  """A region of the average embeddings and, beside it, of each expert's difference along its rows.
+
+  `axis` is that of the words. Additional experts have the first source's.
+  """
+  turned = lambda x: x.T if axis else x
+  parts = [turned(array - mean).astype(np.float64) @ x_rD.T for array, x_rD in zip(own, directions)]
+  return turned(np.concatenate([turned(mean), *parts, *parts[:1] * copies], axis=1))
 
 
 def overlap(one: Box, other: Box) -> Box:
@@ -129,11 +179,16 @@ def _jobs(merge: Merge, table, wanted, parts):
   # A layer of an array with layers at a time, else a chunk: rule, number of the source, index, and
   # the experts to make of it if the rule stacks.
   upcycle = merge.upcycle
-  for rule in filter(lambda rule: rule.source, table):
+  for rule in table:
+    if not rule.source or rule.how == 'directions':
+      continue
     part, stack = parts[rule.target], rule.how == 'stack'
     needed = part[:1] + part[2:] if stack else part
     # The target's dtype, since regions must be whole chunks of the target.
     spec = merge.sources[0].reader.specs[rule.source]._replace(dtype=wanted[rule.target].dtype)
+    if rule.how == 'differences':  # the target's chunks have fewer words, with more columns
+      needed = overlap(part, arrays.bounds(spec, ()))
+      spec = wanted[rule.target]
     for index in arrays.pieces(rule.source, spec):
       box = overlap(arrays.bounds(spec, index), needed)
       if box:

@@ -125,7 +125,10 @@ def from_moments(
   """A mixture's routers LDE, by path, from what `moments` returns."""
   paths = [rule.target for rule in rules.rules(model) if rule.how == 'router']
   of = {'blocks/attention/router': found.attention, 'blocks/ffn/router': found.ffn}
-  return {path: columns(of[path], path, upcycle, key) for path in paths}
+  # That of the embeddings reads what the first layer's attention reads.
+  of['embed/router'] = Moments(found.attention.mean_SLD[:, :1], found.attention.gram_LDD[:1])
+  fitted = {path: columns(of[path], path, upcycle, key) for path in paths}
+  return {path: x[0] if path == 'embed/router' else x for path, x in fitted.items()}
 
 
 def columns(found: Moments, path: str, upcycle: config.Upcycle, key: jax.Array) -> np.ndarray:

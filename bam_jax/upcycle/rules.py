@@ -7,6 +7,9 @@ from bam_jax import config
 from bam_jax.checkpoint import manifest
 from bam_jax.config.strict import require
 
+# Paths of the embeddings, and of the directions of experts' differences from them.
+EMBEDDINGS = {'embed/table': 'embed/directions', 'unembed/kernel': 'unembed/directions'}
+
 
 def mixture_model(
   dense: config.Model, upcycle: config.Upcycle, ropes: Sequence[config.Rope] = ()
@@ -32,7 +35,8 @@ def mixture_model(
       capacity_factor=upcycle.capacity_factor,
       expert_bias=upcycle.expert_bias,
     )
-  parts = dict(attention_experts=attention, ffn_experts=ffn, router_input=upcycle.router_input)
+  parts = dict(router_input=upcycle.router_input, embedding_rank=upcycle.embedding_rank)
+  parts |= dict(attention_experts=attention, ffn_experts=ffn)
   mixture = dataclasses.replace(dense, **parts)
   if upcycle.norms == 'fold':
     folds(mixture)
@@ -75,6 +79,7 @@ def rules(mixture: config.Model, norms: str = 'mean') -> tuple[manifest.Made, ..
 
   `how` is 'mean' over the sources (norms, embeddings, all without experts), 'stack' on axis 1
   (experts), 'fold' (ones, see `folds`), 'router' (drawn) or 'zero'; the last two have no source.
+  Embeddings with `embedding_rank` are made by 'differences', along 'directions'; see `merge`.
   """
   attention, ffn = mixture.attention_experts, mixture.ffn_experts
   query_out, experts = ('stack' if attention else 'mean'), ('stack' if ffn else 'mean')
@@ -104,6 +109,10 @@ def rules(mixture: config.Model, norms: str = 'mean') -> tuple[manifest.Made, ..
     hows |= dict.fromkeys(names, experts)
   if not mixture.tied_embeddings:
     hows['unembed/kernel'] = 'mean'
+  if mixture.embedding_rank:
+    for path, directions in EMBEDDINGS.items():
+      hows |= {path: 'differences', directions: 'directions'} if path in hows else {}
+    hows['embed/router'] = 'router'
   if attention:
     hows['blocks/attention/router'] = 'router'
   if ffn:
@@ -112,8 +121,12 @@ def rules(mixture: config.Model, norms: str = 'mean') -> tuple[manifest.Made, ..
     hows['blocks/ffn/expert_bias'] = 'zero'
   if norms == 'fold':
     hows |= dict.fromkeys(folds(mixture).values(), 'fold')
+  sources = {directions: path for path, directions in EMBEDDINGS.items()}
   drawn = ('router', 'zero')
-  return tuple(manifest.Made(p, how, None if how in drawn else p) for p, how in hows.items())
+  return tuple(
+    manifest.Made(path, how, None if how in drawn else sources.get(path, path))
+    for path, how in hows.items()
+  )
 
 
 def expert_names(upcycle: config.Upcycle, sources: Sequence[str]) -> tuple[str, ...]:

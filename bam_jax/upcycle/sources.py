@@ -16,6 +16,7 @@ from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
 
 DTYPES = ('float32', 'bfloat16', 'float16')  # what sources may hold
+WORDS = {'embed/table': 0, 'unembed/kernel': 1}  # axis of the words, by path
 
 
 class Reader(Protocol):
@@ -103,17 +104,15 @@ def ropes(sources: Sequence[Source]) -> list[config.Rope]:
 class _Rows:
   """Reads a model as if it had the first source's words: later rows are dropped, or the first's."""
 
-  AXES = {'embed/table': 0, 'unembed/kernel': 1}  # of words
-
   def __init__(self, own: Reader, first: Reader):
     self._own, self._first, self.specs = own, first, dict(own.specs)
-    for path in self.AXES.keys() & own.specs.keys():
+    for path in WORDS.keys() & own.specs.keys():
       self.specs[path] = first.specs[path]._replace(dtype=own.specs[path].dtype)
 
   def read(self, path: str, index: arrays.Index = ()) -> np.ndarray:
-    if path not in self.AXES:
+    if path not in WORDS:
       return self._own.read(path, index)
-    axis = self.AXES[path]
+    axis = WORDS[path]
     box = [slice(*bounds) for bounds in arrays.bounds(self.specs[path], index)]
     start, stop = box[axis].start, box[axis].stop
     middle = min(max(start, self._own.specs[path].shape[axis]), stop)

@@ -29,9 +29,11 @@ def models(draw):
   blocks = [('parallel', 'pre'), ('parallel_two_norms', 'pre')]
   blocks += [('sequential', place) for place in ('pre', 'post', 'both')]
   block, norm_place = draw(st.sampled_from(blocks))
+  ffn, rank = draw(experts(config.FFNExperts, 1)), draw(st.integers(0, 2))
   return config.Model(
     vocab_size=draw(st.integers(2, 50)),
-    d_model=draw(sizes),
+    d_model=draw(sizes) + 8 * rank,
+    embedding_rank=rank if ffn else 0,
     num_layers=draw(st.integers(1, 4)),
     num_heads=kv_heads * draw(st.integers(1, 3)),
     num_kv_heads=kv_heads,
@@ -45,7 +47,7 @@ def models(draw):
     ffn=draw(st.sampled_from(['swiglu', 'gelu'])),
     qk_norm=draw(st.sampled_from(['none', 'head_layernorm', 'head_rms', 'all_rms'])),
     attention_experts=draw(experts(config.AttentionExperts, 0, shared_kv=st.booleans())),
-    ffn_experts=draw(experts(config.FFNExperts, 1)),
+    ffn_experts=ffn,
   )
 
 
@@ -98,13 +100,16 @@ def matmul_flops(jaxpr) -> int:
 
 # Not routed attention: there the program computes every expert, and the formula counts the top-k.
 @pytest.mark.parametrize(
-  'name', ['dense', 'untied', 'gelu', 'btx', 'bam_kv_experts', 'bam_shared_kv']
+  'name',
+  ['dense', 'untied', 'gelu', 'btx', 'bam_kv_experts', 'bam_shared_kv', 'embedding_experts'],
 )
 def test_forward_flops_are_those_of_the_program(models, name):
   """Of what is traced, less what the formula names as no part of the model."""
-  model = models['dense'] if name == 'gelu' else models[name]
+  model = models[{'gelu': 'dense', 'embedding_experts': 'btx'}.get(name, name)]
   if name == 'gelu':
     model = dataclasses.replace(model, ffn='gelu', biases='all')
+  if name == 'embedding_experts':
+    model = dataclasses.replace(model, embedding_rank=4)
   if model.ffn_experts:  # full buffers and no empty rows
     options = dataclasses.replace(model.ffn_experts, capacity_factor=1.0)
     model = dataclasses.replace(model, ffn_experts=options)

@@ -26,6 +26,7 @@ QUICK = {
   ('untied', (1, 2, 2, 2)),
   ('norms_of_shared_heads', (1, 2, 2, 2)),
   ('prefix', (1, 2, 2, 2)),
+  ('embedding_experts', (1, 2, 2, 2)),
 }
 
 

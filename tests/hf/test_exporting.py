@@ -223,6 +223,9 @@ def test_what_cannot_be_exported(tmp_path):
   values['blocks/ffn/up'][2, 23, 19] = np.nan
   folders.write_checkpoint(tmp_path / 'nan', model, values)
   check_refused(tmp_path / 'nan', output, r'has nan at blocks/ffn/up\[2, 23, 19\]')
+  ranked = make_model(ffn_experts=config.FFNExperts(2), embedding_rank=3)
+  folders.write_checkpoint(tmp_path / 'ranked', ranked, draw(ranked))
+  check_refused(tmp_path / 'ranked', output, 'No class of transformers has embedding_rank=3: mix')
   (good / 'tokenizer.json').unlink()
   check_refused(good, output, 'lacks its tokenizer')
   shutil.rmtree(good / 'meta')

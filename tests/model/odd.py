@@ -97,6 +97,25 @@ MODELS: dict[str, tuple[str, dict]] = {
       ffn_experts=config.FFNExperts(4, top_k=2),
     ),
   ),
+  'embedding_experts': (
+    'bam_shared_kv',
+    dict(
+      router_input='prefix',
+      embedding_rank=2,
+      embedding_scale=2.0,
+      ffn_experts=config.FFNExperts(4, top_k=2, renormalize=True),
+    ),
+  ),
+  'embedding_experts_untied': (
+    'btx',
+    dict(
+      block='sequential',
+      norm='layernorm_bias',
+      tied_embeddings=False,
+      embedding_rank=4,
+      logit_scale=0.5,
+    ),
+  ),
   'attention_experts_alone': ('bam_kv_experts', dict(ffn_experts=None, logit_scale=0.5)),
   'room_for_all': ('bam_kv_experts', dict(ffn_experts=config.FFNExperts(4, capacity_factor=4.0))),
   'with_a_capacity': (

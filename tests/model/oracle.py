@@ -338,11 +338,23 @@ def forward(
   Returns:
     logits_BTV, and the routes in order of layers, attention before FFN.
   """
-  routes = []
-  x_BTD = params['embed']['table'][tokens_BT]
+  routes, D, r = [], model.d_model, model.embedding_rank
+  x_BTD = params['embed']['table'][tokens_BT, :D]
   # The sum of a real embedding and a complex block is complex: let the type be one throughout.
   x_BTD = x_BTD.astype(np.result_type(*leaves(params).values()))
   x_BTD = model.embedding_scale * x_BTD
+  own_BTE = np.zeros((*tokens_BT.shape, 0))  # gates of the experts' own embeddings
+  if r:
+    first = at(params['blocks'], 0)
+    y_BTD = norm(model, x_BTD, first['norm']) if 'norm' in first else x_BTD
+    read_ND, options = read_by_router(model, y_BTD, segments_BT), model.ffn_experts
+    router_DE, real_N = params['embed']['router'], segments_BT.ravel() > 0
+    route = choose('embeddings', router_DE, read_ND, options.top_k, real_N)
+    own_BTE = gates_of(route, options.renormalize).reshape(*tokens_BT.shape, -1)
+  for e in range(own_BTE.shape[-1]):
+    rows_Vr = params['embed']['table'][:, D + e * r : D + (e + 1) * r]
+    own_VD = rows_Vr @ params['embed']['directions'][e * r : (e + 1) * r]
+    x_BTD = x_BTD + model.embedding_scale * own_BTE[..., e, None] * own_VD[tokens_BT]
   where = segments_BT, positions_BT
   for layer in range(model.num_layers):
     w = at(params['blocks'], layer)
@@ -361,10 +373,15 @@ def forward(
     x_BTD = x_BTD + added_BTD + model.residual_scale * normed(fed_BTD, 'ffn_out_norm')
   x_BTD = norm(model, x_BTD, params['final_norm'])
   if model.tied_embeddings:
-    kernel_DV = params['embed']['table'].T
+    kernel_XV, end = params['embed']['table'].T, params['embed']
   else:
-    kernel_DV = params['unembed']['kernel']
-  return capped(model.logit_scale * (x_BTD @ kernel_DV), model.logit_cap), routes
+    kernel_XV, end = params['unembed']['kernel'], params['unembed']
+  logits_BTV = x_BTD @ kernel_XV[:D]
+  for e in range(own_BTE.shape[-1]):
+    own = slice(e * r, (e + 1) * r)
+    own_DV = end['directions'][own].T @ kernel_XV[D:][own]
+    logits_BTV = logits_BTV + own_BTE[..., e, None] * (x_BTD @ own_DV)
+  return capped(model.logit_scale * logits_BTV, model.logit_cap), routes
 
 
 def load_balance(route: Route, real_N: np.ndarray) -> complex:
@@ -466,6 +483,12 @@ def random_params(model: config.Model, rng: np.random.Generator) -> dict:
     params['blocks']['ffn']['router'] = normal(D, L, D, *E_ffn)
   if not model.tied_embeddings:
     params['unembed'] = {'kernel': normal(D, D, V)}
+  if r := model.embedding_rank:
+    rows = r * ffn.num_experts
+    params['embed'] |= {'table': normal(1, V, D + rows), 'directions': normal(r, rows, D)}
+    params['embed']['router'] = normal(D, D, *E_ffn)
+    if not model.tied_embeddings:
+      params['unembed'] = {'kernel': normal(D, D + rows, V), 'directions': normal(r, rows, D)}
   made = params['blocks']['attention']
   if model.qk_norm == 'head_rms':
     made['query_shared_scale'] = one + 0.3 * normal(1, L, *E_attention, K)

@@ -25,6 +25,7 @@ QUICK = {
   ('untied', (1, 2, 2, 2)),
   ('bam_kv_experts', (1, 2, 4, 1)),
   ('bam_shared_kv', (1, 2, 2, 2)),
+  ('embedding_experts', (1, 2, 2, 2)),
 }
 
 

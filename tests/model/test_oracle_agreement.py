@@ -232,6 +232,31 @@ CASES = {
   'prefix_sequential': Case(
     model(**SEQUENTIAL, router_input='prefix', **attention(2), **ffn(3, top_k=2)), 'long'
   ),
+  'embedding_experts': Case(
+    model(
+      **GQA,
+      d_model=16,
+      num_layers=1,
+      embedding_rank=2,
+      embedding_scale=1.5,
+      router_input='prefix',
+      **ffn(3, top_k=2),
+    ),
+    shows=spread,
+  ),
+  'embedding_experts_untied': Case(
+    model(
+      **SEQUENTIAL,
+      d_model=16,
+      num_layers=1,
+      embedding_rank=2,
+      tied_embeddings=False,
+      norm_place='post',
+      **attention(2),
+      **ffn(3, top_k=2, renormalize=True),
+    ),
+    'long',
+  ),
   'all_to_one_expert': Case(model(**ffn(4)), change=force(2), shows=only(2)),
   'equal_gates': Case(model(**ffn(4, top_k=2)), change=tie, shows=only(0, 1)),
   'dropping': Case(model(**ffn(3, capacity_factor=1.0)), 'full', shows=drops),
@@ -264,6 +289,7 @@ QUICK = {
     'btx_top_3_of_6',
     'routed_attention_top_2',
     'prefix',
+    'embedding_experts',
     'dropping_beside_padding',
   ),
   'float32': ('bam_kv_experts',),

@@ -206,6 +206,7 @@ REFUSED = {
   'an unknown name': ["no expert 'math'. Its experts are 0: seed, 1: code, 2: seed."],
   'a name that is there twice': ["several experts 'seed': give its number", '2: seed'],
   'too few': ['keep 1 of its 3 experts', 'two or more: drop fewer'],
+  'embeddings of experts': ['embedding_rank=2', 'all of its sources: mix'],
   'too few for top_k': ['keep 2 of its 3 experts', 'its FFN chooses top_k=3', 'smaller top_k'],
 }
 
@@ -213,7 +214,9 @@ REFUSED = {
 @pytest.mark.parametrize('case, words', REFUSED.items(), ids=REFUSED)
 def test_what_is_refused(models, runs, tmp_path, case, words):
   top_k = 3 if case == 'too few for top_k' else 1
-  mixture = mix(runs, tmp_path / 'mix', num_experts=3, norms='fold', top_k=top_k)
+  rank = 2 if case == 'embeddings of experts' else 0
+  options = dict(norms='fold', top_k=top_k, embedding_rank=rank)
+  mixture = mix(runs, tmp_path / 'mix', num_experts=3, **options)
   model, facts = models['untied'], {}
   if case == 'another model':
     model = dataclasses.replace(model, ffn_dim=64)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from bam_jax import config
+from bam_jax.checkpoint import arrays
 from bam_jax.errors import UserError
 from bam_jax.model import router
-from bam_jax.upcycle import rules
+from bam_jax.upcycle import merge, rules
 from tests.upcycle import memory
 from tests.upcycle.memory import KEY, upcycle
 
@@ -59,6 +60,50 @@ def test_routers_of_zeros_and_given_ones(models):
   assert differing(merged, mix(dense, upcycle('btx'))) == {'blocks/ffn/router'}
 
 
+@pytest.mark.parametrize(
+  'name, changes', [('dense', dict(average='first')), ('untied', dict(num_experts=6))]
+)
+def test_embeddings_of_experts(models, monkeypatch, name, changes):
+  """NumPy's singular vectors, whatever the chunks and the mesh; copies have the first source's."""
+  dense, rank = models[name], 4
+  how = upcycle('btx', embedding_rank=rank, **changes)
+  sources = [memory.flat(memory.draw(dense, seed)) for seed in range(3)]
+  whole = mix(dense, how)
+  monkeypatch.setattr(arrays, 'CHUNK_BYTES', 4096)
+  merged, soup = mix(dense, how), mix(dense, upcycle('average', average=how.average))
+  meshed = mix(dense, how, mesh=config.Mesh(fsdp=2, expert=how.experts % 2 or 2, tensor=2))
+  for end, turned in (('embed/table', np.array), ('unembed/kernel', np.transpose)):
+    if end not in soup:
+      continue
+    path = f'{end.split("/")[0]}/directions'
+    for other in (whole, meshed):
+      np.testing.assert_array_equal(merged[end], other[end])
+      np.testing.assert_array_equal(merged[path], other[path])
+    mean_VD, *words_EVr = np.split(turned(merged[end]), 32 + rank * np.arange(how.experts), axis=1)
+    np.testing.assert_array_equal(mean_VD, turned(soup[end]))
+    for expert, (words_Vr, directions_rD) in enumerate(
+      zip(words_EVr, np.split(merged[path], how.experts), strict=True)
+    ):
+      own_VD = turned(sources[expert if expert < 3 else 0][end])
+      u, s, v = np.linalg.svd((own_VD - mean_VD).astype(np.float64), full_matrices=False)
+      want_VD = u[:, :rank] * s[:rank] @ v[:rank]
+      np.testing.assert_allclose(words_Vr @ directions_rD, want_VD, rtol=0, atol=2e-6)
+
+
+def test_words_of_one_host_are_read_alone_but_for_the_directions(models):
+  dense, how = models['dense'], upcycle('btx', embedding_rank=2)
+  sources = [memory.source(dense, memory.draw(dense, seed)) for seed in range(3)]
+  wanted, read = memory.specs(rules.mixture_model(dense, how)), []
+  parts = {path: tuple((0, n) for n in spec.shape) for path, spec in wanted.items()}
+  parts['embed/table'] = (80, 160), (0, 42)
+  plan = merge.Merge(sources, how, KEY)
+  made = list(merge.regions(plan, wanted, parts, lambda *x: read.append(x)))
+  [(index, part)] = [(index, x) for path, index, x in made if path == 'embed/table']
+  assert index == (slice(80, 160),)
+  np.testing.assert_array_equal(part, mix(dense, how)['embed/table'][80:160])
+  assert [x.shape for _, path, _, x in read if path == 'embed/table'] == [(80, 32)] * 3
+
+
 THREE = (1.0, 2.0, 3.0)
 
 
@@ -69,6 +114,8 @@ THREE = (1.0, 2.0, 3.0)
   ('average', dict(num_experts=4), ['num_experts=4', "'average', which has no experts"]),
   ('average', dict(router_init='zero'), ['router_init', 'no router']),
   ('sparse', dict(router_init='ridge'), ['router_init', 'sparse']),
+  ('average', dict(embedding_rank=2), ['embedding_rank=2', 'no experts']),
+  ('sparse', dict(embedding_rank=2), ['embedding_rank=2', 'single source']),
   ('sparse', dict(norms='fold'), ["norms='fold'", 'single source']),
   ('bam_kv_experts', dict(norms='fold', router_init='centroids'), ["norms='mean', or 'random'"]),
   ('btx', dict(router_init='zero', router_scale=2.0), ['router_scale=2.0']),
@@ -79,6 +126,15 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(method, changes, words):
   message = str(caught.value)
   assert message.endswith('.') and '\n' not in message
   assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize('changes, words', [
+  (dict(embedding_rank=5), 'embedding_rank=5 is above d_model / 8 = 4: lower it'),
+  (dict(embedding_rank=4, ffn_experts=None), 'embedding_rank=4 has no effect without ffn_experts'),
+])  # fmt: skip
+def test_ranks_that_are_refused(models, changes, words):
+  with pytest.raises(UserError, match=words):
+    dataclasses.replace(models['btx'], **changes)
 
 
 @pytest.mark.parametrize('method, changes, word', [

@@ -208,7 +208,7 @@ def untrained(model: config.Model, path: str) -> sources.Source:
   [
     pytest.param('btx', 'parallel', {}, marks=pytest.mark.slow),
     ('bam', 'parallel', {}),
-    ('bam', 'sequential', dict(router_init='ridge', router_input='prefix')),
+    ('bam', 'sequential', dict(router_init='ridge', router_input='prefix', embedding_rank=2)),
   ],
 )
 def test_domains_go_to_their_own_experts_before_any_training(
@@ -225,6 +225,9 @@ def test_domains_go_to_their_own_experts_before_any_training(
       if stats is not None:
         share = np.asarray(stats.load.sum(0) / stats.tokens.sum())
         assert share.argmax() == expert and share[expert] > 0.4, (domain, share)
+  if made.node.model.embedding_rank:  # whose router reads what the first layer's attention reads
+    first_DE = made.params['blocks']['attention']['router'][0]
+    np.testing.assert_array_equal(made.params['embed']['router'], first_DE)
 
 
 @pytest.mark.parametrize('init', ['centroids', 'ridge'])
