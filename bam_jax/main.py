@@ -38,7 +38,20 @@ from bam_jax.train import stop
 _CONFIG = cli.define_recipe()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of runs and report; may be gs://BUCKET/FOLDER.')
 _RUNS = flags.DEFINE_list('runs', [], 'Names of the runs to train; default: all.')
-distributed.define_flags()
+# Of a job of several processes; `distributed.joined` reads them.
+flags.DEFINE_string(
+  'coordinator',
+  None,
+  'For a job of several processes: HOST:PORT of process 0, or "auto" under SLURM, Open MPI or '
+  'Kubernetes. TPU pods need none of these flags.',
+)
+for _name, _default, _lower, _text in (
+  ('process_count', None, 1, 'Number of processes of the job.'),
+  ('process_id', None, 0, 'Index of this process, from 0.'),
+  ('join_timeout', 300, 1, 'Seconds to wait for all processes to start.'),
+  ('lost_timeout', 100, 5, 'Seconds without heartbeat until a process counts as lost.'),
+):
+  flags.DEFINE_integer(_name, _default, _text, lower_bound=_lower, upper_bound=10**6)
 
 
 @distributed.joined()

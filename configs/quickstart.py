@@ -7,7 +7,8 @@ each, plus a tenth of general text, at half the seed's learning rate. The seed a
 are then mixed, and the mixtures are trained on the same batches, a quarter from each domain: BTX
 (FFN experts, averaged attention), BAM with shared keys and values, BAM with attention experts that
 have their own, and BAM that costs what BTX costs: a token visits one attention expert, chosen by
-the mean of its document so far. One more is not trained. `:smoke` runs it all for a few steps.
+the mean of its document so far. One more is not trained, and keeps its sources' embeddings.
+`:smoke` runs it all for a few steps.
 
 But for the last two, six minutes on two cores of a 2026 server (`make quickstart`). Average
 held-out perplexity over the four domains: seed 47.8, BTX 37.9, BAM with shared KV 36.5, with KV
@@ -22,7 +23,13 @@ from bam_jax.errors import UserError
 SPECIALTIES = ('code', 'law', 'math')
 # Routers that read the document so far, and point to the specialists' data before any training.
 PREFIX = dict(router_input='prefix', router_init='centroids', router_scale=4.0)
-READY = dict(attention_top_k=1, renormalize=True, router_input='prefix', router_init='ridge')
+READY = dict(
+  attention_top_k=1,
+  renormalize=True,
+  router_input='prefix',
+  router_init='ridge',
+  embedding_rank=16,
+)
 
 
 def get_config(argument: str = '') -> ConfigDict:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import rich.table
 from rich import filesize
 
@@ -36,6 +37,28 @@ def account(
       tokens = arithmetic.matched_tokens(nodes[row['run']].model, context, budget)
       row |= {'matched_tokens': tokens, 'matched_steps': tokens // row['step_tokens']}
   return {'recipe': recipe.name, 'context': context, 'against': against or None, 'rows': rows}
+
+
+def gathered_bytes(model: config.Model, compute: config.Compute, mesh: config.Mesh) -> int:
+  """Bytes of weights that a device of a mesh holds gathered while it computes gradients.
+
+  They are one layer's, or with remat='none' those of all layers, in the compute dtype, except for
+  FFN and soft attention experts on other devices; 0 where no weights are sharded.
+  """
+  if mesh.fsdp * mesh.expert == 1:
+    return 0
+  attention, ffn = model.attention_experts, model.ffn_experts
+  matrices = arithmetic.attention_matrices(model, attention.num_experts if attention else 1)
+  shared = matrices  # by all experts, and so not on other devices
+  if model.soft_attention:
+    keys_and_values = model.num_layers * 2 * model.d_model * model.num_kv_heads * model.head_dim
+    shared = keys_and_values if attention.shared_kv else 0
+  numbers = shared + (matrices - shared) // mesh.expert
+  numbers += arithmetic.ffn_matrices(model, ffn.num_experts if ffn else 1) // (
+    mesh.expert if ffn else 1
+  )
+  layers = 1 if compute.remat == 'none' else model.num_layers
+  return numbers // layers // mesh.tensor * jnp.dtype(compute.dtype).itemsize
 
 
 def find_run(nodes: Mapping[str, graph.Node], flag: str, name: str) -> graph.Node:
@@ -80,7 +103,7 @@ def _row(recipe: config.Recipe, node: graph.Node, context: int) -> dict[str, Any
     'mesh': config.to_dict(run.mesh),
     'devices': run.mesh.size,
     'bytes_per_device': state_bytes(model, run.compute, run.optimizer, run.mesh),
-    'gathered_bytes': arithmetic.gathered_bytes(model, run.compute, run.mesh),
+    'gathered_bytes': gathered_bytes(model, run.compute, run.mesh),
     'steps': steps,
     'step_tokens': step_tokens,
     'tokens': steps * step_tokens,

@@ -115,7 +115,7 @@ def guess(job: Job, chip: Chip) -> tuple[float, float]:
   model, run, mesh = job.model, job.run, job.run.mesh
   attention, ffn, L = model.attention_experts, model.ffn_experts, model.num_layers
   compute = dataclasses.replace(run.compute, remat='full')
-  weights = arithmetic.gathered_bytes(model, compute, mesh)  # of a layer
+  weights = accounting.gathered_bytes(model, compute, mesh)  # of a layer
   tokens = job.sequences_per_chip * job.sequence_length
   channel = jnp.dtype(run.compute.dtype).itemsize * tokens
   residual = channel * model.d_model

@@ -20,11 +20,11 @@ from ml_collections import config_flags
 from rich import progress
 
 from bam_jax import config, errors
-from bam_jax.cli import recipe_file
+from bam_jax.cli import compilation, recipe_file
 from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 from bam_jax.files import folders
-from bam_jax.parallel import compilation, sharding
+from bam_jax.parallel import sharding
 
 _JSON = flags.DEFINE_string('json', None, 'File for the results as one JSON object; "-": stdout.')
 

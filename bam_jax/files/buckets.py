@@ -1,4 +1,4 @@
-"""Local copies of a bucket's files, for writing and reading; transferred whole.
+"""Local drafts of a bucket's files, transferred whole.
 
 Objects can neither grow nor be memory-mapped, and many libraries only support files.
 """
@@ -11,7 +11,6 @@ from typing import Any
 
 from etils import epath
 
-from bam_jax.errors import UserError
 from bam_jax.files import folders
 
 FILES_AT_ONCE = 8  # each of which takes up to 100 MB of memory
@@ -43,16 +42,6 @@ def send(folder: Path, target: epath.Path, names: Sequence[str]) -> None:
   with folders.writing(target):
     local, remote = ([str(root / name) for name in names] for root in (folder, target))
     _client().put(local, remote, batch_size=FILES_AT_ONCE)
-
-
-def fetch(source: epath.Path, folder: Path | epath.Path, names: Sequence[str]) -> None:
-  """Downloads files of a folder in a bucket; UserError if that fails."""
-  with folders.writing(folder):
-    remote, local = ([str(root / name) for name in names] for root in (source, folder))
-    try:
-      _client().get(remote, local, batch_size=FILES_AT_ONCE)
-    except FileNotFoundError as error:
-      raise UserError(f'{source} lacks a file ({error}): copy the dataset there again.') from None
 
 
 def _client() -> Any:

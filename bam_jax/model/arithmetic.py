@@ -73,19 +73,19 @@ def _parts(model: config.Model, queries: int, ffns: int) -> Parts:
   return Parts(
     embeddings=ends * (model.vocab_size * (D + X) + X * D),
     norms=(L * len(model.norms) + 1) * of_norm + L * scales,
-    attention=_attention_matrices(model, queries) + L * biases,
-    ffn=_ffn_matrices(model, ffns) + L * ffns * ffn_biases,
+    attention=attention_matrices(model, queries) + L * biases,
+    ffn=ffn_matrices(model, ffns) + L * ffns * ffn_biases,
     routers=D * _router_columns(model) + (L * ffn.num_experts if ffn and ffn.expert_bias else 0),
   )
 
 
-def _attention_matrices(model: config.Model, queries: int) -> int:
+def attention_matrices(model: config.Model, queries: int) -> int:
   """Numbers in the projections of attention, with so many experts' queries and outputs."""
   heads = queries * model.num_heads + _key_values(model) * model.num_kv_heads
   return model.num_layers * 2 * model.d_model * heads * model.head_dim
 
 
-def _ffn_matrices(model: config.Model, ffns: int) -> int:
+def ffn_matrices(model: config.Model, ffns: int) -> int:
   """Numbers in the matrices of so many FFN experts in each layer."""
   matrices = len(model.ffn_inputs) + 1
   return model.num_layers * ffns * matrices * model.d_model * model.ffn_dim
@@ -111,9 +111,9 @@ def forward_parts(model: config.Model, context: int) -> Parts:
   return Parts(
     # Of experts' differences all are computed, whatever their gates.
     embeddings=2 * (D + X) * model.vocab_size + 4 * X * D,
-    attention=2 * _attention_matrices(model, queries)
+    attention=2 * attention_matrices(model, queries)
     + sum(2 * queries * model.num_heads * model.head_dim * tokens for tokens in seen),
-    ffn=2 * _ffn_matrices(model, model.ffn_experts.top_k if model.ffn_experts else 1),
+    ffn=2 * ffn_matrices(model, model.ffn_experts.top_k if model.ffn_experts else 1),
     routers=2 * D * _router_columns(model),
   )
 
@@ -137,26 +137,6 @@ def cache_bytes(model: config.Model, dtype: str) -> int:
   """Bytes of keys and values, of this dtype, that decoding keeps of one token in all layers."""
   numbers = 2 * model.num_kv_heads * model.head_dim * jnp.dtype(dtype).itemsize
   return model.num_layers * _key_values(model) * numbers
-
-
-def gathered_bytes(model: config.Model, compute: config.Compute, mesh: config.Mesh) -> int:
-  """Bytes of weights that a device of a mesh holds gathered while it computes gradients.
-
-  They are one layer's, or with remat='none' those of all layers, in the compute dtype, except for
-  FFN and soft attention experts on other devices; 0 where no weights are sharded.
-  """
-  if mesh.fsdp * mesh.expert == 1:
-    return 0
-  attention, ffn = model.attention_experts, model.ffn_experts
-  matrices = _attention_matrices(model, attention.num_experts if attention else 1)
-  shared = matrices  # by all experts, and so not on other devices
-  if model.soft_attention:
-    keys_and_values = model.num_layers * 2 * model.d_model * model.num_kv_heads * model.head_dim
-    shared = keys_and_values if attention.shared_kv else 0
-  numbers = shared + (matrices - shared) // mesh.expert
-  numbers += _ffn_matrices(model, ffn.num_experts if ffn else 1) // (mesh.expert if ffn else 1)
-  layers = 1 if compute.remat == 'none' else model.num_layers
-  return numbers // layers // mesh.tensor * jnp.dtype(compute.dtype).itemsize
 
 
 def _queries_met(model: config.Model) -> int:

@@ -39,26 +39,9 @@ AUTO = 'auto'
 # Seconds that process 0 waits before it exits: its exit ends the others, in C++, and they should
 # first report an error that all have found.
 GRACE = 2.0
-MAX = 10**6  # processes, or seconds; JAX holds them in 32 bits
 
 
 Place = tuple[str | None, int | None, int | None]  # coordinator, process count and id, or JAX's own
-
-
-def define_flags() -> None:
-  """Defines the flags that `joined` reads."""
-  text = (
-    'For a job of several processes: HOST:PORT of process 0, or "auto" under SLURM, Open MPI or '
-    'Kubernetes. TPU pods need none of these flags.'
-  )
-  flags.DEFINE_string('coordinator', None, text)
-  for name, default, lower, text in (
-    ('process_count', None, 1, 'Number of processes of the job.'),
-    ('process_id', None, 0, 'Index of this process, from 0.'),
-    ('join_timeout', 300, 1, 'Seconds to wait for all processes to start.'),
-    ('lost_timeout', 100, 5, 'Seconds without heartbeat until a process counts as lost.'),
-  ):
-    flags.DEFINE_integer(name, default, text, lower_bound=lower, upper_bound=MAX)
 
 
 @contextlib.contextmanager
@@ -66,7 +49,8 @@ def joined() -> Iterator[None]:
   """Makes this process part of its job for the duration of a `with` block; no-op for a single one.
 
   Must come before anything asks JAX for its devices. In a job, an error exits the process at once,
-  since the others could only wait for it. UserError if the flags contradict each other or the job.
+  since the others could only wait for it. UserError if flags of main contradict each other or the
+  job.
   """
   told = flags.FLAGS
   pod = has_tpu(Path('/dev'))

@@ -12,7 +12,7 @@ import pytest
 
 from bam_jax import config
 from bam_jax.account import accounting
-from bam_jax.model import arithmetic, transformer
+from bam_jax.model import transformer
 from bam_jax.parallel import sharding
 from bam_jax.train import step
 
@@ -136,9 +136,9 @@ def test_gathered_weights_are_counted_from_the_arrays(model):
       stay = stay and ('ffn' in path or model.soft_attention)
       total += 2 * leaf.size // (4 if stay else 2)  # devices
   none = dataclasses.replace(compute, remat='none')
-  assert arithmetic.gathered_bytes(model, none, mesh) == total
-  assert arithmetic.gathered_bytes(model, compute, mesh) == total // model.num_layers
-  assert arithmetic.gathered_bytes(model, none, config.Mesh(data=2, tensor=2)) == 0
+  assert accounting.gathered_bytes(model, none, mesh) == total
+  assert accounting.gathered_bytes(model, compute, mesh) == total // model.num_layers
+  assert accounting.gathered_bytes(model, none, config.Mesh(data=2, tensor=2)) == 0
 
 
 @pytest.mark.parametrize('recipe, flag, sentence', [
