@@ -10,9 +10,9 @@ have their own, and BAM that costs what BTX costs: a token visits one attention 
 the mean of its document so far. One more is not trained, and keeps its sources' embeddings.
 `:smoke` runs it all for a few steps.
 
-But for the last two, six minutes on two cores of a 2026 server (`make quickstart`). Average
-held-out perplexity over the four domains: seed 47.8, BTX 37.9, BAM with shared KV 36.5, with KV
-experts 35.8, with one attention expert a token 36.6, untrained 41.2.
+Ten minutes on two cores of a 2026 server (`make quickstart`). Average held-out perplexity over the
+four domains: seed 48.2, BTX 38.3, BAM with shared KV 36.5, with KV experts 35.8, with one attention
+expert a token 36.8, not trained 37.8.
 """
 
 from ml_collections import ConfigDict
