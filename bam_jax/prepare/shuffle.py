@@ -46,6 +46,7 @@ def create(
     'codecs': [{'name': 'sharding_indexed', 'configuration': inner}],
   }
   spec = {'driver': 'zarr3', 'kvstore': folders.url(folder), 'metadata': metadata}
+  spec['store_data_equal_to_fill_value'] = True  # readers take a chunk that is not there for lost
   return ts.open(spec, create=not begun, delete_existing=not begun, open=begun).result()
 
 

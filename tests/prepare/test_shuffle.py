@@ -20,12 +20,12 @@ def small(monkeypatch):
 
 
 def write(folder, seed, counts=(7, 1, 12)):
-  """Document n, of shards of some sizes, is n + 1 times the id n, and has n bytes of text."""
+  """Document n of the shards is 10 - n % 10 times the id n, has n bytes; 0 fills a chunk."""
   shards, first = [], 0
   for number, count in enumerate(counts):
     shards.append(folder / f'train-{number:06}')
     names = range(first, first + count)
-    documents = [np.full(1 + name % 5, name, DTYPE) for name in names]
+    documents = [np.full(10 - name % 10, name, DTYPE) for name in names]
     shuffle.write_shard(shards[-1], documents, list(names), [seed, 0, number])
     first += count
   return shards
@@ -34,7 +34,7 @@ def write(folder, seed, counts=(7, 1, 12)):
 def order(folder, sums):
   documents = store.Documents(folder, sums, DTYPE)
   names = [document[0] for document in documents]
-  assert all(len(d) == 1 + d[0] % 5 and len({*d}) == 1 for d in documents)
+  assert all(len(d) == 10 - d[0] % 10 and len({*d}) == 1 for d in documents)
   np.testing.assert_array_equal(documents.byte_counts(), names)
   return [*map(int, names)]
 
