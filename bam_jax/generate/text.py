@@ -11,7 +11,7 @@ from bam_jax.prepare import documents
 
 CONTEXT = 8  # tokens before new ones that decide how they are spelled: whether a space comes first
 REPLACEMENT = '\ufffd'  # what a tokenizer makes of bytes that are not a character, or half of one
-MAX_HALF = 3  # bytes of half a character
+MAX_HALF = 8 * CONTEXT  # of them at the end: some tokenizers make one of each byte of a run
 
 
 def read_prompts(path: str) -> list[str]:
@@ -49,8 +49,7 @@ class Continuation:
     self._tokenizer, self._show = tokenizer, show
     self._stops = [stop for stop in stops if stop]
     self._spelled = ''  # all that is spelled, stops or not
-    self._window = list(prompt[-CONTEXT:])
-    self._seen = len(tokenizer.decode(self._window))  # characters of the window
+    self._look_from(list(prompt))
 
   def add(self, tokens: Sequence[int]) -> bool:
     """Takes new tokens, none after a stop; returns whether there was one."""
@@ -66,15 +65,23 @@ class Continuation:
     if not self.stopped:
       self._spell(last=True)
 
+  def _look_from(self, tokens: list[int]) -> None:
+    """Makes the last tokens the window, if it can be from where a character begins."""
+    windows = [tokens[-size:] for size in range(CONTEXT, CONTEXT + 4)]
+    texts = [self._tokenizer.decode(window) for window in windows]
+    whole = (n for n, text in enumerate(texts) if not text.startswith(REPLACEMENT))
+    self._window = windows[number := next(whole, 0)]
+    self._seen = len(texts[number])  # characters of the window that are spelled
+
   def _spell(self, last: bool) -> None:
     """Spells what the window allows, and shows what of it cannot become a stop."""
     text = self._tokenizer.decode(self._window)
-    half = 0 if last else min(MAX_HALF, len(text) - len(text.rstrip(REPLACEMENT)))
+    half = len(text) - len(text.rstrip(REPLACEMENT))
+    half = 0 if last or half > MAX_HALF else half
     self._spelled += text[self._seen : len(text) - half]
     self._seen = max(self._seen, len(text) - half)
     if not half and len(self._window) > 4 * CONTEXT:
-      self._window = self._window[-CONTEXT:]
-      self._seen = len(self._tokenizer.decode(self._window))
+      self._look_from(self._window)
     found = [at for at in map(self._spelled.find, self._stops) if at >= 0]
     self.stopped = bool(found)
     end = min(found, default=len(self._spelled))

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models
 
-from bam_jax.data.tokenizer import Tokenizer
+from bam_jax.data.tokenizer import HUGGING_FACE_FILE, Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.generate import text
 from bam_jax.prepare import training
@@ -12,10 +14,15 @@ from bam_jax.prepare import training
 WORDS = 'Größe Москва 東京 🦀🦀 naïve end. '
 
 
-@pytest.fixture(scope='module')
-def tokenizer() -> Tokenizer:
+@pytest.fixture(scope='module', params=['byte level', 'byte fallback'])
+def tokenizer(request) -> Tokenizer:
   """Bytes and hardly more: characters are spelled by several tokens."""
-  return training.train(['the cat sat on the mat '] * 50, 270)
+  if request.param == 'byte level':
+    return training.train(['the cat sat on the mat '] * 50, 270)
+  words = ['<s>', '</s>', *(f'<0x{byte:02X}>' for byte in range(256)), *' .#acehmnotz']
+  model = models.BPE({word: n for n, word in enumerate(words)}, [], byte_fallback=True)
+  (made := tokenizers.Tokenizer(model)).decoder = decoders.ByteFallback()  # runs, all or nothing
+  return Tokenizer(made.to_str().encode(), HUGGING_FACE_FILE)
 
 
 def pieces(tokenizer, prompt: str, continuation: str, stops=()) -> tuple[list[str], object]:
