@@ -24,8 +24,8 @@ class SamplingParams:
   top_p: float = 1.0  # the probability mass of the candidates, after top-k
 
   def __post_init__(self):
-    finite = 0 <= self.temperature < math.inf
-    require(finite, f'--temperature={self.temperature} must be at least 0.')
+    finite = self.temperature == 0 or 1e-30 <= self.temperature < math.inf  # as are logits over it
+    require(finite, f'--temperature={self.temperature} must be 0, or at least 1e-30.')
     require(self.top_k >= 0, f'--top_k={self.top_k} is negative: set 0 for all tokens, or more.')
     require(0 < self.top_p <= 1, f'--top_p={self.top_p} must be above 0 and at most 1.')
     read = self.temperature or not (self.top_k or self.top_p < 1)

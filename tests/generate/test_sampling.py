@@ -73,8 +73,9 @@ def test_the_words_that_top_p_keeps(top_p):
 
 
 @pytest.mark.parametrize('params, flag', [
-  (dict(temperature=-1), '--temperature=-1'), (dict(temperature=1, top_k=-2), '--top_k=-2'),
-  (dict(temperature=1, top_p=0), '--top_p=0'), (dict(top_k=5), '--temperature=1'),
+  (dict(temperature=-1), '--temperature=-1'), (dict(temperature=1e-38), 'must be 0, or'),
+  (dict(temperature=1, top_k=-2), '--top_k=-2'), (dict(temperature=1, top_p=0), '--top_p=0'),
+  (dict(top_k=5), '--temperature=1'),
 ])  # fmt: skip
 def test_what_makes_no_sense(params, flag):
   with pytest.raises(UserError, match=flag):
