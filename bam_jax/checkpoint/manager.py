@@ -51,6 +51,7 @@ class Meta:
   bos_token: str  # begins documents
   eos_token: str  # ends them
   manifest: Manifest | None = None  # what it was made from, if not from scratch
+  words = property(lambda self: (self.tokenizer_hash, self.bos_token, self.eos_token))
 
 
 class _ChecksumsHandler(ocp.CheckpointHandler):

@@ -137,13 +137,13 @@ class Dataset:
   Attributes:
     path, manifest: of the first of its folders.
     domains: names, sorted.
-    tokenizer_hash: of the first folder's tokenizer file.
+    tokenizer_hash, vocab_size: of the first folder's tokenizer; of the largest of all.
   """
 
   def __init__(self, path: Path | epath.Path, manifest: dict[str, Any]):
     self.path, self.manifest = path, manifest
-    self.tokenizer_hash: str = manifest['tokenizer']['hash']
-    self._entries = {name: (path, splits) for name, splits in manifest['domains'].items()}
+    self.tokenizer_hash, self.vocab_size = map(manifest['tokenizer'].get, ('hash', 'vocab_size'))
+    self._entries = {k: (path, v, self.vocab_size) for k, v in manifest['domains'].items()}
 
   @property
   def domains(self) -> tuple[str, ...]:
@@ -160,9 +160,8 @@ class Dataset:
     if split not in (splits := self.splits(domain)):
       has = ', '.join(splits)
       raise UserError(f'{self.path} has no split {split!r} of the domain {domain}: it has {has}.')
-    path, entries = self._entries[domain]
-    dtype = token_dtype(self.manifest['tokenizer']['vocab_size'])
-    return Documents(path / domain / split, entries[split], dtype)
+    path, entries, vocab_size = self._entries[domain]
+    return Documents(path / domain / split, entries[split], token_dtype(vocab_size))
 
   def tokenizer(self) -> Tokenizer:
     """Loads the tokenizer that the dataset was prepared with."""
@@ -178,6 +177,7 @@ class Dataset:
     twice = ', '.join(self._entries.keys() & other._entries.keys())
     require(not twice, f'{other.path} has the domain {twice}, as {self.path} has: rename one.')
     self._entries |= other._entries
+    self.vocab_size = max(self.vocab_size, other.vocab_size)
 
 
 def open_dataset(path: epath.PathLike) -> Dataset:
@@ -221,7 +221,7 @@ def read_manifest(folder: Path | epath.Path) -> dict[str, Any]:
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
   facts = manifest['tokenizer']
-  for key, kind in dict(vocab_size=int, bos_id=int, eos_id=int, hash=str).items():
+  for key, kind in dict(vocab_size=int, bos_token=str, eos_token=str, hash=str).items():
     if not isinstance(facts[key], kind):
       raise TypeError(f'tokenizer.{key}')
   if facts['file'] not in (HUGGING_FACE_FILE, SENTENCEPIECE_FILE):

@@ -131,11 +131,11 @@ class Tokenizer:
     Compared by meaning: ids of all words, merges, normaliser and so on, whatever the file's bytes.
     Templates, and words that only one of them has beyond the other's last, do not matter.
     """
-    if self.hash == other.hash:
-      return ''
     for name in ('bos_token', 'eos_token'):
       if getattr(self, name) != getattr(other, name):
         return f'{name} is {getattr(self, name)!r} in one and {getattr(other, name)!r} in the other'
+    if self.hash == other.hash:
+      return ''
     ours, theirs = self._backend.meaning(), other._backend.meaning()
     for number, (one, two) in enumerate(zip(ours.pop('words'), theirs.pop('words'))):
       if one != two:

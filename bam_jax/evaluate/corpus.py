@@ -29,7 +29,10 @@ class Prepared:
     """UserError unless the dataset was prepared with this tokenizer."""
     wrong = f'{self._dataset.path} was prepared with another tokenizer than that of {checkpoint}'
     fix = 'pass text with --data=DOMAIN=FILE, which is tokenized for each checkpoint.'
-    found = tokenizer.difference(self._dataset.tokenizer())
+    found, words = tokenizer.difference(self._dataset.tokenizer()), tokenizer.vocab_size
+    if not found and self._dataset.vocab_size > words:
+      last = max(ids.max() for ids in self.documents(tokenizer))
+      found = f'{last} is a word of the former alone' if last >= words else ''
     require(not found, f'{wrong} ({found}): {fix}')
 
   def documents(self, tokenizer: Tokenizer) -> Sequence[np.ndarray]:

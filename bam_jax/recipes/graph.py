@@ -186,15 +186,15 @@ def check(
 
 
 def _check_data(node: Node, nodes: Mapping[str, Node], dataset: store.Dataset) -> None:
-  vocab_size, tokens = node.model.vocab_size, dataset.manifest['tokenizer']['vocab_size']
+  vocab_size, tokens = node.model.vocab_size, dataset.vocab_size
   wrong = f'config.model.{vocab_size=} is below the {tokens} tokens of the tokenizer in'
   require(vocab_size >= tokens, f'{wrong} {dataset.path}: raise it to {tokens}.')
   if isinstance(node.run.init, config.FromCheckpoint):
     path = node.run.init.checkpoint
     wrong = f'config.runs.{node.name}.init.checkpoint={path} was made with another tokenizer than'
     fix = 'prepare the data with the tokenizer stored with the checkpoint'
-    folder, meta = node.origin
-    if meta.tokenizer_hash != dataset.tokenizer_hash:
+    (folder, meta), facts = node.origin, dataset.manifest['tokenizer']
+    if meta.words != (facts['hash'], facts['bos_token'], facts['eos_token']):
       found = checkpoint.open_tokenizer(folder, meta).difference(dataset.tokenizer())
       require(not found, f'{wrong} {dataset.path} ({found}): {fix}.')
   fits = node.upcycle and node.upcycle.fits_routers

@@ -75,7 +75,7 @@ def check_alike(sources: Sequence[Source], method: config.Method) -> None:
     )
     wrong = f"{what} ({'; '.join(turned)}): {fix} takes the first's for all, to be trained on."
     require(not turned or method == 'bam_kv_experts', wrong)
-    if meta.tokenizer_hash != first.meta.tokenizer_hash:
+    if meta.words != first.meta.words:
       found = tokenizer().difference(first.tokenizer())
       require(not found, f'{path} was trained with another tokenizer than {first.path}: {found}.')
     for name, (_, dtype) in reader.specs.items():

@@ -168,6 +168,16 @@ def test_domains_of_several_datasets(made, tmp_path):
   assert found.documents('law', 'train').num_documents == 50
   with pytest.raises(UserError, match='/data has the domain law, as .*/data has: rename one'):
     found.add(open_dataset(made))
+  facts = json.loads((made / 'tokenizer.json').read_text())
+  facts['model']['vocab'] |= {f'word {n}': n for n in range(270, 2**16 + 1)}
+  longer = Tokenizer(json.dumps(facts).encode(), 'tokenizer.json')
+  prepare({'art': more}, tmp_path / 'art', tokenizer=longer)
+  found.add(open_dataset(tmp_path / 'art'))  # of 32 bits, beside 16
+  assert len([*found.documents('art', 'train')]) == 9 and found.vocab_size == 2**16 + 1
+  assert found.documents('law', 'train').num_documents == 50
+  prepare({'both': more}, tmp_path / 'both', tokenizer=Tokenizer.load(made, '<|eos|>', '<|eos|>'))
+  with pytest.raises(UserError, match="with another tokenizer .*bos_token is '<.bos.>' in one"):
+    found.add(open_dataset(tmp_path / 'both'))
   prepare({'math': more}, tmp_path / 'math', train_tokenizer=260)
   with pytest.raises(UserError, match='math was prepared with another tokenizer than .*data'):
     found.add(open_dataset(tmp_path / 'math'))

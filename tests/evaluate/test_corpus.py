@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import types
 
 import pytest
 
@@ -49,6 +50,12 @@ def test_text_is_what_prepare_makes_of_it(dataset):
     for d in (text, prepared)
   ]
   assert found[0] == found[1] and len(found[0]) == 6
+  last = max(max(ids) for ids, _ in found[1])
+  fewer = types.SimpleNamespace(vocab_size=last + 1, difference=lambda other: '')
+  prepared.check(fewer, 'one')
+  fewer.vocab_size = last
+  with pytest.raises(UserError, match=rf'that of one \({last} is a word of the former alone\)'):
+    prepared.check(fewer, 'one')
 
 
 def test_options(files, dataset):

@@ -237,6 +237,11 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(recipe_dict, dataset, writ
       check(recipe_dict, dataset)
   with pytest.raises(UserError, match="/one was made with another tokenizer .*'z' in one"):
     check(recipe_dict, dataset)
+  other = {'bos_token': '<|eos|>', 'eos_token': '<|eos|>'}  # of the very same file
+  write('one', tokenizer_hash=dataset.tokenizer_hash, **other)
+  dataset.tokenizer().save(folder)
+  with pytest.raises(UserError, match='/one was made with another tokenizer .*bos_token is'):
+    check(recipe_dict, dataset)
 
 
 @pytest.mark.parametrize('change, words', MISFITS.values(), ids=MISFITS)
