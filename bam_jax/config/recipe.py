@@ -24,7 +24,7 @@ class Schedule(strict.Section):
 
 @dataclass(frozen=True)
 class Optimizer(strict.Section):
-  """AdamW; weight decay on everything except the scales of norms and the biases of routers."""
+  """AdamW; weight decay on everything except the scales of norms and all biases."""
 
   weight_decay: NonNegative = 0.1
   b1: Fraction = 0.9

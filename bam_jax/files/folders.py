@@ -84,7 +84,7 @@ def writing(path: epath.PathLike) -> Iterator[None]:
 
 def url(folder: epath.PathLike) -> str:
   """A folder as tensorstore names it."""
-  path = f'{folder}/' if in_bucket(folder) else f'file://{os.path.abspath(folder)}/'
+  path = f'{folder}/' if in_bucket(folder) else f'file://{os.path.realpath(folder)}/'
   return urllib.parse.quote(path, safe=':/')
 
 

@@ -89,7 +89,7 @@ def prepare(
   }
   if tokenizer:
     plan['tokenizer_from'] = _tokenizer_facts(tokenizer)
-  partial = _cache(output) if remote else Path(f'{os.path.abspath(output)}.partial')  # of "." too
+  partial = _cache(output) if remote else Path(f'{os.path.realpath(output)}.partial')  # of "." too
   if (output / store.MANIFEST).exists():
     manifest = store.open_dataset(output).manifest
     wrong = f'{output} was prepared from other inputs or options: choose another --output.'
@@ -122,7 +122,7 @@ def prepare(
     folders.write_file(root / store.MANIFEST, json.dumps(manifest, indent=1) + '\n')
     if not remote:
       folders.sync(root)  # a dataset that exists is whole, even after a power cut
-      root.rename(output)
+      root.rename(os.path.realpath(output))  # where a link leads
     shutil.rmtree(partial)
   return manifest
 

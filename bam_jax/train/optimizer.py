@@ -30,7 +30,7 @@ def adamw(options: config.Optimizer) -> optax.GradientTransformation:
 
 
 def decayed(params: dict) -> dict:
-  """True for the parameters that decay: all but the scales of norms and the biases of routers."""
+  """True for the parameters that decay: all but the scales of norms and all biases."""
   is_decayed = lambda key_path, _: key_path[-1].key not in parameters.UNDECAYED
   return jax.tree_util.tree_map_with_path(is_decayed, params)
 

@@ -263,6 +263,16 @@ def test_path_errors(tmp_path):
     prepare({'b': tmp_path / 'b'}, tmp_path / 'data', train_tokenizer=300)
 
 
+@pytest.mark.parametrize('name', ['link', 'link/../data'])  # itself, and beside where it leads
+def test_links_are_followed(tmp_path, name):
+  sources = write_lines(tmp_path / 'a.jsonl', ['one', 'two'])
+  (tmp_path / 'disk/mine').mkdir(parents=True)
+  (tmp_path / 'link').symlink_to('disk/mine')
+  prepare({'a': sources}, tmp_path / name, train_tokenizer=300, valid_fraction=0)
+  assert sorted(texts_of(tmp_path / name, 'a', 'train')) == ['one', 'two']
+  assert (tmp_path / 'link').is_symlink() and not list(tmp_path.rglob('*.partial'))
+
+
 def test_command_line(tmp_path):
   write_lines(tmp_path / 'in/a/x.jsonl', [f'text {i}' for i in range(300)])
   write_lines(tmp_path / 'in/a/test.jsonl', ['secret'])
