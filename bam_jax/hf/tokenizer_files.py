@@ -10,7 +10,7 @@ from tokenizers import processors
 from bam_jax.data.tokenizer import CONFIG_FILE, HUGGING_FACE_FILE, TEMPLATE_FILE, Tokenizer
 from bam_jax.hf import files
 
-# Padding tokens in order of preference; the fallback is EOS.
+# Padding tokens in order of preference, after the tokenizer's own; the fallback is EOS.
 PAD_TOKENS = ('<|pad|>', '<PAD>', '<pad>', '[PAD]', '<|padding|>')
 # Keys that are not carried over: code, paths, and what tokenizer.json does already.
 _DROPPED = ('auto_map', 'name_or_path', 'tokenizer_file', 'add_bos_token', 'add_eos_token')
@@ -39,7 +39,12 @@ def write(folder: Path, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
     _begin_with_bos(backend, tokenizer)
   if tokenizer.switched_off or not begins_with_bos:
     path.write_text(backend.to_str(pretty=True), encoding='utf-8')
-  pad = next((name for name in PAD_TOKENS if backend.token_to_id(name) is not None), None)
+  carried = files.read_json(folder / CONFIG_FILE) if CONFIG_FILE in tokenizer.beside else {}
+  text_of = lambda token: token.get('content') if isinstance(token, dict) else token
+  theirs = {name: text_of(carried.get(name)) for name in ('bos_token', 'eos_token')}
+  own = text_of(carried.get('pad_token'))
+  pads = (own, *PAD_TOKENS) if isinstance(own, str) and own != tokenizer.eos_token else PAD_TOKENS
+  pad = next((name for name in pads if backend.token_to_id(name) is not None), None)
   facts = {
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'bos_token': tokenizer.bos_token,
@@ -49,12 +54,9 @@ def write(folder: Path, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
     'model_max_length': length,
     'clean_up_tokenization_spaces': False,
   }
-  carried = files.read_json(folder / CONFIG_FILE) if CONFIG_FILE in tokenizer.beside else {}
   file = folder / TEMPLATE_FILE
   template = file.read_text('utf-8') if file.exists() else json.dumps(carried.get('chat_template'))
-  for name in ('bos_token', 'eos_token'):
-    token = carried.get(name)  # a string, or an object with one
-    token = token.get('content') if isinstance(token, dict) else token
+  for name, token in theirs.items():
     if name in template and token != facts[name]:
       carried.pop('chat_template', None)
       file.unlink(missing_ok=True)

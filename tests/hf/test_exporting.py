@@ -159,6 +159,7 @@ def test_a_sentencepiece_model_is_copied(tmp_path):
 def test_a_chat_template_with_other_tokens_is_left_out(tmp_path, template, kept, apart):
   source, model = tmp_path / 'hf', make_model()
   facts = {'bos_token': {'content': '<|bos|>'}, 'eos_token': '<|other|>', 'an_option': 5}
+  facts['pad_token'] = {'content': '!'}
   folders.write_checkpoint(tmp_path / 'a', model, draw(model))
   if apart:
     (tmp_path / 'a' / 'chat_template.jinja').write_text(template)
@@ -168,6 +169,8 @@ def test_a_chat_template_with_other_tokens_is_left_out(tmp_path, template, kept,
   convert(tmp_path / 'a', source)
   written = folders.read_json(source / 'tokenizer_config.json')
   assert written['an_option'] == 5 and written['eos_token'] == '<|eos|>'
+  pad_id = folders.read_json(source / 'config.json')['pad_token_id']
+  assert written['pad_token'] == '!' and folders.make_tokenizer().encode('!') == [pad_id]
   file = source / 'chat_template.jinja'
   assert (file.exists() if apart else 'chat_template' in written) == kept
 
