@@ -214,9 +214,10 @@ def _shuffle(
         found[split] = [path.with_suffix('') for path in paths]
     marked, wrong = {mark for _, mark in domain.files}, f'The domain {domain.name} has no document'
     require(TRAIN in found or marked == {VALID}, f'{wrong} left for train: add more text.')
-    fix = f'raise --valid_fraction={domain.valid_fraction:g} (0 holds nothing out).'
+    fix = f'raise --valid_fraction={domain.valid_fraction:g} (0 holds nothing out)'
+    fix = f'add a valid file, or {fix}' if VALID not in marked else 'its valid files have no text'
     wanted = VALID in marked or domain.valid_fraction > 0
-    require(VALID in found or not wanted, f'{wrong} for valid: add a valid file, or {fix}')
+    require(VALID in found or not wanted, f'{wrong} for valid: {fix}.')
     for split, paths in found.items():
       where, done = root / domain.name / split, shards / domain.name / f'{split}.done'
       order = _seed(seed, domain.name, split)

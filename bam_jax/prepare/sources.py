@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from bam_jax.config.strict import require
-from bam_jax.data.store import DOMAIN_NAME
+from bam_jax.data.store import DOMAIN_NAME, MANIFEST
+from bam_jax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE
 from bam_jax.prepare.documents import EXTENSIONS, extension, read_documents
 
 SAMPLE = Path(__file__).parent / 'sample'  # the text that is shipped with bam_jax
+RESERVED = (MANIFEST, HUGGING_FACE_FILE, SENTENCEPIECE_FILE)  # beside the domains
 TRAIN, VALID, TEST = 'train', 'valid', 'test'
 
 _MARKS = {
@@ -184,7 +186,8 @@ def find_domains(inputs: Sequence[str]) -> dict[str, Path]:
   domains = {}
   for given, name, path in named:
     naming = 'name it with letters, digits, "_", "-" and "."'
-    require(DOMAIN_NAME.fullmatch(name), f'{given} cannot name a domain: {naming}.')
+    plain = DOMAIN_NAME.fullmatch(name) and name not in RESERVED
+    require(plain, f'{given} cannot name a domain: {naming}.')
     twice = f'{given}: the domain {name} is given twice; put both in one folder.'
     require(name not in domains, twice)
     domains[name] = Path(path)

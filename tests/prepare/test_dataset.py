@@ -248,6 +248,13 @@ def test_option_errors_leave_no_output(tmp_path, options, sentence):
   assert not (tmp_path / 'data').exists()
 
 
+def test_a_valid_file_without_text(tmp_path):
+  write_lines(tmp_path / 'a/train.jsonl', ['one'])
+  write_lines(tmp_path / 'a/valid.jsonl', [''])
+  with pytest.raises(UserError, match='no document for valid: its valid files have no text'):
+    prepare({'a': tmp_path / 'a'}, tmp_path / 'data', train_tokenizer=300)
+
+
 def test_path_errors(tmp_path):
   sources = write_lines(tmp_path / 'a' / 'x.jsonl', ['one', 'two']).parent
   with pytest.raises(UserError, match='is inside the input'):

@@ -181,6 +181,7 @@ def test_find_domains(tmp_path):
     ([], '--input is required'),
     (['{root}/law/a.txt'], 'names no domain: write --input=DOMAIN='),
     (['../a={root}/law'], 'cannot name a domain'),
+    (['manifest.json={root}/law'], 'cannot name a domain'),
     (['a={root}/law', 'a={root}/law'], 'the domain a is given twice'),
     (['{root}/split'], 'is a split, not a domain'),
     (['{root}/twice'], 'the domain a is given twice'),
