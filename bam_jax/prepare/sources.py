@@ -28,7 +28,7 @@ _MARKS = {
 # A whole word at the start: testimony.txt is not a test set.
 _MARK = re.compile(f'({"|".join(_MARKS)})(?![a-z])', re.IGNORECASE)
 # The whole name: licenses.csv and notices.jsonl are data.
-_ABOUT = re.compile(r'(readme|notice|licen[sc]e|copying)(\.(md|txt|rst))?', re.IGNORECASE)
+_ABOUT = re.compile(r'(readme|notice|licen[sc]e|copying)(\.(md|txt|rst|json))?', re.IGNORECASE)
 
 
 @dataclass(frozen=True)
