@@ -34,7 +34,7 @@ _DOMAINS = flags.DEFINE_list('domains', list(SOURCES), 'Which; those built befor
 def main() -> dict[str, Any]:
   """Fetches all packages and builds the domains that the flags ask for."""
   if not _OUTPUT.value:
-    raise UserError('Where to? Give --output=FOLDER.')
+    raise UserError('--output is required: give --output=FOLDER.')
   for domain in _DOMAINS.value:
     if domain not in SOURCES:
       raise UserError(f'--domains names {domain!r}; there are {", ".join(SOURCES)}.')

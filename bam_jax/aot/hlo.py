@@ -1,6 +1,6 @@
 """Parses the text of optimized HLO into computations of linked instructions.
 
-`jax.stages.Compiled.as_text()` gives the text; there is no public structured form of it. Only what
+`jax.stages.Compiled.as_text()` gives the text; JAX offers no structured form of it. Only what
 the counts need is read: shapes with their memory space, operands, called computations, attributes.
 """
 

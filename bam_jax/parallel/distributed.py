@@ -86,7 +86,7 @@ def _of_jax(error: BaseException | None) -> str:
 def place_of(
   coordinator: str | None, process_count: int | None, process_id: int | None, pod: bool
 ) -> Place | None:
-  """The place that the flags give, on a machine that may be in a `pod`; None if there is no job."""
+  """The place that the flags give, on a machine that may be in a `pod`; None without a job."""
   numbers = process_count, process_id
   if coordinator in (None, AUTO):
     wrong = '--process_count and --process_id require --coordinator=HOST:PORT; omit them with'

@@ -41,7 +41,7 @@ def order(folder, sums):
 
 def test_every_place_is_as_likely(tmp_path):
   """Where three documents of different shards come, over 300 seeds: chi-square, 19 degrees."""
-  found = np.zeros((3, 20))
+  found, changes = np.zeros((3, 20)), 0
   for seed in range(300):
     (folder := tmp_path / str(seed)).mkdir()
     made = write(folder, seed)
@@ -50,7 +50,10 @@ def test_every_place_is_as_likely(tmp_path):
     assert sorted(names) == [*range(20)] and sums['documents'] == 20
     for row, name in enumerate((0, 7, 19)):
       found[row, names.index(name)] += 1
+    changes += np.count_nonzero(np.diff(np.searchsorted([7, 8], names, side='right')))
   assert (((found - 15) ** 2 / 15).sum(1) < 50).all()  # by chance once in 8,000
+  # Neighbours are of different shards as often as in an order of 7, 1 and 12 by chance.
+  assert abs(changes / 300 - 2 * (7 * 1 + 7 * 12 + 1 * 12) / 20) < 0.5  # four deviations
 
 
 @pytest.mark.parametrize('stop', range(4))
