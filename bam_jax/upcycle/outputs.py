@@ -48,11 +48,10 @@ def read_to_mesh(reader: Reader, abstract: Any, shardings: Any) -> Any:
 
 def _to_mesh(regions: Callable, abstract: Any, shardings: Any) -> Any:
   wanted, shardings = specs(abstract), traverse_util.flatten_dict(shardings, sep='/')
-  parts = {}
-  for path, spec in wanted.items():  # the smallest box around the parts of this process's devices
-    indices = shardings[path].addressable_devices_indices_map(spec.shape).values()
-    axes = zip(*(arrays.bounds(spec, index) for index in indices))
-    parts[path] = tuple((min(a for a, _ in axis), max(b for _, b in axis)) for axis in axes)
+  parts = {
+    path: around(spec, shardings[path].addressable_devices_indices_map(spec.shape).values())
+    for path, spec in wanted.items()
+  }
   made, message = {}, ''
   try:
     for path, of_path in itertools.groupby(regions(wanted, parts), operator.itemgetter(0)):
@@ -62,6 +61,12 @@ def _to_mesh(regions: Callable, abstract: Any, shardings: Any) -> Any:
   if message := processes.first(message):
     raise UserError(message)
   return traverse_util.unflatten_dict({path: made[path] for path in wanted}, sep='/')
+
+
+def around(spec: arrays.Spec, indices: Iterable[arrays.Index]) -> merge_lib.Box:
+  """The smallest box around the parts of a process's devices: what it holds of an array at once."""
+  axes = zip(*(arrays.bounds(spec, index) for index in indices))
+  return tuple((min(a for a, _ in axis), max(b for _, b in axis)) for axis in axes)
 
 
 def _assemble(
