@@ -1,11 +1,11 @@
-"""docs/results.md: the runs of configs/reproduction.py to small files, and these to its tables.
+"""The pages of results: runs to small files, and these to tables and pictures.
 
     python -m tools.results collect --workdir=0=runs/r_0 --workdir=1=runs/r_1 --workdir=2=runs/r_2
     python -m tools.results draw
 
 Subcommands:
   collect   what finished runs say, a file for each seed, into docs/results/
-  draw      the tables of docs/results.md and the pictures, from those files alone
+  draw      the tables and pictures of docs/results.md and its appendix, from those files alone
 
 `python -m tools.results SUBCOMMAND --help` lists its flags.
 """

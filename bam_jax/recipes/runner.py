@@ -53,7 +53,8 @@ def execute(
         log.note(f'{name}: {warning}')
       record = {'recipe': recipe.name, 'run': config.to_dict(node.run), 'identity': node.identity}
       _write_json(folder / 'config.json', record | {'hash': graph.digest(node.identity)})
-      _copy_tokenizer(dataset, folder)
+      if jax.process_index() == 0:  # beside the checkpoints, which may outlive the data
+        dataset.tokenizer().save(folder)
       job = loop.Job(
         name=name,
         run=node.run,
@@ -188,10 +189,3 @@ def _write_json(path: Path, facts: dict[str, Any]) -> None:
     with folders.writing(path):
       path.parent.mkdir(parents=True, exist_ok=True)
     folders.write_file(path, json.dumps(facts, indent=1) + '\n')
-
-
-def _copy_tokenizer(dataset: store.Dataset, folder: Path) -> None:
-  """Copies the tokenizer next to a run's checkpoints, which may outlive the data."""
-  name = dataset.manifest['tokenizer']['file']
-  if jax.process_index() == 0 and not (folder / name).exists():
-    dataset.tokenizer().save(folder)

@@ -78,11 +78,7 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
       if step == checkpoints.latest():
         return
       with goodput.spend('checkpoint'):
-        data = {
-          'iterator': batches.get_state(),
-          'skipped': skips.counts,
-          'spent': goodput.spent(),
-        }
+        data = dict(iterator=batches.get_state(), skipped=skips.counts, spent=goodput.spent())
         writer.flush()  # a resume at this step reads what was written of the steps before it
         checkpoints.save(step, state.params, state.opt_state, data, job.meta(step))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bam_jax.errors import UserError
-from tools.reproduction import facts, pages
+from tools.reproduction import draw, facts, pages
 
 ROOT = Path(__file__).parent.parent.parent
 DOMAINS = ('general', 'code', 'law', 'math')
@@ -116,17 +116,30 @@ def test_means_and_changes(seeds):
 
 def test_the_pages_of_this_project_are_what_its_files_draw():
   """Nobody wrote a number by hand, and nobody forgot to draw; pictures by their names."""
-  page, readme, folder = ROOT / 'docs' / 'results.md', ROOT / 'README.md', ROOT / 'docs' / 'results'
-  text, summary, seeds = page.read_text(), readme.read_text(), facts.read(folder)
-  drawn = {name: section(seeds) for name, section in pages.SECTIONS.items()}
+  names, folder = draw.PAGES, ROOT / 'docs' / 'results'
+  texts = {ROOT / name: (ROOT / name).read_text() for name in names}
+  before, seeds = dict(texts), facts.read(folder)
+  for name, section in (pages.SECTIONS | {'summary': pages.summary}).items():
+    pages.replace(texts, name, section(seeds))
   for apart, sections in pages.APART.items():
     others = facts.read(folder / apart)
-    drawn |= {name: section(others) for name, section in sections.items()}
-  for name, section in drawn.items():
-    assert pages.replace(text, name, section, page) == text, name
-  assert pages.replace(summary, 'summary', pages.summary(seeds), readme) == summary
-  shown = re.findall(r'\]\(results/(\w+\.png)\)', text)
-  assert set(shown) == {file.name for file in folder.glob('*.png')}
+    for name, section in sections.items():
+      pages.replace(texts, name, section(others))
+  assert texts == before
+  shown = re.findall(r'\]\(results/(\w+\.png)\)', '\n'.join(texts.values()))
+  assert sorted(shown) == sorted(file.name for file in folder.glob('*.png'))
+
+
+def test_equal_compute(seeds):
+  for seed, (btx, other, bam) in zip(seeds, [(40, 20, 15), (10, 20, 11)]):
+    for run, value in (('btx_random_1', btx), ('btx_prefix_1', other), ('bam_top1_prefix_1', bam)):
+      seed['runs'][run] = result(run, [value] * 4)
+  row = 'BAM, shared KV, top-1, prefix, centroids'
+  missing = pages.MISSING
+  assert cells(pages.equal_compute_against(seeds), row) == [
+    missing, missing, '−7.5% (−25.0% to +10.0%)', missing,
+  ]  # fmt: skip
+  assert cells(pages.equal_compute(seeds), row)[3] == '13.00 (11.00 to 15.00)'
 
 
 def test_what_cannot_be_compared_or_read_is_one_sentence(seeds, tmp_path):

@@ -1,4 +1,4 @@
-"""Keeps what the finished runs of configs/reproduction.py say, a small file for each seed.
+"""Keeps what the finished runs of a recipe say, a small file for each seed.
 
     python -m tools.results collect --workdir=0=runs/r_0 --workdir=1=runs/r_1 --workdir=2=runs/r_2
 

@@ -1,4 +1,4 @@
-"""Draws the tables of docs/results.md, its pictures and the README's summary, from docs/results/.
+"""Draws the tables and pictures of the pages of results, from the files in docs/results/.
 
     python -m tools.results draw
 
@@ -15,34 +15,38 @@ from absl import flags
 from bam_jax.errors import UserError
 from tools.reproduction import facts, pages, pictures
 
+PAGES = 'docs/results.md', 'docs/results_appendix.md', 'README.md'
+
 _RESULTS = flags.DEFINE_string('results', facts.FOLDER, 'Folder of what collect wrote.')
-_PAGE = flags.DEFINE_string('page', 'docs/results.md', 'The page of all tables.')
-_README = flags.DEFINE_string('readme', 'README.md', 'The page of the summary.')
+_PAGES = flags.DEFINE_list('pages', list(PAGES), 'The pages with drawn parts.')
 
 
 def main() -> dict[str, Any]:
   """Draws what the flags name."""
-  folder, page, readme = Path(_RESULTS.value), Path(_PAGE.value), Path(_README.value)
-  text, summary = _read('page', page), _read('readme', readme)
+  folder = Path(_RESULTS.value)
+  texts = {Path(page): _read(Path(page)) for page in _PAGES.value}
   seeds = facts.read(folder)
-  for name, section in pages.SECTIONS.items():
-    text = pages.replace(text, name, section(seeds), page)
+  for name, section in (pages.SECTIONS | {'summary': pages.summary}).items():
+    pages.replace(texts, name, section(seeds))
+  others = {apart: facts.read(folder / apart) for apart in pages.APART}
   for apart, sections in pages.APART.items():
-    others = facts.read(folder / apart)
     for name, section in sections.items():
-      text = pages.replace(text, name, section(others), page)
-  summary = pages.replace(summary, 'summary', pages.summary(seeds), readme)
+      pages.replace(texts, name, section(others[apart]))
   drawn = pictures.draw(seeds, folder)
-  said = '\n\n'.join(f'![{told}]({folder.name}/{name})' for name, told in drawn.items())
-  page.write_text(pages.replace(text, 'pictures', said or pages.MISSING, page), encoding='utf-8')
-  readme.write_text(summary, encoding='utf-8')
+  said = [f'![{told}]({folder.name}/{name})' for name, told in drawn.items()]
+  pages.replace(texts, 'pictures', '\n\n'.join(said) or pages.MISSING)
+  if others['budgets']:
+    pictures.equal_compute(folder / pictures.EQUAL_COMPUTE, others['budgets'])
+    drawn[pictures.EQUAL_COMPUTE] = 'Perplexity by training FLOPs'
+  for page, text in texts.items():
+    page.write_text(text, encoding='utf-8')
   numbers = [seed['seed'] for seed in seeds]
-  print(f'{page}: seeds {", ".join(map(str, numbers)) or "none"}', file=sys.stderr)
+  print(f'{", ".join(map(str, texts))}: seeds {numbers or "none"}', file=sys.stderr)
   return {'seeds': numbers, 'sections': list(pages.SECTIONS), 'pictures': list(drawn)}
 
 
-def _read(flag: str, page: Path) -> str:
+def _read(page: Path) -> str:
   try:
     return page.read_text(encoding='utf-8')
   except OSError as error:
-    raise UserError(f'--{flag}={page} cannot be read: {error.strerror}.') from error
+    raise UserError(f'--pages: {page} cannot be read: {error.strerror}.') from error

@@ -1,4 +1,4 @@
-"""The drawn parts of docs/results.md, each a function of the facts of the seeds."""
+"""The drawn parts of the pages of results, each a function of the facts of the seeds."""
 
 import functools
 import re
@@ -11,6 +11,7 @@ from bam_jax.train.log import duration
 from tools.reproduction import compare, paper
 from tools.reproduction.compare import AVERAGE, COLUMNS, Printed, Seeds, Spread, spread
 from tools.reproduction.facts import Run
+from tools.reproduction.recipe import budgets as equal_budgets
 from tools.reproduction.recipe import paper as recipes
 from tools.reproduction.recipe import reproduction
 
@@ -157,6 +158,57 @@ def budgets(seeds: Seeds) -> str:
   return _table(['run', 'seeds', *COLUMNS], lines)
 
 
+def equal_compute(seeds: Seeds) -> str:
+  """Average perplexity of BTX and BAM by training FLOPs, with either start of their routers."""
+  budgets = equal_budgets.BUDGETS
+  lines = []
+  for name in equal_budgets.MIXTURES:
+    for start in equal_budgets.STARTS:
+      runs = [f'{name}_{start}_{budget}' for budget in budgets]
+      cells = [_cell(compare.perplexities(seeds, run, AVERAGE), scores.number) for run in runs]
+      lines.append([mixture_label(name, start), _inference(seeds, name, start), *cells])
+  header = ['mixture', "FLOPs a token of BTX's", *map(_times, budgets)]
+  return _table(header, lines)
+
+
+def equal_compute_against(seeds: Seeds) -> str:
+  """Each BAM against the better of the two BTX of the same seed and budget."""
+  budgets, lines = equal_budgets.BUDGETS, []
+  for name in list(equal_budgets.MIXTURES)[1:]:
+    for start in equal_budgets.STARTS:
+      cells = [_cell(against_best(seeds, name, start, budget), _percent) for budget in budgets]
+      lines.append([mixture_label(name, start), *cells])
+  return _table(['against the better BTX', *map(_times, budgets)], lines)
+
+
+def against_best(seeds: Seeds, name: str, start: str, budget: str) -> Spread | None:
+  """The changes of average perplexity, in the seeds that have the run and every BTX."""
+  found = []
+  for seed in seeds:
+    of = lambda run, seed=seed: compare.perplexity(seed['runs'].get(f'{run}_{budget}'), AVERAGE)
+    ours, btx = of(f'{name}_{start}'), [of(f'btx_{other}') for other in equal_budgets.STARTS]
+    if ours is not None and None not in btx:
+      found.append(ours / min(btx) - 1)
+  return spread(found)
+
+
+def mixture_label(name: str, start: str) -> str:
+  """What a mixture is called, and what its routers read and start from."""
+  label, _ = equal_budgets.MIXTURES[name]
+  return f'{label}, {dict(random="token, random", prefix="prefix, centroids")[start]}'
+
+
+def _times(budget: str) -> str:
+  return '1/3' if budget == '1_3' else budget
+
+
+def _inference(seeds: Seeds, name: str, start: str) -> str:
+  """FLOPs of a token over BTX's: those of a forward pass are a third of training's."""
+  flops = {run: facts['flops_per_token'] for seed in seeds for run, facts in seed['runs'].items()}
+  ours, btx = flops.get(f'{name}_{start}_0'), flops.get(f'btx_{start}_0')
+  return f'{ours / btx:.2f}' if ours and btx else MISSING
+
+
 def vocabulary(seeds: Seeds) -> str:
   """Table 1 of the runs with the large vocabulary, whose seeds are not those of the others."""
   names = [name for name in reproduction.COMPARED if name != 'btx']
@@ -221,17 +273,24 @@ APART: dict[str, dict[str, Callable[[Seeds], str]]] = {
     'vocabulary_perplexity': functools.partial(perplexity, runs=VOCABULARY),
     'vocabulary_cost': functools.partial(cost, runs=VOCABULARY),
     'vocabulary_made_with': made_with,
-  }
+  },
+  'budgets': {
+    'equal_compute': equal_compute,
+    'equal_compute_against': equal_compute_against,
+    'equal_compute_made_with': made_with,
+  },
 }
 
 
-def replace(text: str, name: str, content: str, page: Path) -> str:
-  """The page with one drawn part changed; UserError when it has no such part, or two."""
+def replace(texts: dict[Path, str], name: str, content: str) -> None:
+  """Changes one drawn part, in place; UserError unless the pages together have it once."""
   begin = f'<!-- drawn: {name} -->'
   pattern = re.compile(rf'(?s){re.escape(begin)}(?:(?!<!-- drawn: ).)*?<!-- end -->')
-  if len(pattern.findall(text)) != 1:
-    raise UserError(f'{page} needs {begin} and a later <!-- end --> once, around what is drawn.')
-  return pattern.sub(lambda _: f'{begin}\n{content}\n<!-- end -->', text)
+  found = [page for page, text in texts.items() for _ in pattern.findall(text)]
+  if len(found) != 1:
+    pages = ' or '.join(map(str, texts))
+    raise UserError(f'{pages} needs {begin} and a later <!-- end --> once, around what is drawn.')
+  texts[found[0]] = pattern.sub(lambda _: f'{begin}\n{content}\n<!-- end -->', texts[found[0]])
 
 
 def _changes(

@@ -1,4 +1,4 @@
-"""The pictures of docs/results.md, from the facts of the seeds."""
+"""The pictures of the pages of results, from the facts of the seeds."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +12,14 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from bam_jax.reports import figures
 from tools.reproduction import compare, pages, paper
 from tools.reproduction.compare import COLUMNS, Seeds
-from tools.reproduction.recipe import reproduction
+from tools.reproduction.recipe import budgets, reproduction
 
 # Okabe and Ito's palette, safe for the colour-blind, without its yellow, too pale for a line.
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#5b5b5b')
 PANELS = {'seed': 'Seed', 'specialist': 'Specialists', 'mixture': 'Mixtures'}
 CURVES = ('seed', 'code', 'law', 'math', 'btx', 'btx_6_top3', *pages.BAMS, 'dense')
 SAME_BATCHES = ('bam_kv', 'bam_shared_kv', 'btx_6_top3', 'average', 'sparse', 'dense')  # as BTX
+EQUAL_COMPUTE = 'equal_compute.png'
 ROUTED = ('btx', 'bam_kv', 'bam_shared_kv')
 COMPARED = (
   *pages.BAMS, 'bam_shared_top2', 'bam_shared_top1', 'bam_top2', 'bam_top1', 'btx_6_top3',
@@ -150,6 +151,32 @@ def loss_against_btx(path: Path, seeds: Seeds) -> None:
       axis.plot(steps, np.mean(gaps, axis=0), color=colour, label=pages.label(name))
     axis.set(xlabel='step', ylabel='loss less that of BTX (nats per token)')
     axis.legend()
+    figures.save(figure, path)
+
+
+def equal_compute(path: Path, seeds: Seeds) -> None:
+  """Draws average perplexity by budget: the mean over the seeds, and a dot for each."""
+  names, times = list(budgets.BUDGETS), list(budgets.BUDGETS.values())
+  with figures.style():
+    figure = Figure(figsize=(8.0, 3.6), layout='constrained')
+    whole, trained = figure.subplots(1, 2)
+    for axis, first in ((whole, 0), (trained, 1)):
+      for colour, name in zip(COLOURS, budgets.MIXTURES):
+        for start, line in zip(budgets.STARTS, ('--', '-')):
+          runs = [f'{name}_{start}_{budget}' for budget in names]
+          points = [compare.perplexities(seeds, run, compare.AVERAGE) for run in runs]
+          there = [(x, some) for x, some in list(zip(times, points))[first:] if some]
+          style = dict(color=colour, linestyle=line, label=pages.mixture_label(name, start))
+          axis.plot([x for x, _ in there], [some.mean for _, some in there], **style)
+          dots = [(x, value) for x, some in there for value in some.values]
+          if dots:
+            axis.plot(*zip(*dots), 'o', color=colour, markersize=3.5, alpha=0.7)
+      axis.set(xlabel="training FLOPs, over those of the quick start's BTX")
+    whole.set(ylabel='average perplexity')
+    trained.set_xscale('log')
+    trained.set_xticks(times[1:], ['1/3', *(f'{x:g}' for x in times[2:])])
+    trained.xaxis.set_minor_locator(NullLocator())
+    trained.legend(fontsize=7)
     figures.save(figure, path)
 
 
