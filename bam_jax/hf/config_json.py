@@ -1,28 +1,16 @@
 """Converts between a config.json of transformers and our model; unsupported keys are refused."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from bam_jax import config
-from bam_jax.config import strict
 from bam_jax.config.strict import require
-from bam_jax.hf import families, mixtures, names, rotation
-from bam_jax.hf.facts import LENGTH, Facts
+from bam_jax.hf import families, mixtures, names
 from bam_jax.hf.families import BAM, FAMILIES, GEMMA3_IMAGES
 from bam_jax.hf.mixtures import MIXTURES
+from bam_jax.hf.parts import LENGTH, Facts
 
-# Keys of the experts' options.
-_ATTENTION_EXPERTS = {
-  'num_experts': 'num_attention_experts', 'top_k': 'num_attention_experts_per_tok',
-  'shared_kv': 'shared_kv', 'renormalize': 'norm_topk_attention',
-}  # fmt: skip
-_FFN_EXPERTS = {
-  'num_experts': 'num_experts', 'top_k': 'num_experts_per_tok', 'renormalize': 'norm_topk_prob',
-  'capacity_factor': 'capacity_factor', 'expert_bias': 'use_expert_bias',
-}  # fmt: skip
 _READ = *FAMILIES, GEMMA3_IMAGES, BAM
-_ROPES = 'attention_expert_ropes'
 
 
 def of_text(config_json: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -39,26 +27,14 @@ def to_model(config_json: Mapping[str, Any]) -> config.Model:
   UserError names a key that describes a model unlike ours, is unknown and not turned off, or is
   missing and has no safe default.
   """
-  asked, known = config_json.get('architectures'), _READ
-  found = [family for family in known if [family.architecture] == asked]
+  asked = config_json.get('architectures')
+  family = next((one for one in _READ if [one.architecture] == asked), None)
   mixed = any(config_json.get(key) for key in ('num_experts', 'num_local_experts'))
   name = str(asked).strip("[']")
-  require(found or not mixed, f'{name} is a mixture: a seed must be dense.')
-  all_names = ', '.join(family.architecture for family in known)
-  require(found, f'architectures names {asked}: only {all_names} can be imported.')
-  if found != [BAM]:
-    return families.read(found[0], config_json)
-  facts = Facts(config_json)
-  groups = [Facts(rope_parameters=group) for group in facts.take(_ROPES, list, ())]
-  ropes = tuple(config.Rope(*rotation.read(group, None).values()) for group in groups)
-  attention = _experts(facts, config.AttentionExperts, _ATTENTION_EXPERTS)
-  attention = attention and dataclasses.replace(attention, ropes=ropes)
-  ffn = _experts(facts, config.FFNExperts, _FFN_EXPERTS)
-  read = facts.take('router_input', str, 'token')
-  require(read in ('token', 'prefix'), f"router_input={read!r} is neither 'token' nor 'prefix'.")
-  dense = families.read(BAM, facts)
-  experts = dict(attention_experts=attention, ffn_experts=ffn, router_input=read)
-  return dataclasses.replace(dense, **experts)
+  require(family or not mixed, f'{name} is a mixture: a seed must be dense.')
+  known = ', '.join(one.architecture for one in _READ)
+  require(family, f'architectures names {asked}: only {known} can be imported.')
+  return families.read(family, config_json)
 
 
 def tensors(model: config.Model, config_json: Mapping[str, Any]) -> tuple[names.Table, dict]:
@@ -91,11 +67,10 @@ def from_model(
   Its class is the first that computes it, or the one that is asked for; UserError if that one does
   not. BamForCausalLM computes every model. `biased` says that an `expert_bias` is not zero.
   """
-  dense, attention = model.dense(), model.attention_experts
   no_class = f'No class of transformers has embedding_rank={model.embedding_rank}'
   require(not model.embedding_rank, f'{no_class}: mix with embedding_rank=0 to export.')
   wrong = {one.architecture: mixtures.objection(one, model, length, biased) for one in MIXTURES}
-  fitting = [one for one in FAMILIES if model == dense and families.describes(one, model)]
+  fitting = [one for one in FAMILIES if families.describes(one, model)]
   fitting += [one for one in MIXTURES if not wrong[one.architecture]]
   known = {one.architecture: one for one in (*fitting, BAM)}
   reason = wrong.get(architecture, f'This model is not {architecture}')
@@ -103,17 +78,8 @@ def from_model(
   chosen = known[architecture or next(iter(known))]
   if chosen in MIXTURES:
     return mixtures.write(chosen, model, length) | {LENGTH: length}
-  facts = families.write(chosen, dense) | {LENGTH: length}
-  if chosen != BAM:
-    return facts
-  for experts, keys in ((attention, _ATTENTION_EXPERTS), (model.ffn_experts, _FFN_EXPERTS)):
-    facts[keys['num_experts']] = 0
-    if experts:
-      facts |= {theirs: getattr(experts, ours) for ours, theirs in keys.items()}
-  ropes = attention.ropes if attention else ()
-  return facts | {
-    'router_input': model.router_input,
-    _ROPES: [rotation.write(one.theta, one.scaling)['rope_parameters'] for one in ropes],
+  facts = families.write(chosen, model) | {LENGTH: length}
+  own = {
     'auto_map': {
       'AutoConfig': 'configuration_bam.BamConfig',
       'AutoModel': 'modeling_bam.BamModel',
@@ -122,13 +88,4 @@ def from_model(
     'upcycling_method': method,
     'expert_sources': list(sources),
   }
-
-
-def _experts(facts: dict[str, Any], section: type, keys: Mapping[str, str]) -> Any:
-  """A section of our model, or None without experts."""
-  options = {ours: facts.pop(theirs) for ours, theirs in keys.items() if theirs in facts}
-  if options.get('num_experts') == 0:
-    return None
-  for ours, theirs in keys.items():
-    require(ours in options, f'{theirs} is missing.')
-  return strict.from_dict(section, options, 'config.json')
+  return facts | own if chosen == BAM else facts
