@@ -42,17 +42,18 @@ def convert(
   is not supported, its files are damaged or do not fit its config.json, or the output exists or
   cannot be written.
   """
-  meta, tokenizer, reader, table = open_folder(source, **words)
-  specs = {path: arrays.Spec(tensor.shape, jnp.dtype(dtype)) for path, tensor in table.items()}
+  opened = open_folder(source, **words)
+  meta, reader = opened.meta, opened.reader
+  specs = {path: spec._replace(dtype=jnp.dtype(dtype)) for path, spec in reader.specs.items()}
   with folders.new_folder(output, sum(spec.nbytes for spec in specs.values())) as beside:
     with arrays.Writer(beside / 'params', specs) as writer:
-      hashes = _copy(reader, table, writer, progress)
-    tokenizer.save(beside)
+      hashes = _copy(reader, writer, progress)
+    opened.tokenizer().save(beside)
     content = manifest.content_hash(hashes)
     origin = manifest.Source(meta.tokenizer_path, hash=content, array_hashes=hashes)
     made = (
       manifest.Made(path, 'transpose' if tensor.is_matrix else 'copy', tensor.name.format('*', '*'))
-      for path, tensor in table.items()
+      for path, tensor in reader.table.items()
     )
     history = manifest.Manifest(command, manifest.now(), (origin,), tuple(made))
     meta = dataclasses.replace(meta, manifest=history)
@@ -65,8 +66,8 @@ def open_folder(
   tokenizer: str | None = None,
   bos_token: str | None = None,
   eos_token: str | None = None,
-) -> tuple[checkpoint.Meta, Tokenizer, files.Reader | gguf.Reader, names.Table]:
-  """What `convert` reads, of which only the tensors' values are left to read.
+) -> sources.Source:
+  """Opens a folder or GGUF file, of which only the tensors' values are left to read.
 
   The tokenizer is a file, or a folder that holds it; by default the source. Its tokens around
   documents are by default well-known ones, as in bam_jax.prepare.
@@ -107,7 +108,7 @@ def open_folder(
     bos_token=words.bos_token,
     eos_token=words.eos_token,
   )
-  return meta, words, reader, table
+  return sources.Source(source, epath.Path(source), meta, Reader(reader, table), lambda: words)
 
 
 def _check(reader, table: names.Table, model: config.Model) -> None:
@@ -135,21 +136,20 @@ def _check(reader, table: names.Table, model: config.Model) -> None:
     require(same, f'{reader.folder}: {names.HEAD} {wrong} it: {fix}.')
 
 
-def _copy(reader, table: names.Table, writer: arrays.Writer, progress: Progress) -> dict[str, str]:
+def _copy(reader: 'Reader', writer: arrays.Writer, progress: Progress) -> dict[str, str]:
   """Writes every tensor to its place; returns the `manifest.Hash` of each."""
-  pieces = names.pieces(table)
-  total = sum(reader.specs[name].nbytes for name in pieces)
-  hashes, done = {}, 0
-  for name, parts in pieces.items():
-    theirs, digest = reader.read(name), manifest.Hash()
+  tensors, hashes, done = reader.tensors, {}, 0
+  total = sum(tensors.specs[name].nbytes for name in reader.pieces)
+  for name, parts in reader.pieces.items():
+    theirs, digest = tensors.read(name), manifest.Hash()
     digest.update(theirs)
     hashes[name] = digest.hexdigest()
     done += theirs.nbytes
     dtype = writer.specs[parts[0].path].dtype
     theirs = theirs.astype(dtype, copy=False)
-    arrays.check_finite(theirs, reader.folder, name, reader.specs[name])
+    arrays.check_finite(theirs, tensors.folder, name, tensors.specs[name])
     for path, index, rows in parts:
-      writer.write(path, index, names.to_ours(table[path], theirs[rows], dtype))
+      writer.write(path, index, names.to_ours(reader.table[path], theirs[rows], dtype))
     progress(done, total)
   return hashes
 
@@ -158,10 +158,8 @@ def open_any(path: str) -> sources.Source:
   """Opens a folder of transformers, a GGUF file or a checkpoint of ours; else UserError."""
   folder = Path(path)
   known = (folder / files.CONFIG).is_file() and any(folder.glob('*.safetensors'))
-  if not known and folder.suffix != gguf.SUFFIX:
-    return sources.open_checkpoint(path)
-  meta, words, reader, table = open_folder(path)
-  return sources.Source(path, epath.Path(path), meta, Reader(reader, table), lambda: words)
+  is_theirs = known or folder.suffix == gguf.SUFFIX
+  return open_folder(path) if is_theirs else sources.open_checkpoint(path)
 
 
 def adapt(
@@ -205,24 +203,25 @@ class Untied:
 class Reader:
   """Reads our arrays, by path, out of a folder's tensors."""
 
-  def __init__(self, reader: files.Reader | gguf.Reader, table: names.Table):
-    self._reader, self._table, self._places, self.specs = reader, table, {}, {}
-    for name, parts in names.pieces(table).items():
+  def __init__(self, tensors: files.Reader | gguf.Reader, table: names.Table):
+    self.tensors, self.table, self.pieces = tensors, table, names.pieces(table)
+    self._places, self.specs = {}, {}
+    for name, parts in self.pieces.items():
       for path, index, rows in parts:
         self._places[path, index] = name, rows
-        self.specs[path] = arrays.Spec(table[path].shape, reader.specs[name].dtype)
+        self.specs[path] = arrays.Spec(table[path].shape, tensors.specs[name].dtype)
 
   def read(self, path: str, index: arrays.Index = ()) -> np.ndarray:
     """A region of an array: of one layer, or some rows and columns of one without layers."""
-    tensor = self._table[path]
+    tensor = self.table[path]
     count = len(tensor.stacked)
     name, rows = self._places[path, tuple(index[:count])]
     inside = tuple(index[count:])
     if not count and len(tensor.ours) == 2:  # of embeddings, only the words that are asked for
       inside = (*inside, slice(None), slice(None))[:2]
       words, channels = inside[::-1] if tensor.is_matrix else inside
-      part = self._reader.read(name, words)[:, channels]
+      part = self.tensors.read(name, words)[:, channels]
       return np.ascontiguousarray(part.T if tensor.is_matrix else part)
     is_slice = isinstance(rows, slice)
-    array = self._reader.read(name, rows) if is_slice else self._reader.read(name)[rows]
+    array = self.tensors.read(name, rows) if is_slice else self.tensors.read(name)[rows]
     return names.to_ours(tensor, array, self.specs[path].dtype)[inside]
