@@ -24,11 +24,11 @@ class Mixture(NamedTuple):
   model_type: str
   base: families.Family
   renormalizes: bool  # always; else if norm_topk_prob says so
-  renamed: tuple[tuple[str, str], ...]  # parts of our tensors' names, and what they are there
+  # Parts of our tensors' names, and what they are there.
+  renamed: tuple[tuple[str, str], ...] = (('.mlp.router', '.mlp.gate'),)
 
 
 _BASES = {family.model_type: family for family in FAMILIES}
-_GATE = (('.mlp.router', '.mlp.gate'),)
 _MIXTRAL = (
   ('.mlp.router', '.block_sparse_moe.gate'), ('.mlp.', '.block_sparse_moe.'),
   ('gate_proj', 'w1'), ('up_proj', 'w3'), ('down_proj', 'w2'),
@@ -40,11 +40,11 @@ _GRANITE = (  # all experts in one tensor, gate and up too
 # In the order in which a mixture's class is looked for.
 MIXTURES = (
   Mixture('MixtralForCausalLM', 'mixtral', _BASES['mistral'], True, _MIXTRAL),
-  Mixture('Qwen2MoeForCausalLM', 'qwen2_moe', _BASES['qwen2'], False, _GATE),
-  Mixture('Qwen3MoeForCausalLM', 'qwen3_moe', _BASES['qwen3'], False, _GATE),
-  Mixture('FlexOlmoForCausalLM', 'flex_olmo', _BASES['olmo2'], False, _GATE),
+  Mixture('Qwen2MoeForCausalLM', 'qwen2_moe', _BASES['qwen2'], False),
+  Mixture('Qwen3MoeForCausalLM', 'qwen3_moe', _BASES['qwen3'], False),
+  Mixture('FlexOlmoForCausalLM', 'flex_olmo', _BASES['olmo2'], False),
   Mixture('GraniteMoeForCausalLM', 'granitemoe', _BASES['granite'], True, _GRANITE),
-  Mixture('Cohere2MoeForCausalLM', 'cohere2_moe', _BASES['cohere2'], True, _GATE),
+  Mixture('Cohere2MoeForCausalLM', 'cohere2_moe', _BASES['cohere2'], True),
 )
 _READ = *FAMILIES, GEMMA3_IMAGES, BAM
 

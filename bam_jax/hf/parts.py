@@ -73,7 +73,7 @@ def _scaling(group: Mapping[str, Any], facts: Facts) -> config.RopeScaling | Non
   require(known, f'{wrong}: default, linear, llama3 and yarn can be imported.')
   keys = _SCALINGS.get(kind, {})
   unknown = [key for key, value in rest.items() if key not in keys and value is not None]
-  require(not unknown, f'{(unknown or [""])[0]} of rope_type={kind!r} is an unsupported key.')
+  require(not unknown, f'{", ".join(unknown)} of rope_type={kind!r} is an unsupported key.')
   if kind == 'default':
     return None
   values = Facts(rest)
@@ -126,7 +126,7 @@ def _write_nested_rope(model: config.Model) -> dict[str, Any]:
   return {'rope_theta': model.rope_theta, 'rope_parameters': nested}
 
 
-def _read_phi3_rope(
+def _read_partial_rope(
   facts: Facts, fields: dict[str, Any], theta: float = 1e4, part: float = 1.0
 ) -> dict[str, Any]:
   facts.pop('original_max_position_embeddings', None)
@@ -137,20 +137,20 @@ def _read_phi3_rope(
   return partial | read_rope(facts, theta)
 
 
+def _write_partial_rope(model: config.Model) -> dict[str, Any]:
+  part = {'partial_rotary_factor': (model.rotary_dim or model.head_dim) / model.head_dim}
+  return part | write_rope(model.rope_theta, model.rope_scaling, **part)
+
+
 def _read_neox_rope(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
   part, theta = facts.take('rotary_pct', float, 0.25), facts.take('rotary_emb_base', float, 1e4)
-  return _read_phi3_rope(facts, fields, theta, part)
+  return _read_partial_rope(facts, fields, theta, part)
 
 
 def _write_neox_rope(model: config.Model) -> dict[str, Any]:
-  written = _write_phi3_rope(model)
+  written = _write_partial_rope(model)
   part = written['partial_rotary_factor']
   return written | {'rotary_pct': part, 'rotary_emb_base': model.rope_theta}
-
-
-def _write_phi3_rope(model: config.Model) -> dict[str, Any]:
-  part = {'partial_rotary_factor': (model.rotary_dim or model.head_dim) / model.head_dim}
-  return part | write_rope(model.rope_theta, model.rope_scaling, **part)
 
 
 def _read_gemma3_rope(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def _write_nope_layers(model: config.Model) -> dict[str, Any]:
 
 NESTED_ROPES = Part(_read_nested_rope, _write_nested_rope)  # a group of keys for each type
 GEMMA3_ROPES = Part(_read_gemma3_rope, _write_gemma3_rope)
-PARTIAL_ROPE = Part(_read_phi3_rope, _write_phi3_rope)  # some of a head's channels
+PARTIAL_ROPE = Part(_read_partial_rope, _write_partial_rope)  # some of a head's channels
 NEOX_ROPE = Part(_read_neox_rope, _write_neox_rope)
 WINDOWS = Part(_read_windows, _write_windows)
 PATTERN = Part(read_pattern, _write_windows)
