@@ -82,22 +82,18 @@ def describes(family: Family, model: config.Model) -> bool:
     return False
 
 
-def _flag(key: str, field: str, value: str, default: bool = False) -> Part:
-  """A key that is true if a field has a value."""
+def _flag(key: str, field: str, *values: str, default: bool = False) -> Part:
+  """A key that is true if a field has one of these values; read, it is the first."""
 
   def read_flag(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
-    return {field: value} if facts.take(key, bool, default) else {}
+    return {field: values[0]} if facts.take(key, bool, default) else {}
 
-  return Part(read_flag, lambda model: {key: getattr(model, field) == value})
+  return Part(read_flag, lambda model: {key: getattr(model, field) in values})
 
 
 def _read_mlp_bias(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
   biased = fields.get('biases') == 'attention' and facts.take('mlp_bias', bool, False)
   return {'biases': 'all'} if biased else {}
-
-
-def _write_mlp_bias(model: config.Model) -> dict[str, Any]:
-  return {'mlp_bias': model.biases == 'all', 'attention_bias': model.biases in ('attention', 'all')}
 
 
 def _gemma(attention_cap: float | None, logit_cap: float | None, every: int) -> list[Part]:
@@ -128,8 +124,8 @@ def _gemma(attention_cap: float | None, logit_cap: float | None, every: int) -> 
   return [Part(read_scales, write_scales), Part(read_windows, parts.WINDOWS.write), _BIASES]
 
 
-_MLP_BIAS = Part(_read_mlp_bias, _write_mlp_bias)
-_BIASES = _flag('attention_bias', 'biases', 'attention')
+_BIASES = _flag('attention_bias', 'biases', 'attention', 'all')
+_MLP_BIAS = Part(_read_mlp_bias, lambda model: {'mlp_bias': model.biases == 'all'})
 _NEOX_BLOCK = _flag('use_parallel_residual', 'block', 'parallel_two_norms', default=True)
 _LOGITS_SCALING = Part(
   lambda facts, fields: dict(logit_scale=1 / facts.take('logits_scaling', float, 1.0)),
