@@ -27,7 +27,7 @@ from absl import flags
 from bam_jax import cli, errors
 from bam_jax.config.strict import require, to_dict
 from bam_jax.convert import writing
-from bam_jax.hf import source as hf_source
+from bam_jax.hf import importing
 from bam_jax.upcycle import growth, merge, sources
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'The mixture: a run, step, or output.')
@@ -56,7 +56,7 @@ def main() -> dict[str, Any]:
   if name == 'drop-expert':
     changed = growth.drop(mixture, [_EXPERT.value])
   else:
-    dense = hf_source.open_any(_FROM.value)
+    dense = importing.open_any(_FROM.value)
     if name == 'add-expert':
       changed = growth.add(mixture, dense, merge.run_key(_SEED.value, ''), _INIT.value)
     else:

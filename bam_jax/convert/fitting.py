@@ -90,12 +90,10 @@ def fit(
   rows = sizes.batch_shards * max(1, BATCH_TOKENS // (length * sizes.batch_shards))
   attention.check(model, length, jax.default_backend())
   _check_devices(merge, model, sizes)
-  how = dict(sequence_length=length, batch_size=rows, seed=seed)
-  batches = []
-  for name, documents, _ in domains:
-    share = processes.share_of_batch(mesh)
-    laid = mixture.batches({name: documents}, {name: 1.0}, **how, share=share)
-    batches.append([laid[number] for number in range(math.ceil(tokens / (rows * length)))])
+  share, count = processes.share_of_batch(mesh), math.ceil(tokens / (rows * length))
+  how = dict(sequence_length=length, batch_size=rows, seed=seed, share=share)
+  laid = [mixture.batches({name: texts}, {name: 1.0}, **how) for name, texts, _ in domains]
+  batches = [[of_domain[number] for number in range(count)] for of_domain in laid]
   return routers.fit(merge, model, batches, mesh, config.Compute(dtype=dtype()))
 
 

@@ -14,7 +14,7 @@ null where shapes differ) and `groups`.
 
 import collections
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -75,9 +75,14 @@ def compare(a: str, b: str, progress: Callable[[int, int], None]) -> dict[str, A
   alike = [name for name, row in rows.items() if row['a_shape'] == row['b_shape']]
   wrong = f'{a} and {b} have no array of the same name and shape'
   require(alike, f'{wrong}: nothing can be compared.')
-  for name, pieces in _pieces(readers, alike, progress):
-    x, y = (piece.astype(np.float64).reshape(-1) for piece in pieces)
+  places = [(name, at) for name in alike for at in arrays.pieces(name, readers[0].specs[name])]
+  regions = arrays.read_ahead((reader, name, at) for name, at in places for reader in readers)
+  total, done = sum(reader.specs[name].nbytes for reader in readers for name in alike), 0
+  for (name, _), *pair in zip(places, regions, regions):
+    x, y = (piece.astype(np.float64).reshape(-1) for piece in pair)
     products[name] += np.array([x @ x, y @ y, x @ y, (x - y) @ (x - y)])
+    done += sum(piece.nbytes for piece in pair)
+    progress(done, total)
   for name in alike:
     rows[name] |= _distance(products[name])
   for group in (*GROUPS, 'all'):
@@ -85,21 +90,6 @@ def compare(a: str, b: str, progress: Callable[[int, int], None]) -> dict[str, A
     if members:
       groups.append(dict(group=group, arrays=len(members), **_distance(sum(members))))
   return dict(a=str(folders[0]), b=str(folders[1]), arrays=list(rows.values()), groups=groups)
-
-
-def _pieces(
-  readers: Sequence[arrays.Reader], names: Sequence[str], progress: Callable[[int, int], None]
-) -> Iterator[tuple[str, list[np.ndarray]]]:
-  """The arrays piece by piece, one of each reader."""
-  places = [(name, at) for name in names for at in arrays.pieces(name, readers[0].specs[name])]
-  regions = arrays.read_ahead((reader, name, at) for name, at in places for reader in readers)
-  total = sum(reader.specs[name].nbytes for reader in readers for name in names)
-  done = 0
-  for name, _ in places:
-    pieces = [next(regions) for _ in readers]
-    done += sum(piece.nbytes for piece in pieces)
-    progress(done, total)
-    yield name, pieces
 
 
 def _distance(products: np.ndarray) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from bam_jax import cli, config
 from bam_jax.config import strict
 from bam_jax.convert import fitting, writing
 from bam_jax.errors import UserError
-from bam_jax.hf import source as hf_source
+from bam_jax.hf import importing
 from bam_jax.upcycle import routers, rules
 from bam_jax.upcycle.sources import Source
 
@@ -104,10 +104,10 @@ def mix(
     for flag in (_DATA, _TOKENS, _MESH):
       unused = f'--{flag.name} has no effect with --router_init={upcycle.router_init}: remove it.'
       strict.require(upcycle.fits_routers or not flag.present, unused)
-    sources = [hf_source.open_any(path) for path in upcycle.sources]
+    sources = [importing.open_any(path) for path in upcycle.sources]
     tied = not _UNTIE.value or any(one.meta.model.tied_embeddings for one in sources)
     strict.require(tied, '--untie has no effect, since no source is tied: remove it.')
-    sources = hf_source.adapt(sources, _ROPE.value == 'first', _UNTIE.value, _LENGTH.value)
+    sources = importing.adapt(sources, _ROPE.value == 'first', _UNTIE.value, _LENGTH.value)
     domains, fit = [], None
     if upcycle.fits_routers:
       tokens, seed = _TOKENS.value, _SEED.value

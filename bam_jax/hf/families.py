@@ -4,6 +4,7 @@ A family reads a config.json into fields of `config.Model`, and writes those of 
 describe. Keys that a file omits have the values that transformers 5.24 gives them.
 """
 
+import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,8 +13,8 @@ from bam_jax import config
 from bam_jax.config import strict
 from bam_jax.config.strict import require
 from bam_jax.errors import UserError
-from bam_jax.hf import layers, rotation
-from bam_jax.hf.facts import NEEDED, Facts, Part
+from bam_jax.hf import parts
+from bam_jax.hf.parts import NEEDED, Facts, Part
 
 # Keys without effect on the parameters or the computation.
 _IRRELEVANT = frozenset(
@@ -61,7 +62,7 @@ def read(family: Family, config_json: Mapping[str, Any]) -> config.Model:
 
 
 def write(family: Family, model: config.Model) -> dict[str, Any]:
-  """The config.json of a dense model, but for tokens and dtype; `read` gives the model back."""
+  """The config.json of a model, but for tokens and dtype; `read` gives the model back."""
   facts = {key: getattr(model, field) for field, key in family.keys.items()}
   for part in family.parts:
     facts |= part.write(model)
@@ -81,22 +82,18 @@ def describes(family: Family, model: config.Model) -> bool:
     return False
 
 
-def _flag(key: str, field: str, value: str, default: bool = False) -> Part:
-  """A key that is true if a field has a value."""
+def _flag(key: str, field: str, *values: str, default: bool = False) -> Part:
+  """A key that is true if a field has one of these values; read, it is the first."""
 
   def read_flag(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
-    return {field: value} if facts.take(key, bool, default) else {}
+    return {field: values[0]} if facts.take(key, bool, default) else {}
 
-  return Part(read_flag, lambda model: {key: getattr(model, field) == value})
+  return Part(read_flag, lambda model: {key: getattr(model, field) in values})
 
 
 def _read_mlp_bias(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
   biased = fields.get('biases') == 'attention' and facts.take('mlp_bias', bool, False)
   return {'biases': 'all'} if biased else {}
-
-
-def _write_mlp_bias(model: config.Model) -> dict[str, Any]:
-  return {'mlp_bias': model.biases == 'all', 'attention_bias': model.biases in ('attention', 'all')}
 
 
 def _gemma(attention_cap: float | None, logit_cap: float | None, every: int) -> list[Part]:
@@ -122,13 +119,13 @@ def _gemma(attention_cap: float | None, logit_cap: float | None, every: int) -> 
   def read_windows(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
     own = facts.take('_sliding_window_pattern', int, every)
     pattern = facts.take('sliding_window_pattern', int, own)
-    return layers.read_pattern(facts, fields, pattern)
+    return parts.read_pattern(facts, fields, pattern)
 
-  return [Part(read_scales, write_scales), Part(read_windows, layers.WINDOWS.write), _BIASES]
+  return [Part(read_scales, write_scales), Part(read_windows, parts.WINDOWS.write), _BIASES]
 
 
-_MLP_BIAS = Part(_read_mlp_bias, _write_mlp_bias)
-_BIASES = _flag('attention_bias', 'biases', 'attention')
+_BIASES = _flag('attention_bias', 'biases', 'attention', 'all')
+_MLP_BIAS = Part(_read_mlp_bias, lambda model: {'mlp_bias': model.biases == 'all'})
 _NEOX_BLOCK = _flag('use_parallel_residual', 'block', 'parallel_two_norms', default=True)
 _LOGITS_SCALING = Part(
   lambda facts, fields: dict(logit_scale=1 / facts.take('logits_scaling', float, 1.0)),
@@ -140,19 +137,48 @@ _LOGITS_SCALING = Part(
 _OWN = (
   'block', 'norm', 'norm_place', 'qk_norm', 'biases', 'rotary_layout', 'rotary_dim', 'nope_layers',
   'window_rope_theta', 'attention_scale', 'embedding_scale', 'residual_scale', 'logit_scale', 'ffn',
-  'attention_cap', 'logit_cap',
+  'attention_cap', 'logit_cap', 'router_input',
 )  # fmt: skip
+# Keys of the experts' options.
+_EXPERTS = {
+  'attention_experts': {
+    'num_experts': 'num_attention_experts', 'top_k': 'num_attention_experts_per_tok',
+    'shared_kv': 'shared_kv', 'renormalize': 'norm_topk_attention',
+  },
+  'ffn_experts': {
+    'num_experts': 'num_experts', 'top_k': 'num_experts_per_tok', 'renormalize': 'norm_topk_prob',
+    'capacity_factor': 'capacity_factor', 'expert_bias': 'use_expert_bias',
+  },
+}  # fmt: skip
+_ROPES = 'attention_expert_ropes'
 
 
 def _read_own(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
   own = {name: facts.pop(name) for name in _OWN if facts.get(name) is not None}
+  for experts, keys in _EXPERTS.items():
+    options = {ours: facts.pop(theirs) for ours, theirs in keys.items() if theirs in facts}
+    if options.get('num_experts') != 0:
+      missing = [theirs for ours, theirs in keys.items() if ours not in options]
+      require(not missing, f'{", ".join(missing)} is missing.')
+      own[experts] = options
+  groups = [Facts(rope_parameters=group) for group in facts.take(_ROPES, list, ())]
+  ropes = tuple(config.Rope(*parts.read_rope(group, None).values()) for group in groups)
   fields = vars(strict.from_dict(config.Model, fields | own, 'config.json'))
-  return fields | rotation.read(facts, None)
+  if attention := fields['attention_experts']:
+    fields = fields | {'attention_experts': dataclasses.replace(attention, ropes=ropes)}
+  return fields | parts.read_rope(facts, None)
 
 
 def _write_own(model: config.Model) -> dict[str, Any]:
-  group = rotation.ROPE.write(model)['rope_parameters']
-  return {'rope_parameters': group, **{name: getattr(model, name) for name in _OWN}}
+  facts = {name: getattr(model, name) for name in _OWN}
+  for experts, keys in _EXPERTS.items():
+    options = getattr(model, experts)
+    facts[keys['num_experts']] = 0
+    facts |= {theirs: getattr(options, ours) for ours, theirs in keys.items() if options}
+  rope_of = lambda theta, scaling: parts.write_rope(theta, scaling)['rope_parameters']
+  ropes = model.attention_experts.ropes if model.attention_experts else ()
+  facts[_ROPES] = [rope_of(one.theta, one.scaling) for one in ropes]
+  return facts | {'rope_parameters': rope_of(model.rope_theta, model.rope_scaling)}
 
 
 _SIZES = dict(
@@ -200,7 +226,7 @@ _GEMMA_ALLOWED |= dict(cache_implementation=['hybrid'])
 
 _GEMMA3 = Family(
   'Gemma3ForCausalLM', 'gemma3_text', _RMSNORM, _GEMMA | dict(qk_norm='head_rms'),
-  [*_gemma(None, None, 6), rotation.GEMMA3], _GEMMA_ALLOWED,
+  [*_gemma(None, None, 6), parts.GEMMA3_ROPES], _GEMMA_ALLOWED,
 )  # fmt: skip
 # The text model of one that sees images, whose file omits what is as in transformers.
 GEMMA3_IMAGES = _GEMMA3._replace(
@@ -214,57 +240,57 @@ GEMMA3_IMAGES = _GEMMA3._replace(
 # A model of any family, computed by our own code, which adds experts.
 BAM = Family(
   'BamForCausalLM', 'bam', _LAYERNORM, dict(norm_epsilon=1e-5, tied_embeddings=True),
-  [Part(_read_own, _write_own), layers.WINDOWS],
+  [Part(_read_own, _write_own), parts.WINDOWS],
   dict(hidden_act=[*_ACTIVATIONS.values()]),  # which `ffn` says
 )  # fmt: skip
 # In the order in which a model's own class is looked for.
 FAMILIES = [
   Family(
     'CohereForCausalLM', 'cohere', _COHERE_KEYS, _COHERE,
-    [rotation.ROPE, _flag('use_qk_norm', 'qk_norm', 'head_layernorm')], _COHERE_ALLOWED,
+    [parts.ROPE, _flag('use_qk_norm', 'qk_norm', 'head_layernorm')], _COHERE_ALLOWED,
   ),
   Family(
     'Cohere2ForCausalLM', 'cohere2', _COHERE_KEYS, _COHERE | dict(rope_theta=1e4),
-    [rotation.ROPE, layers.COHERE2], _COHERE_ALLOWED,
+    [parts.ROPE, parts.COHERE2_WINDOWS], _COHERE_ALLOWED,
   ),
-  Family('LlamaForCausalLM', 'llama', _RMSNORM, _LLAMA, [rotation.ROPE, _BIASES, _MLP_BIAS]),
+  Family('LlamaForCausalLM', 'llama', _RMSNORM, _LLAMA, [parts.ROPE, _BIASES, _MLP_BIAS]),
   Family(
     'MistralForCausalLM', 'mistral', _RMSNORM, _LLAMA | dict(num_kv_heads=8),
-    [rotation.ROPE, layers.all_or_none(4096)],
+    [parts.ROPE, parts.all_or_none(4096)],
   ),
   Family(
     'Qwen2ForCausalLM', 'qwen2', _RMSNORM, _LLAMA | dict(biases='qkv'),
-    [rotation.ROPE, layers.QWEN],
+    [parts.ROPE, parts.QWEN_WINDOWS],
     dict(hidden_act=['silu'], attention_bias=[False, True]),  # which transformers ignores
   ),
   Family(
     'Qwen3ForCausalLM', 'qwen3', _RMSNORM, _LLAMA | dict(head_dim=128, qk_norm='head_rms'),
-    [rotation.ROPE, _BIASES, layers.QWEN],
+    [parts.ROPE, _BIASES, parts.QWEN_WINDOWS],
   ),
   Family(
     'SmolLM3ForCausalLM', 'smollm3', _RMSNORM,
     _LLAMA | dict(tied_embeddings=True, num_kv_heads=4, rope_theta=2e6),
-    [rotation.ROPE, _BIASES, layers.QWEN, layers.NOPE],
+    [parts.ROPE, _BIASES, parts.QWEN_WINDOWS, parts.NOPE_LAYERS],
   ),
-  Family('Olmo2ForCausalLM', 'olmo2', _RMSNORM, _OLMO, [rotation.ROPE, _BIASES]),
+  Family('Olmo2ForCausalLM', 'olmo2', _RMSNORM, _OLMO, [parts.ROPE, _BIASES]),
   Family(
-    'Olmo3ForCausalLM', 'olmo3', _RMSNORM, _OLMO, [_BIASES, layers.OLMO3, rotation.NESTED]
+    'Olmo3ForCausalLM', 'olmo3', _RMSNORM, _OLMO, [_BIASES, parts.PATTERN, parts.NESTED_ROPES]
   ),
   Family(
     'Phi3ForCausalLM', 'phi3', _RMSNORM, _LLAMA | dict(norm_epsilon=1e-5),
-    [rotation.PARTIAL, layers.all_or_none(None)], renamed=_PHI3_NAMES,
+    [parts.PARTIAL_ROPE, parts.all_or_none(None)], renamed=_PHI3_NAMES,
   ),
   Family(
     'GraniteForCausalLM', 'granite', _GRANITE_KEYS,
     _LLAMA | dict(embedding_scale=1.0, residual_scale=1.0, attention_scale=1.0),
-    [rotation.ROPE, _BIASES, _LOGITS_SCALING],
+    [parts.ROPE, _BIASES, _LOGITS_SCALING],
   ),
   Family(
     'GPTNeoXForCausalLM', 'gpt_neox', _NEOX_KEYS, _NEOX,
-    [rotation.NEOX, _NEOX_BLOCK], dict(hidden_act=['gelu'], attention_bias=[True]), _NEOX_NAMES,
+    [parts.NEOX_ROPE, _NEOX_BLOCK], dict(hidden_act=['gelu'], attention_bias=[True]), _NEOX_NAMES,
   ),
   Family(
-    'Gemma2ForCausalLM', 'gemma2', _RMSNORM, _GEMMA, [*_gemma(50.0, 30.0, 2), rotation.ROPE],
+    'Gemma2ForCausalLM', 'gemma2', _RMSNORM, _GEMMA, [*_gemma(50.0, 30.0, 2), parts.ROPE],
     _GEMMA_ALLOWED,
   ),
   _GEMMA3,

@@ -17,7 +17,7 @@ from bam_jax.config.strict import require
 from bam_jax.data.tokenizer import CONFIG_FILE, HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer
 from bam_jax.errors import UserError
 from bam_jax.files import folders
-from bam_jax.hf.facts import LENGTH
+from bam_jax.hf.parts import LENGTH
 
 SUFFIX = '.gguf'
 TYPES = 'F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K Q5_K Q6_K'.split()  # of tensors

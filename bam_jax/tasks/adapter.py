@@ -17,8 +17,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from bam_jax import config
 from bam_jax.config.strict import require
+from bam_jax.evaluate import comparison
 from bam_jax.evaluate.scorer import Scorer
 from bam_jax.generate import generator, text
 from bam_jax.generate.sampling import SamplingParams
@@ -35,28 +35,16 @@ Pair = tuple[Any, list[int], list[int]]  # texts, tokens of the context and of t
 class Model(TemplateLM):
   """Any checkpoint: dense, average or mixture."""
 
-  def __init__(
-    self,
-    path: str,
-    dtype: str = 'float32',
-    mesh: config.Mesh = config.Mesh(),  # noqa: B008
-    batch_size: int = 16,
-    max_length: int | None = None,
-    seed: int = 0,
-    without: Sequence[str] = (),
-  ):
+  def __init__(self, path: str, options: comparison.Options = comparison.Options()):  # noqa: B008
     """Reads what the checkpoint is; its parameters are loaded by the first request.
 
-    `batch_size` is texts generated at once; `max_length` tokens read at once, by default the
-    length trained at; `seed` of sampling; `without`, experts to leave out. UserError when there is
-    no such checkpoint.
+    UserError when there is no such checkpoint.
     """
     super().__init__()
-    self._path, self._dtype, self._mesh, self._seed = path, dtype, mesh, seed
-    self.batch_size = batch_size
-    self._source = growth.open_without(path, without)
+    self._path, self._options, self.batch_size = path, options, options.batch_size
+    self._source = growth.open_without(path, options.without)
     self.meta, self._tokenizer = self._source.meta, self._source.tokenizer()
-    self.max_length = max_length or self.meta.sequence_length
+    self.max_length = options.window or self.meta.sequence_length
     self._loaded: Scorer | generator.Generator | None = None
     self._warned: set[str] = set()
 
@@ -97,10 +85,11 @@ class Model(TemplateLM):
     answers = {(tuple(c), tuple(t)): (0.0, True) for _, c, t in requests}
     pairs = [pair for pair in answers if pair[1]]
     if pairs:
+      dtype, mesh = self._options.dtype, self._options.mesh
       with tqdm(total=len(pairs), disable=disable_tqdm or None, desc='bam_jax') as progress:
         if not isinstance(self._loaded, Scorer):
           self._loaded = None  # frees the generator's memory first
-          self._loaded = Scorer(self._source, self._dtype, self._mesh, self.max_length)
+          self._loaded = Scorer(self._source, dtype, mesh, self.max_length)
         answers.update(zip(pairs, self._loaded.loglikelihoods(pairs, progress.update)))
     wrong = f'{self._path} gives a log-likelihood that is not finite: its training diverged.'
     require(all(math.isfinite(value) for value, _ in answers.values()), wrong)
@@ -146,14 +135,14 @@ class Model(TemplateLM):
       seen[how, prompt] += 1
     if made and not isinstance(self._loaded, generator.Generator):
       self._loaded = None  # frees the scorer's memory first
-      mesh = sharding.make_mesh(self._mesh)
-      self._loaded = generator.load(self._source, self._dtype, mesh)
+      mesh = sharding.make_mesh(self._options.mesh)
+      self._loaded = generator.load(self._source, self._options.dtype, mesh)
     # None: only on a terminal.
     with tqdm(total=len(requests), disable=disable_tqdm or None, desc='bam_jax') as progress:
       for how, batch in batches.items():
         rows, started = zip(*batch)
         watch = lambda number, tokens, started=started: started[number].add(tokens)
-        options = dict(seed=self._seed, batch_size=self.batch_size, watch=watch)
+        options = dict(seed=self._options.seed, batch_size=self.batch_size, watch=watch)
         self._loaded.generate(rows, *how, **options)
         progress.update(len(batch))
     for continuation in made:

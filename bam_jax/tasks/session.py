@@ -84,8 +84,7 @@ def _score(path, manager, tasks, options: comparison.Options) -> dict[str, Any]:
 
   from bam_jax.tasks import adapter
 
-  how = options.dtype, options.mesh, options.batch_size, options.window, options.seed
-  model = adapter.Model(path, *how, options.without)
+  model = adapter.Model(path, options)
   found = lm_eval.simple_evaluate(
     model,
     tasks=tasks,

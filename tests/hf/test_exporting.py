@@ -19,7 +19,7 @@ from tokenizers import processors
 from bam_jax import config
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
-from bam_jax.hf import exporting, files, importing, source
+from bam_jax.hf import exporting, files, importing
 from tests.hf import folders
 from tests.hf.folders import MODELS, draw, make_model
 
@@ -58,7 +58,7 @@ def test_there_and_back_and_there_again(tmp_path, name):
   assert bits(folders.read_checkpoint(tmp_path / 'b')) == bits(values)
   assert meta.model == model and meta.sequence_length == 64
   if not origin:  # a seed, which may be read where it is
-    reader = source.open_any(str(tmp_path / 'hf')).reader
+    reader = importing.open_any(str(tmp_path / 'hf')).reader
     for path, array in values.items():
       one = array[1] if path.startswith('blocks/') else array
       where = (1,) if path.startswith('blocks/') else ()

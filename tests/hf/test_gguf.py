@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Type
 
 from bam_jax import checkpoint, config
 from bam_jax.convert import writing
-from bam_jax.hf import gguf, source
+from bam_jax.hf import gguf, importing
 from tests.hf import folders, gguf_files
 from tests.hf.test_importing import check_refused, convert
 
@@ -67,7 +67,7 @@ def test_files_are_mixed_where_they_are_beside_folders(tmp_path):
   for seed in range(2):
     folder = folders.write_hf(tmp_path / f'hf{seed}', FACTS, tensors(seed))
     file = write(tmp_path / f'it{seed}.gguf', seed=seed)
-    opened.append((source.open_any(str(file)), source.open_any(str(folder))))
+    opened.append((importing.open_any(str(file)), importing.open_any(str(folder))))
   (one, one_too), (_, other) = opened
   assert one.meta.run == 'it0' and one.tokenizer().difference(other.tokenizer()) == ''
   made = []

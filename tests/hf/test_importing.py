@@ -9,7 +9,7 @@ from bam_jax import checkpoint, config
 from bam_jax.checkpoint import arrays, manifest
 from bam_jax.convert import writing
 from bam_jax.errors import UserError
-from bam_jax.hf import exporting, importing, source
+from bam_jax.hf import exporting, importing
 from tests.hf import folders
 from tests.hf.folders import CONFIG, MODEL, cohere_tensors
 
@@ -114,7 +114,7 @@ def test_folders_are_mixed_where_they_are(tmp_path):
     folder = folders.write_hf(tmp_path / name, facts, cohere_tensors(facts, number))
     imported = tmp_path / f'imported_{name}'
     convert(str(folder), imported)
-    opened.append((source.open_any(str(folder)), source.open_any(str(imported))))
+    opened.append((importing.open_any(str(folder)), importing.open_any(str(imported))))
   for which, name in enumerate(('from_folders', 'from_imports')):
     pair = [both[which] for both in opened]
     how = config.Upcycle(tuple(one.path for one in pair), 'bam_kv_experts', num_experts=4)
@@ -131,7 +131,7 @@ def test_sources_that_are_not_quite_alike(tmp_path, monkeypatch):
   monkeypatch.setattr(arrays, 'CHUNK_BYTES', 2000)
   facts = [CONFIG, CONFIG | {'tie_word_embeddings': False, 'rope_theta': 5.0}]
   opened = [
-    source.open_any(str(folders.write_hf(tmp_path / f'{n}', one, cohere_tensors(one, n))))
+    importing.open_any(str(folders.write_hf(tmp_path / f'{n}', one, cohere_tensors(one, n))))
     for n, one in enumerate(facts)
   ]
   how = config.Upcycle(tuple(one.path for one in opened), 'btx')
@@ -139,10 +139,10 @@ def test_sources_that_are_not_quite_alike(tmp_path, monkeypatch):
     tmp_path / 'mix', adapted, how, 3, 'bam', 'float32', '', lambda *_: None
   )
   with pytest.raises(UserError, match='tied_embeddings: True -> False.*--untie copies the table'):
-    make(source.adapt(opened, True, False, 0))
+    make(importing.adapt(opened, True, False, 0))
   with pytest.raises(UserError, match='rope_theta: .* convert upcycle --rope=first'):
-    make(source.adapt(opened, False, True, 0))
-  meta = make(source.adapt(opened, True, True, 99))
+    make(importing.adapt(opened, False, True, 0))
+  meta = make(importing.adapt(opened, True, True, 99))
   assert meta.model.rope_theta == 8e6 and meta.sequence_length == 99
   table, head = (opened[n].reader.read(p) for n, p in enumerate(('embed/table', 'unembed/kernel')))
   got = folders.read_checkpoint(tmp_path / 'mix')['unembed/kernel']
@@ -161,7 +161,7 @@ def test_a_specialist_that_went_through_transformers_mixes_with_its_seed(tmp_pat
   how = dict(dtype=None, max_shard_size='1GB', progress=lambda *_: None)
   exporting.convert(tmp_path / 'code', str(tmp_path / 'hf'), **how)
   convert(str(tmp_path / 'hf'), tmp_path / 'again')
-  opened = [source.open_any(str(tmp_path / name)) for name in ('seed', 'again')]
+  opened = [importing.open_any(str(tmp_path / name)) for name in ('seed', 'again')]
   assert opened[0].meta.tokenizer_hash != opened[1].meta.tokenizer_hash
   upcycle = config.Upcycle(tuple(one.path for one in opened), 'bam_kv_experts')
   how = dict(seed=3, name='', dtype='float32', command='', progress=lambda *_: None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bam_jax.hf import source
+from bam_jax.hf import importing
 from tests.hf import folders
 from tests.hf.folders import CONFIG, cohere_tensors
 from tests.hf.test_importing import Q_PROJ, check_refused, convert
@@ -140,6 +140,6 @@ def test_a_folder_with_code_is_data(tmp_path):
   (folder / 'trap.py').write_text(f'open({str(tmp_path / "sprung")!r}, "w")')
   folders.write_json(folder / 'tokenizer_config.json', {'auto_map': {'AutoTokenizer': 'trap.It'}})
   convert(folder, tmp_path / 'ours')
-  source.open_any(str(folder)).tokenizer()
+  importing.open_any(str(folder)).tokenizer()
   assert not (tmp_path / 'sprung').exists()
   assert 'trap.py' not in {path.name for path in (tmp_path / 'ours').iterdir()}

@@ -4,7 +4,7 @@ import pytest
 
 from bam_jax import config
 from bam_jax.convert import writing
-from bam_jax.hf import exporting, source
+from bam_jax.hf import exporting, importing
 from tests.hf import folders
 from tests.hf.folders import CONFIG, cohere_tensors
 
@@ -32,7 +32,7 @@ def test_it_is_applied_as_before(tmp_path, in_config):
     else:
       (folder / 'chat_template.jinja').write_text(TEMPLATE.replace('<assistant>', name))
     folders.write_json(folder / 'tokenizer_config.json', facts)
-    opened.append(source.open_any(str(folder)))
+    opened.append(importing.open_any(str(folder)))
   how = config.Upcycle(tuple(one.path for one in opened), 'bam_kv_experts')
   writing.to_checkpoint(tmp_path / 'mix', opened, how, 3, '', 'float32', '', lambda *_: None)
   options = dict(dtype=None, max_shard_size='1GB', progress=lambda *_: None)

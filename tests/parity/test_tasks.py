@@ -72,7 +72,7 @@ def both(tmp_path_factory):
   )
   theirs = HFLM(pretrained=made, tokenizer=fast, device='cpu', batch_size=1, max_length=LENGTH)
   return (
-    adapter.Model(str(folder / 'ours'), batch_size=4, max_length=LENGTH),
+    adapter.Model(str(folder / 'ours'), comparison.Options(batch_size=4, window=LENGTH)),
     theirs,
     folder / 'ours',
   )
@@ -150,7 +150,8 @@ def test_what_it_cannot_do_is_not_left_out(both, name, value):
 
 def test_a_mesh(both):
   ours, _, folder = both
-  cut = adapter.Model(str(folder), 'float32', config.Mesh(data=2, fsdp=2), 4, LENGTH)
+  options = comparison.Options(mesh=config.Mesh(data=2, fsdp=2), batch_size=4, window=LENGTH)
+  cut = adapter.Model(str(folder), options)
   requests = ask('loglikelihood', PAIRS)
   assert cut.loglikelihood(requests) == ours.loglikelihood(requests)
 
