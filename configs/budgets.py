@@ -7,7 +7,7 @@
 The quick start's seed and specialists are mixed as BTX, as BAM with soft attention over KV experts,
 and as BAM with shared keys and values of which a token visits one attention expert, which costs
 what BTX costs. Each starts with the paper's random routers, which read tokens, or with routers that
-read the document so far and were fitted to the specialists' data. A budget is a multiple of the
+read what came lately of the document, and were fitted to the specialists' data. A budget is a multiple of the
 training FLOPs of the quick start's BTX: a mixture of more FLOPs a token sees fewer tokens.
 `:learning_rates` trains each at other peaks with one budget, `:starts` compares the ways to fit
 routers, `:vocabulary`, in a separate workdir and after `python -m tools.build_corpus
@@ -32,7 +32,7 @@ MIXTURES = {  # name -> label, and keys of config.Upcycle
   'bam_top1': ('BAM, shared KV, top-1', dict(method='bam_shared_kv', attention_top_k=1)),
 }
 STARTS = {'random': {}, 'prefix': quickstart.PREFIX}
-FITTED = {'ridge': dict(router_input='prefix', router_init='ridge', router_scale=8.0)}
+FITTED = {'ridge': dict(**quickstart.READ, router_init='ridge', router_scale=8.0)}
 BUDGETS = {'0': 0, '1_3': 1 / 3, '1': 1, '3': 3}  # times BTX's
 PEAKS = (1e-3, 4e-3)  # of the learning rate, beside the recipes' 2e-3
 ARGUMENTS = ('', 'learning_rates', 'starts', 'vocabulary', 'smoke')

@@ -7,7 +7,7 @@ each, plus a tenth of general text, at half the seed's learning rate. The seed a
 are then mixed, and the mixtures are trained on the same batches, a quarter from each domain: BTX
 (FFN experts, averaged attention), BAM, whose attention experts have their own keys and values, and
 BAM that costs what BTX costs: keys and values are shared, and a token visits one attention expert,
-chosen by the mean of its document so far. One more is not trained, and keeps its sources'
+chosen by what it lately read of its document. One more is not trained, and keeps its sources'
 embeddings. `:smoke` runs it all for a few steps.
 
 Ten minutes on two cores of a 2026 server (`make quickstart`). Average held-out perplexity over the
@@ -21,15 +21,11 @@ from bam_jax import config
 from bam_jax.errors import UserError
 
 SPECIALTIES = ('code', 'law', 'math')
-# Routers that read the document so far, and point to the specialists' data before any training.
-PREFIX = dict(router_input='prefix', router_init='centroids', router_scale=4.0)
-READY = dict(
-  attention_top_k=1,
-  renormalize=True,
-  router_input='prefix',
-  router_init='ridge',
-  embedding_rank=16,
-)
+# Routers that read the latest tokens of the document, and point to the specialists' data before any
+# training.
+READ = dict(router_input='prefix', router_memory=16)
+PREFIX = dict(**READ, router_init='centroids', router_scale=4.0)
+READY = dict(**READ, attention_top_k=1, renormalize=True, router_init='ridge', embedding_rank=16)
 
 
 def get_config(argument: str = '') -> ConfigDict:

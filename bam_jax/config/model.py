@@ -134,6 +134,8 @@ class Model(Section):
   ffn_experts: FFNExperts | None = None
   # What routers read: the token, or the mean of its document up to and including it.
   router_input: Literal['token', 'prefix'] = 'token'
+  # Of 'prefix': if not 0, a token n before has the weight (1 - 1 / router_memory)^n in the mean.
+  router_memory: Count = 0
   # Rank of each FFN expert's differences from the embeddings, at most D/8; 0: it has none.
   embedding_rank: Count = 0
 
@@ -157,6 +159,8 @@ class Model(Section):
     self.require(known, f'nope_layers={list(self.nope_layers)} has a number that is not a layer.')
     routed = self.attention_experts or self.ffn_experts or self.router_input == 'token'
     self.require(routed, "router_input='prefix' has no effect without experts: remove it.")
+    unused = f"router_memory={self.router_memory} requires router_input='prefix'."
+    self.require(self.router_input == 'prefix' or not self.router_memory, unused)
     rank, largest = self.embedding_rank, self.d_model // 8
     unused = f'embedding_rank={rank} has no effect without ffn_experts: remove it.'
     self.require(self.ffn_experts or not rank, unused)
@@ -199,8 +203,8 @@ class Model(Section):
 
   def dense(self) -> 'Model':
     """The same model without experts."""
-    experts = dict(attention_experts=None, ffn_experts=None)
-    return dataclasses.replace(self, **experts, router_input='token', embedding_rank=0)
+    routers = dict(router_input='token', router_memory=0, embedding_rank=0)
+    return dataclasses.replace(self, attention_experts=None, ffn_experts=None, **routers)
 
   def dropless(self) -> 'Model':
     """The same model without a capacity: a token's output does not depend on other tokens' load."""

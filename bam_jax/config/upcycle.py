@@ -25,6 +25,7 @@ class Upcycle(Section):
   router_scale: NonNegative = 1.0
   # The rest goes beyond the paper and is off by default: docs/options.md.
   router_input: Literal['token', 'prefix'] = 'token'  # or the mean of the document so far
+  router_memory: Count = 0  # of 'prefix': reaches back about so many tokens; 0: all alike
   # 'zero': equal gates; 'centroids' and 'ridge': fitted to each source's data.
   router_init: Literal['random', 'zero', 'centroids', 'ridge'] = 'random'
   average: Literal['mean', 'weighted', 'first'] = 'mean'  # of the sources, if not stacked

@@ -40,6 +40,7 @@ DEFAULTS = dict(
   attention_routing='top1',
   renormalize=True,
   router_input='prefix',
+  router_memory=16,
   router_init='ridge',
   router_scale=8.0,  # of no effect on gates of 1; soft ones would be too even with 1
 )

@@ -53,6 +53,7 @@ _KEYS = (
   flags.DEFINE_float('capacity_factor', 0.0, 'Of the FFN experts; 0 is dropless.'),
   flags.DEFINE_bool('expert_bias', False, "A bias that balances the FFN experts' loads."),
   flags.DEFINE_enum('router_input', 'token', ('token', 'prefix'), "prefix: the document's mean."),
+  flags.DEFINE_integer('router_memory', 0, 'Of prefix: reaches back so many tokens; 0: all.', 0),
   flags.DEFINE_enum('router_init', 'random', INITS, 'centroids, ridge: fitted to --router_data.'),
   flags.DEFINE_float('router_scale', 1.0, 'Of random routers: deviation times sqrt(D).'),
   flags.DEFINE_integer('embedding_rank', 0, "Of the sources' own embeddings; at most D/8."),

@@ -39,6 +39,7 @@ class BamConfig(CohereConfig):
   norm_topk_prob: bool = False  # divide the gates of the chosen ones by their sum
   use_expert_bias: bool = False  # a bias in the choice of FFN experts, not in their gates
   router_input: str = 'token'  # what routers read; 'prefix': the mean of the tokens so far
+  router_memory: int = 0  # in that mean a token n before has the weight (1 - 1 / m)^n; 0: 1
   capacity_factor: float = 0.0  # of the FFN experts in training; no token is dropped here
 
   def __post_init__(self, **kwargs):

@@ -137,7 +137,7 @@ _LOGITS_SCALING = Part(
 _OWN = (
   'block', 'norm', 'norm_place', 'qk_norm', 'biases', 'rotary_layout', 'rotary_dim', 'nope_layers',
   'window_rope_theta', 'attention_scale', 'embedding_scale', 'residual_scale', 'logit_scale', 'ffn',
-  'attention_cap', 'logit_cap', 'router_input',
+  'attention_cap', 'logit_cap', 'router_input', 'router_memory',
 )  # fmt: skip
 # Keys of the experts' options.
 _EXPERTS = {

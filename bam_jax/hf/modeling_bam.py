@@ -96,15 +96,28 @@ class Prefix:
       self.held.values = torch.zeros(len(real_BT), 1, 1, device=real_BT.device)
       self.held.is_initialized = True
     self.real_BT1 = real_BT.float().unsqueeze(-1)
-    self.count_BT1 = self.held.values + self.real_BT1.cumsum(1)
+    self.tokens_BT1, self.memory = self.real_BT1.cumsum(1), config.router_memory
+    self.count_BT1 = self.held.values + self.tokens_BT1
     self.sums = self.held.keys.clone()
+    if self.memory:  # weights of earlier tokens in each one's sum
+      ages_BTT = self.tokens_BT1 - self.tokens_BT1.mT
+      self.weights_BTT = self.kept(ages_BTT.clamp(min=0)).tril() * self.real_BT1.mT
+
+  def kept(self, ages: torch.Tensor) -> torch.Tensor:
+    """The weights of tokens so long ago."""
+    return (1 - 1 / self.memory) ** ages
 
   def mean(self, logits_BTE: torch.Tensor, number: int) -> torch.Tensor:
     """What the router of this number reads, in place of each token's logits."""
     E = logits_BTE.shape[-1]
-    sums_BTE = self.held.keys[:, number, None, :E] + (logits_BTE * self.real_BT1).cumsum(1)
+    before_B1E, count_BT1 = self.held.keys[:, number, None, :E], self.count_BT1.clamp(min=1)
+    if self.memory:
+      sums_BTE = self.weights_BTT @ logits_BTE + self.kept(self.tokens_BT1) * before_B1E
+      count_BT1 = self.memory * (1 - self.kept(count_BT1))
+    else:
+      sums_BTE = before_B1E + (logits_BTE * self.real_BT1).cumsum(1)
     self.sums[:, number, :E] = sums_BTE[:, -1].detach()
-    return sums_BTE / self.count_BT1.clamp(min=1)
+    return sums_BTE / count_BT1
 
   def keep(self, cache) -> None:
     """Adds these tokens to a cache."""

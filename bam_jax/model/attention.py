@@ -150,9 +150,8 @@ class MixtureOfAttention(Attention):
 
   def __call__(self, y_BTD, tokens, cache=None):
     """What `Attention` returns, as far as the experts on this device go."""
-    prefix = tokens if self.model.router_input == 'prefix' else None
     gates_BTE, logits_BTE, sum_BE = router.gates(
-      y_BTD, self.router[...], prefix, cache and cache.attention_sum
+      self.model, y_BTD, self.router[...], tokens, cache and cache.attention_sum
     )
     y_BTD = y_BTD.astype(self.query.dtype)
     if self.options.top_k:

@@ -75,9 +75,8 @@ class MixtureOfFFN(FFN):
   def __call__(self, y_BTD, tokens, cache=None):
     """What `FFN` returns, as far as the experts on this device go."""
     num_experts, k = self.up.shape[0], self.options.top_k
-    prefix = tokens if self.model.router_input == 'prefix' else None
     gates_BTE, logits_BTE, sum_BE = router.gates(
-      y_BTD, self.router[...], prefix, cache and cache.ffn_sum
+      self.model, y_BTD, self.router[...], tokens, cache and cache.ffn_sum
     )
     cache = cache and cache._replace(ffn_sum=sum_BE)
     bias_E = self.expert_bias[...] if self.options.expert_bias else None

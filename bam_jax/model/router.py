@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bam_jax import config
 from bam_jax.model.rope import Tokens
 
 
@@ -43,41 +44,47 @@ class Statistics(NamedTuple):
 
 
 def gates(
-  y_BTD: jax.Array, router_DE: jax.Array, tokens: Tokens | None = None, sum_BE=None
+  model: config.Model, y_BTD: jax.Array, router_DE: jax.Array, tokens: Tokens, sum_BE=None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """Softmax gates over all the experts and their logits, BTE, float32 whatever `y_BTD` is.
 
-  Given `tokens`, the router reads the mean of each token's document so far; it is linear, so this
-  is a mean of E logits. `sum_BE`, float32, is what an earlier call returned last for the tokens
-  before these of the same documents; by default there are none.
+  With router_input='prefix' it reads the mean of each token's document so far; it is linear, so
+  this is a mean of E logits. `sum_BE`, float32, is what an earlier call returned last for the
+  tokens before these of the same documents; by default there are none.
   """
   dtype = jnp.promote_types(y_BTD.dtype, jnp.float32)
   logits_BTE = jnp.einsum(
     'btd,de->bte', y_BTD.astype(dtype), router_DE, precision=jax.lax.Precision.HIGHEST
   )
-  if tokens is not None:
-    logits_BTE, sum_BE = prefix_mean(logits_BTE, tokens, sum_BE)
+  if model.router_input == 'prefix':
+    logits_BTE, sum_BE = prefix_mean(logits_BTE, tokens, model.router_memory, sum_BE)
   return jax.nn.softmax(logits_BTE), logits_BTE, sum_BE
 
 
 def prefix_mean(
-  x_BTE: jax.Array, tokens: Tokens, sum_BE: jax.Array | None = None
+  x_BTE: jax.Array, tokens: Tokens, memory: int = 0, sum_BE: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
   """The mean of `x` over each token's document up to and including it, and the sums at the end.
 
-  A segmented scan: a difference of cumulative sums would cancel. Padding counts for nothing.
+  With a memory of m tokens the one n before has the weight (1 - 1/m)^n. A segmented scan: a
+  difference of cumulative sums would cancel. Padding counts for nothing.
   """
-  x_BTE = jnp.where(tokens.real_BT[..., None], x_BTE, 0)
-  first_BT1 = tokens.positions_BT[..., None] == 0
+  real_BT1, positions_BT1 = tokens.real_BT[..., None], tokens.positions_BT[..., None]
+  x_BTE = jnp.where(real_BT1, x_BTE, 0)
+  kept_BT1 = jnp.where(positions_BT1 == 0, 0, 1 - 1 / memory if memory else 1.0)
+  kept_BT1 = jnp.where(real_BT1, kept_BT1, 1).astype(x_BTE.dtype)
 
   def add(earlier, later):
-    (sum_earlier, first_earlier), (sum_later, first_later) = earlier, later
-    return jnp.where(first_later, sum_later, sum_earlier + sum_later), first_earlier | first_later
+    (kept_earlier, sum_earlier), (kept_later, sum_later) = earlier, later
+    return kept_earlier * kept_later, kept_later * sum_earlier + sum_later
 
-  sums_BTE, _ = jax.lax.associative_scan(add, (x_BTE, first_BT1), axis=1)
+  kept_BT1, sums_BTE = jax.lax.associative_scan(add, (kept_BT1, x_BTE), axis=1)
   if sum_BE is not None:
-    sums_BTE += sum_BE[:, None]
-  return sums_BTE / (tokens.positions_BT[..., None] + 1), sums_BTE[:, -1]
+    sums_BTE += kept_BT1 * sum_BE[:, None]
+  count_BT1 = (positions_BT1 + 1).astype(x_BTE.dtype)
+  if memory:  # the sum of the weights
+    count_BT1 = -memory * jnp.expm1(count_BT1 * jnp.log1p(-1 / memory))
+  return sums_BTE / count_BT1, sums_BTE[:, -1]
 
 
 def top_k(

@@ -88,8 +88,7 @@ def mixed(
   """
   x_BTD, words_BTX = rows_BTX[..., : model.d_model], rows_BTX[..., model.d_model :]
   y_BTD = norm.normalize(model, x_BTD, **first_norm) if first_norm else x_BTD
-  prefix = tokens if model.router_input == 'prefix' else None
-  gates_BTE, _, sum_BE = router.gates(y_BTD, embed['router'], prefix, sum_BE)
+  gates_BTE, _, sum_BE = router.gates(model, y_BTD, embed['router'], tokens, sum_BE)
   *_, chosen_BTE = router.top_k(gates_BTE, model.ffn_experts.top_k, False)
   gates_BTE *= chosen_BTE
   if model.ffn_experts.renormalize:

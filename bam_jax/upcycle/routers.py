@@ -95,7 +95,7 @@ def moments(
     # The sum of x, and for the regression of x x^T beside it: D(1+D).
     x_BTD = y_BTD.astype(jnp.float32)
     if upcycle.router_input == 'prefix':
-      x_BTD, _ = router.prefix_mean(x_BTD, tokens)
+      x_BTD, _ = router.prefix_mean(x_BTD, tokens, upcycle.router_memory)
     x_BTD = jnp.where(counted_BT[..., None], x_BTD, 0)
     times_BTX = jnp.ones_like(x_BTD[..., :1])
     if upcycle.router_init == 'ridge':

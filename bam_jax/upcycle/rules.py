@@ -35,7 +35,8 @@ def mixture_model(
       capacity_factor=upcycle.capacity_factor,
       expert_bias=upcycle.expert_bias,
     )
-  parts = dict(router_input=upcycle.router_input, embedding_rank=upcycle.embedding_rank)
+  names = 'router_input', 'router_memory', 'embedding_rank'
+  parts = {name: getattr(upcycle, name) for name in names}
   parts |= dict(attention_experts=attention, ffn_experts=ffn)
   mixture = dataclasses.replace(dense, **parts)
   if upcycle.norms == 'fold':

@@ -80,7 +80,7 @@ MODELS = {
     'attention_experts': config.AttentionExperts(3, top_k=1), 'router_input': 'prefix',
   },
   'prefix_sliding': _SHARED | _RMS | {
-    'layer_types': ('sliding',) * 3, 'window': 5, 'router_input': 'prefix',
+    'layer_types': ('sliding',) * 3, 'window': 5, 'router_input': 'prefix', 'router_memory': 3,
     'ffn_experts': config.FFNExperts(4),
   },
   # Blocks of other families: every field, and fields that meet in one array or one layer.

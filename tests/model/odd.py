@@ -93,6 +93,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     'bam_shared_kv',
     dict(
       router_input='prefix',
+      router_memory=3,
       attention_experts=config.AttentionExperts(4, top_k=2, shared_kv=True),
       ffn_experts=config.FFNExperts(4, top_k=2),
     ),

@@ -226,9 +226,12 @@ def read_by_router(model: config.Model, y_BTD: np.ndarray, segments_BT: np.ndarr
   """Each token (N, D), or the mean of its document up to and including it."""
   if model.router_input == 'token':
     return y_BTD.reshape(-1, y_BTD.shape[-1])
-  seen_BTT = np.stack([visible(segments_T) for segments_T in segments_BT])
-  rows = zip(y_BTD, seen_BTT)
-  return np.stack([y_TD[seen_T].mean(0) for y_TD, seen_TT in rows for seen_T in seen_TT])
+  keep, read = 1 - 1 / model.router_memory if model.router_memory else 1.0, []
+  for y_TD, segments_T in zip(y_BTD, segments_BT):
+    for seen_T in visible(segments_T):
+      weights = keep ** np.arange(seen_T.sum())[::-1]
+      read.append(weights @ y_TD[seen_T] / weights.sum())
+  return np.stack(read)
 
 
 def choose(

@@ -230,7 +230,8 @@ CASES = {
     model(**GQA, router_input='prefix', **attention(3, top_k=2), **ffn(3)), shows=spread
   ),
   'prefix_sequential': Case(
-    model(**SEQUENTIAL, router_input='prefix', **attention(2), **ffn(3, top_k=2)), 'long'
+    model(**SEQUENTIAL, router_input='prefix', router_memory=3, **attention(2), **ffn(3, top_k=2)),
+    'long',
   ),
   'embedding_experts': Case(
     model(

@@ -40,7 +40,8 @@ def test_equal_loads_move_no_bias(seed):
   np.testing.assert_allclose(moved, [[-0.1, 0.1, 0.1, 0.1]])
 
 
-def test_prefix_means_in_pieces_and_behind_padding():
+@pytest.mark.parametrize('memory', [0, 1, 4, 10**6])
+def test_prefix_means_in_pieces_and_behind_padding(memory):
   """A row may begin in a later piece than the first: what stands before it counts for nothing."""
   rng, first_B, T = np.random.default_rng(0), np.array([0, 2, 6]), 9
   x_BTE = rng.normal(size=(3, T, 4)).astype(np.float32)
@@ -50,9 +51,13 @@ def test_prefix_means_in_pieces_and_behind_padding():
     start, sum_BE, found = 0, np.zeros((3, 4), np.float32), []
     for end in ends:
       tokens = Tokens(segments_BT[:, start:end], positions_BT[:, start:end], None, None)
-      mean_BTE, sum_BE = router.prefix_mean(jnp.asarray(x_BTE[:, start:end]), tokens, sum_BE)
+      x_BPE = jnp.asarray(x_BTE[:, start:end])
+      mean_BTE, sum_BE = router.prefix_mean(x_BPE, tokens, memory, sum_BE)
       found.append(mean_BTE)
       start = end
     for row, first in enumerate(first_B):
-      want = np.cumsum(x_BTE[row, first:], 0) / np.arange(1, T - first + 1)[:, None]
+      keep = 1 - 1 / memory if memory else 1.0
+      ages = np.arange(T - first)[:, None] - np.arange(T - first)
+      weights = np.where(ages >= 0, keep ** np.maximum(ages, 0), 0)
+      want = weights @ x_BTE[row, first:] / weights.sum(1, keepdims=True)
       np.testing.assert_allclose(np.concatenate(found, 1)[row, first:], want, atol=1e-6)
