@@ -7,8 +7,8 @@
 The quick start's seed and specialists are mixed as BTX, as BAM with soft attention over KV experts,
 and as BAM with shared keys and values of which a token visits one attention expert, which costs
 what BTX costs. Each starts with the paper's random routers, which read tokens, or with routers that
-read what came lately of the document, and were fitted to the specialists' data. A budget is a multiple of the
-training FLOPs of the quick start's BTX: a mixture of more FLOPs a token sees fewer tokens.
+read the document's latest tokens and were fitted to the specialists' data. A budget is a multiple
+of the training FLOPs of the quick start's BTX: a mixture of more FLOPs a token sees fewer tokens.
 `:learning_rates` trains each at other peaks with one budget, `:starts` compares the ways to fit
 routers, `:vocabulary`, in a separate workdir and after `python -m tools.build_corpus
 --output=data/corpus`, has the sizes of configs/reproduction.py's argument of that name, where KV

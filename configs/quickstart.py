@@ -7,7 +7,7 @@ each, plus a tenth of general text, at half the seed's learning rate. The seed a
 are then mixed, and the mixtures are trained on the same batches, a quarter from each domain: BTX
 (FFN experts, averaged attention), BAM, whose attention experts have their own keys and values, and
 BAM that costs what BTX costs: keys and values are shared, and a token visits one attention expert,
-chosen by what it lately read of its document. One more is not trained, and keeps its sources'
+chosen by its document's latest tokens. One more is not trained, and keeps its sources'
 embeddings. `:smoke` runs it all for a few steps.
 
 Ten minutes on two cores of a 2026 server (`make quickstart`). Average held-out perplexity over the
