@@ -3,9 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 
+from flax import traverse_util
+
 from bam_jax import config
 from bam_jax.checkpoint import manifest
 from bam_jax.config.strict import require
+from bam_jax.model import transformer
 
 # Paths of the embeddings, and of the directions of experts' differences from them.
 EMBEDDINGS = {'embed/table': 'embed/directions', 'unembed/kernel': 'unembed/directions'}
@@ -81,53 +84,28 @@ def rules(mixture: config.Model, norms: str = 'mean') -> tuple[manifest.Made, ..
   `how` is 'mean' over the sources (norms, embeddings, all without experts), 'stack' on axis 1
   (experts), 'fold' (ones, see `folds`), 'router' (drawn) or 'zero'; the last two have no source.
   Embeddings with `embedding_rank` are made by 'differences', along 'directions'; see `merge`.
+  ValueError for an array without a rule.
   """
   attention, ffn = mixture.attention_experts, mixture.ffn_experts
   query_out, experts = ('stack' if attention else 'mean'), ('stack' if ffn else 'mean')
   key_value = 'stack' if attention and not attention.shared_kv else 'mean'
-  hows = {
-    'embed/table': 'mean',
-    'blocks/attention/query': query_out,
-    'blocks/attention/key': key_value,
-    'blocks/attention/value': key_value,
-    'blocks/attention/out': query_out,
-    **dict.fromkeys((f'blocks/ffn/{name}' for name in (*mixture.ffn_inputs, 'down')), experts),
-  }
-  ends = ('scale', 'bias') if mixture.norm == 'layernorm_bias' else ('scale',)
-  for norm in (*(f'blocks/{name}' for name in mixture.norms), 'final_norm'):
-    hows |= dict.fromkeys((f'{norm}/{end}' for end in ends), 'mean')
-  if mixture.qk_norm != 'none':  # a head's norm is treated like the head
-    kind = 'shared_scale' if mixture.qk_norm == 'head_rms' else 'scale'
-    hows[f'blocks/attention/query_{kind}'] = query_out
-    hows[f'blocks/attention/key_{kind}'] = key_value
-  if mixture.biases != 'none':
-    hows['blocks/attention/query_bias'] = query_out
-    hows |= dict.fromkeys(('blocks/attention/key_bias', 'blocks/attention/value_bias'), key_value)
-  if mixture.biases in ('attention', 'all'):
-    hows['blocks/attention/out_bias'] = query_out
-  if mixture.biases == 'all':
-    names = (f'blocks/ffn/{name}_bias' for name in (*mixture.ffn_inputs, 'down'))
-    hows |= dict.fromkeys(names, experts)
-  if not mixture.tied_embeddings:
-    hows['unembed/kernel'] = 'mean'
-  if mixture.embedding_rank:
-    for path, directions in EMBEDDINGS.items():
-      hows |= {path: 'differences', directions: 'directions'} if path in hows else {}
-    hows['embed/router'] = 'router'
-  if attention:
-    hows['blocks/attention/router'] = 'router'
-  if ffn:
-    hows['blocks/ffn/router'] = 'router'
-  if ffn and ffn.expert_bias:
-    hows['blocks/ffn/expert_bias'] = 'zero'
-  if norms == 'fold':
-    hows |= dict.fromkeys(folds(mixture).values(), 'fold')
+  word = 'differences' if mixture.embedding_rank else 'mean'
+  hows = {  # by the first word of an array's name: a head's norm is treated like the head
+    'table': word, 'kernel': word, 'directions': 'directions', 'scale': 'mean', 'bias': 'mean',
+    'query': query_out, 'key': key_value, 'value': key_value, 'out': query_out,
+    'gate': experts, 'up': experts, 'down': experts, 'router': 'router', 'expert': 'zero',
+  }  # fmt: skip
+  folded = folds(mixture).values() if norms == 'fold' else ()
   sources = {directions: path for path, directions in EMBEDDINGS.items()}
-  drawn = ('router', 'zero')
-  return tuple(
-    manifest.Made(path, how, None if how in drawn else sources.get(path, path))
-    for path, how in hows.items()
-  )
+  made = []
+  network = transformer.Network(mixture, config.Compute())
+  for path in traverse_util.flatten_dict(network.abstract(), sep='/'):
+    name = path.rpartition('/')[2]
+    if (how := hows.get(name.partition('_')[0])) is None:
+      raise ValueError(f'No rule for {path}.')
+    source = None if how in ('router', 'zero') else sources.get(path, path)
+    made.append(manifest.Made(path, 'fold' if path in folded else how, source))
+  return tuple(made)
 
 
 def expert_names(upcycle: config.Upcycle, sources: Sequence[str]) -> tuple[str, ...]:
