@@ -164,6 +164,14 @@ def overlap(one: Box, other: Box) -> Box:
   return both if all(start < stop for start, stop in both) else ()
 
 
+def pieces_within(part: Box, path: str, spec: arrays.Spec) -> Iterator[arrays.Index]:
+  """Regions that together are a part of an array: `arrays.pieces`, cut where the part ends."""
+  for index in arrays.pieces(path, spec):
+    if box := overlap(arrays.bounds(spec, index), part):
+      layer = [axis for axis in index if isinstance(axis, int)]
+      yield *layer, *(slice(*bounds) for bounds in box[len(layer) :])
+
+
 def drawn(merge: Merge, rule: manifest.Made, shape: tuple[int, ...]) -> np.ndarray:
   """A bias of zeros, or a router LDE: given, or normal with deviation `router_scale / sqrt(D)`."""
   if rule.how == 'zero':
@@ -189,12 +197,8 @@ def _jobs(merge: Merge, table, wanted, parts):
     if rule.how == 'differences':  # the target's chunks have fewer words, with more columns
       needed = overlap(part, arrays.bounds(spec, ()))
       spec = wanted[rule.target]
-    for index in arrays.pieces(rule.source, spec):
-      box = overlap(arrays.bounds(spec, index), needed)
-      if box:
-        kept = [axis for axis in index if isinstance(axis, int)]
-        index = (*kept, *(slice(start, stop) for start, stop in box[len(kept) :]))
-      for source in range(len(merge.sources)) if box else ():
+    for index in pieces_within(needed, rule.source, spec):
+      for source in range(len(merge.sources)):
         experts = (source, *upcycle.copies) if source == 0 else (source,)
         experts = tuple(e for e in experts if part[1][0] <= e < part[1][1]) if stack else ()
         if experts or not stack:

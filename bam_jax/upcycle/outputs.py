@@ -37,11 +37,8 @@ def read_to_mesh(reader: Reader, abstract: Any, shardings: Any) -> Any:
 
   def regions(wanted, parts):
     for path, spec in wanted.items():
-      for piece in arrays.pieces(path, spec):
-        if box := merge_lib.overlap(arrays.bounds(spec, piece), parts[path]):
-          layer = [axis for axis in piece if isinstance(axis, int)]
-          index = (*layer, *(slice(*bounds) for bounds in box[len(layer) :]))
-          yield path, index, reader.read(path, index).astype(spec.dtype, copy=False)
+      for index in merge_lib.pieces_within(parts[path], path, spec):
+        yield path, index, reader.read(path, index).astype(spec.dtype, copy=False)
 
   return _to_mesh(regions, abstract, shardings)
 
