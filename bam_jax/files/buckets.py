@@ -7,7 +7,6 @@ import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
@@ -39,12 +38,8 @@ def drafts(target: epath.PathLike) -> Iterator[Path]:
 
 def send(folder: Path, target: epath.Path, names: Sequence[str]) -> None:
   """Uploads files of a folder to one in a bucket; UserError if the bucket rejects them."""
-  with folders.writing(target):
-    local, remote = ([str(root / name) for name in names] for root in (folder, target))
-    _client().put(local, remote, batch_size=FILES_AT_ONCE)
-
-
-def _client() -> Any:
   import fsspec  # comes with gcsfs, which only buckets need
 
-  return fsspec.filesystem('gcs')
+  with folders.writing(target):
+    local, remote = ([str(root / name) for name in names] for root in (folder, target))
+    fsspec.filesystem('gcs').put(local, remote, batch_size=FILES_AT_ONCE)
