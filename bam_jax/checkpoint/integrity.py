@@ -18,7 +18,6 @@ from etils import epath
 
 from bam_jax.errors import UserError
 from bam_jax.files import folders, json_file
-from bam_jax.parallel import processes
 
 ITEM = 'checksums'
 FILE = 'crc32.json'
@@ -95,13 +94,8 @@ def check(folder: epath.PathLike, items: Collection[str] = ()) -> None:
 def set_aside(folder: Path) -> list[str]:
   """Renames a run's newest checkpoints as long as they are damaged; returns a message for each.
 
-  All processes must call; process 0 reads the newest checkpoint. UserError when none is whole; then
-  none is renamed.
+  One process must decide for all. UserError when none is whole; then none is renamed.
   """
-  return processes.decide(lambda: _set_aside(folder))
-
-
-def _set_aside(folder: Path) -> list[str]:
   names = (path.name for path in folder.glob('*') if folders.is_complete(path))
   steps = sorted((name for name in names if name.isdecimal()), key=int, reverse=True)
   faults: dict[str, str] = {}

@@ -103,7 +103,8 @@ class MixtureOfFFN(FFN):
       output_AD = with_capacity(x_AD, weights, slots)
       dropped = jnp.sum(jnp.maximum(slots.sizes - rows, 0), dtype=jnp.int32)
     elif self.decoding and (platform != 'tpu' or experts_A.size <= few.BLOCK_ROWS):
-      output_AD = few.ffn(x_AD, experts_A, weights, platform)
+      few_rows = few.visit if platform == 'tpu' else few.loop
+      output_AD = few_rows(x_AD, experts_A, weights)
     else:
       output_AD = grouped.ffn(x_AD, experts_A, weights, options.num_experts, platform)
     if weights.biases:

@@ -43,11 +43,10 @@ def train(job: Job, stopping: stop.Flag, began: float) -> dict[str, Any]:
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
-    for sentence in integrity.set_aside(job.folder / 'checkpoints'):
+    folder = job.folder / 'checkpoints'
+    for sentence in processes.decide(lambda: integrity.set_aside(folder)):
       log.note(sentence)
-    checkpoints = checkpoint.Checkpoints(
-      job.folder / 'checkpoints', run.intervals.keep, run.intervals.keep_every
-    )
+    checkpoints = checkpoint.Checkpoints(folder, run.intervals.keep, run.intervals.keep_every)
     stack.push(lambda kind, error, trace: _close(checkpoints, error))
     batches = mixture.iterate(batches_of(run, recipe, job.dataset), prefetch=4)
     first_step, state, saved = _start(job, mesh, checkpoints, batches)

@@ -1,5 +1,8 @@
 """FFN experts for few rows, as in decoding: an expert without a row is not read.
 
+Both functions return what each assignment's expert makes of it, (A, D), as `grouped.ffn` does, from
+rows x_AD, the int32 numbers of their experts, E for none, and the experts' weights.
+
 Legend: A assignments of a token to an expert, S rows sorted by expert, R rows of a block,
 E experts, D model, F hidden, f columns of a step.
 """
@@ -20,24 +23,11 @@ LANES = 128
 STEP_BYTES = 2**20  # of a matrix, about, that a step of the TPU's kernel reads
 
 
-def ffn(x_AD: jax.Array, experts_A: jax.Array, weights: Weights, platform: str) -> jax.Array:
-  """What each assignment's expert makes of it, (A, D), as in `grouped`.
-
-  Args:
-    x_AD: on TPU at most BLOCK_ROWS rows.
-    experts_A: int32, numbers of experts; E for none.
-    weights: matrices may be anything that gives an expert's for its number; on TPU arrays.
-    platform: 'cpu', 'gpu' or 'tpu', which need not be the one at hand.
-  """
-  if platform == 'tpu':
-    return visit(x_AD, experts_A, weights)
-  return loop(x_AD, experts_A, weights)
-
-
 def loop(x_AD: jax.Array, experts_A: jax.Array, weights: Weights) -> jax.Array:
   """For each expert a loop over its rows, which reads its weights where they lie.
 
-  A loop of no steps reads nothing; choosing weights by a number would copy them first.
+  A loop of no steps reads nothing; choosing weights by a number would copy them first. Matrices may
+  be anything that gives an expert's for its number.
   """
   num_experts = weights.down.shape[0]
   rows = min(experts_A.size, BLOCK_ROWS)
@@ -68,7 +58,7 @@ def loop(x_AD: jax.Array, experts_A: jax.Array, weights: Weights) -> jax.Array:
 def visit(
   x_AD: jax.Array, experts_A: jax.Array, weights: Weights, interpret: bool = False
 ) -> jax.Array:
-  """A TPU kernel whose grid goes over the experts that have a row.
+  """A TPU kernel whose grid goes over the experts that have a row; at most BLOCK_ROWS rows.
 
   XLA would fetch what a loop may read before it knows whether the loop runs. Here all rows meet
   every such expert, and count where it is theirs. `interpret` runs the kernel's steps on any

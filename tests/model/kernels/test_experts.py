@@ -317,7 +317,7 @@ def test_on_tpus_few_rows_are_one_kernel(kind):
   count = 1 if kind == 'gelu' else 2
   biases = () if kind == 'swiglu' else (array(2, 512),) * count
   weights = Weights((array(2, 256, 512),) * count, array(2, 512, 256), biases, kind)
-  run = jax.jit(functools.partial(few.ffn, platform='tpu'))
+  run = jax.jit(few.visit)
   traced = run.trace(array(1, 256), jax.ShapeDtypeStruct((1,), jnp.int32), weights)
   text = traced.lower(lowering_platforms=('tpu',)).as_text()
   assert text.count('tpu_custom_call') == 1 and 'visited_experts' in text
