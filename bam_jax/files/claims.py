@@ -18,7 +18,6 @@ import socket
 import sys
 import threading
 import time
-import urllib.parse
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -90,8 +89,7 @@ class Lease:
   def __init__(self, folder: epath.Path):
     self._folder, self._generation = folder, b''
     self._content = f'{_holder()}, lease {uuid.uuid4().hex}'.encode()
-    url = urllib.parse.quote(os.fspath(folder / NAME), safe=':/')
-    self._store = ts.KvStore.open(url).result()
+    self._store = ts.KvStore.open(folders.url(folder)).result()
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._beat, name='lease', daemon=True)
 
@@ -152,11 +150,11 @@ class Lease:
         os._exit(LOST)
 
   def _read(self) -> Any:
-    return self._store.read('').result()
+    return self._store.read(NAME).result()
 
   def _write(self, value: bytes | None, generation: bytes) -> bytes:
     """The new generation, or b'' if the one to replace has changed."""
-    return self._store.write('', value, if_equal=generation).result().generation
+    return self._store.write(NAME, value, if_equal=generation).result().generation
 
 
 def _taken(folder: Path | epath.Path, holder: str) -> UserError:

@@ -52,11 +52,6 @@ def same(facts: Any, what: str) -> None:
   require(not others, f'{wrong}: start all processes with the same flags and files.')
 
 
-def first(text: str) -> str:
-  """The first non-empty text among all processes; all must call."""
-  return next(filter(None, gather(text)), '')
-
-
 def gather(value: Any) -> list[Any]:
   """The JSON values of all processes, in their order; all must call."""
   if jax.process_count() == 1:

@@ -55,7 +55,7 @@ def _to_mesh(regions: Callable, abstract: Any, shardings: Any) -> Any:
       made[path] = _assemble(wanted[path], shardings[path], parts[path], of_path)
   except UserError as error:  # other processes may not have seen it
     message = str(error)
-  if message := processes.first(message):
+  if message := next(filter(None, processes.gather(message)), ''):
     raise UserError(message)
   return traverse_util.unflatten_dict({path: made[path] for path in wanted}, sep='/')
 
