@@ -20,13 +20,6 @@ SAVED = {
 }
 
 
-def resolve(remat: str, gathers: bool) -> str:
-  """What 'auto' stands for; `gathers` says that a layer's weights lie on several devices."""
-  if remat == 'auto':
-    return 'matmuls' if gathers else 'none'
-  return remat
-
-
 def checkpoint(layer: Callable, remat: str) -> Callable:
   """`layer` with a backward pass that finds `SAVED[remat]` and recomputes the rest.
 

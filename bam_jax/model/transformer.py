@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bam_jax import config
-from bam_jax.model import activation, parameters, remat, rope, router, vocabulary
+from bam_jax.model import parameters, remat, rope, router, vocabulary
 from bam_jax.model.block import Block, Routing
 from bam_jax.model.norm import Norm
 from bam_jax.parallel.collectives import Layout
@@ -76,8 +76,11 @@ class Transformer(nnx.Module):
         routing = Routing(*(c and router.statistics(c, of[1]) for c, of in zip(routing, read)))
       return x_BTD, routing
 
+    kind = self.compute.remat
+    if kind == 'auto':
+      kind = 'matmuls' if layout.gathers else 'none'
     # Where no weights are gathered, 'none' saves what is elementwise too: such a model has memory.
-    if (kind := remat.resolve(self.compute.remat, layout.gathers)) != 'none' or layout.gathers:
+    if kind != 'none' or layout.gathers:
       layer = remat.checkpoint(layer, kind)
     layers = layers, jnp.asarray(kind_L) if kind_L else None
     x_BTD, collected = jax.lax.scan(layer, x_BTD, layers, unroll=self.compute.unroll)
@@ -138,33 +141,16 @@ class Network:
 
   def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
     """Scores of the next token (..., V): float32 sums of products in the compute dtype, scaled."""
-    kernel, transposed = self._unembedding(params)
-    logits = self.model.logit_scale * jnp.einsum(
-      '...d,dv->...v' if transposed else '...d,vd->...v',
-      hidden_BTD.astype(self._dtype),
-      kernel.astype(self._dtype),
-      preferred_element_type=jnp.promote_types(self._dtype, jnp.float32),
-    )
-    return activation.capped(logits, self.model.logit_cap)
+    kernel = self._unembedding(params).astype(self._dtype)
+    return vocabulary.scores(self.model, hidden_BTD.astype(self._dtype), kernel)
 
   def nll_sum(self, params: Params, hidden_BTD, targets_BT, weights_BT) -> jax.Array:
     """Sum of weight times negative log-likelihood of the int32 targets; float32 nats."""
-    kernel, transposed = self._unembedding(params)
-    return vocabulary.nll_sum(
-      self.layout,
-      kernel,
-      hidden_BTD,
-      targets_BT,
-      weights_BT,
-      transposed=transposed,
-      scale=self.model.logit_scale,
-      cap=self.model.logit_cap,
-      chunk=self.compute.loss_chunk,
-      dtype=self._dtype,
-    )
+    arrays = self._unembedding(params), hidden_BTD, targets_BT, weights_BT
+    return vocabulary.nll_sum(self.layout, self.model, self.compute, *arrays)
 
-  def _unembedding(self, params: Params) -> tuple[jax.Array, bool]:
-    """The output embedding, and whether it is DV instead of VD."""
+  def _unembedding(self, params: Params) -> jax.Array:
+    """The output embedding, VD if it is tied, else DV."""
     if self.model.tied_embeddings:
-      return params['embed']['table'], False
-    return params['unembed']['kernel'], True
+      return params['embed']['table']
+    return params['unembed']['kernel']

@@ -109,18 +109,22 @@ def widened(hidden_BTD, gates_BTX, directions_XD: jax.Array, dtype) -> jax.Array
   return jnp.concatenate([hidden_BTD, gates_BTX * products_BTX], -1)
 
 
+def scores(model: config.Model, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Scores of words (..., W): float32 sums of products in the arguments' dtype, scaled, capped."""
+  spec = '...d,wd->...w' if model.tied_embeddings else '...d,dw->...w'
+  dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+  logits = model.logit_scale * jnp.einsum(spec, hidden, kernel, preferred_element_type=dtype)
+  return activation.capped(logits, model.logit_cap)
+
+
 def nll_sum(
   layout: Layout,
+  model: config.Model,
+  compute: config.Compute,
   kernel: jax.Array,
   hidden_BTD: jax.Array,
   targets_BT: jax.Array,
   weights_BT: jax.Array,
-  *,
-  transposed: bool,
-  scale: float,
-  cap: float,
-  chunk: int,
-  dtype,
 ) -> jax.Array:
   """Sum over this device's tokens of weight times negative log-likelihood; float32 nats.
 
@@ -130,18 +134,15 @@ def nll_sum(
 
   Args:
     layout: the collectives.
-    kernel: this device's part of the output embedding, (W, D), or (D, W) if `transposed`.
+    model: scales the logits, and caps them.
+    compute: the dtype of the products' operands, and the chunk.
+    kernel: this device's part of the output embedding, (W, D) if it is tied, else (D, W).
     hidden_BTD: after the final norm.
     targets_BT: int32.
     weights_BT: float32.
-    transposed: see `kernel`.
-    scale: of the logits.
-    cap: of the scaled logits; 0: none.
-    chunk: tokens whose logits exist at once on a device; 0 is all.
-    dtype: of the products' operands.
   """
-  num_tokens = targets_BT.size
-  words = local_words(layout, kernel, num_tokens, dtype, transposed)
+  num_tokens, chunk, dtype = targets_BT.size, compute.loss_chunk, jnp.dtype(compute.dtype)
+  words = local_words(layout, kernel, num_tokens, dtype, not model.tied_embeddings)
   senders = math.prod(layout.sizes[axis] for axis in words.tokens_over)
   rows = min(max(1, chunk // senders), num_tokens) if chunk else num_tokens  # own ones of a chunk
   num_chunks = -(-num_tokens // rows)
@@ -168,24 +169,22 @@ def nll_sum(
     def one(carry, part):
       total, d_kernel = carry
       hidden_ND, targets_N, weights_N = map(gather, (part[0].astype(dtype), *part[1:]))
-      nll_N, logits_NW, logsumexp_N, local_N = _scores(
-        layout, here, transposed, scale, cap, hidden_ND, targets_N
-      )
+      nll_N, logits_NW, logsumexp_N, local_N = _scores(layout, model, here, hidden_ND, targets_N)
       total += jnp.sum(own(nll_N) * part[2])
       if not gradients:
         return (total, None), None
       d_logits_NW = jnp.exp(logits_NW - logsumexp_N[:, None])
       d_logits_NW -= jax.nn.one_hot(local_N, logits_NW.shape[1], dtype=d_logits_NW.dtype)
-      if cap:
-        d_logits_NW *= activation.derivative(logits_NW, cap)
-      d_logits_NW = (scale * weights_N[:, None] * d_logits_NW).astype(dtype)
+      if model.logit_cap:
+        d_logits_NW *= activation.derivative(logits_NW, model.logit_cap)
+      d_logits_NW = (model.logit_scale * weights_N[:, None] * d_logits_NW).astype(dtype)
       einsum = partial(jnp.einsum, preferred_element_type=grad_dtype)
-      if transposed:
-        d_hidden_ND = einsum('nw,dw->nd', d_logits_NW, here.kernel)
-        d_kernel += einsum('nd,nw->dw', hidden_ND, d_logits_NW)
-      else:
+      if model.tied_embeddings:
         d_hidden_ND = einsum('nw,wd->nd', d_logits_NW, here.kernel)
         d_kernel += einsum('nw,nd->wd', d_logits_NW, hidden_ND)
+      else:
+        d_hidden_ND = einsum('nw,dw->nd', d_logits_NW, here.kernel)
+        d_kernel += einsum('nd,nw->dw', hidden_ND, d_logits_NW)
       d_hidden_ND = layout.scatter(d_hidden_ND.astype(dtype), *words.tokens_over)
       return (total, d_kernel), d_hidden_ND
 
@@ -205,15 +204,12 @@ def nll_sum(
   return total(words.kernel, cut(hidden_BTD), cut(targets_BT), cut(weights_BT))
 
 
-def _scores(layout, words: Words, transposed: bool, scale: float, cap: float, hidden_ND, targets_N):
+def _scores(layout: Layout, model: config.Model, words: Words, hidden_ND, targets_N):
   """Tokens' negative log-likelihood, this device's logits, all words' logsumexp, local targets.
 
   A local target is a number among this device's words, or -1 where the word is another's.
   """
-  spec = 'nd,dw->nw' if transposed else 'nd,wd->nw'
-  dtype = jnp.promote_types(hidden_ND.dtype, jnp.float32)
-  logits_NW = scale * jnp.einsum(spec, hidden_ND, words.kernel, preferred_element_type=dtype)
-  logits_NW = activation.capped(logits_NW, cap)
+  logits_NW = scores(model, hidden_ND, words.kernel)
   local_N = targets_N - words.first
   here_N = (local_N >= 0) & (local_N < logits_NW.shape[1])
   index_N1 = jnp.where(here_N, local_N, 0)[:, None]

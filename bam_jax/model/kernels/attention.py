@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from bam_jax import config
-from bam_jax.errors import UserError
+from bam_jax.config.strict import require
 from bam_jax.model import remat
 from bam_jax.model.kernels import blockwise
 
@@ -66,16 +66,10 @@ def check(model: config.Model, sequence_length: int, platform: str) -> None:
   """Raises UserError where the platform's kernel cannot do what a run asks for."""
   if platform != 'tpu':
     return
-  if model.head_dim > MAX_HEAD_DIM:
-    raise UserError(
-      f'model.head_dim={model.head_dim} is above {MAX_HEAD_DIM}, the maximum for attention on '
-      'TPU: use more and smaller heads.'
-    )
-  if sequence_length > MAX_LENGTH:
-    raise UserError(
-      f'data.sequence_length={sequence_length} is above {MAX_LENGTH}, the maximum for attention '
-      'on TPU: lower it.'
-    )
+  wrong = f'model.head_dim={model.head_dim} is above {MAX_HEAD_DIM}, the maximum for attention on'
+  require(model.head_dim <= MAX_HEAD_DIM, f'{wrong} TPU: use more and smaller heads.')
+  wrong = f'data.{sequence_length=} is above {MAX_LENGTH}, the maximum for attention on TPU'
+  require(sequence_length <= MAX_LENGTH, f'{wrong}: lower it.')
 
 
 def dot_product(
