@@ -8,8 +8,9 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from etils import epath
@@ -20,6 +21,7 @@ from bam_jax.errors import UserError
 BESIDE = '.partial-'  # in the name of a folder that is being written
 CLIENTS = ('aiohttp', 'gcsfs', 'google')  # of buckets, whose errors have no common base class
 UNSYNCED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of file systems without fsync
+FILES_AT_ONCE = 8  # sent to a bucket, each of which takes up to 100 MB of memory
 COMMITTED = 'commit_success.txt'  # Orbax writes it last to items in a bucket
 
 
@@ -193,3 +195,35 @@ def locked(folder: epath.PathLike) -> Iterator[bool]:
     yield free
   finally:
     os.close(descriptor)
+
+
+@contextlib.contextmanager
+def drafts(target: epath.PathLike) -> Iterator[Path]:
+  """A folder to write into; when the block ends, its files appear in `target`, each complete.
+
+  It is for libraries that only support files: objects in a bucket can neither grow nor be
+  memory-mapped. On a disk it is inside `target`: if the disk has room for all files, they all
+  appear.
+  """
+  remote = in_bucket(target)
+  if not remote:
+    Path(target).mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix=BESIDE, dir=None if remote else target) as beside:
+    yield Path(beside)
+    files = [path for path in sorted(Path(beside).rglob('*')) if path.is_file()]
+    names = [str(path.relative_to(beside)) for path in files]
+    if remote:
+      send(Path(beside), epath.Path(target), names)
+      return
+    for path, name in zip(files, names):
+      Path(target, name).parent.mkdir(parents=True, exist_ok=True)
+      path.replace(Path(target, name))
+
+
+def send(folder: Path, target: epath.Path, names: Sequence[str]) -> None:
+  """Uploads files of a folder to one in a bucket; UserError if the bucket rejects them."""
+  import fsspec  # comes with gcsfs, which only buckets need
+
+  with writing(target):
+    local, remote = ([str(root / name) for name in names] for root in (folder, target))
+    fsspec.filesystem('gcs').put(local, remote, batch_size=FILES_AT_ONCE)

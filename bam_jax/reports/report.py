@@ -13,7 +13,7 @@ from rich.markdown import Markdown
 from rich.text import Text
 
 from bam_jax.errors import UserError
-from bam_jax.files import buckets, folders, json_file
+from bam_jax.files import folders, json_file
 from bam_jax.reports import figures, scores
 from bam_jax.train.log import duration
 
@@ -63,7 +63,7 @@ def _write(workdir: Path | epath.Path, runs: Sequence[str]) -> dict[str, Any]:
   }
   folder = workdir / 'report'
   # Each file appears whole: jobs that train other runs of the workdir write the report too.
-  with folders.writing(folder), buckets.drafts(folder) as drafts:
+  with folders.writing(folder), folders.drafts(folder) as drafts:
     report['pictures'] = _draw(drafts, rows)
   folders.write_file(folder / 'report.json', json.dumps(report, indent=1) + '\n')
   folders.write_file(folder / 'report.md', markdown(report))

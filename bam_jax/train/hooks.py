@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from bam_jax import config
-from bam_jax.files import buckets
+from bam_jax.files import folders
 from bam_jax.train import log
 from bam_jax.train import step as step_lib
 
@@ -36,24 +36,23 @@ class Hooks:
         hook(step, facts)
 
 
-class Profile:
-  """Records some steps in the job's first process; `settle` waits for one under way."""
+class Profile(contextlib.ExitStack):
+  """Records some steps in the job's first process; `settle` waits for one under way.
+
+  `close` writes what was recorded, if anything was.
+  """
 
   def __init__(self, folder: Path, watch: config.Watch, settle: Callable[[], None]):
+    super().__init__()
     self._first = watch.profile_from if jax.process_index() == 0 else 0  # 0: none
     self._end = self._first and self._first + watch.profile_steps
-    self._folder, self._settle, self._recording = folder, settle, contextlib.ExitStack()
+    self._folder, self._settle = folder, settle
 
   def before(self, step: int) -> None:
     """Starts the recording before its first step, and writes it after its last."""
     if step == self._first:
       self._settle()
-      folder = self._recording.enter_context(buckets.drafts(self._folder))
-      self._recording.enter_context(jax.profiler.trace(folder))
+      self.enter_context(jax.profiler.trace(self.enter_context(folders.drafts(self._folder))))
     elif step == self._end:
       self._settle()
       self.close()
-
-  def close(self) -> None:
-    """Writes what was recorded, if anything was."""
-    self._recording.close()

@@ -18,7 +18,7 @@ import tensorboardX
 from etils import epath
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from bam_jax.files import buckets, folders, json_file
+from bam_jax.files import folders, json_file
 from bam_jax.model import arithmetic, block
 from bam_jax.train import optimizer, timing
 from bam_jax.train import step as step_lib
@@ -78,7 +78,7 @@ class Writer(contextlib.ExitStack):
     if folders.in_bucket(folder):  # whose objects cannot grow
       beside = tempfile.TemporaryDirectory(prefix='bam_jax-', ignore_cleanup_errors=True)
       local = Path(self.enter_context(beside))
-      self._send = functools.partial(buckets.send, local, folder, names)
+      self._send = functools.partial(folders.send, local, folder, names)
       self.callback(self._send)
     with folders.writing(folder):
       (local / 'tensorboard').mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import pytest
 import tensorstore as ts
 
 from bam_jax.errors import UserError
-from bam_jax.files import buckets, folders
+from bam_jax.files import folders
 from bam_jax.train import log
 from tests.gcs.conftest import files
 
@@ -40,7 +40,7 @@ def test_a_large_file_comes_in_parts(folder, tmp_path):
   content = bytes(range(256)) * 4 * 2**13 * 2 + b'and more'  # 16 MB, an upload of several requests
   (tmp_path / 'a b').mkdir()
   (tmp_path / 'a b' / 'c').write_bytes(content)
-  buckets.send(tmp_path, folder, ['a b/c'])
+  folders.send(tmp_path, folder, ['a b/c'])
   assert (folder / 'a b' / 'c').read_bytes() == content
   folders.write_file(folder / 'd', content)
   assert (folder / 'd').read_bytes() == content
