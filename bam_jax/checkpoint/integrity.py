@@ -70,25 +70,21 @@ def read(folder: epath.PathLike, items: Collection[str] = ()) -> Sums:
   return {name: sum_ for name, sum_ in sums.items() if not items or name.split('/')[0] in items}
 
 
-def fault(folder: epath.PathLike, sums: Sums) -> str:
-  """What is wrong with one of the files, in a few words; '' when all are as they were written."""
+def check(folder: epath.PathLike, items: Collection[str] = ()) -> None:
+  """Raises Damaged unless the files of some items, by default all, are as they were written."""
+  sums = read(folder, items)
   try:
     for name, (size, _) in sums.items():  # first, since a file may have become endless
       if (found := os.path.getsize(os.path.join(folder, name))) != size:
-        return f'{name} has {found} bytes instead of {size}'
+        raise Damaged(folder, f'{name} has {found} bytes instead of {size}')
     found = _measure(folder, sums)
   except OSError as error:
-    return f'{error.filename or folder!r}: {error.strerror}'
+    raise Damaged(folder, f'{error.filename or folder!r}: {error.strerror}') from None
   except ValueError as error:  # NUL, or half a surrogate pair
-    return f'{name!r}: {error}'
-  wrong = [name for name in sums if found[name] != sums[name]]
-  return f'{wrong[0]} does not match its checksum' if wrong else ''
-
-
-def check(folder: epath.PathLike, items: Collection[str] = ()) -> None:
-  """Raises Damaged unless the files of some items, by default all, are as they were written."""
-  if what := fault(folder, read(folder, items)):
-    raise Damaged(folder, what)
+    raise Damaged(folder, f'{name!r}: {error}') from None
+  for name in sums:
+    if found[name] != sums[name]:
+      raise Damaged(folder, f'{name} does not match its checksum')
 
 
 def set_aside(folder: Path) -> list[str]:
