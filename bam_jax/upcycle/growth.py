@@ -70,7 +70,6 @@ class _Changed:
     self._mixture, self._experts, self._dense, self._columns = mixture, experts, dense, columns
     model, made = mixture.meta.model, mixture.meta.manifest and mixture.meta.manifest.upcycle
     self._folds = rules.folds(model) if made and made.norms == 'fold' else {}
-    self._plus_one = model.norm == 'rmsnorm_plus_one'  # scales by 1 + w
     self._axes, self.specs = {}, dict(mixture.reader.specs)
     for rule in rules.rules(model):
       if rule.how == 'stack' or not rule.source:  # a router has its experts on the last axis
@@ -105,8 +104,7 @@ class _Changed:
       array = reader.read(path, index)
       arrays.check_finite(array, self._dense.path, path, reader.specs[path], index)
       if norm := self._folds.get(path):
-        scale_D = reader.read(norm, (layer,)).astype(np.float32)[rest[0]] + self._plus_one
-        array = array.astype(np.float32) * scale_D.reshape(-1, *[1] * (array.ndim - 1))
+        array = merge.times_norm(array, self._dense, norm, index)
       made.append(array)
     return np.stack(made)
 

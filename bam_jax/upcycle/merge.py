@@ -59,9 +59,6 @@ def regions(
   mixture = rules.mixture_model(sources[0].meta.model, upcycle)
   table = rules.rules(mixture, upcycle.norms)
   folds = rules.folds(mixture) if upcycle.norms == 'fold' else {}
-  plus_one = mixture.norm == 'rmsnorm_plus_one'  # scales by 1 + w
-  if odd := {rule.target for rule in table} ^ set(wanted):
-    raise ValueError(f'The rule table and the mixture differ in {sorted(odd)}.')
   parts = parts or {path: arrays.bounds(spec, ()) for path, spec in wanted.items()}
   for rule in table:
     if not rule.source:
@@ -84,11 +81,9 @@ def regions(
     on_read(source, rule.source, index, array)
     array, dtype = array.astype(np.float32, copy=False), wanted[rule.target].dtype
     if norm := folds.get(rule.target):
-      scale_D = sources[source].reader.read(norm, index[:1]).astype(np.float32) + plus_one
-      rows_D = scale_D[index[1]] if len(index) > 1 else scale_D
-      array = array * rows_D.reshape(-1, *[1] * (array.ndim - 1))
+      array = times_norm(array, sources[source], norm, index)
     if rule.how == 'fold' and source == 0:
-      yield rule.target, index, np.full(array.shape, not plus_one, dtype)
+      yield rule.target, index, np.full(array.shape, mixture.norm != 'rmsnorm_plus_one', dtype)
     for expert in experts:
       layer, *rest = index
       yield rule.target, (layer, expert, *rest), array.astype(dtype, copy=False)
@@ -102,6 +97,13 @@ def regions(
           index = (slice(None), index[1]) if axis else index[:1]
         yield rule.target, index, made.astype(dtype, copy=False)
         held = []
+
+
+def times_norm(array: np.ndarray, source: Source, norm: str, index: arrays.Index) -> np.ndarray:
+  """A region of one layer of a source's matrix, its rows times the scale of a norm; float32."""
+  scale_D = source.reader.read(norm, index[:2]).astype(np.float32)
+  scale_D += source.meta.model.norm == 'rmsnorm_plus_one'  # which scales by 1 + w
+  return array.astype(np.float32, copy=False) * scale_D.reshape(-1, *[1] * (array.ndim - 1))
 
 
 def average(arrays: Sequence[np.ndarray], upcycle: config.Upcycle) -> np.ndarray:
