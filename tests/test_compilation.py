@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import jax, jax.numpy as jnp
-from bam_jax.cli import compilation
-compilation.use_cache()
+from bam_jax import cli
+cli.use_cache()
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 def loss(w, x):
   return jnp.sum(jax.nn.silu(x @ w) ** 3)

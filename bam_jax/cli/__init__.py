@@ -9,10 +9,12 @@ import re
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
 import rich.console
 import rich.table
 from absl import app, flags, logging
@@ -20,11 +22,14 @@ from ml_collections import config_flags
 from rich import progress
 
 from bam_jax import config, errors
-from bam_jax.cli import compilation, recipe_file
+from bam_jax.cli import recipe_file
 from bam_jax.config.strict import require
 from bam_jax.errors import UserError
 from bam_jax.files import folders
 from bam_jax.parallel import sharding
+
+CACHE_BYTES = 4 * 2**30  # of compiled programs: the least recently used are evicted first
+CACHE_SECONDS = 0.5  # minimum compilation time of a program in the cache
 
 _JSON = flags.DEFINE_string('json', None, 'File for the results as one JSON object; "-": stdout.')
 
@@ -39,7 +44,7 @@ def run(main: Callable[..., dict[str, Any] | None], max_arguments: int = 0) -> N
       for argument in argv[1 + max_arguments :]:
         raise UserError(f'Unexpected argument {argument!r}: write options as --flag=value.')
       check_json(_JSON.value or '-')
-      compilation.use_cache()
+      use_cache()
       facts = main(*argv[1:])
       if _JSON.value and facts is not None:
         write_json(_JSON.value, facts)
@@ -80,6 +85,23 @@ def run_subcommands(subcommands: Mapping[str, str]) -> None:
   run(module.main, getattr(module, 'MAX_ARGUMENTS', 0))
 
 
+def use_cache() -> None:
+  """Programs compiled once on a machine are loaded afterwards, out of JAX's persistent cache.
+
+  Called before anything is compiled. JAX's own variables JAX_COMPILATION_CACHE_DIR and
+  JAX_ENABLE_COMPILATION_CACHE=false move the cache and turn it off.
+  """
+  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    folder = Path(home, 'bam_jax', 'compiled')  # JAX's keys have the processor and its features
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+    jax.config.update('jax_compilation_cache_max_size', CACHE_BYTES)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', CACHE_SECONDS)
+  # A home may be read-only, and a full disk or a kill leave a truncated file: JAX then compiles
+  # anew, with a warning each time.
+  warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')
+
+
 def define_recipe() -> flags.FlagHolder:
   """Defines --config=FILE.py[:ARGUMENT] and --config.KEY=VALUE."""
   return config_flags.DEFINE_config_file('config', None, 'The recipe; FILE.py or FILE.py:ARGUMENT.')
@@ -88,7 +110,17 @@ def define_recipe() -> flags.FlagHolder:
 def read_recipe(flag: flags.FlagHolder) -> config.Recipe:
   """The recipe that the flag of `define_recipe` names, checked."""
   require(flag.present, '--config is required: give --config=FILE.py.')
-  return recipe_file.read(flag, config_flags.get_config_filename(flags.FLAGS['config']))
+  name = config_flags.get_config_filename(flags.FLAGS['config'])
+  try:
+    plain = flag.value.to_dict()  # the library notices only here that the file is missing
+  except OSError as error:
+    if not os.path.isfile(name.partition(':')[0]):
+      raise UserError(f'--config={name} cannot be read: name a recipe, FILE.py.') from None
+    raise UserError(recipe_file.explain([f'--config={name}'], error)) from None
+  except AttributeError:
+    found = f'returns a {type(flag.value).__name__} instead of config.complete(...).'
+    raise UserError(f'get_config of --config={name} {found}') from None
+  return config.parse(plain)
 
 
 def console() -> rich.console.Console:
@@ -170,7 +202,6 @@ def _parse(argv: Sequence[str]) -> list[str]:
     for argument in argv:
       wrong = any('\ud800' <= character <= '\udfff' for character in argument)
       require(not wrong, f'{ascii(argument)[:80]} on the command line is not UTF-8: convert it.')
-    recipe_file.check(argv)
     with recipe_file.importable(argv):
       arguments = flags.FLAGS(argv)
     for name, value in flags.FLAGS.flag_values_dict().items():

@@ -12,40 +12,24 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
-from bam_jax import config
-from bam_jax.errors import UserError
-
-
-def check(argv: Sequence[str]) -> None:
-  """UserError if `--config` names a folder or a device, which might be read forever."""
-  for path in _paths(argv):
-    if os.path.exists(path) and not os.path.isfile(path):
-      raise UserError(f'--config={path} is not a file: name a recipe, FILE.py.')
+from bam_jax.config.strict import require
 
 
 @contextlib.contextmanager
 def importable(argv: Sequence[str]) -> Iterator[None]:
-  """Lets recipes import modules beside them while they are read, wherever the command runs."""
-  before = list(sys.path)
-  sys.path[:0] = [os.path.dirname(os.path.abspath(path)) for path in _paths(argv)]
+  """Lets recipes import modules beside them while they are read, wherever the command runs.
+
+  UserError if `--config` names a folder or a device, which might be read forever.
+  """
+  before, paths = list(sys.path), _paths(argv)
+  for path in paths:
+    is_recipe = os.path.isfile(path) or not os.path.exists(path)
+    require(is_recipe, f'--config={path} is not a file: name a recipe, FILE.py.')
+  sys.path[:0] = [os.path.dirname(os.path.abspath(path)) for path in paths]
   try:
     yield
   finally:
     sys.path[:] = before
-
-
-def read(flag: flags.FlagHolder, name: str) -> config.Recipe:
-  """The recipe of a `--config` flag, checked; `name` is the flag's FILE.py:ARGUMENT."""
-  try:
-    plain = flag.value.to_dict()  # the library notices only here that the file is missing
-  except OSError as error:
-    if not os.path.isfile(name.partition(':')[0]):
-      raise UserError(f'--config={name} cannot be read: name a recipe, FILE.py.') from None
-    raise UserError(explain([f'--config={name}'], error)) from None
-  except AttributeError:
-    found = f'returns a {type(flag.value).__name__} instead of config.complete(...).'
-    raise UserError(f'get_config of --config={name} {found}') from None
-  return config.parse(plain)
 
 
 def explain(argv: Sequence[str], error: Exception) -> str:

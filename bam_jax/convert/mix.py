@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from rich import progress
 
 from bam_jax import cli
 from bam_jax.config.strict import require
@@ -90,14 +89,12 @@ def score(
   window = min(fitting.MAX_LENGTH, mixture.meta.sequence_length)
   how = mixture.tokenizer(), window, window
   entry = lambda source: comparison.Entry(source, source.meta.run, *how)
-  console, mixed, rows = cli.console(), entry(mixture), []
-  with progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-    texts = [domain.scored for domain in domains]
-    comparison.score(mixed, texts, options, False, bar)
-    for source, text in zip(opened, texts):
-      alone = entry(source)
-      comparison.score(alone, [text], options, False, bar)
-      found = comparison.compare([alone, mixed], [text], options)
-      of = {key: row['domains'][text.name] for key, row in zip(('source', 'mixture'), found)}
-      rows.append({'domain': text.name, 'source': source.meta.run, 'scores': of})
+  texts, mixed, rows = [domain.scored for domain in domains], entry(mixture), []
+  comparison.score(mixed, texts, options)
+  for source, text in zip(opened, texts):
+    alone = entry(source)
+    comparison.score(alone, [text], options)
+    found = comparison.compare([alone, mixed], [text], options)
+    of = {key: row['domains'][text.name] for key, row in zip(('source', 'mixture'), found)}
+    rows.append({'domain': text.name, 'source': source.meta.run, 'scores': of})
   return rows

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich import markup, progress
 
-from bam_jax import checkpoint, config
+from bam_jax import checkpoint, cli, config
 from bam_jax.config.strict import require
 from bam_jax.data.tokenizer import Tokenizer
 from bam_jax.errors import UserError
-from bam_jax.evaluate import corpus, routing, windows
-from bam_jax.evaluate.scorer import Scorer, rows_mesh
+from bam_jax.evaluate import corpus, routing
+from bam_jax.evaluate.scorer import Scorer, cut, rows_mesh
 from bam_jax.parallel import sharding
 from bam_jax.reports import scores
 from bam_jax.upcycle import growth
@@ -98,29 +98,25 @@ def enter(paths: Sequence[str], domains: Sequence[corpus.Domain], options: Optio
 
 
 def score(
-  entry: Entry,
-  domains: Sequence[corpus.Domain],
-  options: Options,
-  routers: bool,
-  bar: progress.Progress,
+  entry: Entry, domains: Sequence[corpus.Domain], options: Options, routers: bool = False
 ) -> None:
   """Scores every document under one checkpoint, and records what its `routers` do if asked."""
   scorer = Scorer(entry.source, options.dtype, options.mesh, entry.window)
+  console = cli.console()
+  bar = dict(console=console, transient=True, disable=not console.is_terminal)
   for domain in domains:
     documents = domain.documents(entry.tokenizer)
     pieces, owners = [], []
     for number, tokens in enumerate(documents):
-      cut = list(windows.cut(tokens, entry.window, entry.stride))
-      pieces += cut
-      owners += [number] * len(cut)
+      windows = list(cut(tokens, entry.window, entry.stride))
+      pieces += windows
+      owners += [number] * len(windows)
     record, nll = routing.Record(), np.zeros(len(pieces))
-    task = bar.add_task(markup.escape(f'{entry.label}: {domain.name}'), total=len(pieces))
-    for number, scored in scorer.score(pieces, routers):
-      bar.advance(task)
+    what, found = markup.escape(f'{entry.label}: {domain.name}'), scorer.score(pieces, routers)
+    for number, scored in progress.track(found, what, len(pieces), **bar):
       # Summed by window first and by document later, in an order that nothing else has a part in.
       nll[number] = scored.nll.sum(dtype=np.float64)
       record.add(scored.routing)
-    bar.remove_task(task)
     nll = np.bincount(owners, weights=nll, minlength=len(documents))
     for bad in np.flatnonzero(~np.isfinite(nll)):
       wrong = f'{entry.source.path} has no finite likelihood for document {bad} of {domain.name}'

@@ -1,12 +1,16 @@
 """Likelihoods of tokens under a checkpoint, the same to the last bit whatever the mesh and batch.
 
-Every row is computed whole on one device. A mesh's `data` axis repeats the weights; whatever else
-it has cuts them, to be gathered a layer at a time: all are `fsdp` here.
+Documents are cut into windows that a model can read, and windows padded to batches of few shapes.
+Each is a row of its own, computed whole on one device: its scores depend on its own tokens and its
+group alone. A group is what a device computes at once, and does not depend on the number of
+devices. A mesh's `data` axis repeats the weights; whatever else it has cuts them, to be gathered a
+layer at a time: all are `fsdp` here.
 
 Legend: B rows, T tokens that are read, S = T + 1, D model, V vocabulary, L layers, E experts.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,8 +20,6 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from bam_jax import config
-from bam_jax.evaluate import windows as windows_lib
-from bam_jax.evaluate.windows import Batch, Window
 from bam_jax.model import parameters, transformer
 from bam_jax.parallel import sharding
 from bam_jax.upcycle import outputs
@@ -25,6 +27,25 @@ from bam_jax.upcycle.sources import Source, open_checkpoint
 
 Array = jax.Array | np.ndarray
 MAX_LOGITS = 2**25  # float32, of a device at once
+MIN_LENGTH = 32  # tokens that the shortest windows are padded to
+# Tokens of a group, if a window is not longer alone: what keeps an accelerator busy. On a CPU a
+# window is a group, and its scores are the same whatever else is scored.
+GROUP_TOKENS = 8192
+
+
+class Window(NamedTuple):
+  """Some consecutive tokens of a document."""
+
+  tokens: np.ndarray  # one more than the model reads: the last one is scored and not read
+  first: int  # the first that is scored, at least 1; the model conditions on those before
+
+
+class Batch(NamedTuple):
+  """Groups of one shape, one for each device, of which the last ones may be missing windows."""
+
+  numbers: tuple[int, ...]  # of the windows, in the order of the rows
+  tokens_BS: np.ndarray  # int32
+  length_B: np.ndarray  # int32, tokens that the model reads of each row
 
 
 class Routed(NamedTuple):
@@ -115,7 +136,6 @@ class Scorer:
     self._mesh = sharding.make_mesh(rows_mesh(mesh))
     self._params = _load(source, dtype, self._mesh)
     self._compute = dict(model=self.meta.model.dropless(), dtype=dtype, mesh=self._mesh)
-    self._platform = self._mesh.devices.flat[0].platform
 
   def loglikelihoods(
     self,
@@ -132,9 +152,9 @@ class Scorer:
       if not len(context) or not len(continuation):
         raise ValueError(f'Request {number} has no context or no continuation.')
       tokens = np.asarray([*context, *continuation], np.int32)
-      cut = list(windows_lib.cut(tokens, self.length, self.length, len(context)))
-      pieces += cut
-      owners += [number] * len(cut)
+      windows = list(cut(tokens, self.length, self.length, len(context)))
+      pieces += windows
+      owners += [number] * len(windows)
     totals, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
     for number, scored in self.score(pieces):
       progress(1)
@@ -148,7 +168,8 @@ class Scorer:
     What the routers did is among them if `routing` asks for it.
     """
     before = None
-    for batch in windows_lib.batches(windows, self.length, self._platform, self._mesh.size):
+    platform = self._mesh.devices.flat[0].platform
+    for batch in batches(windows, self.length, platform, self._mesh.size):
       arrays = jax.device_put((batch.tokens_BS, batch.length_B), sharding.batch(self._mesh))
       scores = score(self._params, *arrays, **self._compute)
       if before:  # while the devices compute
@@ -180,3 +201,37 @@ def _load(source: Source, dtype: str, mesh: jax.sharding.Mesh):
   wanted = jax.tree_util.tree_map_with_path(used, abstract)
   source.check()
   return outputs.read_to_mesh(source.reader, wanted, sharding.tree(abstract, mesh))
+
+
+def cut(tokens: np.ndarray, length: int, stride: int, first: int = 1) -> Iterator[Window]:
+  """Windows that score every token from `first` on exactly once, in order.
+
+  A document of at most `length + 1` tokens is one window. In a longer one each begins `stride`
+  tokens, 1 to `length`, after the one before and scores what that did not reach. What stands before
+  `first` is dropped, from the left, as far as the rest needs the room.
+  """
+  start, done = max(0, min(first - 1, len(tokens) - length - 1)), first
+  while done < len(tokens):
+    stop = min(start + length + 1, len(tokens))
+    yield Window(tokens[start:stop], done - start)
+    start, done = start + stride, stop
+
+
+def batches(windows: Sequence[Window], length: int, platform: str, devices: int) -> Iterator[Batch]:
+  """All windows with others of similar length, longest first; rows are padded to a power of two.
+
+  A window has at most `length + 1` tokens; `devices` of `platform` compute a batch.
+  """
+  buckets: dict[int, list[int]] = {}
+  for number, window in enumerate(windows):
+    power = 1 << (len(window.tokens) - 2).bit_length()
+    buckets.setdefault(min(max(MIN_LENGTH, power), length), []).append(number)
+  for size in sorted(buckets, reverse=True):
+    rows = devices * (1 if platform == 'cpu' else max(1, GROUP_TOKENS // size))
+    for numbers in itertools.batched(buckets[size], rows):
+      tokens_BS, length_B = np.zeros((rows, size + 1), np.int32), np.zeros(rows, np.int32)
+      for row, number in enumerate(numbers):
+        tokens = windows[number].tokens
+        tokens_BS[row, : len(tokens)] = tokens
+        length_B[row] = len(tokens) - 1
+      yield Batch(numbers, tokens_BS, length_B)

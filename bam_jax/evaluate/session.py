@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import rich.table
-from rich import progress
 
 from bam_jax import cli, config
 from bam_jax.config.strict import require
@@ -34,11 +33,10 @@ def run(
   console, notes = cli.console(), comparison.notes(entries)
   for note in notes:
     console.print(note, soft_wrap=True)
-  with progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-    for number, entry in enumerate(entries, 1):
-      if not console.is_terminal:
-        console.print(f'Scoring {entry.source.path} ({number} of {len(entries)})', soft_wrap=True)
-      comparison.score(entry, domains, options, folder is not None, bar)
+  for number, entry in enumerate(entries, 1):
+    if not console.is_terminal:
+      console.print(f'Scoring {entry.source.path} ({number} of {len(entries)})', soft_wrap=True)
+    comparison.score(entry, domains, options, folder is not None)
   facts = {
     'mesh': config.to_dict(options.mesh),
     **{key: getattr(options, key) for key in ('dtype', 'confidence', 'resamples', 'seed')},

@@ -219,7 +219,7 @@ def _shuffle(
     wanted = VALID in marked or domain.valid_fraction > 0
     require(VALID in found or not wanted, f'{wrong} for valid: {fix}.')
     for split, paths in found.items():
-      where, done = root / domain.name / split, shards / domain.name / f'{split}.done'
+      where, done = root / domain.name / split, shards / domain.name / f'{split}.npz'
       order = _seed(seed, domain.name, split)
       splits[split] = {
         **shuffle.write_split(paths, where, dtype, order, done),

@@ -11,7 +11,6 @@ Legend: S shards, M documents of a partition.
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -31,10 +30,7 @@ FACTS = np.dtype([('tokens', np.int64), ('bytes', np.int64)])  # of a document
 def create(
   folder: Path | epath.Path, shape: Sequence[int], dtype: np.dtype, begun: bool
 ) -> ts.TensorStore:
-  """A new array in place of what `folder` holds, or one that was `begun` before.
-
-  It is to be written in whole shards along its last axis.
-  """
+  """A new array in place of what `folder` holds, or one that was `begun` before."""
   cut = lambda size: [*shape[:-1], size]
   little = {'name': 'bytes', 'configuration': {'endian': 'little'}}
   crc, zstd = {'name': 'crc32c'}, {'name': 'zstd', 'configuration': {'level': 1}}
@@ -74,8 +70,8 @@ def write_split(
 ) -> dict[str, int]:
   """Second pass: the shards of a split to its arrays in `folder`; returns the sums of the manifest.
 
-  What is done is kept in the file `progress`, from which another attempt goes on. UserError when
-  the arrays cannot be written.
+  What is done is kept in the file `progress`, from which another attempt goes on: a partition that
+  was written in part is written anew. UserError when the arrays cannot be written.
   """
   sums, count_S = np.zeros(3, np.int64), np.zeros(len(shards), np.int64)
   for number, shard in enumerate(shards):
@@ -86,66 +82,49 @@ def write_split(
   partitions = max(-(-num_tokens // PARTITION_TOKENS), -(-num_documents // PARTITION_DOCUMENTS))
 
   begun = progress.exists()
-  done = dict(np.load(progress)) if begun else _nothing(len(shards), dtype)
+  nothing = {'partitions': 0, 'read_2S': np.zeros((2, len(shards)), np.int64)}
+  done = dict(np.load(progress)) if begun else nothing
+  read_2S = done['read_2S']  # of each shard: documents, and their tokens
   try:
     tokens = create(folder / 'tokens', (2, num_tokens), dtype, begun)
     sizes = create(folder / 'bytes', (num_documents,), np.dtype(np.uint32), begun)
-    for partition in range(int(done['partition']), partitions):
+    for partition in range(int(done['partitions']), partitions):
       rng = np.random.default_rng([*seed, partition])
-      left = partitions - partition
-      take_S = rng.binomial(count_S - done['documents_S'], 1 / left)
-      documents, byte_counts = _take(shards, take_S, done, dtype)
-      order = rng.permutation(len(documents))
-      lengths_M = np.array([len(documents[i]) for i in order], np.int64)
-      rows = np.zeros((2, lengths_M.sum()), dtype)
-      if len(order):
-        rows[0] = np.concatenate([documents[i] for i in order])
-        rows[1, np.cumsum(lengths_M) - lengths_M] = 1
-      _append(tokens, done, 'tokens', rows, left == 1)
-      _append(sizes, done, 'bytes', byte_counts[order].astype(np.uint32), left == 1)
-      done['partition'] = np.int64(partition + 1)
-      np.savez(content := io.BytesIO(), **done)
+      take_S = rng.binomial(count_S - read_2S[0], 1 / (partitions - partition))
+      first_document, first_token = read_2S.sum(1).tolist()
+      documents, byte_counts = _take(shards, take_S, read_2S, dtype)
+      if order := rng.permutation(len(documents)).tolist():
+        ids = np.concatenate([documents[i] for i in order])
+        lengths_M = np.array([len(documents[i]) for i in order])
+        begins = np.zeros_like(ids)
+        begins[np.cumsum(lengths_M) - lengths_M] = 1
+        _write(tokens, first_token, np.stack([ids, begins]))
+        _write(sizes, first_document, byte_counts[order])
+      np.savez(content := io.BytesIO(), partitions=partition + 1, read_2S=read_2S)
       folders.write_file(progress, content.getvalue())
   except (OSError, ValueError) as error:
     raise UserError(f'{folder} cannot be written: {folders.reason(error)}.') from error
   return dict(zip(store.SUMS, sums.tolist()))
 
 
-def _nothing(shards: int, dtype: np.dtype) -> dict[str, np.ndarray]:
-  """By shard what is read of it; by array what waits for a whole shard of it, and its place."""
-  return {
-    'partition': np.int64(0),
-    'documents_S': np.zeros(shards, np.int64),
-    'tokens_S': np.zeros(shards, np.int64),
-    'tokens': np.zeros((2, 0), dtype),
-    'tokens_written': np.int64(0),
-    'bytes': np.zeros(0, np.uint32),
-    'bytes_written': np.int64(0),
-  }
-
-
 def _take(
-  shards: Sequence[Path], take_S: np.ndarray, done: dict[str, Any], dtype: np.dtype
+  shards: Sequence[Path], take_S: np.ndarray, read_2S: np.ndarray, dtype: np.dtype
 ) -> tuple[list[np.ndarray], np.ndarray]:
-  """The next so many documents of each shard, and the bytes of their texts."""
-  documents, byte_counts = [], [np.zeros(0, np.int64)]
-  for number in np.flatnonzero(take_S):
-    first, place = int(done['documents_S'][number]), int(done['tokens_S'][number])
-    shard, count = shards[number], int(take_S[number])
+  """The next so many documents of each shard, and the bytes of their texts, uint32.
+
+  `read_2S` counts what was read before, and then these too.
+  """
+  documents, byte_counts = [], [np.zeros(0, np.uint32)]
+  for number in np.flatnonzero(take_S).tolist():
+    shard, count, (first, place) = shards[number], int(take_S[number]), read_2S[:, number].tolist()
     facts = np.fromfile(f'{shard}.documents', FACTS, count, offset=first * FACTS.itemsize)
     ends = np.cumsum(facts['tokens'])
     ids = np.fromfile(f'{shard}.tokens', dtype, int(ends[-1]), offset=place * dtype.itemsize)
     documents += np.split(ids, ends[:-1])
-    byte_counts.append(facts['bytes'])
-    done['documents_S'][number] += count
-    done['tokens_S'][number] += ends[-1]
+    byte_counts.append(facts['bytes'].astype(np.uint32))
+    read_2S[:, number] += count, ends[-1]
   return documents, np.concatenate(byte_counts)
 
 
-def _append(array: Any, done: dict[str, Any], name: str, values: np.ndarray, last: bool) -> None:
-  """Writes whole shards of an array, at the end the rest; keeps what is less."""
-  held, first = np.concatenate([done[name], values], axis=-1), int(done[f'{name}_written'])
-  size = held.shape[-1] if last else held.shape[-1] // SHARD * SHARD
-  if size:
-    array[..., first : first + size].write(held[..., :size]).result()
-  done[name], done[f'{name}_written'] = held[..., size:].copy(), np.int64(first + size)
+def _write(array: ts.TensorStore, first: int, values: np.ndarray) -> None:
+  array[..., first : first + values.shape[-1]].write(values).result()

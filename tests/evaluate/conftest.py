@@ -8,7 +8,7 @@ import pytest
 
 from bam_jax.data import store
 from bam_jax.data.tokenizer import Tokenizer
-from bam_jax.evaluate import windows
+from bam_jax.evaluate import scorer
 from tests.evaluate.folders import LENGTH, write_checkpoint
 from tests.model import oracle
 
@@ -49,6 +49,6 @@ def documents(dataset: store.Dataset) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope='session')
-def pieces(documents) -> list[windows.Window]:
+def pieces(documents) -> list[scorer.Window]:
   """Windows of all the documents, overlapping."""
-  return [w for tokens in documents for w in windows.cut(tokens, LENGTH, 10)]
+  return [w for tokens in documents for w in scorer.cut(tokens, LENGTH, 10)]

@@ -15,8 +15,8 @@ import pytest
 from bam_jax import config
 from bam_jax.convert import writing
 from bam_jax.errors import UserError
-from bam_jax.evaluate import comparison, corpus, session, windows
-from bam_jax.evaluate.scorer import Scorer
+from bam_jax.evaluate import comparison, corpus, session
+from bam_jax.evaluate import scorer as scorer_lib
 from bam_jax.prepare import training
 from bam_jax.upcycle import growth
 from bam_jax.upcycle.sources import open_checkpoint
@@ -74,10 +74,10 @@ def texts() -> list[corpus.Domain]:
 
 def by_hand(path, domain, stride):
   """Nats and tokens of each document of a domain, one document at a time."""
-  scorer = Scorer(path)
+  scorer = scorer_lib.Scorer(path)
   sums = []
   for tokens in domain.documents(scorer.tokenizer):
-    cut = list(windows.cut(tokens, LENGTH, stride))
+    cut = list(scorer_lib.cut(tokens, LENGTH, stride))
     scored = [result.nll for _, result in scorer.score(cut)]
     assert sum(map(len, scored)) == len(tokens) - 1
     sums.append((sum(x.sum(dtype=np.float64) for x in scored), len(tokens) - 1))

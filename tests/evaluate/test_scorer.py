@@ -10,7 +10,7 @@ import pytest
 from bam_jax import config
 from bam_jax.data import mixture
 from bam_jax.errors import UserError
-from bam_jax.evaluate import windows
+from bam_jax.evaluate import scorer as scorer_lib
 from bam_jax.evaluate.scorer import Scorer
 from bam_jax.parallel import sharding
 from bam_jax.train import step
@@ -118,7 +118,7 @@ def test_weights_are_cut(saved):
 
 def test_groups_of_an_accelerator(saved, pieces, alone, monkeypatch):
   """Rows beside each other: near what they are alone, and exact whatever the mesh."""
-  monkeypatch.setattr(windows, 'GROUP_TOKENS', 4 * LENGTH)
+  monkeypatch.setattr(scorer_lib, 'GROUP_TOKENS', 4 * LENGTH)
   found = []
   for mesh in (config.Mesh(), config.Mesh(data=2, fsdp=2)):
     scorer = Scorer(saved('bam_kv_experts'), 'float32', mesh)
@@ -145,7 +145,7 @@ def test_documents_are_what_training_holds_out(tight, start, dataset):
   mesh = sharding.make_mesh(config.Mesh())
   evaluate = step.evaluation_step(tight[0], config.Compute(), mesh)
   sums = jax.device_get(evaluate(start('btx'), sharding.put_batch(batch, mesh)))
-  pieces = [w for tokens in documents for w in windows.cut(tokens, 256, 256)]
+  pieces = [w for tokens in documents for w in scorer_lib.cut(tokens, 256, 256)]
   scored = [result for _, result in Scorer(tight[1], length=256).score(pieces)]
   assert sum(len(result.nll) for result in scored) == int(sums.targets.sum())
   np.testing.assert_allclose(sum(r.nll.sum() for r in scored), sums.nll.sum(), rtol=1e-5)

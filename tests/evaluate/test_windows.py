@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from bam_jax.evaluate import windows
-from bam_jax.evaluate.windows import Window
+from bam_jax.evaluate import scorer
+from bam_jax.evaluate.scorer import Window
 
 SIZES = st.integers(1, 40)
 
@@ -18,7 +18,7 @@ def test_each_token_is_scored_once_and_in_order(count, length, stride, data):
   stride = min(stride, length)
   first = data.draw(st.integers(1, count - 1))
   tokens = np.arange(count)
-  cut = list(windows.cut(tokens, length, stride, first))
+  cut = list(scorer.cut(tokens, length, stride, first))
   scored = np.concatenate([window.tokens[window.first :] for window in cut])
   np.testing.assert_array_equal(scored, tokens[first:])
   for number, window in enumerate(cut):
@@ -35,7 +35,7 @@ def test_batches_hold_every_window_once(platform):
   some = [Window(np.arange(n), 1) for n in rng.integers(2, 4098, 50)]
   groups = {}
   for devices in (1, 3):
-    made = list(windows.batches(some, 4096, platform, devices))
+    made = list(scorer.batches(some, 4096, platform, devices))
     assert sorted(number for batch in made for number in batch.numbers) == list(range(50))
     lengths = [batch.tokens_BS.shape[1] - 1 for batch in made]
     assert lengths == sorted(lengths, reverse=True)

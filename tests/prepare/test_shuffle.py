@@ -58,12 +58,12 @@ def test_every_place_is_as_likely(tmp_path):
 
 @pytest.mark.parametrize('stop', range(4))
 def test_an_interrupted_pass_is_taken_up_again(tmp_path, monkeypatch, stop):
-  made, calls, append = write(tmp_path, 3), [], shuffle._append
+  made, calls, step = write(tmp_path, 3), [], shuffle._write
 
   def some(*arguments):
     if len(calls) == stop:
       raise KeyboardInterrupt
-    calls.append(append(*arguments))
+    calls.append(step(*arguments))
 
   def attempt(name):
     return shuffle.write_split(made, tmp_path / name, DTYPE, [5], tmp_path / f'{name}.done')
@@ -73,7 +73,7 @@ def test_an_interrupted_pass_is_taken_up_again(tmp_path, monkeypatch, stop):
     return {path.relative_to(tmp_path / name): path.read_bytes() for path in paths}
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(shuffle, '_append', some)
+    patch.setattr(shuffle, '_write', some)
     attempt('stopped')
   assert attempt('stopped') == attempt('whole') == attempt('whole')  # nothing is left to do then
   assert contents('stopped') == contents('whole') and len(contents('whole')) > 4
