@@ -22,7 +22,7 @@ from bam_jax.files import folders
 
 CHUNK = 2**13  # values along the last axis: what is read for a sequence, and has a checksum
 SHARD = 2**23  # a file's; it ends with an index of 16 bytes a chunk
-PARTITION_TOKENS = 2**25  # in expectation: what the second pass holds, a few times
+PARTITION_TOKENS = 2**24  # in expectation: what the second pass holds, a few times
 PARTITION_DOCUMENTS = 2**18
 FACTS = np.dtype([('tokens', np.int64), ('bytes', np.int64)])  # of a document
 
@@ -100,6 +100,7 @@ def write_split(
         begins[np.cumsum(lengths_M) - lengths_M] = 1
         _write(tokens, first_token, np.stack([ids, begins]))
         _write(sizes, first_document, byte_counts[order])
+      del documents, order  # before the next partition's are read
       np.savez(content := io.BytesIO(), partitions=partition + 1, read_2S=read_2S)
       folders.write_file(progress, content.getvalue())
   except (OSError, ValueError) as error:
