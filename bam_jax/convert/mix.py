@@ -59,6 +59,8 @@ def main() -> dict[str, Any]:
   require(fits, f'{wrong}: run convert upcycle and evaluate.')
   if method == 'btx':  # which has no attention experts
     flags.FLAGS.set_default('attention_routing', 'soft')
+  if flags.FLAGS['router_input'].value == 'token':
+    flags.FLAGS.set_default('router_memory', 0)
   mesh = cli.parse_mesh(flags.FLAGS['mesh'].value)
   options = comparison.Options(dtype=fitting.dtype(), mesh=mesh)
   with tempfile.TemporaryDirectory() as folder:

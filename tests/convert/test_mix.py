@@ -60,7 +60,8 @@ def test_a_mixture_in_one_command(server, world):
   assert facts['average']['mixture'] == pytest.approx(mean)
 
   flags = '--method=bam_kv_experts', '--attention_routing=top1', '--renormalize', TOKENS
-  flags += '--router_input=prefix', '--router_init=ridge', '--router_scale=8', '--output=same'
+  flags += '--router_input=prefix', '--router_memory=16', '--router_init=ridge'
+  flags += '--router_scale=8', '--output=same'
   # By the name of a run, whatever the order; the others in theirs.
   named = [f'--router_data={data[number]}' for number in (2, 0, 1)]
   run(server, world, 'convert upcycle', *FROM, *flags, *named)
