@@ -41,6 +41,7 @@ _COMPUTED = {
   'hidden_act': ('silu',),
   'ffn': ('swiglu',),
   'router_input': ('token',),
+  'router_memory': (0,),
   'attention_cap': (0.0,),
   'logit_cap': (0.0,),
 }

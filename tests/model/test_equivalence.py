@@ -124,7 +124,7 @@ def test_without_renormalising_gates_scale_the_ffn(k):
   mixed = layer(copied(params, model), 'ffn', 0)
   y_BTD = np.random.default_rng(0).normal(size=(1, 3, 5)).astype(np.float32)
   tokens = Tokens(np.ones((1, 3), np.int32), np.arange(3)[None], None, None)
-  gates_BTE, *_ = router.gates(jnp.asarray(y_BTD), mixed['router'])
+  gates_BTE, *_ = router.gates(model, jnp.asarray(y_BTD), mixed['router'], tokens)
   scale_BT = np.sort(gates_BTE)[..., -k:].sum(-1, keepdims=True)
   want = scale_BT * call(
     functools.partial(ffn_lib.FFN, dense, Layout()), layer(params, 'ffn', 0), y_BTD, tokens
