@@ -24,6 +24,7 @@ CHUNK = 2**13  # values along the last axis: what is read for a sequence, and ha
 SHARD = 2**23  # a file's; it ends with an index of 16 bytes a chunk
 PARTITION_TOKENS = 2**24  # in expectation: what the second pass holds, a few times
 PARTITION_DOCUMENTS = 2**18
+THREADS = 'data_copy_concurrency', 'file_io_concurrency'  # of tensorstore
 FACTS = np.dtype([('tokens', np.int64), ('bytes', np.int64)])  # of a document
 
 
@@ -43,7 +44,10 @@ def create(
   }
   spec = {'driver': 'zarr3', 'kvstore': folders.url(folder), 'metadata': metadata}
   spec['store_data_equal_to_fill_value'] = True  # readers take a chunk that is not there for lost
-  return ts.open(spec, create=not begun, delete_existing=not begun, open=begun).result()
+  # One thread for each: the heaps of more keep what was freed in them, hundreds of MB.
+  threads = ts.Context(dict.fromkeys(THREADS, {'limit': 1}))
+  opened = dict(create=not begun, delete_existing=not begun, open=begun)
+  return ts.open(spec, context=threads, **opened).result()
 
 
 def write_shard(
@@ -100,7 +104,7 @@ def write_split(
         begins[np.cumsum(lengths_M) - lengths_M] = 1
         _write(tokens, first_token, np.stack([ids, begins]))
         _write(sizes, first_document, byte_counts[order])
-      del documents, order  # before the next partition's are read
+      documents = ids = begins = None  # before the next partition's are read
       np.savez(content := io.BytesIO(), partitions=partition + 1, read_2S=read_2S)
       folders.write_file(progress, content.getvalue())
   except (OSError, ValueError) as error:
