@@ -15,29 +15,21 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 
-from bam_jax import checkpoint, cli, config
+from bam_jax import cli
 from bam_jax.data import mixture, store
 from bam_jax.errors import UserError
-from bam_jax.model import transformer
 from bam_jax.train import loss
+from benchmarks import loading
 
 ROWS = 64  # windows of each domain
-
-_CHECKPOINT = flags.DEFINE_multi_string('checkpoint', [], 'A model; may be repeated.')
-_DATA = flags.DEFINE_string('data', None, 'The prepared dataset.')
 
 
 def main() -> dict[str, Any]:
   """Scores both, and prints a table."""
-  if not _CHECKPOINT.value or not _DATA.value:
-    raise UserError('--checkpoint and --data are required.')
-  dataset, rows = store.open_dataset(_DATA.value), []
-  for path in _CHECKPOINT.value:
-    meta = checkpoint.read_meta(path)
-    network = transformer.Network(meta.model, config.Compute())
-    params = checkpoint.restore_params(path, jax.tree.map(_here, network.abstract()))
+  (paths, dataset), rows = loading.given(), []
+  for path in paths:
+    meta, network, params = loading.load(path)
     score = jax.jit(lambda params, batch, network=network: loss.nll(network, params, batch))
     windows = [_windows(dataset, domain, meta.sequence_length) for domain in dataset.domains]
     own = [_perplexity(score(params, _halves(one, one))) for one in windows]
@@ -67,9 +59,7 @@ def _windows(dataset: store.Dataset, domain: str, length: int) -> mixture.Batch:
     if len(found['tokens']) >= ROWS:
       break
   if not found['tokens']:
-    raise UserError(
-      f'--data={_DATA.value} has no held-out document of {length} tokens in {domain}.'
-    )
+    raise UserError(f'{dataset.path} has no held-out document of {length} tokens in {domain}.')
   return {key: np.stack(rows[:ROWS]) for key, rows in found.items()}
 
 
@@ -85,11 +75,6 @@ def _halves(before: mixture.Batch, after: mixture.Batch) -> mixture.Batch:
 
 def _perplexity(metrics: loss.Metrics) -> float:
   return math.exp(float(metrics.nll) / int(metrics.targets))
-
-
-def _here(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 if __name__ == '__main__':

@@ -18,27 +18,21 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 
-from bam_jax import checkpoint, cli, config
+from bam_jax import cli
 from bam_jax.data import mixture, store
 from bam_jax.errors import UserError
-from bam_jax.model import transformer
+from benchmarks import loading
 
 GROUPS = 4, 8, 16, 32, 64  # rows
 ROWS = 256
 CAPACITIES = 1.25, 2.0
 
-_CHECKPOINT = flags.DEFINE_multi_string('checkpoint', [], 'A mixture; may be repeated.')
-_DATA = flags.DEFINE_string('data', None, 'The prepared dataset.')
-
 
 def main() -> dict[str, Any]:
   """Routes the rows, and prints a table."""
-  if not _CHECKPOINT.value or not _DATA.value:
-    raise UserError('--checkpoint and --data are required.')
-  dataset, rows = store.open_dataset(_DATA.value), []
-  for path in _CHECKPOINT.value:
+  (paths, dataset), rows = loading.given(), []
+  for path in paths:
     mixed, apart = [dataset.domains], [(domain,) for domain in dataset.domains]
     for name, kinds in (('all', mixed), ('one', apart)):
       load_KRLE = _loads(path, dataset, kinds)
@@ -67,11 +61,9 @@ def main() -> dict[str, Any]:
 
 def _loads(path: str, dataset: store.Dataset, kinds: Sequence[Sequence[str]]) -> np.ndarray:
   """Assignments to each FFN expert, of every row of each kind of batch and layer: KRLE."""
-  meta = checkpoint.read_meta(path)
+  meta, network, params = loading.load(path)
   if not meta.model.ffn_experts:
     raise UserError(f'--checkpoint={path} is a dense model: name a mixture.')
-  network = transformer.Network(meta.model, config.Compute())
-  params = checkpoint.restore_params(path, jax.tree.map(_here, network.abstract()))
   how = dict(sequence_length=meta.sequence_length, batch_size=ROWS // len(kinds), seed=0)
   hidden = jax.jit(lambda *arrays: network.hidden(*arrays)[1].ffn.load)
   loads = []
@@ -82,11 +74,6 @@ def _loads(path: str, dataset: store.Dataset, kinds: Sequence[Sequence[str]]) ->
     rows = (hidden(params, *(x[row : row + 1] for x in arrays)) for row in range(len(arrays[0])))
     loads.append(np.stack([np.asarray(load) for load in rows]))
   return np.stack(loads)
-
-
-def _here(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 if __name__ == '__main__':

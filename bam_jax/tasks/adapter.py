@@ -38,7 +38,7 @@ class Model(TemplateLM):
   def __init__(self, path: str, options: comparison.Options = comparison.Options()):  # noqa: B008
     """Reads what the checkpoint is; its parameters are loaded by the first request.
 
-    UserError when there is no such checkpoint.
+    UserError when the checkpoint is missing.
     """
     super().__init__()
     self._path, self._options, self.batch_size = path, options, options.batch_size

@@ -22,7 +22,7 @@ _OUTPUT = flags.DEFINE_string('output', facts.FOLDER, 'Folder of the files.')
 def main() -> dict[str, Any]:
   """Collects the workdirs that the flags name."""
   if not _WORKDIR.value:
-    raise UserError('Collect what? Give --workdir=SEED=DIR, once for each seed.')
+    raise UserError('--workdir=SEED=DIR is required, once for each seed.')
   collected = {}
   for given in _WORKDIR.value:
     seed, _, workdir = given.partition('=')
